@@ -1,0 +1,14 @@
+"""Memory for chunks of weights that goes back to the system when it is freed."""
+
+import mmap
+
+LARGE = 1 << 18  # bytes; below this the heap is faster and what it keeps does not matter
+
+
+def chunk_buffer(size: int) -> mmap.mmap | bytearray:
+    """A writable, zeroed buffer of `size` bytes; a large one is a mapping of its own.
+
+    Chunks taken from the heap would stay there: the small results made between two chunks settle in the hole
+    the first one left, so the second does not fit and the heap grows, by gigabytes over a large checkpoint.
+    """
+    return mmap.mmap(-1, size) if size >= LARGE else bytearray(size)

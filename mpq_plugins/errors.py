@@ -1,0 +1,43 @@
+"""The one family of errors.
+
+MPQError
+├── SettingError       an argument outside what is allowed (also a ValueError)
+├── SourceError        weights that cannot be read
+│   └── WeightError    one layer's weight that cannot be measured or quantized
+├── FormatError        a plan or table file that is damaged, foreign or newer than this version
+├── MismatchError      a plan made for another model
+├── VerifyError        a quantized model that does not hold what its plan says
+└── PluginError        an entry point that is missing, claimed twice or broken
+"""
+
+
+class MPQError(Exception):
+    """Anything this package refuses, in one sentence: what, where, what is allowed, what to do."""
+
+
+class SettingError(MPQError, ValueError):
+    """An argument outside what is allowed."""
+
+
+class SourceError(MPQError):
+    """A source of weights that cannot be read."""
+
+
+class WeightError(SourceError):
+    """One layer's weight that cannot be measured or quantized."""
+
+
+class FormatError(MPQError):
+    """A plan or table file that is damaged, foreign or newer than this version."""
+
+
+class MismatchError(MPQError):
+    """A plan made for another model."""
+
+
+class VerifyError(MPQError):
+    """A quantized model that does not hold what its plan says."""
+
+
+class PluginError(MPQError):
+    """An entry point that is missing, claimed twice or broken."""

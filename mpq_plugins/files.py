@@ -1,0 +1,49 @@
+"""Writing files so that an interruption leaves the old one whole."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import SourceError
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Give a temporary path beside `target`; on success flush it to disk and rename it over `target`.
+
+    On any exception, KeyboardInterrupt included, the temporary file is removed and `target` is untouched.
+    Raises SourceError where the folder does not exist or cannot be written.
+    """
+    if target.is_dir():
+        raise SourceError(f"{target}: is a directory; name a file to write")
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except OSError as error:
+        raise SourceError(f"{target}: cannot write there ({error.strerror}). Choose another path.") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(_new_file_mode())
+        temporary.replace(target)
+    except OSError as error:
+        raise SourceError(f"{target}: cannot write it ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_path(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _new_file_mode() -> int:
+    # mkstemp makes files private; a plan should get the mode any new file gets.
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

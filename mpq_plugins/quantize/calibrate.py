@@ -1,0 +1,96 @@
+"""Choosing the range of each region: the extremes, or the clipping with the least squared error."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..scheme import Affine
+from .grid import Floats, Grids, RegionStats, affine_grids, minmax_grids
+from .kernel import SQUARED, error_sums, error_totals
+
+Each = Callable[[Callable[[Tensor], Floats]], list[Floats]]
+"""Applies a function to every block of a weight: with one region for all, matrices of any shape; otherwise a
+single matrix (regions, elements)."""
+
+SquaredErrors = Callable[[Grids], Floats]
+"""Grids of K candidates -> sums of (w - w')^2, (regions, K)."""
+
+Kind = TypeVar("Kind", bound=np.generic)
+
+COARSE = np.linspace(1.0, 0.04, 49)
+FINE = np.linspace(-0.02, 0.02, 9)
+ONE_SIDED = np.linspace(0.7, 1.15, 10)
+
+
+def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Affine) -> Grids:
+    """The grids of each region at these bit-widths under the scheme's range rule, (regions, len(bits))."""
+    widest = minmax_grids(stats, bits, scheme.symmetric)
+    if scheme.range == "minmax":
+        return widest
+    one_region = scheme.granularity == "per_tensor"
+
+    def squared_errors(grids: Grids) -> Floats:
+        sums = each(lambda block: error_totals(block, grids)[None] if one_region else error_sums(block, grids))
+        total: Floats = np.sum(sums, axis=0)[..., SQUARED]
+        return total
+
+    chosen = [
+        widest.take([k]) if b == 1 else least_squares_grid(stats, widest.take([k]), squared_errors)
+        for k, b in enumerate(bits)
+    ]
+    return Grids(
+        widest.bits,
+        widest.symmetric,
+        np.hstack([grid.scale for grid in chosen]),
+        np.hstack([grid.zero_point for grid in chosen]),
+    )
+
+
+def least_squares_grid(stats: RegionStats, widest: Grids, squared_errors: SquaredErrors) -> Grids:
+    """Search each region's clipping of [lo, hi] for the least sum of (w - w')^2, at one bit-width.
+
+    Both ends shrink together over a coarse and then a fine set of ratios; an asymmetric range then tries
+    each end alone. The unclipped grid (R, 1) is the first candidate, so the result is never worse than min-max.
+    """
+    ones = np.ones((stats.low.size, 1))
+    best = _Clipping(widest, squared_errors(widest), ones, ones)
+    best = best.improved(stats, squared_errors, COARSE * ones, COARSE * ones)
+    best = best.improved(stats, squared_errors, best.low + FINE, best.high + FINE)
+    if not widest.symmetric:
+        best = best.improved(stats, squared_errors, best.low * ONE_SIDED, best.high + 0 * ONE_SIDED)
+        best = best.improved(stats, squared_errors, best.low + 0 * ONE_SIDED, best.high * ONE_SIDED)
+    return best.grid
+
+
+@dataclass(frozen=True)
+class _Clipping:
+    """For each region a grid (R, 1), its squared error, and the ratios of the two ends it keeps, all (R, 1)."""
+
+    grid: Grids
+    error: Floats
+    low: Floats
+    high: Floats
+
+    def improved(self, stats: RegionStats, squared_errors: SquaredErrors, lows: Floats, highs: Floats) -> "_Clipping":
+        """The better, region by region, of this and the best of the candidates (ratios, (R, K))."""
+        lows, highs = np.clip(lows, 0.0, 1.0), np.clip(highs, 0.0, 1.0)
+        low, high = np.minimum(stats.low, 0.0)[:, None] * lows, np.maximum(stats.high, 0.0)[:, None] * highs
+        grids = affine_grids(low, high, self.grid.bits.repeat(lows.shape[1]), self.grid.symmetric)
+        errors = squared_errors(grids)
+        pick = errors.argmin(axis=1, keepdims=True)
+
+        def better(new: NDArray[Kind], old: NDArray[Kind]) -> NDArray[Kind]:
+            return np.where(found < self.error, np.take_along_axis(new, pick, axis=1), old)
+
+        found = np.take_along_axis(errors, pick, axis=1)
+        chosen = Grids(
+            self.grid.bits,
+            self.grid.symmetric,
+            better(grids.scale, self.grid.scale),
+            better(grids.zero_point, self.grid.zero_point),
+        )
+        return _Clipping(chosen, np.minimum(found, self.error), better(lows, self.low), better(highs, self.high))

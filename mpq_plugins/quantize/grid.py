@@ -1,0 +1,111 @@
+"""The levels of affine quantizers: scale and zero point from the range of each region, many bit-widths at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SMALLEST_SCALE = np.float64(np.finfo(np.float32).smallest_subnormal)
+SMALLEST_NORMAL = np.float64(np.finfo(np.float32).smallest_normal)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Grids:
+    """K quantizers for each of R regions: levels (code - zero_point) * scale for code in qmin..qmax.
+
+    bits: int (K,); scale: float32 (R, K), in the weights' units; zero_point: int32 (R, K). At 1 bit the codes
+    are -1 and +1 alone.
+    """
+
+    bits: NDArray[np.int64]
+    symmetric: bool
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+
+    @property
+    def qmin(self) -> NDArray[np.int64]:
+        """The least code, (K,)."""
+        least = 1 - 2 ** (self.bits - 1) if self.symmetric else np.zeros_like(self.bits)
+        return np.where(self.bits == 1, -1, least) if 1 in self.bits else least
+
+    @property
+    def qmax(self) -> NDArray[np.int64]:
+        """The greatest code, (K,)."""
+        greatest = 2 ** (self.bits - self.symmetric) - 1
+        return np.where(self.bits == 1, 1, greatest) if 1 in self.bits else greatest
+
+    def take(self, columns: Sequence[int]) -> "Grids":
+        """The quantizers at these positions."""
+        chosen = list(columns)
+        return Grids(self.bits[chosen], self.symmetric, self.scale[:, chosen], self.zero_point[:, chosen])
+
+
+@dataclass(frozen=True)
+class RegionStats:
+    """What a range is chosen from, per region, float64 (regions,): extremes, sums of |w| and w^2; count of weights."""
+
+    low: Floats
+    high: Floats
+    absolute: Floats
+    squared: Floats
+    count: int
+
+    @property
+    def mean_abs(self) -> Floats:
+        """Mean magnitude of each region."""
+        return self.absolute / max(1, self.count)
+
+    def merged(self) -> "RegionStats":
+        """All regions as one."""
+        if not self.low.size:
+            zero = np.zeros(1)
+            return RegionStats(zero, zero, zero, zero, 0)
+        low, high = self.low.min(keepdims=True), self.high.max(keepdims=True)
+        absolute, squared = self.absolute.sum(keepdims=True), self.squared.sum(keepdims=True)
+        return RegionStats(low, high, absolute, squared, self.count * self.low.size)
+
+
+def minmax_grids(stats: RegionStats, bits: Sequence[int], symmetric: bool) -> Grids:
+    """Grids that span each region's whole range (DESIGN: asymmetric on [lo, hi], lo <= 0 <= hi), (R, len(bits)).
+
+    A constant region gets the scale |c| and so quantizes to itself, exactly; at 1 bit the scale is mean|w|.
+    """
+    widths = np.array(bits)
+    low, high = stats.low[:, None], stats.high[:, None]
+    grids = affine_grids(np.minimum(low, 0.0), np.maximum(high, 0.0), widths, symmetric)
+    scale, zero_point = grids.scale, grids.zero_point
+    if (low == high).any():
+        scale = np.where(low == high, np.where(low == 0, 1.0, np.abs(low)).astype(np.float32), scale)
+        # c < 0 needs a code below the zero point; the asymmetric codes start at 0.
+        zero_point = np.where(low == high, np.int32(0) if symmetric else (low < 0).astype(np.int32), zero_point)
+    if (widths == 1).any():
+        scale = np.where(widths == 1, stats.mean_abs[:, None].astype(np.float32), scale)
+        zero_point = np.where(widths == 1, np.int32(0), zero_point)
+    return Grids(widths, symmetric, scale, zero_point)
+
+
+def affine_grids(low: Floats, high: Floats, bits: NDArray[np.int64], symmetric: bool) -> Grids:
+    """The grids on [low, high], low <= 0 <= high; float64, broadcast over (R, K) with bits (K,).
+
+    At 1 bit, where the scale is not the range's, the values mean nothing.
+    """
+    if symmetric:
+        scale = _float32_scale(np.maximum(-low, high) / np.maximum(2 ** (bits - 1) - 1, 1))
+        return Grids(bits, symmetric, scale, np.zeros(scale.shape, np.int32))
+    top = 2**bits - 1
+    scale = _float32_scale((high - low) / top)
+    # low is at most 0 and high at least 0, so this lies within the codes but for float32's rounding of the scale.
+    zero_point = np.minimum(np.rint(-low / scale.astype(np.float64)), top).astype(np.int32)
+    return Grids(bits, symmetric, scale, zero_point)
+
+
+def _float32_scale(exact: Floats) -> NDArray[np.float32]:
+    if exact.size == 0 or exact.min() >= SMALLEST_NORMAL:
+        return exact.astype(np.float32)
+    # Below the normal range float32 steps are coarse: round up there, so that no weight is clipped and no
+    # scale becomes 0. An all-zero region may have any scale.
+    steps = np.maximum(np.ceil(exact / SMALLEST_SCALE), 1.0) * SMALLEST_SCALE
+    return np.where(exact == 0, 1.0, np.where(exact < SMALLEST_NORMAL, steps, exact)).astype(np.float32)

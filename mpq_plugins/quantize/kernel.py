@@ -1,0 +1,122 @@
+"""Error sums of many grids in one pass over the weights: numba on the CPU, torch anywhere else."""
+
+import importlib.util
+import os
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .grid import Floats, Grids, RegionStats
+
+RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
+
+
+def error_sums(rows: Tensor, grids: Grids, largest: bool = False) -> Floats:
+    """Sums over each row of |w - w'| / |w| (0 where w = 0), of (w - w')^2, and the largest |w - w'|.
+
+    rows: floating (R, n); grids: K quantizers for R regions, or for 1 shared by all rows. The largest error is
+    0 unless `largest` asks for it. Returns float64 (R, K, 3).
+    """
+    if rows.numel() == 0:
+        return np.zeros((rows.shape[0], len(grids.bits), 3))
+    compiled = rows.device.type == "cpu" and numba_available()
+    route = _numba_sums if compiled else _torch_sums
+    binary = np.flatnonzero(grids.bits == 1)
+    if not binary.size:
+        return route(rows, grids, largest)
+    sums = np.empty((rows.shape[0], len(grids.bits), 3))
+    affine = np.flatnonzero(grids.bits > 1)
+    if affine.size:
+        sums[:, affine] = route(rows, grids.take(affine.tolist()), largest)
+    sums[:, binary] = _binary_sums(rows, grids.take(binary.tolist()), largest)
+    return sums
+
+
+def error_totals(values: Tensor, grids: Grids, largest: bool = False) -> Floats:
+    """As error_sums, over all of `values` taken as one region: float64 (K, 3)."""
+    totals: Floats = error_sums(values.reshape(1, -1), grids, largest)[0]
+    return totals
+
+
+def row_stats(rows: Tensor) -> RegionStats:
+    """What there is to know of each row of a floating (R, n) before quantizing it.
+
+    Where a weight is NaN or infinite, so are the row's sums.
+    """
+    if rows.numel() == 0:
+        zeros = np.zeros(rows.shape[0])
+        return RegionStats(zeros, zeros, zeros, zeros, 0)
+    if rows.device.type == "cpu" and numba_available():
+        from .kernel_numba import row_table
+
+        table = row_table(_values(rows))
+    else:
+        # float32's squares cannot overflow a float64 sum.
+        values = rows.double()
+        columns = (values.amin(1), values.amax(1), values.abs().sum(1), values.square().sum(1))
+        table = torch.stack(columns, dim=1).cpu().numpy()
+    low, high, absolute, squared = np.ascontiguousarray(table.T)
+    return RegionStats(low, high, absolute, squared, rows.shape[1])
+
+
+def add_sums(sums: Floats) -> Floats:
+    """Fold the first axis of error sums: totals add, the largest error stays the largest."""
+    total: Floats = sums[0] if len(sums) == 1 else sums.sum(axis=0)
+    total[..., LARGEST] = sums[..., LARGEST].max(axis=0, initial=0.0)
+    return total
+
+
+@cache
+def numba_available() -> bool:
+    """Whether compiled code can run here: numba is installed and its compiler is not switched off."""
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and importlib.util.find_spec("numba") is not None
+
+
+def _numba_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
+    from .kernel_numba import sums
+
+    return sums(_values(rows), *_levels(grids), largest)
+
+
+def _torch_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
+    values = rows.double()
+    reciprocal = _reciprocal(values.abs())
+    sums = np.empty((rows.shape[0], len(grids.bits), 3))
+    levels = [torch.from_numpy(level).to(rows.device) for level in _levels(grids)]
+    for k in range(len(grids.bits)):
+        scale, low, high = (level[:, k : k + 1] for level in levels)
+        steps = torch.clamp(torch.round(values / scale), low, high)
+        sums[:, k] = _reduce((values - steps * scale).abs(), reciprocal, largest)
+    return sums
+
+
+def _binary_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
+    magnitude = rows.double().abs()
+    scale = torch.from_numpy(grids.scale).to(rows.device).double()
+    errors = [(magnitude - scale[:, k : k + 1]).abs() for k in range(len(grids.bits))]
+    return np.stack([_reduce(error, _reciprocal(magnitude), largest) for error in errors], axis=1)
+
+
+def _levels(grids: Grids) -> tuple[Floats, Floats, Floats]:
+    """Scale, and the least and greatest multiple of it, float64 (R, K)."""
+    offset = grids.zero_point.astype(np.float64)
+    return grids.scale.astype(np.float64), grids.qmin - offset, grids.qmax - offset
+
+
+def _values(rows: Tensor) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = rows.detach().float().contiguous().numpy()
+    return values
+
+
+def _reciprocal(magnitude: Tensor) -> Tensor:
+    return torch.where(magnitude > 0, 1 / magnitude, 0)
+
+
+def _reduce(error: Tensor, reciprocal: Tensor, largest: bool) -> Floats:
+    most = error.amax(1) if largest else error.new_zeros(error.shape[0])
+    parts = ((error * reciprocal).sum(1), (error * error).sum(1), most)
+    stacked: Floats = torch.stack(parts, dim=1).cpu().numpy()
+    return stacked

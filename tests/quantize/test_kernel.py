@@ -1,0 +1,136 @@
+"""The compiled and the torch path against each other and against plain sums."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpq_plugins.quantize import kernel
+from mpq_plugins.quantize.grid import Grids, minmax_grids
+from tests.quantize import oracle
+
+# Lengths around the block size and around where float32 begins, where an off-by-one would show.
+AGREEMENT = 2e-6  # the compiled path works in float32 where that is safe, in float64 elsewhere
+LENGTHS = [1, 2, 3, 7, 63, 64, 65, 1023, 1024, 1025, 2049, 4099]
+
+
+def grids_for(rows: Tensor, shared: bool, symmetric: bool = False, bits: range = range(1, 9)) -> Grids:
+    stats = kernel.row_stats(rows).merged() if shared else kernel.row_stats(rows)
+    return minmax_grids(stats, bits, symmetric)
+
+
+@pytest.fixture(params=["numba", "torch"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(kernel, "numba_available", lambda: request.param == "numba")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_both_paths_agree(length: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(3, length, generator=torch.Generator().manual_seed(length))
+    rows[0, 0] = 0.0
+    grids = grids_for(rows, shared)
+    monkeypatch.setattr(kernel, "numba_available", lambda: True)
+    compiled = kernel.error_sums(rows, grids, largest=True)
+    monkeypatch.setattr(kernel, "numba_available", lambda: False)
+    plain = kernel.error_sums(rows, grids, largest=True)
+    np.testing.assert_allclose(compiled, plain, rtol=AGREEMENT)
+
+
+@given(
+    hnp.arrays(
+        np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(-(2.0**99), 2.0**99, width=32)
+    )
+)
+def test_both_paths_agree_on_any_float(values: NDArray[np.float32]) -> None:
+    rows = torch.from_numpy(values)
+    grids = grids_for(rows, False, bits=range(2, 9))
+    compiled = kernel._numba_sums(rows, grids, True)
+    plain = kernel._torch_sums(rows, grids, True)
+    np.testing.assert_allclose(compiled, plain, rtol=AGREEMENT)
+
+
+@pytest.mark.parametrize("exponent", [-140, -120, -60, -41, -39, 0, 39, 41, 100])
+def test_any_magnitude_and_rows_the_grid_holds_exactly(exponent: int) -> None:
+    steps = torch.randint(-100, 101, (6, 501), generator=torch.Generator().manual_seed(0)).float()
+    steps[:, :2] = torch.tensor([-127.0, 127.0])
+    rows = torch.ldexp(steps, torch.tensor(exponent - 7))
+    rows[1] *= 1.01
+    rows[2, 5:300] *= 2.0**-60
+    rows[3] = 0.0
+    rows[4, 1:] = 0.0
+    rows[5, 7] += rows[5, 7] * 1e-6
+    grids = grids_for(rows, False, symmetric=True, bits=range(2, 9))
+    compiled, plain = kernel._numba_sums(rows, grids, True), kernel._torch_sums(rows, grids, True)
+    assert (plain[0, -1] == 0).all()  # 8 bits hold it exactly
+    np.testing.assert_allclose(compiled, plain, rtol=AGREEMENT)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_are_what_the_slow_loop_adds_up(route: str, seed: int) -> None:
+    rows = torch.randn(2, 301, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed * 4 - 8)
+    rows[:, ::50] = 0.0
+    for bits in range(1, 9):
+        for symmetric in (False, True):
+            grids = grids_for(rows, False, symmetric, range(bits, bits + 1))
+            sums = kernel.error_sums(rows, grids, largest=True)[:, 0]
+            for row, got in zip(rows.tolist(), sums, strict=True):
+                quantized = oracle.fake(row, bits, symmetric)
+                expected = [
+                    oracle.error(row, quantized, "relative") * len(row),
+                    oracle.error(row, quantized, "mse") * len(row),
+                    oracle.error(row, quantized, "max_abs"),
+                ]
+                np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_totals_are_the_sums_of_all_rows(route: str, length: int) -> None:
+    values = torch.randn(5, length, generator=torch.Generator().manual_seed(1))
+    grids = grids_for(values, shared=True)
+    by_row = kernel.error_sums(values, grids, largest=True)
+    np.testing.assert_allclose(
+        kernel.error_totals(values, grids, largest=True), kernel.add_sums(by_row), rtol=AGREEMENT
+    )
+
+
+def test_a_strided_matrix_is_read_right(route: str) -> None:
+    rows = torch.randn(40, 30, generator=torch.Generator().manual_seed(3))
+    grids = grids_for(rows, shared=True)
+    np.testing.assert_allclose(
+        kernel.error_sums(rows.t(), grids).sum(0), kernel.error_sums(rows, grids).sum(0), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("length", [1, 5, 2050])
+def test_row_stats(route: str, length: int) -> None:
+    rows = torch.randn(3, length, generator=torch.Generator().manual_seed(4))
+    rows[2] = -rows[2].abs()
+    stats = kernel.row_stats(rows)
+    assert stats.low.tolist() == rows.amin(1).tolist()
+    assert stats.high.tolist() == rows.amax(1).tolist()
+    np.testing.assert_allclose(stats.absolute, rows.double().abs().sum(1), rtol=1e-12)
+    np.testing.assert_allclose(stats.squared, rows.double().square().sum(1), rtol=1e-12)
+    whole = stats.merged()
+    assert (whole.low[0], whole.high[0]) == (rows.min(), rows.max())
+    np.testing.assert_allclose(whole.mean_abs, [rows.double().abs().mean()], rtol=1e-12)
+
+
+def test_row_stats_show_what_is_not_finite(route: str) -> None:
+    rows = torch.ones(3, 2050)
+    rows[1, 7] = float("nan")
+    rows[2, 9] = float("-inf")
+    assert np.isfinite(kernel.row_stats(rows).squared).tolist() == [True, False, False]
+
+
+def test_nothing_to_sum(route: str) -> None:
+    assert (
+        kernel.error_sums(torch.empty(3, 0), grids_for(torch.ones(3, 1), False)).tolist()
+        == np.zeros((3, 8, 3)).tolist()
+    )
+    assert kernel.error_totals(torch.empty(0), grids_for(torch.ones(1, 1), True)).sum() == 0
