@@ -1,10 +1,16 @@
 """mpq-plugins: decide once how many bits every layer, and every channel inside it, deserves.
 
+    table = measure(model_or_path)
+
 Importing this package imports neither torch nor an adapter; each comes with the first use of what needs it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# It shares its name with the sub-package it lives in, so it is bound here before anything else
+# can bind the sub-package; it imports torch only when called.
+from .measure import measure
 
 if TYPE_CHECKING:
     from .errors import (
@@ -18,10 +24,14 @@ if TYPE_CHECKING:
         WeightError,
     )
     from .scheme import Affine
+    from .table import LayerStats, LayerTable
+    from .weights import find_weights, iter_weights
 
 __all__ = [
     "Affine",
     "FormatError",
+    "LayerStats",
+    "LayerTable",
     "MPQError",
     "MismatchError",
     "PluginError",
@@ -29,11 +39,16 @@ __all__ = [
     "SourceError",
     "VerifyError",
     "WeightError",
+    "find_weights",
+    "iter_weights",
+    "measure",
 ]
 
 _HOMES = {
     "Affine": "scheme",
     "FormatError": "errors",
+    "LayerStats": "table",
+    "LayerTable": "table",
     "MPQError": "errors",
     "MismatchError": "errors",
     "PluginError": "errors",
@@ -41,6 +56,8 @@ _HOMES = {
     "SourceError": "errors",
     "VerifyError": "errors",
     "WeightError": "errors",
+    "find_weights": "weights",
+    "iter_weights": "weights",
 }
 
 

@@ -1,0 +1,81 @@
+"""Folding BatchNorm into the convolution before it, through torch's own fusion utilities."""
+
+import copy
+from collections import Counter
+
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from .errors import SourceError
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any module is a BatchNorm."""
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+
+
+def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
+    """Convolution name -> the BatchNorm that alone consumes its output.
+
+    A convolution with several consumers, and either module when called more than once, stays unfolded: the
+    result would be another function. Raises SourceError where torch.fx cannot trace the model.
+    """
+    if not has_batch_norm(model):
+        return {}
+    try:
+        graph = torch.fx.symbolic_trace(model).graph
+    except Exception as error:  # a user's forward may raise anything while being traced
+        raise SourceError(
+            f"{type(model).__name__}: cannot be traced to find which BatchNorm follows which convolution "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            "Measure with fold_bn=False, or per_channel, where folding changes no code."
+        ) from error
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    pairs: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or not node.args:
+            continue
+        source = node.args[0]
+        if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        conv, norm = modules[str(source.target)], modules[str(node.target)]
+        if not isinstance(conv, CONVOLUTIONS) or not isinstance(norm, BATCH_NORMS):
+            continue
+        if isinstance(conv, TRANSPOSED) and conv.groups > 1:
+            continue  # torch's fusion does not know how their channels are spread over groups
+        if calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
+            pairs[str(source.target)] = str(node.target)
+    return pairs
+
+
+def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
+    """The convolution's weight with the BatchNorm's scale in it."""
+    return _fold(conv, norm)[0].detach()
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of the model with every foldable BatchNorm folded and replaced by Identity; same layer names."""
+    model = copy.deepcopy(model)
+    for conv_name, norm_name in conv_bn_pairs(model).items():
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv.weight, conv.bias = _fold(conv, norm)
+        parent, _, own = norm_name.rpartition(".")
+        setattr(model.get_submodule(parent), own, nn.Identity())
+    return model
+
+
+def _fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    assert isinstance(conv, CONVOLUTIONS)
+    assert isinstance(norm, BATCH_NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
+        transpose=isinstance(conv, TRANSPOSED),
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""Multiply-accumulates per layer for one example input, counted by torch."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import SettingError
+
+
+def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """Module name -> multiply-accumulates of a forward pass of `example_input` (a tensor or a tuple of arguments).
+
+    A module called twice counts twice; one that multiplies nothing, such as a look-up, is not listed.
+    Raises SettingError where the model does not run on the input.
+    """
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    training = model.training
+    counter = FlopCounterMode(display=False)
+    try:
+        model.eval()
+        with torch.no_grad(), counter:
+            model(*arguments)
+    except Exception as error:
+        raise SettingError(
+            f"example_input: {type(model).__name__} does not run on it ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        model.train(training)
+    root = type(model).__name__
+    # torch counts a multiplication and an addition as two operations.
+    return {
+        path.removeprefix(root).removeprefix("."): sum(operations.values()) // 2
+        for path, operations in counter.get_flop_counts().items()
+    }

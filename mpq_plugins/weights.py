@@ -1,0 +1,266 @@
+"""Named quantizable weights of a model, a checkpoint or its shards: handles first, values one chunk at a time.
+
+From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, subclasses included.
+From a bare file, where no class can be asked: floating tensors of 2 to 5 dimensions whose name ends in
+`.weight` (so no bias, norm or statistic); 2-D is an embedding where the last part of its name says so and a
+linear layer otherwise; 3-D, 4-D and 5-D are convolutions. Whatever is left alone is listed with its reason.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import StoredTensor, layer_name, open_checkpoint
+from .errors import SettingError, SourceError, WeightError
+from .fold import conv_bn_pairs, folded_weight
+from .quantize.affine import WEIGHT_DTYPES
+from .quantize.regions import channel_rows, from_channel_rows
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Embedding: "embedding",
+}
+KIND_BY_DIMENSIONS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+EMBEDDING_NAMES = ("*embed*", "wte", "wpe", "shared")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A handle on one layer's weight. Reading happens in `rows` and `tensor`, not before.
+
+    name: the layer's, without `.weight`; channel_axis: the output axis (1 for ConvTranspose, else 0);
+    tied: other names of the same storage.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channel_axis: int
+    read_rows: Callable[[int, int], Tensor]
+    tied: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.shape[self.channel_axis]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Output channels start..stop as a matrix (stop - start, numel / channels), in the stored dtype."""
+        return self.read_rows(start, stop)
+
+    def tensor(self) -> Tensor:
+        """The whole weight in its own shape."""
+        return from_channel_rows(self.rows(0, self.channels), self.shape, self.channel_axis)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a source holds: iterate for the quantizable weights, in the source's order.
+
+    skipped: quantizable layers left out on request; left_alone: (parameter name, why) of tensors with two or
+    more dimensions that are no quantizable layer.
+    """
+
+    weights: tuple[Weight, ...]
+    skipped: tuple[str, ...]
+    left_alone: tuple[tuple[str, str], ...]
+    folded: bool
+
+    def __iter__(self) -> Iterator[Weight]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def find_weights(
+    source: nn.Module | str | Path,
+    *,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    fold_bn: bool = False,
+) -> Weights:
+    """List the quantizable weights of a module, a `.safetensors` file, a sharded directory or a torch checkpoint.
+
+    skip, only: globs on layer names. fold_bn: give conv weights with their BatchNorm folded in (modules only).
+    Raises SourceError (unreadable, or nothing quantizable), WeightError (a dtype we do not quantize),
+    SettingError (a glob that matches nothing, or folding asked of a bare file).
+    """
+    if isinstance(source, nn.Module):
+        found, left_alone = _module_weights(source, fold_bn)
+        where = type(source).__name__
+    else:
+        if fold_bn:
+            raise SettingError(
+                f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
+                "layer. Pass the module itself, or fold_bn=False."
+            )
+        found, left_alone = _stored_weights(open_checkpoint(Path(source)))
+        where = str(source)
+    kept = _select(found, skip, only, where)
+    if not kept:
+        raise SourceError(f"{where}: no quantizable weights. {_why_none(found, left_alone)}")
+    for weight in kept:
+        if weight.dtype not in WEIGHT_DTYPES:
+            raise WeightError(
+                f"layer {weight.name!r}: dtype {weight.dtype} is not allowed; float32, float16 or bfloat16. "
+                "Convert the weight, or skip the layer."
+            )
+    names = {weight.name for weight in kept}
+    skipped = tuple(weight.name for weight in found if weight.name not in names)
+    return Weights(tuple(kept), skipped, tuple(left_alone), fold_bn)
+
+
+def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (layer name, weight) one at a time; options as for find_weights."""
+    for weight in find_weights(source, **options):  # type: ignore[arg-type]  # checked there
+        yield weight.name, weight.tensor()
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """The kind of a quantizable module, or None."""
+    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
+
+
+def channel_axis_of(kind: str) -> int:
+    """The output axis of a weight: 1 for transposed convolutions (in, out/groups, ...), else 0."""
+    return 1 if kind.startswith("conv_transpose") else 0
+
+
+def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weight parameters of a model's quantizable layers by layer name, tied ones under their first name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if layer_kind(module) is None:
+            continue
+        weight = _plain_parameter(name, module)
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            found[name] = weight
+    return found
+
+
+def _module_weights(model: nn.Module, fold_bn: bool) -> tuple[list[Weight], list[tuple[str, str]]]:
+    pairs = conv_bn_pairs(model) if fold_bn else {}
+    found: dict[int, Weight] = {}
+    left_alone: list[tuple[str, str]] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = layer_kind(module)
+        if kind is None:
+            left_alone += _other_parameters(name, module)
+            continue
+        parameter = _plain_parameter(name, module)
+        known = found.get(id(parameter))
+        if known is not None:
+            found[id(parameter)] = replace(known, tied=(*known.tied, name))
+            continue
+        batch_norm = model.get_submodule(pairs[name]) if name in pairs else None
+        weight = folded_weight(module, batch_norm) if batch_norm is not None else parameter.detach()
+        found[id(parameter)] = _from_tensor(name, kind, weight)
+    return list(found.values()), left_alone
+
+
+def _plain_parameter(name: str, module: nn.Module) -> Tensor:
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
+        raise WeightError(
+            f"layer {name!r}: its weight is parametrized, lazy or on the meta device, so there is no stored value "
+            "to quantize. Remove the parametrization or materialise the weight first."
+        )
+    return weight
+
+
+def _other_parameters(name: str, module: nn.Module) -> Iterable[tuple[str, str]]:
+    for own, parameter in module.named_parameters(prefix=name, recurse=False):
+        if parameter.dim() >= 2:
+            yield own, f"{type(module).__name__} is no layer kind we quantize"
+
+
+def _stored_weights(stored: Mapping[str, StoredTensor]) -> tuple[list[Weight], list[tuple[str, str]]]:
+    found: dict[object, Weight] = {}
+    left_alone: list[tuple[str, str]] = []
+    for parameter, tensor in stored.items():
+        reason = _why_left_alone(parameter, tensor)
+        if reason is not None:
+            if len(tensor.shape) >= 2:
+                left_alone.append((parameter, reason))
+            continue
+        name = layer_name(parameter)
+        known = found.get(tensor.identity)
+        if known is not None:
+            found[tensor.identity] = replace(known, tied=(*known.tied, name))
+            continue
+        found[tensor.identity] = Weight(
+            name, _kind_by_name(name, len(tensor.shape)), tensor.shape, tensor.dtype, 0, tensor.read_rows
+        )
+    return list(found.values()), left_alone
+
+
+def _why_left_alone(parameter: str, tensor: StoredTensor) -> str | None:
+    if len(tensor.shape) not in KIND_BY_DIMENSIONS:
+        return f"{len(tensor.shape)} dimensions"
+    if not tensor.dtype.is_floating_point:
+        return f"dtype {tensor.dtype}"
+    if parameter != "weight" and not parameter.endswith(".weight"):
+        return "its name does not end in .weight"
+    return None
+
+
+def _kind_by_name(name: str, dimensions: int) -> str:
+    last = name.rpartition(".")[2]
+    if dimensions == 2 and any(fnmatchcase(last, pattern) for pattern in EMBEDDING_NAMES):
+        return "embedding"
+    return KIND_BY_DIMENSIONS[dimensions]
+
+
+def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:
+    axis = channel_axis_of(kind)
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return channel_rows(weight.narrow(axis, start, stop - start), axis)
+
+    return Weight(name, kind, tuple(weight.shape), weight.dtype, axis, read_rows)
+
+
+def _select(found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str) -> list[Weight]:
+    names = [weight.name for weight in found]
+    for option, patterns in (("skip", skip), ("only", only)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SettingError(
+                    f"{option}: {pattern!r} matches none of the {len(names)} layers of {where}; "
+                    f"names look like {', '.join(map(repr, names[:3])) or 'nothing, there are none'}"
+                )
+    return [
+        weight
+        for weight in found
+        if (not only or any(fnmatchcase(weight.name, pattern) for pattern in only))
+        and not any(fnmatchcase(weight.name, pattern) for pattern in skip)
+    ]
+
+
+def _why_none(found: Sequence[Weight], left_alone: Sequence[tuple[str, str]]) -> str:
+    if found:
+        return f"All {len(found)} layers are skipped; relax skip or only."
+    if left_alone:
+        name, reason = left_alone[0]
+        return f"{len(left_alone)} tensors were left alone, the first being {name!r}: {reason}."
+    return "It holds no tensor of two or more dimensions."

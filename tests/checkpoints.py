@@ -1,0 +1,42 @@
+"""Checkpoints for tests: sharded directories, and files that do harm."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpq_plugins.checkpoints import INDEX_NAME
+
+
+def sharded(directory: Path, state: dict[str, Tensor], shards: int = 2) -> Path:
+    """Write `state` over several safetensors files with an index, as hubs do."""
+    directory.mkdir()
+    weight_map: dict[str, str] = {}
+    names = list(state)
+    for shard in range(shards):
+        own = names[shard::shards]
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: state[name] for name in own}, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(own, file)
+    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text('{"model_type": "test"}')
+    return directory
+
+
+class Harm:
+    """Unpickling this would create the file it names."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.file}",)
+
+
+def harmful(path: Path, proof: Path, legacy: bool) -> Path:
+    """A checkpoint whose unpickling would create `proof`."""
+    torch.save({"fc.weight": torch.ones(2, 2), "x": Harm(proof)}, path, _use_new_zipfile_serialization=not legacy)
+    return path
