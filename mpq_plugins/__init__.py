@@ -1,6 +1,7 @@
 """mpq-plugins: decide once how many bits every layer, and every channel inside it, deserves.
 
     table = measure(model_or_path)
+    plan = MixQuant(qem=2.0)(table)
 
 Importing this package imports neither torch nor an adapter; each comes with the first use of what needs it.
 """
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .measure import measure
 
 if TYPE_CHECKING:
+    from .allocate.base import Allocator
+    from .allocate.mixquant import MixQuant
+    from .allocate.uniform import Uniform
     from .errors import (
         FormatError,
         MismatchError,
@@ -23,20 +27,29 @@ if TYPE_CHECKING:
         VerifyError,
         WeightError,
     )
+    from .plan import LayerChoice, Part, Plan
     from .scheme import Affine
+    from .size import PlanSize
     from .table import LayerStats, LayerTable
     from .weights import find_weights, iter_weights
 
 __all__ = [
     "Affine",
+    "Allocator",
     "FormatError",
+    "LayerChoice",
     "LayerStats",
     "LayerTable",
     "MPQError",
     "MismatchError",
+    "MixQuant",
+    "Part",
+    "Plan",
+    "PlanSize",
     "PluginError",
     "SettingError",
     "SourceError",
+    "Uniform",
     "VerifyError",
     "WeightError",
     "find_weights",
@@ -46,14 +59,21 @@ __all__ = [
 
 _HOMES = {
     "Affine": "scheme",
+    "Allocator": "allocate.base",
     "FormatError": "errors",
+    "LayerChoice": "plan",
     "LayerStats": "table",
     "LayerTable": "table",
     "MPQError": "errors",
     "MismatchError": "errors",
+    "MixQuant": "allocate.mixquant",
+    "Part": "plan",
+    "Plan": "plan",
+    "PlanSize": "size",
     "PluginError": "errors",
     "SettingError": "errors",
     "SourceError": "errors",
+    "Uniform": "allocate.uniform",
     "VerifyError": "errors",
     "WeightError": "errors",
     "find_weights": "weights",

@@ -1,0 +1,69 @@
+"""MixQuant (arXiv 2309.17341, Alg. 1): per layer the fewest bits whose error stays within QEM of the baseline's."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+
+from ..errors import SettingError
+from ..plan import Plan
+from ..scheme import Affine, check_bits
+from ..table import LayerTable
+from .base import Needs, make_plan
+
+METRICS = (
+    "relative",
+    "mse",
+    "rmse",
+    "max_abs",
+)  # sqnr_db grows as the error falls, so no bound QEM x QE fits it
+
+
+@dataclass(frozen=True)
+class MixQuant:
+    """min b in `bits` with QE(b) <= qem * QE(baseline), layer by layer; `baseline` where none qualifies.
+
+    QE is `metric`, dimensionless (`relative`) or in the weights' units (squared for `mse`). `relative` is the
+    default: each bit removed multiplies the MSE by about 4, so at the paper's own QEMs (1.1 to 3.5) MSE selects
+    nothing below 8 bits, while the paper's tables show 4- to 7-bit layers; the mean relative error (its sec. 6)
+    gives that pattern. It saturates at 1, so a large QEM suddenly sends a layer to 2 bits. `scheme` is the base
+    quantizer; None takes the table's, and another than the table's is refused.
+
+    Raises SettingError: qem not above 0, bits or baseline outside 1..8, an unknown metric; and, when called, a
+    table that lacks an error it needs.
+    """
+
+    name: ClassVar[str] = "mixquant"
+
+    qem: Annotated[float, "quantization error multiplier: how many times the baseline's error is acceptable"] = 2.0
+    metric: Annotated[str, f"which error to bound: {', '.join(METRICS)}"] = "relative"
+    bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(2, 9))
+    baseline: Annotated[int, "bit-width whose error is the yardstick"] = 8
+    scheme: Affine | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.qem, int | float) and math.isfinite(self.qem) and self.qem > 0):
+            raise SettingError(f"qem: {self.qem!r} is not allowed; a number above 0 (the paper uses 1.1 to 3.5)")
+        object.__setattr__(self, "qem", float(self.qem))  # 2 and 2.0 make the same plan, to the byte
+        if self.metric not in METRICS:
+            raise SettingError(f"metric: {self.metric!r} is not allowed; {', '.join(METRICS)}")
+        if not self.bits:
+            raise SettingError("bits: none given; one or more of 1 to 8")
+        object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
+        check_bits(self.baseline, "baseline")
+
+    @property
+    def needs(self) -> Needs:
+        """Errors at the candidates and the baseline."""
+        return Needs(tuple(sorted({*self.bits, self.baseline})), (self.metric,))
+
+    def __call__(self, table: LayerTable) -> Plan:
+        """The plan for a measured table."""
+        if self.scheme not in (None, table.scheme):
+            raise SettingError(f"scheme: {self.scheme} is not what the table was measured with ({table.scheme})")
+        errors = table.errors(self.metric, (*self.bits, self.baseline))
+        within = errors[:, :-1] <= self.qem * errors[:, -1:]
+        fewest = np.where(within.any(axis=1), np.array(self.bits)[within.argmax(axis=1)], self.baseline)
+        names = [layer.name for layer in table.layers]
+        return make_plan(table, self, dict(zip(names, fewest.tolist(), strict=True)))

@@ -1,0 +1,30 @@
+"""The same bits everywhere: what every other plan has to beat at equal size."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from ..plan import Plan
+from ..scheme import check_bits
+from ..table import LayerTable
+from .base import Needs, make_plan
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """`bits` for every layer. Raises SettingError outside 1..8."""
+
+    name: ClassVar[str] = "uniform"
+
+    bits: Annotated[int, "bit-width of every layer"] = 8
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    @property
+    def needs(self) -> Needs:
+        """The error at its own bit-width, to be shown beside the plan."""
+        return Needs((self.bits,))
+
+    def __call__(self, table: LayerTable) -> Plan:
+        """The plan for a table."""
+        return make_plan(table, self, {layer.name: self.bits for layer in table.layers})

@@ -1,0 +1,100 @@
+"""Honest size of a plan: the codes alone, which papers quote, and everything a file must hold."""
+
+import math
+from dataclasses import dataclass
+
+from .errors import SettingError
+from .plan import LayerChoice, Plan
+from .scheme import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """Bits of one layer, by what they are spent on. Zero points are codes, so they take b bits each."""
+
+    numel: int
+    codes: int
+    scales: int
+    zero_points: int
+    part_map: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.codes + self.scales + self.zero_points + self.part_map
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """Sizes in bits and bytes of the planned layers; biases, norms and skipped layers are not counted."""
+
+    layers: dict[str, LayerSize]
+
+    @property
+    def numel(self) -> int:
+        """Number of planned weights."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def weights_only_bits(self) -> int:
+        """Bits of the codes alone."""
+        return sum(layer.codes for layer in self.layers.values())
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of codes, scales, zero points and channel-to-part maps."""
+        return sum(layer.total for layer in self.layers.values())
+
+    @property
+    def weights_only_bytes(self) -> int:
+        """Bytes of the codes alone, rounded up."""
+        return math.ceil(self.weights_only_bits / 8)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything, rounded up."""
+        return math.ceil(self.total_bits / 8)
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of the codes per weight."""
+        return self.weights_only_bits / max(1, self.numel)
+
+    @property
+    def total_average_bits(self) -> float:
+        """Bits of everything per weight."""
+        return self.total_bits / max(1, self.numel)
+
+    @property
+    def against_fp32(self) -> float:
+        """How many times smaller, in total, than the same weights in 32 bits."""
+        return 32 * self.numel / max(1, self.total_bits)
+
+    @property
+    def against_int8(self) -> float:
+        """How many times smaller, in total, than the same weights in 8 bits without scales."""
+        return 8 * self.numel / max(1, self.total_bits)
+
+
+def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
+    """Size of every layer: codes numel x b, scales, zero points (asymmetric), the channel-to-part map.
+
+    scale_bits: 32 or 16. Raises SettingError on another.
+    """
+    if scale_bits not in FLOAT_BITS:
+        raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32")
+    return PlanSize({layer.name: _layer_size(layer, scale_bits) for layer in plan.layers})
+
+
+def _layer_size(layer: LayerChoice, scale_bits: int) -> LayerSize:
+    scales = zero_points = 0
+    for part in layer.groups:
+        if part.bits in FLOAT_BITS:
+            continue
+        count = layer.scheme.scale_count(layer.shape, layer.channel_axis, len(part.channels), layer.name)
+        scales += count * scale_bits
+        # Binary weights are +-scale: nothing to offset.
+        zero_points += 0 if layer.scheme.symmetric or part.bits == 1 else count * part.bits
+    part_count = len(layer.groups)
+    part_map = layer.channels * math.ceil(math.log2(part_count)) if part_count > 1 else 0
+    return LayerSize(layer.numel, layer.code_bits, scales, zero_points, part_map)

@@ -1,0 +1,47 @@
+"""Plans for tests, plain and with parts."""
+
+from hypothesis import strategies as st
+
+from mpq_plugins import Affine, LayerChoice, Part, Plan
+from mpq_plugins.plan import AllocatorRecord
+
+SCHEMES = [
+    Affine(),
+    Affine(symmetric=True),
+    Affine(granularity="per_channel"),
+    Affine(granularity="per_channel", symmetric=True, range="mse"),
+    Affine(granularity="per_group", group_size=2),
+]
+
+
+def plan_of(*layers: LayerChoice, fold_bn: bool = False) -> Plan:
+    """A plan made by hand."""
+    record = AllocatorRecord(name="hand", parameters={})
+    return Plan(made_with={}, allocator=record, model="sha256:test", fold_bn=fold_bn, layers=layers)
+
+
+def linear(name: str, out: int, inputs: int, scheme: Affine, bits: int | dict[int, tuple[int, ...]]) -> LayerChoice:
+    """A linear layer with bits, or with parts bits -> channels."""
+    parts = tuple(Part(bits=b, channels=c) for b, c in bits.items()) if isinstance(bits, dict) else None
+    return LayerChoice(
+        name=name, kind="linear", shape=(out, inputs), channel_axis=0, numel=out * inputs,
+        bits=None if isinstance(bits, dict) else bits, parts=parts, scheme=scheme,
+    )  # fmt: skip
+
+
+@st.composite
+def layers(draw: st.DrawFn, name: str = "fc") -> LayerChoice:
+    """Any valid linear layer."""
+    out, inputs = draw(st.integers(1, 12)), draw(st.sampled_from([2, 4, 6]))
+    scheme = draw(st.sampled_from(SCHEMES))
+    if draw(st.booleans()):
+        return linear(name, out, inputs, scheme, draw(st.sampled_from([1, 2, 4, 8, 16, 32])))
+    widths = draw(st.lists(st.sampled_from([1, 2, 3, 8, 16]), min_size=out, max_size=out))
+    return linear(name, out, inputs, scheme, {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)})
+
+
+plans = (
+    st.integers(1, 4)
+    .flatmap(lambda n: st.tuples(*(layers(f"block.{i}") for i in range(n))))
+    .map(lambda ls: plan_of(*ls))
+)

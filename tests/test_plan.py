@@ -1,0 +1,151 @@
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+
+from mpq_plugins import Affine, MixQuant, Part, Plan, measure, plan
+from mpq_plugins.errors import FormatError, SettingError
+from tests.nets import conv_net, tied_net
+from tests.plans import linear, plan_of, plans
+
+SCHEMA = json.loads((files("mpq_plugins") / "plan.schema.json").read_text())
+
+
+@given(plans)
+def test_json_round_trips_and_obeys_the_shipped_schema(made: Plan) -> None:
+    text = made.to_json()
+    document = json.loads(text)
+    assert Plan.from_document(document, "test") == made
+    assert Plan.from_document(document, "test").to_json() == text
+    jsonschema.validate(document, SCHEMA)
+
+
+def test_the_shipped_schema_is_the_models() -> None:
+    assert Plan.model_json_schema() == SCHEMA, "run: python -m mpq_plugins.plan > mpq_plugins/plan.schema.json"
+
+
+def test_a_file_is_readable_one_line_a_layer(tmp_path: Path) -> None:
+    made = MixQuant()(measure(tied_net()))
+    made.save(tmp_path / "plan.json")
+    lines = (tmp_path / "plan.json").read_text().splitlines()
+    assert sum('"name": "embed"' in line and '"bits"' in line and '"tied": ["lm_head"]' in line for line in lines) == 1
+    assert Plan.load(tmp_path / "plan.json") == made
+
+
+def test_channels_are_written_as_runs() -> None:
+    made = plan_of(linear("fc", 8, 2, Affine(), {2: (0, 1, 2, 6), 8: (3, 4, 5, 7)}))
+    assert '"channels": "0-2,6"' in made.to_json()
+    assert Part(bits=2, channels="0-2,6").channels == (0, 1, 2, 6)  # type: ignore[arg-type]
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = json.loads(plan_of(linear("fc", 4, 2, Affine(), 4)).to_json())
+    for path, value in changes.items():
+        target: Any = base
+        *parents, last = path.split("__")
+        for key in parents:
+            target = target[int(key) if key.isdecimal() else key]
+        if value is ...:
+            del target[last]
+        else:
+            target[last] = value
+    return base
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, r"plan version 2, and this mpq-plugins reads up to 1\. Upgrade it"),
+        ({"version": 0}, "version: 0 is not allowed"),
+        ({"version": "1"}, "version: '1' is not allowed"),
+        ({"format": "onnx"}, "not a plan"),
+        ({"layers__0__bits": 9}, r"layers\[0\]\.bits: 9 is not allowed; 1 to 8"),
+        ({"layers__0__bits": 0}, r"layers\[0\]\.bits: 0 is not allowed; 1 to 8"),
+        ({"layers__0__bits": 4.0}, r"layers\[0\]\.bits: "),
+        ({"layers__0__bits": True}, r"layers\[0\]\.bits: "),
+        ({"layers__0__bits": ...}, r"layers\[0\]: layer 'fc': give either bits or parts"),
+        ({"layers__0__parts": [{"bits": 2, "channels": "0-3"}]}, "give either bits or parts"),
+        ({"layers__0__numel": 9}, r"numel 9 and channel_axis 0 do not fit shape \(4, 2\)"),
+        ({"layers__0__channel_axis": 2}, "channel_axis 2 do not fit"),
+        ({"layers__0__scheme__granularity": "per_row"}, r"granularity"),
+        ({"layers__0__scheme__rang": "mse"}, r"rang"),
+        ({"layers__0__colour": "red"}, r"layers\[0\]\.colour"),
+        ({"fold_bn": ...}, "fold_bn"),
+        ({"activation_bits": 0}, "activation_bits"),
+    ],
+)
+def test_a_damaged_plan_names_file_field_and_value(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document(**changes)))
+    with pytest.raises(FormatError, match=message) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"bits": 2, "channels": "0-2"}],
+        [{"bits": 2, "channels": "0-3"}, {"bits": 4, "channels": "3"}],
+        [{"bits": 2, "channels": "0-4"}],
+        [{"bits": 2, "channels": "1,0"}, {"bits": 3, "channels": "2-3"}],
+        [{"bits": 2, "channels": "0-3"}, {"bits": 4, "channels": []}],
+        [{"bits": 2, "channels": "0-x"}],
+    ],
+)
+def test_parts_cover_every_channel_once(parts: list[dict[str, Any]]) -> None:
+    damaged = document(layers__0__bits=...)
+    damaged["layers"][0]["parts"] = parts
+    with pytest.raises(FormatError, match=r"parts must cover|is no channel"):
+        Plan.from_document(damaged, "plan.json")
+
+
+def test_a_layer_named_twice_is_refused() -> None:
+    twice = document()
+    twice["layers"] *= 2
+    with pytest.raises(FormatError, match="'fc' appears more than once"):
+        Plan.from_document(twice, "plan.json")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '"plan"', "null"])
+def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(FormatError, match=r"not JSON|not a plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="cannot read it"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_older_versions_migrate_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "PLAN_VERSION", 3)
+    monkeypatch.setitem(plan.MIGRATIONS, 1, lambda old: old | {"version": 2, "fold_bn": True})
+    # The model itself still says 1, so the last step brings the document back to it.
+    monkeypatch.setitem(plan.MIGRATIONS, 2, lambda old: old | {"version": 1})
+    assert Plan.from_document(document(), "plan.json").fold_bn is True
+
+
+def test_diff_lists_what_changed_and_what_only_one_has() -> None:
+    before = plan_of(*(linear(name, 4, 2, Affine(), 4) for name in ("a", "b", "c")))
+    after = plan_of(*(linear(name, 4, 2, Affine(), bits) for name, bits in (("a", 4), ("b", 3), ("d", 4))))
+    found = {d.name: (d.before and d.before.bits, d.after and d.after.bits) for d in before.diff(after)}
+    assert found == {"b": (4, 3), "c": (4, None), "d": (None, 4)}
+    assert before.diff(before) == ()
+
+
+def test_activation_bits_are_checked() -> None:
+    made = plan_of(linear("fc", 4, 2, Affine(), 4))
+    assert made.with_activation_bits(8).activation_bits == 8
+    with pytest.raises(SettingError, match="activation_bits: 0 is not allowed"):
+        made.with_activation_bits(0)
+
+
+def test_two_runs_give_the_same_bytes() -> None:
+    assert MixQuant()(measure(conv_net())).to_json() == MixQuant()(measure(conv_net())).to_json()
