@@ -2,6 +2,8 @@
 
     table = measure(model_or_path)
     plan = MixQuant(qem=2.0)(table)
+    quantized = apply(model, plan)
+    verify(quantized, plan)
 
 Importing this package imports neither torch nor an adapter; each comes with the first use of what needs it.
 """
@@ -9,8 +11,9 @@ Importing this package imports neither torch nor an adapter; each comes with the
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# It shares its name with the sub-package it lives in, so it is bound here before anything else
-# can bind the sub-package; it imports torch only when called.
+# These two share their names with the sub-packages they live in, so they are bound here before anything else
+# can bind the sub-package; both import torch only when called.
+from .apply import apply, verify
 from .measure import measure
 
 if TYPE_CHECKING:
@@ -52,9 +55,11 @@ __all__ = [
     "Uniform",
     "VerifyError",
     "WeightError",
+    "apply",
     "find_weights",
     "iter_weights",
     "measure",
+    "verify",
 ]
 
 _HOMES = {

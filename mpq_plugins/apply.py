@@ -1,0 +1,117 @@
+"""Simulated quantization of a model by a plan, and the proof that the model holds what the plan says.
+
+torch is imported when a function runs, not with the package.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import VerifyError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .plan import LayerChoice, Part, Plan
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class PartCheck:
+    """One part of one layer: the most different values any of its regions holds, and how many it may hold."""
+
+    layer: str
+    bits: int
+    channels: int
+    values: int
+    allowed: int
+
+
+def apply(model: "nn.Module", plan: "Plan") -> "nn.Module":
+    """A copy of the model whose weights are quantized and dequantized as the plan says; the model is unchanged.
+
+    A plan measured with BatchNorm folded in gives a folded copy. Biases, norms and skipped layers keep their
+    values; activations stay in floating point, with a warning where the plan has bits for them. Raises
+    MismatchError (other layers or shapes) and WeightError (NaN or infinity).
+    """
+    import copy
+
+    import torch
+
+    from .fold import fold_batch_norm
+    from .match import match
+    from .simulate import simulate
+    from .weights import quantizable_weights
+
+    match(plan, model).require(type(model).__name__)
+    if plan.activation_bits is not None:
+        warnings.warn(
+            f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
+            stacklevel=2,
+        )
+    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    choices = _choices(plan)
+    with torch.no_grad():
+        for name, weight in quantizable_weights(quantized).items():
+            if name in choices:
+                weight.copy_(simulate(weight, choices[name]))
+    return quantized
+
+
+def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None) -> tuple[PartCheck, ...]:
+    """Prove that a model holds what the plan says: right layers, none missing, none extra, few enough values.
+
+    Every region that shares a scale may hold at most 2^b different values (2^b - 1 symmetric, 2 at one bit).
+    With `original`, the float model, every weight must also equal, to the bit, what `apply` makes of it, and
+    skipped layers must be untouched. Returns one check per part; raises VerifyError listing what is wrong.
+    """
+    from .weights import quantizable_weights
+
+    weights = quantizable_weights(model)
+    choices = _choices(plan)
+    present = {choices[name].name for name in weights if name in choices}
+    problems = [f"{layer.name!r} is missing" for layer in plan.layers if layer.name not in present]
+    expected = _expected(original, plan) if original is not None else {}
+    checks: list[PartCheck] = []
+    for name, weight in weights.items():
+        if name not in choices:
+            if name not in plan.skipped:
+                problems.append(f"{name!r} is not in the plan")
+        elif tuple(weight.shape) != choices[name].shape:
+            problems.append(f"{name!r} has shape {list(weight.shape)}, the plan {list(choices[name].shape)}")
+        else:
+            own = [_check_part(weight, choices[name], part) for part in choices[name].groups if part.bits <= 8]
+            problems += [_too_many(check) for check in own if check.values > check.allowed]
+            checks += own
+        if original is not None and not (name in expected and expected[name].equal(weight)):
+            problems.append(f"{name!r} differs from what the plan makes of the original")
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise VerifyError(f"{type(model).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
+    return tuple(checks)
+
+
+def _choices(plan: "Plan") -> "dict[str, LayerChoice]":
+    return {name: layer for layer in plan.layers for name in (layer.name, *layer.tied)}
+
+
+def _expected(original: "nn.Module", plan: "Plan") -> "dict[str, Tensor]":
+    from .weights import quantizable_weights
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about activations, which are not compared here
+        simulated = apply(original, plan)
+    return quantizable_weights(simulated)
+
+
+def _check_part(weight: "Tensor", choice: "LayerChoice", part: "Part") -> PartCheck:
+    from .simulate import most_distinct_values
+
+    values = most_distinct_values(weight, choice, part.channels)
+    narrow = choice.scheme.symmetric and part.bits > 1
+    return PartCheck(choice.name, part.bits, len(part.channels), values, 2**part.bits - narrow)
+
+
+def _too_many(check: PartCheck) -> str:
+    return f"{check.layer!r} has {check.values} values where {check.bits} bits allow {check.allowed}"

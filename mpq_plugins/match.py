@@ -1,0 +1,85 @@
+"""Does a plan fit a source: the same layers, the same shapes, the same weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from .errors import MismatchError
+from .fingerprint import fingerprint
+from .plan import LayerChoice, Plan
+from .weights import Weight, Weights, find_weights
+
+SHOWN = 5  # names listed in an error before it turns to counting
+
+
+@dataclass(frozen=True)
+class Match:
+    """problems: why the plan cannot be used here; notes: what a careful user wants to know all the same."""
+
+    layers: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def require(self, where: str) -> None:
+        """Raise MismatchError where there are problems."""
+        if self.problems:
+            raise MismatchError(f"{where}: the plan was made for another model. {' '.join(self.problems)}")
+
+
+def match(plan: Plan, source: nn.Module | str | Path) -> Match:
+    """Compare a plan with the layers of a module or checkpoint. Raises SourceError where it cannot be read."""
+    module = isinstance(source, nn.Module)
+    found = find_weights(source, fold_bn=plan.fold_bn and module)
+    problems = _problems(plan, found)
+    if plan.fold_bn and not module:
+        problems.append(
+            "It was measured with BatchNorm folded in, and a checkpoint file cannot be folded: use the module, "
+            "or measure the file itself."
+        )
+    notes = [] if problems else _notes(plan, found)
+    return Match(len(plan.layers), tuple(problems), tuple(notes))
+
+
+def _problems(plan: Plan, found: Weights) -> list[str]:
+    present = {name: weight for weight in found for name in (weight.name, *weight.tied)}
+    planned = {name for layer in plan.layers for name in (layer.name, *layer.tied)}
+    missing = [name for name in (*plan.by_name, *plan.skipped) if name not in present]
+    extra = [w.name for w in found if not planned.intersection((w.name, *w.tied)) and w.name not in plan.skipped]
+    shapes = [
+        f"{name!r} {list(layer.shape)} in the plan, {list(present[name].shape)} here"
+        for name, layer in plan.by_name.items()
+        if name in present and layer.shape != present[name].shape
+    ]
+    axes = [name for name, layer in plan.by_name.items() if name in present and not _same_axis(layer, present[name])]
+    problems = []
+    if missing:
+        problems.append(f"Missing here: {_some([repr(name) for name in missing])}.")
+    if extra:
+        problems.append(f"Here but not in the plan: {_some([repr(name) for name in extra])}.")
+    if shapes:
+        problems.append(f"Other shapes: {_some(shapes)}.")
+    if axes:
+        problems.append(
+            f"Planned along another channel axis: {_some([repr(name) for name in axes])}; a bare file does not say "
+            "that a convolution is transposed, so measure the module."
+        )
+    return problems
+
+
+def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
+    if layer.channel_axis == weight.channel_axis or layer.shape != weight.shape:
+        return True  # another shape is reported as such
+    return layer.scheme.granularity == "per_tensor" and layer.parts is None
+
+
+def _notes(plan: Plan, found: Weights) -> list[str]:
+    planned = {name for layer in plan.layers for name in (layer.name, *layer.tied)}
+    if fingerprint(weight for weight in found if weight.name in planned) == plan.model:
+        return []
+    return ["The layers are the plan's, their weights are not those it was made from (trained further, or folded)."]
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more

@@ -1,0 +1,145 @@
+"""A checkpoint in, the same checkpoint with fake-quantized weights out, in the same format."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .checkpoints import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    common_prefix,
+    find_state_dict,
+    layer_name,
+    load_torch,
+    shard_files,
+    storage_identity,
+)
+from .errors import SettingError, SourceError
+from .files import atomic_path
+from .match import match
+from .plan import LayerChoice, Plan
+from .simulate import simulate
+
+Progress = Callable[[str, int, int], None]
+
+
+def rewrite(source: Path, plan: Plan, target: Path, progress: Progress | None = None) -> None:
+    """Write `source` with the plan's weights to `target`: a file as a file, a sharded directory as a directory.
+
+    Everything else in the checkpoint (biases, norms, skipped layers, metadata, a directory's other files) is
+    carried over. Raises MismatchError for a plan made for another model, SettingError for a target of another
+    format, SourceError where reading or writing fails; nothing is left half written.
+    """
+    match(plan, source).require(str(source))
+    _check_target(source, target)
+    choices = {name: layer for layer in plan.layers for name in (layer.name, *layer.tied)}
+    quantizer = _Quantizer(choices, sum(layer.numel for layer in plan.layers), progress)
+    if source.is_dir():
+        _rewrite_directory(source, target, quantizer)
+    elif source.suffix == ".safetensors":
+        with atomic_path(target) as temporary:
+            _rewrite_safetensors(source, temporary, quantizer, _prefix([source]))
+    else:
+        _rewrite_torch(source, target, quantizer)
+    quantizer.finish()
+
+
+class _Quantizer:
+    """Quantizes the planned parameters among those it is shown, and reports progress in weights."""
+
+    def __init__(self, choices: Mapping[str, LayerChoice], total: int, progress: Progress | None) -> None:
+        self.choices, self.total, self.progress, self.done = choices, total, progress, 0
+
+    def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
+        choice = self.choices.get(layer_name(parameter)) if parameter.endswith("weight") else None
+        if choice is None:
+            return tensor
+        if self.progress is not None:
+            self.progress(choice.name, self.done, self.total)
+        self.done += choice.numel
+        return simulate(tensor, choice)
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.progress("", self.total, self.total)
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if target.resolve() == source.resolve():
+        raise SettingError(f"output: {target} is the source itself; name another path")
+    if source.is_dir():
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise SettingError(f"output: {target} exists; the source is a directory, so name a new or empty one")
+        return
+    if target.is_dir():
+        raise SettingError(f"output: {target} is a directory; the source is a file, so name a file")
+    if (source.suffix == ".safetensors") != (target.suffix == ".safetensors"):
+        raise SettingError(f"output: {target} should end in {source.suffix}, the format of the source")
+
+
+def _rewrite_safetensors(source: Path, target: Path, quantizer: _Quantizer, prefix: str) -> None:
+    with safe_open(source, framework="pt") as file:
+        tensors = {
+            name: quantizer(name.removeprefix(prefix), file.get_tensor(name)).contiguous()
+            for name in file.offset_keys()
+        }
+        save_file(tensors, target, file.metadata())
+
+
+def _rewrite_torch(source: Path, target: Path, quantizer: _Quantizer) -> None:
+    content = load_torch(source)
+    state = find_state_dict(content, source)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    prefix = common_prefix(tensors)
+    written: dict[object, Tensor] = {}
+    for name, tensor in tensors.items():
+        key = storage_identity(name, tensor)
+        if key not in written:  # tied weights stay tied
+            written[key] = quantizer(name.removeprefix(prefix), tensor)
+        state[name] = written[key]
+    with atomic_path(target) as temporary:
+        torch.save(content, temporary)
+
+
+def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
+    indexed = (source / INDEX_NAME).is_file()
+    shards = list(shard_files(source)) if indexed else [SINGLE_NAME]
+    prefix = _prefix([source / shard for shard in shards])
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise SourceError(f"{target}: cannot write there ({error.strerror}). Choose another path.") from error
+    try:
+        for shard in shards:
+            (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
+            _rewrite_safetensors(source / shard, temporary / shard, quantizer, prefix)
+        _copy_others(source, temporary, {*shards})
+        temporary.chmod(source.stat().st_mode & 0o777)
+        temporary.replace(target)
+    except OSError as error:
+        raise SourceError(f"{target}: cannot write it ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_others(source: Path, target: Path, written: set[str]) -> None:
+    """Configuration, tokenizer, index: whatever else makes the directory a model."""
+    for path in source.rglob("*"):
+        relative = path.relative_to(source)
+        if path.is_file() and str(relative) not in written and path.suffix not in (".safetensors", ".bin", ".pt"):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)
+
+
+def _prefix(files: Iterable[Path]) -> str:
+    names: list[str] = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return common_prefix(names)

@@ -1,0 +1,42 @@
+"""One layer's weight as its choice in a plan leaves it: quantized and dequantized, part by part."""
+
+from torch import Tensor
+
+from .plan import LayerChoice
+from .quantize.affine import check_weight, fake_quantize
+from .quantize.regions import channel_rows
+from .scheme import FLOAT_BITS
+
+
+def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:
+    """The weight the plan promises, in its own dtype and shape; at 16 or 32 bits the weight itself.
+
+    Each part is quantized by itself: under per_tensor a part has its own scale. Raises WeightError for NaN or
+    infinity.
+    """
+    check_weight(weight, choice.name)
+    if choice.bits is not None:
+        return _part(weight, choice.bits, choice)
+    result = weight.detach().clone()
+    axis = choice.channel_axis
+    for part in choice.groups:
+        index = weight.new_tensor(part.channels).long()
+        result.index_copy_(axis, index, _part(weight.detach().index_select(axis, index), part.bits, choice))
+    return result
+
+
+def _part(weight: Tensor, bits: int, choice: LayerChoice) -> Tensor:
+    if bits in FLOAT_BITS:
+        return weight.detach().clone()
+    return fake_quantize(weight, bits, choice.scheme, channel_axis=choice.channel_axis, layer=choice.name)
+
+
+def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: tuple[int, ...]) -> int:
+    """The most different values any one region of these channels holds."""
+    axis = choice.channel_axis
+    rows = channel_rows(weight.detach().index_select(axis, weight.new_tensor(channels).long()), axis)
+    if rows.numel() == 0:
+        return 0
+    regions = choice.scheme.scale_count(choice.shape, axis, len(channels), choice.name)
+    ordered = rows.float().reshape(regions, -1).sort(dim=1).values
+    return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1

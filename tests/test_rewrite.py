@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mpq_plugins import Affine, MixQuant, Plan, Uniform, measure, verify
+from mpq_plugins.checkpoints import INDEX_NAME, load_torch
+from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.quantize.affine import fake_quantize
+from mpq_plugins.rewrite import rewrite
+from tests.checkpoints import sharded
+from tests.nets import conv_net, tied_net
+
+
+def planned(path: Path) -> Plan:
+    return MixQuant(qem=3)(measure(path, Affine(granularity="per_channel")))
+
+
+def check_state(after: dict[str, Tensor], before: dict[str, Tensor], plan: Plan) -> None:
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        layer = plan.by_name.get(name.removeprefix("module.").removesuffix(".weight"))
+        expected = tensor if layer is None or layer.bits is None else fake_quantize(tensor, layer.bits, layer.scheme)
+        assert after[name].equal(expected)
+        assert after[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_safetensors_in_safetensors_out(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in conv_net().state_dict().items() if value.is_floating_point()}
+    save_file(state, tmp_path / "in.safetensors", {"format": "pt", "note": "kept"})
+    plan = planned(tmp_path / "in.safetensors")
+    rewrite(tmp_path / "in.safetensors", plan, tmp_path / "out.safetensors")
+    out = load_file(tmp_path / "out.safetensors")
+    check_state({name: out[name] for name in state}, state, plan)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+
+
+def test_a_directory_in_a_directory_out(tmp_path: Path) -> None:
+    state = {f"layers.{i}.weight": torch.randn(8, 4) for i in range(5)} | {"norm.weight": torch.ones(4)}
+    source = sharded(tmp_path / "in", state)
+    plan = planned(source)
+    rewrite(source, plan, tmp_path / "out")
+    weight_map = json.loads((tmp_path / "out" / INDEX_NAME).read_text())["weight_map"]
+    after = {name: load_file(tmp_path / "out" / shard)[name] for name, shard in weight_map.items()}
+    check_state({name: after[name] for name in state}, state, plan)
+    assert (tmp_path / "out" / "config.json").read_text() == (source / "config.json").read_text()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in source.iterdir())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_torch_checkpoint_keeps_its_other_contents_prefixes_and_ties(tmp_path: Path, legacy: bool) -> None:
+    net = tied_net()
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    content = {"epoch": 7, "state_dict": state, "best": 0.5}
+    torch.save(content, tmp_path / "in.pth", _use_new_zipfile_serialization=not legacy)
+    plan = Uniform(bits=3)(measure(tmp_path / "in.pth", bits=(3,)))
+    rewrite(tmp_path / "in.pth", plan, tmp_path / "out.pth")
+    out = load_torch(tmp_path / "out.pth")
+    assert (out["epoch"], out["best"], list(out["state_dict"])) == (7, 0.5, list(state))
+    embed, head = out["state_dict"]["module.embed.weight"], out["state_dict"]["module.lm_head.weight"]
+    assert embed.data_ptr() == head.data_ptr()
+    net.load_state_dict({name.removeprefix("module."): value for name, value in out["state_dict"].items()})
+    verify(net, plan, original=tied_net())
+
+
+def test_a_plan_for_another_model_touches_nothing(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "in.safetensors")
+    plan = Uniform(bits=4)(measure(conv_net(), bits=(4,), fold_bn=False))
+    (tmp_path / "out.safetensors").write_text("precious")
+    with pytest.raises(MismatchError, match="another model"):
+        rewrite(tmp_path / "in.safetensors", plan, tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_text() == "precious"
+
+
+def test_targets_of_another_format_are_refused(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.randn(4, 4)}, tmp_path / "in.safetensors")
+    plan = Uniform(bits=4)(measure(tmp_path / "in.safetensors", bits=(4,)))
+    for target, message in (
+        ("out.pth", r"should end in \.safetensors"),
+        ("in.safetensors", "is the source itself"),
+        ("", "is a directory"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            rewrite(tmp_path / "in.safetensors", plan, tmp_path / target)
+    directory = sharded(tmp_path / "shards", {"fc.weight": torch.randn(4, 4)}, 1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(SettingError, match="name a new or empty one"):
+        rewrite(directory, plan, tmp_path / "full")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_an_interruption_leaves_the_old_and_no_rubbish(tmp_path: Path, kind: str) -> None:
+    state = {"a.weight": torch.randn(4, 4), "b.weight": torch.randn(4, 4)}
+    if kind == "file":
+        source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+        save_file(state, source)
+        target.write_text("old")
+    else:
+        source, target = sharded(tmp_path / "in", state), tmp_path / "out"
+    plan = Uniform(bits=4)(measure(source, bits=(4,)))
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rewrite(source, plan, target, interrupt)
+    assert sorted(tmp_path.iterdir()) == before
+    assert kind == "directory" or target.read_text() == "old"
