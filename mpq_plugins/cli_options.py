@@ -1,0 +1,134 @@
+"""An allocator's fields as command-line options, so that a plugin's allocator gets its own without a line here."""
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+
+from . import registry
+from .errors import PluginError, SettingError
+
+DEFAULT_ALLOCATOR = "mixquant"
+ALLOCATOR_KEY = "mpq_plugins.allocator"
+FIELDS_KEY = "mpq_plugins.fields"
+SCALARS = (int, float, str)
+
+
+class IntegerList(click.ParamType[tuple[int, ...]]):
+    """`2-8`, `4,8` or `2-4,8` as a tuple of integers."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse, or fail naming the option."""
+        if isinstance(value, tuple):
+            return value
+        numbers: list[int] = []
+        for run in str(value).split(","):
+            first, dash, last = run.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                self.fail(f"{value!r} is no list of integers; write 2-8 or 4,8", param, ctx)
+            numbers.extend(range(int(first), int(last if dash else first) + 1))
+        return tuple(numbers)
+
+
+class AllocatorCommand(click.Command):
+    """A command whose options include the fields of the allocator that --allocator names."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Look the allocator up first, for it decides which options there are."""
+        name = _named_allocator(args)
+        allocator = registry.load("allocators", name)
+        ctx.meta[ALLOCATOR_KEY] = allocator
+        taken = {option for parameter in self.params for option in parameter.opts}
+        ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, then the allocator's."""
+        own = super().get_params(ctx)
+        return [*own[:-1], *ctx.meta.get(FIELDS_KEY, ()), own[-1]]
+
+
+def allocators_from(ctx: click.Context, values: dict[str, Any], scheme: Any) -> list[Any]:
+    """The allocators the options describe: one, or one per combination where options were repeated."""
+    allocator = ctx.meta[ALLOCATOR_KEY]
+    options: list[click.Parameter] = ctx.meta[FIELDS_KEY]
+    names = [str(option.name) for option in options]
+    choices: list[Sequence[Any]] = []
+    for option, name in zip(options, names, strict=True):
+        given = values[name]
+        if not option.multiple:
+            given = () if given is None else (given,)
+        choices.append(given or (_UNSAID,))
+    fixed = {"scheme": scheme} if any(field.name == "scheme" for field in dataclasses.fields(allocator)) else {}
+    made = []
+    for combination in itertools.product(*choices):
+        said = {name: value for name, value in zip(names, combination, strict=True) if value is not _UNSAID}
+        try:
+            made.append(allocator(**fixed, **said))
+        except TypeError as error:
+            raise SettingError(f"allocator {allocator.name!r}: {error}") from error
+    return made
+
+
+_UNSAID = object()
+
+
+def _named_allocator(args: Sequence[str]) -> str:
+    for position, argument in enumerate(args):
+        if argument in ("--allocator", "-a") and position + 1 < len(args):
+            return args[position + 1]
+        if argument.startswith("--allocator="):
+            return argument.partition("=")[2]
+    return DEFAULT_ALLOCATOR
+
+
+def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click.Option]:
+    if not dataclasses.is_dataclass(allocator):
+        raise PluginError(f"allocators: {name!r} is no dataclass, so it has no fields to turn into options")
+    hints = typing.get_type_hints(allocator, include_extras=True)
+    for field in dataclasses.fields(allocator):
+        if not field.init or field.name == "scheme":  # the shared scheme options give it
+            continue
+        kind, help_text = _describe(hints[field.name])
+        option = f"--{field.name.replace('_', '-')}"
+        if option in taken:
+            raise PluginError(f"allocators: {name!r} has a field {field.name!r}, but {option} is the command's own")
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        default = "" if required else f"default {_shown(field.default)}"
+        text = "; ".join(part for part in (help_text, "required" if required else default) if part)
+        if kind is bool:
+            yield click.Option(
+                [f"{option}/--no-{option[2:]}"], default=None, required=required, help=f"[{name}] {text}"
+            )
+        elif kind in SCALARS:
+            yield click.Option([option], type=kind, multiple=True, required=required, help=f"[{name}] {text}")
+        elif kind is tuple:
+            yield click.Option([option], type=IntegerList(), default=None, required=required, help=f"[{name}] {text}")
+        elif required:
+            raise PluginError(f"allocators: {name!r} needs {field.name!r}, whose type no option can give")
+
+
+def _describe(hint: Any) -> tuple[Any, str]:
+    """(bool | int | float | str | tuple | None, help) of an annotation, Optional and Annotated unwrapped."""
+    text = ""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *notes = typing.get_args(hint)
+        text = next((note for note in notes if isinstance(note, str)), "")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+        hint = inner[0] if len(inner) == 1 else None
+    if typing.get_origin(hint) is tuple:
+        return (tuple if all(a in (int, ...) for a in typing.get_args(hint)) else None), text
+    return (hint if hint in (bool, *SCALARS) else None), text
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    return str(default)

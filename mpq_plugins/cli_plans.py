@@ -1,0 +1,45 @@
+"""Several plans from one measurement: what to measure for all, and where each is written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .allocate.base import Allocator, Needs
+from .errors import SettingError
+from .plan import Plan
+
+ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
+
+
+def joint_needs(allocators: Sequence[Allocator]) -> Needs:
+    """What all of them need, in one measurement."""
+    needs = [allocator.needs for allocator in allocators]
+    return Needs(
+        tuple(sorted({b for need in needs for b in need.bits})),
+        tuple(dict.fromkeys([*ALWAYS, *(metric for need in needs for metric in need.metrics)])),
+        any(need.channel_errors for need in needs),
+    )
+
+
+def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
+    """A file for one plan; for several a directory, with files named by the parameters that vary."""
+    if output is None:
+        return [None] * len(plans)
+    if len(plans) == 1:
+        return [output]
+    if output.exists() and not output.is_dir():
+        raise SettingError(f"output: {output} is a file, and there are {len(plans)} plans; name a directory")
+    output.mkdir(exist_ok=True)
+    varying = [
+        name
+        for name in plans[0].allocator.parameters
+        if len({str(plan.allocator.parameters.get(name)) for plan in plans}) > 1
+    ]
+    return [output / f"{'-'.join([plan.allocator.name, *_labels(plan, varying)])}.json" for plan in plans]
+
+
+def _labels(plan: Plan, varying: Sequence[str]) -> list[str]:
+    def label(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return [f"{name}={label(plan.allocator.parameters[name])}" for name in varying]

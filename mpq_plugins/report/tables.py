@@ -1,0 +1,156 @@
+"""Plans, sizes, differences and measurements as rich tables."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..plan import Difference, LayerChoice, Plan
+from ..registry import Plugin
+from ..size import PlanSize
+from ..table import LayerTable
+
+PIPE_WIDTH = 120  # columns when stdout is a file or pipe, where rich would otherwise cut at 80
+
+
+def console() -> Console:
+    """The console results are printed on."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers."""
+    table = Table(title=title or None, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def bits_text(layer: LayerChoice | None) -> str:
+    """`5`, or `3x12 8x4` for parts: bits x channels; `-` for a layer that is not there."""
+    if layer is None:
+        return "-"
+    if layer.bits is not None:
+        return str(layer.bits)
+    return " ".join(f"{part.bits}x{len(part.channels)}" for part in layer.groups)
+
+
+def bits_summary(plan: Plan, size: PlanSize) -> Table:
+    """How many layers and weights get how many bits."""
+    layers: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for layer in plan.layers:
+        key = bits_text(layer) if layer.parts is None else "mixed"
+        layers[key] += 1
+        weights[key] += layer.numel
+    rows = [
+        (key, layers[key], f"{weights[key]:,}", f"{weights[key] / max(1, size.numel):.1%}") for key in sorted(layers)
+    ]
+    return grid("", ("bits", "layers", "weights", "share"), rows)
+
+
+def size_lines(size: PlanSize) -> list[str]:
+    """The two accountings, in words."""
+    return [
+        f"weights only  {bytes_text(size.weights_only_bytes)}, {size.average_bits:.3f} bits a weight",
+        f"in total      {bytes_text(size.total_bytes)}, {size.total_average_bits:.3f} bits a weight, with scales, zero "
+        f"points and channel maps: {size.against_fp32:.2f}x smaller than fp32, {size.against_int8:.2f}x than int8",
+    ]
+
+
+def bytes_text(count: int) -> str:
+    """`1.07 MB`: decimal units."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Every layer of a plan."""
+    sizes = plan.size().layers
+    rows = [
+        (
+            layer.name, layer.kind, "x".join(map(str, layer.shape)), str(layer.scheme),
+            bits_text(layer), f"{layer.numel:,}", bytes_text(-(-sizes[layer.name].total // 8)),
+        )
+        for layer in plan.layers
+    ]  # fmt: skip
+    return grid("", ("layer", "kind", "shape", "scheme", "bits", "weights", "size"), rows, left=4)
+
+
+def plan_head(plan: Plan) -> str:
+    """One line: who made it, for how many layers, with what around it."""
+    parameters = " ".join(f"{name}={_value(value)}" for name, value in plan.allocator.parameters.items())
+    activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
+    folded = ", BatchNorm folded" if plan.fold_bn else ""
+    skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
+    return f"{plan.allocator.name} {parameters}: {len(plan.layers)} layers{skipped}, activations {activations}{folded}"
+
+
+def diff_table(differences: Sequence[Difference]) -> Table:
+    """The layers in which two plans differ."""
+    rows = [(d.name, bits_text(d.before), bits_text(d.after), _what_else(d)) for d in differences]
+    return grid("", ("layer", "before", "after", "also"), rows)
+
+
+def measurement_table(table: LayerTable) -> Table:
+    """The errors of a measurement: one row per layer, one column per bit-width, of its first metric."""
+    metric = table.metrics[0]
+    rows = [
+        (
+            layer.name, layer.kind, f"{layer.numel:,}", f"{layer.importance:.4g}",
+            *([f"{layer.macs:,}"] if layer.macs is not None else []),
+            *(f"{error:.4g}" for error in layer.errors[metric]),
+        )
+        for layer in table.layers
+    ]  # fmt: skip
+    macs = ["MACs"] if any(layer.macs is not None for layer in table.layers) else []
+    columns = ("layer", "kind", "weights", "sum |w|", *macs, *(f"{b} bit" for b in table.bits))
+    return grid(f"{metric} error, {table.scheme}", columns, rows, left=2)
+
+
+def plugins_table(plugins: Sequence[Plugin]) -> Table:
+    """What is installed."""
+    rows = [(plugin.group, plugin.name, plugin.distribution, plugin.target) for plugin in plugins]
+    return grid("", ("kind", "name", "from", "entry point"), rows, left=4)
+
+
+def size_json(size: PlanSize) -> dict[str, Any]:
+    """Every figure of a size."""
+    names = (
+        "numel", "weights_only_bits", "weights_only_bytes", "average_bits", "total_bits", "total_bytes",
+        "total_average_bits", "against_fp32", "against_int8",
+    )  # fmt: skip
+    return {name: getattr(size, name) for name in names}
+
+
+def layer_json(layer: LayerChoice | None) -> Any:
+    """A layer's bits, or its parts, or null."""
+    if layer is None:
+        return None
+    dumped = layer.model_dump(mode="json", exclude_none=True)
+    return {"parts": dumped["parts"]} if layer.parts is not None else dumped["bits"]
+
+
+def _what_else(difference: Difference) -> str:
+    before, after = difference.before, difference.after
+    if before is None or after is None:
+        return "only in the other plan" if before is None else "only in the first plan"
+    changed = [
+        field
+        for field in ("kind", "shape", "channel_axis", "scheme", "tied")
+        if getattr(before, field) != getattr(after, field)
+    ]
+    return ", ".join(changed)
+
+
+def _value(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
