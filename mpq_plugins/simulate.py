@@ -1,5 +1,6 @@
 """One layer's weight as its choice in a plan leaves it: quantized and dequantized, part by part."""
 
+import torch
 from torch import Tensor
 
 from .plan import LayerChoice
@@ -20,7 +21,7 @@ def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:
     result = weight.detach().clone()
     axis = choice.channel_axis
     for part in choice.groups:
-        index = weight.new_tensor(part.channels).long()
+        index = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
         result.index_copy_(axis, index, _part(weight.detach().index_select(axis, index), part.bits, choice))
     return result
 
@@ -34,7 +35,9 @@ def _part(weight: Tensor, bits: int, choice: LayerChoice) -> Tensor:
 def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: tuple[int, ...]) -> int:
     """The most different values any one region of these channels holds."""
     axis = choice.channel_axis
-    rows = channel_rows(weight.detach().index_select(axis, weight.new_tensor(channels).long()), axis)
+    rows = channel_rows(
+        weight.detach().index_select(axis, torch.tensor(channels, dtype=torch.long, device=weight.device)), axis
+    )
     if rows.numel() == 0:
         return 0
     regions = choice.scheme.scale_count(choice.shape, axis, len(channels), choice.name)

@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins import Affine, LayerChoice, Part, Plan, Uniform, apply, measure, verify
+from mpq_plugins import Affine, LayerChoice, LayerTable, Part, Plan, Uniform, apply, measure, verify
 from mpq_plugins.errors import MismatchError, VerifyError, WeightError
 from mpq_plugins.quantize.affine import fake_quantize
+from mpq_plugins.table import METRICS
 from tests.nets import conv_net, tied_net
 from tests.plans import SCHEMES
 
@@ -60,6 +63,29 @@ def test_parts_are_quantized_each_at_their_own_bits(scheme: Affine) -> None:
         )
         assert after[:, index].equal(own)
     verify(quantized, plan, original=net)
+
+
+def test_parts_of_a_wide_half_precision_layer_keep_their_channels() -> None:
+    net = nn.Linear(4, 1000).to(torch.bfloat16)
+    plan = Uniform(bits=8)(measure(net, PER_CHANNEL, (8,)))
+    high, low = tuple(range(1, 1000, 2)), tuple(range(0, 1000, 2))
+    plan = with_layer(plan, "", bits=None, parts=(Part(bits=1, channels=low), Part(bits=8, channels=high)))
+    quantized = apply(net, plan)
+    index = list(high)
+    assert weight_of(quantized, "")[index].equal(fake_quantize(weight_of(net, "")[index], 8, PER_CHANNEL))
+    verify(quantized, plan, original=net)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (4, 1), (2, 3)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_and_tiny_layers_go_all_the_way(scheme: Affine, shape: tuple[int, int], tmp_path: Path) -> None:
+    net = nn.Linear(*shape)
+    for bits in (1, 2, 8):
+        table = measure(net, scheme, (bits,), METRICS, per_channel=True)
+        table.save(tmp_path / "net.mpqt")
+        plan = Uniform(bits=bits)(LayerTable.load(tmp_path / "net.mpqt"))
+        verify(apply(net, plan), plan, original=net)
 
 
 def test_tied_weights_stay_tied() -> None:

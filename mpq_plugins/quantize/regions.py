@@ -27,6 +27,6 @@ def region_rows(rows: Tensor, scheme: Affine, regions_per_channel: int) -> Tenso
     """Channel rows (C, n) -> one row per region that has its own scale."""
     if scheme.granularity == "per_tensor":
         return rows.reshape(1, -1)
-    if regions_per_channel == 0 or rows.numel() == 0:
-        return rows.reshape(rows.shape[0] * regions_per_channel, 0)
+    if rows.numel() == 0:
+        return rows
     return rows.reshape(rows.shape[0] * regions_per_channel, -1)
