@@ -81,6 +81,8 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
         elif tuple(weight.shape) != choices[name].shape:
             problems.append(f"{name!r} has shape {list(weight.shape)}, the plan {list(choices[name].shape)}")
         else:
+            if not weight.isfinite().all():
+                problems.append(f"{name!r} holds NaN or infinite weights")
             own = [_check_part(weight, choices[name], part) for part in choices[name].groups if part.bits <= 8]
             problems += [_too_many(check) for check in own if check.values > check.allowed]
             checks += own

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .buffers import chunk_buffer
 from .errors import SourceError
+from .files import exists
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,7 +27,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -44,13 +46,13 @@ class StoredTensor:
 
 def open_checkpoint(path: Path) -> Mapping[str, StoredTensor]:
     """The tensors of a checkpoint by name, `module.` prefixes stripped. Raises SourceError."""
-    if path.is_dir():
-        return _strip(_directory(path))
-    if not path.exists():
+    if not exists(path):
         raise SourceError(
             f"{path}: no such file. Give a .safetensors file, a directory with {INDEX_NAME} or {SINGLE_NAME}, "
             "or a torch checkpoint."
         )
+    if path.is_dir():
+        return _strip(_directory(path))
     if path.suffix == ".safetensors":
         return _strip(_safetensors(path))
     return _strip(_torch_tensors(find_state_dict(load_torch(path), path)))
@@ -64,12 +66,14 @@ def load_torch(path: Path) -> Any:
         except RuntimeError:  # the format before torch 1.6 cannot
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = _first_sentence(error)
+        reason = _first_sentence(error)
+        if "WeightsUnpickler" not in str(error) and "GLOBAL" not in str(error) and "weights_only" not in reason:
+            raise SourceError(f"{path}: not a readable torch checkpoint ({reason})") from error
         raise SourceError(
-            f"{path}: refused, for reading it would execute code or build objects other than tensors ({wanted}). "
+            f"{path}: refused, for reading it would execute code or build objects other than tensors ({reason}). "
             "Save model.state_dict() instead, or convert the file to safetensors."
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # damaged bytes make torch raise whatever they lead it to
         raise SourceError(f"{path}: not a readable torch checkpoint ({_first_sentence(error)})") from error
 
 
@@ -81,14 +85,19 @@ def find_state_dict(content: Any, path: Path) -> MutableMapping[str, Any]:
     """
     if not isinstance(content, MutableMapping):
         raise SourceError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    nested = {key: value for key, value in content.items() if isinstance(value, MutableMapping)}
+    # A checkpoint may keep its best accuracy as a tensor beside its weights, so the usual keys come first.
+    for key in STATE_KEYS:
+        if key in nested and _holds_tensors(nested[key]):
+            return nested[key] if _has_tensors(nested[key]) else find_state_dict(nested[key], path)
     if _has_tensors(content):
         return content
-    nested = [key for key, value in content.items() if isinstance(value, MutableMapping) and _has_tensors(value)]
-    chosen = next((key for key in STATE_KEYS if key in nested), nested[0] if len(nested) == 1 else None)
-    if chosen is None:
-        which = f"several state dicts ({', '.join(map(str, nested))})" if nested else "no tensors"
+    candidates = [key for key, value in nested.items() if _has_tensors(value)]
+    if len(candidates) != 1:
+        which = f"several state dicts ({', '.join(map(str, candidates))})" if candidates else "no tensors"
         raise SourceError(f"{path}: holds {which}; the weights are expected at the top or under {STATE_KEYS[0]!r}")
-    return find_state_dict(content[chosen], path)
+    chosen: MutableMapping[str, Any] = nested[candidates[0]]
+    return chosen
 
 
 def common_prefix(names: Iterable[str]) -> str:
@@ -105,7 +114,7 @@ def shard_files(directory: Path) -> dict[str, list[str]]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         items = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{index}: not a safetensors index ({error!r}); it needs a 'weight_map' object") from error
     shards: dict[str, list[str]] = {}
     for name, shard in items:
@@ -169,7 +178,13 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
 
 
 def _torch_tensors(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    return {name: _in_memory(name, value) for name, value in state.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, value in plain.items():
+        if value.layout != torch.strided or value.is_nested:
+            raise SourceError(
+                f"tensor {name!r} is {value.layout}, nested or sparse; convert it to a dense tensor first"
+            )
+    return {name: _in_memory(name, value) for name, value in plain.items()}
 
 
 def _in_memory(name: str, tensor: Tensor) -> StoredTensor:
@@ -182,7 +197,7 @@ def _in_memory(name: str, tensor: Tensor) -> StoredTensor:
 
 def storage_identity(name: str, tensor: Tensor) -> object:
     """A key that two names share when they are the same storage, seen the same way; empty tensors are never tied."""
-    if tensor.numel() == 0:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.numel() == 0:
         return name
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
@@ -201,7 +216,14 @@ def _has_tensors(mapping: Mapping[Any, Any]) -> bool:
     return any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items())
 
 
+def _holds_tensors(mapping: Mapping[Any, Any]) -> bool:
+    """At its top, or under one of the usual keys."""
+    inner = (mapping.get(key) for key in STATE_KEYS)
+    return _has_tensors(mapping) or any(isinstance(value, Mapping) and _has_tensors(value) for value in inner)
+
+
 def _first_sentence(error: Exception) -> str:
-    lines: Iterator[str] = (line.strip() for line in str(error).splitlines())
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch colours some of its messages
+    lines: Iterator[str] = (line.strip() for line in plain.splitlines())
     text = next((line for line in lines if line), type(error).__name__)
     return text if len(text) <= 160 else f"{text[:157]}..."

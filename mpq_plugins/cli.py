@@ -1,6 +1,7 @@
 """`mpq`: the only place where words become objects, results are printed and the process exits."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .cli_options import AllocatorCommand, IntegerList, allocators_from
+from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
 from .errors import MPQError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,6 +24,9 @@ def main() -> None:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except MPQError as error:
         _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(BAD_INPUT)
     except click.ClickException as error:
         _fail(error.format_message())
     except (KeyboardInterrupt, click.Abort):
@@ -101,9 +105,10 @@ def measure(
 ) -> None:
     """Measure the quantization error of every layer at every bit-width."""
     from .allocate.base import Needs
-    from .cli_sources import Request, measure_now
+    from .cli_sources import Request, check_output, measure_now
     from .report.tables import console, measurement_table
 
+    check_output(output, source)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
     table = measure_now(source, needs, Request(**scheme), input_shape)
     if output is not None:
@@ -158,10 +163,13 @@ def plan(
 ) -> None:
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from .cli_plans import joint_needs, plan_files
-    from .cli_sources import Request, measured
+    from .cli_sources import Request, check_output, measured
     from .report.tables import bits_summary, console, layer_json, plan_head, size_json, size_lines
 
+    check_output(output, source)
+    check_output(cache, source)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
     table = measured(source, joint_needs(allocators), request, cache)
     plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
@@ -264,7 +272,7 @@ def check(plan_file: Path, source: str, as_json: bool) -> None:
     from .plan import Plan
     from .report.progress import say
 
-    found = match(Plan.load(plan_file), resolve_source(source))
+    found = match(Plan.load(plan_file), resolve_source(source), weights=True)
     if as_json:
         _print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
         sys.exit(BAD_INPUT if found.problems else 0)
@@ -330,7 +338,16 @@ def demo(output: Path, as_json: bool) -> None:
 
 
 def _print_json(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which is the signal-to-noise ratio of an exact layer: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say_written(file: Path | None, what: str) -> None:

@@ -14,8 +14,10 @@ from .errors import PluginError, SettingError
 
 DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
+NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
 SCALARS = (int, float, str)
+LARGEST = 1 << 16  # in a list of integers; shapes of images and lists of widths end well before
 
 
 class IntegerList(click.ParamType[tuple[int, ...]]):
@@ -32,6 +34,8 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
             first, dash, last = run.strip().partition("-")
             if not first.isdecimal() or (dash and not last.isdecimal()):
                 self.fail(f"{value!r} is no list of integers; write 2-8 or 4,8", param, ctx)
+            if int(last or first) > LARGEST:
+                self.fail(f"{value!r} goes beyond {LARGEST}", param, ctx)
             numbers.extend(range(int(first), int(last if dash else first) + 1))
         return tuple(numbers)
 
@@ -43,7 +47,7 @@ class AllocatorCommand(click.Command):
         """Look the allocator up first, for it decides which options there are."""
         name = _named_allocator(args)
         allocator = registry.load("allocators", name)
-        ctx.meta[ALLOCATOR_KEY] = allocator
+        ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = allocator, name
         taken = {option for parameter in self.params for option in parameter.opts}
         ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
         return super().parse_args(ctx, args)
@@ -80,12 +84,16 @@ _UNSAID = object()
 
 
 def _named_allocator(args: Sequence[str]) -> str:
+    """The last one named, in any of the spellings click takes."""
+    named = DEFAULT_ALLOCATOR
     for position, argument in enumerate(args):
         if argument in ("--allocator", "-a") and position + 1 < len(args):
-            return args[position + 1]
-        if argument.startswith("--allocator="):
-            return argument.partition("=")[2]
-    return DEFAULT_ALLOCATOR
+            named = args[position + 1]
+        elif argument.startswith("--allocator="):
+            named = argument.partition("=")[2]
+        elif argument.startswith("-a") and not argument.startswith("--") and len(argument) > 2:
+            named = argument[2:]
+    return named
 
 
 def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click.Option]:

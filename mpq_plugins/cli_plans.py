@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .allocate.base import Allocator, Needs
-from .errors import SettingError
+from .errors import SettingError, SourceError
 from .plan import Plan
 
 ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
@@ -29,7 +29,10 @@ def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
         return [output]
     if output.exists() and not output.is_dir():
         raise SettingError(f"output: {output} is a file, and there are {len(plans)} plans; name a directory")
-    output.mkdir(exist_ok=True)
+    try:
+        output.mkdir(exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"{output}: cannot make this directory ({error.strerror})") from error
     varying = [
         name
         for name in plans[0].allocator.parameters
@@ -40,6 +43,6 @@ def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
 
 def _labels(plan: Plan, varying: Sequence[str]) -> list[str]:
     def label(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return str(value).removesuffix(".0").replace("/", "_").replace(" ", "")
 
-    return [f"{name}={label(plan.allocator.parameters[name])}" for name in varying]
+    return [f"{name}={label(plan.allocator.parameters.get(name))}" for name in varying]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .allocate.base import Needs
 from .errors import SettingError, SourceError
+from .files import exists
 from .report.progress import progress_bar, say
 from .scheme import Affine
 from .table import LayerTable, is_table
@@ -56,7 +57,7 @@ class Request:
 def resolve_source(text: str) -> "Path | nn.Module":
     """A path, or the module that `package.module:factory` returns. Raises SourceError."""
     path = Path(text)
-    if path.exists() or not FACTORY.fullmatch(text):
+    if not FACTORY.fullmatch(text) or exists(path):
         return path
     from torch import nn
 
@@ -76,9 +77,9 @@ def resolve_source(text: str) -> "Path | nn.Module":
 def measured(source: str, needs: Needs, request: Request, cache: Path | None) -> LayerTable:
     """The table for a source: the source itself if it is one, the cache if it answers the request, or measured now."""
     path = Path(source)
-    if path.is_file() and is_table(path):
+    if is_table(path):
         return _given_table(path, needs, request, cache)
-    if cache is not None and cache.exists():
+    if cache is not None and exists(cache):
         if not is_table(cache):
             raise SettingError(f"table: {cache} exists and is no table; name another file")
         table = LayerTable.load(cache)
@@ -91,6 +92,12 @@ def measured(source: str, needs: Needs, request: Request, cache: Path | None) ->
     if cache is not None:
         table.save(cache)
     return table
+
+
+def check_output(output: Path | None, source: str) -> None:
+    """Refuse to write a result over the weights it is made from."""
+    if output is not None and exists(Path(source)) and output.resolve() == Path(source).resolve():
+        raise SettingError(f"output: {output} is the source itself; name another file")
 
 
 def measure_now(source: str, needs: Needs, request: Request, input_shape: tuple[int, ...] | None) -> LayerTable:
@@ -127,7 +134,7 @@ def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None)
 
 
 def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, request: Request) -> str | None:
-    from .fingerprint import fingerprint
+    from .measure.error import weights_fingerprint
     from .measure.run import resolve_fold
     from .weights import find_weights
 
@@ -139,6 +146,6 @@ def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, requ
     if fold != table.fold_bn:
         return "was measured with another BatchNorm folding"
     found = find_weights(source, skip=request.skip, only=request.only, fold_bn=fold)
-    if fingerprint(found) != table.fingerprint or found.skipped != table.skipped:
+    if weights_fingerprint(found) != table.fingerprint or found.skipped != table.skipped:
         return "is of other weights"
     return None

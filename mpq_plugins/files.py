@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import SourceError
 
 
@@ -30,10 +32,19 @@ def atomic_path(target: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(_new_file_mode())
         temporary.replace(target)
-    except OSError as error:
-        raise SourceError(f"{target}: cannot write it ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise SourceError(f"{target}: cannot write it ({reason}). Is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory; a name the system cannot even look up is not there."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def write_text(target: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from threading import Lock
 
 import torch.fx
 from torch import Tensor, nn
@@ -10,8 +11,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .errors import SourceError
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# While it traces, torch.fx replaces nn.Module.__call__ for the whole process: one trace at a time.
+_TRACING = Lock()
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class _Tracer(torch.fx.Tracer):
+    """Takes a user's own subclass of a convolution or BatchNorm for what it is, not for code to look into."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*CONVOLUTIONS, *BATCH_NORMS)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -22,13 +33,15 @@ def has_batch_norm(model: nn.Module) -> bool:
 def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
     """Convolution name -> the BatchNorm that alone consumes its output.
 
-    A convolution with several consumers, and either module when called more than once, stays unfolded: the
-    result would be another function. Raises SourceError where torch.fx cannot trace the model.
+    A convolution with several consumers or a shared weight, and either module when called more than once, stays
+    unfolded: the result would be another function. Raises SourceError where torch.fx cannot trace the model.
+    Not while another thread runs any model: torch.fx patches nn.Module for the process as it traces.
     """
     if not has_batch_norm(model):
         return {}
     try:
-        graph = torch.fx.symbolic_trace(model).graph
+        with _TRACING:
+            graph = _Tracer().trace(model)
     except Exception as error:  # a user's forward may raise anything while being traced
         raise SourceError(
             f"{type(model).__name__}: cannot be traced to find which BatchNorm follows which convolution "
@@ -37,6 +50,7 @@ def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    sharers = Counter(id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS))
     pairs: dict[str, str] = {}
     for node in graph.nodes:
         if node.op != "call_module" or not node.args:
@@ -49,6 +63,8 @@ def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
             continue
         if isinstance(conv, TRANSPOSED) and conv.groups > 1:
             continue  # torch's fusion does not know how their channels are spread over groups
+        if sharers[id(conv.weight)] > 1:
+            continue
         if calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
             pairs[str(source.target)] = str(node.target)
     return pairs
@@ -65,8 +81,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     for conv_name, norm_name in conv_bn_pairs(model).items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         conv.weight, conv.bias = _fold(conv, norm)
-        parent, _, own = norm_name.rpartition(".")
-        setattr(model.get_submodule(parent), own, nn.Identity())
+        for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
+            parent, _, own = alias.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Identity())
     return model
 
 

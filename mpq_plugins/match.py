@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
-from .errors import MismatchError
-from .fingerprint import fingerprint
+from .errors import MismatchError, WeightError
+from .measure.error import weights_fingerprint
 from .plan import LayerChoice, Plan
 from .weights import Weight, Weights, find_weights
 
@@ -27,18 +27,30 @@ class Match:
             raise MismatchError(f"{where}: the plan was made for another model. {' '.join(self.problems)}")
 
 
-def match(plan: Plan, source: nn.Module | str | Path) -> Match:
-    """Compare a plan with the layers of a module or checkpoint. Raises SourceError where it cannot be read."""
+def match(plan: Plan, source: nn.Module | str | Path, *, weights: bool = False) -> Match:
+    """Compare a plan with the layers of a module or checkpoint, and on request with its weights (read once).
+
+    Raises SourceError where the source cannot be read.
+    """
     module = isinstance(source, nn.Module)
-    found = find_weights(source, fold_bn=plan.fold_bn and module)
+    found = _found(plan, source, plan.fold_bn and module)
     problems = _problems(plan, found)
     if plan.fold_bn and not module:
         problems.append(
             "It was measured with BatchNorm folded in, and a checkpoint file cannot be folded: use the module, "
             "or measure the file itself."
         )
-    notes = [] if problems else _notes(plan, found)
+    notes = _notes(plan, found) if weights and not problems else []
     return Match(len(plan.layers), tuple(problems), tuple(notes))
+
+
+def _found(plan: Plan, source: nn.Module | str | Path, fold_bn: bool) -> Weights:
+    """All layers but the skipped: those may hold what cannot be quantized."""
+    everything = find_weights(source, fold_bn=fold_bn, refuse=False)
+    refused = next((w for w in everything if w.refusal and w.name not in plan.skipped), None)
+    if refused is not None:
+        raise WeightError(f"layer {refused.name!r}: {refused.refusal}, or skip the layer.")
+    return everything
 
 
 def _problems(plan: Plan, found: Weights) -> list[str]:
@@ -75,9 +87,12 @@ def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
 
 def _notes(plan: Plan, found: Weights) -> list[str]:
     planned = {name for layer in plan.layers for name in (layer.name, *layer.tied)}
-    if fingerprint(weight for weight in found if weight.name in planned) == plan.model:
+    if weights_fingerprint(weight for weight in found if weight.name in planned) == plan.model:
         return []
-    return ["The layers are the plan's, their weights are not those it was made from (trained further, or folded)."]
+    return [
+        "The layers are the plan's, their weights are not those it was made from: trained further, quantized, or "
+        "folded (or a transposed convolution was planned from a bare file)."
+    ]
 
 
 def _some(items: list[str]) -> str:

@@ -30,6 +30,7 @@ PLAN_VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Version -> a function from that version's document to the next one's."""
 
+MOST_CHANNELS = 1 << 24  # no layer has more; a run of billions would only fill the memory
 ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
 
 
@@ -40,8 +41,8 @@ def _parse_channels(value: object) -> object:
     channels: list[int] = []
     for run in value.split(","):
         first, dash, last = run.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{run!r} is no channel or run of channels; write '0-2,5'")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) >= MOST_CHANNELS:
+            raise ValueError(f"{run[:40]!r} is no channel or run of channels below {MOST_CHANNELS}; write '0-2,5'")
         channels.extend(range(int(first), int(last if dash else first) + 1))
     return tuple(channels)
 
@@ -92,7 +93,7 @@ class LayerChoice(BaseModel):
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     channel_axis: Annotated[int, Field(ge=0)]
     numel: Annotated[int, Field(ge=0)]
     bits: Bits | None = None
@@ -103,7 +104,7 @@ class LayerChoice(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         where = f"layer {self.name!r}"
-        if math.prod(self.shape) != self.numel or self.channel_axis >= max(1, len(self.shape)):
+        if math.prod(self.shape) != self.numel or self.channel_axis >= len(self.shape):
             raise ValueError(
                 f"{where}: numel {self.numel} and channel_axis {self.channel_axis} do not fit shape {self.shape}"
             )
@@ -172,10 +173,11 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [layer.name for layer in self.layers]
-        repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if repeated:
-            raise ValueError(f"layers: {repeated[0]!r} appears more than once")
+        seen: set[str] = set()
+        for name in (name for layer in self.layers for name in (layer.name, *layer.tied)):
+            if name in seen:
+                raise ValueError(f"layers: {name!r} appears more than once")
+            seen.add(name)
         return self
 
     @cached_property
@@ -203,7 +205,7 @@ class Plan(BaseModel):
             document = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a plan file.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: not JSON ({error}); a plan is a JSON file that `mpq plan` writes") from error
         return cls.from_document(document, str(path))
 

@@ -57,15 +57,19 @@ class _Quantizer:
         self.choices, self.total, self.progress, self.done = choices, total, progress, 0
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
-        choice = self.choices.get(layer_name(parameter)) if parameter.endswith("weight") else None
-        if choice is None:
+        if not self.plans(parameter):
             return tensor
+        choice = self.choices[layer_name(parameter)]
         if self.progress is not None:
             self.progress(choice.name, self.done, self.total)
         self.done += choice.numel
         return simulate(tensor, choice)
 
+    def plans(self, parameter: str) -> bool:
+        return (parameter == "weight" or parameter.endswith(".weight")) and layer_name(parameter) in self.choices
+
     def finish(self) -> None:
+        assert self.done == self.total, "a planned layer was not quantized"
         if self.progress is not None:
             self.progress("", self.total, self.total)
 
@@ -73,6 +77,8 @@ class _Quantizer:
 def _check_target(source: Path, target: Path) -> None:
     if target.resolve() == source.resolve():
         raise SettingError(f"output: {target} is the source itself; name another path")
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise SettingError(f"output: {target} lies inside the source; name a directory beside it")
     if source.is_dir():
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise SettingError(f"output: {target} exists; the source is a directory, so name a new or empty one")
@@ -97,14 +103,18 @@ def _rewrite_torch(source: Path, target: Path, quantizer: _Quantizer) -> None:
     state = find_state_dict(content, source)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     prefix = common_prefix(tensors)
+    identities = {name: storage_identity(name, tensor) for name, tensor in tensors.items()}
     written: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
-        key = storage_identity(name, tensor)
-        if key not in written:  # tied weights stay tied
-            written[key] = quantizer(name.removeprefix(prefix), tensor)
-        state[name] = written[key]
+        if quantizer.plans(name.removeprefix(prefix)) and identities[name] not in written:
+            written[identities[name]] = quantizer(name.removeprefix(prefix), tensor)
+    for name in tensors:  # other names of the same storage, planned or not, stay tied to it
+        state[name] = written.get(identities[name], tensors[name])
     with atomic_path(target) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's way to say that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
@@ -132,7 +142,7 @@ def _copy_others(source: Path, target: Path, written: set[str]) -> None:
     """Configuration, tokenizer, index: whatever else makes the directory a model."""
     for path in source.rglob("*"):
         relative = path.relative_to(source)
-        if path.is_file() and str(relative) not in written and path.suffix not in (".safetensors", ".bin", ".pt"):
+        if path.is_file() and str(relative) not in written:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
 

@@ -53,7 +53,9 @@ class Affine:
             raise SettingError(f"range: {self.range!r} is not allowed; {', '.join(RANGES)}")
         if self.name != "affine":
             raise SettingError(f"scheme: {self.name!r} is not allowed; affine")
-        if self.granularity == "per_group" and (self.group_size is None or self.group_size < 1):
+        if not isinstance(self.symmetric, bool):
+            raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True or False")
+        if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
             raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
         if self.granularity != "per_group" and self.group_size is not None:
             raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")

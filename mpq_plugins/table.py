@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import FormatError, SettingError
 from .files import atomic_path
@@ -31,7 +31,7 @@ class LayerStats:
     shape: the weight's; channels: output channels; macs: multiply-accumulates for the example input, where
     one was given; importance: F_l = sum |w|; channel_importance: F_c = ||w_c||_2, (channels,); errors:
     metric -> (bit-widths,), in the order of the table's `bits`; channel_errors: metric -> (bit-widths, channels),
-    empty unless asked for; tied: other names of the same weight.
+    empty unless asked for; tied: other names of the same weight; digest: see fingerprint.layer_digest.
     """
 
     name: str
@@ -44,6 +44,7 @@ class LayerStats:
     channel_errors: Mapping[str, Array] = field(default_factory=dict)
     macs: int | None = None
     tied: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def numel(self) -> int:
@@ -140,7 +141,7 @@ def is_table(path: Path) -> bool:
                 return False
             header: Any = json.loads(file.read(length))
             return bool(header.get("__metadata__", {}).get("format") == TABLE_FORMAT)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -148,10 +149,11 @@ class _Layer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     kind: str
-    shape: tuple[int, ...]
-    channel_axis: int
+    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    channel_axis: Annotated[int, Field(ge=0, le=1)]
     macs: int | None
     tied: tuple[str, ...]
+    digest: str
 
 
 class _Description(BaseModel):
@@ -181,7 +183,7 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
     layers = tuple(
         _Layer(
             name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
-            macs=layer.macs, tied=layer.tied,
+            macs=layer.macs, tied=layer.tied, digest=layer.digest,
         )
         for layer in table.layers
     )  # fmt: skip
@@ -196,7 +198,7 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
 def _describe(path: Path, text: str) -> _Description:
     try:
         version = json.loads(text)["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path}: the table's description is damaged ({error!r}); measure again") from error
     if version != TABLE_VERSION:
         raise FormatError(
@@ -209,6 +211,9 @@ def _describe(path: Path, text: str) -> _Description:
 
 
 def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[Any]]) -> LayerTable:
+    names = [layer.name for layer in description.layers]
+    if len(set(names)) < len(names) or any(layer.channel_axis >= len(layer.shape) for layer in description.layers):
+        raise FormatError(f"{path}: a layer appears twice, or has a channel axis outside its shape; measure again")
     channels = [layer.shape[layer.channel_axis] for layer in description.layers]
     total, widths, metrics = sum(channels), len(description.bits), len(description.metrics)
     expected = {
@@ -219,9 +224,10 @@ def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[
     if description.channel_errors:
         expected["channel_errors"] = (metrics, widths, total)
     for name, shape in expected.items():
-        if name not in arrays or arrays[name].shape != shape:
-            got = arrays[name].shape if name in arrays else "nothing"
-            raise FormatError(f"{path}: array {name!r} should be {shape}, got {got}; measure again")
+        got = arrays.get(name)
+        if got is None or got.shape != shape or got.dtype != np.float64 or np.isnan(got).any():
+            found = "nothing" if got is None else f"{got.dtype} {got.shape}{' with NaN' if np.isnan(got).any() else ''}"
+            raise FormatError(f"{path}: array {name!r} should be float64 {shape}, got {found}; measure again")
     cuts = np.cumsum(channels)[:-1]
     importances = np.split(arrays["channel_importance"], cuts)
     split_errors: Callable[[int], list[Array]] = lambda m: np.split(arrays["channel_errors"][m], cuts, axis=1)  # noqa: E731
@@ -234,7 +240,7 @@ def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[
             importance=float(arrays["importance"][i]), channel_importance=importances[i],
             errors={metric: arrays["errors"][i, m] for m, metric in enumerate(description.metrics)},
             channel_errors={metric: parts[i] for metric, parts in channel_errors.items()},
-            macs=layer.macs, tied=layer.tied,
+            macs=layer.macs, tied=layer.tied, digest=layer.digest,
         )
         for i, layer in enumerate(description.layers)
     )  # fmt: skip
@@ -245,10 +251,13 @@ def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[
 
 
 def with_macs(table: LayerTable, macs: Mapping[str, int]) -> LayerTable:
-    """The table with multiply-accumulates filled in by module name; tied layers' are added up."""
-    return replace(
-        table,
-        layers=tuple(
-            replace(layer, macs=sum(macs.get(name, 0) for name in (layer.name, *layer.tied))) for layer in table.layers
-        ),
-    )
+    """The table with multiply-accumulates filled in by module name; tied layers' are added up.
+
+    A look-up has 0; any other layer that was not seen at work keeps None, for it may work outside its module.
+    """
+
+    def count(layer: LayerStats) -> int | None:
+        seen = [macs[name] for name in (layer.name, *layer.tied) if name in macs]
+        return sum(seen) if seen or layer.kind == "embedding" else None
+
+    return replace(table, layers=tuple(replace(layer, macs=count(layer)) for layer in table.layers))

@@ -50,6 +50,12 @@ class Weight:
     channel_axis: int
     read_rows: Callable[[int, int], Tensor]
     tied: tuple[str, ...] = ()
+    refusal: str = ""  # why it cannot be quantized, for a layer that must be skipped
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, then its tied ones."""
+        return (self.name, *self.tied)
 
     @property
     def numel(self) -> int:
@@ -96,15 +102,19 @@ def find_weights(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     fold_bn: bool = False,
+    refuse: bool = True,
 ) -> Weights:
     """List the quantizable weights of a module, a `.safetensors` file, a sharded directory or a torch checkpoint.
 
-    skip, only: globs on layer names. fold_bn: give conv weights with their BatchNorm folded in (modules only).
+    skip, only: globs on layer names, tied ones included. fold_bn: give conv weights with their BatchNorm folded in
+    (modules only). refuse: raise for a weight that cannot be quantized, rather than list it with its `refusal`.
     Raises SourceError (unreadable, or nothing quantizable), WeightError (a dtype we do not quantize),
     SettingError (a glob that matches nothing, or folding asked of a bare file).
     """
     if isinstance(source, nn.Module):
-        found, left_alone = _module_weights(source, fold_bn)
+        pairs = conv_bn_pairs(source) if fold_bn else {}
+        found, left_alone = _module_weights(source, pairs)
+        folded = bool(pairs)
         where = type(source).__name__
     else:
         if fold_bn:
@@ -113,19 +123,17 @@ def find_weights(
                 "layer. Pass the module itself, or fold_bn=False."
             )
         found, left_alone = _stored_weights(open_checkpoint(Path(source)))
+        folded = False
         where = str(source)
     kept = _select(found, skip, only, where)
     if not kept:
         raise SourceError(f"{where}: no quantizable weights. {_why_none(found, left_alone)}")
     for weight in kept:
-        if weight.dtype not in WEIGHT_DTYPES:
-            raise WeightError(
-                f"layer {weight.name!r}: dtype {weight.dtype} is not allowed; float32, float16 or bfloat16. "
-                "Convert the weight, or skip the layer."
-            )
+        if weight.refusal and refuse:
+            raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in found if weight.name not in names)
-    return Weights(tuple(kept), skipped, tuple(left_alone), fold_bn)
+    return Weights(tuple(kept), skipped, tuple(left_alone), folded)
 
 
 def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -145,53 +153,61 @@ def channel_axis_of(kind: str) -> int:
 
 
 def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weight parameters of a model's quantizable layers by layer name, tied ones under their first name."""
+    """The weights of a model's quantizable layers by layer name, tied ones under their first name."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         if layer_kind(module) is None:
             continue
-        weight = _plain_parameter(name, module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
         if id(weight) not in seen:
             seen.add(id(weight))
             found[name] = weight
     return found
 
 
-def _module_weights(model: nn.Module, fold_bn: bool) -> tuple[list[Weight], list[tuple[str, str]]]:
-    pairs = conv_bn_pairs(model) if fold_bn else {}
+def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> tuple[list[Weight], list[tuple[str, str]]]:
     found: dict[int, Weight] = {}
     left_alone: list[tuple[str, str]] = []
     for name, module in model.named_modules(remove_duplicate=False):
         kind = layer_kind(module)
+        left_alone += _other_parameters(name, module, kind)
         if kind is None:
-            left_alone += _other_parameters(name, module)
             continue
-        parameter = _plain_parameter(name, module)
-        known = found.get(id(parameter))
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        known = found.get(id(weight))
         if known is not None:
-            found[id(parameter)] = replace(known, tied=(*known.tied, name))
+            found[id(weight)] = replace(known, tied=(*known.tied, name))
             continue
-        batch_norm = model.get_submodule(pairs[name]) if name in pairs else None
-        weight = folded_weight(module, batch_norm) if batch_norm is not None else parameter.detach()
-        found[id(parameter)] = _from_tensor(name, kind, weight)
-    return list(found.values()), left_alone
+        refusal = _refusal(weight)
+        if name in pairs and not refusal:
+            weight = folded_weight(module, model.get_submodule(pairs[name]))
+        found[id(module.weight)] = _from_tensor(name, kind, weight.detach(), refusal)
+    return list(found.values()), list(dict.fromkeys(left_alone))
 
 
-def _plain_parameter(name: str, module: nn.Module) -> Tensor:
-    weight = module.weight
+def _refusal(weight: Tensor) -> str:
     if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
-        raise WeightError(
-            f"layer {name!r}: its weight is parametrized, lazy or on the meta device, so there is no stored value "
-            "to quantize. Remove the parametrization or materialise the weight first."
+        return (
+            "its weight is parametrized, lazy or on the meta device, so there is no stored value to quantize. Remove "
+            "the parametrization or materialise the weight first"
         )
-    return weight
+    return _dtype_refusal(weight.dtype)
 
 
-def _other_parameters(name: str, module: nn.Module) -> Iterable[tuple[str, str]]:
-    for own, parameter in module.named_parameters(prefix=name, recurse=False):
-        if parameter.dim() >= 2:
-            yield own, f"{type(module).__name__} is no layer kind we quantize"
+def _dtype_refusal(dtype: torch.dtype) -> str:
+    allowed = "float32, float16 or bfloat16. Convert the weight"
+    return "" if dtype in WEIGHT_DTYPES else f"dtype {dtype} is not allowed; {allowed}"
+
+
+def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterable[tuple[str, str]]:
+    for own, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() < 2 or (kind and own == "weight"):
+            continue
+        reason = f"{type(module).__name__} is no layer kind we quantize" if kind is None else "not the layer's weight"
+        yield f"{name}.{own}" if name else own, reason
 
 
 def _stored_weights(stored: Mapping[str, StoredTensor]) -> tuple[list[Weight], list[tuple[str, str]]]:
@@ -209,7 +225,13 @@ def _stored_weights(stored: Mapping[str, StoredTensor]) -> tuple[list[Weight], l
             found[tensor.identity] = replace(known, tied=(*known.tied, name))
             continue
         found[tensor.identity] = Weight(
-            name, _kind_by_name(name, len(tensor.shape)), tensor.shape, tensor.dtype, 0, tensor.read_rows
+            name,
+            _kind_by_name(name, len(tensor.shape)),
+            tensor.shape,
+            tensor.dtype,
+            0,
+            tensor.read_rows,
+            refusal=_dtype_refusal(tensor.dtype),
         )
     return list(found.values()), left_alone
 
@@ -231,30 +253,34 @@ def _kind_by_name(name: str, dimensions: int) -> str:
     return KIND_BY_DIMENSIONS[dimensions]
 
 
-def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:
+def _from_tensor(name: str, kind: str, weight: Tensor, refusal: str) -> Weight:
     axis = channel_axis_of(kind)
 
     def read_rows(start: int, stop: int) -> Tensor:
         return channel_rows(weight.narrow(axis, start, stop - start), axis)
 
-    return Weight(name, kind, tuple(weight.shape), weight.dtype, axis, read_rows)
+    return Weight(name, kind, _shape(weight), weight.dtype, axis, read_rows, refusal=refusal)
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    return () if isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape)
 
 
 def _select(found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str) -> list[Weight]:
-    names = [weight.name for weight in found]
+    names = [name for weight in found for name in weight.names]
+
+    def matches(weight: Weight, patterns: Sequence[str]) -> bool:
+        """By any of its names: a tied weight cannot be skipped under one and quantized under another."""
+        return any(fnmatchcase(name, pattern) for name in weight.names for pattern in patterns)
+
     for option, patterns in (("skip", skip), ("only", only)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise SettingError(
-                    f"{option}: {pattern!r} matches none of the {len(names)} layers of {where}; "
+                    f"{option}: {pattern!r} matches none of the {len(found)} layers of {where}; "
                     f"names look like {', '.join(map(repr, names[:3])) or 'nothing, there are none'}"
                 )
-    return [
-        weight
-        for weight in found
-        if (not only or any(fnmatchcase(weight.name, pattern) for pattern in only))
-        and not any(fnmatchcase(weight.name, pattern) for pattern in skip)
-    ]
+    return [weight for weight in found if (not only or matches(weight, only)) and not matches(weight, skip)]
 
 
 def _why_none(found: Sequence[Weight], left_alone: Sequence[tuple[str, str]]) -> str:

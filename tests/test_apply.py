@@ -182,6 +182,14 @@ def test_verify_against_the_original_finds_a_skipped_layer_that_changed() -> Non
         verify(quantized, plan, original=net)
 
 
+def test_verify_does_not_take_nan_for_a_value() -> None:
+    _, plan, quantized = uniform()
+    with torch.no_grad():
+        weight_of(quantized, "fc").fill_(float("nan"))
+    with pytest.raises(VerifyError, match="'fc' holds NaN"):
+        verify(quantized, plan)
+
+
 def test_verify_counts_by_group() -> None:
     net = nn.Linear(64, 4)
     scheme = Affine(granularity="per_group", group_size=16)

@@ -75,6 +75,32 @@ def test_an_outsiders_allocator_gets_its_options_too(
     assert "[firstlast] bits at both ends; required" in " ".join(mpq("plan", "-a", "firstlast", "--help").out.split())
 
 
+@pytest.mark.parametrize("words", [["-auniform"], ["-a", "mixquant", "-a", "uniform"], ["--allocator=uniform"]])
+def test_an_allocator_may_be_named_in_any_spelling(mpq: Mpq, checkpoint: Path, words: list[str]) -> None:
+    ran = mpq("plan", checkpoint, *words, "--json")
+    assert json.loads(ran.out)["allocator"]["name"] == "uniform"
+
+
+def test_names_with_brackets_are_printed_as_they_are(mpq: Mpq, tmp_path: Path) -> None:
+    save_file({"a[/b].weight": torch.randn(4, 4)}, tmp_path / "net[v2].safetensors")
+    plan = tmp_path / "plan[v2].json"
+    assert "wrote" in mpq("plan", tmp_path / "net[v2].safetensors", "-o", plan).out
+    assert "a[/b]" in mpq("show", plan).out
+    assert "plan[v2].json: " in mpq("diff", plan, plan).out
+
+
+def test_json_knows_no_infinity(mpq: Mpq, tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.ones(4, 4)}, tmp_path / "net.safetensors")
+    ran = mpq("measure", tmp_path / "net.safetensors", "--metrics", "sqnr_db", "--json")
+    assert json.loads(ran.out, parse_constant=str)["layers"]["fc"]["errors"]["sqnr_db"] == [None] * 7
+
+
+def test_mpq_alone_shows_its_help(mpq: Mpq) -> None:
+    ran = mpq()
+    assert ran.code == 2
+    assert "Commands:" in ran.out
+
+
 def test_several_values_give_a_plan_each_from_one_measurement(
     mpq: Mpq, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +259,12 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "option": (["plan", checkpoint, "--qwem", 3, *out], "No such option"),
         "no source": (["plan", *out], "Missing argument 'SOURCE'"),
         "command": (["plann"], "No such command 'plann'"),
+        "over the source": (["plan", checkpoint, "-o", checkpoint], "is the source itself"),
+        "table over the source": (["plan", checkpoint, "--table", checkpoint, *out], "is the source itself"),
+        "measure over the source": (["measure", checkpoint, "-o", checkpoint], "is the source itself"),
+        "no folder": (["plan", checkpoint, "--qem", 2, "--qem", 3, "-o", folder / "no" / "dir"], "cannot make"),
+        "long name": (["plan", "x" * 300, *out], "no such file"),
+        "huge list": (["measure", checkpoint, "--bits", "2-99999999999", *out], "goes beyond"),
         "table as weights": (["plan", plan_file, *out], "plan.json: "),
     }  # fmt: skip
 

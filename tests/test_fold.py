@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,61 @@ class Branching(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("net", [TwoReaders(), Twice(), nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))])
+class TwoNames(nn.Module):
+    """A BatchNorm registered twice; folding must empty both places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.layers = nn.ModuleList([self.conv, self.norm])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class OwnConv(nn.Conv2d):
+    """A user's subclass, which torch.fx alone would look into."""
+
+
+class SharedWeight(nn.Module):
+    """Two convolutions share a weight; each BatchNorm would fold into it differently."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight = self.a.weight
+        self.na, self.nb = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.nb(self.b(self.na(self.a(x))))
+        return y
+
+
+@pytest.mark.parametrize("net", [TwoNames(), nn.Sequential(OwnConv(3, 4, 3), nn.BatchNorm2d(4))])
+def test_names_and_subclasses_do_not_hide_what_is_to_be_folded(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+            module.running_var.fill_(4.0)
+    images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    folded = fold_batch_norm(net.eval())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+def test_two_threads_may_measure_at_once() -> None:
+    net, call = conv_net(), nn.Module.__call__
+    with ThreadPoolExecutor(2) as pool:
+        prints = list(pool.map(lambda _: measure(net, bits=(4,)).fingerprint, range(12)))
+    assert len(set(prints)) == 1
+    assert nn.Module.__call__ is call
+
+
+@pytest.mark.parametrize(
+    "net", [SharedWeight(), TwoReaders(), Twice(), nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))]
+)
 def test_what_folding_would_corrupt_stays_unfolded(net: nn.Module) -> None:
     assert conv_bn_pairs(net) == {}
 

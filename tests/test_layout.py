@@ -20,9 +20,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Left to right, as data flows; a part imports only its own layer and those before it.
 FLOW = (
-    ("buffers", "errors", "files", "scheme", "validation"),
+    ("buffers", "errors", "files", "fingerprint", "scheme", "validation"),
     ("quantize",),
-    ("checkpoints", "fold", "weights", "fingerprint"),
+    ("checkpoints", "fold", "weights"),
     ("table",),
     ("measure",),
     ("plan", "size"),

@@ -70,6 +70,9 @@ def document(**changes: Any) -> dict[str, Any]:
         ({"layers__0__bits": ...}, r"layers\[0\]: layer 'fc': give either bits or parts"),
         ({"layers__0__parts": [{"bits": 2, "channels": "0-3"}]}, "give either bits or parts"),
         ({"layers__0__numel": 9}, r"numel 9 and channel_axis 0 do not fit shape \(4, 2\)"),
+        ({"layers__0__shape": []}, r"layers\[0\]\.shape"),
+        ({"layers__0__shape": [-4, -2]}, r"layers\[0\]\.shape\[0\]"),
+        ({"layers__0__tied": ["fc"]}, "'fc' appears more than once"),
         ({"layers__0__channel_axis": 2}, "channel_axis 2 do not fit"),
         ({"layers__0__scheme__granularity": "per_row"}, r"granularity"),
         ({"layers__0__scheme__rang": "mse"}, r"rang"),
@@ -96,6 +99,7 @@ def test_a_damaged_plan_names_file_field_and_value(tmp_path: Path, changes: dict
         [{"bits": 2, "channels": "1,0"}, {"bits": 3, "channels": "2-3"}],
         [{"bits": 2, "channels": "0-3"}, {"bits": 4, "channels": []}],
         [{"bits": 2, "channels": "0-x"}],
+        [{"bits": 2, "channels": "0-99999999999"}],
     ],
 )
 def test_parts_cover_every_channel_once(parts: list[dict[str, Any]]) -> None:
@@ -112,7 +116,7 @@ def test_a_layer_named_twice_is_refused() -> None:
         Plan.from_document(twice, "plan.json")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '"plan"', "null"])
+@pytest.mark.parametrize("text", ["", "[1]", "{", '"plan"', "null", "[" * 100_000])
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(FormatError, match=r"not JSON|not a plan"):

@@ -115,3 +115,24 @@ def test_an_interruption_leaves_the_old_and_no_rubbish(tmp_path: Path, kind: str
         rewrite(source, plan, target, interrupt)
     assert sorted(tmp_path.iterdir()) == before
     assert kind == "directory" or target.read_text() == "old"
+
+
+def test_a_tie_to_a_name_that_is_no_layer_is_quantized_too(tmp_path: Path) -> None:
+    weight = torch.randn(8, 8)
+    torch.save({"shared_kernel": weight, "fc.weight": weight}, tmp_path / "in.pth")
+    plan = Uniform(bits=2)(measure(tmp_path / "in.pth", bits=(2,)))
+    rewrite(tmp_path / "in.pth", plan, tmp_path / "out.pth")
+    out = load_torch(tmp_path / "out.pth")
+    assert out["fc.weight"].unique().numel() <= 4
+    assert out["shared_kernel"].equal(out["fc.weight"])
+
+
+def test_a_directory_keeps_its_other_weights_and_is_not_written_into_itself(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "in", {"fc.weight": torch.randn(4, 4)}, 1)
+    (source / "2_Dense").mkdir()
+    save_file({"dense": torch.ones(2)}, source / "2_Dense" / "model.safetensors")
+    plan = Uniform(bits=4)(measure(source, bits=(4,)))
+    rewrite(source, plan, tmp_path / "out")
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").exists()
+    with pytest.raises(SettingError, match="lies inside the source"):
+        rewrite(source, plan, source / "out")

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from mpq_plugins import find_weights, iter_weights, measure
+from mpq_plugins import Uniform, apply, find_weights, iter_weights, measure, verify
 from mpq_plugins.checkpoints import INDEX_NAME
 from mpq_plugins.errors import SettingError, SourceError, WeightError
 from tests.checkpoints import sharded
@@ -155,3 +155,32 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> N
     index.write_text(index.read_text().replace("b.weight", "c.weight"))
     with pytest.raises(SourceError, match=r"lacks tensor 'c\.weight'"):
         find_weights(directory)
+
+
+def test_the_imagenet_examples_checkpoint_is_read(tmp_path: Path) -> None:
+    state = conv_net().state_dict()
+    torch.save({"epoch": 1, "state_dict": state, "best_acc1": torch.tensor(71.2)}, tmp_path / "a.pth")
+    torch.save({"model": {"state_dict": state}, "step": torch.tensor(3)}, tmp_path / "b.pth")
+    assert len(find_weights(tmp_path / "a.pth")) == len(find_weights(tmp_path / "b.pth")) == 4
+
+
+def test_a_tied_weight_is_skipped_under_either_name() -> None:
+    assert find_weights(tied_net(), skip=["lm_head"]).skipped == ("embed",)
+    assert [w.name for w in find_weights(tied_net(), only=["lm_head"])] == ["embed"]
+
+
+def test_skipping_a_layer_that_cannot_be_quantized_goes_all_the_way() -> None:
+    net = conv_net()
+    torch.nn.utils.parametrizations.weight_norm(net.fc)
+    net.conv2.double()
+    plan = Uniform(bits=4)(measure(net, bits=(4,), skip=["fc", "conv2"], fold_bn=False))
+    verify(apply(net, plan), plan, original=net)
+
+
+def test_a_subclass_parameters_of_its_own_are_listed() -> None:
+    class Lora(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.down = nn.Parameter(torch.zeros(8, 2))
+
+    assert find_weights(Lora()).left_alone == (("down", "not the layer's weight"),)

@@ -1,6 +1,7 @@
 """MixQuant (arXiv 2309.17341, Alg. 1): per layer the fewest bits whose error stays within QEM of the baseline's."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -48,8 +49,8 @@ class MixQuant:
         object.__setattr__(self, "qem", float(self.qem))  # 2 and 2.0 make the same plan, to the byte
         if self.metric not in METRICS:
             raise SettingError(f"metric: {self.metric!r} is not allowed; {', '.join(METRICS)}")
-        if not self.bits:
-            raise SettingError("bits: none given; one or more of 1 to 8")
+        if not isinstance(self.bits, Sequence) or not self.bits:
+            raise SettingError(f"bits: {self.bits!r} is not allowed; a list of one or more of 1 to 8")
         object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
         check_bits(self.baseline, "baseline")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..buffers import chunk_buffer
 from ..errors import WeightError
+from ..fingerprint import fingerprint, layer_digest
 from ..quantize.calibrate import choose_grids
 from ..quantize.grid import RegionStats
 from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, row_stats
@@ -55,6 +56,7 @@ def layer_stats(
     magnitudes = np.concatenate([part.magnitudes for part in parts])
     totals = add_sums(np.stack([part.totals for part in parts]))
     channels = [part.channels for part in parts if part.channels is not None]
+    extremes = np.concatenate([part.extremes for part in parts])
     per = weight.numel // max(1, weight.channels)
     by_channel = _metrics(np.concatenate(channels), magnitudes[:, 1:2], per, metrics) if channels else {}
     return LayerStats(
@@ -67,14 +69,16 @@ def layer_stats(
         errors=_metrics(totals, magnitudes[:, 1].sum(), weight.numel, metrics),
         channel_errors={metric: values.T for metric, values in by_channel.items()},
         tied=weight.tied,
+        digest=layer_digest(weight.name, weight.shape, *extremes.T),
     )
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of chunks: magnitudes (channels, 2), errors in total (bits, 3) and, where asked for, (channels, bits, 3)."""
+    """Of chunks: magnitudes, extremes (channels, 2); errors in total (bits, 3) and, if asked, (channels, bits, 3)."""
 
     magnitudes: Array
+    extremes: Array
     totals: Array
     channels: Array | None
 
@@ -103,10 +107,12 @@ def _unit(
     stats = _joined(parts).merged() if one_region else parts[0]
     grids = choose_grids(each, stats, bits, scheme)
     magnitudes = np.concatenate([_channel_magnitudes(part, max(1, regions)) for part in parts])
+    extremes = np.concatenate([_channel_extremes(part, max(1, regions)) for part in parts])
     if one_region and not per_channel:
-        return _Sums(magnitudes, add_sums(np.stack(each(lambda rows: error_totals(rows, grids, largest)))), None)
+        totals = add_sums(np.stack(each(lambda rows: error_totals(rows, grids, largest))))
+        return _Sums(magnitudes, extremes, totals, None)
     by_channel = np.concatenate(each(lambda rows: _by_channel(error_sums(rows, grids, largest), max(1, regions))))
-    return _Sums(magnitudes, add_sums(by_channel), by_channel if per_channel else None)
+    return _Sums(magnitudes, extremes, add_sums(by_channel), by_channel if per_channel else None)
 
 
 def _by_channel(sums: Array, regions: int) -> Array:
@@ -118,6 +124,18 @@ def _channel_magnitudes(stats: RegionStats, regions: int) -> Array:
     """Sums of |w| and w^2 of each output channel, (channels, 2)."""
     magnitudes: Array = np.stack((stats.absolute, stats.squared), axis=1).reshape(-1, regions, 2).sum(axis=1)
     return magnitudes
+
+
+def _channel_extremes(stats: RegionStats, regions: int) -> Array:
+    """Least and greatest weight of each output channel, (channels, 2)."""
+    low, high = stats.low.reshape(-1, regions).min(axis=1), stats.high.reshape(-1, regions).max(axis=1)
+    return np.stack((low, high), axis=1)
+
+
+def channel_extremes(weight: Weight) -> Array:
+    """Least and greatest weight of each output channel, (channels, 2), read in chunks. Raises as layer_stats."""
+    parts = [_finite_stats(weight.name, _read(weight, chunk)) for chunk in _chunks(weight)]
+    return np.concatenate([_channel_extremes(part, 1) for part in parts])
 
 
 def _joined(parts: Sequence[RegionStats]) -> RegionStats:
@@ -174,3 +192,8 @@ METRIC_FORMULAS: dict[str, Callable[[Array, Array, int], Array]] = {
     "sqnr_db": _sqnr_db,
     LARGEST_METRIC: lambda sums, _, numel: sums[..., LARGEST],
 }
+
+
+def weights_fingerprint(weights: Iterable[Weight]) -> str:
+    """The fingerprint a measurement of these weights would have; reads them once."""
+    return fingerprint(layer_digest(w.name, w.shape, *channel_extremes(w).T) for w in weights)

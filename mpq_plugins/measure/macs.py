@@ -12,14 +12,17 @@ from ..errors import SettingError
 def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     """Module name -> multiply-accumulates of a forward pass of `example_input` (a tensor or a tuple of arguments).
 
-    A module called twice counts twice; one that multiplies nothing, such as a look-up, is not listed.
+    A module called twice counts twice; one that multiplies nothing by itself, such as a look-up or a layer whose
+    weight somebody else uses, is not listed.
     Raises SettingError where the model does not run on the input.
     """
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    training = model.training
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it bypasses the layers it is made of
         with torch.no_grad(), counter:
             model(*arguments)
     except Exception as error:
@@ -27,7 +30,9 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
             f"example_input: {type(model).__name__} does not run on it ({type(error).__name__}: {error})"
         ) from error
     finally:
-        model.train(training)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, flag in training.items():
+            module.training = flag
     root = type(model).__name__
     # torch counts a multiplication and an addition as two operations.
     return {

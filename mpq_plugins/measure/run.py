@@ -54,7 +54,7 @@ def run(
         widths,
         names,
         weights.folded,
-        fingerprint(weights),
+        fingerprint(layer.digest for layer in layers),
         weights.skipped,
         weights.left_alone,
     )
@@ -114,10 +114,9 @@ def resolve_fold(source: nn.Module | str | Path, scheme: Affine, fold_bn: bool |
 
 def checked_bits(bits: Sequence[int]) -> tuple[int, ...]:
     """Distinct bit-widths, ascending. Raises SettingError outside 1..8 or for none."""
-    widths = tuple(sorted({check_bits(b) for b in bits}))
-    if not widths:
-        raise SettingError("bits: none given; one or more of 1 to 8")
-    return widths
+    if isinstance(bits, int) or not len(bits):
+        raise SettingError(f"bits: {bits!r} is not allowed; a list of one or more of 1 to 8")
+    return tuple(sorted({check_bits(b) for b in bits}))
 
 
 def checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:

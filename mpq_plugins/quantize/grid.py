@@ -73,7 +73,7 @@ def minmax_grids(stats: RegionStats, bits: Sequence[int], symmetric: bool) -> Gr
 
     A constant region gets the scale |c| and so quantizes to itself, exactly; at 1 bit the scale is mean|w|.
     """
-    widths = np.array(bits)
+    widths = np.array(bits, np.int64)
     low, high = stats.low[:, None], stats.high[:, None]
     grids = affine_grids(np.minimum(low, 0.0), np.maximum(high, 0.0), widths, symmetric)
     scale, zero_point = grids.scale, grids.zero_point

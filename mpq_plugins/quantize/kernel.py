@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 
 import numpy as np
@@ -71,8 +72,18 @@ def add_sums(sums: Floats) -> Floats:
 
 @cache
 def numba_available() -> bool:
-    """Whether compiled code can run here: numba is installed and its compiler is not switched off."""
-    return os.environ.get("NUMBA_DISABLE_JIT", "0") == "0" and importlib.util.find_spec("numba") is not None
+    """Whether compiled code can run here: numba is installed, works, and its compiler is not switched off.
+
+    An installed numba that cannot be used gives a warning once, and the torch path.
+    """
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0" or importlib.util.find_spec("numba") is None:
+        return False
+    try:
+        from . import kernel_numba  # noqa: F401  # compiled on first use; here it only has to load
+    except (ImportError, RuntimeError, OSError) as error:
+        warnings.warn(f"numba cannot be used ({error}); measuring in torch, which is slower", stacklevel=2)
+        return False
+    return True
 
 
 def _numba_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:

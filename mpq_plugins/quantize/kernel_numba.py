@@ -11,7 +11,6 @@ Floats = NDArray[np.float64]
 Floats32 = NDArray[np.float32]
 
 BLOCK = 1024  # weights; a block and its reciprocals stay in the first-level cache for every grid
-LONG = 64  # weights in a row from which one weight rounded the other way, a near tie in float32, cannot show
 SAFE_SCALES = (2.0**-40, 2.0**40)
 NEARLY_EXACT = 2.0**-12  # of a step: a root mean square error below this is that of a row the grid holds exactly
 TINY = {4: 2.0**-100, 8: 2.0**-1000}  # by bytes of the precision; float32 weights are never below the second
@@ -67,8 +66,16 @@ def _sums(rows, scale, low, high, tiny, largest, out):  # type: ignore[no-untype
                 out[r, k, 1] += squared
                 if largest:
                     for i in range(length):
-                        level = min(max(np.rint(values[i] * (one / scale[p, k])), low[p, k]), high[p, k])
-                        out[r, k, 2] = max(out[r, k, 2], abs(_fma(-level, scale[p, k], values[i])))
+                        error = _error(values[i], one / scale[p, k], scale[p, k], low[p, k], high[p, k])
+                        out[r, k, 2] = max(out[r, k, 2], abs(error))
+
+
+@_compiled
+def _error(w, inverse, scale, least, greatest):  # type: ignore[no-untyped-def]
+    """w - w', to the last bit: what the first rounding leaves is rounded again, for a near tie may go wrong once."""
+    level = np.rint(w * inverse)
+    level += np.rint(_fma(-level, scale, w) * inverse)
+    return _fma(-min(max(level, least), greatest), scale, w)
 
 
 @_compiled
@@ -77,8 +84,8 @@ def _block_sums(first, second, per_first, per_second, inverse, scale, least, gre
     zero = scale - scale
     relative_a = relative_b = squared_a = squared_b = zero
     for i in range(len(first)):
-        a = abs(_fma(-min(max(np.rint(first[i] * inverse), least), greatest), scale, first[i]))
-        b = abs(_fma(-min(max(np.rint(second[i] * inverse), least), greatest), scale, second[i]))
+        a = abs(_error(first[i], inverse, scale, least, greatest))
+        b = abs(_error(second[i], inverse, scale, least, greatest))
         relative_a += a * per_first[i]
         relative_b += b * per_second[i]
         squared_a += a * a
@@ -125,11 +132,11 @@ def row_table(rows: Floats32) -> Floats:
 def sums(rows: Floats32, scale: Floats, low: Floats, high: Floats, largest: bool) -> Floats:
     """Error sums (R, K, 3) of rows (R, n) under grids (P, K), P = R or 1; 0 for the largest unless asked for.
 
-    Computed in float32, twice as fast, where that is as good: long rows, scales far from the ends of its range,
-    and no sum so small that an underflow could show in it. Elsewhere in float64.
+    Computed in float32, the faster, where that is as good: scales far from the ends of its range, and no sum so
+    small that an underflow could show in it. Elsewhere in float64.
     """
     safe = SAFE_SCALES[0] <= scale.min() and scale.max() <= SAFE_SCALES[1]
-    if largest or rows.shape[1] < LONG or not safe:
+    if not safe:
         return _run(rows, scale, low, high, largest)
     found = _run(rows, scale.astype(np.float32), low.astype(np.float32), high.astype(np.float32), largest)
     floor = scale * scale * (rows.shape[1] * NEARLY_EXACT**2)

@@ -18,7 +18,7 @@ PIPE_WIDTH = 120  # columns when stdout is a file or pipe, where rich would othe
 
 def console() -> Console:
     """The console results are printed on."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False)
 
 
 def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:

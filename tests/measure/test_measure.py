@@ -99,13 +99,21 @@ def test_macs_are_counted_for_an_example_input() -> None:
     assert {layer.name: layer.macs for layer in tied.layers} == {"embed": 3 * 8 * 20, "block": 2 * 3 * 64}
 
 
+def test_fused_paths_do_not_hide_macs() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    table = measure(layer, example_input=torch.zeros(1, 5, 8))
+    assert {s.name: s.macs for s in table.layers} == {"self_attn.out_proj": None, "linear1": 640, "linear2": 640}
+
+
 def test_counting_macs_leaves_the_model_as_it_was() -> None:
     net = conv_net().train()
+    net.bn2.eval()
     mean = net.bn1.running_mean
     assert mean is not None
     before = mean.clone()
     measure(net, example_input=torch.ones(2, 3, 8, 8))
     assert net.training
+    assert not net.bn2.training
     assert mean.equal(before)
 
 
@@ -160,7 +168,8 @@ WEIGHTS = ("conv1.weight", "conv2.weight", "up.weight", "fc.weight")
     [
         ({"bits": (0,)}, "bits: 0 is not allowed; 1 to 8"),
         ({"bits": (9,)}, "bits: 9 is not allowed"),
-        ({"bits": ()}, "bits: none given"),
+        ({"bits": ()}, r"bits: \(\) is not allowed; a list"),
+        ({"bits": 4}, "bits: 4 is not allowed; a list"),
         ({"metrics": ("rms",)}, "metrics: 'rms' is not allowed; relative, mse"),
         ({"metrics": ()}, "metrics: none given"),
         ({"fold_bn": "maybe"}, "fold_bn: 'maybe' is not allowed"),
