@@ -166,7 +166,7 @@ def plan(
     from .cli_sources import Request, check_output, measured
     from .report.tables import bits_summary, console, layer_json, plan_head, size_json, size_lines
 
-    check_output(output, source)
+    check_output(output, source, cache)
     check_output(cache, source)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
@@ -289,10 +289,12 @@ def check(plan_file: Path, source: str, as_json: bool) -> None:
 @json_option
 def apply(checkpoint: Path, plan_file: Path, output: Path, as_json: bool) -> None:
     """Write CHECKPOINT with fake-quantized weights, in its own format."""
+    from .cli_sources import check_output
     from .plan import Plan
     from .report.progress import progress_bar, say
     from .rewrite import rewrite
 
+    check_output(output, plan_file)
     loaded = Plan.load(plan_file)
     with progress_bar("quantizing") as progress:
         rewrite(checkpoint, loaded, output, progress)

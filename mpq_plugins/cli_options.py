@@ -77,7 +77,7 @@ def allocators_from(ctx: click.Context, values: dict[str, Any], scheme: Any) -> 
             made.append(allocator(**fixed, **said))
         except TypeError as error:
             raise SettingError(f"allocator {allocator.name!r}: {error}") from error
-    return made
+    return list(dict.fromkeys(made))  # the same value twice is one plan
 
 
 _UNSAID = object()

@@ -65,7 +65,7 @@ def resolve_source(text: str) -> "Path | nn.Module":
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that a user's own file is found
     try:
         made = getattr(importlib.import_module(module_name), factory_name)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SourceError(f"{text}: the factory cannot be called ({type(error).__name__}: {error})") from error
     finally:
         sys.path.pop(0)
@@ -94,10 +94,13 @@ def measured(source: str, needs: Needs, request: Request, cache: Path | None) ->
     return table
 
 
-def check_output(output: Path | None, source: str) -> None:
-    """Refuse to write a result over the weights it is made from."""
-    if output is not None and exists(Path(source)) and output.resolve() == Path(source).resolve():
-        raise SettingError(f"output: {output} is the source itself; name another file")
+def check_output(output: Path | None, *inputs: str | Path | None) -> None:
+    """Refuse to write a result over what it is made from, or over another result of the same run."""
+    for path in (Path(path) for path in inputs if path is not None):
+        if output is not None and output.absolute() == path.absolute():
+            raise SettingError(f"output: {output} is the source itself, or another result; name another file")
+        if output is not None and exists(output) and exists(path) and output.samefile(path):
+            raise SettingError(f"output: {output} is the source itself, or another result; name another file")
 
 
 def measure_now(source: str, needs: Needs, request: Request, input_shape: tuple[int, ...] | None) -> LayerTable:

@@ -18,8 +18,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     On any exception, KeyboardInterrupt included, the temporary file is removed and `target` is untouched.
     Raises SourceError where the folder does not exist or cannot be written.
     """
-    if target.is_dir():
-        raise SourceError(f"{target}: is a directory; name a file to write")
+    if exists(target) and not target.is_file():
+        what = "a directory" if target.is_dir() else "no ordinary file"
+        raise SourceError(f"{target}: is {what}; name a file to write")
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:

@@ -216,6 +216,7 @@ def test_plugins_are_listed(mpq: Mpq) -> None:
 def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tuple[list[Any], str]]:
     """name -> (arguments, what the one line must say)."""
     (folder / "empty").mkdir()
+    os.mkfifo(folder / "pipe")
     (folder / "escape").mkdir()
     (folder / "escape" / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": "../net.safetensors"}}))
     (folder / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-40])
@@ -263,6 +264,11 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "table over the source": (["plan", checkpoint, "--table", checkpoint, *out], "is the source itself"),
         "measure over the source": (["measure", checkpoint, "-o", checkpoint], "is the source itself"),
         "no folder": (["plan", checkpoint, "--qem", 2, "--qem", 3, "-o", folder / "no" / "dir"], "cannot make"),
+        "over the plan": (["apply", checkpoint, plan_file, "-o", plan_file], "is the source itself, or another result"),
+        "over the table": (["plan", checkpoint, "--table", folder / "t", "-o", folder / "t"], "or another result"),
+        "a pipe": (["plan", checkpoint, "-o", folder / "pipe"], "no ordinary file"),
+        "long output": (["plan", checkpoint, "-o", folder / ("x" * 300)], "cannot write there"),
+        "factory that exits": (["plan", "sys:exit", *out], "the factory cannot be called (SystemExit"),
         "long name": (["plan", "x" * 300, *out], "no such file"),
         "huge list": (["measure", checkpoint, "--bits", "2-99999999999", *out], "goes beyond"),
         "table as weights": (["plan", plan_file, *out], "plan.json: "),
