@@ -51,7 +51,7 @@ def apply(model: "nn.Module", plan: "Plan") -> "nn.Module":
             stacklevel=2,
         )
     quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
-    choices = _choices(plan)
+    choices = plan.by_any_name
     with torch.no_grad():
         for name, weight in quantizable_weights(quantized).items():
             if name in choices:
@@ -69,7 +69,7 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
     from .weights import quantizable_weights
 
     weights = quantizable_weights(model)
-    choices = _choices(plan)
+    choices = plan.by_any_name
     present = {choices[name].name for name in weights if name in choices}
     problems = [f"{layer.name!r} is missing" for layer in plan.layers if layer.name not in present]
     expected = _expected(original, plan) if original is not None else {}
@@ -92,10 +92,6 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerifyError(f"{type(model).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
     return tuple(checks)
-
-
-def _choices(plan: "Plan") -> "dict[str, LayerChoice]":
-    return {name: layer for layer in plan.layers for name in (layer.name, *layer.tied)}
 
 
 def _expected(original: "nn.Module", plan: "Plan") -> "dict[str, Tensor]":

@@ -105,12 +105,12 @@ def measure(
 ) -> None:
     """Measure the quantization error of every layer at every bit-width."""
     from .allocate.base import Needs
-    from .cli_sources import Request, check_output, measure_now
+    from .cli_sources import Request, check_output, measure_now, resolve_source
     from .report.tables import console, measurement_table
 
     check_output(output, source)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
-    table = measure_now(source, needs, Request(**scheme), input_shape)
+    table = measure_now(resolve_source(source), needs, Request(**scheme), input_shape)
     if output is not None:
         table.save(output)
     if as_json:

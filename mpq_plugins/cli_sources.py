@@ -79,16 +79,17 @@ def measured(source: str, needs: Needs, request: Request, cache: Path | None) ->
     path = Path(source)
     if is_table(path):
         return _given_table(path, needs, request, cache)
+    resolved = resolve_source(source)
     if cache is not None and exists(cache):
         if not is_table(cache):
             raise SettingError(f"table: {cache} exists and is no table; name another file")
         table = LayerTable.load(cache)
-        reason = _why_stale(table, resolve_source(source), needs, request)
+        reason = _why_stale(table, resolved, needs, request)
         if reason is None:
             say(f"reusing the measurement in {cache}")
             return table
         say(f"measuring again: {cache} {reason}")
-    table = measure_now(source, needs, request, None)
+    table = measure_now(resolved, needs, request, None)
     if cache is not None:
         table.save(cache)
     return table
@@ -96,18 +97,20 @@ def measured(source: str, needs: Needs, request: Request, cache: Path | None) ->
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
     """Refuse to write a result over what it is made from, or over another result of the same run."""
+    if output is None:
+        return
     for path in (Path(path) for path in inputs if path is not None):
-        if output is not None and output.absolute() == path.absolute():
-            raise SettingError(f"output: {output} is the source itself, or another result; name another file")
-        if output is not None and exists(output) and exists(path) and output.samefile(path):
+        existing = exists(output) and exists(path)
+        if output.absolute() == path.absolute() or (existing and output.samefile(path)):
             raise SettingError(f"output: {output} is the source itself, or another result; name another file")
 
 
-def measure_now(source: str, needs: Needs, request: Request, input_shape: tuple[int, ...] | None) -> LayerTable:
+def measure_now(
+    source: "Path | nn.Module", needs: Needs, request: Request, input_shape: tuple[int, ...] | None
+) -> LayerTable:
     """Measure with a progress bar."""
     from . import measure
 
-    resolved = resolve_source(source)
     example = None
     if input_shape is not None:
         import torch
@@ -115,7 +118,7 @@ def measure_now(source: str, needs: Needs, request: Request, input_shape: tuple[
         example = torch.zeros(input_shape)
     with progress_bar("measuring") as progress:
         return measure(
-            resolved, request.scheme, needs.bits, needs.metrics, per_channel=needs.channel_errors,
+            source, request.scheme, needs.bits, needs.metrics, per_channel=needs.channel_errors,
             skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
             example_input=example, progress=progress,
         )  # fmt: skip
@@ -146,9 +149,9 @@ def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, requ
     if not table.covers(needs.bits, needs.metrics, needs.channel_errors):
         return "lacks bit-widths or metrics"
     fold = resolve_fold(source, request.scheme, request.fold)  # type: ignore[arg-type]  # checked there
-    if fold != table.fold_bn:
-        return "was measured with another BatchNorm folding"
     found = find_weights(source, skip=request.skip, only=request.only, fold_bn=fold)
+    if found.folded != table.fold_bn:
+        return "was measured with another BatchNorm folding"
     if weights_fingerprint(found) != table.fingerprint or found.skipped != table.skipped:
         return "is of other weights"
     return None

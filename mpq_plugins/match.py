@@ -54,10 +54,10 @@ def _found(plan: Plan, source: nn.Module | str | Path, fold_bn: bool) -> Weights
 
 
 def _problems(plan: Plan, found: Weights) -> list[str]:
-    present = {name: weight for weight in found for name in (weight.name, *weight.tied)}
-    planned = {name for layer in plan.layers for name in (layer.name, *layer.tied)}
+    present = {name: weight for weight in found for name in weight.names}
+    planned = set(plan.by_any_name)
     missing = [name for name in (*plan.by_name, *plan.skipped) if name not in present]
-    extra = [w.name for w in found if not planned.intersection((w.name, *w.tied)) and w.name not in plan.skipped]
+    extra = [w.name for w in found if not planned.intersection(w.names) and w.name not in plan.skipped]
     shapes = [
         f"{name!r} {list(layer.shape)} in the plan, {list(present[name].shape)} here"
         for name, layer in plan.by_name.items()
@@ -86,8 +86,7 @@ def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
 
 
 def _notes(plan: Plan, found: Weights) -> list[str]:
-    planned = {name for layer in plan.layers for name in (layer.name, *layer.tied)}
-    if weights_fingerprint(weight for weight in found if weight.name in planned) == plan.model:
+    if weights_fingerprint(weight for weight in found if weight.name in plan.by_any_name) == plan.model:
         return []
     return [
         "The layers are the plan's, their weights are not those it was made from: trained further, quantized, or "

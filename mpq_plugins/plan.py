@@ -121,6 +121,11 @@ class LayerChoice(BaseModel):
         return self
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, then its tied ones."""
+        return (self.name, *self.tied)
+
+    @property
     def channels(self) -> int:
         """Number of output channels."""
         return self.shape[self.channel_axis]
@@ -174,7 +179,7 @@ class Plan(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         seen: set[str] = set()
-        for name in (name for layer in self.layers for name in (layer.name, *layer.tied)):
+        for name in (name for layer in self.layers for name in layer.names):
             if name in seen:
                 raise ValueError(f"layers: {name!r} appears more than once")
             seen.add(name)
@@ -184,6 +189,11 @@ class Plan(BaseModel):
     def by_name(self) -> Mapping[str, LayerChoice]:
         """The layers by name."""
         return {layer.name: layer for layer in self.layers}
+
+    @cached_property
+    def by_any_name(self) -> Mapping[str, LayerChoice]:
+        """The layers by name and by the tied names of their weights."""
+        return {name: layer for layer in self.layers for name in layer.names}
 
     def to_json(self) -> str:
         """Readable JSON in a stable order, one line per layer; equal plans give equal bytes."""

@@ -32,7 +32,7 @@ def load(group: str, name: str) -> Any:
     plugin = known[name]
     try:
         return EntryPoint(plugin.name, plugin.target, f"mpq_plugins.{group}").load()
-    except Exception as error:
+    except Exception as error:  # importing an outsider's module may raise anything
         raise PluginError(
             f"{group}: {name!r} of {plugin.distribution} cannot be imported from {plugin.target} "
             f"({type(error).__name__}: {error})"

@@ -38,8 +38,7 @@ def rewrite(source: Path, plan: Plan, target: Path, progress: Progress | None = 
     """
     match(plan, source).require(str(source))
     _check_target(source, target)
-    choices = {name: layer for layer in plan.layers for name in (layer.name, *layer.tied)}
-    quantizer = _Quantizer(choices, sum(layer.numel for layer in plan.layers), progress)
+    quantizer = _Quantizer(plan.by_any_name, sum(layer.numel for layer in plan.layers), progress)
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
     elif source.suffix == ".safetensors":

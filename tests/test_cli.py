@@ -135,6 +135,24 @@ def test_a_table_is_measured_once_and_reused(mpq: Mpq, checkpoint: Path, tmp_pat
     assert LayerTable.load(table).scheme.symmetric
 
 
+def test_a_factory_is_called_once_and_its_table_reused(
+    mpq: Mpq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def unfoldable() -> torch.nn.Module:
+        calls.append(1)
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+    monkeypatch.setattr(outsider, "unfoldable", unfoldable, raising=False)
+    arguments = ("plan", "tests.outsider:unfoldable", "--table", tmp_path / "net.mpqt")
+    assert mpq(*arguments).code == 0
+    assert "reusing the measurement" in mpq(*arguments).err
+    assert mpq(*arguments, "--symmetric").code == 0
+    assert len(calls) == 3
+
+
 @pytest.mark.parametrize("change", ["weights", "skip", "bits"])
 def test_a_table_of_something_else_is_measured_again(mpq: Mpq, checkpoint: Path, tmp_path: Path, change: str) -> None:
     table = tmp_path / "net.mpqt"

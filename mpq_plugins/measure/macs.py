@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
         torch.backends.mha.set_fastpath_enabled(False)  # it bypasses the layers it is made of
         with torch.no_grad(), counter:
             model(*arguments)
-    except Exception as error:
+    except Exception as error:  # a user's forward may raise anything on a wrong input
         raise SettingError(
             f"example_input: {type(model).__name__} does not run on it ({type(error).__name__}: {error})"
         ) from error
