@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         WeightError,
     )
     from .plan import LayerChoice, Part, Plan
-    from .scheme import Affine
+    from .scheme import Affine, Piecewise
     from .size import PlanSize
     from .table import LayerStats, LayerTable
     from .weights import find_weights, iter_weights
@@ -47,6 +47,7 @@ __all__ = [
     "MismatchError",
     "MixQuant",
     "Part",
+    "Piecewise",
     "Plan",
     "PlanSize",
     "PluginError",
@@ -73,6 +74,7 @@ _HOMES = {
     "MismatchError": "errors",
     "MixQuant": "allocate.mixquant",
     "Part": "plan",
+    "Piecewise": "scheme",
     "Plan": "plan",
     "PlanSize": "size",
     "PluginError": "errors",

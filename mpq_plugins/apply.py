@@ -62,7 +62,8 @@ def apply(model: "nn.Module", plan: "Plan") -> "nn.Module":
 def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None) -> tuple[PartCheck, ...]:
     """Prove that a model holds what the plan says: right layers, none missing, none extra, few enough values.
 
-    Every region that shares a scale may hold at most 2^b different values (2^b - 1 symmetric, 2 at one bit).
+    Every region that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b
+    - 1 symmetric, 2 at one bit), or 2^(b+1) - 3 with two regions of b bits.
     With `original`, the float model, every weight must also equal, to the bit, what `apply` makes of it, and
     skipped layers must be untouched. Returns one check per part; raises VerifyError listing what is wrong.
     """
@@ -107,8 +108,7 @@ def _check_part(weight: "Tensor", choice: "LayerChoice", part: "Part") -> PartCh
     from .simulate import most_distinct_values
 
     values = most_distinct_values(weight, choice, part.channels)
-    narrow = choice.scheme.symmetric and part.bits > 1
-    return PartCheck(choice.name, part.bits, len(part.channels), values, 2**part.bits - narrow)
+    return PartCheck(choice.name, part.bits, len(part.channels), values, choice.scheme.levels(part.bits))
 
 
 def _too_many(check: PartCheck) -> str:

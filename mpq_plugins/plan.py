@@ -19,7 +19,7 @@ from pydantic import (
 
 from .errors import FormatError, SettingError
 from .files import write_text
-from .scheme import FLOAT_BITS, INTEGER_BITS, Affine
+from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
 from .validation import first_problem
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class LayerChoice(BaseModel):
     numel: Annotated[int, Field(ge=0)]
     bits: Bits | None = None
     parts: tuple[Part, ...] | None = None
-    scheme: Affine
+    scheme: NamedScheme
     tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -117,6 +117,9 @@ class LayerChoice(BaseModel):
                 raise ValueError(
                     f"{where}: parts must cover channels 0 to {self.channels - 1} once each, ascending, none empty"
                 )
+        for bits in [self.bits] if self.bits is not None else [part.bits for part in self.parts or ()]:
+            if bits not in FLOAT_BITS:
+                self.scheme.check_bits(bits, f"{where}: bits")
         self.scheme.regions_per_channel(self.shape, self.channel_axis, self.name)
         return self
 

@@ -3,17 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from .errors import SettingError
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 RangeName = Literal["minmax", "mse"]
+BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "laplacian_root"]
+StorageName = Literal["region_bit", "shared"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "mse")
+BREAKPOINTS = ("search", "gaussian", "laplacian", "gaussian_root", "laplacian_root")
+STORAGES = ("region_bit", "shared")
 INTEGER_BITS = range(1, 9)
 FLOAT_BITS = (16, 32)  # a layer left in floating point
 
@@ -25,47 +29,18 @@ def check_bits(bits: int, name: str = "bits") -> int:
     return bits
 
 
-@dataclass(frozen=True, kw_only=True)
-class Affine:
-    """Uniform integer codes: w' = (code - zero_point) * scale, one scale per region of the weight.
+class Granular:
+    """What schemes share: scales belong to regions, and the granularity says what a region is.
 
     A region is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
-    output channel (times the kernel's positions). With bits b on [lo, hi], lo <= 0 <= hi:
-    asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale = max|w| / (2^(b-1) - 1) with codes in
-    +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|. `range` picks [lo, hi]: the extremes, or the clipping with
-    the least squared error.
-
-    Raises SettingError on a value outside what is listed.
+    output channel (times the kernel's positions).
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    name: Literal["affine"] = "affine"
-    symmetric: bool = False
-    granularity: Granularity = "per_tensor"
-    group_size: int | None = None
-    range: RangeName = "minmax"
-
-    def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise SettingError(f"granularity: {self.granularity!r} is not allowed; {', '.join(GRANULARITIES)}")
-        if self.range not in RANGES:
-            raise SettingError(f"range: {self.range!r} is not allowed; {', '.join(RANGES)}")
-        if self.name != "affine":
-            raise SettingError(f"scheme: {self.name!r} is not allowed; affine")
-        if not isinstance(self.symmetric, bool):
-            raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True or False")
-        if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
-            raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
-        if self.granularity != "per_group" and self.group_size is not None:
-            raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")
-
-    def __str__(self) -> str:
-        grain = f"per_group({self.group_size})" if self.granularity == "per_group" else self.granularity
-        return f"{'symmetric' if self.symmetric else 'asymmetric'} {grain} {self.range}"
+    granularity: Granularity
+    group_size: int | None
 
     def regions_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
-        """How many scales one output channel has by itself (0 where a scale spans channels).
+        """How many regions one output channel has by itself (0 where a region spans channels).
 
         `shape` is the weight's. Raises SettingError, naming `layer`, where the input axis does not divide
         into groups.
@@ -83,6 +58,130 @@ class Affine:
             )
         return inputs // self.group_size
 
-    def scale_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
-        """How many scales `channels` of this weight's output channels need together."""
+    def region_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
+        """How many regions `channels` of this weight's output channels have together."""
         return max(1, channels * self.regions_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
+
+    def _check_granularity(self) -> None:
+        _allow("granularity", self.granularity, GRANULARITIES)
+        if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
+            raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
+        if self.granularity != "per_group" and self.group_size is not None:
+            raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")
+
+    @property
+    def _grain(self) -> str:
+        return f"per_group({self.group_size})" if self.granularity == "per_group" else self.granularity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine(Granular):
+    """Uniform integer codes: w' = (code - zero_point) * scale, one scale per region of the weight.
+
+    With bits b on [lo, hi], lo <= 0 <= hi: asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale =
+    max|w| / (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|. `range` picks [lo, hi]: the
+    extremes, or the clipping with the least squared error.
+
+    Raises SettingError on a value outside what is listed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    scales_per_region: ClassVar[int] = 1
+
+    name: Literal["affine"] = "affine"
+    symmetric: bool = False
+    granularity: Granularity = "per_tensor"
+    group_size: int | None = None
+    range: RangeName = "minmax"
+
+    def __post_init__(self) -> None:
+        self._check_granularity()
+        _allow("range", self.range, RANGES)
+        _allow("scheme", self.name, ("affine",))
+        if not isinstance(self.symmetric, bool):
+            raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True or False")
+
+    def __str__(self) -> str:
+        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self._grain} {self.range}"
+
+    def check_bits(self, bits: int, name: str = "bits") -> int:
+        """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
+        return check_bits(bits, name)
+
+    def levels(self, bits: int) -> int:
+        """The most different values a region can hold."""
+        return int(2**bits) - (self.symmetric and bits > 1)
+
+    def region_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+        return 0
+
+    def zero_point_bits(self, bits: int) -> int:
+        """Bits of a region's zero point: a code. Binary weights are +-scale, with nothing to offset."""
+        return 0 if self.symmetric or bits == 1 else bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piecewise(Granular):
+    """Two uniform quantizers per region, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
+
+    m = max|w|; the breakpoint p is by `breakpoint` the one with the least squared error on the weights
+    (`search`), or the optimum for a Gaussian or Laplacian of the region's root mean square: in closed form, or
+    as the root of the optimality condition. PWLQ (arXiv 2002.00104), used by PTILMPQ (arXiv 2404.02947).
+
+    `storage` says what b bits buy. `region_bit`: b bits inside each of the two, sign(w) uni(|w|; b-1), so a
+    weight costs b + 1 bits with the bit that tells which. `shared`: 2^b levels in all, at the middles of
+    2^(b-2) equal cells on either side of zero in each of the two; a weight costs b bits, and zero is no level.
+
+    Bits are 2 to 8. Raises SettingError on a value outside what is listed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    scales_per_region: ClassVar[int] = 2
+
+    name: Literal["piecewise"] = "piecewise"
+    granularity: Granularity = "per_tensor"
+    group_size: int | None = None
+    breakpoint: BreakpointName = "search"
+    storage: StorageName = "region_bit"
+
+    def __post_init__(self) -> None:
+        self._check_granularity()
+        _allow("breakpoint", self.breakpoint, BREAKPOINTS)
+        _allow("storage", self.storage, STORAGES)
+        _allow("scheme", self.name, ("piecewise",))
+
+    def __str__(self) -> str:
+        return f"two-region {self._grain} {self.breakpoint} {self.storage}"
+
+    def check_bits(self, bits: int, name: str = "bits") -> int:
+        """Return `bits` if this scheme has codes of that width: 2 to 8. Raises SettingError."""
+        if check_bits(bits, name) == 1:
+            raise SettingError(
+                f"{name}: 1 is not allowed with two regions, which need a sign and a magnitude; 2 to 8, or the affine "
+                "scheme"
+            )
+        return bits
+
+    def levels(self, bits: int) -> int:
+        """The most different values a region can hold; +-0, and +-p of either quantizer, are one each."""
+        return int(2 ** (bits + 1) - 3 if self.storage == "region_bit" else 2**bits)
+
+    def region_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+        return int(self.storage == "region_bit")
+
+    def zero_point_bits(self, bits: int) -> int:
+        """None: codes are signs and magnitudes."""
+        return 0
+
+
+Scheme = Affine | Piecewise
+NamedScheme = Annotated[Scheme, Field(discriminator="name")]
+"""A scheme in a file, told apart by its name."""
+SCHEMES: dict[str, type[Scheme]] = {"affine": Affine, "piecewise": Piecewise}
+
+
+def _allow(field: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise SettingError(f"{field}: {value!r} is not allowed; {', '.join(allowed)}")

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from .plan import LayerChoice
-from .quantize.affine import check_weight, fake_quantize
+from .quantize.fake import fake_quantize
 from .quantize.regions import channel_rows
+from .quantize.weight import check_weight
 from .scheme import FLOAT_BITS
 
 
@@ -40,6 +41,6 @@ def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: tuple[in
     )
     if rows.numel() == 0:
         return 0
-    regions = choice.scheme.scale_count(choice.shape, axis, len(channels), choice.name)
+    regions = choice.scheme.region_count(choice.shape, axis, len(channels), choice.name)
     ordered = rows.float().reshape(regions, -1).sort(dim=1).values
     return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1

@@ -10,10 +10,14 @@ from .scheme import FLOAT_BITS
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Bits of one layer, by what they are spent on. Zero points are codes, so they take b bits each."""
+    """Bits of one layer, by what they are spent on. Zero points are codes, so they take b bits each.
+
+    regions: the bit of every weight that tells its region, where two regions have b bits each.
+    """
 
     numel: int
     codes: int
+    regions: int
     scales: int
     zero_points: int
     part_map: int
@@ -21,7 +25,7 @@ class LayerSize:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.codes + self.scales + self.zero_points + self.part_map
+        return self.codes + self.regions + self.scales + self.zero_points + self.part_map
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,12 @@ class PlanSize:
 
     @property
     def weights_only_bits(self) -> int:
-        """Bits of the codes alone."""
-        return sum(layer.codes for layer in self.layers.values())
+        """Bits of the codes alone; the bit that tells a weight's region is part of its code."""
+        return sum(layer.codes + layer.regions for layer in self.layers.values())
 
     @property
     def total_bits(self) -> int:
-        """Bits of codes, scales, zero points and channel-to-part maps."""
+        """Bits of codes, region bits, scales, zero points and channel-to-part maps."""
         return sum(layer.total for layer in self.layers.values())
 
     @property
@@ -77,7 +81,7 @@ class PlanSize:
 
 
 def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
-    """Size of every layer: codes numel x b, scales, zero points (asymmetric), the channel-to-part map.
+    """Size of every layer: codes numel x b, region bits, scales, zero points (asymmetric), the channel-to-part map.
 
     scale_bits: 32 or 16. Raises SettingError on another.
     """
@@ -87,14 +91,15 @@ def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
 
 
 def _layer_size(layer: LayerChoice, scale_bits: int) -> LayerSize:
-    scales = zero_points = 0
+    regions = scales = zero_points = 0
+    scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
     for part in layer.groups:
         if part.bits in FLOAT_BITS:
             continue
-        count = layer.scheme.scale_count(layer.shape, layer.channel_axis, len(part.channels), layer.name)
-        scales += count * scale_bits
-        # Binary weights are +-scale: nothing to offset.
-        zero_points += 0 if layer.scheme.symmetric or part.bits == 1 else count * part.bits
+        count = scheme.region_count(layer.shape, layer.channel_axis, len(part.channels), layer.name)
+        regions += len(part.channels) * per_channel * scheme.region_bits(part.bits)
+        scales += count * scheme.scales_per_region * scale_bits
+        zero_points += count * scheme.zero_point_bits(part.bits)
     part_count = len(layer.groups)
     part_map = layer.channels * math.ceil(math.log2(part_count)) if part_count > 1 else 0
-    return LayerSize(layer.numel, layer.code_bits, scales, zero_points, part_map)
+    return LayerSize(layer.numel, layer.code_bits, regions, scales, zero_points, part_map)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import FormatError, SettingError
 from .files import atomic_path
-from .scheme import Affine
+from .scheme import NamedScheme, Scheme
 from .validation import first_problem
 
 TABLE_FORMAT = "mpq-table"
@@ -62,7 +62,7 @@ class LayerTable:
     """What was measured, on which weights, under which scheme."""
 
     layers: tuple[LayerStats, ...]
-    scheme: Affine
+    scheme: Scheme
     bits: tuple[int, ...]
     metrics: tuple[str, ...]
     fold_bn: bool
@@ -159,7 +159,7 @@ class _Layer(BaseModel):
 class _Description(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int
-    scheme: Affine
+    scheme: NamedScheme
     bits: tuple[int, ...]
     metrics: tuple[str, ...]
     channel_errors: bool

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .checkpoints import StoredTensor, layer_name, open_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
-from .quantize.affine import WEIGHT_DTYPES
 from .quantize.regions import channel_rows, from_channel_rows
+from .quantize.weight import WEIGHT_DTYPES
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",

@@ -2,15 +2,19 @@
 
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, LayerChoice, Part, Plan
+from mpq_plugins import Affine, LayerChoice, Part, Piecewise, Plan
 from mpq_plugins.plan import AllocatorRecord
+from mpq_plugins.scheme import Scheme
 
-SCHEMES = [
+SCHEMES: list[Scheme] = [
     Affine(),
     Affine(symmetric=True),
     Affine(granularity="per_channel"),
     Affine(granularity="per_channel", symmetric=True, range="mse"),
     Affine(granularity="per_group", group_size=2),
+    Piecewise(),
+    Piecewise(granularity="per_channel", storage="shared", breakpoint="gaussian"),
+    Piecewise(granularity="per_group", group_size=2, breakpoint="laplacian_root"),
 ]
 
 
@@ -20,7 +24,7 @@ def plan_of(*layers: LayerChoice, fold_bn: bool = False) -> Plan:
     return Plan(made_with={}, allocator=record, model="sha256:test", fold_bn=fold_bn, layers=layers)
 
 
-def linear(name: str, out: int, inputs: int, scheme: Affine, bits: int | dict[int, tuple[int, ...]]) -> LayerChoice:
+def linear(name: str, out: int, inputs: int, scheme: Scheme, bits: int | dict[int, tuple[int, ...]]) -> LayerChoice:
     """A linear layer with bits, or with parts bits -> channels."""
     parts = tuple(Part(bits=b, channels=c) for b, c in bits.items()) if isinstance(bits, dict) else None
     return LayerChoice(
@@ -29,14 +33,19 @@ def linear(name: str, out: int, inputs: int, scheme: Affine, bits: int | dict[in
     )  # fmt: skip
 
 
+def narrowest(scheme: Scheme) -> list[int]:
+    """One bit, where the scheme has such codes."""
+    return [1] if isinstance(scheme, Affine) else []
+
+
 @st.composite
 def layers(draw: st.DrawFn, name: str = "fc") -> LayerChoice:
     """Any valid linear layer."""
     out, inputs = draw(st.integers(1, 12)), draw(st.sampled_from([2, 4, 6]))
     scheme = draw(st.sampled_from(SCHEMES))
     if draw(st.booleans()):
-        return linear(name, out, inputs, scheme, draw(st.sampled_from([1, 2, 4, 8, 16, 32])))
-    widths = draw(st.lists(st.sampled_from([1, 2, 3, 8, 16]), min_size=out, max_size=out))
+        return linear(name, out, inputs, scheme, draw(st.sampled_from([*narrowest(scheme), 2, 4, 8, 16, 32])))
+    widths = draw(st.lists(st.sampled_from([*narrowest(scheme), 2, 3, 8, 16]), min_size=out, max_size=out))
     return linear(name, out, inputs, scheme, {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)})
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 
-from mpq_plugins import LayerStats, LayerTable, MixQuant, Plan, Uniform, measure, registry
+from mpq_plugins import Affine, LayerStats, LayerTable, MixQuant, Plan, Uniform, measure, registry
 from mpq_plugins.checkpoints import INDEX_NAME
 from mpq_plugins.measure.error import layer_stats
 from mpq_plugins.weights import Weight
@@ -132,7 +132,7 @@ def test_a_table_is_measured_once_and_reused(mpq: Mpq, checkpoint: Path, tmp_pat
     assert len(texts) == 1
     again = mpq("plan", checkpoint, "--qem", 3, "--table", table, "--symmetric")
     assert "measuring again" in again.err
-    assert LayerTable.load(table).scheme.symmetric
+    assert LayerTable.load(table).scheme == Affine(symmetric=True)
 
 
 def test_a_factory_is_called_once_and_its_table_reused(

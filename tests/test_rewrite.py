@@ -10,7 +10,7 @@ from torch import Tensor
 from mpq_plugins import Affine, MixQuant, Plan, Uniform, measure, verify
 from mpq_plugins.checkpoints import INDEX_NAME, load_torch
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.quantize.affine import fake_quantize
+from mpq_plugins.quantize.fake import fake_quantize
 from mpq_plugins.rewrite import rewrite
 from tests.checkpoints import sharded
 from tests.nets import conv_net, tied_net

@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 
-from mpq_plugins import Affine, Plan
+from mpq_plugins import Affine, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from tests.plans import linear, plan_of, plans
 
@@ -16,8 +16,10 @@ def test_size_is_what_a_file_would_hold(plan: Plan) -> None:
     for layer in plan.layers:
         inputs = layer.shape[1]
         for part in layer.groups:
-            codes += part.bits * len(part.channels) * inputs
-            total += part.bits * len(part.channels) * inputs
+            with_bit = isinstance(layer.scheme, Piecewise) and layer.scheme.storage == "region_bit"
+            width = part.bits + (with_bit and part.bits <= 8)
+            codes += width * len(part.channels) * inputs
+            total += width * len(part.channels) * inputs
             if part.bits > 8:
                 continue
             regions = {
@@ -26,8 +28,9 @@ def test_size_is_what_a_file_would_hold(plan: Plan) -> None:
                 "per_group": len(part.channels) * inputs // 2,
             }
             for _ in range(regions[layer.scheme.granularity]):
-                total += 32
-                total += part.bits if not layer.scheme.symmetric and part.bits > 1 else 0
+                total += 64 if isinstance(layer.scheme, Piecewise) else 32
+                if isinstance(layer.scheme, Affine) and not layer.scheme.symmetric and part.bits > 1:
+                    total += part.bits
         if len(layer.groups) > 1:
             total += layer.channels * math.ceil(math.log2(len(layer.groups)))
     size = plan.size()

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from ..errors import SettingError
 from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Plan
-from ..scheme import Affine
+from ..scheme import Scheme
 from ..table import LayerStats, LayerTable
 
 
@@ -40,7 +40,7 @@ class Allocator(Protocol):
         ...
 
 
-def make_plan(table: LayerTable, allocator: Any, bits: Mapping[str, int], scheme: Affine | None = None) -> Plan:
+def make_plan(table: LayerTable, allocator: Any, bits: Mapping[str, int], scheme: Scheme | None = None) -> Plan:
     """A plan that gives each layer of the table its bits, signed by the allocator (a frozen dataclass)."""
     return Plan.model_construct(  # every part of it is valid
         made_with={"mpq-plugins": _own_version()},
@@ -54,10 +54,10 @@ def make_plan(table: LayerTable, allocator: Any, bits: Mapping[str, int], scheme
 
 # Ten plans from one table should cost hardly more than one, so a layer's choices are made once, for as long as
 # the table lives.
-_CHOICES: WeakKeyDictionary[LayerStats, dict[tuple[int, Affine], LayerChoice]] = WeakKeyDictionary()
+_CHOICES: WeakKeyDictionary[LayerStats, dict[tuple[int, Scheme], LayerChoice]] = WeakKeyDictionary()
 
 
-def _choice(layer: LayerStats, bits: int, scheme: Affine) -> LayerChoice:
+def _choice(layer: LayerStats, bits: int, scheme: Scheme) -> LayerChoice:
     made = _CHOICES.setdefault(layer, {})
     key = (bits, scheme)
     if key not in made:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import SettingError
 from ..plan import Plan
-from ..scheme import Affine, check_bits
+from ..scheme import Scheme, check_bits
 from ..table import LayerTable
 from .base import Needs, make_plan
 
@@ -41,7 +41,7 @@ class MixQuant:
     metric: Annotated[str, f"which error to bound: {', '.join(METRICS)}"] = "relative"
     bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(2, 9))
     baseline: Annotated[int, "bit-width whose error is the yardstick"] = 8
-    scheme: Affine | None = None
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.qem, int | float) and math.isfinite(self.qem) and self.qem > 0):

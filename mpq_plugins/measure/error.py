@@ -16,7 +16,7 @@ from ..quantize.calibrate import choose_grids
 from ..quantize.grid import RegionStats
 from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, row_stats
 from ..quantize.regions import region_rows
-from ..scheme import Affine
+from ..scheme import Scheme
 from ..table import LayerStats
 from ..weights import Weight
 from .importance import channel_importance, layer_importance
@@ -33,7 +33,7 @@ LARGEST_METRIC = "max_abs"
 
 def layer_stats(
     weight: Weight,
-    scheme: Affine,
+    scheme: Scheme,
     bits: tuple[int, ...],
     metrics: tuple[str, ...],
     per_channel: bool,
@@ -86,7 +86,7 @@ class _Sums:
 def _unit(
     weight: Weight,
     chunks: Sequence[tuple[int, int]],
-    scheme: Affine,
+    scheme: Scheme,
     bits: tuple[int, ...],
     per_channel: bool,
     largest: bool,

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import SettingError
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm
-from ..scheme import Affine, check_bits
+from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
 from ..weights import Weight, Weights, find_weights
 from . import Progress
@@ -24,7 +24,7 @@ UNITS = 16
 
 def run(
     source: nn.Module | str | Path,
-    scheme: Affine,
+    scheme: Scheme,
     bits: Sequence[int],
     metrics: Sequence[str],
     *,
@@ -36,7 +36,7 @@ def run(
     progress: Progress | None,
 ) -> LayerTable:
     """What `measure` promises."""
-    widths = checked_bits(bits)
+    widths = checked_bits(bits, scheme)
     names = checked_metrics(metrics)
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
@@ -103,7 +103,7 @@ def _units(weights: Weights, total: int) -> Iterator[list[Weight]]:
         yield unit
 
 
-def resolve_fold(source: nn.Module | str | Path, scheme: Affine, fold_bn: bool | Literal["auto"]) -> bool:
+def resolve_fold(source: nn.Module | str | Path, scheme: Scheme, fold_bn: bool | Literal["auto"]) -> bool:
     """Whether to fold: "auto" folds a module's BatchNorm for per_tensor, and nothing else."""
     if fold_bn == "auto":
         return isinstance(source, nn.Module) and scheme.granularity == "per_tensor" and has_batch_norm(source)
@@ -112,11 +112,11 @@ def resolve_fold(source: nn.Module | str | Path, scheme: Affine, fold_bn: bool |
     return fold_bn
 
 
-def checked_bits(bits: Sequence[int]) -> tuple[int, ...]:
-    """Distinct bit-widths, ascending. Raises SettingError outside 1..8 or for none."""
+def checked_bits(bits: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
+    """Distinct bit-widths, ascending. Raises SettingError outside what the scheme has, or for none."""
     if isinstance(bits, int) or not len(bits):
         raise SettingError(f"bits: {bits!r} is not allowed; a list of one or more of 1 to 8")
-    return tuple(sorted({check_bits(b) for b in bits}))
+    return tuple(sorted({scheme.check_bits(b) for b in bits}))
 
 
 def checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:

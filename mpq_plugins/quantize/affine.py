@@ -5,14 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import WeightError
 from ..scheme import Affine, check_bits
 from .calibrate import choose_grids
 from .grid import Grids
 from .kernel import row_stats
 from .regions import channel_rows, from_channel_rows, region_rows
-
-WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from .weight import check_weight
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ def quantize(
     rows = region_rows(channels, scheme, per_channel)
     stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
     grid = choose_grids(lambda work: [work(rows)], stats, [bits], scheme)
+    assert isinstance(grid, Grids)
     codes = _encode(rows, grid).reshape(channels.shape)
     return QuantizedTensor(
         from_channel_rows(codes, weight.shape, channel_axis), grid, scheme, channel_axis, weight.dtype
@@ -71,19 +70,6 @@ def fake_quantize(
 ) -> Tensor:
     """dequantize(quantize(weight)): the weight that `bits` can hold, in its own dtype and shape."""
     return dequantize(quantize(weight, bits, scheme, channel_axis=channel_axis, layer=layer))
-
-
-def check_weight(weight: Tensor, layer: str) -> None:
-    """Raise WeightError, naming `layer`, unless the weight is finite and of a dtype we quantize."""
-    if weight.dtype not in WEIGHT_DTYPES:
-        raise WeightError(
-            f"layer {layer!r}: dtype {weight.dtype} is not allowed; float32, float16 or bfloat16. "
-            "Convert the weight, or skip the layer."
-        )
-    # float32 values cannot overflow a float64 sum, so one reduction answers for every element.
-    if not torch.isfinite(weight.detach().sum(dtype=torch.float64)):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise WeightError(f"layer {layer!r}: {bad} of {weight.numel()} weights are NaN or infinite. Skip the layer.")
 
 
 def _encode(rows: Tensor, grid: Grids) -> Tensor:

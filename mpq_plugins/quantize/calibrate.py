@@ -1,4 +1,4 @@
-"""Choosing the range of each region: the extremes, or the clipping with the least squared error."""
+"""Choosing the grid of each region: by its extremes, by the clipping with the least squared error, or in two parts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..scheme import Affine
-from .grid import Floats, Grids, RegionStats, affine_grids, minmax_grids
+from ..scheme import Affine, Piecewise, Scheme
+from .breakpoint import choose_breakpoints
+from .grid import AnyGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
 from .kernel import SQUARED, error_sums, error_totals
 
 Each = Callable[[Callable[[Tensor], Floats]], list[Floats]]
 """Applies a function to every block of a weight: with one region for all, matrices of any shape; otherwise a
 single matrix (regions, elements)."""
-
-SquaredErrors = Callable[[Grids], Floats]
-"""Grids of K candidates -> sums of (w - w')^2, (regions, K)."""
 
 Kind = TypeVar("Kind", bound=np.generic)
 
@@ -26,18 +24,30 @@ FINE = np.linspace(-0.02, 0.02, 9)
 ONE_SIDED = np.linspace(0.7, 1.15, 10)
 
 
-def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Affine) -> Grids:
-    """The grids of each region at these bit-widths under the scheme's range rule, (regions, len(bits))."""
-    widest = minmax_grids(stats, bits, scheme.symmetric)
-    if scheme.range == "minmax":
-        return widest
+def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Scheme) -> AnyGrids:
+    """The grids of each region at these bit-widths under the scheme's rule, (R, len(bits)).
+
+    Raises SettingError for a bit-width that the scheme does not have.
+    """
     one_region = scheme.granularity == "per_tensor"
 
-    def squared_errors(grids: Grids) -> Floats:
+    def squared_errors(grids: AnyGrids) -> Floats:
         sums = each(lambda block: error_totals(block, grids)[None] if one_region else error_sums(block, grids))
         total: Floats = np.sum(sums, axis=0)[..., SQUARED]
         return total
 
+    if isinstance(scheme, Piecewise):
+        return choose_breakpoints(stats, bits, scheme, squared_errors)
+    return choose_affine_grids(stats, bits, scheme, squared_errors)
+
+
+def choose_affine_grids(
+    stats: RegionStats, bits: Sequence[int], scheme: Affine, squared_errors: SquaredErrors
+) -> Grids:
+    """The affine grids of each region under the scheme's range rule, (R, len(bits))."""
+    widest = minmax_grids(stats, bits, scheme.symmetric)
+    if scheme.range == "minmax":
+        return widest
     chosen = [
         widest.take([k]) if b == 1 else least_squares_grid(stats, widest.take([k]), squared_errors)
         for k, b in enumerate(bits)

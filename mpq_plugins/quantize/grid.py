@@ -1,6 +1,6 @@
-"""The levels of affine quantizers: scale and zero point from the range of each region, many bit-widths at once."""
+"""The levels of quantizers: scale and zero point from the range of each region, many bit-widths at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,65 @@ class Grids:
         """The quantizers at these positions."""
         chosen = list(columns)
         return Grids(self.bits[chosen], self.symmetric, self.scale[:, chosen], self.zero_point[:, chosen])
+
+
+@dataclass(frozen=True)
+class PiecewiseGrids:
+    """K two-region quantizers for each of R regions: |w| <= p = reach * dense is the dense one, the rest the tail.
+
+    Levels are whole multiples of a unit on either side of zero: (stride j + offset) dense inside, p + (stride j +
+    offset) tail outside, j = 0 .. top. With a b-bit sign and magnitude in each, units are steps; with 2^b levels
+    in all, half steps, and levels lie at the middles of cells. bits: int (K,); dense, tail: float32 (R, K), in the
+    weights' units, 0 where there is nothing to tell apart.
+    """
+
+    bits: NDArray[np.int64]
+    shared: bool
+    dense: NDArray[np.float32]
+    tail: NDArray[np.float32]
+
+    @property
+    def magnitude_bits(self) -> NDArray[np.int64]:
+        """Bits of j, (K,): what the sign, and of 2^b levels the region, leave of b."""
+        return self.bits - (2 if self.shared else 1)
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """The greatest j, (K,)."""
+        return 2**self.magnitude_bits - 1
+
+    @property
+    def stride(self) -> int:
+        """Units between levels."""
+        return 2 if self.shared else 1
+
+    @property
+    def offset(self) -> int:
+        """Units from a region's start to its first level."""
+        return int(self.shared)
+
+    @property
+    def reach(self) -> NDArray[np.int64]:
+        """Units across each region, (K,)."""
+        return self.stride * (self.top + self.offset)
+
+    @property
+    def split(self) -> NDArray[np.float32]:
+        """p, (R, K)."""
+        with np.errstate(over="ignore"):  # a constant near float32's end lies inside all the same
+            product: NDArray[np.float32] = self.dense * self.reach.astype(np.float32)
+        return product
+
+    def take(self, columns: Sequence[int]) -> "PiecewiseGrids":
+        """The quantizers at these positions."""
+        chosen = list(columns)
+        return PiecewiseGrids(self.bits[chosen], self.shared, self.dense[:, chosen], self.tail[:, chosen])
+
+
+AnyGrids = Grids | PiecewiseGrids
+
+SquaredErrors = Callable[[AnyGrids], Floats]
+"""Grids of K candidates -> sums of (w - w')^2, (regions, K)."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +159,24 @@ def affine_grids(low: Floats, high: Floats, bits: NDArray[np.int64], symmetric: 
     # low is at most 0 and high at least 0, so this lies within the codes but for float32's rounding of the scale.
     zero_point = np.minimum(np.rint(-low / scale.astype(np.float64)), top).astype(np.int32)
     return Grids(bits, symmetric, scale, zero_point)
+
+
+def piecewise_grids(
+    split: Floats, highest: Floats, constant: NDArray[np.bool_], bits: NDArray[np.int64], shared: bool
+) -> PiecewiseGrids:
+    """The grids with breakpoints `split` on [0, highest], float64 (R, K), 0 <= split <= highest; bits (K,).
+
+    A `constant` region (R, 1) gets a level at its value, so it quantizes to itself, exactly.
+    """
+    empty = np.zeros(split.shape, np.float32)
+    reach = PiecewiseGrids(bits, shared, empty, empty).reach
+    dense = np.where(constant, highest, split / reach)
+    tail = np.where(constant, 0.0, (highest - split) / reach)
+    return PiecewiseGrids(bits, shared, _unit(dense), _unit(tail))
+
+
+def _unit(exact: Floats) -> NDArray[np.float32]:
+    return np.where(exact == 0, np.float32(0), _float32_scale(exact))
 
 
 def _float32_scale(exact: Floats) -> NDArray[np.float32]:

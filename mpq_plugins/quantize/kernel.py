@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .grid import Floats, Grids, RegionStats
+from .grid import AnyGrids, Floats, Grids, PiecewiseGrids, RegionStats
 
 RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
 
 
-def error_sums(rows: Tensor, grids: Grids, largest: bool = False) -> Floats:
+def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
     """Sums over each row of |w - w'| / |w| (0 where w = 0), of (w - w')^2, and the largest |w - w'|.
 
     rows: floating (R, n); grids: K quantizers for R regions, or for 1 shared by all rows. The largest error is
@@ -24,6 +24,8 @@ def error_sums(rows: Tensor, grids: Grids, largest: bool = False) -> Floats:
     if rows.numel() == 0:
         return np.zeros((rows.shape[0], len(grids.bits), 3))
     compiled = rows.device.type == "cpu" and numba_available()
+    if isinstance(grids, PiecewiseGrids):
+        return (_numba_piecewise if compiled else _torch_piecewise)(rows, grids, largest)
     route = _numba_sums if compiled else _torch_sums
     binary = np.flatnonzero(grids.bits == 1)
     if not binary.size:
@@ -36,7 +38,7 @@ def error_sums(rows: Tensor, grids: Grids, largest: bool = False) -> Floats:
     return sums
 
 
-def error_totals(values: Tensor, grids: Grids, largest: bool = False) -> Floats:
+def error_totals(values: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
     """As error_sums, over all of `values` taken as one region: float64 (K, 3)."""
     totals: Floats = error_sums(values.reshape(1, -1), grids, largest)[0]
     return totals
@@ -109,6 +111,30 @@ def _binary_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
     scale = torch.from_numpy(grids.scale).to(rows.device).double()
     errors = [(magnitude - scale[:, k : k + 1]).abs() for k in range(len(grids.bits))]
     return np.stack([_reduce(error, _reciprocal(magnitude), largest) for error in errors], axis=1)
+
+
+def _numba_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floats:
+    from .kernel_piecewise import sums
+
+    split, dense, tail, top = (a.astype(np.float64) for a in (grids.split, grids.dense, grids.tail, grids.top))
+    return sums(_values(rows), split, dense, tail, top, grids.shared, largest)
+
+
+def _torch_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floats:
+    magnitude = rows.double().abs()
+    reciprocal = _reciprocal(magnitude)
+    arrays = (grids.split, grids.dense, grids.tail)
+    split, dense, tail = (torch.from_numpy(array).to(rows.device).double() for array in arrays)
+    sums = np.empty((rows.shape[0], len(grids.bits), 3))
+    for k, top in enumerate(grids.top.tolist()):
+        outside = magnitude > split[:, k : k + 1]
+        base = torch.where(outside, split[:, k : k + 1], 0)
+        unit = torch.where(outside, tail[:, k : k + 1], dense[:, k : k + 1])
+        steps = torch.where(unit > 0, (magnitude - base) / unit, 0)
+        j = torch.round((steps - grids.offset) / grids.stride).clamp(0, top)
+        level = base + (grids.stride * j + grids.offset) * unit
+        sums[:, k] = _reduce((magnitude - level).abs(), reciprocal, largest)
+    return sums
 
 
 def _levels(grids: Grids) -> tuple[Floats, Floats, Floats]:

@@ -15,7 +15,7 @@ SAFE_SCALES = (2.0**-40, 2.0**40)
 NEARLY_EXACT = 2.0**-12  # of a step: a root mean square error below this is that of a row the grid holds exactly
 TINY = {4: 2.0**-100, 8: 2.0**-1000}  # by bytes of the precision; float32 weights are never below the second
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
 def _fma_intrinsic(context, a, b, c):  # type: ignore[no-untyped-def]  # numba's own protocol
@@ -30,7 +30,7 @@ def _fma_intrinsic(context, a, b, c):  # type: ignore[no-untyped-def]  # numba's
 _fma: Any = intrinsic(_fma_intrinsic)
 
 
-@_compiled
+@compiled
 def _sums(rows, scale, low, high, tiny, largest, out):  # type: ignore[no-untyped-def]  # compiled per precision
     """Fill out (R, K, 3) for rows float32 (R, n) and grids (P, K), P = R or 1, in the precision of the grids.
 
@@ -70,7 +70,7 @@ def _sums(rows, scale, low, high, tiny, largest, out):  # type: ignore[no-untype
                         out[r, k, 2] = max(out[r, k, 2], abs(error))
 
 
-@_compiled
+@compiled
 def _error(w, inverse, scale, least, greatest):  # type: ignore[no-untyped-def]
     """w - w', to the last bit: what the first rounding leaves is rounded again, for a near tie may go wrong once."""
     level = np.rint(w * inverse)
@@ -78,7 +78,7 @@ def _error(w, inverse, scale, least, greatest):  # type: ignore[no-untyped-def]
     return _fma(-min(max(level, least), greatest), scale, w)
 
 
-@_compiled
+@compiled
 def _block_sums(first, second, per_first, per_second, inverse, scale, least, greatest):  # type: ignore[no-untyped-def]
     """Two halves side by side: one accumulator alone would wait for its own last addition at every step."""
     zero = scale - scale
@@ -93,7 +93,7 @@ def _block_sums(first, second, per_first, per_second, inverse, scale, least, gre
     return relative_a + relative_b, squared_a + squared_b
 
 
-@_compiled
+@compiled
 def _stats(rows, keys, sums, extremes):  # type: ignore[no-untyped-def]
     """Fill sums (R, 2) with those of |w| and w^2, extremes (R, 2) with the least and greatest key of each row.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..scheme import Affine
+from ..scheme import Granular
 
 
 def channel_rows(weight: Tensor, channel_axis: int) -> Tensor:
@@ -23,7 +23,7 @@ def from_channel_rows(rows: Tensor, shape: Sequence[int], channel_axis: int) -> 
     return rows.reshape(moved).movedim(0, channel_axis).contiguous()
 
 
-def region_rows(rows: Tensor, scheme: Affine, regions_per_channel: int) -> Tensor:
+def region_rows(rows: Tensor, scheme: Granular, regions_per_channel: int) -> Tensor:
     """Channel rows (C, n) -> one row per region that has its own scale."""
     if scheme.granularity == "per_tensor":
         return rows.reshape(1, -1)

@@ -4,7 +4,7 @@ import torch
 
 from mpq_plugins import Affine
 from mpq_plugins.quantize.affine import fake_quantize
-from mpq_plugins.quantize.grid import affine_grids
+from mpq_plugins.quantize.grid import Grids, affine_grids
 
 
 def squared_error(weight: torch.Tensor, bits: int, scheme: Affine) -> torch.Tensor:
@@ -55,6 +55,8 @@ def test_one_region_over_several_blocks_is_the_region_whole() -> None:
     whole = choose_grids(lambda work: [work(weight)], row_stats(weight).merged(), [3], scheme)
     halves = [weight[:2], weight[2:]]
     split = choose_grids(lambda work: [work(half) for half in halves], row_stats(weight).merged(), [3], scheme)
+    assert isinstance(whole, Grids)
+    assert isinstance(split, Grids)
     assert whole.scale.tolist() == split.scale.tolist()
     assert whole.zero_point.tolist() == split.zero_point.tolist()
 

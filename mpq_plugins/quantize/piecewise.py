@@ -1,0 +1,136 @@
+"""Two-region quantization of a weight: w' = sign(w) level(|w|), a uniform quantizer on either side of |w| = p.
+
+PWLQ (arXiv 2002.00104), eq. for pw(r; b, m, p), as PTILMPQ (arXiv 2404.02947) uses it: the dense centre and the
+sparse tail do not overlap, so neither spends levels on the other's range.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError
+from ..scheme import Piecewise
+from .calibrate import choose_grids
+from .grid import PiecewiseGrids
+from .kernel import row_stats
+from .regions import channel_rows, from_channel_rows, region_rows
+from .weight import check_weight
+
+
+@dataclass(frozen=True)
+class PiecewiseTensor:
+    """Codes of either region, which region each weight is in, and the grids.
+
+    codes: int16, the weight's shape, sign << k | j with k magnitude bits; tail: bool, the weight's shape, true
+    outside p; grid: (regions, 1), regions ordered by output channel, then along the input; dtype: the weight's.
+    """
+
+    codes: Tensor
+    tail: Tensor
+    grid: PiecewiseGrids
+    scheme: Piecewise
+    channel_axis: int
+    dtype: torch.dtype
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of all codes, signs and magnitudes."""
+        return self.codes.numel() * (int(self.grid.magnitude_bits[0]) + 1)
+
+    @property
+    def region_bits(self) -> int:
+        """Bits of the region map, one a weight. Of 2^b levels in all it is one of the b bits."""
+        return self.tail.numel()
+
+    @property
+    def region_entropy_bits(self) -> float:
+        """Bits of the region map when entropy coded by itself: H(share of the tail) a weight."""
+        share = float(self.tail.float().mean()) if self.tail.numel() else 0.0
+        if share in (0.0, 1.0):
+            return 0.0
+        return -self.tail.numel() * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of the two float32 units of every region."""
+        return 64 * self.grid.dense.size
+
+    @property
+    def total_bits(self) -> int:
+        """All of it, the region map as it is."""
+        return self.code_bits + self.region_bits + self.scale_bits
+
+
+def quantize(
+    weight: Tensor, bits: int, scheme: Piecewise | None = None, *, channel_axis: int = 0, layer: str = "weight"
+) -> PiecewiseTensor:
+    """Codes of `weight` at 2 to 8 bits.
+
+    weight: float32, float16 or bfloat16, any shape, any strides; `channel_axis` is its output axis. Raises
+    SettingError for bits outside 2..8 or groups that do not divide the input, and WeightError, naming `layer`,
+    for NaN, infinity or another dtype. A constant weight is represented exactly.
+    """
+    scheme = scheme or Piecewise()
+    try:
+        scheme.check_bits(bits)
+    except SettingError as error:
+        raise SettingError(f"layer {layer!r}: {error}") from error
+    check_weight(weight, layer)
+    per_channel = scheme.regions_per_channel(weight.shape, channel_axis, layer)
+    channels = channel_rows(weight.detach().float(), channel_axis)
+    rows = region_rows(channels, scheme, per_channel)
+    stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
+    grid = choose_grids(lambda work: [work(rows)], stats, [bits], scheme)
+    assert isinstance(grid, PiecewiseGrids)
+    codes, tail = (
+        from_channel_rows(part.reshape(channels.shape), weight.shape, channel_axis) for part in encode(rows, grid)
+    )
+    return PiecewiseTensor(codes, tail, grid, scheme, channel_axis, weight.dtype)
+
+
+def dequantize(quantized: PiecewiseTensor) -> Tensor:
+    """The weight, computed in float32, in the original dtype and shape."""
+    codes, tail = (channel_rows(part, quantized.channel_axis) for part in (quantized.codes, quantized.tail))
+    shape = (quantized.grid.dense.shape[0], -1) if codes.numel() else codes.shape
+    values = decode(codes.reshape(shape), tail.reshape(shape), quantized.grid)
+    limit = torch.finfo(quantized.dtype).max  # float32's rounding of a level may lie beyond
+    values = values.clamp(-limit, limit).to(quantized.dtype).reshape(codes.shape)
+    return from_channel_rows(values, quantized.codes.shape, quantized.channel_axis)
+
+
+def fake_quantize(
+    weight: Tensor, bits: int, scheme: Piecewise | None = None, *, channel_axis: int = 0, layer: str = "weight"
+) -> Tensor:
+    """dequantize(quantize(weight)): the weight that `bits` can hold, in its own dtype and shape."""
+    return dequantize(quantize(weight, bits, scheme, channel_axis=channel_axis, layer=layer))
+
+
+def encode(rows: Tensor, grid: PiecewiseGrids) -> tuple[Tensor, Tensor]:
+    """Rows (regions, n), float32 -> codes int16 and the tail's mask, both (regions, n)."""
+    if rows.numel() == 0:
+        return rows.to(torch.int16), rows.to(torch.bool)
+    magnitude = rows.abs()
+    split, dense, tail = _columns(grid, rows.device)
+    outside = magnitude > split
+    unit = torch.where(outside, tail, dense)
+    steps = torch.where(unit > 0, (magnitude - torch.where(outside, split, 0)) / unit, 0)
+    j = torch.round((steps - grid.offset) / grid.stride).clamp(0, int(grid.top[0])).to(torch.int16)
+    return (rows < 0).to(torch.int16).bitwise_left_shift(int(grid.magnitude_bits[0])) | j, outside
+
+
+def decode(codes: Tensor, tail: Tensor, grid: PiecewiseGrids) -> Tensor:
+    """Codes and the tail's mask, both (regions, n) -> values, float32."""
+    if codes.numel() == 0:
+        return codes.float()
+    k = int(grid.magnitude_bits[0])
+    split, dense, outer = _columns(grid, codes.device)
+    steps = grid.stride * (codes & (2**k - 1)).float() + grid.offset
+    level = torch.where(tail, split + steps * outer, steps * dense)
+    return torch.where(codes >> k > 0, -level, level)
+
+
+def _columns(grid: PiecewiseGrids, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    split, dense, tail = (torch.from_numpy(array).to(device) for array in (grid.split, grid.dense, grid.tail))
+    return split, dense, tail
