@@ -101,3 +101,9 @@ def evaluate(net: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, flo
     logits = torch.cat([net(batch) for batch in inputs.split(128)])
     top1 = (logits.argmax(1) == labels).float().mean().item()
     return 100 * top1, F.cross_entropy(logits, labels).item()
+
+
+def score(net: nn.Module) -> dict[str, float]:
+    """Top-1 and cross-entropy on the test images, for `mpq sweep --eval examples.cifar_resnet:score`."""
+    top1, loss = evaluate(net, *images())
+    return {"top-1 %": top1, "cross-entropy": loss}

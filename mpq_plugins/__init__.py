@@ -19,6 +19,7 @@ from .measure import measure
 if TYPE_CHECKING:
     from .allocate.base import Allocator
     from .allocate.mixquant import MixQuant
+    from .allocate.ptilmpq import PTILMPQ
     from .allocate.uniform import Uniform
     from .errors import (
         FormatError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .weights import find_weights, iter_weights
 
 __all__ = [
+    "PTILMPQ",
     "Affine",
     "Allocator",
     "FormatError",
@@ -73,6 +75,7 @@ _HOMES = {
     "MPQError": "errors",
     "MismatchError": "errors",
     "MixQuant": "allocate.mixquant",
+    "PTILMPQ": "allocate.ptilmpq",
     "Part": "plan",
     "Piecewise": "scheme",
     "Plan": "plan",

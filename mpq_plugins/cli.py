@@ -1,18 +1,15 @@
 """`mpq`: the only place where words become objects, results are printed and the process exits."""
 
-import json
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
+from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
+from .cli_sweep import sweep
 from .errors import MPQError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -55,35 +52,6 @@ def cli() -> None:
     """
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-def scheme_options(command: Command) -> Command:
-    """The options that say what is measured, and under which scheme."""
-    for option in reversed(
-        (
-            click.option("--granularity", help="per_tensor (default), per_channel or per_group."),
-            click.option("--group-size", type=int, help="Weights per group along the input axis; implies per_group."),
-            click.option("--symmetric/--asymmetric", default=None, help="Zero point at zero, or not (default)."),
-            click.option(
-                "--range", "range_name", help="minmax (default), or mse: the clipping of least squared error."
-            ),
-            click.option("--skip", multiple=True, metavar="GLOB", help="Leave these layers alone; repeatable."),
-            click.option("--only", multiple=True, metavar="GLOB", help="Take only these layers; repeatable."),
-            click.option(
-                "--fold-bn",
-                type=click.Choice(["auto", "yes", "no"]),
-                help="Measure conv weights with BatchNorm folded in; auto: a module's, per tensor.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-SCHEME_NAMES = ("symmetric", "granularity", "group_size", "range_name", "skip", "only", "fold_bn")
-
-
 @cli.command(epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt")
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
@@ -114,7 +82,7 @@ def measure(
     if output is not None:
         table.save(output)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "table": str(output) if output else None,
                 "scheme": str(table.scheme),
@@ -133,8 +101,8 @@ def measure(
         )  # fmt: skip
         return
     console().print(measurement_table(table))
-    _say_left_alone(table)
-    _say_written(output, "table")
+    say_left_alone(table)
+    say_written(output, "table")
 
 
 @cli.command(
@@ -187,16 +155,16 @@ def plan(
             }
             for made, file in zip(plans, files, strict=True)
         ]
-        _print_json(documents if len(plans) > 1 else documents[0])
+        print_json(documents if len(plans) > 1 else documents[0])
         return
     out = console()
     for made, file in zip(plans, files, strict=True):
-        out.print(plan_head(made))
+        out.print(plan_head(made), soft_wrap=True)
         out.print(bits_summary(made, made.size()))
         for line in size_lines(made.size()):
             out.print(line, soft_wrap=True)
-        _say_written(file, "plan")
-    _say_left_alone(table)
+        say_written(file, "plan")
+    say_left_alone(table)
 
 
 @cli.command(epilog="Example: mpq show plan.json")
@@ -226,9 +194,9 @@ def show(file: Path, as_json: bool) -> None:
     loaded = Plan.load(file)
     if as_json:
         layers = {layer.name: layer_json(layer) for layer in loaded.layers}
-        _print_json({"plan": loaded.model_dump(mode="json"), "layers": layers, "size": size_json(loaded.size())})
+        print_json({"plan": loaded.model_dump(mode="json"), "layers": layers, "size": size_json(loaded.size())})
         return
-    out.print(plan_head(loaded))
+    out.print(plan_head(loaded), soft_wrap=True)
     out.print(plan_table(loaded))
     for line in size_lines(loaded.size()):
         out.print(line, soft_wrap=True)
@@ -247,7 +215,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
     differences = first.diff(second)
     if as_json:
         changes = {d.name: {"before": layer_json(d.before), "after": layer_json(d.after)} for d in differences}
-        _print_json({"layers": changes, "size": [size_json(first.size()), size_json(second.size())]})
+        print_json({"layers": changes, "size": [size_json(first.size()), size_json(second.size())]})
         return
     out = console()
     if differences:
@@ -259,6 +227,9 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
             f"({size.average_bits:.3f} weights only)",
             soft_wrap=True,
         )
+
+
+cli.add_command(sweep)
 
 
 @cli.command(epilog="Example: mpq check plan.json model.safetensors")
@@ -274,7 +245,7 @@ def check(plan_file: Path, source: str, as_json: bool) -> None:
 
     found = match(Plan.load(plan_file), resolve_source(source), weights=True)
     if as_json:
-        _print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
+        print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
         sys.exit(BAD_INPUT if found.problems else 0)
     found.require(source)
     click.echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
@@ -301,7 +272,7 @@ def apply(checkpoint: Path, plan_file: Path, output: Path, as_json: bool) -> Non
     if loaded.activation_bits is not None:
         say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
     if as_json:
-        _print_json({"checkpoint": str(output), "layers": len(loaded.layers)})
+        print_json({"checkpoint": str(output), "layers": len(loaded.layers)})
     else:
         click.echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, everything else as it was")
 
@@ -315,7 +286,7 @@ def plugins(as_json: bool) -> None:
 
     found = installed()
     if as_json:
-        _print_json([vars(plugin) for plugin in found])
+        print_json([vars(plugin) for plugin in found])
         return
     console().print(plugins_table(found))
 
@@ -333,42 +304,10 @@ def demo(output: Path, as_json: bool) -> None:
         result = run_demo(progress)
     result.plan.save(output)
     if as_json:
-        _print_json(demo_json(result) | {"plan": str(output)})
+        print_json(demo_json(result) | {"plan": str(output)})
         return
     demo_report(result, console())
-    _say_written(output, "plan")
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity, which is the signal-to-noise ratio of an exact layer: null stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _say_written(file: Path | None, what: str) -> None:
-    click.echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
-
-
-def _say_left_alone(table: Any) -> None:
-    from .report.progress import say
-
-    if table.skipped:
-        say(f"skipped on request: {len(table.skipped)} layers")
-    if table.left_alone:
-        name, reason = table.left_alone[0]
-        more = (
-            f", and {len(table.left_alone) - 1} more (--json with `mpq measure` lists them)"
-            if len(table.left_alone) > 1
-            else ""
-        )
-        say(f"left alone, no quantizable layer: {name} ({reason}){more}")
+    say_written(output, "plan")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -16,7 +17,6 @@ DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
-SCALARS = (int, float, str)
 LARGEST = 1 << 16  # in a list of integers; shapes of images and lists of widths end well before
 
 
@@ -40,6 +40,33 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
         return tuple(numbers)
 
 
+class NumberList(click.ParamType[tuple[Any, ...]]):
+    """A number, or several: `0.1,0.5`, or `0.1:0.9:0.1` from first to last by steps, both ends included."""
+
+    def __init__(self, kind: click.ParamType[Any]) -> None:
+        self.kind = kind
+        self.name = kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Parse, or fail naming the option."""
+        if isinstance(value, tuple):
+            return value
+        words = [word for item in str(value).split(",") for word in self._expand(item, param, ctx)]
+        return tuple(self.kind.convert(word, param, ctx) for word in words)
+
+    def _expand(self, item: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        if ":" not in item:
+            return [item]
+        try:  # decimals, for 0.1 + 0.2 should be the 0.3 that was meant
+            first, last, step = (Decimal(word.strip()) for word in item.split(":"))
+            count = int((last - first) / step)
+        except (ArithmeticError, ValueError):
+            self.fail(f"{item!r} is no range; write first:last:step, as in 0.1:0.9:0.1", param, ctx)
+        if not 0 <= count < LARGEST:
+            self.fail(f"{item!r} has no end; a positive step goes up, from first to last", param, ctx)
+        return [str(first + step * position) for position in range(count + 1)]
+
+
 class AllocatorCommand(click.Command):
     """A command whose options include the fields of the allocator that --allocator names."""
 
@@ -58,8 +85,13 @@ class AllocatorCommand(click.Command):
         return [*own[:-1], *ctx.meta.get(FIELDS_KEY, ()), own[-1]]
 
 
-def allocators_from(ctx: click.Context, values: dict[str, Any], scheme: Any) -> list[Any]:
-    """The allocators the options describe: one, or one per combination where options were repeated."""
+def allocators_from(
+    ctx: click.Context, values: dict[str, Any], scheme: Any, grid: Mapping[str, Sequence[Any]] | None = None
+) -> list[Any]:
+    """The allocators the options describe: one, or one per combination where options have several values.
+
+    Where none has, and `grid` is given, the fields it names take its values unless the options say one.
+    """
     allocator = ctx.meta[ALLOCATOR_KEY]
     options: list[click.Parameter] = ctx.meta[FIELDS_KEY]
     names = [str(option.name) for option in options]
@@ -68,7 +100,13 @@ def allocators_from(ctx: click.Context, values: dict[str, Any], scheme: Any) -> 
         given = values[name]
         if not option.multiple:
             given = () if given is None else (given,)
+        if isinstance(option.type, NumberList):
+            given = [number for numbers in given for number in numbers]
         choices.append(given or (_UNSAID,))
+    if grid and all(len(choice) <= 1 for choice in choices):
+        unsaid = ((i, name) for i, name in enumerate(names) if name in grid and choices[i] == (_UNSAID,))
+        for i, name in unsaid:
+            choices[i] = grid[name]
     fixed = {"scheme": scheme} if any(field.name == "scheme" for field in dataclasses.fields(allocator)) else {}
     made = []
     for combination in itertools.product(*choices):
@@ -80,6 +118,12 @@ def allocators_from(ctx: click.Context, values: dict[str, Any], scheme: Any) -> 
     return list(dict.fromkeys(made))  # the same value twice is one plan
 
 
+OPTION_TYPES: dict[Any, Any] = {
+    int: NumberList(click.INT),
+    float: NumberList(click.FLOAT),
+    str: click.STRING,
+    tuple: IntegerList(),
+}
 _UNSAID = object()
 
 
@@ -108,16 +152,15 @@ def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click
         if option in taken:
             raise PluginError(f"allocators: {name!r} has a field {field.name!r}, but {option} is the command's own")
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        default = "" if required else f"default {_shown(field.default)}"
+        default = "" if required or field.default is None else f"default {_shown(field.default)}"
         text = "; ".join(part for part in (help_text, "required" if required else default) if part)
         if kind is bool:
             yield click.Option(
                 [f"{option}/--no-{option[2:]}"], default=None, required=required, help=f"[{name}] {text}"
             )
-        elif kind in SCALARS:
-            yield click.Option([option], type=kind, multiple=True, required=required, help=f"[{name}] {text}")
-        elif kind is tuple:
-            yield click.Option([option], type=IntegerList(), default=None, required=required, help=f"[{name}] {text}")
+        elif kind in OPTION_TYPES:
+            shown = f"[{name}] {text}"
+            yield click.Option([option], type=OPTION_TYPES[kind], multiple=True, required=required, help=shown)
         elif required:
             raise PluginError(f"allocators: {name!r} needs {field.name!r}, whose type no option can give")
 
@@ -133,7 +176,7 @@ def _describe(hint: Any) -> tuple[Any, str]:
         hint = inner[0] if len(inner) == 1 else None
     if typing.get_origin(hint) is tuple:
         return (tuple if all(a in (int, ...) for a in typing.get_args(hint)) else None), text
-    return (hint if hint in (bool, *SCALARS) else None), text
+    return (hint if hint in (bool, int, float, str) else None), text
 
 
 def _shown(default: Any) -> str:

@@ -18,6 +18,7 @@ def joint_needs(allocators: Sequence[Allocator]) -> Needs:
         tuple(sorted({b for need in needs for b in need.bits})),
         tuple(dict.fromkeys([*ALWAYS, *(metric for need in needs for metric in need.metrics)])),
         any(need.channel_errors for need in needs),
+        next((need.scheme for need in needs if need.scheme is not None), None),
     )
 
 

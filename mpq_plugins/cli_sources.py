@@ -1,17 +1,19 @@
 """From words on the command line to sources, schemes and tables."""
 
+import dataclasses
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .allocate.base import Needs
 from .errors import SettingError, SourceError
 from .files import exists
 from .report.progress import progress_bar, say
-from .scheme import Affine
+from .scheme import SCHEMES, Affine, Scheme
 from .table import LayerTable, is_table
 
 if TYPE_CHECKING:
@@ -24,24 +26,42 @@ FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class Request:
     """What the shared options of `mpq measure` and `mpq plan` ask for; None means not said."""
 
+    scheme_name: str | None = None
     symmetric: bool | None = None
     granularity: str | None = None
     group_size: int | None = None
     range_name: str | None = None
+    breakpoint_rule: str | None = None
+    storage: str | None = None
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     fold_bn: str | None = None
 
+    def scheme(self, default: Scheme | None) -> Scheme:
+        """The scheme that was asked for: what was not said is the default's, or the library's.
+
+        A group size alone means per_group. Raises SettingError for an option of another scheme.
+        """
+        base = default or Affine()
+        if self.scheme_name not in (None, base.name):
+            if self.scheme_name not in SCHEMES:
+                raise SettingError(f"scheme: {self.scheme_name!r} is not allowed; {', '.join(SCHEMES)}")
+            base = SCHEMES[self.scheme_name]()
+        own = {field.name for field in dataclasses.fields(base)}
+        said = {name: value for name, value in self._scheme_fields.items() if value is not None}
+        for name in said:
+            if name not in own:
+                raise SettingError(f"{name}: means nothing with the {base.name} scheme; leave it out, or name another")
+        if self.granularity is not None or self.group_size is not None:
+            said |= {"granularity": self.granularity or "per_group", "group_size": self.group_size}
+        return dataclasses.replace(base, **said)
+
     @property
-    def scheme(self) -> Affine:
-        """The scheme, with the library's defaults for what was not said; a group size alone means per_group."""
-        granularity = self.granularity or ("per_tensor" if self.group_size is None else "per_group")
-        return Affine(
-            symmetric=bool(self.symmetric),
-            granularity=granularity,  # type: ignore[arg-type]  # Affine checks it
-            group_size=self.group_size,
-            range=self.range_name or "minmax",  # type: ignore[arg-type]
-        )
+    def _scheme_fields(self) -> dict[str, Any]:
+        return {
+            "symmetric": self.symmetric, "range": self.range_name, "breakpoint": self.breakpoint_rule,
+            "storage": self.storage,
+        }  # fmt: skip
 
     @property
     def fold(self) -> bool | str:
@@ -59,27 +79,47 @@ def resolve_source(text: str) -> "Path | nn.Module":
     path = Path(text)
     if not FACTORY.fullmatch(text) or exists(path):
         return path
+    return make_module(text)
+
+
+def make_module(text: str) -> "nn.Module":
+    """The module that `package.module:factory` returns. Raises SourceError."""
     from torch import nn
 
-    module_name, _, factory_name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that a user's own file is found
     try:
-        made = getattr(importlib.import_module(module_name), factory_name)()
+        made = named_function(text)()
+    except SourceError:
+        raise
     except (Exception, SystemExit) as error:
         raise SourceError(f"{text}: the factory cannot be called ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.pop(0)
     if not isinstance(made, nn.Module):
         raise SourceError(f"{text}: returned a {type(made).__name__}; a torch.nn.Module is needed")
     return made
 
 
-def measured(source: str, needs: Needs, request: Request, cache: Path | None) -> LayerTable:
+def named_function(text: str) -> Callable[..., Any]:
+    """What `package.module:function` names. Raises SourceError."""
+    if not FACTORY.fullmatch(text):
+        raise SourceError(f"{text}: names no function; write package.module:function")
+    module_name, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that a user's own file is found
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (Exception, SystemExit) as error:
+        raise SourceError(f"{text}: the function cannot be found ({type(error).__name__}: {error})") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise SourceError(f"{text}: is a {type(found).__name__}; a function is needed")
+    function: Callable[..., Any] = found
+    return function
+
+
+def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, cache: Path | None) -> LayerTable:
     """The table for a source: the source itself if it is one, the cache if it answers the request, or measured now."""
-    path = Path(source)
-    if is_table(path):
-        return _given_table(path, needs, request, cache)
-    resolved = resolve_source(source)
+    if isinstance(source, str) and is_table(Path(source)):
+        return _given_table(Path(source), needs, request, cache)
+    resolved = resolve_source(source) if isinstance(source, str) else source
     if cache is not None and exists(cache):
         if not is_table(cache):
             raise SettingError(f"table: {cache} exists and is no table; name another file")
@@ -118,7 +158,7 @@ def measure_now(
         example = torch.zeros(input_shape)
     with progress_bar("measuring") as progress:
         return measure(
-            source, request.scheme, needs.bits, needs.metrics, per_channel=needs.channel_errors,
+            source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
             skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
             example_input=example, progress=progress,
         )  # fmt: skip
@@ -144,11 +184,12 @@ def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, requ
     from .measure.run import resolve_fold
     from .weights import find_weights
 
-    if table.scheme != request.scheme:
+    scheme = request.scheme(needs.scheme)
+    if table.scheme != scheme:
         return f"holds the scheme {table.scheme}"
     if not table.covers(needs.bits, needs.metrics, needs.channel_errors):
         return "lacks bit-widths or metrics"
-    fold = resolve_fold(source, request.scheme, request.fold)  # type: ignore[arg-type]  # checked there
+    fold = resolve_fold(source, scheme, request.fold)  # type: ignore[arg-type]  # checked there
     found = find_weights(source, skip=request.skip, only=request.only, fold_bn=fold)
     if found.folded != table.fold_bn:
         return "was measured with another BatchNorm folding"

@@ -152,7 +152,7 @@ class Piecewise(Granular):
         _allow("scheme", self.name, ("piecewise",))
 
     def __str__(self) -> str:
-        return f"two-region {self._grain} {self.breakpoint} {self.storage}"
+        return f"two-region {self._grain} {self.breakpoint}{' shared' if self.storage == 'shared' else ''}"
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 2 to 8. Raises SettingError."""

@@ -87,10 +87,11 @@ def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
     """
     if scale_bits not in FLOAT_BITS:
         raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32")
-    return PlanSize({layer.name: _layer_size(layer, scale_bits) for layer in plan.layers})
+    return PlanSize({layer.name: layer_size(layer, scale_bits) for layer in plan.layers})
 
 
-def _layer_size(layer: LayerChoice, scale_bits: int) -> LayerSize:
+def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:
+    """Size of one layer; see plan_size."""
     regions = scales = zero_points = 0
     scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
     for part in layer.groups:

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from mpq_plugins import Affine, LayerStats, LayerTable
+from mpq_plugins import Affine, LayerStats, LayerTable, Piecewise
+from mpq_plugins.scheme import Scheme
 
 BITS = tuple(range(1, 9))
 
@@ -16,3 +17,19 @@ def table(curves: dict[str, list[float]], metric: str = "relative", channels: in
         for name, curve in curves.items()
     )  # fmt: skip
     return LayerTable(layers, Affine(), BITS, (metric,), False, "sha256:test")
+
+
+def norms_table(
+    importances: list[float], norms: list[list[float]], scheme: Scheme | None = None, per_channel: int = 10
+) -> LayerTable:
+    """One linear layer per importance F_l with these channel norms F_c; errors halve with every bit."""
+    curve = np.array([0.5**b for b in BITS])
+    layers = tuple(
+        LayerStats(
+            f"layer{i}", "linear", (len(own), per_channel), 0, importance, np.array(own, np.float64),
+            {"relative": curve, "mse": curve**2}, {"relative": np.outer(curve, np.ones(len(own)))},
+        )
+        for i, (importance, own) in enumerate(zip(importances, norms, strict=True))
+    )  # fmt: skip
+    scheme = scheme or Piecewise(granularity="per_channel")
+    return LayerTable(layers, scheme, BITS, ("relative", "mse"), False, "sha256:test")

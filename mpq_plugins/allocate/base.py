@@ -1,31 +1,41 @@
 """What an allocator is, and the plan every allocator starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import SettingError
-from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Plan
-from ..scheme import Scheme
+from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
+from ..scheme import FLOAT_BITS, Scheme
 from ..table import LayerStats, LayerTable
+
+Widths = int | Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a table must hold for an allocator: these errors at these bit-widths."""
+    """What a table must hold for an allocator: these errors at these bit-widths.
+
+    scheme: what to measure under where the user asks for nothing else.
+    """
 
     bits: tuple[int, ...]
     metrics: tuple[str, ...] = ()
     channel_errors: bool = False
+    scheme: Scheme | None = None
 
 
 class Allocator(Protocol):
     """A frozen dataclass: its fields are its parameters, and its options on the command line.
 
-    `name` is how plans and the command line call it. Annotated[type, "text"] on a field gives its help.
+    `name` is how plans and the command line call it. Annotated[type, "text"] on a field gives its help. A class
+    attribute `grid`, field -> values, is what `mpq sweep` tries where the user names none.
     """
 
     name: ClassVar[str]
@@ -40,16 +50,39 @@ class Allocator(Protocol):
         ...
 
 
-def make_plan(table: LayerTable, allocator: Any, bits: Mapping[str, int], scheme: Scheme | None = None) -> Plan:
-    """A plan that gives each layer of the table its bits, signed by the allocator (a frozen dataclass)."""
+def make_plan(
+    table: LayerTable, allocator: Any, bits: Mapping[str, Widths], *, found: Mapping[str, Any] | None = None
+) -> Plan:
+    """A plan that gives each layer of the table its bits: one width, or one for each of its output channels.
+
+    It is signed by the allocator (a frozen dataclass); `found` records what the allocator worked out beyond its own
+    fields. Raises SettingError, naming the layer, for a width that the table's scheme does not have.
+    """
     return Plan.model_construct(  # every part of it is valid
         made_with={"mpq-plugins": _own_version()},
-        allocator=AllocatorRecord(name=allocator.name, parameters=_parameters(allocator)),
+        allocator=AllocatorRecord(name=allocator.name, parameters={**_parameters(allocator), **(found or {})}),
         model=table.fingerprint,
         fold_bn=table.fold_bn,
         skipped=table.skipped,
-        layers=tuple(_choice(layer, bits[layer.name], scheme or table.scheme) for layer in table.layers),
+        layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
     )
+
+
+def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice:
+    """A measured layer at these bits; channels of the same width become a part, parts ascend in width."""
+    if isinstance(bits, int):
+        return _whole(layer, bits, scheme)
+    widths = np.asarray(bits)
+    if widths.shape != (layer.channels,):
+        raise SettingError(f"layer {layer.name!r}: {widths.size} widths for {layer.channels} channels")
+    distinct = np.unique(widths).tolist()
+    if len(distinct) == 1:
+        return _whole(layer, distinct[0], scheme)
+    parts = tuple(
+        Part.model_construct(bits=_checked(layer, b, scheme), channels=tuple(np.flatnonzero(widths == b).tolist()))
+        for b in distinct
+    )
+    return _construct(layer, scheme, parts=parts)
 
 
 # Ten plans from one table should cost hardly more than one, so a layer's choices are made once, for as long as
@@ -57,17 +90,25 @@ def make_plan(table: LayerTable, allocator: Any, bits: Mapping[str, int], scheme
 _CHOICES: WeakKeyDictionary[LayerStats, dict[tuple[int, Scheme], LayerChoice]] = WeakKeyDictionary()
 
 
-def _choice(layer: LayerStats, bits: int, scheme: Scheme) -> LayerChoice:
+def _whole(layer: LayerStats, bits: int, scheme: Scheme) -> LayerChoice:
     made = _CHOICES.setdefault(layer, {})
     key = (bits, scheme)
     if key not in made:
-        if type(bits) is not int or bits not in ALLOWED_BITS:
-            raise SettingError(f"layer {layer.name!r}: {bits!r} bits are not allowed; 1 to 8, or 16 or 32 for float")
-        made[key] = LayerChoice.model_construct(  # the rest is a measured layer's, valid already
-            name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
-            numel=layer.numel, bits=bits, scheme=scheme, tied=layer.tied,
-        )  # fmt: skip
+        made[key] = _construct(layer, scheme, bits=_checked(layer, bits, scheme))
     return made[key]
+
+
+def _construct(layer: LayerStats, scheme: Scheme, **bits: Any) -> LayerChoice:
+    return LayerChoice.model_construct(  # the rest is a measured layer's, valid already
+        name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
+        numel=layer.numel, scheme=scheme, tied=layer.tied, **bits,
+    )  # fmt: skip
+
+
+def _checked(layer: LayerStats, bits: int, scheme: Scheme) -> int:
+    if type(bits) is not int or bits not in ALLOWED_BITS:
+        raise SettingError(f"layer {layer.name!r}: {bits!r} bits are not allowed; 1 to 8, or 16 or 32 for float")
+    return bits if bits in FLOAT_BITS else scheme.check_bits(bits, f"layer {layer.name!r}: bits")
 
 
 @cache

@@ -36,6 +36,7 @@ class MixQuant:
     """
 
     name: ClassVar[str] = "mixquant"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"qem": (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)}
 
     qem: Annotated[float, "quantization error multiplier: how many times the baseline's error is acceptable"] = 2.0
     metric: Annotated[str, f"which error to bound: {', '.join(METRICS)}"] = "relative"

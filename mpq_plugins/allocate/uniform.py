@@ -14,6 +14,7 @@ class Uniform:
     """`bits` for every layer. Raises SettingError outside 1..8."""
 
     name: ClassVar[str] = "uniform"
+    grid: ClassVar[dict[str, tuple[int, ...]]] = {"bits": tuple(range(2, 9))}
 
     bits: Annotated[int, "bit-width of every layer"] = 8
 

@@ -41,23 +41,28 @@ def bits_text(layer: LayerChoice | None) -> str:
 
 
 def bits_summary(plan: Plan, size: PlanSize) -> Table:
-    """How many layers and weights get how many bits."""
-    layers: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
+    """How many layers, channels and weights get how many bits; a layer with parts counts at each of its widths."""
+    layers: Counter[int] = Counter()
+    channels: Counter[int] = Counter()
+    weights: Counter[int] = Counter()
     for layer in plan.layers:
-        key = bits_text(layer) if layer.parts is None else "mixed"
-        layers[key] += 1
-        weights[key] += layer.numel
+        for part in layer.groups:
+            layers[part.bits] += 1
+            channels[part.bits] += len(part.channels)
+            weights[part.bits] += len(part.channels) * (layer.numel // max(1, layer.channels))
     rows = [
-        (key, layers[key], f"{weights[key]:,}", f"{weights[key] / max(1, size.numel):.1%}") for key in sorted(layers)
+        (bits, layers[bits], f"{channels[bits]:,}", f"{weights[bits]:,}", f"{weights[bits] / max(1, size.numel):.1%}")
+        for bits in sorted(layers)
     ]
-    return grid("", ("bits", "layers", "weights", "share"), rows)
+    return grid("", ("bits", "layers", "channels", "weights", "share"), rows)
 
 
 def size_lines(size: PlanSize) -> list[str]:
     """The two accountings, in words."""
+    regions = sum(layer.regions for layer in size.layers.values())
+    share = f", {regions / max(1, size.numel):.3f} of it telling the region" if regions else ""
     return [
-        f"weights only  {bytes_text(size.weights_only_bytes)}, {size.average_bits:.3f} bits a weight",
+        f"weights only  {bytes_text(size.weights_only_bytes)}, {size.average_bits:.3f} bits a weight{share}",
         f"in total      {bytes_text(size.total_bytes)}, {size.total_average_bits:.3f} bits a weight, with scales, zero "
         f"points and channel maps: {size.against_fp32:.2f}x smaller than fp32, {size.against_int8:.2f}x than int8",
     ]
@@ -76,14 +81,15 @@ def bytes_text(count: int) -> str:
 def plan_table(plan: Plan) -> Table:
     """Every layer of a plan."""
     sizes = plan.size().layers
+    schemes = ["scheme"] if len({layer.scheme for layer in plan.layers}) > 1 else []  # one is said above the table
     rows = [
         (
-            layer.name, layer.kind, "x".join(map(str, layer.shape)), str(layer.scheme),
+            layer.name, layer.kind, "x".join(map(str, layer.shape)), *(str(layer.scheme) for _ in schemes),
             bits_text(layer), f"{layer.numel:,}", bytes_text(-(-sizes[layer.name].total // 8)),
         )
         for layer in plan.layers
     ]  # fmt: skip
-    return grid("", ("layer", "kind", "shape", "scheme", "bits", "weights", "size"), rows, left=4)
+    return grid("", ("layer", "kind", "shape", *schemes, "bits", "weights", "size"), rows, left=3 + len(schemes))
 
 
 def plan_head(plan: Plan) -> str:
@@ -92,7 +98,11 @@ def plan_head(plan: Plan) -> str:
     activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
     folded = ", BatchNorm folded" if plan.fold_bn else ""
     skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
-    return f"{plan.allocator.name} {parameters}: {len(plan.layers)} layers{skipped}, activations {activations}{folded}"
+    schemes = ", ".join(sorted({str(layer.scheme) for layer in plan.layers}))
+    return (
+        f"{plan.allocator.name} {parameters}: {len(plan.layers)} layers{skipped}, {schemes}, activations "
+        f"{activations}{folded}"
+    )
 
 
 def diff_table(differences: Sequence[Difference]) -> Table:
@@ -149,6 +159,8 @@ def _what_else(difference: Difference) -> str:
         for field in ("kind", "shape", "channel_axis", "scheme", "tied")
         if getattr(before, field) != getattr(after, field)
     ]
+    if bits_text(before) == bits_text(after) and before.parts != after.parts:
+        changed.append("which channels")
     return ", ".join(changed)
 
 

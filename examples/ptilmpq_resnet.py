@@ -1,0 +1,145 @@
+"""PTILMPQ's first three experiments on pretrained CIFAR-10 ResNets (arXiv 2404.02947), with true sizes.
+
+    python -m examples.ptilmpq_resnet [--depth 20 56] [--experiment 1 2 3]
+
+1. Theoretical against actual size at alpha = beta = 0.5: what the shares promise, what the plan says, what packed
+   codes take on disk.
+2. alpha from 0.1 to 0.9: size, error, accuracy.
+3. Two regions against one uniform quantizer at the same true size, the bit that tells the region included.
+
+Accuracy on 846 test images (one image is 0.12 points; read cross-entropy beside it). The networks and images are
+looked for in $MPQ_ZOO, by default ../shared/zoo.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+import mpq_plugins as mpq
+from examples.cifar_resnet import ResNet, checkpoint, evaluate, images, resnet, score
+from mpq_plugins.plan import LayerChoice, Part
+from mpq_plugins.quantize.piecewise import PiecewiseTensor, quantize
+from mpq_plugins.report.sweep import sweep_notes, sweep_table
+from mpq_plugins.report.tables import bytes_text, grid
+from mpq_plugins.scheme import Scheme
+from mpq_plugins.sweep import sweep
+from mpq_plugins.weights import quantizable_weights
+
+TWO_REGIONS = mpq.Piecewise(granularity="per_channel")
+SCHEMES: dict[str, Scheme] = {
+    "uniform, min-max": mpq.Affine(granularity="per_channel"),
+    "uniform, clipped": mpq.Affine(granularity="per_channel", range="mse"),
+    "two regions + bit": TWO_REGIONS,
+    "two regions, shared": mpq.Piecewise(granularity="per_channel", storage="shared"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, nargs="+", choices=(20, 56), default=[20, 56])
+    parser.add_argument("--experiment", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    if not checkpoint(20).exists():
+        parser.exit(
+            2, f"no pretrained networks at {checkpoint(20).parent}; set MPQ_ZOO to the folder that holds them\n"
+        )
+    out = Console(width=130, highlight=False, markup=False)
+    for number in options.experiment:
+        (sizes, alphas, regions)[number - 1](options.depth, out)
+
+
+def sizes(depths: list[int], out: Console) -> None:
+    """Theoretical against actual size."""
+    rows = []
+    for depth in depths:
+        net = resnet(depth)
+        allocator = mpq.PTILMPQ(alpha=0.5, beta_important=0.5, beta_other=0.5)
+        plan = allocator(mpq.measure(net, TWO_REGIONS, allocator.needs.bits))
+        promised = np.mean([*allocator.important_bits, *allocator.other_bits])  # every share is one half
+        size = plan.size()
+        packed, entropy = on_disk(net, plan)
+        codes = sum(layer.codes for layer in size.layers.values())
+        counts = (promised * size.numel, codes, size.weights_only_bits, size.total_bits, 8 * packed, entropy)
+        rows.append((f"ResNet-{depth}", *(f"{bytes_text(round(n / 8))} ({n / size.numel:.3f})" for n in counts)))
+    columns = ("net", "theoretical", "codes", "with region bit", "in total", "packed file", "entropy coded")
+    out.print(grid("1. Size at alpha = beta = 0.5, bits 5,4 and 4,3: bytes (bits a weight)", columns, rows))
+    out.print(
+        "Theoretical: the mean of the four widths. Important layers are those with much weight, so codes take more.\n"
+    )
+
+
+def alphas(depths: list[int], out: Console) -> None:
+    """Alpha from 0.1 to 0.9."""
+    for depth in depths:
+        net = resnet(depth)
+        table = mpq.measure(net, TWO_REGIONS, per_channel=True)
+        swept: list[mpq.Allocator] = [mpq.PTILMPQ(alpha=k / 10) for k in range(1, 10)]
+        rows = sweep(table, [*swept, *(mpq.Uniform(bits=b) for b in (3, 4, 5))], net, score)
+        out.print(sweep_table(rows, f"2. ResNet-{depth}, beta = 0.5, {TWO_REGIONS}"))
+        out.print("\n".join(sweep_notes(rows)) + "\n")
+
+
+def regions(depths: list[int], out: Console) -> None:
+    """Two regions against one, at the same true size."""
+    data = images()
+    for depth in depths:
+        net = resnet(depth)
+        rows = []
+        for true_bits in (2, 3, 4, 5):
+            cells = []
+            for scheme in SCHEMES.values():
+                bits = true_bits - scheme.region_bits(true_bits)
+                if bits < 2:
+                    cells.append("")
+                    continue
+                plan = mpq.Uniform(bits=bits)(mpq.measure(net, scheme, (bits,)))
+                assert plan.size().average_bits == true_bits
+                top1, loss = evaluate(mpq.apply(net, plan), *data)
+                cells.append(f"{top1:.2f} / {loss:.3f}")
+            rows.append((f"{true_bits}", *cells))
+        title = f"3. ResNet-{depth}, per channel, every layer alike: top-1 % / cross-entropy"
+        out.print(grid(title, ("bits a weight", *SCHEMES), rows))
+    out.print("A paper's 'b bits' with two regions stands in the row b + 1: the region bit is stored too.")
+
+
+def on_disk(net: ResNet, plan: mpq.Plan) -> tuple[int, float]:
+    """Bytes of a file with every code, region bit, unit and part map packed; and bits with regions entropy coded."""
+    weights = quantizable_weights(net)
+    saved = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.bin"
+        with path.open("wb") as file:
+            for layer in plan.layers:
+                for part in layer.groups:
+                    tensor = quantized_part(weights[layer.name], layer, part)
+                    saved += tensor.region_bits - tensor.region_entropy_bits
+                    file.write(packed(tensor.codes.numpy(), part.bits))
+                    file.write(packed(tensor.tail.numpy(), 1))
+                    file.write(tensor.grid.dense.tobytes() + tensor.grid.tail.tobytes())
+                if layer.parts is not None:
+                    high = set(layer.groups[-1].channels)
+                    file.write(packed(np.array([channel in high for channel in range(layer.channels)]), 1))
+        size = path.stat().st_size
+    return size, plan.size().total_bits - saved
+
+
+def quantized_part(weight: torch.Tensor, layer: LayerChoice, part: Part) -> PiecewiseTensor:
+    """The codes of some channels of a layer."""
+    assert isinstance(layer.scheme, mpq.Piecewise)
+    return quantize(weight.detach()[list(part.channels)], part.bits, layer.scheme, layer=layer.name)
+
+
+def packed(codes: NDArray[np.generic], bits: int) -> bytes:
+    """Codes of `bits` bits each, one after the other."""
+    planes = (codes.astype(np.uint8).reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(planes.astype(np.uint8)).tobytes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""PTILMPQ (arXiv 2404.02947): important layers, and important channels inside every layer, get the higher bits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SettingError
+from ..plan import Plan
+from ..scheme import Piecewise, check_bits
+from ..size import layer_size
+from ..table import LayerStats, LayerTable
+from .base import Needs, layer_choice, make_plan
+
+DEFAULT_ALPHA = 0.5
+DEFAULT_BETA = 0.5
+
+Widths = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PTILMPQ:
+    """Bits by two partitions: layers by F_l = sum |w|, and the output channels of each by F_c = ||w_c||_2.
+
+    The ceil(alpha L) layers of greatest F_l are important, and in each layer the ceil(beta C) channels of greatest
+    F_c, with beta_important in important layers and beta_other in the others. A layer's important channels get the
+    first of its pair of bits, (high, low), the rest the second. Equal importances go by the table's order.
+
+    Instead of alpha: `layer_threshold`, the least F_l of an important layer (in the weights' units), or a size,
+    `average_bits` (codes, region bits included, per weight) or `size_bytes` (in total), for which the greatest
+    alpha that stays within it is found. Instead of the betas: `channel_threshold`, the least F_c of an important
+    channel. The plan has the table's scheme; the paper's is `Piecewise`, which `mpq plan` measures under when no
+    scheme is asked for. It records what was found.
+
+    Raises SettingError: a fraction outside [0, 1]; high < low; important bits or beta below the others', which
+    would make a plan smaller as alpha rises; two ways of saying the same; and, when called, a table without
+    channel norms, a width that its scheme does not have, or a size that no alpha reaches.
+    """
+
+    name: ClassVar[str] = "ptilmpq"
+    grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": tuple(k / 10 for k in range(11))}
+
+    alpha: Annotated[float | None, f"share of layers that are important ({DEFAULT_ALPHA})"] = None
+    beta_important: Annotated[float | None, f"share of their channels that are ({DEFAULT_BETA})"] = None
+    beta_other: Annotated[float | None, "share of the other layers' channels that are (as beta_important)"] = None
+    important_bits: Annotated[tuple[int, int], "high,low of important layers"] = (5, 4)
+    other_bits: Annotated[tuple[int, int], "high,low of the other layers"] = (4, 3)
+    layer_threshold: Annotated[float | None, "instead of alpha: least sum |w| of an important layer"] = None
+    channel_threshold: Annotated[float | None, "instead of betas: least 2-norm of an important channel"] = None
+    average_bits: Annotated[float | None, "instead of alpha: most bits a weight, scales not counted"] = None
+    size_bytes: Annotated[int | None, "instead of alpha: most bytes in total"] = None
+
+    def __post_init__(self) -> None:
+        self._settle_alpha()
+        self._settle_betas()
+        for field in ("important_bits", "other_bits"):
+            object.__setattr__(self, field, _pair(field, getattr(self, field)))
+        if any(more < fewer for more, fewer in zip(self.important_bits, self.other_bits, strict=True)):
+            raise SettingError(
+                f"important_bits: {_shown(self.important_bits)} is below other_bits {_shown(self.other_bits)}; "
+                "important layers get at least as many bits"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        """Importances, which every table has; errors at its own bit-widths, to be shown beside the plan."""
+        return Needs(
+            tuple(sorted({*self.important_bits, *self.other_bits})), scheme=Piecewise(granularity="per_channel")
+        )
+
+    def __call__(self, table: LayerTable) -> Plan:
+        """The plan for a table."""
+        for field in ("important_bits", "other_bits"):
+            for bits in getattr(self, field):
+                table.scheme.check_bits(bits, field)
+        for layer in table.layers:
+            _check_norms(layer)
+        order = np.argsort([-layer.importance for layer in table.layers], kind="stable")
+        important = [self._widths(layer, True) for layer in table.layers]
+        other = [self._widths(layer, False) for layer in table.layers]
+        count = self._important_count(table, order, important, other)
+        chosen = set(order[:count].tolist())
+        bits = {layer.name: important[i] if i in chosen else other[i] for i, layer in enumerate(table.layers)}
+        found = {"alpha": count / max(1, len(table.layers))} if self._sized else {}
+        return make_plan(table, self, bits, found=found)
+
+    @property
+    def _sized(self) -> bool:
+        return self.average_bits is not None or self.size_bytes is not None
+
+    def _widths(self, layer: LayerStats, important: bool) -> Widths:
+        """Bits of each output channel."""
+        high, low = self.important_bits if important else self.other_bits
+        if self.channel_threshold is not None:
+            above = layer.channel_importance >= self.channel_threshold
+        else:
+            beta = self.beta_important if important else self.beta_other
+            assert beta is not None
+            above = np.zeros(layer.channels, np.bool_)
+            above[np.argsort(-layer.channel_importance, kind="stable")[: _share(beta, layer.channels)]] = True
+        return np.where(above, high, low)
+
+    def _important_count(
+        self, table: LayerTable, order: NDArray[np.intp], important: Sequence[Widths], other: Sequence[Widths]
+    ) -> int:
+        """How many layers, from the most important down, are important."""
+        if self.layer_threshold is not None:
+            return sum(layer.importance >= self.layer_threshold for layer in table.layers)
+        if not self._sized:
+            assert self.alpha is not None
+            return _share(self.alpha, len(table.layers))
+        sizes = [
+            np.array([self._bits(layer, widths, table) for layer, widths in zip(table.layers, choice, strict=True)])
+            for choice in (important, other)
+        ]
+        by_count = sizes[1].sum() + np.concatenate([[0], np.cumsum((sizes[0] - sizes[1])[order])])
+        return self._largest_within(by_count, sum(layer.numel for layer in table.layers))
+
+    def _bits(self, layer: LayerStats, widths: Widths, table: LayerTable) -> int:
+        """What the layer costs, in the accounting of the target."""
+        size = layer_size(layer_choice(layer, widths, table.scheme))
+        return size.total if self.average_bits is None else size.codes + size.regions
+
+    def _largest_within(self, by_count: NDArray[np.int64], numel: int) -> int:
+        most = 8 * self.size_bytes if self.size_bytes is not None else (self.average_bits or 0.0) * numel
+        within = np.flatnonzero(by_count <= most)
+        if within.size:
+            return int(within[-1])
+        least = int(by_count.min())
+        if self.size_bytes is not None:
+            asked, reached = f"size_bytes: {self.size_bytes}", f"{math.ceil(least / 8)} bytes"
+        else:
+            asked, reached = f"average_bits: {self.average_bits:g}", f"{least / max(1, numel):.3f}"
+        raise SettingError(
+            f"{asked} cannot be reached: the smallest plan has {reached}, with no layer important. Lower other_bits or "
+            "beta_other."
+        )
+
+    def _settle_alpha(self) -> None:
+        said = [
+            name
+            for name in ("alpha", "layer_threshold", "average_bits", "size_bytes")
+            if getattr(self, name) is not None
+        ]
+        if len(said) > 1:
+            raise SettingError(f"{said[0]} and {said[1]} say the same thing twice; give one")
+        if not said:
+            object.__setattr__(self, "alpha", DEFAULT_ALPHA)
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", _fraction("alpha", self.alpha))
+        for name in ("layer_threshold", "channel_threshold", "average_bits", "size_bytes"):
+            _check_positive(name, getattr(self, name))
+
+    def _settle_betas(self) -> None:
+        if self.channel_threshold is not None:
+            if self.beta_important is not None or self.beta_other is not None:
+                raise SettingError("channel_threshold and the betas say the same thing twice; give one")
+            return
+        important, other = self.beta_important, self.beta_other
+        if important is None:  # what is not said follows what is, so that one option sweeps both
+            important = max(DEFAULT_BETA, _fraction("beta_other", 0.0 if other is None else other))
+        object.__setattr__(self, "beta_important", _fraction("beta_important", important))
+        object.__setattr__(self, "beta_other", _fraction("beta_other", important if other is None else other))
+        assert self.beta_important is not None
+        assert self.beta_other is not None
+        if self.beta_important < self.beta_other:
+            raise SettingError(
+                f"beta_important: {self.beta_important:g} is below beta_other {self.beta_other:g}; important layers "
+                "keep at least the share of important channels that others do"
+            )
+
+
+def _share(fraction: float, count: int) -> int:
+    """ceil(fraction x count), 0.07 of 100 being 7 and not, by the last bit of a double, 8."""
+    return math.ceil(round(fraction * count, 9))
+
+
+def _fraction(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise SettingError(f"{name}: {value!r} is not allowed; a share from 0 to 1")
+    return float(value)  # 1 and 1.0 make the same plan, to the byte
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+    ):
+        raise SettingError(f"{name}: {value!r} is not allowed; a number from 0 up")
+
+
+def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise SettingError(f"{name}: {value!r} is not allowed; two widths, high,low, as in 4,3")
+    high, low = (check_bits(bits, name) for bits in value)
+    if high < low:
+        raise SettingError(f"{name}: high {high} is below low {low}; write {low},{high}")
+    return high, low
+
+
+def _shown(pair: tuple[int, int]) -> str:
+    return f"{pair[0]},{pair[1]}"
+
+
+def _check_norms(layer: LayerStats) -> None:
+    norms = layer.channel_importance
+    if norms.shape != (layer.channels,) or not np.isfinite(norms).all():
+        raise SettingError(
+            f"layer {layer.name!r}: the table has no norm for each of its {layer.channels} channels; measure again"
+        )

@@ -1,0 +1,90 @@
+"""What several commands share: the options that describe a measurement, and how results are printed."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def scheme_options(command: Command) -> Command:
+    """The options that say what is measured, and under which scheme."""
+    for option in reversed(
+        (
+            click.option(
+                "--scheme",
+                "scheme_name",
+                help="affine, or piecewise: two regions (default: the allocator's, or affine).",
+            ),
+            click.option(
+                "--granularity", help="per_tensor (default: the allocator's, or this), per_channel or per_group."
+            ),
+            click.option("--group-size", type=int, help="Weights per group along the input axis; implies per_group."),
+            click.option("--symmetric/--asymmetric", default=None, help="Zero point at zero, or not (default)."),
+            click.option(
+                "--range", "range_name", help="minmax (default), or mse: the clipping of least squared error."
+            ),
+            click.option(
+                "--breakpoint",
+                "breakpoint_rule",
+                help="Of two regions: search (default), gaussian, laplacian, gaussian_root or laplacian_root.",
+            ),
+            click.option("--storage", help="Of two regions: region_bit (default, b + 1 bits a weight) or shared (b)."),
+            click.option("--skip", multiple=True, metavar="GLOB", help="Leave these layers alone; repeatable."),
+            click.option("--only", multiple=True, metavar="GLOB", help="Take only these layers; repeatable."),
+            click.option(
+                "--fold-bn",
+                type=click.Choice(["auto", "yes", "no"]),
+                help="Measure conv weights with BatchNorm folded in; auto: a module's, per tensor.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+SCHEME_NAMES = (
+    "scheme_name", "symmetric", "granularity", "group_size", "range_name", "breakpoint_rule", "storage", "skip",
+    "only", "fold_bn",
+)  # fmt: skip
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which is the signal-to-noise ratio of an exact layer: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say_written(file: Path | None, what: str) -> None:
+    """Where the result is, or how to keep it."""
+    click.echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
+
+
+def say_left_alone(table: Any) -> None:
+    """What the plan does not cover, on stderr."""
+    from .report.progress import say
+
+    if table.skipped:
+        say(f"skipped on request: {len(table.skipped)} layers")
+    if table.left_alone:
+        name, reason = table.left_alone[0]
+        more = (
+            f", and {len(table.left_alone) - 1} more (--json with `mpq measure` lists them)"
+            if len(table.left_alone) > 1
+            else ""
+        )
+        say(f"left alone, no quantizable layer: {name} ({reason}){more}")

@@ -1,0 +1,56 @@
+"""Pictures for people; matplotlib is imported only to draw one."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import SettingError
+from ..files import atomic_path
+from ..sweep import SweepRow
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse what cannot be drawn before the work is done. Raises SettingError."""
+    if path is None:
+        return
+    if path.suffix.lower() not in FORMATS:
+        raise SettingError(f"plot: {path} should end in {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SettingError("plot: matplotlib is not installed; pip install 'mpq-plugins[report]', or leave --plot out")
+
+
+def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
+    """Score (or error) against true size, one series per allocator, the Pareto front as a line; atomically."""
+    from matplotlib.figure import Figure
+
+    name = next(iter(rows[0].scores), None)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    plans = [row for row in rows if row.allocator != "float" and row.score is not None]
+    for allocator in dict.fromkeys(row.allocator for row in plans):
+        own = [row for row in plans if row.allocator == allocator]
+        marker = "s" if allocator == "uniform" else "o"
+        axes.plot(*_points(own, name), marker, label=allocator, alpha=0.8)
+    front = sorted((row for row in plans if row.pareto), key=lambda row: row.total_bytes)
+    axes.plot(
+        *_points(front, name), "-", drawstyle="steps-post", color="0.5", linewidth=1, label="Pareto front", zorder=0
+    )
+    for row in rows:
+        if row.allocator == "float" and row.score is not None:
+            axes.axhline(row.score, linestyle="--", color="0.7", linewidth=1, label="float")
+    axes.set_xlabel("bits a weight in total: codes, scales, zero points, part maps")
+    axes.set_ylabel(name or f"mean {next(iter(rows[0].errors), '')} error")
+    if name is None and plans:
+        axes.set_yscale("log")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
+
+
+def _points(rows: Sequence[SweepRow], score: str | None) -> tuple[list[float], list[float]]:
+    values = [row.score if score is not None else -(row.score or 0.0) for row in rows]
+    return [row.total_average_bits for row in rows], [value for value in values if value is not None]

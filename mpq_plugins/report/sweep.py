@@ -1,0 +1,115 @@
+"""A sweep's rows as a table, as CSV and as JSON."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..files import write_text
+from ..sweep import SweepRow
+from ..table import LayerTable
+from .tables import bytes_text, grid
+
+MARK = "*"
+
+
+def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
+    """One line per plan, by size; the ones that no other beats are marked."""
+    varying = varying_parameters(rows)
+    error, scores = next(iter(rows[0].errors), None), list(rows[0].scores)
+    lines = [
+        (
+            row_label(row, varying), f"{row.average_bits:.3f}", f"{row.total_average_bits:.3f}",
+            bytes_text(row.total_bytes), *([_number(row.errors.get(error))] if error is not None else ()),
+            *(_number(row.scores.get(name)) for name in scores), MARK if row.pareto else "",
+        )
+        for row in sorted(rows, key=lambda row: row.total_bytes)
+    ]  # fmt: skip
+    swept = next((row.allocator for row in rows if row.allocator not in ("float", "uniform")), "")
+    head = ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
+    errors = [f"{error} error"] if error is not None else []
+    return grid(title, (f"plan, {head}" if head else "plan", "bits", "in total", "size", *errors, *scores, MARK), lines)
+
+
+def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
+    """What the mark means, whether uniform plans win, and what the table could not tell."""
+    what = next(iter(rows[0].scores), None)
+    better = f"a better {what}" if what else "a smaller error"
+    notes = [f"{MARK} no other plan has {better} at that size or less"]
+    mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
+    beaten = [row for row in mixed if any(_beats(other, row) for other in rows if other.allocator == "uniform")]
+    if beaten:
+        notes.append(
+            f"{len(beaten)} of {len(mixed)} {mixed[0].allocator} plans are beaten by a uniform plan that is no larger"
+        )
+    if any(None in row.errors.values() for row in rows):
+        notes.append(
+            "- where the table cannot tell: channels of other widths were measured under one scale per tensor, or "
+            "without errors per channel"
+        )
+    return notes
+
+
+def sweep_csv(rows: Sequence[SweepRow], path: Path) -> None:
+    """Write one line per row, every parameter a column; atomically."""
+    text = io.StringIO()
+    flat = [_flat(row) for row in rows]
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_text(path, text.getvalue())
+
+
+def sweep_json(rows: Sequence[SweepRow], table: LayerTable) -> dict[str, Any]:
+    """The rows for programs."""
+    return {"scheme": str(table.scheme), "model": table.fingerprint, "rows": [vars(row) for row in rows]}
+
+
+def row_label(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:
+    """`ptilmpq 0.5, 0.3`: the allocator and its values of the parameters that vary."""
+    values = ", ".join(_text(row.parameters[name]) for name in varying.get(row.allocator, ()))
+    return f"{row.allocator} {values}".rstrip()
+
+
+def varying_parameters(rows: Sequence[SweepRow]) -> dict[str, list[str]]:
+    """Allocator -> its parameters that differ from row to row, less those that only repeat an earlier one."""
+    varying: dict[str, list[str]] = {}
+    for allocator in dict.fromkeys(row.allocator for row in rows):
+        own = [row for row in rows if row.allocator == allocator]
+        columns = {name: tuple(_text(row.parameters.get(name)) for row in own) for name in own[0].parameters}
+        distinct = {column: name for name, column in reversed(columns.items()) if len(set(column)) > 1}
+        varying[allocator] = [name for name in columns if name in distinct.values()]
+    if "uniform" in varying:
+        varying["uniform"] = ["bits"]  # its name, even of a single row
+    return varying
+
+
+def _beats(other: SweepRow, row: SweepRow) -> bool:
+    if other.score is None or row.score is None or other.total_bytes > row.total_bytes:
+        return False
+    return other.score > row.score or (other.score == row.score and other.total_bytes < row.total_bytes)
+
+
+def _flat(row: SweepRow) -> dict[str, Any]:
+    return {
+        "allocator": row.allocator,
+        "average_bits": row.average_bits,
+        "total_average_bits": row.total_average_bits,
+        "weights_only_bytes": row.weights_only_bytes,
+        "total_bytes": row.total_bytes,
+        **{f"{name}_error": error for name, error in row.errors.items()},
+        **{f"score_{name}": score for name, score in row.scores.items()},
+        "pareto": int(row.pareto),
+        **{name: _text(value) for name, value in row.parameters.items()},
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
