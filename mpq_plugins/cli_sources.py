@@ -136,9 +136,11 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
-    """Refuse to write a result over what it is made from, or over another result of the same run."""
+    """Refuse to write a result over what it is made from or another result of the same run, or where it cannot be."""
     if output is None:
         return
+    if not output.absolute().parent.is_dir():  # found now, and not after the work
+        raise SourceError(f"{output}: there is no folder {output.parent}. Make it, or choose another path.")
     for path in (Path(path) for path in inputs if path is not None):
         existing = exists(output) and exists(path)
         if output.absolute() == path.absolute() or (existing and output.samefile(path)):

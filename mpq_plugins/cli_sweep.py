@@ -1,6 +1,7 @@
 """`mpq sweep`: one measurement, a grid of an allocator's parameters, one row per plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,25 +88,17 @@ def sweep(
     kept = _kept_measurement(output, cache, given)
     table = measured(given, needs, request, kept)
     swept = [*allocators, *(_uniform_beside(allocators, table) if uniform else ())]
-    journal = None
-    try:
+    title = f"{source}, {table.scheme}"
+    job = {"evaluation": evaluation, "model": model_factory or source} if evaluation else None
+    with _resumable(output, table, job, kept if kept != cache else None) as journal:
         if model is not None:
             _check_fit(swept[0](table), model, model_factory or source)
-        journal = _journal(output, table, evaluation, model_factory or source)
         with progress_bar("sweeping") as progress:
             rows = run(table, list(dict.fromkeys(swept)), model, evaluate, journal=journal, progress=progress)
-    except BaseException:
-        _leave(journal, kept if cache is None else None)
-        raise
-    title = f"{source}, {table.scheme}"
-    if output is not None:
-        sweep_csv(rows, output)
-    if plot is not None:
-        sweep_plot(rows, plot, title)
-    if journal is not None:
-        journal.remove()
-    if kept is not None and cache is None:
-        kept.unlink(missing_ok=True)
+        if output is not None:
+            sweep_csv(rows, output)
+        if plot is not None:
+            sweep_plot(rows, plot, title)
     if as_json:
         print_json(sweep_json(rows, table))
         return
@@ -143,19 +136,6 @@ def _more_needs(needs: Needs, scheme: Scheme, uniform: bool) -> Needs:
     return replace(needs, bits=tuple(bits), channel_errors=scheme.granularity != "per_tensor")
 
 
-def _leave(journal: "Journal | None", measurement: Path | None) -> None:
-    """After an interruption or error keep what the next run can use; nothing else stays behind."""
-    from .report.progress import say
-
-    if journal is not None and journal.rows:
-        say(f"{len(journal.rows)} finished rows are kept in {journal.path}; the same command goes on there")
-        return
-    if journal is not None:
-        journal.remove()
-    if measurement is not None:
-        measurement.unlink(missing_ok=True)
-
-
 def _kept_measurement(output: Path | None, cache: Path | None, given: object) -> Path | None:
     """Where the measurement outlives an interruption: where it was asked for, else beside the output."""
     if cache is not None or output is None or isinstance(given, str):
@@ -181,16 +161,33 @@ def _check_fit(plan: Plan, model: "nn.Module", where: str) -> None:
         say(f"note: {where}: {note}")
 
 
-def _journal(output: Path | None, table: LayerTable, evaluation: str | None, model: str) -> "Journal | None":
+@contextmanager
+def _resumable(
+    output: Path | None, table: LayerTable, job: dict[str, str] | None, measurement: Path | None
+) -> "Iterator[Journal | None]":
+    """Give the journal of a sweep with evaluations and an output; what takes no time needs none.
+
+    Interrupted, rows and `measurement` stay for the next run, if there are rows; otherwise nothing stays behind.
+    """
     from .journal import Journal
     from .report.progress import say
 
-    if output is None or evaluation is None:  # without evaluations there is nothing that takes long
-        return None
-    job = {"weights": table.fingerprint, "scheme": str(table.scheme), "evaluation": evaluation, "model": model}
-    journal = Journal(output.with_name(f"{output.name}.partial"), job)
-    if journal.stale:
-        say(f"starting anew: {journal.path} is of another sweep")
-    elif journal.rows:
-        say(f"going on: {len(journal.rows)} rows are in {journal.path} already")
-    return journal
+    journal = None
+    if output is not None and job is not None:
+        path = output.with_name(f"{output.name}.partial")
+        journal = Journal(path, {"weights": table.fingerprint, "scheme": str(table.scheme), **job})
+        if journal.stale:
+            say(f"starting anew: {path} is of another sweep")
+        elif journal.rows:
+            say(f"going on: {len(journal.rows)} rows are in {path} already")
+    finished = False
+    try:
+        yield journal
+        finished = True
+    finally:
+        if journal is not None and journal.rows and not finished:
+            say(f"{len(journal.rows)} finished rows are kept in {journal.path}; the same command goes on there")
+        else:
+            for left in (journal.path if journal is not None else None, measurement):
+                if left is not None:
+                    left.unlink(missing_ok=True)

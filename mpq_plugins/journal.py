@@ -33,10 +33,6 @@ class Journal:
         self.rows[key] = dict(row)
         self._write("a", [{"key": key, "row": dict(row)}])
 
-    def remove(self) -> None:
-        """The job is finished and its result is kept elsewhere."""
-        self.path.unlink(missing_ok=True)
-
     def _write(self, mode: str, lines: list[dict[str, Any]]) -> None:
         try:
             with self.path.open(mode, encoding="utf-8") as file:

@@ -72,7 +72,7 @@ def sweep(
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        key = json.dumps([plan.allocator.name, plan.allocator.parameters], sort_keys=True)
+        key = json.dumps([plan.allocator.name, plan.allocator.parameters], sort_keys=True, default=str)
         rows.append(_row(table, plan, scored(key, plan)))
     if progress is not None:
         progress("", len(plans), len(plans))

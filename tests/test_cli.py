@@ -274,7 +274,7 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "fold": (["plan", checkpoint, "--fold-bn", "yes", *out], "a checkpoint does not say which BatchNorm"),
         "factory": (["plan", "no.such:thing", *out], "no.such:thing: the function cannot be found"),
         "not a module": (["plan", "json:JSONDecoder", *out], "returned a JSONDecoder; a torch.nn.Module is needed"),
-        "output folder": (["plan", checkpoint, "-o", folder / "none" / "out.json"], "out.json: cannot write there"),
+        "output folder": (["plan", checkpoint, "-o", folder / "none" / "out.json"], "out.json: there is no folder"),
         "option": (["plan", checkpoint, "--qwem", 3, *out], "No such option"),
         "no source": (["plan", *out], "Missing argument 'SOURCE'"),
         "command": (["plann"], "No such command 'plann'"),

@@ -94,6 +94,12 @@ def test_alpha_times_beta_with_an_evaluation_and_a_plot(mpq: Mpq, tmp_path: Path
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_range_is_in_decimals_and_holds_both_ends(mpq: Mpq, checkpoint: Path) -> None:
+    rows = json.loads(mpq("sweep", checkpoint, "-a", "ptilmpq", "--alpha", "0.1:0.9:0.1", "--json").out)["rows"]
+    found = [row["parameters"]["alpha"] for row in rows if row["allocator"] == "ptilmpq"]
+    assert found == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+
+
 def test_a_sweep_without_values_takes_the_allocators_own_grid(mpq: Mpq, checkpoint: Path) -> None:
     swept = json.loads(mpq("sweep", checkpoint, "-a", "ptilmpq", "--beta-important", 0.5, "--json").out)["rows"]
     assert [row["parameters"]["alpha"] for row in swept if row["allocator"] == "ptilmpq"] == [k / 10 for k in range(11)]
@@ -158,6 +164,7 @@ def test_per_tensor_parts_have_no_error_and_that_is_said(mpq: Mpq, checkpoint: P
         (["--eval", f"{HERE}:HERE", "--model", f"{HERE}:net"], "is a str; a function is needed"),
         (["--eval", f"{HERE}:score", "--model", f"{HERE}:other_net"], "the plan was made for another model"),
         (["--model", f"{HERE}:net"], "model: is only used with --eval"),
+        (["--plot", "no/such/plot.png"], "no/such/plot.png: there is no folder no/such. Make it"),
         (["--plot", "plot.jpg"], "plot: plot.jpg should end in .png, .svg, .pdf"),
         (["--qem", "2:1:0.5"], "'2:1:0.5' has no end"),
         (["--qem", "1:2"], "'1:2' is no range; write first:last:step"),
