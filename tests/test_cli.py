@@ -281,7 +281,7 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "over the source": (["plan", checkpoint, "-o", checkpoint], "is the source itself"),
         "table over the source": (["plan", checkpoint, "--table", checkpoint, *out], "is the source itself"),
         "measure over the source": (["measure", checkpoint, "-o", checkpoint], "is the source itself"),
-        "no folder": (["plan", checkpoint, "--qem", 2, "--qem", 3, "-o", folder / "no" / "dir"], "cannot make"),
+        "no folder": (["plan", checkpoint, "--qem", 2, "--qem", 3, "-o", folder / "no" / "dir"], "there is no folder"),
         "over the plan": (["apply", checkpoint, plan_file, "-o", plan_file], "is the source itself, or another result"),
         "over the table": (["plan", checkpoint, "--table", folder / "t", "-o", folder / "t"], "or another result"),
         "a pipe": (["plan", checkpoint, "-o", folder / "pipe"], "no ordinary file"),
