@@ -79,8 +79,9 @@ def alphas(depths: list[int], out: Console) -> None:
     for depth in depths:
         net = resnet(depth)
         table = mpq.measure(net, TWO_REGIONS, per_channel=True)
-        swept: list[mpq.Allocator] = [mpq.PTILMPQ(alpha=k / 10) for k in range(1, 10)]
-        rows = sweep(table, [*swept, *(mpq.Uniform(bits=b) for b in (3, 4, 5))], net, score)
+        plans = [mpq.PTILMPQ(alpha=k / 10)(table) for k in range(1, 10)]
+        plans += [mpq.Uniform(bits=b)(table) for b in (3, 4, 5)]
+        rows = sweep(table, plans, net, score)
         out.print(sweep_table(rows, f"2. ResNet-{depth}, beta = 0.5, {TWO_REGIONS}"))
         out.print("\n".join(sweep_notes(rows)) + "\n")
 

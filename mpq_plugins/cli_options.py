@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
+MOST_COMBINATIONS = 10_000
 LARGEST = 1 << 16  # in a list of integers; shapes of images and lists of widths end well before
 
 
@@ -60,11 +62,12 @@ class NumberList(click.ParamType[tuple[Any, ...]]):
         try:  # decimals, for 0.1 + 0.2 should be the 0.3 that was meant
             first, last, step = (Decimal(word.strip()) for word in item.split(":"))
             count = int((last - first) / step)
+            values = [str(first + step * position) for position in range(min(count, LARGEST) + 1)]
         except (ArithmeticError, ValueError):
             self.fail(f"{item!r} is no range; write first:last:step, as in 0.1:0.9:0.1", param, ctx)
         if not 0 <= count < LARGEST:
             self.fail(f"{item!r} has no end; a positive step goes up, from first to last", param, ctx)
-        return [str(first + step * position) for position in range(count + 1)]
+        return values
 
 
 class AllocatorCommand(click.Command):
@@ -77,7 +80,16 @@ class AllocatorCommand(click.Command):
         ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = allocator, name
         taken = {option for parameter in self.params for option in parameter.opts}
         ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            owners = [plugin.name for plugin in registry.installed() if _has_field(plugin, error.option_name)]
+            if not owners:
+                raise
+            raise click.UsageError(
+                f"No such option '{error.option_name}' for the allocator {name}; it belongs to "
+                f"{', '.join(owners)}: add -a {owners[0]}"
+            ) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters, then the allocator's."""
@@ -103,11 +115,28 @@ def allocators_from(
         if isinstance(option.type, NumberList):
             given = [number for numbers in given for number in numbers]
         choices.append(given or (_UNSAID,))
-    if grid and all(len(choice) <= 1 for choice in choices):
-        unsaid = ((i, name) for i, name in enumerate(names) if name in grid and choices[i] == (_UNSAID,))
-        for i, name in unsaid:
-            choices[i] = grid[name]
     fixed = {"scheme": scheme} if any(field.name == "scheme" for field in dataclasses.fields(allocator)) else {}
+    if grid and all(len(choice) <= 1 for choice in choices):
+        (bare,) = _combined(allocator, names, choices, fixed)
+        for i, name in enumerate(names):
+            # A field that what was said leaves without a value is not the grid's to fill.
+            if name in grid and choices[i] == (_UNSAID,) and getattr(bare, name) is not None:
+                choices[i] = grid[name]
+    if math.prod(len(choice) for choice in choices) > MOST_COMBINATIONS:
+        raise SettingError(f"options: more than {MOST_COMBINATIONS:,} combinations; give fewer values")
+    try:
+        return list(dict.fromkeys(_combined(allocator, names, choices, fixed)))  # the same value twice is one plan
+    except TypeError as error:
+        raise PluginError(
+            f"allocators: {allocator.name!r} cannot be compared ({error}); it must be a frozen dataclass of plain "
+            "values"
+        ) from error
+
+
+def _combined(
+    allocator: Any, names: Sequence[str], choices: Sequence[Sequence[Any]], fixed: dict[str, Any]
+) -> list[Any]:
+    """An allocator for every combination of the choices."""
     made = []
     for combination in itertools.product(*choices):
         said = {name: value for name, value in zip(names, combination, strict=True) if value is not _UNSAID}
@@ -115,7 +144,7 @@ def allocators_from(
             made.append(allocator(**fixed, **said))
         except TypeError as error:
             raise SettingError(f"allocator {allocator.name!r}: {error}") from error
-    return list(dict.fromkeys(made))  # the same value twice is one plan
+    return made
 
 
 OPTION_TYPES: dict[Any, Any] = {
@@ -125,6 +154,14 @@ OPTION_TYPES: dict[Any, Any] = {
     tuple: IntegerList(),
 }
 _UNSAID = object()
+
+
+def _has_field(plugin: registry.Plugin, option: str) -> bool:
+    if plugin.group != "allocators":
+        return False
+    allocator = registry.load("allocators", plugin.name)
+    fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
+    return option in {f"--{field.name.replace('_', '-')}" for field in fields}
 
 
 def _named_allocator(args: Sequence[str]) -> str:

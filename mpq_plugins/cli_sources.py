@@ -46,12 +46,15 @@ class Request:
         if self.scheme_name not in (None, base.name):
             if self.scheme_name not in SCHEMES:
                 raise SettingError(f"scheme: {self.scheme_name!r} is not allowed; {', '.join(SCHEMES)}")
-            base = SCHEMES[self.scheme_name]()
-        own = {field.name for field in dataclasses.fields(base)}
+            base = SCHEMES[self.scheme_name](granularity=base.granularity, group_size=base.group_size)
+        own = _field_names(base)
         said = {name: value for name, value in self._scheme_fields.items() if value is not None}
         for name in said:
             if name not in own:
-                raise SettingError(f"{name}: means nothing with the {base.name} scheme; leave it out, or name another")
+                owner = next(key for key, scheme in SCHEMES.items() if name in _field_names(scheme))
+                raise SettingError(
+                    f"{name}: means nothing with the {base.name} scheme; leave it out, or add --scheme {owner}"
+                )
         if self.granularity is not None or self.group_size is not None:
             said |= {"granularity": self.granularity or "per_group", "group_size": self.group_size}
         return dataclasses.replace(base, **said)
@@ -72,6 +75,10 @@ class Request:
     def empty(self) -> bool:
         """Whether nothing was said."""
         return self == Request()
+
+
+def _field_names(scheme: Scheme | type[Scheme]) -> set[str]:
+    return {field.name for field in dataclasses.fields(scheme)}
 
 
 def resolve_source(text: str) -> "Path | nn.Module":
@@ -100,7 +107,10 @@ def make_module(text: str) -> "nn.Module":
 def named_function(text: str) -> Callable[..., Any]:
     """What `package.module:function` names. Raises SourceError."""
     if not FACTORY.fullmatch(text):
-        raise SourceError(f"{text}: names no function; write package.module:function")
+        raise SourceError(
+            f"{text}: names no function; write package.module:function as Python imports it, mine:score for a function "
+            "score in mine.py here"
+        )
     module_name, _, name = text.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that a user's own file is found
     try:
@@ -122,7 +132,7 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
     resolved = resolve_source(source) if isinstance(source, str) else source
     if cache is not None and exists(cache):
         if not is_table(cache):
-            raise SettingError(f"table: {cache} exists and is no table; name another file")
+            raise SettingError(f"table: {cache} exists and is no table; remove it, or name another file")
         table = LayerTable.load(cache)
         reason = _why_stale(table, resolved, needs, request)
         if reason is None:
@@ -178,6 +188,8 @@ def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None)
             f"bits {list(needs.bits)} with {', '.join(needs.metrics)}"
             f"{' per channel' if needs.channel_errors else ''}. Measure again."
         )
+    if needs.scheme is not None and type(needs.scheme) is not type(table.scheme):
+        say(f"note: {path} was measured under {table.scheme}, so that is the plan's scheme, not {needs.scheme}")
     return table
 
 

@@ -1,26 +1,28 @@
 """`mpq sweep`: one measurement, a grid of an allocator's parameters, one row per plan."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .allocate.base import Allocator, Needs
-from .allocate.uniform import Uniform
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
 from .errors import SettingError
-from .plan import Plan
-from .scheme import Scheme
-from .table import LayerTable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
+    from .allocate.base import Allocator, Needs
+    from .cli_sources import Request
     from .journal import Journal
+    from .plan import Plan
+    from .sweep import SweepRow
+    from .table import LayerTable
 
 UNIFORM_BITS = range(2, 9)
 
@@ -65,40 +67,87 @@ def sweep(
     Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a row; without
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
-    from .cli_plans import joint_needs
-    from .cli_sources import Request, check_output, measured, named_function, resolve_source
-    from .report.plots import check_plot, sweep_plot
+    from .cli_sources import Request, measured, named_function, resolve_source
     from .report.progress import progress_bar
-    from .report.sweep import sweep_csv, sweep_json, sweep_notes, sweep_table
-    from .report.tables import console
     from .sweep import sweep as run
     from .table import is_table
 
-    for target, others in ((output, (source, cache)), (plot, (source, cache, output)), (cache, (source,))):
-        check_output(target, *others)
-    check_plot(plot)
+    files = _files(source, output, plot, cache)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
+    if evaluate is not None and as_json:
+        evaluate = _silenced(evaluate)
     given = source if is_table(Path(source)) else resolve_source(source)
     model = _model_to_evaluate(given, evaluation, model_factory)
-    needs = joint_needs(allocators)
-    if not isinstance(given, str):
-        needs = _more_needs(needs, request.scheme(needs.scheme), uniform)
-    kept = _kept_measurement(output, cache, given)
-    table = measured(given, needs, request, kept)
-    swept = [*allocators, *(_uniform_beside(allocators, table) if uniform else ())]
-    title = f"{source}, {table.scheme}"
-    job = {"evaluation": evaluation, "model": model_factory or source} if evaluation else None
-    with _resumable(output, table, job, kept if kept != cache else None) as journal:
+    needs = _needs(allocators, request, uniform, measure=not isinstance(given, str))
+    with _resumable(files, model, evaluation, evaluate) as journal:
+        table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
+        plans = [allocator(table) for allocator in allocators]
+        plans += _uniform_beside(plans, table) if uniform else []
         if model is not None:
-            _check_fit(swept[0](table), model, model_factory or source)
+            _check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
-            rows = run(table, list(dict.fromkeys(swept)), model, evaluate, journal=journal, progress=progress)
-        if output is not None:
-            sweep_csv(rows, output)
-        if plot is not None:
-            sweep_plot(rows, plot, title)
+            rows = run(table, _distinct(plans), model, evaluate, journal=journal, progress=progress)
+        _write(rows, files, title := f"{source}, {table.scheme}")
+    _print(rows, table, title, as_json, output, plot)
+
+
+def _files(source: str, output: Path | None, plot: Path | None, cache: Path | None) -> "_Files":
+    """Refuse, before the work, what could not be written after it or would be written over something else."""
+    from .cli_sources import check_output
+    from .files import exists
+    from .report.plots import check_plot
+
+    files = _Files.beside(output, plot, cache)
+    check_plot(files.plot)
+    taken: list[str | Path | None] = [source]
+    for path in (files.measurement, files.output, files.plot, files.journal):
+        check_output(path, *taken)
+        if path is not None and exists(path) and not path.is_file():
+            raise SettingError(f"{path}: is no file; name another output")
+        taken.append(path)
+    return files
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where things go, as absolute paths: an evaluation may change directory.
+
+    measurement is the table the user named, or one beside the output that lives as long as the journal.
+    """
+
+    output: Path | None
+    plot: Path | None
+    measurement: Path | None
+    journal: Path | None
+    temporary_measurement: bool
+
+    @classmethod
+    def beside(cls, output: Path | None, plot: Path | None, cache: Path | None) -> "_Files":
+        output, plot, cache = (path.absolute() if path is not None else None for path in (output, plot, cache))
+        if output is None:
+            return cls(None, plot, cache, None, False)
+        measurement = cache or output.with_name(f"{output.name}.partial.mpqt")
+        return cls(output, plot, measurement, output.with_name(f"{output.name}.partial"), cache is None)
+
+
+def _write(rows: "Sequence[SweepRow]", files: _Files, title: str) -> None:
+    from .report.plots import sweep_plot
+    from .report.sweep import sweep_csv
+
+    if files.output is not None:
+        sweep_csv(rows, files.output)
+    if files.plot is not None:
+        sweep_plot(rows, files.plot, title)
+
+
+def _print(
+    rows: "Sequence[SweepRow]", table: "LayerTable", title: str, as_json: bool, output: Path | None, plot: Path | None
+) -> None:
+    from .report.sweep import sweep_json, sweep_notes, sweep_table
+    from .report.tables import console
+
     if as_json:
         print_json(sweep_json(rows, table))
         return
@@ -109,6 +158,17 @@ def sweep(
     if plot is not None:
         click.echo(f"wrote {plot}")
     say_left_alone(table)
+
+
+def _silenced(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """What an evaluation prints goes to stderr, for stdout is the JSON's."""
+
+    @functools.wraps(evaluate)
+    def quiet(model: "nn.Module") -> Any:
+        with redirect_stdout(sys.stderr):
+            return evaluate(model)
+
+    return quiet
 
 
 def _model_to_evaluate(
@@ -130,27 +190,35 @@ def _model_to_evaluate(
     return given
 
 
-def _more_needs(needs: Needs, scheme: Scheme, uniform: bool) -> Needs:
-    """Errors of uniform plans too, and, where channels have scales of their own, what parts will cost."""
+def _needs(allocators: "Sequence[Allocator]", request: "Request", uniform: bool, measure: bool) -> "Needs":
+    """What the allocators need; of a measurement also errors of uniform plans and, where channels have scales of
+    their own, what parts will cost.
+    """
+    from .cli_plans import joint_needs
+
+    needs = joint_needs(allocators)
+    if not measure:
+        return needs
     bits = sorted({*needs.bits, *(UNIFORM_BITS if uniform else ())})
-    return replace(needs, bits=tuple(bits), channel_errors=scheme.granularity != "per_tensor")
+    granular = request.scheme(needs.scheme).granularity != "per_tensor"
+    return replace(needs, bits=tuple(bits), channel_errors=needs.channel_errors or granular)
 
 
-def _kept_measurement(output: Path | None, cache: Path | None, given: object) -> Path | None:
-    """Where the measurement outlives an interruption: where it was asked for, else beside the output."""
-    if cache is not None or output is None or isinstance(given, str):
-        return cache
-    return output.with_name(f"{output.name}.partial.mpqt")
+def _uniform_beside(plans: "Sequence[Plan]", table: "LayerTable") -> "list[Plan]":
+    """Uniform plans from just below the smallest plan to just above the largest."""
+    from .allocate.uniform import Uniform
+
+    averages = [plan.size().average_bits for plan in plans]
+    uniform = [Uniform(bits=b)(table) for b in UNIFORM_BITS if b in table.bits]
+    return [plan for plan in uniform if min(averages) - 1 < plan.size().average_bits < max(averages) + 1]
 
 
-def _uniform_beside(allocators: Sequence[Allocator], table: LayerTable) -> list[Uniform]:
-    """Uniform plans from just below the smallest swept plan to just above the largest."""
-    averages = [allocator(table).size().average_bits for allocator in allocators]
-    plans = [Uniform(bits=b) for b in UNIFORM_BITS if b in table.bits]
-    return [u for u in plans if min(averages) - 1 < u(table).size().average_bits < max(averages) + 1]
+def _distinct(plans: "Sequence[Plan]") -> "list[Plan]":
+    """The same plan by the same allocator is one row."""
+    return list({plan.to_json(): plan for plan in plans}.values())
 
 
-def _check_fit(plan: Plan, model: "nn.Module", where: str) -> None:
+def _check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
     """Refuse another model before the first evaluation, and say where its weights are not those measured."""
     from .match import match
     from .report.progress import say
@@ -163,31 +231,34 @@ def _check_fit(plan: Plan, model: "nn.Module", where: str) -> None:
 
 @contextmanager
 def _resumable(
-    output: Path | None, table: LayerTable, job: dict[str, str] | None, measurement: Path | None
+    files: _Files, model: "nn.Module | None", evaluation: str | None, evaluate: Callable[..., Any] | None
 ) -> "Iterator[Journal | None]":
     """Give the journal of a sweep with evaluations and an output; what takes no time needs none.
 
-    Interrupted, rows and `measurement` stay for the next run, if there are rows; otherwise nothing stays behind.
+    Interrupted, rows and measurement stay for the next run, if there are rows; otherwise nothing stays behind.
     """
+    from .fingerprint import model_digest, source_digest
     from .journal import Journal
     from .report.progress import say
+    from .table import is_table
 
     journal = None
-    if output is not None and job is not None:
-        path = output.with_name(f"{output.name}.partial")
-        journal = Journal(path, {"weights": table.fingerprint, "scheme": str(table.scheme), **job})
-        if journal.stale:
-            say(f"starting anew: {path} is of another sweep")
-        elif journal.rows:
-            say(f"going on: {len(journal.rows)} rows are in {path} already")
+    if files.journal is not None and model is not None:
+        job = {"evaluation": str(evaluation), "source": source_digest(evaluate), "model": model_digest(model)}
+        journal = Journal(files.journal, job)
+        if journal.rows:
+            say(f"going on: rows already in {journal.path}: {len(journal.rows)}")
+    elif model is not None:
+        say("note: without -o an interrupted sweep starts over")
     finished = False
     try:
         yield journal
         finished = True
     finally:
         if journal is not None and journal.rows and not finished:
-            say(f"{len(journal.rows)} finished rows are kept in {journal.path}; the same command goes on there")
+            say(f"rows finished and kept: {len(journal.rows)}, in {journal.path}; the same command goes on there")
         else:
-            for left in (journal.path if journal is not None else None, measurement):
-                if left is not None:
-                    left.unlink(missing_ok=True)
+            if journal is not None:
+                journal.path.unlink(missing_ok=True)
+            if files.temporary_measurement and files.measurement is not None and is_table(files.measurement):
+                files.measurement.unlink()

@@ -1,10 +1,15 @@
 """A short name for a model's weights: equal for equal weights, whatever file or class they came from."""
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def layer_digest(name: str, shape: Sequence[int], low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
@@ -22,3 +27,26 @@ def layer_digest(name: str, shape: Sequence[int], low: NDArray[np.float64], high
 def fingerprint(digests: Iterable[str]) -> str:
     """One name for the digests of all layers, in any order."""
     return f"sha256:{hashlib.sha256(''.join(sorted(digests)).encode()).hexdigest()}"
+
+
+def model_digest(model: "nn.Module") -> str:
+    """Of every parameter and buffer of a module, to the byte."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:  # a module's own extra state
+            digest.update(repr(value).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def source_digest(function: object) -> str:
+    """Of a function's own source text; of its name where that cannot be had."""
+    try:
+        text = inspect.getsource(inspect.unwrap(function))  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        text = repr(getattr(function, "__qualname__", function))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

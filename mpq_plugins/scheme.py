@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Tag
 
 from .errors import SettingError
 
@@ -177,8 +177,15 @@ class Piecewise(Granular):
 
 
 Scheme = Affine | Piecewise
-NamedScheme = Annotated[Scheme, Field(discriminator="name")]
-"""A scheme in a file, told apart by its name."""
+NamedScheme = Annotated[
+    Annotated[Affine, Tag("affine")] | Annotated[Piecewise, Tag("piecewise")],
+    Discriminator(
+        lambda value: value.get("name", "affine") if isinstance(value, dict) else getattr(value, "name", None),
+        custom_error_type="scheme",
+        custom_error_message="is not allowed; a scheme named affine or piecewise",
+    ),
+]
+"""A scheme in a file, told apart by its name; affine where it has none."""
 SCHEMES: dict[str, type[Scheme]] = {"affine": Affine, "piecewise": Piecewise}
 
 

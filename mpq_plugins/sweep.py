@@ -1,13 +1,15 @@
-"""Many plans from one measurement: what each costs, what it loses, and which of them are worth having."""
+"""Many plans of one table: what each costs, what it loses, and which of them are worth having."""
 
-import json
+import copy
+import hashlib
+import itertools
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .allocate.base import Allocator
-from .errors import SourceError
+from .errors import SettingError, SourceError
 from .plan import Plan
 from .plan_error import METRICS, plan_error
 from .table import LayerTable
@@ -22,6 +24,8 @@ Evaluate = Callable[["nn.Module"], "float | Scores"]
 """What a user's function makes of a quantized model: a score to be as large as can be, or several, that one first."""
 
 Progress = Callable[[str, int, int], None]
+
+FLOAT = "float"
 
 
 @dataclass(frozen=True)
@@ -49,31 +53,42 @@ class SweepRow:
         error = next(iter(self.errors.values()), None)
         return None if error is None else -error
 
+    def beats(self, other: "SweepRow") -> bool:
+        """Whether this one is as small and as good, and smaller or better."""
+        if self.score is None or other.score is None:
+            return False
+        at_least = self.total_bytes <= other.total_bytes and self.score >= other.score
+        return at_least and (self.total_bytes < other.total_bytes or self.score > other.score)
+
 
 def sweep(
     table: LayerTable,
-    allocators: Sequence[Allocator],
+    plans: Sequence[Plan],
     model: "nn.Module | None" = None,
     evaluate: Evaluate | None = None,
     *,
     journal: "Journal | None" = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
-    """A row for every allocator's plan, in their order, those on the Pareto front marked.
+    """A row for each of the table's plans, in their order, those on the Pareto front marked.
 
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first
     row is the float model. Evaluations that the journal holds are taken from there, new ones are added to it. Raises
-    SourceError where `evaluate` fails or returns no number, and what `apply` and `verify` raise.
+    SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with numbers
+    every time; and what `apply` and `verify` raise.
     """
-    plans = [allocator(table) for allocator in allocators]
+    if not plans:
+        raise SettingError("plans: none given; one or more")
     scored = _Scored(model, evaluate, journal)
-    float_row = (_float_row(table, scored("float", None)),) if scored.possible else ()
+    float_row = (_float_row(table, scored(None)),) if scored.possible else ()
     rows = []
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        key = json.dumps([plan.allocator.name, plan.allocator.parameters], sort_keys=True, default=str)
-        rows.append(_row(table, plan, scored(key, plan)))
+        rows.append(_row(table, plan, scored(plan)))
+        if float_row and rows[-1].scores.keys() != float_row[0].scores.keys():
+            names = [", ".join(scores) for scores in (float_row[0].scores, rows[-1].scores)]
+            raise SourceError(f"the evaluation returned {names[0]} for one model and {names[1]} for another")
     if progress is not None:
         progress("", len(plans), len(plans))
     return (*float_row, *mark_pareto(rows))
@@ -91,13 +106,16 @@ class _Scored:
     def possible(self) -> bool:
         return self.model is not None and self.evaluate is not None
 
-    def __call__(self, key: str, plan: Plan | None) -> Scores:
+    def __call__(self, plan: Plan | None) -> Scores:
         if self.model is None or self.evaluate is None:
             return {}
+        key = FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
         if self.journal is not None and key in self.journal.rows:
-            found: Scores = self.journal.rows[key]
-            return found
-        scores = checked_scores(self.evaluate, self.model if plan is None else quantized_copy(self.model, plan))
+            return self.journal.rows[key]
+        # A copy for the float model too: an evaluation may leave its mark on what it is given.
+        given = copy.deepcopy(self.model) if plan is None else quantized_copy(self.model, plan)
+        what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
+        scores = checked_scores(self.evaluate, given, what)
         if self.journal is not None:
             self.journal.add(key, scores)
         return scores
@@ -112,36 +130,37 @@ def quantized_copy(model: "nn.Module", plan: Plan) -> "nn.Module":
     return quantized
 
 
-def checked_scores(evaluate: Evaluate, model: "nn.Module") -> dict[str, float]:
-    """What the function returns for the model, as named numbers. Raises SourceError."""
-    name = getattr(evaluate, "__qualname__", repr(evaluate))
+def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[str, float]:
+    """What the function returns for the model, as named numbers. Raises SourceError naming `what` was evaluated."""
+    name = f"{getattr(evaluate, '__qualname__', repr(evaluate))} of {what}"
     try:
         returned = evaluate(model)
-    except Exception as error:  # a user's function may raise anything
-        raise SourceError(f"{name}: the evaluation failed ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise SourceError(
+            f"{name}: the evaluation failed ({type(error).__name__}: {error}; {where.filename}, line {where.lineno})"
+        ) from error
     scores = returned if isinstance(returned, Mapping) else {"score": returned}
     try:
         numbers = {str(key): float(value) for key, value in scores.items()}
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{name}: returned {returned!r}; a number, or a mapping of names to numbers") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers") from error
     if not numbers or any(math.isnan(value) for value in numbers.values()):
-        raise SourceError(f"{name}: returned {returned!r}; a number, or a mapping of names to numbers, none NaN")
+        raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers, none NaN")
     return numbers
 
 
 def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
-    """Mark the rows that no other row beats in size or score without losing in the other; none without a score."""
-
-    def beaten(row: SweepRow) -> bool:
-        return row.score is None or any(
-            other.score is not None
-            and other.total_bytes <= row.total_bytes
-            and other.score >= row.score
-            and (other.total_bytes < row.total_bytes or other.score > row.score)
-            for other in rows
-        )
-
-    return tuple(replace(row, pareto=not beaten(row)) for row in rows)
+    """Mark the rows that no other row beats, smaller or better; none without a score."""
+    front: set[int] = set()
+    best = -math.inf
+    known = sorted((row.total_bytes, -row.score, i) for i, row in enumerate(rows) if row.score is not None)
+    for _, same_size in itertools.groupby(known, key=lambda entry: entry[0]):
+        (_, least, first), *others = same_size
+        if -least > best:
+            front |= {first, *(i for _, negated, i in others if negated == least)}
+            best = -least
+    return tuple(replace(row, pareto=i in front) for i, row in enumerate(rows))
 
 
 def _row(table: LayerTable, plan: Plan, scores: Scores) -> SweepRow:
@@ -156,4 +175,4 @@ def _row(table: LayerTable, plan: Plan, scores: Scores) -> SweepRow:
 def _float_row(table: LayerTable, scores: Scores) -> SweepRow:
     size = 4 * sum(layer.numel for layer in table.layers)
     errors: dict[str, float | None] = {metric: 0.0 for metric in METRICS if metric in table.metrics}
-    return SweepRow("float", {}, 32.0, 32.0, size, size, errors, scores)
+    return SweepRow(FLOAT, {}, 32.0, 32.0, size, size, errors, scores)

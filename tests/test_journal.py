@@ -4,48 +4,70 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.errors import SourceError
+from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.journal import Journal
 
-JOB = {"weights": "sha256:test"}
-rows = st.dictionaries(
-    st.text(max_size=5), st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False)), max_size=5
-)
+JOB = {"model": "sha256:test"}
+HEAD = '{"job": {"model": "sha256:test"}}\n'
+numbers = st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False), min_size=1)
+contents = st.dictionaries(st.text(max_size=5), numbers, max_size=5)
 
 
-@given(rows, st.integers(0, 400))
+@given(contents, st.integers(0, 400))
 def test_what_was_written_whole_is_there_again(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, dict[str, float]], kept: int
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "sweep.partial"
     journal = Journal(path, JOB)
     assert journal.rows == {}
-    assert not journal.stale
     for key, row in content.items():
         journal.add(key, row)
+    assert path.exists() == bool(content)
     assert Journal(path, JOB).rows == content
+    if not content:
+        return
     whole = path.read_bytes()
-    path.write_bytes(whole[:kept])  # killed while writing
+    path.write_bytes(whole[: len(HEAD) + kept])  # killed while writing a row
     again = Journal(path, JOB)
     assert all(content[key] == row for key, row in again.rows.items())
-    assert len(again.rows) >= whole[:kept].count(b"\n") - 1
-    again.add("one more", {})
-    assert Journal(path, JOB).rows == {**again.rows, "one more": {}}
+    assert len(again.rows) >= whole[: len(HEAD) + kept].count(b"\n") - 1
+    again.add("one more", {"score": 1.0})
+    assert Journal(path, JOB).rows == {**again.rows, "one more": {"score": 1.0}}
+
+
+@pytest.mark.parametrize("content", ["", "my notes", "[1]", '{"format": "mpq-plan"}', "\x00\x01"])
+def test_a_foreign_file_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "sweep.partial"
+    path.write_text(content)
+    with pytest.raises(SettingError, match="is in the way, and no journal of ours; remove it, or name another output"):
+        Journal(path, JOB)
+    assert path.read_text() == content
+
+
+def test_another_jobs_rows_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.partial"
+    Journal(path, {"model": "sha256:other"}).add("a", {"score": 1.0})
+    before = path.read_bytes()
+    with pytest.raises(SettingError, match="holds finished rows of another job"):
+        Journal(path, JOB)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    "content", ["", "not JSON", "[1]", '{"job": {"weights": "sha256:other"}}\n{"key": "a", "row": {}}']
-)
-def test_another_jobs_file_is_begun_anew(tmp_path: Path, content: str) -> None:
+    "line",
+    ["5", "[]", '{"key": [1], "row": {"a": 1}}', '{"key": "b", "row": 5}', '{"key": "b", "row": {}}',
+     '{"key": "b", "row": {"a": "1"}}', '{"key": "b", "row": {"a": NaN}}', '{"key": "b", "row": {"a": 1}, "c": 1}',
+     '{"key": "b", "ro'],
+)  # fmt: skip
+def test_damaged_rows_are_done_again(tmp_path: Path, line: str) -> None:
     path = tmp_path / "sweep.partial"
-    path.write_text(content)
-    journal = Journal(path, JOB)
-    assert journal.rows == {}
-    assert journal.stale
-    journal.add("a", {"score": 1.0})
+    path.write_text(f'{HEAD}{{"key": "a", "row": {{"score": 1.0}}}}\n{line}\n')
     assert Journal(path, JOB).rows == {"a": {"score": 1.0}}
 
 
 def test_where_nothing_can_be_written_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot write there"):
-        Journal(tmp_path / "no" / "sweep.partial", JOB)
+        Journal(tmp_path / "no" / "sweep.partial", JOB).add("a", {"score": 1.0})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SettingError, match="is in the way"):
+        Journal(tmp_path / "folder", JOB)

@@ -26,7 +26,7 @@ FLOW = (
     ("table",),
     ("measure",),
     ("plan", "plan_error", "size"),
-    ("allocate", "registry"),
+    ("allocate", "legalise", "registry"),
     ("match", "simulate"),
     ("apply", "rewrite"),
     ("sweep",),

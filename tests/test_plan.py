@@ -15,6 +15,10 @@ from tests.plans import linear, plan_of, plans
 SCHEMA = json.loads((files("mpq_plugins") / "plan.schema.json").read_text())
 
 
+def test_a_scheme_without_a_name_is_affine() -> None:
+    assert Plan.from_document(document(layers__0__scheme__name=...), "old.json").layers[0].scheme == Affine()
+
+
 @given(plans)
 def test_json_round_trips_and_obeys_the_shipped_schema(made: Plan) -> None:
     text = made.to_json()
@@ -76,6 +80,13 @@ def document(**changes: Any) -> dict[str, Any]:
         ({"layers__0__channel_axis": 2}, "channel_axis 2 do not fit"),
         ({"layers__0__scheme__granularity": "per_row"}, r"granularity"),
         ({"layers__0__scheme__rang": "mse"}, r"rang"),
+        (
+            {"layers__0__scheme__name": "cubic"},
+            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine or piecewise",
+        ),
+        ({"layers__0__scheme": 5}, r"layers\[0\]\.scheme: '5': is not allowed; a scheme named"),
+        ({"layers__0__scheme": {"name": "piecewise"}, "layers__0__bits": 1}, "bits: 1 is not allowed with two regions"),
+        ({"layers__0__scheme": {"name": "piecewise", "symmetric": True}}, "symmetric"),
         ({"layers__0__colour": "red"}, r"layers\[0\]\.colour"),
         ({"fold_bn": ...}, "fold_bn"),
         ({"activation_bits": 0}, "activation_bits"),

@@ -8,7 +8,7 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.plan_error import plan_error
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.weights import quantizable_weights
-from tests.nets import conv_net
+from tests.nets import conv_net, tied_net
 
 
 def actual(plan: Plan, metric: str) -> float:
@@ -45,3 +45,5 @@ def test_it_says_when_the_table_cannot_tell() -> None:
     assert plan_error(without, PTILMPQ()(table(Piecewise(granularity="per_channel")))) is None
     with pytest.raises(SettingError, match="metric: 'max_abs' is not allowed; relative, mse"):
         plan_error(per_tensor, MixQuant()(per_tensor), "max_abs")
+    with pytest.raises(SettingError, match="plan: has other layers than the table"):
+        plan_error(per_tensor, MixQuant()(measure(tied_net())))

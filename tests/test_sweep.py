@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measure
-from mpq_plugins.errors import SourceError
+from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.journal import Journal
 from mpq_plugins.plan_error import plan_error
 from mpq_plugins.sweep import SweepRow, mark_pareto, sweep
@@ -34,6 +34,7 @@ def test_the_front_is_what_no_other_row_beats(values: list[tuple[int, float | No
             for s, other in values
         )
         assert found.pareto == (score is not None and not beaten)
+        assert any(row(s, other).beats(found) for s, other in values) == beaten
 
 
 def test_rows_are_the_plans() -> None:
@@ -43,7 +44,7 @@ def test_rows_are_the_plans() -> None:
         Uniform(bits=4),
         MixQuant(qem=2),
     ]
-    rows = sweep(table, allocators)
+    rows = sweep(table, [allocator(table) for allocator in allocators])
     for found, allocator in zip(rows, allocators, strict=True):
         plan = allocator(table)
         assert found.allocator == allocator.name
@@ -73,7 +74,9 @@ def test_every_plan_is_evaluated_on_its_own_copy_and_the_float_model_first() -> 
     table = measure(net, PER_CHANNEL, per_channel=True)
     evaluate = Counting()
     steps: list[tuple[str, int, int]] = []
-    rows = sweep(table, [Uniform(bits=2), Uniform(bits=8)], net, evaluate, progress=lambda *s: steps.append(s))
+    rows = sweep(
+        table, [Uniform(bits=2)(table), Uniform(bits=8)(table)], net, evaluate, progress=lambda *s: steps.append(s)
+    )
     assert [(r.allocator, r.total_average_bits) for r in rows[:1]] == [("float", 32.0)]
     assert evaluate.calls == 3
     assert rows[0].scores["score"] == Counting()(conv_net())["score"]
@@ -87,16 +90,51 @@ def test_every_plan_is_evaluated_on_its_own_copy_and_the_float_model_first() -> 
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     net = conv_net()
     table = measure(net, PER_CHANNEL, per_channel=True)
-    allocators = [PTILMPQ(alpha=k / 4) for k in range(5)]
+    plans = [PTILMPQ(alpha=k / 4)(table) for k in range(5)]
     with pytest.raises(KeyboardInterrupt):
-        sweep(table, allocators, net, Counting(stop_at=3), journal=Journal(tmp_path / "j", {}))
+        sweep(table, plans, net, Counting(stop_at=3), journal=Journal(tmp_path / "j", {}))
     rest = Counting()
-    resumed = sweep(table, allocators, net, rest, journal=Journal(tmp_path / "j", {}))
+    resumed = sweep(table, plans, net, rest, journal=Journal(tmp_path / "j", {}))
     assert rest.calls == 3
-    whole = sweep(table, allocators, net, Counting())
+    whole = sweep(table, plans, net, Counting())
     for one, other in zip(resumed, whole, strict=True):
         assert one.scores["score"] == other.scores["score"]
         assert (one.parameters, one.total_bytes, one.pareto) == (other.parameters, other.total_bytes, other.pareto)
+
+
+class Marking:
+    """An evaluation that leaves its mark on the model it is given."""
+
+    def __call__(self, net: nn.Module) -> float:
+        with torch.no_grad():
+            score = float(net(torch.ones(1, 3, 8, 8)).abs().sum())
+            for tensor in net.state_dict().values():
+                tensor.zero_()
+        return score
+
+
+def test_an_evaluation_cannot_spoil_the_rows_after_it() -> None:
+    net = conv_net()
+    table = measure(net, PER_CHANNEL, fold_bn=False)
+    rows = sweep(table, [Uniform(bits=8)(table), Uniform(bits=7)(table)], net, Marking())
+    assert min(found.scores["score"] for found in rows) > 0
+    assert all(a.equal(b) for a, b in zip(net.state_dict().values(), conv_net().state_dict().values(), strict=True))
+
+
+def test_other_names_for_another_model_are_an_error() -> None:
+    net, names = conv_net(), iter("ab")
+    table = measure(net, bits=(8,))
+    with pytest.raises(SourceError, match="the evaluation returned a for one model and b for another"):
+        sweep(table, [Uniform(bits=8)(table)], net, lambda _: {next(names): 1.0})
+
+
+def test_no_plans_are_an_error() -> None:
+    with pytest.raises(SettingError, match="plans: none given"):
+        sweep(measure(conv_net(), bits=(8,)), [])
+
+
+def exits(_: nn.Module) -> float:
+    raise SystemExit(3)
 
 
 def fails(_: nn.Module) -> float:
@@ -106,7 +144,9 @@ def fails(_: nn.Module) -> float:
 @pytest.mark.parametrize(
     ("evaluate", "message"),
     [
-        (fails, r"fails: the evaluation failed \(ZeroDivisionError: no images\)"),
+        (fails, r"fails of float: the evaluation failed \(ZeroDivisionError: no images; .*test_sweep.py, line \d+\)"),
+        (exits, r"exits of float: the evaluation failed \(SystemExit: 3"),
+        (lambda _: 10**400, "returned 1000.*; a number"),
         (lambda _: "good", "returned 'good'; a number"),
         (lambda _: None, "returned None; a number"),
         (lambda _: {}, "returned {}; a number"),
@@ -116,15 +156,16 @@ def fails(_: nn.Module) -> float:
 )
 def test_an_evaluation_that_gives_no_number_is_one_clear_error(evaluate: Callable[..., Any], message: str) -> None:
     net = conv_net()
+    table = measure(net, bits=(8,))
     with pytest.raises(SourceError, match=message):
-        sweep(measure(net, bits=(8,)), [Uniform(bits=8)], net, evaluate)
+        sweep(table, [Uniform(bits=8)(table)], net, evaluate)
 
 
 def test_plain_numbers_and_tensors_are_scores() -> None:
     net = conv_net()
     table = measure(net, bits=(8,))
     for value in (3, 3.0, torch.tensor(3.0)):
-        (_, found) = sweep(table, [Uniform(bits=8)], net, lambda _, value=value: value)  # type: ignore[misc]
+        (_, found) = sweep(table, [Uniform(bits=8)(table)], net, lambda _, value=value: value)  # type: ignore[misc]
         assert found.scores == {"score": 3.0}
         assert found.score == 3.0
 

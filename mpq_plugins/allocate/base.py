@@ -76,8 +76,8 @@ def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice
     if widths.shape != (layer.channels,):
         raise SettingError(f"layer {layer.name!r}: {widths.size} widths for {layer.channels} channels")
     distinct = np.unique(widths).tolist()
-    if len(distinct) == 1:
-        return _whole(layer, distinct[0], scheme)
+    if len(distinct) <= 1:  # a layer without channels has any width
+        return _whole(layer, distinct[0] if distinct else 8, scheme)
     parts = tuple(
         Part.model_construct(bits=_checked(layer, b, scheme), channels=tuple(np.flatnonzero(widths == b).tolist()))
         for b in distinct

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from numbers import Real
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,8 +126,10 @@ class PTILMPQ:
         return size.total if self.average_bits is None else size.codes + size.regions
 
     def _largest_within(self, by_count: NDArray[np.int64], numel: int) -> int:
-        most = 8 * self.size_bytes if self.size_bytes is not None else (self.average_bits or 0.0) * numel
-        within = np.flatnonzero(by_count <= most)
+        if self.size_bytes is not None:
+            within = np.flatnonzero(by_count <= 8 * self.size_bytes)
+        else:  # as the plan's own size says it, to the last bit
+            within = np.flatnonzero(by_count / max(1, numel) <= (self.average_bits or 0.0))
         if within.size:
             return int(within[-1])
         least = int(by_count.min())
@@ -135,7 +138,7 @@ class PTILMPQ:
         else:
             asked, reached = f"average_bits: {self.average_bits:g}", f"{least / max(1, numel):.3f}"
         raise SettingError(
-            f"{asked} cannot be reached: the smallest plan has {reached}, with no layer important. Lower other_bits or "
+            f"{asked} cannot be reached: at these widths the smallest plan has {reached}. Lower other_bits or "
             "beta_other."
         )
 
@@ -178,16 +181,18 @@ def _share(fraction: float, count: int) -> int:
     return math.ceil(round(fraction * count, 9))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _fraction(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise SettingError(f"{name}: {value!r} is not allowed; a share from 0 to 1")
     return float(value)  # 1 and 1.0 make the same plan, to the byte
 
 
 def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
-    ):
+    if value is not None and not (_is_number(value) and 0 <= value < math.inf):
         raise SettingError(f"{name}: {value!r} is not allowed; a number from 0 up")
 
 

@@ -31,7 +31,7 @@ def measure(
     """The quantization error of every layer at every bit-width, and its importance, as plain numbers.
 
     source: a module, a `.safetensors` file, a directory of shards or a torch checkpoint; from files one chunk
-    of a tensor is in memory at a time. scheme: Scheme() (asymmetric, per tensor, min-max) by default.
+    of a tensor is in memory at a time. scheme: Affine() (asymmetric, per tensor, min-max) by default.
     bits: any of 1..8. metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`,
     `max_abs`. per_channel: the errors of each output channel too. skip, only: globs on layer names.
     fold_bn: whether conv weights are measured with their BatchNorm folded in; "auto" folds a module's for

@@ -55,7 +55,7 @@ class PiecewiseTensor:
     @property
     def scale_bits(self) -> int:
         """Bits of the two float32 units of every region."""
-        return 64 * self.grid.dense.size
+        return 64 * self.grid.dense.size if self.codes.numel() else 0
 
     @property
     def total_bits(self) -> int:

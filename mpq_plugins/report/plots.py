@@ -41,10 +41,10 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
         if row.allocator == "float" and row.score is not None:
             axes.axhline(row.score, linestyle="--", color="0.7", linewidth=1, label="float")
     axes.set_xlabel("bits a weight in total: codes, scales, zero points, part maps")
-    axes.set_ylabel(name or f"mean {next(iter(rows[0].errors), '')} error")
+    axes.set_ylabel(name or f"mean {next(iter(rows[0].errors), '')} error", parse_math=False)
     if name is None and plans:
         axes.set_yscale("log")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_path(path) as temporary:
@@ -52,5 +52,6 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
 
 
 def _points(rows: Sequence[SweepRow], score: str | None) -> tuple[list[float], list[float]]:
-    values = [row.score if score is not None else -(row.score or 0.0) for row in rows]
-    return [row.total_average_bits for row in rows], [value for value in values if value is not None]
+    """Sizes and scores, or errors, of rows that have one."""
+    scores = [row.score or 0.0 for row in rows]
+    return [row.total_average_bits for row in rows], scores if score is not None else [-value for value in scores]

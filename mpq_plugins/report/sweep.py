@@ -22,7 +22,7 @@ def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
     error, scores = next(iter(rows[0].errors), None), list(rows[0].scores)
     lines = [
         (
-            row_label(row, varying), f"{row.average_bits:.3f}", f"{row.total_average_bits:.3f}",
+            row_label(row, varying), f"{row.total_average_bits:.3f}",
             bytes_text(row.total_bytes), *([_number(row.errors.get(error))] if error is not None else ()),
             *(_number(row.scores.get(name)) for name in scores), MARK if row.pareto else "",
         )
@@ -30,21 +30,22 @@ def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
     ]  # fmt: skip
     swept = next((row.allocator for row in rows if row.allocator not in ("float", "uniform")), "")
     head = ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
-    errors = [f"{error} error"] if error is not None else []
-    return grid(title, (f"plan, {head}" if head else "plan", "bits", "in total", "size", *errors, *scores, MARK), lines)
+    errors = ["error"] if error is not None else []
+    return grid(title, (f"plan, {head}" if head else "plan", "bits", "size", *errors, *scores, MARK), lines)
 
 
 def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
     """What the mark means, whether uniform plans win, and what the table could not tell."""
     what = next(iter(rows[0].scores), None)
-    better = f"a better {what}" if what else "a smaller error"
-    notes = [f"{MARK} no other plan has {better} at that size or less"]
+    good = f"as good in {what}" if what else "as exact"
+    error = next(iter(rows[0].errors), None)
+    explained = f"bits: a weight, in total{f'; error: {error}, mean over weights' if error is not None else ''}"
+    notes = [explained, f"{MARK} no other plan that is as small is {good}"]
     mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
-    beaten = [row for row in mixed if any(_beats(other, row) for other in rows if other.allocator == "uniform")]
+    beaten = [row for row in mixed if any(other.beats(row) for other in rows if other.allocator == "uniform")]
     if beaten:
-        notes.append(
-            f"{len(beaten)} of {len(mixed)} {mixed[0].allocator} plans are beaten by a uniform plan that is no larger"
-        )
+        who = mixed[0].allocator
+        notes.append(f"{len(beaten)} of {len(mixed)} {who} plans are matched or beaten by a uniform plan no larger")
     if any(None in row.errors.values() for row in rows):
         notes.append(
             "- where the table cannot tell: channels of other widths were measured under one scale per tensor, or "
@@ -70,7 +71,7 @@ def sweep_json(rows: Sequence[SweepRow], table: LayerTable) -> dict[str, Any]:
 
 def row_label(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:
     """`ptilmpq 0.5, 0.3`: the allocator and its values of the parameters that vary."""
-    values = ", ".join(_text(row.parameters[name]) for name in varying.get(row.allocator, ()))
+    values = ", ".join(_text(row.parameters.get(name, "-")) for name in varying.get(row.allocator, ()))
     return f"{row.allocator} {values}".rstrip()
 
 
@@ -79,18 +80,13 @@ def varying_parameters(rows: Sequence[SweepRow]) -> dict[str, list[str]]:
     varying: dict[str, list[str]] = {}
     for allocator in dict.fromkeys(row.allocator for row in rows):
         own = [row for row in rows if row.allocator == allocator]
-        columns = {name: tuple(_text(row.parameters.get(name)) for row in own) for name in own[0].parameters}
+        names = dict.fromkeys(name for row in own for name in row.parameters)
+        columns = {name: tuple(_text(row.parameters.get(name)) for row in own) for name in names}
         distinct = {column: name for name, column in reversed(columns.items()) if len(set(column)) > 1}
         varying[allocator] = [name for name in columns if name in distinct.values()]
     if "uniform" in varying:
         varying["uniform"] = ["bits"]  # its name, even of a single row
     return varying
-
-
-def _beats(other: SweepRow, row: SweepRow) -> bool:
-    if other.score is None or row.score is None or other.total_bytes > row.total_bytes:
-        return False
-    return other.score > row.score or (other.score == row.score and other.total_bytes < row.total_bytes)
 
 
 def _flat(row: SweepRow) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def _flat(row: SweepRow) -> dict[str, Any]:
         **{f"{name}_error": error for name, error in row.errors.items()},
         **{f"score_{name}": score for name, score in row.scores.items()},
         "pareto": int(row.pareto),
-        **{name: _text(value) for name, value in row.parameters.items()},
+        **{f"param_{name}": _text(value) for name, value in row.parameters.items()},
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_a_size_gets_the_greatest_alpha_that_stays_within_it(
     limit = 8 * math.floor(bits * numel / 8) if in_bytes else bits * numel
     allocator = PTILMPQ(size_bytes=limit // 8) if in_bytes else PTILMPQ(average_bits=bits)  # type: ignore[arg-type]
     if min(sizes) > limit:
-        with pytest.raises(SettingError, match="cannot be reached: the smallest plan has"):
+        with pytest.raises(SettingError, match="cannot be reached: at these widths the smallest plan has"):
             allocator(table)
         return
     plan = allocator(table)
@@ -95,6 +96,25 @@ def test_a_size_gets_the_greatest_alpha_that_stays_within_it(
     assert plan.layers == every[best].layers
     assert plan.allocator.parameters["alpha"] == best / len(network)
     assert widths(PTILMPQ(alpha=plan.allocator.parameters["alpha"])(table)) == widths(plan)
+
+
+@given(networks, shares)
+def test_the_size_a_plan_reports_gives_that_plan_back(network: list[tuple[float, list[float]]], alpha: float) -> None:
+    table = table_of(network)
+    plan = PTILMPQ(alpha=alpha)(table)
+    same = PTILMPQ(average_bits=plan.size().average_bits)(table)
+    assert same.size().average_bits == plan.size().average_bits
+
+
+def test_a_layer_without_channels_is_no_trouble(tmp_path: Path) -> None:
+    table = norms_table([1.0, 2.0], [[], [1.0, 2.0]])
+    plan = PTILMPQ()(table)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    assert PTILMPQ(alpha=np.float32(0.5)) == PTILMPQ(alpha=0.5)  # type: ignore[arg-type]
 
 
 def test_thresholds_are_absolute() -> None:
