@@ -232,25 +232,61 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 cli.add_command(sweep)
 
 
-@cli.command(epilog="Example: mpq check plan.json model.safetensors")
+@cli.command(
+    epilog="Examples: mpq check plan.json model.safetensors. mpq check plan.json SOURCE --backend fx -o legal.json"
+)
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.argument("source")
+@click.option("--backend", help="Also list what this backend would have to change; `mpq plugins` lists adapters.")
+@click.option("--policy", default="up", show_default=True, help="Where a width is missing: up, nearest, or error.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write as the backend can run it.")
 @json_option
-def check(plan_file: Path, source: str, as_json: bool) -> None:
-    """Check that a plan was made for SOURCE: same layers, same shapes, same weights."""
-    from .cli_sources import resolve_source
+def check(plan_file: Path, source: str, backend: str | None, policy: str, output: Path | None, as_json: bool) -> None:
+    """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
+    from .cli_sources import check_output, resolve_source
     from .match import match
     from .plan import Plan
     from .report.progress import say
 
-    found = match(Plan.load(plan_file), resolve_source(source), weights=True)
+    if output is not None and backend is None:
+        raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
+    check_output(output, plan_file, source)
+    plan = Plan.load(plan_file)
+    found = match(plan, resolve_source(source), weights=True)
+    legal = _legalised(plan, backend, policy) if backend is not None else None
     if as_json:
-        print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes})
+        changes = {} if legal is None else {"backend": backend, "changes": [vars(change) for change in legal[1]]}
+        print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes, **changes})
         sys.exit(BAD_INPUT if found.problems else 0)
     found.require(source)
     click.echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
     for note in found.notes:
         say(f"note: {note}")
+    if legal is not None:
+        _print_changes(plan, legal, str(backend))
+        if output is not None:
+            legal[0].save(output)
+            click.echo(f"wrote {output}")
+
+
+def _legalised(plan: Any, backend: str, policy: str) -> Any:
+    from . import registry
+    from .legalise import legalise
+
+    adapter = registry.load("adapters", backend)
+    return legalise(plan, adapter.CAPABILITIES, policy)  # type: ignore[arg-type]  # checked there
+
+
+def _print_changes(plan: Any, legal: Any, backend: str) -> None:
+    from .report.tables import bytes_text, changes_table, console
+
+    legal_plan, changes = legal
+    if not changes:
+        click.echo(f"{backend} runs it as it is")
+        return
+    console().print(changes_table(changes))
+    before, after = plan.size().total_bytes, legal_plan.size().total_bytes
+    click.echo(f"{backend}: {len(changes)} changes, {bytes_text(before)} -> {bytes_text(after)} in total")
 
 
 @cli.command(epilog="Example: mpq apply model.safetensors plan.json -o quantized.safetensors")

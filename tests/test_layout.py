@@ -27,7 +27,7 @@ FLOW = (
     ("measure",),
     ("plan", "plan_error", "size"),
     ("allocate", "legalise", "registry"),
-    ("match", "simulate"),
+    ("lower", "match", "simulate"),
     ("apply", "rewrite"),
     ("sweep",),
     ("adapters",),

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..legalise import Change
 from ..plan import Difference, LayerChoice, Plan
 from ..registry import Plugin
 from ..size import PlanSize
@@ -125,6 +126,12 @@ def measurement_table(table: LayerTable) -> Table:
     macs = ["MACs"] if any(layer.macs is not None for layer in table.layers) else []
     columns = ("layer", "kind", "weights", "sum |w|", *macs, *(f"{b} bit" for b in table.bits))
     return grid(f"{metric} error, {table.scheme}", columns, rows, left=2)
+
+
+def changes_table(changes: Sequence[Change]) -> Table:
+    """What a backend makes of a plan, layer by layer, and what that costs in bits of the whole layer."""
+    rows = [(c.layer, c.before, c.after, c.why, f"{c.cost:+,}" if c.cost else "") for c in changes]
+    return grid("", ("layer", "planned", "becomes", "because", "bits"), rows, left=4)
 
 
 def plugins_table(plugins: Sequence[Plugin]) -> Table:

@@ -1,0 +1,99 @@
+"""What FX graph mode quantization would get wrong, or leave out, without a word: refused by name."""
+
+from collections import Counter
+
+import torch.fx
+from torch import nn
+from torch.ao.quantization.fx.tracer import QuantizationTracer
+
+from mpq_plugins.errors import MismatchError, SettingError, SourceError
+from mpq_plugins.fold import BATCH_NORMS, CONVOLUTIONS, conv_bn_pairs
+from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.match import match
+from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.scheme import FLOAT_BITS
+
+CAPABILITIES = Capabilities(
+    backend="fx",
+    bits=tuple(range(1, 9)),
+    kinds=("linear", "conv1d", "conv2d", "conv3d"),
+    parts=True,
+    activation_bits=(8,),
+)
+SHOWN = 5
+
+
+def check(plan: Plan, model: nn.Module) -> None:
+    """Refuse everything that torch would get wrong, or leave out, without a word.
+
+    Raises SettingError, MismatchError or SourceError, naming the layers and the remedy.
+    """
+    match(plan, model).require(type(model).__name__)
+    if plan.activation_bits is None:
+        raise SettingError(
+            "fx: the plan leaves activations in floating point, and FX would leave its convolutions and linear layers "
+            "in float too. Plan with activation bits 8 (with_activation_bits(8)), or use mpq_plugins.apply, the "
+            "torchao adapter or PT2E, which take weights alone."
+        )
+    require_legal(plan, CAPABILITIES)
+    if model.training:
+        raise SettingError(f"fx: {type(model).__name__} is in training mode; call model.eval() first")
+    graph = traced(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    aliases = {name: next(n for n, m in modules.items() if m is module) for name, module in modules.items()}
+    uses = Counter(aliases[name] for name in calls.elements())
+    problems = [_trouble(layer, uses) for layer in planned_layers(plan)]
+    problems += [_two_norms(node, modules) for node in graph.nodes]
+    found = [problem for problem in problems if problem]
+    pairs = conv_bn_pairs(model)
+    found += [
+        f"{layer.name!r} was measured unfolded, and FX folds BatchNorm, which changes its scale: measure(model, "
+        "fold_bn=True), or per_channel"
+        for layer in planned_layers(plan)
+        if not plan.fold_bn and layer.name in pairs and layer.scheme.granularity == "per_tensor"
+    ]
+    if found:
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise MismatchError(f"fx cannot run this plan on {type(model).__name__}: {'; '.join(found[:SHOWN])}{more}")
+
+
+def _trouble(layer: LayerChoice, uses: Counter[str]) -> str | None:
+    if layer.tied:
+        return f"{layer.name!r} shares its weight with {layer.tied[0]!r}, and FX would make two of it: untie or skip it"
+    if uses[layer.name] > 1:
+        times = f"is called {uses[layer.name]} times"
+        return f"{layer.name!r} {times}, and FX keeps one output scale for all: make copies or skip it"
+    if uses[layer.name] == 0:
+        return (
+            f"{layer.name!r} is never called as a module where FX can see it (in MultiheadAttention, an LSTM, a "
+            "subclass of a torch layer or a functional call), and would stay in float: skip it"
+        )
+    return None
+
+
+def _two_norms(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    if node.op != "call_module" or not isinstance(modules.get(str(node.target)), CONVOLUTIONS) or len(node.users) < 2:
+        return None
+    if not any(u.op == "call_module" and isinstance(modules.get(str(u.target)), BATCH_NORMS) for u in node.users):
+        return None
+    name = str(node.target)
+    return f"{name!r} feeds a BatchNorm and something else, and FX's folding would corrupt it: split or skip it"
+
+
+def traced(model: nn.Module) -> torch.fx.Graph:
+    """The graph that FX quantization sees. Raises SourceError where there is none."""
+    try:
+        return QuantizationTracer([], []).trace(model)
+    except Exception as error:  # a user's forward may raise anything while being traced
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise SourceError(
+            f"{type(model).__name__}: torch.fx cannot trace it ({type(error).__name__}: {reason}). Rewrite what "
+            "depends on values, quantize a submodule, or use mpq_plugins.apply or the torchao adapter, which do not "
+            "trace."
+        ) from error
+
+
+def planned_layers(plan: Plan) -> list[LayerChoice]:
+    """The layers that the plan does not leave in floating point."""
+    return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]

@@ -1,0 +1,117 @@
+"""Proof that a converted FX model holds the plan: its integer codes, read back and compared."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from mpq_plugins.errors import SourceError, VerifyError
+from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.plan import Plan
+from mpq_plugins.weights import quantizable_weights
+
+from .fx_checks import SHOWN, planned_layers
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer as it lies in the converted model: its bits by channel count, and how its codes are stored."""
+
+    layer: str
+    bits: tuple[tuple[int, int], ...]
+    module: str
+
+
+def verify(
+    converted: nn.Module, plan: Plan, model: nn.Module, integers: dict[str, IntegerWeight] | None = None
+) -> tuple[LayerCheck, ...]:
+    """Read the integer codes back from what `convert_fx` or `convert_to_reference_fx` made, and compare them.
+
+    Every planned layer must be a quantized module, fed by quantized activations, whose codes, scales and zero points
+    are the plan's of the float `model` (after QAT: the `integers` that finish_qat returned); every other layer must
+    be in float. Raises VerifyError listing what is wrong.
+    """
+    expected = integers or integer_weights(plan, model)
+    problems: list[str] = []
+    checks: list[LayerCheck] = []
+    inputs = _inputs(converted)
+    for layer in planned_layers(plan):
+        module = _stored(converted, layer.name)
+        problem = _problem(module, expected[layer.name]) or _input_problem(module, inputs.get(layer.name))
+        if problem:
+            problems.append(f"{layer.name!r} {problem}")
+            continue
+        bits = tuple((part.bits, len(part.channels)) for part in layer.groups)
+        checks.append(LayerCheck(layer.name, bits, f"{type(module).__module__}.{type(module).__name__}"))
+    planned = {layer.name for layer in planned_layers(plan)}
+    extra = [
+        name
+        for name in quantizable_weights(model)
+        if name not in planned and _codes(_stored(converted, name)) is not None
+    ]
+    problems += [f"{name!r} is quantized and the plan leaves it in float" for name in extra]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
+    return tuple(checks)
+
+
+def integer_weights(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
+    """The integers of every planned layer, of the weights with BatchNorm folded in."""
+    weights = quantizable_weights(fold_batch_norm(model))
+    return {layer.name: integer_weight(weights[layer.name], layer) for layer in planned_layers(plan)}
+
+
+def _stored(converted: nn.Module, name: str) -> nn.Module | None:
+    """The module under a layer's name; of a fused one, the layer inside."""
+    try:
+        module = converted.get_submodule(name)
+    except AttributeError:
+        return None
+    return module[0] if isinstance(module, nn.Sequential) else module
+
+
+def _codes(module: nn.Module | None) -> Tensor | None:
+    """The quantized weight of a converted or reference module."""
+    if module is None:
+        return None
+    read = getattr(module, "get_quantized_weight", None) or getattr(module, "weight", None)
+    weight = read() if callable(read) else None
+    return weight if isinstance(weight, Tensor) and weight.is_quantized else None
+
+
+def _problem(module: nn.Module | None, expected: IntegerWeight) -> str | None:
+    if module is None:
+        return "is missing"
+    weight = _codes(module)
+    if weight is None:
+        return f"was left in float ({type(module).__name__})"
+    if weight.shape != expected.codes.shape:
+        return f"has shape {list(weight.shape)}, the plan {list(expected.codes.shape)}"
+    wrong = int((weight.int_repr() != expected.codes).sum())
+    if wrong:
+        return f"has {wrong} of {weight.numel()} codes that are not the plan's"
+    reached = weight.dequantize()
+    if not torch.allclose(reached, expected.dequantized(), rtol=1e-6, atol=0):
+        return "has other scales or zero points than the plan's"
+    return None
+
+
+def _inputs(converted: nn.Module) -> dict[str, torch.fx.Node]:
+    """The node that feeds each module."""
+    if not isinstance(converted, torch.fx.GraphModule):
+        raise SourceError(
+            f"{type(converted).__name__}: no GraphModule; give what convert_fx or convert_to_reference_fx made"
+        )
+    calls = [node for node in converted.graph.nodes if node.op == "call_module" and node.args]
+    return {str(node.target): cast(torch.fx.Node, node.args[0]) for node in calls}
+
+
+def _input_problem(module: nn.Module | None, source: torch.fx.Node | None) -> str | None:
+    """A quantized module takes nothing but quantized inputs; a reference one must come after a dequantize."""
+    if not hasattr(module, "get_quantized_weight") or (source is not None and source.target == "dequantize"):
+        return None
+    return "takes its input in float"

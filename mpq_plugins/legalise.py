@@ -1,0 +1,179 @@
+"""What a backend can run, and a plan projected onto it with every change reported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from .errors import SettingError
+from .plan import LayerChoice, Part, Plan
+from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
+from .size import layer_size
+
+Policy = Literal["up", "nearest", "error"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+SHOWN = 5
+ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a backend can run without changing a plan's meaning.
+
+    bits: of weights; kinds: of layers; schemes: by name; symmetric: which of symmetric and asymmetric;
+    granularities; parts: whether channels of one layer may differ in bits; activation_bits: None among them is
+    floating point. Layers left at 16 or 32 bits are always possible.
+    """
+
+    backend: str
+    bits: tuple[int, ...]
+    kinds: tuple[str, ...]
+    schemes: tuple[str, ...] = ("affine",)
+    symmetric: tuple[bool, ...] = (False, True)
+    granularities: tuple[Granularity, ...] = ("per_tensor", "per_channel")
+    parts: bool = False
+    activation_bits: tuple[int | None, ...] = (None,)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer (or `activations`) that a backend cannot take as planned: what it was, what it becomes, and why.
+
+    cost: bits of the whole layer, in total, that the change adds (negative: saves).
+    """
+
+    layer: str
+    before: str
+    after: str
+    why: str
+    cost: int
+
+
+def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> tuple[Plan, tuple[Change, ...]]:
+    """The plan that the backend can run, and every change made to get there; none for a plan that it takes as it is.
+
+    policy: "up" takes the next width the backend has, "nearest" the closest (of two the wider), "error" refuses any
+    change. Channel parts where the backend has none become one width, the highest of the parts. A layer of a kind
+    that the backend does not quantize stays in floating point. Two-region layers become affine ones of the same
+    true size. Raises SettingError: an unknown policy; a width that has no other to go up to; and, under "error",
+    every layer that would change, with the remedy.
+    """
+    if policy not in POLICIES:
+        raise SettingError(f"policy: {policy!r} is not allowed; {', '.join(POLICIES)}")
+    layers: list[LayerChoice] = []
+    changes: list[Change] = []
+    for layer in plan.layers:
+        legal, whys = _legal(layer, capabilities, policy)
+        layers.append(legal)
+        if whys:
+            cost = layer_size(legal).total - layer_size(layer).total
+            changes.append(Change(layer.name, _choice_text(layer), _choice_text(legal), "; ".join(whys), cost))
+    activation_bits = plan.activation_bits
+    if activation_bits not in capabilities.activation_bits:
+        activation_bits = _legal_activation_bits(plan.activation_bits, capabilities, policy)
+        why = f"{capabilities.backend} has activations at {_listed(capabilities.activation_bits)}"
+        changes.append(
+            Change(ACTIVATIONS, _activations_text(plan.activation_bits), _activations_text(activation_bits), why, 0)
+        )
+    if policy == "error" and changes:
+        raise SettingError(refusal(changes, capabilities.backend))
+    return plan.model_copy(update={"layers": tuple(layers), "activation_bits": activation_bits}), tuple(changes)
+
+
+def require_legal(plan: Plan, capabilities: Capabilities) -> None:
+    """Raise SettingError listing every layer that the backend cannot run as planned, and the remedy."""
+    legalise(plan, capabilities, "error")
+
+
+def refusal(changes: Sequence[Change], backend: str) -> str:
+    """The sentence that refuses a plan."""
+    shown = "; ".join(f"{change.layer!r}: {change.before}, but {change.why}" for change in changes[:SHOWN])
+    more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    remedy = "Use legalise(plan, ...) first, or plan within its limits."
+    return f"{backend} cannot run this plan as it is: {shown}{more}. {remedy}"
+
+
+def _legal(layer: LayerChoice, able: Capabilities, policy: Policy) -> tuple[LayerChoice, list[str]]:
+    """The layer as the backend can run it, and why it had to change."""
+    if all(part.bits in FLOAT_BITS for part in layer.groups):
+        return layer, []
+    if layer.kind not in able.kinds:
+        why = f"{able.backend} does not quantize {layer.kind} layers, so it stays in floating point"
+        return layer.model_copy(update={"bits": 32, "parts": None}), [why]
+    scheme, whys = _legal_scheme(layer.scheme, able)
+    groups = layer.groups
+    if len(groups) > 1 and not able.parts:
+        whys.append(f"{able.backend} has one width per layer, so every channel goes up to the highest")
+        groups = (Part(bits=max(part.bits for part in groups), channels=tuple(range(layer.channels))),)
+    # What the region bit paid for is one more bit of an ordinary code.
+    extra = layer.scheme.region_bits(2) - scheme.region_bits(2)
+    by_width: dict[int, list[int]] = {}
+    for part in sorted(groups, key=lambda part: part.bits):
+        wanted = part.bits if part.bits in FLOAT_BITS else min(part.bits + extra, max(INTEGER_BITS))
+        width = _legal_width(wanted, layer.name, able, policy)
+        if width != wanted:
+            whys.append(f"{able.backend} has no {wanted} bits, only {_listed(able.bits)}")
+        by_width.setdefault(width, []).extend(part.channels)
+    return (_with(layer, scheme, by_width), whys) if whys else (layer, [])
+
+
+def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]]:
+    whys: list[str] = []
+    if scheme.name not in able.schemes:
+        whys.append(f"{able.backend} has no {scheme.name} scheme")
+        scheme = Affine(granularity=scheme.granularity, group_size=scheme.group_size)
+    if isinstance(scheme, Affine) and scheme.symmetric not in able.symmetric:
+        whys.append(f"{able.backend} has only {'asymmetric' if scheme.symmetric else 'symmetric'} scales")
+        scheme = replace(scheme, symmetric=not scheme.symmetric)
+    if scheme.granularity not in able.granularities:
+        whys.append(f"{able.backend} has no {scheme.granularity} scales, only {', '.join(able.granularities)}")
+        # The nearest there is: coarser than groups, finer than a whole tensor.
+        order: tuple[Granularity, ...] = ("per_channel", "per_tensor")
+        scheme = replace(scheme, granularity=next(g for g in order if g in able.granularities), group_size=None)
+    return scheme, whys
+
+
+def _legal_width(bits: int, layer: str, able: Capabilities, policy: Policy) -> int:
+    if bits in FLOAT_BITS or bits in able.bits:
+        return bits
+    return _nearest(bits, able.bits, policy, f"layer {layer!r}: {bits} bits", able.backend)
+
+
+def _nearest(bits: int, allowed: Sequence[int], policy: Policy, what: str, backend: str) -> int:
+    above = [b for b in allowed if b > bits]
+    if policy != "up":  # an error lists every layer, so here too each needs a width to go to
+        return min(allowed, key=lambda b: (abs(b - bits), -b))
+    if not above:
+        raise SettingError(f'{what}, and {backend} has nothing above, only {_listed(allowed)}. Use policy="nearest".')
+    return min(above)
+
+
+def _legal_activation_bits(bits: int | None, able: Capabilities, policy: Policy) -> int | None:
+    allowed = [b for b in able.activation_bits if b is not None]
+    if bits is None:  # floating point is wider than anything; the widest there is comes nearest
+        return max(allowed)
+    if not allowed:
+        return None
+    return _nearest(bits, allowed, policy, f"activations: {bits} bits", able.backend)
+
+
+def _with(layer: LayerChoice, scheme: Scheme, by_width: dict[int, list[int]]) -> LayerChoice:
+    if len(by_width) == 1:
+        return layer.model_copy(update={"scheme": scheme, "bits": next(iter(by_width)), "parts": None})
+    parts = tuple(Part(bits=b, channels=tuple(sorted(by_width[b]))) for b in sorted(by_width))
+    return layer.model_copy(update={"scheme": scheme, "bits": None, "parts": parts})
+
+
+def _choice_text(layer: LayerChoice) -> str:
+    """`4 bits, asymmetric per_channel minmax`; channels as bits x count."""
+    if layer.bits in FLOAT_BITS:
+        return "floating point"
+    widths = " ".join(f"{part.bits}x{len(part.channels)}" for part in layer.groups)
+    return f"{layer.bits if layer.bits is not None else widths} bits, {layer.scheme}"
+
+
+def _activations_text(bits: int | None) -> str:
+    return "floating point" if bits is None else f"{bits} bits"
+
+
+def _listed(allowed: Sequence[int | None]) -> str:
+    return ", ".join("floating point" if b is None else str(b) for b in allowed)

@@ -1,0 +1,64 @@
+"""A layer's choice as the integers that backends store: signed 8-bit codes, a scale and a zero point per channel."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import SettingError
+from .plan import LayerChoice
+from .quantize import affine
+from .quantize.regions import channel_rows, from_channel_rows
+from .scheme import FLOAT_BITS, Affine
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """w' = (codes - zero_point) scale, the weight `simulate` makes, to the last bit.
+
+    codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (-1 and 1 at one bit); scale: float32
+    (channels,), in the weights' units; zero_point: int64 (channels,); one_scale: all channels share both.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    channel_axis: int
+    one_scale: bool
+
+    def dequantized(self) -> Tensor:
+        """The weight in float32."""
+        rows = channel_rows(self.codes, self.channel_axis).float() - self.zero_point[:, None].float()
+        return from_channel_rows(rows * self.scale[:, None], self.codes.shape, self.channel_axis)
+
+
+def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
+    """The integers of one layer, part by part.
+
+    Raises SettingError, naming the layer, for what has no such form: two regions, groups, a part in floating point;
+    and WeightError for NaN or infinity.
+    """
+    scheme = choice.scheme
+    if not isinstance(scheme, Affine) or scheme.granularity == "per_group":
+        raise SettingError(
+            f"layer {choice.name!r}: {scheme} has no integer codes with one scale per channel; legalise the plan first"
+        )
+    axis, channels = choice.channel_axis, choice.channels
+    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+    for part in choice.groups:
+        if part.bits in FLOAT_BITS:
+            count = len(part.channels)
+            raise SettingError(
+                f"layer {choice.name!r}: {count} channels are in floating point; legalise the plan first"
+            )
+        index = torch.tensor(part.channels, dtype=torch.long)
+        own = weight.detach().cpu().index_select(axis, index)
+        quantized = affine.quantize(own, part.bits, scheme, channel_axis=axis, layer=choice.name)
+        # Asymmetric codes start at 0; signed ones at -2^(b-1).
+        shift = 0 if scheme.symmetric or part.bits == 1 else 2 ** (part.bits - 1)
+        codes.index_copy_(axis, index, (quantized.codes - shift).to(torch.int8))
+        scale[index] = torch.from_numpy(quantized.grid.scale[:, 0].copy())  # one, or one per channel
+        zero_point[index] = torch.from_numpy(quantized.grid.zero_point[:, 0].astype(np.int64) - shift)
+    return IntegerWeight(codes, scale, zero_point, axis, scheme.granularity == "per_tensor" and choice.bits is not None)

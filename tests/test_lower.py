@@ -1,0 +1,44 @@
+"""Integers against the weights they stand for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq_plugins import Affine, LayerChoice, Part, Piecewise
+from mpq_plugins.errors import SettingError
+from mpq_plugins.lower import integer_weight
+from mpq_plugins.simulate import simulate
+from tests.plans import linear
+
+SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")
+           for r in ("minmax", "mse")]  # fmt: skip
+
+
+@given(st.sampled_from(SCHEMES), st.lists(st.integers(1, 8), min_size=1, max_size=9), st.integers(0, 99))
+def test_integers_are_the_weight_and_fit_their_bits(scheme: Affine, widths: list[int], seed: int) -> None:
+    weight = torch.randn(len(widths), 6, generator=torch.Generator().manual_seed(seed)) * 3
+    groups = {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)}
+    choice = linear("fc", len(widths), 6, scheme, groups if len(groups) > 1 else widths[0])
+    lowered = integer_weight(weight, choice)
+    assert lowered.dequantized().equal(simulate(weight, choice))
+    for bits, codes in zip(widths, lowered.codes.tolist(), strict=True):
+        assert all(-(2 ** (bits - 1)) <= code <= max(2 ** (bits - 1) - 1, 1) for code in codes)
+    assert lowered.one_scale == (scheme.granularity == "per_tensor" and len(groups) == 1)
+
+
+def test_channels_lie_on_any_axis() -> None:
+    weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    parts = (Part(bits=2, channels=(0, 2)), Part(bits=8, channels=(1,)))
+    choice = LayerChoice(name="up", kind="conv_transpose2d", shape=(4, 3, 2, 2), channel_axis=1, numel=48, parts=parts,
+                         scheme=Affine(granularity="per_channel"))  # fmt: skip
+    assert integer_weight(weight, choice).dequantized().equal(simulate(weight, choice))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [(Piecewise(), 3), (Affine(granularity="per_group", group_size=2), 4), (Affine(), {4: (0,), 32: (1,)})],
+)
+def test_what_has_no_such_form_is_refused(scheme: Affine | Piecewise, bits: int | dict[int, tuple[int, ...]]) -> None:
+    with pytest.raises(SettingError, match="layer 'fc'"):
+        integer_weight(torch.randn(2, 4), linear("fc", 2, 4, scheme, bits))
