@@ -30,7 +30,6 @@ from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.quantize.regions import channel_rows
 
 from .fx_checks import CAPABILITIES, check, traced
 from .fx_verify import LayerCheck, integer_weights, verify
@@ -98,8 +97,8 @@ class PlanWeight(ObserverBase):
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Scale and zero point, (1,) or (channels,)."""
         if self.integers.one_scale:
-            return self.integers.scale[:1], self.integers.zero_point[:1]
-        return self.integers.scale, self.integers.zero_point
+            return self.integers.scale[:1, 0], self.integers.zero_point[:1, 0]
+        return self.integers.scale[:, 0], self.integers.zero_point[:, 0]
 
 
 def qconfig_mapping(
@@ -197,5 +196,4 @@ def _becomes(weight: Tensor, integers: IntegerWeight) -> bool:
     if weight.shape != integers.codes.shape:
         return False
     steps = (weight.detach().cpu() - integers.dequantized()).abs()
-    rows = channel_rows(steps, integers.channel_axis) / integers.scale[:, None]
-    return bool((rows < NEAR).all())
+    return bool((integers.region_rows(steps) < NEAR * integers.scale.reshape(-1, 1)).all())

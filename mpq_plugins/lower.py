@@ -18,7 +18,8 @@ class IntegerWeight:
     """w' = (codes - zero_point) scale, the weight `simulate` makes, to the last bit.
 
     codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (-1 and 1 at one bit); scale: float32
-    (channels,), in the weights' units; zero_point: int64 (channels,); one_scale: all channels share both.
+    (channels, groups), in the weights' units, one group unless per_group; zero_point: int64 (channels, groups);
+    one_scale: all channels share both.
     """
 
     codes: Tensor
@@ -29,36 +30,39 @@ class IntegerWeight:
 
     def dequantized(self) -> Tensor:
         """The weight in float32."""
-        rows = channel_rows(self.codes, self.channel_axis).float() - self.zero_point[:, None].float()
-        return from_channel_rows(rows * self.scale[:, None], self.codes.shape, self.channel_axis)
+        rows = self.region_rows(self.codes).float() - self.zero_point.reshape(-1, 1).float()
+        values = (rows * self.scale.reshape(-1, 1)).reshape(self.scale.shape[0], -1)
+        return from_channel_rows(values, self.codes.shape, self.channel_axis)
+
+    def region_rows(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as one row for each scale."""
+        return channel_rows(weight, self.channel_axis).reshape(self.scale.numel(), -1)
 
 
 def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
     """The integers of one layer, part by part.
 
-    Raises SettingError, naming the layer, for what has no such form: two regions, groups, a part in floating point;
-    and WeightError for NaN or infinity.
+    Raises SettingError, naming the layer, for what has no such form: two regions, a part in floating point; and
+    WeightError for NaN or infinity.
     """
     scheme = choice.scheme
-    if not isinstance(scheme, Affine) or scheme.granularity == "per_group":
-        raise SettingError(
-            f"layer {choice.name!r}: {scheme} has no integer codes with one scale per channel; legalise the plan first"
-        )
+    if not isinstance(scheme, Affine):
+        raise SettingError(f"layer {choice.name!r}: {scheme} has no integer codes on one grid; legalise the plan first")
     axis, channels = choice.channel_axis, choice.channels
+    groups = max(1, scheme.regions_per_channel(choice.shape, axis, choice.name))
     codes = torch.zeros(weight.shape, dtype=torch.int8)
-    scale, zero_point = torch.ones(channels), torch.zeros(channels, dtype=torch.int64)
+    scale, zero_point = torch.ones(channels, groups), torch.zeros(channels, groups, dtype=torch.int64)
     for part in choice.groups:
         if part.bits in FLOAT_BITS:
             count = len(part.channels)
-            raise SettingError(
-                f"layer {choice.name!r}: {count} channels are in floating point; legalise the plan first"
-            )
+            raise SettingError(f"layer {choice.name!r}: {count} channels are in float; legalise the plan first")
         index = torch.tensor(part.channels, dtype=torch.long)
         own = weight.detach().cpu().index_select(axis, index)
         quantized = affine.quantize(own, part.bits, scheme, channel_axis=axis, layer=choice.name)
         # Asymmetric codes start at 0; signed ones at -2^(b-1).
         shift = 0 if scheme.symmetric or part.bits == 1 else 2 ** (part.bits - 1)
         codes.index_copy_(axis, index, (quantized.codes - shift).to(torch.int8))
-        scale[index] = torch.from_numpy(quantized.grid.scale[:, 0].copy())  # one, or one per channel
-        zero_point[index] = torch.from_numpy(quantized.grid.zero_point[:, 0].astype(np.int64) - shift)
+        # One row a channel, or one for all of them.
+        scale[index] = torch.from_numpy(quantized.grid.scale.copy()).reshape(-1, groups)
+        zero_point[index] = torch.from_numpy(quantized.grid.zero_point.astype(np.int64) - shift).reshape(-1, groups)
     return IntegerWeight(codes, scale, zero_point, axis, scheme.granularity == "per_tensor" and choice.bits is not None)

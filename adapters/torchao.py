@@ -1,0 +1,229 @@
+"""A plan in torchao: its own quantized tensors, built from the plan's integers.
+
+    quantized = torchao.apply(model, plan)        # a copy; exact, channel parts included
+    torchao.verify(quantized, plan, model)        # integer codes against the plan's
+    quantize_(model, torchao.to_config(plan))     # stock torchao: the plan's widths, torchao's own scales
+
+Importing this module teaches torchao's IntxUnpackedToInt8Tensor the one-dimensional convolution, so import it
+before loading a model that has one. Nothing is packed: a weight of any width takes a byte.
+"""
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
+from torchao.quantization.quant_primitives import MappingType
+
+from mpq_plugins.errors import MismatchError, SettingError, VerifyError
+from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.match import match
+from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.scheme import FLOAT_BITS, Affine
+from mpq_plugins.weights import quantizable_weights
+
+CAPABILITIES = Capabilities(
+    backend="torchao",
+    bits=tuple(range(1, 9)),
+    kinds=("linear", "conv1d", "conv2d", "embedding"),
+    granularities=("per_tensor", "per_channel", "per_group"),
+    parts=True,
+    activation_bits=(None, 8),
+)
+CONFIG_CAPABILITIES = Capabilities(
+    backend="torchao's IntxWeightOnlyConfig",
+    bits=tuple(range(2, 9)),
+    kinds=("linear", "embedding"),
+    granularities=("per_channel", "per_group"),
+)
+DYNAMIC = "int8_asym_per_token"
+SHOWN = 5
+
+
+@IntxUnpackedToInt8Tensor.implements(torch.ops.aten.conv1d.default)  # type: ignore[untyped-decorator]
+@IntxUnpackedToInt8Tensor.implements_torch_function(torch.nn.functional.conv1d)  # type: ignore[untyped-decorator]
+def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    inputs, weight, *rest = args
+    convolved: Tensor = torch.nn.functional.conv1d(inputs, weight.dequantize(), *rest, **(kwargs or {}))
+    return convolved
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer as it lies in the quantized model: its bits by channel count, and torchao's name for its codes."""
+
+    layer: str
+    bits: tuple[tuple[int, int], ...]
+    dtype: str
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the model whose planned weights are torchao tensors of the plan's integers.
+
+    A plan with 8-bit activations quantizes the inputs of linear layers per token as they come; torchao has such a
+    kernel for those alone. Tied weights stay tied. Raises MismatchError (another model, or a layer whose weight is
+    used where torchao's tensors fail) and SettingError (a plan that torchao cannot run), naming layers and remedy.
+    """
+    _check(plan, model)
+    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    weights = quantizable_weights(quantized)
+    for layer in _planned(plan):
+        parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
+        for name in layer.names:
+            quantized.get_submodule(name).weight = parameter
+    return quantized
+
+
+def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
+    """The plan's widths, granularity and symmetry as stock torchao's config, for `quantize_` and TorchAoConfig.
+
+    torchao chooses scales its own way (symmetric 4 bits: max|w| / 7.5), so weights come close to the plan's and are
+    not equal; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per channel or per group. torchao ignores
+    names it does not find: give `model` to have them checked. Raises SettingError for anything else, and for tied
+    weights, which quantize_ would untie; MismatchError for another model.
+    """
+    if model is not None:
+        match(plan, model).require(type(model).__name__)
+    require_legal(plan, CONFIG_CAPABILITIES)
+    configs: OrderedDict[str, IntxWeightOnlyConfig | None] = OrderedDict()
+    for layer in _planned(plan):
+        if layer.tied:
+            raise SettingError(
+                f"layer {layer.name!r}: shares its weight with {layer.tied[0]!r}, which quantize_ would untie. Use "
+                "apply(), or skip it"
+            )
+        configs[layer.name] = _config(layer)
+    return FqnToConfig(fqn_to_config=configs)
+
+
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+    """Read the integer codes back and compare them, their scales and zero points with the plan's of the float `model`.
+
+    Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
+    Raises VerifyError listing what is wrong.
+    """
+    original = quantizable_weights(fold_batch_norm(model) if plan.fold_bn else model)
+    stored = quantizable_weights(quantized)
+    planned = {layer.name: layer for layer in _planned(plan)}
+    problems: list[str] = [f"{name!r} is missing" for name in original if name not in stored]
+    checks: list[LayerCheck] = []
+    for name, weight in stored.items():
+        if name not in planned:
+            if not (name in original and weight.shape == original[name].shape and original[name].equal(_plain(weight))):
+                problems.append(f"{name!r} is not the model's own, and the plan leaves it in float")
+            continue
+        layer = planned[name]
+        problem = _problem(weight, integer_weight(original[name], layer), _dynamic(layer, plan.activation_bits))
+        if problem:
+            problems.append(f"{name!r} {problem}")
+        else:
+            bits = tuple((part.bits, len(part.channels)) for part in layer.groups)
+            checks.append(LayerCheck(name, bits, str(cast(Any, weight).target_dtype)))
+    for layer in planned.values():
+        kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
+        problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
+    return tuple(checks)
+
+
+def _planned(plan: Plan) -> list[LayerChoice]:
+    return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]
+
+
+def _check(plan: Plan, model: nn.Module) -> None:
+    match(plan, model).require(type(model).__name__)
+    require_legal(plan, CAPABILITIES)
+    problems = []
+    for layer in _planned(plan):
+        parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
+        if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
+            problems.append(
+                f"{layer.name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
+            )
+        if plan.activation_bits is not None and layer.kind.startswith("conv"):
+            problems.append(
+                f"{layer.name!r} is a convolution, and torchao has no kernel for quantized inputs of one: plan it with "
+                "float activations, or skip it"
+            )
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise MismatchError(
+            f"torchao cannot run this plan on {type(model).__name__}: {'; '.join(problems[:SHOWN])}{more}"
+        )
+
+
+def _dynamic(layer: LayerChoice, activation_bits: int | None) -> str | None:
+    return DYNAMIC if activation_bits is not None and layer.kind == "linear" else None
+
+
+def _tensor(weight: Tensor, layer: LayerChoice, activation_bits: int | None) -> IntxUnpackedToInt8Tensor:
+    integers = integer_weight(weight, layer)
+    blocks = (layer.channels, integers.scale.shape[1], *(1 for _ in layer.shape[2:]))
+    size = [n // count for n, count in zip(layer.shape, blocks, strict=True)]
+    device, activation = weight.device, _dynamic(layer, activation_bits)
+    return IntxUnpackedToInt8Tensor(
+        integers.codes.to(device), integers.scale.reshape(blocks).to(device),
+        integers.zero_point.to(torch.int8).reshape(blocks).to(device), _dtype(layer), tuple(size), weight.dtype,
+        _activation(activation),
+    )  # fmt: skip
+
+
+def _activation(name: str | None) -> Any:
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8TensorActivationQuantization,
+    )
+
+    return None if name is None else IntxUnpackedToInt8TensorActivationQuantization(name)
+
+
+def _dtype(layer: LayerChoice) -> torch.dtype:
+    """torchao's name for the widest part; its int1 has no +1, so binary codes are int2."""
+    dtype: torch.dtype = getattr(torch, f"int{max(2, *(part.bits for part in layer.groups), 2)}")
+    return dtype
+
+
+def _config(layer: LayerChoice) -> IntxWeightOnlyConfig:
+    scheme = layer.scheme
+    assert isinstance(scheme, Affine)
+    assert layer.bits is not None
+    return IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{layer.bits}"),
+        granularity=PerAxis(0) if scheme.group_size is None else PerGroup(scheme.group_size),
+        mapping_type=MappingType.SYMMETRIC if scheme.symmetric else MappingType.ASYMMETRIC,
+    )
+
+
+def _problem(weight: Tensor, expected: IntegerWeight, dynamic: str | None) -> str | None:
+    if not isinstance(weight, IntxUnpackedToInt8Tensor):
+        return f"was left in float ({type(weight).__name__})"
+    codes, scale = cast(Tensor, weight.qdata).cpu(), cast(Tensor, weight.scale).cpu()
+    if codes.shape != expected.codes.shape:
+        return f"has shape {list(codes.shape)}, the plan {list(expected.codes.shape)}"
+    wrong = int((codes != expected.codes).sum())
+    if wrong:
+        return f"has {wrong} of {codes.numel()} codes that are not the plan's"
+    zero_point = cast(Tensor, weight.zero_point).cpu().long()
+    if not (_same(scale, expected.scale) and _same(zero_point, expected.zero_point)):
+        return "has other scales or zero points than the plan's"
+    if weight.activation_quantization != _activation(dynamic):
+        return f"quantizes its input as {weight.activation_quantization}, the plan as {dynamic}"
+    return None
+
+
+def _same(stored: Tensor, expected: Tensor) -> bool:
+    return stored.numel() == expected.numel() and stored.reshape(expected.shape).equal(expected)
+
+
+def _plain(weight: Tensor) -> Tensor:
+    return weight.dequantize() if isinstance(weight, IntxUnpackedToInt8Tensor) else weight
+
+
+def _module_weight(model: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(name).weight)

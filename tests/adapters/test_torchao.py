@@ -1,0 +1,206 @@
+"""torchao: integer codes against the plan's, what comes back from disk, and every silent failure as an error."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Plan, Uniform, measure
+from mpq_plugins import apply as simulated
+from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
+from mpq_plugins.weights import quantizable_weights
+from tests.adapters import nets
+from tests.nets import tied_net
+
+torchao = pytest.importorskip("mpq_plugins.adapters.torchao")
+
+
+class TextNet(nn.Module):
+    """An embedding, a convolution along the tokens and two linear layers; (N, T) -> (N, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8, padding_idx=0)
+        self.conv = nn.Conv1d(8, 6, 3, padding=1)
+        self.hidden = nn.Linear(6, 8)
+        self.fc = nn.Linear(8, 5, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.conv(self.embed(tokens).transpose(1, 2)).mean(dim=2)
+        logits: Tensor = self.fc(torch.relu(self.hidden(x)))
+        return logits
+
+
+TOKENS = torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+INPUTS = {TextNet: TOKENS, nets.SmallNet: IMAGES}
+SCHEMES = [
+    *(Affine(symmetric=s, granularity=g) for s in (False, True) for g in ("per_tensor", "per_channel")),
+    Affine(granularity="per_channel", range="mse"),
+    Affine(granularity="per_group", group_size=2),
+]
+ALLOCATORS = [*(Uniform(bits=b) for b in (8, 6, 4, 3, 2, 1)), MixQuant(qem=3.0), PTILMPQ(), PTILMPQ(other_bits=(4, 1))]
+
+
+def planned(model: nn.Module, scheme: Affine = SCHEMES[1], allocator: Any = None) -> Plan:
+    plan: Plan = (allocator or Uniform(bits=4))(measure(model, scheme, range(1, 9)))
+    return plan
+
+
+# Three input channels do not divide into groups.
+CASES = [(net, scheme) for net in INPUTS for scheme in SCHEMES if net is TextNet or scheme.group_size is None]
+
+
+@pytest.mark.parametrize(("net", "scheme"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_our_fake_quantization_to_the_bit(net: type[nn.Module], scheme: Affine, dtype: torch.dtype) -> None:
+    model = nets.made(net).to(dtype)
+    given = INPUTS[net].to(dtype) if INPUTS[net].is_floating_point() else INPUTS[net]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for allocator in ALLOCATORS:
+        plan = planned(model, scheme, allocator)
+        quantized, ours = torchao.apply(model, plan), simulated(model, plan)
+        assert {check.layer for check in torchao.verify(quantized, plan, model)} == set(plan.by_name)
+        for name, weight in quantizable_weights(quantized).items():
+            assert weight.dequantize().equal(quantizable_weights(ours)[name])
+        with torch.no_grad():
+            assert quantized(given).equal(ours(given))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = tied_net()
+    plan = planned(model)
+    quantized = torchao.apply(model, plan)
+    torchao.verify(quantized, plan, model)
+    assert quantized.embed.weight is quantized.lm_head.weight
+    untied = copy.deepcopy(quantized)
+    untied.lm_head.weight = copy.deepcopy(untied.lm_head.weight)
+    with pytest.raises(VerifyError, match="'lm_head' is no longer tied to 'embed'"):
+        torchao.verify(untied, plan, model)
+
+
+def test_a_state_dict_comes_back_from_disk(tmp_path: Path) -> None:
+    model = nets.made(TextNet)
+    plan = planned(model, allocator=PTILMPQ())
+    torch.save(torchao.apply(model, plan).state_dict(), tmp_path / "net.pt")
+    again = TextNet().eval()
+    again.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True), assign=True)
+    torchao.verify(again, plan, model)
+
+
+def test_safetensors_hold_it_too(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
+
+    model = nets.made(TextNet)
+    plan = planned(model, allocator=PTILMPQ())
+    tensors, metadata = flatten_tensor_state_dict(torchao.apply(model, plan).state_dict())
+    save_file(tensors, tmp_path / "net.safetensors", metadata)
+    with safe_open(tmp_path / "net.safetensors", framework="pt") as file:
+        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = unflatten_tensor_state_dict(read, file.metadata())
+    again = TextNet().eval()
+    again.load_state_dict(state[0] if isinstance(state, tuple) else state, assign=True)
+    torchao.verify(again, plan, model)
+
+
+def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    plan = planned(model, allocator=Uniform(bits=8))
+    inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    dynamic = torchao.apply(model, plan.with_activation_bits(8))
+    torchao.verify(dynamic, plan.with_activation_bits(8), model)
+    with torch.no_grad():
+        weights_only, reached = torchao.apply(model, plan)(inputs), dynamic(inputs)
+    assert not reached.equal(weights_only)
+    assert (reached - weights_only).abs().max() < 0.05 * weights_only.abs().max()
+    with pytest.raises(VerifyError, match="quantizes its input as"):
+        torchao.verify(dynamic, plan, model)
+    with pytest.raises(MismatchError, match="'conv' is a convolution, and torchao has no kernel for quantized inputs"):
+        torchao.apply(nets.made(TextNet), planned(nets.made(TextNet)).with_activation_bits(8))
+
+
+REFUSED: list[tuple[type[nn.Module], type[MPQError], str]] = [
+    (nets.Transposed, SettingError, "torchao does not quantize conv_transpose2d layers"),
+    (nets.Attention, MismatchError, "'attention.out_proj' is MultiheadAttention's own"),
+]
+
+
+@pytest.mark.parametrize(("net", "error", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_torchao_gets_wrong_is_refused_by_name(net: type[nn.Module], error: type[MPQError], message: str) -> None:
+    model = nets.made(net)
+    with pytest.raises(error, match=message):
+        torchao.apply(model, planned(model))
+
+
+def test_another_models_plan_and_3_bit_activations_are_refused() -> None:
+    plan = planned(nets.made(TextNet))
+    with pytest.raises(MismatchError, match=r"Missing here: 'embed', 'conv', .*not in the plan: 'conv1'"):
+        torchao.apply(nets.made(nets.SmallNet), plan)
+    with pytest.raises(SettingError, match="activations at floating point, 8"):
+        torchao.apply(nets.made(TextNet), plan.with_activation_bits(3))
+
+
+def test_verify_finds_what_was_planted() -> None:
+    model = nets.made(TextNet)
+    plan = planned(model)
+    quantized = torchao.apply(model, plan)
+
+    def changed(name: str, **fields: Any) -> Plan:
+        layers = (x.model_copy(update=fields) if x.name == name else x for x in plan.layers)
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    with pytest.raises(VerifyError, match=r"'hidden' has \d+ of 48 codes that are not the plan's"):
+        torchao.verify(quantized, changed("hidden", bits=5), model)
+    with pytest.raises(VerifyError, match="'fc' is not the model's own, and the plan leaves it in float"):
+        torchao.verify(quantized, changed("fc", bits=32), model)
+    with pytest.raises(VerifyError, match="'fc' was left in float"):
+        torchao.verify(torchao.apply(model, changed("fc", bits=32)), plan, model)
+    scaled = nets.made(TextNet)
+    with torch.no_grad():
+        scaled.fc.weight.mul_(2)  # type: ignore[operator, union-attr]
+    with pytest.raises(VerifyError, match="'fc' has other scales or zero points"):
+        torchao.verify(quantized, plan, scaled)
+
+
+def test_stock_configs_quantize_what_the_plan_says() -> None:
+    from torchao.quantization import IntxUnpackedToInt8Tensor, quantize_
+
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 4)).eval()
+    plan = planned(model, Affine(granularity="per_channel", symmetric=True), MixQuant(qem=3.0))
+    config = torchao.to_config(plan, model)
+    assert list(config.fqn_to_config) == ["0", "1", "2"]
+    stock = copy.deepcopy(model)
+    quantize_(stock, config, filter_fn=None)
+    for name, layer in plan.by_name.items():
+        weight: Any = stock.get_submodule(name).weight
+        assert isinstance(weight, IntxUnpackedToInt8Tensor)
+        assert weight.target_dtype == getattr(torch, f"int{layer.bits}")
+    with pytest.raises(VerifyError):  # torchao's scales are its own
+        torchao.verify(stock, plan, model)
+
+
+def test_what_a_stock_config_cannot_say_is_refused() -> None:
+    model = nets.made(TextNet)
+    with pytest.raises(SettingError, match=r"'conv': 4 bits.*does not quantize conv1d layers"):
+        torchao.to_config(planned(model))
+    linear = nn.Sequential(nn.Linear(8, 8))
+    plan = planned(linear)
+    parts = (Part(bits=2, channels=(0, 1)), Part(bits=4, channels=tuple(range(2, 8))))
+    for changes, message in (
+        ({"bits": 1}, "has no 1 bits, only 2, 3"),
+        ({"bits": None, "parts": parts}, "one width per layer"),
+        ({"scheme": Affine()}, "has no per_tensor scales"),
+    ):
+        layers = (plan.layers[0].model_copy(update=changes),)
+        with pytest.raises(SettingError, match=message):
+            torchao.to_config(plan.model_copy(update={"layers": layers}))
+    with pytest.raises(SettingError, match="shares its weight with 'second', which quantize_ would untie"):
+        torchao.to_config(planned(nets.made(nets.Tied)))
+    with pytest.raises(MismatchError, match="made for another model"):
+        torchao.to_config(plan, nn.Sequential(nn.Linear(8, 9)))
