@@ -31,11 +31,12 @@ from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 
+from .folded import folded_integers
 from .fx_checks import CAPABILITIES, check, traced
-from .fx_verify import LayerCheck, integer_weights, verify
+from .fx_verify import LayerCheck, verify
 
 __all__ = [
-    "CAPABILITIES", "LayerCheck", "PercentileObserver", "PlanWeight", "bake", "finish_qat", "integer_weights",
+    "CAPABILITIES", "LayerCheck", "PercentileObserver", "PlanWeight", "bake", "finish_qat", "folded_integers",
     "needs_reduced_range", "prepare", "qconfig_mapping", "verify",
 ]  # fmt: skip
 
@@ -125,7 +126,7 @@ def qconfig_mapping(
     observer = OBSERVERS[activation_observer]
     activation = FakeQuantize.with_args(observer=observer, **settings) if qat else observer.with_args(**settings)
     mapping = QConfigMapping().set_global(None)
-    for name, integers in integer_weights(plan, model).items():
+    for name, integers in folded_integers(plan, model).items():
         weight = PlanWeight.with_args(choice=plan.by_name[name], integers=integers, qat=qat)
         mapping.set_module_name(name, QConfig(activation=activation, weight=weight))
     return mapping
@@ -169,7 +170,7 @@ def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
     check(plan, model)
     graph_module = _without_batch_norm(model)
     with torch.no_grad():
-        for name, weight in integer_weights(plan, model).items():
+        for name, weight in folded_integers(plan, model).items():
             cast(Tensor, graph_module.get_submodule(name).weight).copy_(weight.dequantized())
     return graph_module
 

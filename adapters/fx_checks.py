@@ -7,11 +7,12 @@ from torch import nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
-from mpq_plugins.fold import BATCH_NORMS, CONVOLUTIONS, conv_bn_pairs
+from mpq_plugins.fold import BATCH_NORMS, CONVOLUTIONS
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import FLOAT_BITS
+
+from .folded import check_folding, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="fx",
@@ -39,6 +40,7 @@ def check(plan: Plan, model: nn.Module) -> None:
     if model.training:
         raise SettingError(f"fx: {type(model).__name__} is in training mode; call model.eval() first")
     graph = traced(model)
+    check_folding(plan, model, "FX")
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     aliases = {name: next(n for n, m in modules.items() if m is module) for name, module in modules.items()}
@@ -46,13 +48,6 @@ def check(plan: Plan, model: nn.Module) -> None:
     problems = [_trouble(layer, uses) for layer in planned_layers(plan)]
     problems += [_two_norms(node, modules) for node in graph.nodes]
     found = [problem for problem in problems if problem]
-    pairs = conv_bn_pairs(model)
-    found += [
-        f"{layer.name!r} was measured unfolded, and FX folds BatchNorm, which changes its scale: measure(model, "
-        "fold_bn=True), or per_channel"
-        for layer in planned_layers(plan)
-        if not plan.fold_bn and layer.name in pairs and layer.scheme.granularity == "per_tensor"
-    ]
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise MismatchError(f"fx cannot run this plan on {type(model).__name__}: {'; '.join(found[:SHOWN])}{more}")
@@ -92,8 +87,3 @@ def traced(model: nn.Module) -> torch.fx.Graph:
             "depends on values, quantize a submodule, or use mpq_plugins.apply or the torchao adapter, which do not "
             "trace."
         ) from error
-
-
-def planned_layers(plan: Plan) -> list[LayerChoice]:
-    """The layers that the plan does not leave in floating point."""
-    return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]

@@ -8,12 +8,12 @@ import torch.fx
 from torch import Tensor, nn
 
 from mpq_plugins.errors import SourceError, VerifyError
-from mpq_plugins.fold import fold_batch_norm
-from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
-from .fx_checks import SHOWN, planned_layers
+from .folded import folded_integers, planned_layers
+from .fx_checks import SHOWN
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def verify(
     are the plan's of the float `model` (after QAT: the `integers` that finish_qat returned); every other layer must
     be in float. Raises VerifyError listing what is wrong.
     """
-    expected = integers or integer_weights(plan, model)
+    expected = integers or folded_integers(plan, model)
     problems: list[str] = []
     checks: list[LayerCheck] = []
     inputs = _inputs(converted)
@@ -57,12 +57,6 @@ def verify(
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerifyError(f"{type(converted).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
     return tuple(checks)
-
-
-def integer_weights(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
-    """The integers of every planned layer, of the weights with BatchNorm folded in."""
-    weights = quantizable_weights(fold_batch_norm(model))
-    return {layer.name: integer_weight(weights[layer.name], layer) for layer in planned_layers(plan)}
 
 
 def _stored(converted: nn.Module, name: str) -> nn.Module | None:

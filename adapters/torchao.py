@@ -24,8 +24,10 @@ from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import FLOAT_BITS, Affine
+from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
+
+from .folded import planned_layers
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -72,7 +74,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     _check(plan, model)
     quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
     weights = quantizable_weights(quantized)
-    for layer in _planned(plan):
+    for layer in planned_layers(plan):
         parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
         for name in layer.names:
             quantized.get_submodule(name).weight = parameter
@@ -91,7 +93,7 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
         match(plan, model).require(type(model).__name__)
     require_legal(plan, CONFIG_CAPABILITIES)
     configs: OrderedDict[str, IntxWeightOnlyConfig | None] = OrderedDict()
-    for layer in _planned(plan):
+    for layer in planned_layers(plan):
         if layer.tied:
             raise SettingError(
                 f"layer {layer.name!r}: shares its weight with {layer.tied[0]!r}, which quantize_ would untie. Use "
@@ -109,7 +111,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     """
     original = quantizable_weights(fold_batch_norm(model) if plan.fold_bn else model)
     stored = quantizable_weights(quantized)
-    planned = {layer.name: layer for layer in _planned(plan)}
+    planned = {layer.name: layer for layer in planned_layers(plan)}
     problems: list[str] = [f"{name!r} is missing" for name in original if name not in stored]
     checks: list[LayerCheck] = []
     for name, weight in stored.items():
@@ -133,15 +135,11 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     return tuple(checks)
 
 
-def _planned(plan: Plan) -> list[LayerChoice]:
-    return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]
-
-
 def _check(plan: Plan, model: nn.Module) -> None:
     match(plan, model).require(type(model).__name__)
     require_legal(plan, CAPABILITIES)
     problems = []
-    for layer in _planned(plan):
+    for layer in planned_layers(plan):
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
         if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
             problems.append(

@@ -1,6 +1,6 @@
 """A layer's choice as the integers that backends store: signed 8-bit codes, a scale and a zero point per channel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from .scheme import FLOAT_BITS, Affine
 class IntegerWeight:
     """w' = (codes - zero_point) scale, the weight `simulate` makes, to the last bit.
 
-    codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (-1 and 1 at one bit); scale: float32
+    codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (at one bit -1 and 1, or 0 for weights
+    that are all 0); scale: float32
     (channels, groups), in the weights' units, one group unless per_group; zero_point: int64 (channels, groups);
     one_scale: all channels share both.
     """
@@ -65,4 +66,15 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
         # One row a channel, or one for all of them.
         scale[index] = torch.from_numpy(quantized.grid.scale.copy()).reshape(-1, groups)
         zero_point[index] = torch.from_numpy(quantized.grid.zero_point.astype(np.int64) - shift).reshape(-1, groups)
-    return IntegerWeight(codes, scale, zero_point, axis, scheme.granularity == "per_tensor" and choice.bits is not None)
+    whole = IntegerWeight(
+        codes, scale, zero_point, axis, scheme.granularity == "per_tensor" and choice.bits is not None
+    )
+    return _without_zero_scales(whole) if (scale == 0).any() else whole
+
+
+def _without_zero_scales(weight: IntegerWeight) -> IntegerWeight:
+    """Binary codes of all-zero weights have the scale 0, by which backends divide: code 0 and scale 1 say the same."""
+    empty = weight.scale.reshape(-1, 1) == 0
+    rows = weight.region_rows(weight.codes).masked_fill(empty, 0).reshape(weight.scale.shape[0], -1)
+    codes = from_channel_rows(rows, weight.codes.shape, weight.channel_axis)
+    return replace(weight, codes=codes, scale=torch.where(weight.scale == 0, 1.0, weight.scale))

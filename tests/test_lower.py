@@ -27,6 +27,17 @@ def test_integers_are_the_weight_and_fit_their_bits(scheme: Affine, widths: list
     assert lowered.one_scale == (scheme.granularity == "per_tensor" and len(groups) == 1)
 
 
+@pytest.mark.parametrize("bits", [1, 4])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_all_zero_channels_have_a_scale_to_divide_by(scheme: Affine, bits: int) -> None:
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0
+    for own in (weight, weight * 0):
+        lowered = integer_weight(own, linear("fc", 4, 6, scheme, bits))
+        assert (lowered.scale > 0).all()
+        assert lowered.dequantized().equal(simulate(own, linear("fc", 4, 6, scheme, bits)))
+
+
 def test_channels_lie_on_any_axis() -> None:
     weight = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     parts = (Part(bits=2, channels=(0, 2)), Part(bits=8, channels=(1,)))

@@ -146,7 +146,7 @@ def test_qat_trains_and_its_integers_arrive() -> None:
     assert losses[-1] < losses[0]
     integers = fx.finish_qat(made)
     assert set(integers) == {"conv1", "conv2", "fc"}
-    assert not integers["fc"].codes.equal(fx.integer_weights(plan, model)["fc"].codes)
+    assert not integers["fc"].codes.equal(fx.folded_integers(plan, model)["fc"].codes)
     for convert in CONVERTERS:
         fx.verify(convert(copy.deepcopy(made)), plan, model, integers)
     with pytest.raises(VerifyError, match="codes that are not the plan's"):
@@ -203,7 +203,7 @@ def test_plans_that_fx_cannot_run_are_refused_with_the_remedy() -> None:
     with pytest.raises(MismatchError, match=r"Missing here: 'conv1'.*Here but not in the plan: 'up'"):
         fx.prepare(nets.made(nets.Transposed), plan, IMAGES)
     unfolded = Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=False)).with_activation_bits(8)
-    with pytest.raises(MismatchError, match="'conv1' was measured unfolded, and FX folds BatchNorm"):
+    with pytest.raises(MismatchError, match="'conv1', 'conv2': measured unfolded, and FX folds BatchNorm"):
         fx.prepare(model, unfolded, IMAGES)
     with pytest.raises(SettingError, match=r"training mode; call model\.eval"):
         fx.prepare(model.train(), plan, IMAGES)

@@ -1,0 +1,183 @@
+"""PT2E: integer codes against the plan's, logits to the bit, and silent failures as errors."""
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, apply, measure
+from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
+from mpq_plugins.fold import fold_batch_norm
+from tests.adapters import nets
+from tests.adapters.test_torchao import IMAGES, TOKENS, TextNet
+
+pt2e = pytest.importorskip("mpq_plugins.adapters.pt2e")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torchao"),
+    pytest.mark.filterwarnings("ignore:erase_node:UserWarning"),
+]
+
+PER_CHANNEL = Affine(granularity="per_channel")
+SYMMETRIC = Affine(granularity="per_channel", symmetric=True)
+SCHEMES = [Affine(symmetric=s, granularity=g) for s in (False, True) for g in ("per_tensor", "per_channel")]
+ALLOCATORS = [*(Uniform(bits=b) for b in (8, 6, 4, 3, 2, 1)), MixQuant(qem=3.0), PTILMPQ(), PTILMPQ(other_bits=(4, 1))]
+
+
+class UpNet(nn.Module):
+    """A transposed, a depthwise and a linear layer called as a function; (N, 3, 8, 8) -> (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 6, 2, stride=2)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(torch.relu(self.up(x))).mean(dim=(2, 3))
+        return nn.functional.linear(y, self.fc.weight, self.fc.bias)
+
+
+INPUTS: dict[type[nn.Module], Tensor] = {nets.SmallNet: IMAGES, TextNet: TOKENS, UpNet: IMAGES, nets.Reused: IMAGES}
+
+
+def planned(model: nn.Module, scheme: Affine = PER_CHANNEL, allocator: Any = None) -> Plan:
+    plan: Plan = (allocator or Uniform(bits=4))(measure(model, scheme, range(1, 9)))
+    return plan
+
+
+def prepared(model: nn.Module, plan: Plan, given: Tensor) -> GraphModule:
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+    exported = torch.export.export(model, (given.clone(),)).module()
+    made = prepare_pt2e(exported, pt2e.PlanQuantizer(plan, model))
+    made(given)
+    return cast(GraphModule, made)
+
+
+def converted(model: nn.Module, plan: Plan, given: Tensor) -> GraphModule:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    return cast(GraphModule, convert_pt2e(prepared(model, plan, given)))
+
+
+@pytest.mark.parametrize("net", INPUTS, ids=lambda net: net.__name__)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_weights_alone_give_the_logits_of_apply_to_the_bit(net: type[nn.Module], scheme: Affine) -> None:
+    model, given = nets.made(net), INPUTS[net]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for allocator in ALLOCATORS:
+        plan = planned(model, scheme, allocator)
+        made = converted(model, plan, given)
+        assert {check.layer for check in pt2e.verify(made, plan, model)} == set(plan.by_name)
+        ours = apply(fold_batch_norm(model), plan.model_copy(update={"fold_bn": False}))
+        with torch.no_grad():
+            assert made(given).equal(ours(given))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_8_bit_activations_are_counted() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, SYMMETRIC, Uniform(bits=8)).with_activation_bits(8)
+    made = converted(model, plan, IMAGES)
+    checks = pt2e.verify(made, plan, model)
+    assert [check.activations for check in checks] == [True, True, True]
+    with torch.no_grad():
+        exact, reached = model(IMAGES), made(IMAGES)
+    assert not reached.equal(exact)
+    assert (reached - exact).abs().max() < 0.1 * exact.abs().max()
+    with pytest.raises(VerifyError, match="'conv1' takes its input quantized"):
+        pt2e.verify(made, plan.with_activation_bits(None), model)
+
+
+def test_layers_left_in_float_stay_in_float_with_quantized_activations_too() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=4)(measure(model, SYMMETRIC, (4,), skip=["fc"])).with_activation_bits(8)
+    checks = pt2e.verify(converted(model, plan, IMAGES), plan, model)
+    assert [check.layer for check in checks] == ["conv1", "conv2"]
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_it_runs_under_torch_compile(activation_bits: int | None) -> None:
+    from torch._inductor import config
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    plan = planned(model, SYMMETRIC, PTILMPQ()).with_activation_bits(activation_bits)
+    made = converted(model, plan, IMAGES)
+    with torch.no_grad(), config.patch(freezing=True):  # how int8 kernels are reached
+        assert torch.allclose(torch.compile(made)(IMAGES), made(IMAGES), atol=1e-4)
+
+
+def test_tied_weights_are_one_layer() -> None:
+    model, given = nets.made(nets.Tied), torch.randn(2, 8, generator=torch.Generator().manual_seed(4))
+    plan = planned(model)
+    made = converted(model, plan, given)
+    pt2e.verify(made, plan, model)
+    with torch.no_grad():
+        assert made(given).equal(apply(model, plan)(given))
+
+
+REFUSED: list[tuple[type[nn.Module], Tensor, type[MPQError], str]] = [
+    (nets.TwoNorms, IMAGES, MismatchError, r"'conv1' has other weights there than .*feed two\?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("net", "given", "error", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_what_pt2e_gets_wrong_is_refused_by_name(
+    net: type[nn.Module], given: Tensor, error: type[MPQError], message: str
+) -> None:
+    model = nets.made(net)
+    with pytest.raises(error, match=message):
+        prepared(model, planned(model), given)
+
+
+def test_plans_that_pt2e_cannot_run_are_refused() -> None:
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(MismatchError, match="measured unfolded, and PT2E folds BatchNorm"):
+        pt2e.PlanQuantizer(Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=False)), model)
+    with pytest.raises(SettingError, match=r"quantized activations are for linear and conv2d layers, not for 'embed'"):
+        pt2e.PlanQuantizer(planned(nets.made(TextNet), SYMMETRIC).with_activation_bits(8), nets.made(TextNet))
+    with pytest.raises(SettingError, match=r"'conv1'.*come out wrong under torch\.compile.*Affine\(symmetric=True\)"):
+        pt2e.PlanQuantizer(planned(model).with_activation_bits(8), model)
+    with pytest.raises(SettingError, match="activations at floating point, 8"):
+        pt2e.PlanQuantizer(planned(model).with_activation_bits(3), model)
+    with pytest.raises(MismatchError, match="made for another model"):
+        pt2e.PlanQuantizer(planned(nets.made(TextNet)), model)
+
+
+def test_a_layer_that_the_graph_lacks_is_refused() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    quantizer = pt2e.PlanQuantizer(plan, model)
+    exported = torch.export.export(nets.made(TextNet), (TOKENS,)).module()
+    with pytest.raises(MismatchError, match="is not in the exported graph: skip it"):
+        quantizer.transform_for_annotation(exported)
+
+
+def test_verify_finds_what_was_planted() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    made = converted(model, plan, IMAGES)
+
+    def changed(name: str, **fields: Any) -> Plan:
+        layers = (x.model_copy(update=fields) if x.name == name else x for x in plan.layers)
+        return plan.model_copy(update={"layers": tuple(layers)})
+
+    with pytest.raises(VerifyError, match=r"'conv2' has \d+ of 144 codes that are not the plan's"):
+        pt2e.verify(made, changed("conv2", bits=5), model)
+    with pytest.raises(VerifyError, match="'fc' is quantized and the plan leaves it in float"):
+        pt2e.verify(made, changed("fc", bits=32), model)
+    with pytest.raises(VerifyError, match="'fc' was left in float"):
+        pt2e.verify(converted(model, changed("fc", bits=32), IMAGES), plan, model)
+    scaled = nets.made(nets.SmallNet)
+    with torch.no_grad():
+        scaled.fc.weight.mul_(2)  # type: ignore[operator, union-attr]
+    with pytest.raises(VerifyError, match="'fc' has other scales or zero points"):
+        pt2e.verify(made, plan, scaled)
