@@ -99,7 +99,8 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
                 f"layer {layer.name!r}: shares its weight with {layer.tied[0]!r}, which quantize_ would untie. Use "
                 "apply(), or skip it"
             )
-        configs[layer.name] = _config(layer)
+        # The parameter's name and not the module's, which transformers would apply to the bias too.
+        configs[f"{layer.name}.weight" if layer.name else "weight"] = _config(layer)
     return FqnToConfig(fqn_to_config=configs)
 
 

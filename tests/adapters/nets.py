@@ -50,6 +50,17 @@ class Functional(SmallNet):
         return F.linear(y, self.fc.weight, self.fc.bias)
 
 
+class OwnWeight(SmallNet):
+    """A functional convolution without a bias, of a parameter that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(3, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.conv2d(x, self.kernel))
+
+
 class Attention(nn.Module):
     """MultiheadAttention, whose output layer is never called as a module."""
 

@@ -153,6 +153,16 @@ def test_qat_trains_and_its_integers_arrive() -> None:
         fx.verify(convert_fx(made), plan, model)
 
 
+def test_a_functional_convolution_beside_the_plan_stays_in_float_and_converts() -> None:
+    model = nets.made(nets.OwnWeight)
+    plan = planned(model)
+    with torch.no_grad():
+        converted = convert_fx(prepared(model, plan))
+        assert len(fx.verify(converted, plan, model)) == 3
+        weights_only = apply(fold_batch_norm(model), plan.with_activation_bits(None))
+        assert (converted(IMAGES) - weights_only(IMAGES)).abs().max() < 0.2 * weights_only(IMAGES).abs().max()
+
+
 def test_layers_planned_in_float_stay_in_float() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)

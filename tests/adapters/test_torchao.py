@@ -174,7 +174,7 @@ def test_stock_configs_quantize_what_the_plan_says() -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 4)).eval()
     plan = planned(model, Affine(granularity="per_channel", symmetric=True), MixQuant(qem=3.0))
     config = torchao.to_config(plan, model)
-    assert list(config.fqn_to_config) == ["0", "1", "2"]
+    assert list(config.fqn_to_config) == ["0.weight", "1.weight", "2.weight"]
     stock = copy.deepcopy(model)
     quantize_(stock, config, filter_fn=None)
     for name, layer in plan.by_name.items():

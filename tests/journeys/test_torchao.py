@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_plugins import Uniform, measure
+from mpq_plugins import MixQuant, Uniform, measure
 from tests.conftest import Ran
 
 pytestmark = [
@@ -29,6 +29,20 @@ def test_uniform_4_bits_keeps_similarities() -> None:
     exact, reached = (spearman(net, tokenizer, PAIRS) for net in (model, quantized))
     assert exact > 0.85
     assert abs(reached - exact) <= 0.01
+
+
+def test_the_stock_config_is_what_transformers_takes() -> None:
+    transformers = pytest.importorskip("transformers")
+    torchao = pytest.importorskip("mpq_plugins.adapters.torchao")
+    from examples.minilm_torchao import SCHEME, folder, minilm
+
+    model, _ = minilm()
+    plan = MixQuant(qem=3.0)(measure(model, SCHEME, only=["encoder.*"]))
+    config = transformers.TorchAoConfig(quant_type=torchao.to_config(plan, model))
+    loaded = transformers.AutoModel.from_pretrained(folder(), quantization_config=config)
+    for name, layer in plan.by_name.items():
+        assert loaded.get_submodule(name).weight.target_dtype == getattr(torch, f"int{layer.bits}")
+    assert type(loaded.pooler.dense.weight) is torch.nn.Parameter
 
 
 def test_mpq_check_names_the_backend(mpq: Callable[..., Ran], minilm: Path, tmp_path: Path) -> None:
