@@ -1,13 +1,18 @@
 """What backends that fold BatchNorm themselves are given: the folded weights, and their integers."""
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MismatchError
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
+from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import FLOAT_BITS
-from mpq_plugins.weights import quantizable_weights
+from mpq_plugins.weights import layer_kind, quantizable_weights
+
+FLOAT = torch.float32
 
 
 def planned_layers(plan: Plan) -> list[LayerChoice]:
@@ -20,6 +25,12 @@ def folded_weights(model: nn.Module) -> dict[str, Tensor]:
     return quantizable_weights(fold_batch_norm(model))
 
 
+def folded_biases(model: nn.Module) -> dict[str, Tensor | None]:
+    """The biases of all layers by name, tied ones too, with BatchNorm folded in."""
+    layers = [(name, module) for name, module in fold_batch_norm(model).named_modules() if layer_kind(module)]
+    return {name: cast("Tensor | None", getattr(module, "bias", None)) for name, module in layers}
+
+
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
     """The integers of every planned layer, of the weights with BatchNorm folded in."""
     weights = folded_weights(model)
@@ -27,7 +38,29 @@ def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
 
 
 def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
-    """Refuse per-tensor layers that were measured unfolded: folding changes their scale. Raises MismatchError."""
+    """Refuse what a backend's own folding of BatchNorm would corrupt, planned or not.
+
+    That is every layer that feeds a BatchNorm which cannot be folded into it (it feeds something else too, is called
+    twice, shares its weight or the BatchNorm, has groups and is transposed; the BatchNorm keeps no statistics); and
+    per-tensor layers that were measured unfolded, for folding changes their scale. Also weights that are not float32,
+    and models in training mode. Raises MismatchError or SettingError.
+    """
+    if any(module.training for module in model.modules()):
+        raise SettingError(f"{backend}: {type(model).__name__} is in training mode, or a part of it; call model.eval()")
+    other = [
+        f"{name!r} ({weight.dtype})" for name, weight in quantizable_weights(model).items() if weight.dtype != FLOAT
+    ]
+    if other:
+        raise SettingError(
+            f"{backend}: quantizes float32 weights alone, not {', '.join(other[:5])}; call model.float()"
+        )
+    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in unfolded_norms(model).items()]
+    if wrong:
+        raise MismatchError(
+            f"{', '.join(wrong[:5])} but is no pair with it (a linear layer, or it feeds something else, or one of "
+            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
+            "use mpq_plugins.apply or the torchao adapter, which do not fold"
+        )
     pairs = {} if plan.fold_bn else conv_bn_pairs(model)
     unfolded = [
         f"{layer.name!r}"
@@ -39,3 +72,10 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
             f"{', '.join(unfolded[:5])}: measured unfolded, and {backend} folds BatchNorm, which changes the scale of "
             "a whole tensor: measure(model, fold_bn=True), or per_channel"
         )
+
+
+def check_max_norm(plan: Plan, model: nn.Module) -> None:
+    """Refuse an embedding that changes its own weight as it runs. Raises MismatchError."""
+    for layer in planned_layers(plan):
+        if getattr(model.get_submodule(layer.name), "max_norm", None) is not None:
+            raise MismatchError(f"{layer.name!r} has max_norm, which changes its weight as it runs: skip it")

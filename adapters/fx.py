@@ -41,7 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-NEAR = 0.49  # of a step
+NEAR = 1e-3  # of a step: a baked weight is what it should be
 
 
 class PercentileObserver(HistogramObserver):
@@ -193,7 +193,7 @@ def _without_batch_norm(model: nn.Module) -> torch.fx.GraphModule:
 
 
 def _becomes(weight: Tensor, integers: IntegerWeight) -> bool:
-    """Whether any rounding turns the weight into these codes: it is nearer to each than half a step."""
+    """Whether the weight is what these integers mean."""
     if weight.shape != integers.codes.shape:
         return False
     steps = (weight.detach().cpu() - integers.dequantized()).abs()

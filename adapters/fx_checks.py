@@ -7,7 +7,6 @@ from torch import nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
-from mpq_plugins.fold import BATCH_NORMS, CONVOLUTIONS
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
@@ -37,23 +36,26 @@ def check(plan: Plan, model: nn.Module) -> None:
             "torchao adapter or PT2E, which take weights alone."
         )
     require_legal(plan, CAPABILITIES)
-    if model.training:
-        raise SettingError(f"fx: {type(model).__name__} is in training mode; call model.eval() first")
     graph = traced(model)
     check_folding(plan, model, "FX")
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     aliases = {name: next(n for n, m in modules.items() if m is module) for name, module in modules.items()}
     uses = Counter(aliases[name] for name in calls.elements())
-    problems = [_trouble(layer, uses) for layer in planned_layers(plan)]
-    problems += [_two_norms(node, modules) for node in graph.nodes]
+    borrowed = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    problems = [_trouble(layer, modules[layer.name], uses, borrowed) for layer in planned_layers(plan)]
     found = [problem for problem in problems if problem]
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise MismatchError(f"fx cannot run this plan on {type(model).__name__}: {'; '.join(found[:SHOWN])}{more}")
 
 
-def _trouble(layer: LayerChoice, uses: Counter[str]) -> str | None:
+def _trouble(layer: LayerChoice, module: nn.Module, uses: Counter[str], borrowed: set[str]) -> str | None:
+    if f"{layer.name}.weight" in borrowed and uses[layer.name]:
+        return f"{layer.name!r} lends its weight to a functional call, which FX would break: skip it"
+    if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(getattr(module, "padding", 0), str):
+        how = f"padding={module.padding!r}, padding_mode={module.padding_mode!r}"
+        return f"{layer.name!r} has {how}, which FX gets wrong: pad with zeros and in numbers, or skip it"
     if layer.tied:
         return f"{layer.name!r} shares its weight with {layer.tied[0]!r}, and FX would make two of it: untie or skip it"
     if uses[layer.name] > 1:
@@ -65,15 +67,6 @@ def _trouble(layer: LayerChoice, uses: Counter[str]) -> str | None:
             "subclass of a torch layer or a functional call), and would stay in float: skip it"
         )
     return None
-
-
-def _two_norms(node: torch.fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    if node.op != "call_module" or not isinstance(modules.get(str(node.target)), CONVOLUTIONS) or len(node.users) < 2:
-        return None
-    if not any(u.op == "call_module" and isinstance(modules.get(str(u.target)), BATCH_NORMS) for u in node.users):
-        return None
-    name = str(node.target)
-    return f"{name!r} feeds a BatchNorm and something else, and FX's folding would corrupt it: split or skip it"
 
 
 def traced(model: nn.Module) -> torch.fx.Graph:

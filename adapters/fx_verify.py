@@ -12,7 +12,7 @@ from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import folded_integers, planned_layers
+from .folded import folded_biases, folded_integers, planned_layers
 from .fx_checks import SHOWN
 
 
@@ -31,16 +31,20 @@ def verify(
     """Read the integer codes back from what `convert_fx` or `convert_to_reference_fx` made, and compare them.
 
     Every planned layer must be a quantized module, fed by quantized activations, whose codes, scales and zero points
-    are the plan's of the float `model` (after QAT: the `integers` that finish_qat returned); every other layer must
-    be in float. Raises VerifyError listing what is wrong.
+    are the plan's of the float `model`, and whose bias is its own (after QAT: the `integers` that finish_qat
+    returned); every other layer must be in float. The ranges of activations are the calibration's, and are not judged.
+    Raises VerifyError listing what is wrong.
     """
-    expected = integers or folded_integers(plan, model)
+    expected = folded_integers(plan, model) if integers is None else integers
+    biases = folded_biases(model)
     problems: list[str] = []
     checks: list[LayerCheck] = []
     inputs = _inputs(converted)
     for layer in planned_layers(plan):
         module = _stored(converted, layer.name)
         problem = _problem(module, expected[layer.name]) or _input_problem(module, inputs.get(layer.name))
+        if integers is None:
+            problem = problem or _bias_problem(module, biases[layer.name])
         if problem:
             problems.append(f"{layer.name!r} {problem}")
             continue
@@ -106,6 +110,18 @@ def _inputs(converted: nn.Module) -> dict[str, torch.fx.Node]:
 
 def _input_problem(module: nn.Module | None, source: torch.fx.Node | None) -> str | None:
     """A quantized module takes nothing but quantized inputs; a reference one must come after a dequantize."""
-    if not hasattr(module, "get_quantized_weight") or (source is not None and source.target == "dequantize"):
-        return None
-    return "takes its input in float"
+    if hasattr(module, "get_quantized_weight"):
+        return None if source is not None and source.target == "dequantize" else "takes its input in float"
+    if getattr(module, "scale", None) == 1.0 and getattr(module, "zero_point", None) == 0:
+        return "was not calibrated: run batches through the prepared model before converting"
+    return None
+
+
+def _bias_problem(module: nn.Module | None, expected: Tensor | None) -> str | None:
+    bias = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias
+    if (bias is None) != (expected is None):
+        return None if bias is not None and not bias.any() else "has a bias that is not the folded model's"
+    if isinstance(bias, Tensor) and isinstance(expected, Tensor) and not bias.equal(expected):
+        return "has a bias that is not the folded model's"
+    return None

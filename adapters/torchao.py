@@ -27,7 +27,7 @@ from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import planned_layers
+from .folded import check_max_norm, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     activation_bits=(None, 8),
+    activation_kinds=("linear", "embedding"),  # an embedding takes indices; convolutions have no such kernel
 )
 CONFIG_CAPABILITIES = Capabilities(
     backend="torchao's IntxWeightOnlyConfig",
@@ -110,7 +111,8 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
     Raises VerifyError listing what is wrong.
     """
-    original = quantizable_weights(fold_batch_norm(model) if plan.fold_bn else model)
+    original_model = fold_batch_norm(model) if plan.fold_bn else model
+    original = quantizable_weights(original_model)
     stored = quantizable_weights(quantized)
     planned = {layer.name: layer for layer in planned_layers(plan)}
     problems: list[str] = [f"{name!r} is missing" for name in original if name not in stored]
@@ -121,12 +123,15 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
                 problems.append(f"{name!r} is not the model's own, and the plan leaves it in float")
             continue
         layer = planned[name]
-        problem = _problem(weight, integer_weight(original[name], layer), _dynamic(layer, plan.activation_bits))
+        dynamic = _dynamic(layer, plan.activation_bits)
+        problem = _problem(weight, integer_weight(original[name], layer), dynamic, original[name].dtype)
         if problem:
             problems.append(f"{name!r} {problem}")
         else:
             bits = tuple((part.bits, len(part.channels)) for part in layer.groups)
             checks.append(LayerCheck(name, bits, str(cast(Any, weight).target_dtype)))
+    weights = {f"{name}.weight" if name else "weight" for layer in plan.layers for name in layer.names}
+    problems += _changed_state(quantized, original_model, weights)
     for layer in planned.values():
         kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
@@ -139,6 +144,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
 def _check(plan: Plan, model: nn.Module) -> None:
     match(plan, model).require(type(model).__name__)
     require_legal(plan, CAPABILITIES)
+    check_max_norm(plan, model)
     problems = []
     for layer in planned_layers(plan):
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
@@ -146,16 +152,18 @@ def _check(plan: Plan, model: nn.Module) -> None:
             problems.append(
                 f"{layer.name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
             )
-        if plan.activation_bits is not None and layer.kind.startswith("conv"):
-            problems.append(
-                f"{layer.name!r} is a convolution, and torchao has no kernel for quantized inputs of one: plan it with "
-                "float activations, or skip it"
-            )
+        if any(not _standard(model.get_submodule(name)) for name in layer.names):
+            problems.append(f"{layer.name!r} computes in its own way, which may fail on torchao's tensors: skip it")
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise MismatchError(
             f"torchao cannot run this plan on {type(model).__name__}: {'; '.join(problems[:SHOWN])}{more}"
         )
+
+
+def _standard(module: nn.Module) -> bool:
+    """Whether the module computes as torch's own class does."""
+    return any(type(module).forward is cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding))
 
 
 def _dynamic(layer: LayerChoice, activation_bits: int | None) -> str | None:
@@ -165,12 +173,11 @@ def _dynamic(layer: LayerChoice, activation_bits: int | None) -> str | None:
 def _tensor(weight: Tensor, layer: LayerChoice, activation_bits: int | None) -> IntxUnpackedToInt8Tensor:
     integers = integer_weight(weight, layer)
     blocks = (layer.channels, integers.scale.shape[1], *(1 for _ in layer.shape[2:]))
-    size = [n // count for n, count in zip(layer.shape, blocks, strict=True)]
     device, activation = weight.device, _dynamic(layer, activation_bits)
     return IntxUnpackedToInt8Tensor(
         integers.codes.to(device), integers.scale.reshape(blocks).to(device),
-        integers.zero_point.to(torch.int8).reshape(blocks).to(device), _dtype(layer), tuple(size), weight.dtype,
-        _activation(activation),
+        integers.zero_point.to(torch.int8).reshape(blocks).to(device), _dtype(layer), _block_size(integers),
+        weight.dtype, _activation(activation),
     )  # fmt: skip
 
 
@@ -199,7 +206,7 @@ def _config(layer: LayerChoice) -> IntxWeightOnlyConfig:
     )
 
 
-def _problem(weight: Tensor, expected: IntegerWeight, dynamic: str | None) -> str | None:
+def _problem(weight: Tensor, expected: IntegerWeight, dynamic: str | None, dtype: torch.dtype) -> str | None:
     if not isinstance(weight, IntxUnpackedToInt8Tensor):
         return f"was left in float ({type(weight).__name__})"
     codes, scale = cast(Tensor, weight.qdata).cpu(), cast(Tensor, weight.scale).cpu()
@@ -211,9 +218,29 @@ def _problem(weight: Tensor, expected: IntegerWeight, dynamic: str | None) -> st
     zero_point = cast(Tensor, weight.zero_point).cpu().long()
     if not (_same(scale, expected.scale) and _same(zero_point, expected.zero_point)):
         return "has other scales or zero points than the plan's"
+    if tuple(weight.block_size) != _block_size(expected) or weight.dtype != dtype:
+        return (
+            f"has blocks of {tuple(weight.block_size)} in {weight.dtype}, the plan {_block_size(expected)} in {dtype}"
+        )
     if weight.activation_quantization != _activation(dynamic):
         return f"quantizes its input as {weight.activation_quantization}, the plan as {dynamic}"
     return None
+
+
+def _block_size(integers: IntegerWeight) -> tuple[int, ...]:
+    """Of the weights that share a scale: one output channel, a group of its inputs, the whole kernel."""
+    _, inputs, *kernel = integers.codes.shape
+    return (1, inputs // integers.scale.shape[1], *kernel)
+
+
+def _changed_state(quantized: nn.Module, model: nn.Module, weights: set[str]) -> list[str]:
+    """Biases, norms and buffers that are not the model's own."""
+    state, own = quantized.state_dict(), model.state_dict()
+    return [
+        f"{name!r} is not the model's own"
+        for name, value in own.items()
+        if name not in weights and isinstance(value, Tensor) and not (name in state and state[name].equal(value))
+    ]
 
 
 def _same(stored: Tensor, expected: Tensor) -> bool:

@@ -20,8 +20,10 @@ class Capabilities:
     """What a backend can run without changing a plan's meaning.
 
     bits: of weights; kinds: of layers; schemes: by name; symmetric: which of symmetric and asymmetric;
-    granularities; parts: whether channels of one layer may differ in bits; activation_bits: None among them is
-    floating point. Layers left at 16 or 32 bits are always possible.
+    granularities; parts: whether channels of one layer may differ in bits, float_parts: some in floating point;
+    activation_bits: None among them is
+    floating point; activation_kinds, activation_symmetric: kinds and symmetric beside quantized activations, where
+    they differ. Layers left at 16 or 32 bits are always possible. Raises SettingError where nothing is left.
     """
 
     backend: str
@@ -31,7 +33,26 @@ class Capabilities:
     symmetric: tuple[bool, ...] = (False, True)
     granularities: tuple[Granularity, ...] = ("per_tensor", "per_channel")
     parts: bool = False
+    float_parts: bool = False
     activation_bits: tuple[int | None, ...] = (None,)
+    activation_kinds: tuple[str, ...] | None = None
+    activation_symmetric: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.bits and self.kinds and self.symmetric and self.activation_bits):
+            raise SettingError(f"{self.backend}: bits, kinds, symmetric and activation_bits need one value or more")
+        if not {"per_tensor", "per_channel"} & {*self.granularities}:
+            raise SettingError(f"{self.backend}: granularities need per_tensor or per_channel")
+
+    def beside(self, activation_bits: int | None) -> "Capabilities":
+        """What is left of it for weights beside activations of these bits."""
+        if activation_bits is None:
+            return self
+        return replace(
+            self,
+            kinds=self.activation_kinds or self.kinds,
+            symmetric=self.activation_symmetric or self.symmetric,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,19 +82,19 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
         raise SettingError(f"policy: {policy!r} is not allowed; {', '.join(POLICIES)}")
     layers: list[LayerChoice] = []
     changes: list[Change] = []
-    for layer in plan.layers:
-        legal, whys = _legal(layer, capabilities, policy)
-        layers.append(legal)
-        if whys:
-            cost = layer_size(legal).total - layer_size(layer).total
-            changes.append(Change(layer.name, _choice_text(layer), _choice_text(legal), "; ".join(whys), cost))
     activation_bits = plan.activation_bits
     if activation_bits not in capabilities.activation_bits:
         activation_bits = _legal_activation_bits(plan.activation_bits, capabilities, policy)
         why = f"{capabilities.backend} has activations at {_listed(capabilities.activation_bits)}"
-        changes.append(
-            Change(ACTIVATIONS, _activations_text(plan.activation_bits), _activations_text(activation_bits), why, 0)
-        )
+        before, after = _activations_text(plan.activation_bits), _activations_text(activation_bits)
+        changes.append(Change(ACTIVATIONS, before, after, why, 0))
+    able = capabilities.beside(activation_bits)
+    for layer in plan.layers:
+        legal, whys = _legal(layer, able, policy, activation_bits)
+        layers.append(legal)
+        if whys:
+            cost = layer_size(legal).total - layer_size(layer).total
+            changes.append(Change(layer.name, _choice_text(layer), _choice_text(legal), "; ".join(whys), cost))
     if policy == "error" and changes:
         raise SettingError(refusal(changes, capabilities.backend))
     return plan.model_copy(update={"layers": tuple(layers), "activation_bits": activation_bits}), tuple(changes)
@@ -92,13 +113,21 @@ def refusal(changes: Sequence[Change], backend: str) -> str:
     return f"{backend} cannot run this plan as it is: {shown}{more}. {remedy}"
 
 
-def _legal(layer: LayerChoice, able: Capabilities, policy: Policy) -> tuple[LayerChoice, list[str]]:
+def _legal(
+    layer: LayerChoice, able: Capabilities, policy: Policy, activation_bits: int | None
+) -> tuple[LayerChoice, list[str]]:
     """The layer as the backend can run it, and why it had to change."""
-    if all(part.bits in FLOAT_BITS for part in layer.groups):
+    in_float = [part.bits in FLOAT_BITS for part in layer.groups]
+    if all(in_float):
         return layer, []
+    unchanged = layer.model_copy(update={"bits": 32, "parts": None})
     if layer.kind not in able.kinds:
-        why = f"{able.backend} does not quantize {layer.kind} layers, so it stays in floating point"
-        return layer.model_copy(update={"bits": 32, "parts": None}), [why]
+        beside = "" if activation_bits is None else f" beside {activation_bits}-bit activations"
+        return unchanged, [
+            f"{able.backend} does not quantize {layer.kind} layers{beside}, so it stays in floating point"
+        ]
+    if any(in_float) and not able.float_parts and policy == "up":
+        return unchanged, [f"{able.backend} has no layers partly in floating point, and nothing above but all of it"]
     scheme, whys = _legal_scheme(layer.scheme, able)
     groups = layer.groups
     if len(groups) > 1 and not able.parts:
@@ -109,7 +138,10 @@ def _legal(layer: LayerChoice, able: Capabilities, policy: Policy) -> tuple[Laye
     by_width: dict[int, list[int]] = {}
     for part in sorted(groups, key=lambda part: part.bits):
         wanted = part.bits if part.bits in FLOAT_BITS else min(part.bits + extra, max(INTEGER_BITS))
-        width = _legal_width(wanted, layer.name, able, policy)
+        if wanted in FLOAT_BITS:
+            width = wanted if able.float_parts else max(able.bits)
+        else:
+            width = _legal_width(wanted, layer.name, able, policy)
         if width != wanted:
             whys.append(f"{able.backend} has no {wanted} bits, only {_listed(able.bits)}")
         by_width.setdefault(width, []).extend(part.channels)
@@ -133,7 +165,7 @@ def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]
 
 
 def _legal_width(bits: int, layer: str, able: Capabilities, policy: Policy) -> int:
-    if bits in FLOAT_BITS or bits in able.bits:
+    if bits in able.bits:
         return bits
     return _nearest(bits, able.bits, policy, f"layer {layer!r}: {bits} bits", able.backend)
 

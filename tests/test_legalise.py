@@ -1,5 +1,7 @@
 """Projecting plans onto backends, against rules written out by hand."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from tests.plans import linear, plan_of, plans
 
 ANYTHING = Capabilities(
     backend="anything", bits=tuple(range(1, 9)), kinds=("linear",), schemes=("affine", "piecewise"),
-    granularities=("per_tensor", "per_channel", "per_group"), parts=True, activation_bits=(None, 8),
+    granularities=("per_tensor", "per_channel", "per_group"), parts=True, float_parts=True, activation_bits=(None, 8),
 )  # fmt: skip
 INT8 = Capabilities(backend="int8", bits=(8,), kinds=("linear",), granularities=("per_channel",), activation_bits=(8,))
 EVEN = Capabilities(backend="even", bits=(2, 4, 8), kinds=("linear",), symmetric=(True,), parts=True)
@@ -79,6 +81,34 @@ def test_a_kind_that_is_not_quantized_is_listed_and_stays_in_floating_point() ->
     assert legal.layers[0].bits == 32
     assert (change.after, change.cost) == ("floating point", 4 * 2 * 24 - 40)
     assert change.why == "convs does not quantize linear layers, so it stays in floating point"
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("up", 32), ("nearest", None)])
+def test_a_part_in_floating_point_is_a_change(policy: Policy, expected: int | None) -> None:
+    plan = plan_of(linear("fc", 4, 2, Affine(symmetric=True), {4: (0, 1), 16: (2, 3)}))
+    legal, (change,) = legalise(plan, EVEN, policy)
+    assert legal.layers[0].bits == expected
+    if expected is None:
+        assert {part.bits for part in legal.layers[0].groups} == {4, 8}
+    assert "16 bits" in change.why or "partly in floating point" in change.why
+
+
+def test_what_quantized_activations_rule_out_is_a_change() -> None:
+    able = Capabilities(backend="x", bits=(4,), kinds=("linear", "conv2d"), activation_bits=(None, 8),
+                        activation_kinds=("conv2d",), activation_symmetric=(True,))  # fmt: skip
+    plan = plan_of(linear("fc", 4, 2, Affine(), 4))
+    assert legalise(plan, able)[1] == ()
+    legal, (change,) = legalise(plan.with_activation_bits(8), able)
+    assert legal.layers[0].bits == 32
+    assert "beside 8-bit activations" in change.why
+
+
+@pytest.mark.parametrize(
+    "empty", [{"bits": ()}, {"kinds": ()}, {"activation_bits": ()}, {"granularities": ("per_group",)}]
+)
+def test_capabilities_must_leave_something(empty: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="need"):
+        Capabilities(**({"backend": "x", "bits": (4,), "kinds": ("linear",)} | empty))
 
 
 def test_activations_are_a_change_like_any_other() -> None:

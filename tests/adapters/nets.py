@@ -42,6 +42,44 @@ class TwoNorms(SmallNet):
         return logits
 
 
+class NormAndMore(SmallNet):
+    """A convolution that feeds a BatchNorm and a sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        logits: Tensor = self.fc(self.conv2(self.bn1(y) + y).mean(dim=(2, 3)))
+        return logits
+
+
+class LinearNorm(nn.Module):
+    """A linear layer with a BatchNorm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.fc = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.first(x)))
+        return logits
+
+
+class Circular(SmallNet):
+    """A convolution that pads with what it sees on the other side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=4, padding_mode="circular")
+
+
+class Lending(SmallNet):
+    """A layer that is called, and whose weight is used by a functional call too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.conv1(x)).mean(dim=(2, 3))
+        logits: Tensor = self.fc(y) + F.linear(y, self.fc.weight)
+        return logits
+
+
 class Functional(SmallNet):
     """A layer whose weight is used by a functional call."""
 
@@ -124,7 +162,7 @@ def made(net: type[nn.Module]) -> nn.Module:
     model = net().eval()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 assert module.running_mean is not None
                 assert module.running_var is not None
                 module.running_mean.uniform_(-1, 1)

@@ -1,6 +1,7 @@
 """FX graph mode: integer codes against the plan's, and every silent failure as an error."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,11 @@ def test_layers_planned_in_float_stay_in_float() -> None:
 
 REFUSED: list[tuple[type[nn.Module], type[MPQError], str]] = [
     (nets.Reused, MismatchError, "'conv2' is called 2 times, and FX keeps one output scale"),
-    (nets.TwoNorms, MismatchError, "'conv1' feeds a BatchNorm and something else"),
+    (nets.TwoNorms, MismatchError, r"'conv1' feeds the BatchNorm 'bn2' but is no pair with it.*FX would fold"),
+    (nets.NormAndMore, MismatchError, "'conv1' feeds the BatchNorm 'bn1' but is no pair with it"),
+    (nets.LinearNorm, MismatchError, "'first' feeds the BatchNorm 'norm' but is no pair with it"),
+    (nets.Circular, MismatchError, "'conv2' has padding=.*padding_mode='circular', which FX gets wrong"),
+    (nets.Lending, MismatchError, "'fc' lends its weight to a functional call"),
     (nets.Functional, MismatchError, "'fc' is never called as a module"),
     (nets.Attention, MismatchError, "'attention.out_proj' is never called as a module"),
     (nets.Subclassed, MismatchError, "'fc' is never called as a module"),
@@ -198,6 +203,25 @@ def test_what_fx_gets_wrong_in_silence_is_refused_by_name(
         fx.qconfig_mapping(plan, model)
 
 
+@pytest.mark.parametrize("net", [nets.TwoNorms, nets.NormAndMore])
+def test_a_float_layer_that_fx_would_corrupt_is_refused_too(net: type[nn.Module]) -> None:
+    model = nets.made(net)
+    plan = Uniform(bits=8)(measure(model, PER_CHANNEL, (8,), skip=["conv1"])).with_activation_bits(8)
+    with pytest.raises(MismatchError, match="'conv1' feeds the BatchNorm"):
+        fx.prepare(model, plan, IMAGES)
+
+
+def test_half_precision_and_parts_in_training_mode_are_refused() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    half = nets.made(nets.SmallNet).to(torch.bfloat16)
+    with pytest.raises(SettingError, match=r"not 'conv1' \(torch.bfloat16\).*call model\.float"):
+        fx.prepare(half, planned(half), IMAGES)
+    model.bn1.train()  # type: ignore[union-attr]
+    with pytest.raises(SettingError, match="in training mode, or a part of it"):
+        fx.prepare(model, plan, IMAGES)
+
+
 def test_plans_that_fx_cannot_run_are_refused_with_the_remedy() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
@@ -215,7 +239,7 @@ def test_plans_that_fx_cannot_run_are_refused_with_the_remedy() -> None:
     unfolded = Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=False)).with_activation_bits(8)
     with pytest.raises(MismatchError, match="'conv1', 'conv2': measured unfolded, and FX folds BatchNorm"):
         fx.prepare(model, unfolded, IMAGES)
-    with pytest.raises(SettingError, match=r"training mode; call model\.eval"):
+    with pytest.raises(SettingError, match=r"training mode, or a part of it; call model\.eval"):
         fx.prepare(model.train(), plan, IMAGES)
     with pytest.raises(SettingError, match="activation_observer: 'kl' is not allowed; minmax, moving_average"):
         fx.prepare(model.eval(), plan, IMAGES, activation_observer="kl")
@@ -242,6 +266,17 @@ def test_verify_finds_what_was_planted() -> None:
         fx.verify(converted, plan, other)
     with pytest.raises(VerifyError, match="'conv1' was left in float"):
         fx.verify(fx.bake(model, plan), plan, model)
+    shifted = nets.made(nets.SmallNet)
+    with torch.no_grad():
+        shifted.fc.bias.add_(1)  # type: ignore[operator, union-attr]
+    for convert in CONVERTERS:
+        with pytest.raises(VerifyError, match="'fc' has a bias that is not the folded model's"):
+            fx.verify(convert(prepared(model, plan)), plan, shifted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that the observers saw nothing
+        uncalibrated = convert_fx(fx.prepare(model, plan, IMAGES))
+    with pytest.raises(VerifyError, match="'conv1' was not calibrated"):
+        fx.verify(uncalibrated, plan, model)
     with pytest.raises(SourceError, match="no GraphModule"):
         fx.verify(model, plan, model)
 

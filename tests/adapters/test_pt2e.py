@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, apply, measure
-from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
+from mpq_plugins.errors import MismatchError, SettingError, SourceError, VerifyError
 from mpq_plugins.fold import fold_batch_norm
 from tests.adapters import nets
 from tests.adapters.test_torchao import IMAGES, TOKENS, TextNet
@@ -122,29 +122,39 @@ def test_tied_weights_are_one_layer() -> None:
         assert made(given).equal(apply(model, plan)(given))
 
 
-REFUSED: list[tuple[type[nn.Module], Tensor, type[MPQError], str]] = [
-    (nets.TwoNorms, IMAGES, MismatchError, r"'conv1' has other weights there than .*feed two\?"),
-]
-
-
-@pytest.mark.parametrize(
-    ("net", "given", "error", "message"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
-)
-def test_what_pt2e_gets_wrong_is_refused_by_name(
-    net: type[nn.Module], given: Tensor, error: type[MPQError], message: str
-) -> None:
+@pytest.mark.parametrize("net", [nets.TwoNorms, nets.NormAndMore])
+@pytest.mark.parametrize("skip", [(), ("conv1",)])
+def test_what_pt2e_would_fold_wrongly_is_refused_planned_or_not(net: type[nn.Module], skip: tuple[str, ...]) -> None:
     model = nets.made(net)
-    with pytest.raises(error, match=message):
+    plan = Uniform(bits=8)(measure(model, PER_CHANNEL, (8,), skip=skip))
+    with pytest.raises(MismatchError, match=r"'conv1' feeds the BatchNorm .* but is no pair with it.*PT2E would fold"):
+        prepared(model, plan, IMAGES)
+
+
+def test_a_linear_layers_batch_norm_is_refused() -> None:
+    model, given = nets.made(nets.LinearNorm), torch.randn(6, 8, generator=torch.Generator().manual_seed(5))
+    with pytest.raises(MismatchError, match="'first' feeds the BatchNorm 'norm' but is no pair with it"):
         prepared(model, planned(model), given)
+
+
+def test_models_that_pt2e_breaks_on_are_refused() -> None:
+    half = nets.made(nets.SmallNet).to(torch.bfloat16)
+    with pytest.raises(SettingError, match=r"call model\.float"):
+        pt2e.PlanQuantizer(planned(half), half)
+    with pytest.raises(SettingError, match="in training mode"):
+        pt2e.PlanQuantizer(planned(nets.made(nets.SmallNet)), nets.made(nets.SmallNet).train())
+    clipped = nn.Sequential(nn.Embedding(20, 8, max_norm=0.5)).eval()
+    with pytest.raises(MismatchError, match="'0' has max_norm, which changes its weight as it runs"):
+        pt2e.PlanQuantizer(planned(clipped), clipped)
 
 
 def test_plans_that_pt2e_cannot_run_are_refused() -> None:
     model = nets.made(nets.SmallNet)
     with pytest.raises(MismatchError, match="measured unfolded, and PT2E folds BatchNorm"):
         pt2e.PlanQuantizer(Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=False)), model)
-    with pytest.raises(SettingError, match=r"quantized activations are for linear and conv2d layers, not for 'embed'"):
+    with pytest.raises(SettingError, match=r"'embed'.*does not quantize embedding layers beside 8-bit activations"):
         pt2e.PlanQuantizer(planned(nets.made(TextNet), SYMMETRIC).with_activation_bits(8), nets.made(TextNet))
-    with pytest.raises(SettingError, match=r"'conv1'.*come out wrong under torch\.compile.*Affine\(symmetric=True\)"):
+    with pytest.raises(SettingError, match=r"'conv1'.*pt2e has only symmetric scales"):
         pt2e.PlanQuantizer(planned(model).with_activation_bits(8), model)
     with pytest.raises(SettingError, match="activations at floating point, 8"):
         pt2e.PlanQuantizer(planned(model).with_activation_bits(3), model)
@@ -181,3 +191,36 @@ def test_verify_finds_what_was_planted() -> None:
         scaled.fc.weight.mul_(2)  # type: ignore[operator, union-attr]
     with pytest.raises(VerifyError, match="'fc' has other scales or zero points"):
         pt2e.verify(made, plan, scaled)
+    shifted = nets.made(nets.SmallNet)
+    with torch.no_grad():
+        shifted.fc.bias.add_(1)  # type: ignore[operator, union-attr]
+    with pytest.raises(VerifyError, match="'fc' has a bias that is not the folded model's"):
+        pt2e.verify(made, plan, shifted)
+    with pytest.raises(SourceError, match="no GraphModule"):
+        pt2e.verify(model, plan, model)
+
+
+def test_verify_reads_how_activations_are_quantized() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, SYMMETRIC).with_activation_bits(8)
+    made = converted(model, plan, IMAGES)
+    pt2e.verify(made, plan, model)
+    for node in made.graph.nodes:
+        if str(node.target).startswith(
+            ("quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor")
+        ):
+            node.args = (*node.args[:4], int(node.args[3]) + 15, *node.args[5:])
+    with pytest.raises(VerifyError, match="'conv1' takes an input that is not quantized to 8 bits"):
+        pt2e.verify(made, plan, model)
+
+
+def test_verify_finds_one_call_of_two_left_in_float() -> None:
+    model = nets.made(nets.Reused)
+    plan = planned(model)
+    made = converted(model, plan, IMAGES)
+    calls = [node for node in made.graph.nodes if node.meta.get("mpq_plugins_layer") == "conv2"]
+    assert len(calls) == 2
+    with made.graph.inserting_before(calls[1]):
+        calls[1].args = (calls[1].args[0], made.graph.get_attr("conv2.weight"), *calls[1].args[2:])
+    with pytest.raises(VerifyError, match="'conv2' is in float in one of its calls"):
+        pt2e.verify(made, plan, model)

@@ -121,7 +121,7 @@ def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
     assert (reached - weights_only).abs().max() < 0.05 * weights_only.abs().max()
     with pytest.raises(VerifyError, match="quantizes its input as"):
         torchao.verify(dynamic, plan, model)
-    with pytest.raises(MismatchError, match="'conv' is a convolution, and torchao has no kernel for quantized inputs"):
+    with pytest.raises(SettingError, match="torchao does not quantize conv1d layers beside 8-bit activations"):
         torchao.apply(nets.made(TextNet), planned(nets.made(TextNet)).with_activation_bits(8))
 
 
@@ -166,6 +166,32 @@ def test_verify_finds_what_was_planted() -> None:
         scaled.fc.weight.mul_(2)  # type: ignore[operator, union-attr]
     with pytest.raises(VerifyError, match="'fc' has other scales or zero points"):
         torchao.verify(quantized, plan, scaled)
+
+
+def test_verify_finds_what_else_changed() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    for name in ("fc.bias", "bn1.running_mean"):
+        quantized = torchao.apply(model, plan)
+        with torch.no_grad():
+            quantized.state_dict()[name].add_(1)
+        with pytest.raises(VerifyError, match=f"'{name}' is not the model's own"):
+            torchao.verify(quantized, plan, model)
+
+
+class OwnProduct(nn.Linear):
+    """A subclass that multiplies by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()
+
+
+def test_layers_that_compute_in_their_own_way_are_refused() -> None:
+    model = nn.Sequential(OwnProduct(8, 4)).eval()
+    with pytest.raises(MismatchError, match="'0' computes in its own way"):
+        torchao.apply(model, planned(model))
+    plain = nn.Sequential(nets.OwnLinear(8, 4)).eval()
+    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain)
 
 
 def test_stock_configs_quantize_what_the_plan_says() -> None:
