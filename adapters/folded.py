@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
@@ -20,21 +20,21 @@ def planned_layers(plan: Plan) -> list[LayerChoice]:
     return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]
 
 
-def folded_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of all layers by name, with BatchNorm folded in."""
-    return quantizable_weights(fold_batch_norm(model))
-
-
-def folded_biases(model: nn.Module) -> dict[str, Tensor | None]:
-    """The biases of all layers by name, tied ones too, with BatchNorm folded in."""
-    layers = [(name, module) for name, module in fold_batch_norm(model).named_modules() if layer_kind(module)]
-    return {name: cast("Tensor | None", getattr(module, "bias", None)) for name, module in layers}
-
-
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
     """The integers of every planned layer, of the weights with BatchNorm folded in."""
-    weights = folded_weights(model)
+    return integers_of(plan, fold_batch_norm(model))
+
+
+def integers_of(plan: Plan, folded: nn.Module) -> dict[str, IntegerWeight]:
+    """The integers of every planned layer of a model that is folded already."""
+    weights = quantizable_weights(folded)
     return {layer.name: integer_weight(weights[layer.name], layer) for layer in planned_layers(plan)}
+
+
+def biases_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """The biases of all layers by name, tied ones too."""
+    layers = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
+    return {name: cast("Tensor | None", getattr(module, "bias", None)) for name, module in layers}
 
 
 def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
@@ -52,12 +52,12 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     ]
     if other:
         raise SettingError(
-            f"{backend}: quantizes float32 weights alone, not {', '.join(other[:5])}; call model.float()"
+            f"{backend}: quantizes float32 weights alone, not {first_few(other, ', ')}; call model.float()"
         )
     wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in unfolded_norms(model).items()]
     if wrong:
         raise MismatchError(
-            f"{', '.join(wrong[:5])} but is no pair with it (a linear layer, or it feeds something else, or one of "
+            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
             f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
             "use mpq_plugins.apply or the torchao adapter, which do not fold"
         )
@@ -69,8 +69,8 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     ]
     if unfolded:
         raise MismatchError(
-            f"{', '.join(unfolded[:5])}: measured unfolded, and {backend} folds BatchNorm, which changes the scale of "
-            "a whole tensor: measure(model, fold_bn=True), or per_channel"
+            f"{first_few(unfolded, ', ')}: measured unfolded, and {backend} folds BatchNorm, which changes the scale "
+            "of a whole tensor: measure(model, fold_bn=True), or per_channel"
         )
 
 

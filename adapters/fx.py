@@ -119,6 +119,16 @@ def qconfig_mapping(
     observer) and MismatchError (another model, or one that FX would get wrong), each naming layers and remedy.
     """
     check(plan, model)
+    return _mapping(plan, folded_integers(plan, model), activation_observer, reduce_range, qat)
+
+
+def _mapping(
+    plan: Plan,
+    integers: dict[str, IntegerWeight],
+    activation_observer: str,
+    reduce_range: bool | None,
+    qat: bool,
+) -> QConfigMapping:
     if activation_observer not in OBSERVERS:
         raise SettingError(f"activation_observer: {activation_observer!r} is not allowed; {', '.join(OBSERVERS)}")
     reduce = needs_reduced_range() if reduce_range is None else reduce_range
@@ -126,8 +136,8 @@ def qconfig_mapping(
     observer = OBSERVERS[activation_observer]
     activation = FakeQuantize.with_args(observer=observer, **settings) if qat else observer.with_args(**settings)
     mapping = QConfigMapping().set_global(None)
-    for name, integers in folded_integers(plan, model).items():
-        weight = PlanWeight.with_args(choice=plan.by_name[name], integers=integers, qat=qat)
+    for name, own in integers.items():
+        weight = PlanWeight.with_args(choice=plan.by_name[name], integers=own, qat=qat)
         mapping.set_module_name(name, QConfig(activation=activation, weight=weight))
     return mapping
 
@@ -145,9 +155,11 @@ def prepare(
 
     After QAT, call finish_qat before converting. Raises as qconfig_mapping.
     """
-    mapping = qconfig_mapping(plan, model, activation_observer=activation_observer, reduce_range=reduce_range, qat=qat)
+    check(plan, model)
+    integers = folded_integers(plan, model)
+    mapping = _mapping(plan, integers, activation_observer, reduce_range, qat)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    baked = bake(model, plan)
+    baked = _baked(model, integers)
     return prepare_qat_fx(baked.train(), mapping, inputs) if qat else prepare_fx(baked, mapping, inputs)
 
 
@@ -168,9 +180,13 @@ def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
 def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
     """A copy of the model with BatchNorm folded away and every planned weight set to what its integers mean."""
     check(plan, model)
+    return _baked(model, folded_integers(plan, model))
+
+
+def _baked(model: nn.Module, integers: dict[str, IntegerWeight]) -> torch.fx.GraphModule:
     graph_module = _without_batch_norm(model)
     with torch.no_grad():
-        for name, weight in folded_integers(plan, model).items():
+        for name, weight in integers.items():
             cast(Tensor, graph_module.get_submodule(name).weight).copy_(weight.dequantized())
     return graph_module
 

@@ -6,7 +6,7 @@ import torch.fx
 from torch import nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
-from mpq_plugins.errors import MismatchError, SettingError, SourceError
+from mpq_plugins.errors import MismatchError, SettingError, SourceError, first_few
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
@@ -20,7 +20,6 @@ CAPABILITIES = Capabilities(
     parts=True,
     activation_bits=(8,),
 )
-SHOWN = 5
 
 
 def check(plan: Plan, model: nn.Module) -> None:
@@ -46,8 +45,7 @@ def check(plan: Plan, model: nn.Module) -> None:
     problems = [_trouble(layer, modules[layer.name], uses, borrowed) for layer in planned_layers(plan)]
     found = [problem for problem in problems if problem]
     if found:
-        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise MismatchError(f"fx cannot run this plan on {type(model).__name__}: {'; '.join(found[:SHOWN])}{more}")
+        raise MismatchError(f"fx cannot run this plan on {type(model).__name__}: {first_few(found)}")
 
 
 def _trouble(layer: LayerChoice, module: nn.Module, uses: Counter[str], borrowed: set[str]) -> str | None:

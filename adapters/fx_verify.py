@@ -7,13 +7,13 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from mpq_plugins.errors import SourceError, VerifyError
+from mpq_plugins.errors import SourceError, VerifyError, first_few
+from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import folded_biases, folded_integers, planned_layers
-from .fx_checks import SHOWN
+from .folded import biases_of, integers_of, planned_layers
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ def verify(
     returned); every other layer must be in float. The ranges of activations are the calibration's, and are not judged.
     Raises VerifyError listing what is wrong.
     """
-    expected = folded_integers(plan, model) if integers is None else integers
-    biases = folded_biases(model)
+    folded = fold_batch_norm(model)
+    expected = integers_of(plan, folded) if integers is None else integers
+    biases = biases_of(folded)
     problems: list[str] = []
     checks: list[LayerCheck] = []
     inputs = _inputs(converted)
@@ -58,8 +59,7 @@ def verify(
     ]
     problems += [f"{name!r} is quantized and the plan leaves it in float" for name in extra]
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
+        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
 
 
@@ -87,11 +87,9 @@ def _problem(module: nn.Module | None, expected: IntegerWeight) -> str | None:
     weight = _codes(module)
     if weight is None:
         return f"was left in float ({type(module).__name__})"
-    if weight.shape != expected.codes.shape:
-        return f"has shape {list(weight.shape)}, the plan {list(expected.codes.shape)}"
-    wrong = int((weight.int_repr() != expected.codes).sum())
-    if wrong:
-        return f"has {wrong} of {weight.numel()} codes that are not the plan's"
+    problem = expected.code_problem(weight.int_repr())
+    if problem is not None:
+        return problem
     reached = weight.dequantize()
     if not torch.allclose(reached, expected.dequantized(), rtol=1e-6, atol=0):
         return "has other scales or zero points than the plan's"

@@ -25,20 +25,15 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
-from mpq_plugins.errors import MismatchError, SourceError, VerifyError
+from mpq_plugins.errors import MismatchError, SourceError, VerifyError, first_few
+from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.weights import quantizable_weights
 
-from .folded import (
-    check_folding,
-    check_max_norm,
-    folded_biases,
-    folded_integers,
-    folded_weights,
-    planned_layers,
-)
+from .folded import biases_of, check_folding, check_max_norm, integers_of, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="pt2e",
@@ -52,7 +47,6 @@ CAPABILITIES = Capabilities(
 )
 LAYER = "mpq_plugins_layer"
 ANNOTATION = "quantization_annotation"
-SHOWN = 5
 
 
 class PlanPerChannelObserver(ObserverBase):  # type: ignore[misc]
@@ -85,7 +79,8 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         super().__init__()
         _check(plan, model)
-        self.plan, self.integers, self.float_weights = plan, folded_integers(plan, model), folded_weights(model)
+        folded = fold_batch_norm(model)
+        self.plan, self.integers, self.float_weights = plan, integers_of(plan, folded), quantizable_weights(folded)
         self.model_name = type(model).__name__
         if plan.activation_bits is not None:
             for layer in planned_layers(plan):
@@ -102,7 +97,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
             if weight.shape != own.shape or (weight - own).abs().max() > 1e-5 * own.abs().max():
                 problems.append(f"{name!r} has other weights there than in {self.model_name}: export that model")
         if problems:
-            raise MismatchError(f"pt2e cannot run this plan: {_some(problems)}")
+            raise MismatchError(f"pt2e cannot run this plan: {first_few(problems)}")
         for name, node in found.items():
             _replace(model, str(node.target), self.integers[name].dequantized())
         return model
@@ -151,7 +146,8 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
     """
     if not isinstance(converted, torch.fx.GraphModule):
         raise SourceError(f"{type(converted).__name__}: no GraphModule; give what convert_pt2e made")
-    expected, biases = folded_integers(plan, model), folded_biases(model)
+    folded = fold_batch_norm(model)
+    expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
     found: dict[str, LayerCheck] = {}
     for node in converted.graph.nodes:
@@ -174,7 +170,7 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
             problems.append(f"{name!r} {problem}")
         bits = tuple((part.bits, len(part.channels)) for part in plan.by_name[name].groups)
         found[name] = LayerCheck(name, bits, bool(inputs))
-    problems += _changed_weights(converted, {n: w for n, w in folded_weights(model).items() if n not in expected})
+    problems += _changed_weights(converted, {n: w for n, w in quantizable_weights(folded).items() if n not in expected})
     problems += [
         f"{str(node.args[0])!r} is quantized in the graph and the plan does not say so"
         for node in converted.graph.nodes
@@ -182,7 +178,7 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
     ]
     problems += [f"{name!r} was left in float" for name in expected if name not in found]
     if problems:
-        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {_some(problems)}")
+        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(found[name] for name in expected)
 
 
@@ -289,16 +285,9 @@ def _layer_of(node: torch.fx.Node, plan: Plan) -> str:
 def _problem(converted: torch.fx.GraphModule, node: torch.fx.Node, expected: IntegerWeight) -> str | None:
     sources = [cast(torch.fx.Node, argument) for argument in node.args[:3]]
     codes, scale, zero_point = (_attribute(converted, str(source.target)) for source in sources)
-    if codes.shape != expected.codes.shape:
-        return f"has shape {list(codes.shape)}, the plan {list(expected.codes.shape)}"
-    wrong = int((codes != expected.codes).sum())
-    if wrong:
-        return f"has {wrong} of {codes.numel()} codes that are not the plan's"
+    problem = expected.code_problem(codes)
+    if problem is not None:
+        return problem
     if not (scale.equal(expected.scale[:, 0]) and zero_point.equal(expected.zero_point[:, 0])):
         return "has other scales or zero points than the plan's"
     return None
-
-
-def _some(items: list[str]) -> str:
-    more = f"; and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return "; ".join(items[:SHOWN]) + more

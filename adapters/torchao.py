@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
-from mpq_plugins.errors import MismatchError, SettingError, VerifyError
+from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_few
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
@@ -45,7 +45,6 @@ CONFIG_CAPABILITIES = Capabilities(
     granularities=("per_channel", "per_group"),
 )
 DYNAMIC = "int8_asym_per_token"
-SHOWN = 5
 
 
 @IntxUnpackedToInt8Tensor.implements(torch.ops.aten.conv1d.default)  # type: ignore[untyped-decorator]
@@ -136,8 +135,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
         kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
 
 
@@ -155,10 +153,7 @@ def _check(plan: Plan, model: nn.Module) -> None:
         if any(not _standard(model.get_submodule(name)) for name in layer.names):
             problems.append(f"{layer.name!r} computes in its own way, which may fail on torchao's tensors: skip it")
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise MismatchError(
-            f"torchao cannot run this plan on {type(model).__name__}: {'; '.join(problems[:SHOWN])}{more}"
-        )
+        raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")
 
 
 def _standard(module: nn.Module) -> bool:
@@ -191,7 +186,7 @@ def _activation(name: str | None) -> Any:
 
 def _dtype(layer: LayerChoice) -> torch.dtype:
     """torchao's name for the widest part; its int1 has no +1, so binary codes are int2."""
-    dtype: torch.dtype = getattr(torch, f"int{max(2, *(part.bits for part in layer.groups), 2)}")
+    dtype: torch.dtype = getattr(torch, f"int{max(2, *(part.bits for part in layer.groups))}")
     return dtype
 
 
@@ -210,11 +205,9 @@ def _problem(weight: Tensor, expected: IntegerWeight, dynamic: str | None, dtype
     if not isinstance(weight, IntxUnpackedToInt8Tensor):
         return f"was left in float ({type(weight).__name__})"
     codes, scale = cast(Tensor, weight.qdata).cpu(), cast(Tensor, weight.scale).cpu()
-    if codes.shape != expected.codes.shape:
-        return f"has shape {list(codes.shape)}, the plan {list(expected.codes.shape)}"
-    wrong = int((codes != expected.codes).sum())
-    if wrong:
-        return f"has {wrong} of {codes.numel()} codes that are not the plan's"
+    problem = expected.code_problem(codes)
+    if problem is not None:
+        return problem
     zero_point = cast(Tensor, weight.zero_point).cpu().long()
     if not (_same(scale, expected.scale) and _same(zero_point, expected.zero_point)):
         return "has other scales or zero points than the plan's"

@@ -7,14 +7,12 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import VerifyError
+from .errors import VerifyError, first_few
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .plan import LayerChoice, Part, Plan
-
-SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
         if original is not None and not (name in expected and expected[name].equal(weight)):
             problems.append(f"{name!r} differs from what the plan makes of the original")
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise VerifyError(f"{type(model).__name__} does not hold the plan: {'; '.join(problems[:SHOWN])}{more}")
+        raise VerifyError(f"{type(model).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
 
 

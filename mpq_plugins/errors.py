@@ -10,6 +10,16 @@ MPQError
 └── PluginError        an entry point that is missing, claimed twice or broken
 """
 
+from collections.abc import Sequence
+
+SHOWN = 5  # things listed in an error before it turns to counting
+
+
+def first_few(items: Sequence[str], separator: str = "; ") -> str:
+    """The first few of what is wrong, and how many more there are."""
+    more = f"{separator.rstrip()} and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return separator.join(items[:SHOWN]) + more
+
 
 class MPQError(Exception):
     """Anything this package refuses, in one sentence: what, where, what is allowed, what to do."""

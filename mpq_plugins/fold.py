@@ -39,7 +39,31 @@ def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
     """
     if not has_batch_norm(model):
         return {}
+    return _pairs(_trace(model), model)
+
+
+def unfolded_norms(model: nn.Module) -> dict[str, str]:
+    """Convolution or linear layer -> a BatchNorm that it feeds and that is not folded into it.
+
+    Backends that fold by themselves take them for a pair all the same. Raises SourceError as conv_bn_pairs.
+    """
+    if not has_batch_norm(model):
+        return {}
     graph = _trace(model)
+    pairs, modules = _pairs(graph, model), dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, torch.fx.Node) or source.op != "call_module":
+            continue
+        layer, norm = str(source.target), str(node.target)
+        feeds = isinstance(modules[layer], (nn.Linear, *CONVOLUTIONS)) and isinstance(modules[norm], BATCH_NORMS)
+        if feeds and pairs.get(layer) != norm:
+            found[layer] = norm
+    return found
+
+
+def _pairs(graph: torch.fx.Graph, model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
     sharers = Counter(id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS))
@@ -60,26 +84,6 @@ def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
         if calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
             pairs[str(source.target)] = str(node.target)
     return pairs
-
-
-def unfolded_norms(model: nn.Module) -> dict[str, str]:
-    """Convolution or linear layer -> a BatchNorm that it feeds and that is not folded into it.
-
-    Backends that fold by themselves take them for a pair all the same. Raises SourceError as conv_bn_pairs.
-    """
-    if not has_batch_norm(model):
-        return {}
-    pairs, modules = conv_bn_pairs(model), dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, str] = {}
-    for node in _trace(model).nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(source, torch.fx.Node) or source.op != "call_module":
-            continue
-        layer, norm = str(source.target), str(node.target)
-        feeds = isinstance(modules[layer], (nn.Linear, *CONVOLUTIONS)) and isinstance(modules[norm], BATCH_NORMS)
-        if feeds and pairs.get(layer) != norm:
-            found[layer] = norm
-    return found
 
 
 def _trace(model: nn.Module) -> torch.fx.Graph:

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from .errors import SettingError
+from .errors import SettingError, first_few
 from .plan import LayerChoice, Part, Plan
 from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
 from .size import layer_size
 
 Policy = Literal["up", "nearest", "error"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-SHOWN = 5
 ACTIVATIONS = "activations"
 
 
@@ -21,9 +20,9 @@ class Capabilities:
 
     bits: of weights; kinds: of layers; schemes: by name; symmetric: which of symmetric and asymmetric;
     granularities; parts: whether channels of one layer may differ in bits, float_parts: some in floating point;
-    activation_bits: None among them is
-    floating point; activation_kinds, activation_symmetric: kinds and symmetric beside quantized activations, where
-    they differ. Layers left at 16 or 32 bits are always possible. Raises SettingError where nothing is left.
+    activation_bits: None among them is floating point; activation_kinds, activation_symmetric: kinds and symmetric
+    beside quantized activations, where they differ. Layers left at 16 or 32 bits are always possible. Raises
+    SettingError where nothing is left.
     """
 
     backend: str
@@ -107,10 +106,9 @@ def require_legal(plan: Plan, capabilities: Capabilities) -> None:
 
 def refusal(changes: Sequence[Change], backend: str) -> str:
     """The sentence that refuses a plan."""
-    shown = "; ".join(f"{change.layer!r}: {change.before}, but {change.why}" for change in changes[:SHOWN])
-    more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    shown = first_few([f"{change.layer!r}: {change.before}, but {change.why}" for change in changes])
     remedy = "Use legalise(plan, ...) first, or plan within its limits."
-    return f"{backend} cannot run this plan as it is: {shown}{more}. {remedy}"
+    return f"{backend} cannot run this plan as it is: {shown}. {remedy}"
 
 
 def _legal(
@@ -120,14 +118,16 @@ def _legal(
     in_float = [part.bits in FLOAT_BITS for part in layer.groups]
     if all(in_float):
         return layer, []
-    unchanged = layer.model_copy(update={"bits": 32, "parts": None})
+    left_in_float = layer.model_copy(update={"bits": 32, "parts": None})
     if layer.kind not in able.kinds:
         beside = "" if activation_bits is None else f" beside {activation_bits}-bit activations"
-        return unchanged, [
+        return left_in_float, [
             f"{able.backend} does not quantize {layer.kind} layers{beside}, so it stays in floating point"
         ]
     if any(in_float) and not able.float_parts and policy == "up":
-        return unchanged, [f"{able.backend} has no layers partly in floating point, and nothing above but all of it"]
+        return left_in_float, [
+            f"{able.backend} has no layers partly in floating point, and nothing above but all of it"
+        ]
     scheme, whys = _legal_scheme(layer.scheme, able)
     groups = layer.groups
     if len(groups) > 1 and not able.parts:

@@ -18,9 +18,8 @@ class IntegerWeight:
     """w' = (codes - zero_point) scale, the weight `simulate` makes, to the last bit.
 
     codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (at one bit -1 and 1, or 0 for weights
-    that are all 0); scale: float32
-    (channels, groups), in the weights' units, one group unless per_group; zero_point: int64 (channels, groups);
-    one_scale: all channels share both.
+    that are all 0); scale: float32 (channels, groups), in the weights' units, one group unless per_group; zero_point:
+    int64 (channels, groups); one_scale: all channels share both.
     """
 
     codes: Tensor
@@ -34,6 +33,13 @@ class IntegerWeight:
         rows = self.region_rows(self.codes).float() - self.zero_point.reshape(-1, 1).float()
         values = (rows * self.scale.reshape(-1, 1)).reshape(self.scale.shape[0], -1)
         return from_channel_rows(values, self.codes.shape, self.channel_axis)
+
+    def code_problem(self, codes: Tensor) -> str | None:
+        """How codes read back from a backend differ from these, in words; None where they do not."""
+        if codes.shape != self.codes.shape:
+            return f"has shape {list(codes.shape)}, the plan {list(self.codes.shape)}"
+        wrong = int((codes != self.codes).sum())
+        return f"has {wrong} of {codes.numel()} codes that are not the plan's" if wrong else None
 
     def region_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as one row for each scale."""

@@ -5,12 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from .errors import MismatchError, WeightError
+from .errors import MismatchError, WeightError, first_few
 from .measure.error import weights_fingerprint
 from .plan import LayerChoice, Plan
 from .weights import Weight, Weights, find_weights
-
-SHOWN = 5  # names listed in an error before it turns to counting
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,15 @@ def _problems(plan: Plan, found: Weights) -> list[str]:
     axes = [name for name, layer in plan.by_name.items() if name in present and not _same_axis(layer, present[name])]
     problems = []
     if missing:
-        problems.append(f"Missing here: {_some([repr(name) for name in missing])}.")
+        problems.append(f"Missing here: {first_few([repr(name) for name in missing], ', ')}.")
     if extra:
-        problems.append(f"Here but not in the plan: {_some([repr(name) for name in extra])}.")
+        problems.append(f"Here but not in the plan: {first_few([repr(name) for name in extra], ', ')}.")
     if shapes:
-        problems.append(f"Other shapes: {_some(shapes)}.")
+        problems.append(f"Other shapes: {first_few(shapes, ', ')}.")
     if axes:
         problems.append(
-            f"Planned along another channel axis: {_some([repr(name) for name in axes])}; a bare file does not say "
-            "that a convolution is transposed, so measure the module."
+            f"Planned along another channel axis: {first_few([repr(name) for name in axes], ', ')}; a bare file does "
+            "not say that a convolution is transposed, so measure the module."
         )
     return problems
 
@@ -92,8 +90,3 @@ def _notes(plan: Plan, found: Weights) -> list[str]:
         "The layers are the plan's, their weights are not those it was made from: trained further, quantized, or "
         "folded (or a transposed convolution was planned from a bare file)."
     ]
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more

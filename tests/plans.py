@@ -24,6 +24,15 @@ def plan_of(*layers: LayerChoice, fold_bn: bool = False) -> Plan:
     return Plan(made_with={}, allocator=record, model="sha256:test", fold_bn=fold_bn, layers=layers)
 
 
+def with_layer(plan: Plan, name: str, **changes: object) -> Plan:
+    """The plan with one layer's fields changed and validated again."""
+    layers = tuple(
+        LayerChoice(**(layer.model_dump() | {"scheme": layer.scheme} | changes)) if layer.name == name else layer
+        for layer in plan.layers
+    )
+    return plan.model_copy(update={"layers": layers})
+
+
 def linear(name: str, out: int, inputs: int, scheme: Scheme, bits: int | dict[int, tuple[int, ...]]) -> LayerChoice:
     """A linear layer with bits, or with parts bits -> channels."""
     parts = tuple(Part(bits=b, channels=c) for b, c in bits.items()) if isinstance(bits, dict) else None

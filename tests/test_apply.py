@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins import Affine, LayerChoice, LayerTable, Part, Plan, Uniform, apply, measure, verify
+from mpq_plugins import Affine, LayerTable, Part, Plan, Uniform, apply, measure, verify
 from mpq_plugins.errors import MismatchError, VerifyError, WeightError
 from mpq_plugins.quantize.fake import fake_quantize
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.table import METRICS
 from tests.nets import conv_net, tied_net
-from tests.plans import SCHEMES, narrowest
+from tests.plans import SCHEMES, narrowest, with_layer
 
 PER_CHANNEL = Affine(granularity="per_channel")
 
@@ -19,15 +19,6 @@ def weight_of(net: nn.Module, name: str) -> Tensor:
     weight = net.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def with_layer(plan: Plan, name: str, **changes: object) -> Plan:
-    """The plan with one layer's fields changed and validated again."""
-    layers = tuple(
-        LayerChoice(**(layer.model_dump() | {"scheme": layer.scheme} | changes)) if layer.name == name else layer
-        for layer in plan.layers
-    )
-    return plan.model_copy(update={"layers": layers})
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.group_size is None])

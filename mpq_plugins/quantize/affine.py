@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from ..scheme import Affine, check_bits
-from .calibrate import choose_grids
+from .calibrate import fitted_rows
 from .grid import Grids
-from .kernel import row_stats
-from .regions import channel_rows, from_channel_rows, region_rows
-from .weight import check_weight
+from .regions import channel_rows, from_channel_rows
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,9 @@ def quantize(
     """
     scheme = scheme or Affine()
     check_bits(bits)
-    check_weight(weight, layer)
-    per_channel = scheme.regions_per_channel(weight.shape, channel_axis, layer)
-    channels = channel_rows(weight.detach().float(), channel_axis)
-    rows = region_rows(channels, scheme, per_channel)
-    stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
-    grid = choose_grids(lambda work: [work(rows)], stats, [bits], scheme)
+    rows, shape, grid = fitted_rows(weight, bits, scheme, channel_axis, layer)
     assert isinstance(grid, Grids)
-    codes = _encode(rows, grid).reshape(channels.shape)
+    codes = _encode(rows, grid).reshape(shape)
     return QuantizedTensor(
         from_channel_rows(codes, weight.shape, channel_axis), grid, scheme, channel_axis, weight.dtype
     )

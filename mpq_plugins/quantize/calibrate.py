@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..scheme import Affine, Piecewise, Scheme
 from .breakpoint import choose_breakpoints
 from .grid import AnyGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
-from .kernel import SQUARED, error_sums, error_totals
+from .kernel import SQUARED, error_sums, error_totals, row_stats
+from .regions import channel_rows, region_rows
+from .weight import check_weight
 
 Each = Callable[[Callable[[Tensor], Floats]], list[Floats]]
 """Applies a function to every block of a weight: with one region for all, matrices of any shape; otherwise a
@@ -104,3 +107,18 @@ class _Clipping:
             better(grids.zero_point, self.grid.zero_point),
         )
         return _Clipping(chosen, np.minimum(found, self.error), better(lows, self.low), better(highs, self.high))
+
+
+def fitted_rows(
+    weight: Tensor, bits: int, scheme: Scheme, channel_axis: int, layer: str
+) -> tuple[Tensor, torch.Size, AnyGrids]:
+    """A weight as float32 rows, one per region; the shape of its channels' rows; and the grid of each region.
+
+    Raises WeightError and SettingError, naming `layer`.
+    """
+    check_weight(weight, layer)
+    per_channel = scheme.regions_per_channel(weight.shape, channel_axis, layer)
+    channels = channel_rows(weight.detach().float(), channel_axis)
+    rows = region_rows(channels, scheme, per_channel)
+    stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
+    return rows, channels.shape, choose_grids(lambda work: [work(rows)], stats, [bits], scheme)

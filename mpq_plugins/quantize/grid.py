@@ -90,11 +90,6 @@ class PiecewiseGrids:
             product: NDArray[np.float32] = self.dense * self.reach.astype(np.float32)
         return product
 
-    def take(self, columns: Sequence[int]) -> "PiecewiseGrids":
-        """The quantizers at these positions."""
-        chosen = list(columns)
-        return PiecewiseGrids(self.bits[chosen], self.shared, self.dense[:, chosen], self.tail[:, chosen])
-
 
 AnyGrids = Grids | PiecewiseGrids
 

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ..errors import SettingError
 from ..scheme import Piecewise
-from .calibrate import choose_grids
+from .calibrate import fitted_rows
 from .grid import PiecewiseGrids
-from .kernel import row_stats
-from .regions import channel_rows, from_channel_rows, region_rows
-from .weight import check_weight
+from .regions import channel_rows, from_channel_rows
 
 
 @dataclass(frozen=True)
@@ -77,16 +75,9 @@ def quantize(
         scheme.check_bits(bits)
     except SettingError as error:
         raise SettingError(f"layer {layer!r}: {error}") from error
-    check_weight(weight, layer)
-    per_channel = scheme.regions_per_channel(weight.shape, channel_axis, layer)
-    channels = channel_rows(weight.detach().float(), channel_axis)
-    rows = region_rows(channels, scheme, per_channel)
-    stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
-    grid = choose_grids(lambda work: [work(rows)], stats, [bits], scheme)
+    rows, shape, grid = fitted_rows(weight, bits, scheme, channel_axis, layer)
     assert isinstance(grid, PiecewiseGrids)
-    codes, tail = (
-        from_channel_rows(part.reshape(channels.shape), weight.shape, channel_axis) for part in encode(rows, grid)
-    )
+    codes, tail = (from_channel_rows(part.reshape(shape), weight.shape, channel_axis) for part in encode(rows, grid))
     return PiecewiseTensor(codes, tail, grid, scheme, channel_axis, weight.dtype)
 
 

@@ -20,6 +20,7 @@ from mpq_plugins.legalise import legalise
 from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets
 from tests.conftest import Ran
+from tests.plans import with_layer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning"),
@@ -167,9 +168,7 @@ def test_a_functional_convolution_beside_the_plan_stays_in_float_and_converts() 
 def test_layers_planned_in_float_stay_in_float() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
-    plan = plan.model_copy(
-        update={"layers": tuple(x.model_copy(update={"bits": 32}) if x.name == "fc" else x for x in plan.layers)}
-    )
+    plan = with_layer(plan, "fc", bits=32)
     converted = convert_fx(prepared(model, plan))
     assert [check.layer for check in fx.verify(converted, plan, model)] == ["conv1", "conv2"]
     assert type(converted.get_submodule("fc")) is nn.Linear
@@ -248,9 +247,7 @@ def test_plans_that_fx_cannot_run_are_refused_with_the_remedy() -> None:
 def test_verify_finds_what_was_planted() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
-    wider = plan.model_copy(
-        update={"layers": tuple(x.model_copy(update={"bits": 5}) if x.name == "conv2" else x for x in plan.layers)}
-    )
+    wider = with_layer(plan, "conv2", bits=5)
     less = plan.model_copy(update={"layers": plan.layers[:2], "skipped": ("fc",)})
     converted = convert_fx(prepared(model, plan))
     with pytest.raises(VerifyError, match=r"'conv2' has \d+ of 144 codes that are not the plan's"):

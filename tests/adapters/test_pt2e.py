@@ -12,6 +12,7 @@ from mpq_plugins.errors import MismatchError, SettingError, SourceError, VerifyE
 from mpq_plugins.fold import fold_batch_norm
 from tests.adapters import nets
 from tests.adapters.test_torchao import IMAGES, TOKENS, TextNet
+from tests.plans import with_layer
 
 pt2e = pytest.importorskip("mpq_plugins.adapters.pt2e")
 
@@ -176,16 +177,12 @@ def test_verify_finds_what_was_planted() -> None:
     plan = planned(model)
     made = converted(model, plan, IMAGES)
 
-    def changed(name: str, **fields: Any) -> Plan:
-        layers = (x.model_copy(update=fields) if x.name == name else x for x in plan.layers)
-        return plan.model_copy(update={"layers": tuple(layers)})
-
     with pytest.raises(VerifyError, match=r"'conv2' has \d+ of 144 codes that are not the plan's"):
-        pt2e.verify(made, changed("conv2", bits=5), model)
+        pt2e.verify(made, with_layer(plan, "conv2", bits=5), model)
     with pytest.raises(VerifyError, match="'fc' is quantized and the plan leaves it in float"):
-        pt2e.verify(made, changed("fc", bits=32), model)
+        pt2e.verify(made, with_layer(plan, "fc", bits=32), model)
     with pytest.raises(VerifyError, match="'fc' was left in float"):
-        pt2e.verify(converted(model, changed("fc", bits=32), IMAGES), plan, model)
+        pt2e.verify(converted(model, with_layer(plan, "fc", bits=32), IMAGES), plan, model)
     scaled = nets.made(nets.SmallNet)
     with torch.no_grad():
         scaled.fc.weight.mul_(2)  # type: ignore[operator, union-attr]

@@ -14,6 +14,7 @@ from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyErro
 from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets
 from tests.nets import tied_net
+from tests.plans import with_layer
 
 torchao = pytest.importorskip("mpq_plugins.adapters.torchao")
 
@@ -151,16 +152,12 @@ def test_verify_finds_what_was_planted() -> None:
     plan = planned(model)
     quantized = torchao.apply(model, plan)
 
-    def changed(name: str, **fields: Any) -> Plan:
-        layers = (x.model_copy(update=fields) if x.name == name else x for x in plan.layers)
-        return plan.model_copy(update={"layers": tuple(layers)})
-
     with pytest.raises(VerifyError, match=r"'hidden' has \d+ of 48 codes that are not the plan's"):
-        torchao.verify(quantized, changed("hidden", bits=5), model)
+        torchao.verify(quantized, with_layer(plan, "hidden", bits=5), model)
     with pytest.raises(VerifyError, match="'fc' is not the model's own, and the plan leaves it in float"):
-        torchao.verify(quantized, changed("fc", bits=32), model)
+        torchao.verify(quantized, with_layer(plan, "fc", bits=32), model)
     with pytest.raises(VerifyError, match="'fc' was left in float"):
-        torchao.verify(torchao.apply(model, changed("fc", bits=32)), plan, model)
+        torchao.verify(torchao.apply(model, with_layer(plan, "fc", bits=32)), plan, model)
     scaled = nets.made(TextNet)
     with torch.no_grad():
         scaled.fc.weight.mul_(2)  # type: ignore[operator, union-attr]
