@@ -198,6 +198,14 @@ class Plan(BaseModel):
         """The layers by name and by the tied names of their weights."""
         return {name: layer for layer in self.layers for name in layer.names}
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields replaced, unchecked. What was worked out from the old fields stays behind."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name, value in vars(type(self)).items():
+            if isinstance(value, cached_property):
+                vars(copied).pop(name, None)
+        return copied
+
     def to_json(self) -> str:
         """Readable JSON in a stable order, one line per layer; equal plans give equal bytes."""
         document = self.model_dump(mode="json", exclude_none=True)

@@ -127,3 +127,10 @@ def test_refusals_list_every_layer_and_the_remedy() -> None:
         legalise(plan.with_activation_bits(None), four)
     with pytest.raises(SettingError, match="policy: 'down' is not allowed; up, nearest, error"):
         legalise(plan, INT8, "down")  # type: ignore[arg-type]
+
+
+def test_a_legalised_plan_is_looked_up_by_its_own_layers() -> None:
+    plan = plan_of(linear("fc", 4, 2, Affine(), 3))
+    assert plan.by_name["fc"].bits == plan.by_any_name["fc"].bits == 3
+    legal, _ = legalise(plan, Capabilities(backend="wide", bits=(8,), kinds=("linear",)))
+    assert legal.by_name["fc"].bits == legal.by_any_name["fc"].bits == 8
