@@ -1,0 +1,235 @@
+"""A plan in Brevitas: its own quantized layers on the plan's grid, and all that Brevitas does with them afterwards.
+
+    quantized = brevitas.to_brevitas(model, plan)           # a new model; weights equal mpq_plugins.apply's to the bit
+    quantized = brevitas.gptq(quantized, batches)           # or gpfq, learned_round, correct_bias, train
+    brevitas.verify(quantized, plan)                        # bit-widths read back from the Brevitas model
+    brevitas.save(quantized, plan, "net.safetensors")       # the file carries its plan
+    brevitas.export(quantized, plan, "net.onnx", images, format="onnx_qcdq")
+
+Who calls Brevitas themselves gets a drop-in `compute_layer_map`:
+
+    layerwise_quantize(model, compute_layer_map=brevitas.layer_map(plan, model))
+
+Layers that the plan leaves in float stay torch's own. Scales are parameters that start at the plan's; zero points and
+widths are fixed.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from brevitas import config
+from brevitas.quant import ShiftedUint8ActPerTensorFloat
+from torch import Tensor, nn
+
+from mpq_plugins.errors import MismatchError, MPQError, SettingError, first_few
+from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
+from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.match import match
+from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.scheme import Affine
+
+from .brevitas_export import FORMATS, export
+from .brevitas_files import load, save
+from .brevitas_graph import ModuleToModuleByInstance, brevitas_settings_kept
+from .brevitas_layers import LAYERS
+from .brevitas_quant import PlanBitWidth, bit_widths, weight_quantizer
+from .brevitas_round import learned_round
+from .brevitas_tune import calibrate, correct_bias, distillation, gpfq, gptq, train
+from .brevitas_verify import LayerCheck, verify
+from .folded import FLOAT, check_max_norm, planned_layers
+
+__all__ = [
+    "CAPABILITIES", "FORMATS", "LayerCheck", "calibrate", "correct_bias", "distillation", "export", "gpfq", "gptq",
+    "layer_map", "learned_round", "load", "save", "to_brevitas", "train", "verify",
+]  # fmt: skip
+
+CAPABILITIES = Capabilities(
+    backend="brevitas",
+    bits=tuple(range(1, 9)),
+    kinds=(
+        "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "embedding",
+    ),
+    granularities=("per_tensor", "per_channel", "per_group"),
+    parts=True,
+    activation_bits=(None, *range(2, 9)),
+)  # fmt: skip
+
+
+def to_brevitas(
+    model: nn.Module, plan: Plan, activation_bits: int | None = None, *, ternary: Sequence[str] = ()
+) -> nn.Module:
+    """A copy of the model with Brevitas layers, whose quantized weights are the plan's to the bit.
+
+    activation_bits: of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's, and
+    `calibrate` sets their ranges. ternary: names of layers with 2 symmetric bits that become Brevitas's TernaryQuant,
+    the same weights. BatchNorm is folded where the plan was measured so. A module under several names stays one, and
+    tied weights stay tied. Raises MismatchError (another model; a layer that its Brevitas twin would not replace, by
+    name) and SettingError (a plan that Brevitas cannot run). Brevitas's global settings are left as they were.
+    """
+    plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
+    _check(plan, model)
+    _check_ternary(plan, ternary)
+    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    with brevitas_settings_kept():
+        config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
+        for layer in planned_layers(plan):
+            _replace(quantized, layer, plan.activation_bits, layer.name in ternary)
+    quantized.register_load_state_dict_pre_hook(_refuse_other_plans)
+    return quantized
+
+
+def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module], tuple[type[nn.Module], Any]]:
+    """The plan as `compute_layer_map` for Brevitas's `layerwise_quantize`, in which weights are the plan's to the bit.
+
+    Brevitas skips what it does not find, changes the model in place, and goes by exact types: give `model` to have
+    everything checked beforehand that would be skipped or lost. Without it only a layer that the plan does not know is
+    refused, when Brevitas comes to it. A plan measured with BatchNorm folded wants the folded model, and so `model`.
+    Raises MismatchError and SettingError as to_brevitas.
+    """
+    require_legal(plan, CAPABILITIES)
+    if model is not None:
+        _check(plan, model)
+        _check_layerwise(plan, model)
+    elif plan.fold_bn:
+        raise SettingError(
+            "the plan was measured with BatchNorm folded in: quantize fold_batch_norm(model), of mpq_plugins.fold, and "
+            "give that model to layer_map too"
+        )
+    ignored = config.IGNORE_MISSING_KEYS
+
+    def weight(module: nn.Module, name: str) -> type | None:
+        try:
+            layer = _planned(plan, module, name)
+            return None if layer is None else weight_quantizer(cast(Tensor, module.weight), layer)
+        except MPQError:
+            config.IGNORE_MISSING_KEYS = ignored  # layerwise_quantize has set it, and is about to fail
+            raise
+
+    def inputs(name: str) -> type | None:
+        planned = name in {own for layer in planned_layers(plan) for own in layer.names}
+        return activation_quantizer(plan.activation_bits) if planned else None
+
+    # Brevitas calls nothing but real lambdas of two arguments.
+    common = {"weight_quant": lambda module, name: weight(module, name)}
+    more = common | {
+        "input_quant": lambda module, name: inputs(name),
+        "bias_quant": None,
+        "return_quant_tensor": False,
+    }
+    return {cls: (twin, common if cls is nn.Embedding else more) for cls, twin in LAYERS.items()}
+
+
+def activation_quantizer(bits: int | None) -> type | None:
+    """The injector for inputs: asymmetric, per tensor, its range the calibration's."""
+    return None if bits is None else cast(type, ShiftedUint8ActPerTensorFloat.let(bit_width=bits))
+
+
+def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | None, ternary: bool) -> None:
+    """Put Brevitas layers in the place of a planned layer, of its tied ones and of all their aliases."""
+    first: nn.Module | None = None
+    for name in layer.names:
+        old = quantized.get_submodule(name)
+        if bit_widths(old) is not None:
+            continue  # an alias, replaced already
+        weight, trains, standard = cast(nn.Parameter, old.weight), old.training, _standard_class(old)
+        assert standard is not None  # _check has seen to it
+        settings: dict[str, Any] = {"weight_quant": weight_quantizer(weight, layer, ternary)}
+        if not isinstance(old, nn.Embedding):
+            settings |= {
+                "input_quant": activation_quantizer(activation_bits), "bias_quant": None, "return_quant_tensor": False,
+            }  # fmt: skip
+        new = ModuleToModuleByInstance(old, LAYERS[standard], **settings).init_new_module(old, name)
+        if first is None:
+            first, new.weight = new, weight
+        else:
+            new.weight, new.weight_quant = first.weight, first.weight_quant
+        new.train(trains)
+        for alias in [alias for alias, module in quantized.named_modules(remove_duplicate=False) if module is old]:
+            parent, _, own = alias.rpartition(".")
+            setattr(quantized.get_submodule(parent), own, new)
+
+
+def _check(plan: Plan, model: nn.Module) -> None:
+    match(plan, model).require(type(model).__name__)
+    require_legal(plan, CAPABILITIES)
+    check_max_norm(plan, model)
+    if config.JIT_ENABLED:
+        raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
+    problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model)]
+    if problems:
+        raise MismatchError(f"brevitas cannot run this plan on {type(model).__name__}: {first_few(problems)}")
+
+
+def _troubles(layer: LayerChoice, model: nn.Module) -> Iterator[str]:
+    for name in layer.names:
+        module = model.get_submodule(name)
+        own, weight = type(module).__name__, cast(Tensor, module.weight)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            yield f"{name!r} is MultiheadAttention's own, which never calls it as a module: skip it"
+        elif weight.dtype != FLOAT:
+            yield f"{name!r} is {weight.dtype}, and Brevitas would round it otherwise: model.float(), or skip it"
+        elif _standard_class(module) is None:
+            yield f"{name!r} is a {own} that computes in its own way, which its Brevitas twin would not: skip it"
+        elif module._forward_hooks or module._forward_pre_hooks:
+            yield f"{name!r} has forward hooks, which its Brevitas twin would lose: remove them, or skip it"
+    if layer.tied and layer.scheme.granularity == "per_group":
+        yield f"{layer.name!r} shares its weight, and Brevitas does not share quantizers per group: skip it"
+
+
+def _check_layerwise(plan: Plan, model: nn.Module) -> None:
+    """What `layerwise_quantize` would skip, untie or leave behind without a word."""
+    problems = []
+    for layer in planned_layers(plan):
+        modules = [model.get_submodule(name) for name in layer.names]
+        if len(layer.names) > 1:
+            problems.append(f"{layer.name!r} is {layer.tied[0]!r} too, which it would untie and leave in float")
+        problems += [
+            f"{name!r} is a {type(module).__name__}, and it goes by exact types"
+            for name, module in zip(layer.names, modules, strict=True)
+            if type(module) not in LAYERS
+        ]
+    if plan.fold_bn and conv_bn_pairs(model):
+        problems.append("the plan was measured with BatchNorm folded in: fold_batch_norm(model) first")
+    if problems:
+        raise MismatchError(f"layerwise_quantize cannot take this plan: {first_few(problems)}. Use to_brevitas")
+
+
+def _planned(plan: Plan, module: nn.Module, name: str) -> LayerChoice | None:
+    if name in plan.skipped:
+        return None
+    layer, shape = plan.by_any_name.get(name), tuple(cast(Tensor, module.weight).shape)
+    if layer is None or shape != layer.shape:
+        what = "is not in the plan" if layer is None else f"has shape {list(shape)}, the plan {list(layer.shape)}"
+        raise MismatchError(
+            f"layer {name!r}: {what}. The model is converted in part by now: build it anew, and give it to "
+            "layer_map(plan, model) to have this checked beforehand"
+        )
+    return layer if layer in planned_layers(plan) else None
+
+
+def _check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
+    names = [layer.name for layer in planned_layers(plan)]
+    for name in ternary:
+        if name not in names:
+            raise SettingError(f"ternary: the plan quantizes no layer {name!r}; {first_few(names, ', ')}")
+        layer = plan.by_name[name]
+        assert isinstance(layer.scheme, Affine)
+        if layer.bits != 2 or not layer.scheme.symmetric or layer.scheme.granularity == "per_group":
+            raise SettingError(
+                f"ternary: layer {name!r} has {layer.bits or 'mixed'} bits, {layer.scheme}; ternary weights are 2 "
+                "symmetric bits, per tensor or per channel"
+            )
+
+
+def _standard_class(module: nn.Module) -> type[nn.Module] | None:
+    """The torch class that a module computes as, subclasses without a forward of their own included."""
+    return next((cls for cls in LAYERS if isinstance(module, cls) and type(module).forward is cls.forward), None)
+
+
+def _refuse_other_plans(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before anything is loaded: a checkpoint of another plan must not change half the model."""
+    for name, child in module.named_modules():
+        if isinstance(child, PlanBitWidth):
+            child.check(state, f"{prefix}{name}.")

@@ -1,0 +1,194 @@
+"""What a Brevitas model holds, read back from it, against what the plan says."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from brevitas.core.quant import BinaryQuant, TernaryQuant
+from torch import Tensor, nn
+
+from mpq_plugins.errors import VerifyError, first_few
+from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.lower import integer_weight
+from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.scheme import Affine
+from mpq_plugins.weights import layer_kind, quantizable_weights
+
+from .brevitas_quant import bit_widths
+from .folded import planned_layers
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer as it lies in the Brevitas model: its bits by channel count, its quantizer's name, its input's bits."""
+
+    layer: str
+    bits: tuple[tuple[int, int], ...]
+    quantizer: str
+    activation_bits: int | None
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """A layer's weight as its Brevitas quantizer gives it now, all in the quantizer's view: groups split off, if any.
+
+    codes: whole numbers; value = (codes - zero_point) scale; bits: of each channel, or one number.
+    """
+
+    value: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: Tensor
+
+
+def weight_codes(module: nn.Module) -> WeightCodes:
+    """Read a Brevitas layer's weight: codes, scale, zero point and bits, detached."""
+    quantizer = cast(Any, module).weight_quant.tensor_quant
+    with torch.no_grad():
+        value, scale, zero_point, width = (
+            part.detach() if isinstance(part, Tensor) else torch.tensor(part) for part in quantizer(module.weight)
+        )
+    widths = bit_widths(module)
+    codes = torch.round(value / torch.where(scale == 0, 1.0, scale)) + zero_point
+    return WeightCodes(value, codes, scale, zero_point, width if widths is None else widths.bits)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module quantizes its weight, now."""
+    proxy = getattr(module, "weight_quant", None)
+    return proxy is not None and bool(proxy.is_quant_enabled)
+
+
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> tuple[LayerCheck, ...]:
+    """Read bit-widths back from a Brevitas model, and whether every weight lies on a grid that the plan allows.
+
+    Holds after GPTQ, GPFQ, learned rounding and training as well. With the float `model`, weights must be the plan's
+    own to the bit, as `to_brevitas` leaves them, and everything that the plan leaves in float the model's. Planned
+    layers must quantize their inputs to the plan's activation bits, calibrated, if it has any. Raises VerifyError
+    listing what is wrong.
+    """
+    original = None if model is None else quantizable_weights(fold_batch_norm(model) if plan.fold_bn else model)
+    planned = {name: layer for layer in planned_layers(plan) for name in layer.names}
+    found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
+    problems = [f"{name!r} is missing" for name in planned if name not in found]
+    checks: dict[str, LayerCheck] = {}
+    for name, module in found.items():
+        layer = planned.get(name)
+        if layer is None:
+            problems += _float_problems(name, module, None if original is None else original.get(name))
+            continue
+        wrong = list(_problems(module, layer, plan.activation_bits, None if original is None else original[layer.name]))
+        problems += [f"{name!r} {problem}" for problem in wrong]
+        if not wrong and layer.name not in checks:
+            checks[layer.name] = _check(module, layer)
+    for layer in planned_layers(plan):
+        weights = {id(found[name].weight) for name in layer.names if name in found}
+        if len(weights) > 1:
+            problems.append(f"{layer.name!r} is no longer tied to {layer.tied[0]!r}")
+    if problems:
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
+    return tuple(checks.values())
+
+
+def _check(module: nn.Module, layer: LayerChoice) -> LayerCheck:
+    quantizer = cast(Any, module).weight_quant.tensor_quant
+    kind = (
+        "binary" if isinstance(quantizer, BinaryQuant) else "ternary" if isinstance(quantizer, TernaryQuant) else "int"
+    )
+    inputs = _input_bits(module)
+    return LayerCheck(layer.name, tuple((part.bits, len(part.channels)) for part in layer.groups), kind, inputs)
+
+
+def _problems(
+    module: nn.Module, layer: LayerChoice, activation_bits: int | None, original: Tensor | None
+) -> Iterator[str]:
+    if not is_quantized(module):
+        yield f"was left in float ({type(module).__name__})"
+        return
+    read = weight_codes(module)
+    problem = _width_problem(read, layer) or _grid_problem(module, read, layer)
+    if problem is not None:
+        yield problem
+    elif original is not None and not _same(read.value, integer_weight(original, layer).dequantized()):
+        yield "has weights that are not the plan's"
+    inputs = None if layer.kind == "embedding" else activation_bits
+    if _input_bits(module) != inputs:
+        yield f"takes its input at {_width(_input_bits(module))}, the plan {_width(inputs)}"
+    elif inputs is not None and not is_calibrated(module):
+        yield "has not had its input calibrated: call calibrate"
+
+
+def _width_problem(read: WeightCodes, layer: LayerChoice) -> str | None:
+    expected = torch.zeros(layer.channels)
+    for part in layer.groups:
+        expected[list(part.channels)] = part.bits
+    stored = read.bits.float().flatten()
+    if stored.numel() == 1:
+        stored = stored.expand(layer.channels)
+    elif read.bits.dim() > len(layer.shape):  # one for each group
+        by_channel = read.bits.movedim(0 if layer.channel_axis == 0 else 2, 0)
+        stored = by_channel.reshape(layer.channels, -1)[:, 0].float()
+    if stored.shape != expected.shape or not stored.cpu().equal(expected):
+        have, want = (sorted({int(b) for b in bits}) for bits in (stored, expected))
+        detail = "" if have != want else " in other channels"
+        return f"has {_listed(have)} bits{detail}, the plan {_listed(want)}"
+    return None
+
+
+def _grid_problem(module: nn.Module, read: WeightCodes, layer: LayerChoice) -> str | None:
+    assert isinstance(layer.scheme, Affine)
+    one_scale = layer.scheme.granularity == "per_tensor" and layer.bits is not None
+    regions = 1 if one_scale else layer.scheme.regions_per_channel(layer.shape, layer.channel_axis, layer.name)
+    expected = 1 if one_scale else layer.channels * max(1, regions)
+    if read.scale.numel() != expected:
+        return f"has {read.scale.numel()} scales, the plan {expected}"
+    if not torch.isfinite(read.value).all():
+        return "has weights that are NaN or infinite"
+    if (layer.scheme.symmetric or layer.bits == 1) and read.zero_point.any():
+        return "has zero points, and the plan's scheme is symmetric"
+    exact = (read.codes - read.zero_point) * read.scale
+    signed = int(bool(cast(Any, module).weight_quant.is_signed))
+    low = -(2 ** (read.bits - 1)) if signed else torch.zeros_like(read.bits)
+    high = 2 ** (read.bits - signed) - 1
+    inside = (read.codes >= low) & (read.codes <= high)
+    binary = (read.codes - read.zero_point).abs() <= 1
+    ok = torch.where(read.bits == 1, binary, inside) & (exact == read.value)
+    return None if ok.all() else f"has {int((~ok).sum())} weights off the levels that its bits allow"
+
+
+def _float_problems(name: str, module: nn.Module, original: Tensor | None) -> list[str]:
+    if is_quantized(module):
+        return [f"{name!r} is quantized, and the plan leaves it in float"]
+    if original is not None and not _same(cast(Tensor, module.weight), original):
+        return [f"{name!r} has other weights than the model's, and the plan leaves it in float"]
+    return []
+
+
+def _input_bits(module: nn.Module) -> int | None:
+    proxy = getattr(module, "input_quant", None)
+    return int(proxy.bit_width().item()) if proxy is not None and proxy.is_quant_enabled else None
+
+
+def is_calibrated(module: nn.Module) -> bool:
+    """Whether a layer's input quantizer has seen data, or has no range to learn."""
+    quantizer = cast(Any, module).input_quant.fused_activation_quant_proxy.tensor_quant
+    return bool(getattr(quantizer.scaling_impl, "counter", 1) > 0)
+
+
+def _same(value: Tensor, expected: Tensor) -> bool:
+    return value.numel() == expected.numel() and value.detach().cpu().reshape(expected.shape).equal(expected.cpu())
+
+
+def _width(bits: int | None) -> str:
+    return "floating point" if bits is None else f"{bits} bits"
+
+
+def _listed(bits: list[int]) -> str:
+    return ", ".join(map(str, bits))
+
+
+def input_quantizers(model: nn.Module) -> list[str]:
+    """The layers that quantize their inputs."""
+    return [name for name, module in model.named_modules() if _input_bits(module) is not None]

@@ -1,0 +1,400 @@
+"""Brevitas: weights against our fake quantization, and every silent trap as an error."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import brevitas.config
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Piecewise, Plan, Uniform, measure
+from mpq_plugins import apply as simulated
+from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
+from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.weights import quantizable_weights
+from tests.adapters import nets
+from tests.nets import conv_net, tied_net
+from tests.plans import with_layer
+
+mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
+quantize = pytest.importorskip("brevitas.graph.quantize")
+qnn = pytest.importorskip("brevitas.nn")
+verify_module = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
+
+
+class EveryKind(nn.Module):
+    """One layer of each kind; (N, T) tokens -> (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8, padding_idx=0)
+        self.conv1 = nn.Conv1d(8, 6, 3, padding=1)
+        self.up1 = nn.ConvTranspose1d(6, 4, 2, groups=2)
+        self.conv2 = nn.Conv2d(2, 6, 3, padding=1, groups=2, bias=False)
+        self.up2 = nn.ConvTranspose2d(6, 4, 2)
+        self.conv3 = nn.Conv3d(2, 4, (1, 2, 2))
+        self.up3 = nn.ConvTranspose3d(4, 2, (1, 2, 2))
+        self.fc = nn.Linear(2, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.up1(self.conv1(self.embed(tokens).transpose(1, 2)))
+        x = self.up2(torch.relu(self.conv2(x.unflatten(1, (2, 2)))))
+        x = self.up3(self.conv3(x.unflatten(1, (2, 2)))).mean(dim=(2, 3, 4))
+        logits: Tensor = self.fc(x)
+        return logits
+
+
+TOKENS = torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+INPUTS = {EveryKind: TOKENS, nets.SmallNet: IMAGES}
+SCHEMES = [
+    *(Affine(symmetric=s, granularity=g) for s in (False, True) for g in ("per_tensor", "per_channel")),
+    Affine(granularity="per_channel", range="mse"),
+    *(Affine(granularity="per_group", group_size=2, symmetric=s) for s in (False, True)),
+]
+ALLOCATORS: list[Any] = [
+    *(Uniform(bits=b) for b in range(8, 0, -1)), MixQuant(qem=3.0), PTILMPQ(), PTILMPQ(other_bits=(4, 1)),
+]  # fmt: skip
+
+
+def every_kind(empty: bool = False) -> nn.Module:
+    """Seeded; on request with channels that are all 0."""
+    net = nets.made(EveryKind)
+    if empty:
+        with torch.no_grad():
+            net.conv2.weight[1] = 0  # type: ignore[operator, union-attr]
+            net.fc.weight[0] = 0  # type: ignore[operator, union-attr]
+            net.conv1.weight[:] = 0.25  # type: ignore[operator, union-attr]
+    return net
+
+
+def planned(model: nn.Module, scheme: Affine | None = None, allocator: Any = None, **settings: Any) -> Plan:
+    table = measure(model, scheme or Affine(granularity="per_channel"), range(1, 9), **settings)
+    plan: Plan = (allocator or Uniform(bits=4))(table)
+    return plan
+
+
+# Three input channels, and one, do not divide into groups.
+CASES = [(net, scheme) for net in INPUTS for scheme in SCHEMES if net is EveryKind or scheme.group_size is None]
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["", "empty channels"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_kind_is_our_fake_quantization_to_the_bit(scheme: Affine, empty: bool) -> None:
+    model = every_kind(empty)
+    skip = ["conv2", "fc", "up1"] if scheme.group_size else []
+    table = measure(model, scheme, range(1, 9), skip=skip)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for allocator in ALLOCATORS:
+        plan = allocator(table)
+        quantized, ours = mpq_brevitas.to_brevitas(model, plan), simulated(model, plan)
+        assert {check.layer for check in mpq_brevitas.verify(quantized, plan, model)} == set(plan.by_name)
+        for layer in plan.layers:
+            value = verify_module.weight_codes(quantized.get_submodule(layer.name)).value
+            assert value.reshape(layer.shape).equal(quantizable_weights(ours)[layer.name])
+        with torch.no_grad():
+            assert quantized(TOKENS).equal(ours(TOKENS))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_norm_is_folded_where_the_plan_was_measured_so() -> None:
+    model = conv_net()
+    plan = planned(model, Affine(), fold_bn=True)
+    assert plan.fold_bn
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    mpq_brevitas.verify(quantized, plan, model)
+    with torch.no_grad():
+        assert quantized(IMAGES).equal(simulated(model, plan)(IMAGES))
+
+
+@pytest.mark.parametrize("net", INPUTS, ids=lambda net: net.__name__)
+def test_the_layer_map_gives_the_same_weights_in_the_users_own_call(net: type[nn.Module]) -> None:
+    model = nets.made(net)
+    plan = planned(model, allocator=PTILMPQ(other_bits=(4, 1)))
+    expected = mpq_brevitas.to_brevitas(model, plan)
+    mine = quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(plan, model))
+    mpq_brevitas.verify(mine, plan, model)
+    with torch.no_grad():
+        assert mine(INPUTS[net]).equal(expected(INPUTS[net]))
+
+
+def test_the_layer_map_leaves_in_float_what_the_plan_does() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = with_layer(planned(model, skip=["conv1"]), "fc", bits=32)
+    mine = quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(plan, model))
+    assert [check.layer for check in mpq_brevitas.verify(mine, plan, model)] == ["conv2"]
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    mpq_brevitas.verify(quantized, plan, model)
+    assert type(quantized.conv1) is nn.Conv2d
+    assert type(quantized.fc) is nn.Linear
+
+
+def test_parts_report_their_widest_channel() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = with_layer(
+        planned(model),
+        "fc",
+        bits=None,
+        parts=(Part(bits=3, channels=(0, 4)), Part(bits=6, channels=(1, 2, 3, *range(5, 10)))),
+    )
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    (check,) = (check for check in mpq_brevitas.verify(quantized, plan, model) if check.layer == "fc")
+    assert check.bits == ((3, 2), (6, 8))
+    assert quantized.fc.weight_quant.bit_width() == 6
+    assert int(quantized.fc.quant_weight().int().max()) < 2**6
+
+
+def test_binary_layers_are_brevitas_own_and_ternary_ones_by_name() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, Affine(symmetric=True, granularity="per_channel"), Uniform(bits=2))
+    plan = with_layer(plan, "fc", bits=1)
+    quantized = mpq_brevitas.to_brevitas(model, plan, ternary=["conv1"])
+    kinds = {check.layer: check.quantizer for check in mpq_brevitas.verify(quantized, plan, model)}
+    assert kinds == {"conv1": "ternary", "conv2": "int", "fc": "binary"}
+    with torch.no_grad():
+        assert quantized(IMAGES).equal(simulated(model, plan)(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "name", "message"),
+    [
+        (Affine(), 2, "fc", "2 bits, asymmetric"),
+        (Affine(symmetric=True), 3, "fc", "3 bits, symmetric"),
+        (Affine(symmetric=True), 2, "fx", "quantizes no layer 'fx'"),
+    ],
+)
+def test_ternary_wants_two_symmetric_bits(scheme: Affine, bits: int, name: str, message: str) -> None:
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(SettingError, match=message):
+        mpq_brevitas.to_brevitas(model, planned(model, scheme, Uniform(bits=bits)), ternary=[name])
+
+
+def test_a_module_under_two_names_stays_one_and_tied_weights_stay_tied() -> None:
+    model = tied_net()
+    plan = planned(model)
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    mpq_brevitas.verify(quantized, plan, model)
+    assert quantized.block is quantized.again
+    assert quantized.lm_head.weight is quantized.embed.weight
+    with torch.no_grad():
+        assert quantized(TOKENS).equal(simulated(model, plan)(TOKENS))
+    with pytest.raises(MismatchError, match="untie and leave in float"):
+        mpq_brevitas.layer_map(plan, model)
+    untied = copy.deepcopy(quantized)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    with pytest.raises(VerifyError, match=r"no longer tied"):
+        mpq_brevitas.verify(untied, plan, model)
+
+
+def test_a_subclass_that_computes_as_torch_does_is_converted() -> None:
+    model = nets.made(nets.Subclassed)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
+    with pytest.raises(MismatchError, match="'fc' is a OwnLinear, and it goes by exact types"):
+        mpq_brevitas.layer_map(plan, model)
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def _scaled(model: Any) -> None:
+    model.fc = Scaled(8, 10)
+
+
+def _hooked(model: Any) -> None:
+    model.fc.register_forward_hook(lambda *_: None)
+
+
+def _half(model: Any) -> None:
+    model.fc.half()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_scaled, "'fc' is a Scaled that computes in its own way.*skip it"),
+        (_hooked, "'fc' has forward hooks"),
+        (_half, r"'fc' is torch.float16.*model.float\(\)"),
+    ],
+)
+def test_a_layer_that_its_twin_would_not_replace_is_refused(change: Any, message: str) -> None:
+    model = nets.made(nets.SmallNet)
+    change(model)
+    with pytest.raises(MismatchError, match=message):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_attention_is_refused_by_name() -> None:
+    model = nets.made(nets.Attention)
+    with pytest.raises(MismatchError, match=r"'attention.out_proj' is MultiheadAttention's own.*skip it"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+    plan = planned(model, skip=["attention.out_proj"])
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
+
+
+def test_tied_weights_per_group_are_refused() -> None:
+    model = tied_net()
+    with pytest.raises(MismatchError, match="'embed' shares its weight"):
+        mpq_brevitas.to_brevitas(model, planned(model, Affine(granularity="per_group", group_size=4)))
+
+
+def test_another_models_plan_and_two_regions_are_refused() -> None:
+    model = nets.made(nets.SmallNet)
+    other = planned(conv_net())
+    for convert in (mpq_brevitas.to_brevitas, lambda model, plan: mpq_brevitas.layer_map(plan, model)):
+        with pytest.raises(MismatchError, match="made for another model"):
+            convert(model, other)
+        with pytest.raises(SettingError, match="brevitas has no piecewise scheme"):
+            convert(model, Uniform(bits=3)(measure(model, Piecewise(granularity="per_channel"), range(2, 9))))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_brevitas_settings_are_left_as_they_were(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brevitas.config, "IGNORE_MISSING_KEYS", before)
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    mpq_brevitas.to_brevitas(model, plan)
+    assert brevitas.config.IGNORE_MISSING_KEYS is before
+    with pytest.raises(MPQError):
+        mpq_brevitas.to_brevitas(model, planned(conv_net()))
+    assert brevitas.config.IGNORE_MISSING_KEYS is before
+    # Brevitas itself sets it for good where a map fails.
+    fewer = plan.model_copy(update={"layers": plan.layers[:-1]})
+    with pytest.raises(MismatchError, match=r"layer 'fc': is not in the plan.*layer_map\(plan, model\)"):
+        quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(fewer))
+    assert brevitas.config.IGNORE_MISSING_KEYS is before
+
+
+def test_a_plan_on_folded_weights_wants_the_folded_model() -> None:
+    model = conv_net()
+    plan = planned(model, Affine(), fold_bn=True)
+    with pytest.raises(SettingError, match="measured with BatchNorm folded in"):
+        mpq_brevitas.layer_map(plan)
+    with pytest.raises(MismatchError, match="fold_batch_norm"):
+        mpq_brevitas.layer_map(plan, model)
+    folded = fold_batch_norm(model)
+    mine = quantize.layerwise_quantize(copy.deepcopy(folded), compute_layer_map=mpq_brevitas.layer_map(plan, folded))
+    mpq_brevitas.verify(mine, plan, model)
+
+
+def test_compiled_brevitas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brevitas.config, "JIT_ENABLED", True)
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(SettingError, match="BREVITAS_JIT"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_a_checkpoint_of_another_plan_changes_nothing() -> None:
+    model = nets.made(nets.SmallNet)
+    three, five = (mpq_brevitas.to_brevitas(model, planned(model, allocator=Uniform(bits=b))) for b in (3, 5))
+    with torch.no_grad():
+        for parameter in five.parameters():
+            parameter.add_(1)
+    before = {name: value.clone() for name, value in three.state_dict().items()}
+    with pytest.raises(MismatchError, match=r"'conv1': the checkpoint holds it as 5 bits, .* this model as 3 bits"):
+        three.load_state_dict(five.state_dict())
+    assert all(value.equal(before[name]) for name, value in three.state_dict().items())
+    copied = copy.deepcopy(five)
+    with pytest.raises(MismatchError, match="holds it as 3 bits"):
+        copied.load_state_dict(three.state_dict())
+    copied.load_state_dict(five.state_dict())
+
+
+def own_way(model: nn.Module, **settings: Any) -> nn.Module:
+    """What a user gets from Brevitas alone, for linear layers."""
+    classes = {nn.Conv2d: qnn.QuantConv2d, nn.Linear: qnn.QuantLinear}
+    given = {"input_quant": None, "bias_quant": None, "return_quant_tensor": False} | settings
+    quantized: nn.Module = quantize.layerwise_quantize(
+        copy.deepcopy(model), compute_layer_map={cls: (twin, given) for cls, twin in classes.items()}
+    )
+    return quantized
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 4}, "'conv1' has 8 bits, the plan 4"),  # a misspelt keyword
+        ({"weight_bit_width": 4}, "'conv1' has 1 scales, the plan 8"),  # per tensor by default
+        ({"weight_bit_width": 1}, "'conv1' has 1 bits, the plan 4"),
+    ],
+)
+def test_verify_sees_what_brevitas_alone_does_in_silence(settings: dict[str, Any], message: str) -> None:
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(VerifyError, match=message):
+        mpq_brevitas.verify(own_way(model, **settings), planned(model))
+
+
+def test_verify_sees_the_nan_of_one_bit_integers() -> None:
+    model = nets.made(nets.SmallNet)
+    quantized = own_way(model, weight_bit_width=1, weight_scaling_per_output_channel=True)
+    with pytest.raises(VerifyError, match="'conv1' has weights that are NaN"):
+        mpq_brevitas.verify(quantized, planned(model, allocator=Uniform(bits=1)))
+
+
+def test_verify_sees_inputs_quantized_by_default() -> None:
+    model = nets.made(nets.SmallNet)
+    quantized = quantize.layerwise_quantize(copy.deepcopy(model))
+    plan = planned(model, Affine(symmetric=True), Uniform(bits=8))
+    with pytest.raises(VerifyError, match="'conv1' takes its input at 8 bits, the plan floating point"):
+        mpq_brevitas.verify(quantized, plan)
+
+
+def _left_out(model: Any, float_model: Any) -> None:
+    model.conv2 = copy.deepcopy(float_model.conv2)
+
+
+def _switched_off(model: Any, _: Any) -> None:
+    model.conv2.weight_quant.disable_quant = True
+
+
+def _one_bit_more(model: Any, _: Any) -> None:
+    model.conv2.weight_quant.tensor_quant.msb_clamp_bit_width_impl.bits += 1
+
+
+def _other_scales(model: Any, _: Any) -> None:
+    model.conv2.weight_quant.tensor_quant.scaling_impl.value.data *= 1.1
+
+
+def _other_norm(model: Any, _: Any) -> None:
+    model.fc.weight.data[0] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "seen_without_model"),
+    [
+        (_left_out, "'conv2' was left in float", True),
+        (_switched_off, "'conv2' was left in float", True),
+        (_one_bit_more, "'conv2' has 5 bits, the plan 4", True),
+        (_other_scales, "'conv2' has weights that are not the plan's", False),
+        (_other_norm, "'fc' has other weights than the model's", False),
+    ],
+)
+def test_verify_finds_what_is_planted(change: Any, message: str, seen_without_model: bool) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, skip=["fc"])
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    mpq_brevitas.verify(quantized, plan, model)
+    change(quantized, model)
+    with pytest.raises(VerifyError, match=message):
+        mpq_brevitas.verify(quantized, plan, model)
+    if seen_without_model:
+        with pytest.raises(VerifyError, match=message):
+            mpq_brevitas.verify(quantized, plan)
+    else:
+        mpq_brevitas.verify(quantized, plan)
+
+
+def test_a_plan_may_come_from_numpy_and_json(tmp_path: Path) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, allocator=Uniform(bits=int(np.int64(3))))
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    mine = quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(loaded))
+    mpq_brevitas.verify(mine, plan, model)

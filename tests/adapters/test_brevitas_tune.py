@@ -1,0 +1,385 @@
+"""Calibration, bias correction, GPTQ, GPFQ, learned rounding and training: what moves, what stays, what is refused."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins import PTILMPQ, Affine, Plan, Uniform
+from mpq_plugins import apply as simulated
+from mpq_plugins.errors import MismatchError, SettingError, VerifyError, WeightError
+from tests.adapters import nets
+from tests.adapters.test_brevitas import TOKENS, EveryKind, own_way, planned
+
+pytestmark = pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning")
+mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
+verify_module = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
+
+BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+TUNERS: dict[str, Callable[..., Any]] = {
+    "gptq": mpq_brevitas.gptq,
+    "gpfq": mpq_brevitas.gpfq,
+    "learned_round": lambda model, batches, **settings: mpq_brevitas.learned_round(
+        model, batches, steps=20, **settings
+    ),
+}
+PARTS = PTILMPQ(important_bits=(4, 3), other_bits=(3, 2))
+
+
+def converted(scheme: Affine | None = None, allocator: Any = None) -> tuple[Any, Plan, Any]:
+    """The float model, its plan, and the Brevitas model."""
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, scheme, allocator or Uniform(bits=3))
+    return model, plan, mpq_brevitas.to_brevitas(model, plan)
+
+
+def codes(model: nn.Module) -> dict[str, Tensor]:
+    layers = ((name, module) for name, module in model.named_modules() if verify_module.is_quantized(module))
+    return {name: verify_module.weight_codes(module).codes for name, module in layers}
+
+
+def error(model: nn.Module, target: nn.Module) -> float:
+    """Mean squared error of the logits on all batches."""
+    with torch.no_grad():
+        return float(sum((model(batch) - target(batch)).square().mean() for batch in BATCHES))
+
+
+@pytest.mark.parametrize(
+    ("tune", "allocator"),
+    [  # binary weights have no rounding to learn
+        *((tune, allocator) for tune in TUNERS for allocator in (Uniform(bits=3), PARTS)),
+        *((tune, Uniform(bits=1)) for tune in ("gptq", "gpfq")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_codes_move_on_the_plans_grid_and_the_given_model_stays(tune: str, allocator: Any) -> None:
+    model, plan, quantized = converted(allocator=allocator)
+    before, state = codes(quantized), {name: value.clone() for name, value in quantized.state_dict().items()}
+    tuned = TUNERS[tune](quantized, BATCHES)
+    after = codes(tuned)
+    assert any(not after[name].equal(before[name]) for name in before)
+    mpq_brevitas.verify(tuned, plan)
+    with pytest.raises(VerifyError, match="not the plan's"):
+        mpq_brevitas.verify(tuned, plan, model)
+    assert error(tuned, model) < error(quantized, model)
+    assert all(value.equal(state[name]) for name, value in quantized.state_dict().items())
+    assert tuned.state_dict().keys() == quantized.state_dict().keys()
+    names = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
+    assert names == [name for name, _ in quantized.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "scheme", [Affine(), Affine(symmetric=True), Affine(granularity="per_group", group_size=4)], ids=str
+)
+@pytest.mark.parametrize("tune", TUNERS)
+def test_every_granularity_can_be_tuned(tune: str, scheme: Affine) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model, scheme, Uniform(bits=3), skip=["conv1", "conv2"] if scheme.group_size else [])
+    tuned = TUNERS[tune](mpq_brevitas.to_brevitas(model, plan), BATCHES)
+    mpq_brevitas.verify(tuned, plan)
+
+
+def test_learned_rounding_moves_codes_by_one_at_most() -> None:
+    _, _, quantized = converted()
+    before, after = codes(quantized), codes(TUNERS["learned_round"](quantized, BATCHES))
+    assert max(float((after[name] - before[name]).abs().max()) for name in before) == 1
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before(tune: str) -> None:
+    _, _, quantized = converted()
+    torch.manual_seed(1)
+    first = codes(TUNERS[tune](quantized, BATCHES))
+    torch.manual_seed(2)
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    second = codes(TUNERS[tune](quantized, BATCHES))
+    assert all(first[name].equal(second[name]) for name in first)
+    assert torch.rand(1) == drawn  # the user's own random numbers are left alone
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_tuning_again_begins_at_the_float_weights(tune: str) -> None:
+    _, _, quantized = converted()
+    once = TUNERS[tune](quantized, BATCHES)
+    twice = TUNERS[tune](once, BATCHES)
+    assert all(codes(once)[name].equal(codes(twice)[name]) for name in codes(once))
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_biases_can_be_corrected_afterwards(tune: str) -> None:
+    _, plan, quantized = converted()
+    tuned = TUNERS[tune](quantized, BATCHES)
+    corrected = mpq_brevitas.correct_bias(tuned, BATCHES)
+    mpq_brevitas.verify(corrected, plan)
+    assert not corrected.fc.bias.equal(tuned.fc.bias)
+    assert all(codes(corrected)[name].equal(codes(tuned)[name]) for name in codes(tuned))
+
+
+def test_bias_correction_takes_the_mean_error_away() -> None:
+    model, plan, quantized = converted()
+    corrected = mpq_brevitas.correct_bias(quantized, BATCHES)
+    mpq_brevitas.verify(corrected, plan)
+    assert corrected.conv1.bias is not None  # where there was none
+    seen: dict[str, Tensor] = {}
+    for which in (model, quantized, corrected):
+        with torch.no_grad():
+            seen[str(which is model) + str(which is corrected)] = torch.cat([which.conv1(b) for b in BATCHES])
+    target = seen["TrueFalse"].mean(dim=(0, 2, 3))
+    assert torch.allclose(seen["FalseTrue"].mean(dim=(0, 2, 3)), target, atol=1e-5)
+    assert not torch.allclose(seen["FalseFalse"].mean(dim=(0, 2, 3)), target, atol=1e-3)
+
+
+@pytest.mark.parametrize("tune", ["gptq", "gpfq"])
+def test_the_default_scales_of_brevitas_under_which_nothing_happens_are_refused(tune: str) -> None:
+    quantized = own_way(nets.made(nets.SmallNet), weight_bit_width=3)
+    with pytest.raises(SettingError, match=r"would do nothing to 'conv1', 'conv2', 'fc'.*PARAMETER_FROM_STATS"):
+        TUNERS[tune](quantized, BATCHES)
+    ours = own_way(nets.made(nets.SmallNet), weight_bit_width=3, weight_scaling_impl_type="PARAMETER_FROM_STATS")
+    assert any(not codes(TUNERS[tune](ours, BATCHES))[name].equal(before) for name, before in codes(ours).items())
+
+
+@pytest.mark.parametrize("tune", ["gptq", "gpfq"])
+def test_a_run_that_changes_no_code_is_an_error(tune: str) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    on_grid = mpq_brevitas.to_brevitas(simulated(model, plan), plan)  # as a model comes back from a file
+    with pytest.raises(SettingError, match="changed no code"):
+        TUNERS[tune](on_grid, BATCHES)
+    with pytest.raises(SettingError, match="the float weights are gone"):
+        mpq_brevitas.correct_bias(on_grid, BATCHES)
+
+
+def test_activations_are_calibrated_before_anything_else() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    quantized = mpq_brevitas.to_brevitas(model, plan, activation_bits=6)
+    with_bits = plan.with_activation_bits(6)
+    with pytest.raises(VerifyError, match="'conv1' has not had its input calibrated: call calibrate"):
+        mpq_brevitas.verify(quantized, with_bits, model)
+    for tune in (*TUNERS.values(), mpq_brevitas.correct_bias):
+        with pytest.raises(SettingError, match=r"'conv1'.*have no range yet; call calibrate first"):
+            tune(quantized, BATCHES)
+    ready = mpq_brevitas.calibrate(quantized, BATCHES)
+    checks = mpq_brevitas.verify(ready, with_bits, model)
+    assert [check.activation_bits for check in checks] == [6, 6, 6]
+    with pytest.raises(VerifyError, match="'conv1' takes its input at 6 bits, the plan floating point"):
+        mpq_brevitas.verify(ready, plan)
+    for tune in TUNERS.values():
+        mpq_brevitas.verify(tune(ready, BATCHES), with_bits)
+
+
+def test_calibrated_ranges_are_those_of_the_data() -> None:
+    model = nets.made(nets.SmallNet)
+    ready = mpq_brevitas.calibrate(mpq_brevitas.to_brevitas(model, planned(model), activation_bits=8), BATCHES)
+    # Brevitas takes the range between two percentiles of each batch and averages over batches.
+    spans = [torch.quantile(b, 0.99999) - torch.quantile(b, 0.00001) for b in BATCHES]
+    assert ready.conv1.input_quant.scale().item() == pytest.approx(float(sum(spans) / 3) / 255, rel=0.02)
+
+
+def test_there_is_nothing_to_calibrate_without_quantized_activations() -> None:
+    with pytest.raises(SettingError, match=r"no activations are quantized; convert with activation_bits=8"):
+        mpq_brevitas.calibrate(converted()[2], BATCHES)
+
+
+@pytest.mark.parametrize("tune", [*TUNERS, "correct_bias", "train", "calibrate"])
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([], "batches: there are none"), ([torch.zeros(2, 5, 8, 8)], r"SmallNet fails on one of \(2, 5, 8, 8\)")],
+)
+def test_batches_that_a_model_cannot_take(tune: str, batches: list[Tensor], message: str) -> None:
+    model = nets.made(nets.SmallNet)
+    quantized = mpq_brevitas.to_brevitas(model, planned(model), activation_bits=8)
+    if tune != "calibrate":
+        quantized = mpq_brevitas.calibrate(quantized, BATCHES)
+    more = {"loss": mpq_brevitas.distillation(model)} if tune == "train" else {}
+    with pytest.raises(SettingError, match=message):
+        getattr(mpq_brevitas, tune)(quantized, batches, **more)
+
+
+@pytest.mark.parametrize("tune", ["gptq", "gpfq"])
+def test_inputs_that_are_not_numbers_are_refused(tune: str) -> None:
+    quantized = converted()[2]
+    before = codes(quantized)
+    with pytest.raises(WeightError, match=r"conv1|became NaN"):
+        TUNERS[tune](quantized, [torch.full((4, 3, 8, 8), torch.nan)])
+    assert all(codes(quantized)[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_layers_that_are_left_alone_are_named(tune: str) -> None:
+    model = nets.made(EveryKind)
+    plan = planned(model, allocator=Uniform(bits=3))
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    left = "'embed'" if tune == "learned_round" else "'embed', 'up1', 'up2', 'up3'"
+    with pytest.warns(UserWarning, match=f"leaves {left} as they were"):
+        tuned = TUNERS[tune](quantized, [TOKENS])
+    assert codes(tuned)["embed"].equal(codes(quantized)["embed"])
+    mpq_brevitas.verify(tuned, plan)
+
+
+class Deep(nn.Module):
+    """A linear layer on four dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x)
+        return logits
+
+
+@pytest.mark.parametrize("tune", [*TUNERS, "correct_bias"])
+def test_linear_layers_that_brevitas_would_read_wrongly_are_refused(tune: str) -> None:
+    model = Deep().eval()
+    quantized = mpq_brevitas.to_brevitas(model, planned(model))
+    with pytest.raises(SettingError, match="layer 'fc' works on 4 dimensions"):
+        getattr(mpq_brevitas, tune)(quantized, [torch.randn(2, 3, 5, 6)])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [(["layer1.0"], "'layer1.0' match no module"), (["conv?", "fc.*"], r"'fc\.\*' match no module")],
+)
+def test_a_glob_that_matches_nothing_is_refused(blocks: list[str], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        mpq_brevitas.learned_round(converted()[2], BATCHES, blocks=blocks)
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"lr": 0.0}, {"lr": -1.0}])
+def test_learned_rounding_wants_steps_and_a_rate(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="steps must be 1 or more, and lr above 0"):
+        mpq_brevitas.learned_round(converted()[2], BATCHES, **settings)
+
+
+class Nested(nn.Module):
+    """Two blocks of two layers and a head, in module names with dots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(2)))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(x))
+        return logits
+
+
+def test_dotted_globs_choose_blocks_and_the_rest_are_layers() -> None:
+    torch.manual_seed(0)
+    model = Nested().eval()
+    quantized = mpq_brevitas.to_brevitas(model, planned(model))
+    told: list[tuple[str, int, int]] = []
+    mpq_brevitas.learned_round(
+        quantized, [torch.randn(8, 6)], blocks=["body.?"], steps=2, progress=lambda *what: told.append(what)
+    )
+    assert told == [("body.0", 0, 3), ("body.1", 1, 3), ("head", 2, 3)]
+
+
+class Pair(nn.Module):
+    """A block that gives two things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": self.fc(x)}
+
+
+class WithPair(nn.Module):
+    """A network of one such block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)["y"]  # type: ignore[no-any-return]
+
+
+def test_a_block_whose_output_is_no_tensor_is_refused() -> None:
+    model = WithPair().eval()
+    quantized = mpq_brevitas.to_brevitas(model, planned(model))
+    with pytest.raises(MismatchError, match="a block gives a dict, no tensor"):
+        mpq_brevitas.learned_round(quantized, [torch.randn(8, 6)], blocks=["block"])
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    _, _, quantized = converted()
+    for tune in TUNERS.values():
+        tune(quantized, BATCHES)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_training_brings_the_model_closer_and_leaves_everything_trainable() -> None:
+    model, plan, quantized = converted()
+    told: list[tuple[str, int, int]] = []
+    trained = mpq_brevitas.train(
+        quantized,
+        BATCHES,
+        mpq_brevitas.distillation(model),
+        epochs=20,
+        lr=1e-3,
+        progress=lambda *what: told.append(what),
+    )
+    mpq_brevitas.verify(trained, plan)
+    assert error(trained, model) < error(quantized, model)
+    assert told[-1] == ("training", 60, 60)
+    assert all(parameter.requires_grad for parameter in trained.parameters())
+    assert not trained.conv2.weight_quant.scale().equal(quantized.conv2.weight_quant.scale())
+    assert trained.bn1.running_mean.equal(model.bn1.running_mean)
+
+
+def test_after_learned_rounding_a_loop_of_ones_own_trains_every_parameter() -> None:
+    _, _, quantized = converted()
+    rounded = mpq_brevitas.learned_round(quantized, BATCHES, steps=5)
+    rounded(BATCHES[0]).square().sum().backward()
+    assert [name for name, parameter in rounded.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"lr": 0.0}])
+def test_training_wants_epochs_and_a_rate(settings: dict[str, Any]) -> None:
+    model, _, quantized = converted()
+    with pytest.raises(SettingError, match="epochs must be 1 or more, and lr above 0"):
+        mpq_brevitas.train(quantized, BATCHES, mpq_brevitas.distillation(model), **settings)
+
+
+def test_a_loss_that_is_no_number_stops_training() -> None:
+    _, _, quantized = converted()
+    with pytest.raises(WeightError, match="the loss is nan at step 1 of 12"):
+        mpq_brevitas.train(quantized, BATCHES, lambda model, batch: model(batch).sum() * torch.nan)
+
+
+@pytest.mark.parametrize("tune", [*TUNERS, "correct_bias"])
+def test_a_model_that_is_not_quantized_is_refused(tune: str) -> None:
+    with pytest.raises(SettingError, match="no layer is quantized; convert it with to_brevitas"):
+        getattr(mpq_brevitas, tune)(nets.made(nets.SmallNet), BATCHES)
+
+
+def batches_once() -> Iterator[Tensor]:
+    yield from BATCHES
+
+
+def test_batches_may_be_a_generator_tuples_or_keywords() -> None:
+    _, _, quantized = converted()
+    expected = codes(mpq_brevitas.gptq(quantized, BATCHES))
+    for batches in (batches_once(), [(batch,) for batch in BATCHES], [{"x": batch} for batch in BATCHES]):
+        found = codes(mpq_brevitas.gptq(quantized, batches))
+        assert all(found[name].equal(expected[name]) for name in expected)
+
+
+def test_copies_of_a_tuned_model_are_models_of_their_own() -> None:
+    _, _, quantized = converted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuned = mpq_brevitas.gptq(quantized, BATCHES)
+    copied = copy.deepcopy(tuned)
+    with torch.no_grad():
+        copied.fc.weight.zero_()
+        assert not copied(BATCHES[0]).equal(tuned(BATCHES[0]))
