@@ -28,6 +28,7 @@ examples: $(READY)
 	$(BIN)/python -m examples.mixquant_resnet
 	$(BIN)/python -m examples.ptilmpq_resnet
 	$(BIN)/python -m examples.fx_resnet
+	$(BIN)/python -m examples.brevitas_resnet
 	$(BIN)/python -m examples.minilm_torchao
 
 # torch comes first and pinned: unpinned, pip fetches several gigabytes of CUDA packages.
