@@ -2,7 +2,9 @@
 
 import copy
 from collections import Counter
-from threading import Lock
+from collections.abc import Callable
+from threading import Lock, get_ident
+from typing import Any
 
 import torch.fx
 from torch import Tensor, nn
@@ -19,10 +21,30 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Tracer(torch.fx.Tracer):
-    """Takes a user's own subclass of a convolution or BatchNorm for what it is, not for code to look into."""
+    """Takes a user's own subclass of a layer or BatchNorm for what it is, not for code to look into.
+
+    torch.fx patches nn.Module for the whole process while it traces; other threads get what they would without it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = get_ident()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*CONVOLUTIONS, *BATCH_NORMS)) or super().is_leaf_module(m, module_qualified_name)
+        leaves = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *BATCH_NORMS)
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -35,7 +57,6 @@ def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
 
     A convolution with several consumers or a shared weight, and either module when called more than once, stays
     unfolded: the result would be another function. Raises SourceError where torch.fx cannot trace the model.
-    Not while another thread runs any model: torch.fx patches nn.Module for the process as it traces.
     """
     if not has_batch_norm(model):
         return {}
@@ -61,6 +82,15 @@ def unfolded_norms(model: nn.Module) -> dict[str, str]:
         if feeds and pairs.get(layer) != norm:
             found[layer] = norm
     return found
+
+
+def borrowed_weights(model: nn.Module) -> set[str]:
+    """Names of the layers' parameters that functional calls use, as far as torch.fx can see; none where it cannot."""
+    try:
+        graph = _trace(model)
+    except SourceError:
+        return set()
+    return {str(node.target) for node in graph.nodes if node.op == "get_attr"}
 
 
 def _pairs(graph: torch.fx.Graph, model: nn.Module) -> dict[str, str]:

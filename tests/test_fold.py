@@ -1,3 +1,4 @@
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -114,6 +115,29 @@ def test_two_threads_may_measure_at_once() -> None:
         prints = list(pool.map(lambda _: measure(net, bits=(4,)).fingerprint, range(12)))
     assert len(set(prints)) == 1
     assert nn.Module.__call__ is call
+
+
+def test_a_model_runs_in_another_thread_while_one_is_traced() -> None:
+    running, inputs = conv_net(), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = running(inputs)
+    traced, stop = conv_net(), threading.Event()
+
+    def run() -> int:
+        count = 0
+        while not stop.is_set() or count == 0:
+            with torch.no_grad():
+                assert running(inputs).equal(expected)
+            assert type(running.fc.weight) is nn.Parameter
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        ran = pool.submit(run)
+        pairs = [conv_bn_pairs(traced) for _ in range(60)]
+        stop.set()
+        assert ran.result() > 1
+    assert all(pair == {"conv1": "bn1", "conv2": "bn2"} for pair in pairs)
 
 
 @pytest.mark.parametrize(
