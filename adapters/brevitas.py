@@ -23,7 +23,7 @@ from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, first_few
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
+from mpq_plugins.fold import borrowed_weights, conv_bn_pairs, fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
@@ -158,6 +158,13 @@ def _check(plan: Plan, model: nn.Module) -> None:
     if config.JIT_ENABLED:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
     problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model)]
+    borrowed = borrowed_weights(model)
+    problems += [
+        f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
+        for layer in planned_layers(plan)
+        for name in layer.names
+        if f"{name}.weight" in borrowed
+    ]
     if problems:
         raise MismatchError(f"brevitas cannot run this plan on {type(model).__name__}: {first_few(problems)}")
 
@@ -225,7 +232,14 @@ def _check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
 
 def _standard_class(module: nn.Module) -> type[nn.Module] | None:
     """The torch class that a module computes as, subclasses without a forward of their own included."""
-    return next((cls for cls in LAYERS if isinstance(module, cls) and type(module).forward is cls.forward), None)
+    standard = next((cls for cls in LAYERS if isinstance(module, cls)), None)
+    methods = ("forward", "_conv_forward")
+    if any(
+        name in vars(module) or getattr(type(module), name, None) is not getattr(standard, name, None)
+        for name in methods
+    ):
+        return None
+    return standard
 
 
 def _refuse_other_plans(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -243,7 +243,11 @@ def run(model: nn.Module, batch: Batch) -> Any:
 
 
 def given_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """All batches. Raises SettingError for none."""
+    """All batches. Raises SettingError for none, and for one batch that is not in a list."""
+    if isinstance(batches, Tensor | Mapping):
+        raise SettingError(
+            f"batches: is a {type(batches).__name__}; give a list of them, as [batch] or tensor.split(128)"
+        )
     given = list(batches)
     if not given:
         raise SettingError("batches: there are none; give at least one, of a few hundred inputs in all")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpq_plugins.errors import VerifyError, first_few
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import integer_weight
+from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import layer_kind, quantizable_weights
@@ -67,8 +68,10 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> 
     Holds after GPTQ, GPFQ, learned rounding and training as well. With the float `model`, weights must be the plan's
     own to the bit, as `to_brevitas` leaves them, and everything that the plan leaves in float the model's. Planned
     layers must quantize their inputs to the plan's activation bits, calibrated, if it has any. Raises VerifyError
-    listing what is wrong.
+    listing what is wrong, MismatchError for another model.
     """
+    if model is not None:
+        match(plan, model).require(type(model).__name__)
     original = None if model is None else quantizable_weights(fold_batch_norm(model) if plan.fold_bn else model)
     planned = {name: layer for layer in planned_layers(plan) for name in layer.names}
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}

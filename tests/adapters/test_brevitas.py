@@ -132,6 +132,13 @@ def test_the_layer_map_leaves_in_float_what_the_plan_does() -> None:
     assert type(quantized.fc) is nn.Linear
 
 
+def test_verify_refuses_another_model() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    with pytest.raises(MismatchError, match="made for another model"):
+        mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, tied_net())
+
+
 def test_parts_report_their_widest_channel() -> None:
     model = nets.made(nets.SmallNet)
     plan = with_layer(
@@ -208,6 +215,23 @@ def _scaled(model: Any) -> None:
     model.fc = Scaled(8, 10)
 
 
+class Standardized(nn.Conv2d):
+    """A convolution that takes its weights otherwise."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        image: Tensor = super()._conv_forward(input, weight - weight.mean(), bias)
+        return image
+
+
+def _standardized(model: Any) -> None:
+    model.conv1 = Standardized(3, 8, 3, padding=1, bias=False)
+
+
+def _patched(model: Any) -> None:
+    own = model.fc.forward
+    model.fc.forward = lambda x: 2 * own(x)
+
+
 def _hooked(model: Any) -> None:
     model.fc.register_forward_hook(lambda *_: None)
 
@@ -220,6 +244,8 @@ def _half(model: Any) -> None:
     ("change", "message"),
     [
         (_scaled, "'fc' is a Scaled that computes in its own way.*skip it"),
+        (_standardized, "'conv1' is a Standardized that computes in its own way"),
+        (_patched, "'fc' is a Linear that computes in its own way"),
         (_hooked, "'fc' has forward hooks"),
         (_half, r"'fc' is torch.float16.*model.float\(\)"),
     ],
@@ -229,6 +255,16 @@ def test_a_layer_that_its_twin_would_not_replace_is_refused(change: Any, message
     change(model)
     with pytest.raises(MismatchError, match=message):
         mpq_brevitas.to_brevitas(model, planned(model))
+
+
+@pytest.mark.parametrize("net", [nets.Functional, nets.Lending])
+def test_a_weight_that_a_functional_call_uses_is_refused(net: type[nn.Module]) -> None:
+    model = nets.made(net)
+    for convert in (mpq_brevitas.to_brevitas, lambda model, plan: mpq_brevitas.layer_map(plan, model)):
+        with pytest.raises(MismatchError, match="'fc' lends its weight to a functional call"):
+            convert(model, planned(model))
+    plan = planned(model, skip=["fc"])
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
 
 
 def test_attention_is_refused_by_name() -> None:

@@ -189,7 +189,12 @@ def test_there_is_nothing_to_calibrate_without_quantized_activations() -> None:
 @pytest.mark.parametrize("tune", [*TUNERS, "correct_bias", "train", "calibrate"])
 @pytest.mark.parametrize(
     ("batches", "message"),
-    [([], "batches: there are none"), ([torch.zeros(2, 5, 8, 8)], r"SmallNet fails on one of \(2, 5, 8, 8\)")],
+    [
+        ([], "batches: there are none"),
+        (torch.zeros(4, 3, 8, 8), r"batches: is a Tensor; give a list of them, as \[batch\]"),
+        ({"x": torch.zeros(4, 3, 8, 8)}, "batches: is a dict"),
+        ([torch.zeros(2, 5, 8, 8)], r"SmallNet fails on one of \(2, 5, 8, 8\)"),
+    ],
 )
 def test_batches_that_a_model_cannot_take(tune: str, batches: list[Tensor], message: str) -> None:
     model = nets.made(nets.SmallNet)
