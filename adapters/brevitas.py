@@ -15,6 +15,8 @@ widths are fixed.
 """
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -22,7 +24,7 @@ from brevitas import config
 from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MismatchError, MPQError, SettingError, first_few
+from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.fold import borrowed_weights, conv_bn_pairs, fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.match import match
@@ -31,13 +33,14 @@ from mpq_plugins.scheme import Affine
 
 from .brevitas_export import FORMATS, export
 from .brevitas_files import load, save
+from .brevitas_float import forget, mark
 from .brevitas_graph import ModuleToModuleByInstance, brevitas_settings_kept
 from .brevitas_layers import LAYERS
 from .brevitas_quant import PlanBitWidth, bit_widths, weight_quantizer
 from .brevitas_round import learned_round
 from .brevitas_tune import calibrate, correct_bias, distillation, gpfq, gptq, train
 from .brevitas_verify import LayerCheck, verify
-from .folded import FLOAT, check_max_norm, planned_layers
+from .folded import FLOAT, check_max_norm, check_types, planned_layers
 
 __all__ = [
     "CAPABILITIES", "FORMATS", "LayerCheck", "calibrate", "correct_bias", "distillation", "export", "gpfq", "gptq",
@@ -57,26 +60,39 @@ CAPABILITIES = Capabilities(
 )  # fmt: skip
 
 
+# What a subclass may say without computing otherwise, and what every module keeps of itself.
+OWN_NAMES = {"__module__", "__doc__", "__init__", "__qualname__", "__annotations__", "__constants__", "__parameters__"}
+MODULE_NAMES = {*vars(nn.Module())}
+
+
 def to_brevitas(
-    model: nn.Module, plan: Plan, activation_bits: int | None = None, *, ternary: Sequence[str] = ()
+    model: nn.Module, plan: Plan, activation_bits: int | None = None, *, ternary: str | Sequence[str] = ()
 ) -> nn.Module:
     """A copy of the model with Brevitas layers, whose quantized weights are the plan's to the bit.
 
-    activation_bits: of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's, and
-    `calibrate` sets their ranges. ternary: names of layers with 2 symmetric bits that become Brevitas's TernaryQuant,
-    the same weights. BatchNorm is folded where the plan was measured so. A module under several names stays one, and
-    tied weights stay tied. Raises MismatchError (another model; a layer that its Brevitas twin would not replace, by
-    name) and SettingError (a plan that Brevitas cannot run). Brevitas's global settings are left as they were.
+    activation_bits: of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's. It is short
+    for a plan.with_activation_bits(...), which is the plan to verify, save and export by; `calibrate` sets the ranges.
+    ternary: names of layers with 2 symmetric bits that become Brevitas's TernaryQuant, the same weights. BatchNorm is
+    folded where the plan was measured so. A module under several names stays one, tied weights stay tied, and the model
+    keeps its mode, training or not. Raises MismatchError (another model; a layer that its Brevitas twin would not
+    replace, by name) and SettingError (a plan that Brevitas cannot run). Brevitas's global settings are left as they
+    were.
     """
+    check_types(plan, model)
     plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
     _check(plan, model)
-    _check_ternary(plan, ternary)
+    names = (ternary,) if isinstance(ternary, str) else ternary
+    _check_ternary(plan, names)
     quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
     with brevitas_settings_kept():
         config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
         for layer in planned_layers(plan):
-            _replace(quantized, layer, plan.activation_bits, layer.name in ternary)
-    quantized.register_load_state_dict_pre_hook(_refuse_other_plans)
+            quantized = _replace(quantized, layer, plan.activation_bits, layer.name in names)
+    for module in quantized.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # no fused kernel, which would take the float weights
+    mark(quantized)
+    quantized.register_load_state_dict_pre_hook(_before_loading)
     return quantized
 
 
@@ -88,6 +104,7 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
     refused, when Brevitas comes to it. A plan measured with BatchNorm folded wants the folded model, and so `model`.
     Raises MismatchError and SettingError as to_brevitas.
     """
+    check_types(plan, model or nn.Identity())
     require_legal(plan, CAPABILITIES)
     if model is not None:
         _check(plan, model)
@@ -103,7 +120,7 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
         try:
             layer = _planned(plan, module, name)
             return None if layer is None else weight_quantizer(cast(Tensor, module.weight), layer)
-        except MPQError:
+        except Exception:
             config.IGNORE_MISSING_KEYS = ignored  # layerwise_quantize has set it, and is about to fail
             raise
 
@@ -126,8 +143,8 @@ def activation_quantizer(bits: int | None) -> type | None:
     return None if bits is None else cast(type, ShiftedUint8ActPerTensorFloat.let(bit_width=bits))
 
 
-def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | None, ternary: bool) -> None:
-    """Put Brevitas layers in the place of a planned layer, of its tied ones and of all their aliases."""
+def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | None, ternary: bool) -> nn.Module:
+    """The model with Brevitas layers in the place of a planned layer, of its tied ones and of all their aliases."""
     first: nn.Module | None = None
     for name in layer.names:
         old = quantized.get_submodule(name)
@@ -145,10 +162,16 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
             first, new.weight = new, weight
         else:
             new.weight, new.weight_quant = first.weight, first.weight_quant
+        if getattr(old, "bias", None) is not None:
+            new.bias = old.bias  # the parameter itself, frozen or not
         new.train(trains)
+        if old is quantized:
+            root: nn.Module = new
+            return root
         for alias in [alias for alias, module in quantized.named_modules(remove_duplicate=False) if module is old]:
             parent, _, own = alias.rpartition(".")
             setattr(quantized.get_submodule(parent), own, new)
+    return quantized
 
 
 def _check(plan: Plan, model: nn.Module) -> None:
@@ -158,7 +181,7 @@ def _check(plan: Plan, model: nn.Module) -> None:
     if config.JIT_ENABLED:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
     problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model)]
-    borrowed = borrowed_weights(model)
+    borrowed = borrowed_weights(model) | _borrowed_in_source(plan, model)
     problems += [
         f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
         for layer in planned_layers(plan)
@@ -173,12 +196,18 @@ def _troubles(layer: LayerChoice, model: nn.Module) -> Iterator[str]:
     for name in layer.names:
         module = model.get_submodule(name)
         own, weight = type(module).__name__, cast(Tensor, module.weight)
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        if hasattr(module, "weight_quant"):
+            yield f"{name!r} is quantized by Brevitas already: give the float model"
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             yield f"{name!r} is MultiheadAttention's own, which never calls it as a module: skip it"
         elif weight.dtype != FLOAT:
             yield f"{name!r} is {weight.dtype}, and Brevitas would round it otherwise: model.float(), or skip it"
         elif _standard_class(module) is None:
             yield f"{name!r} is a {own} that computes in its own way, which its Brevitas twin would not: skip it"
+        elif {*module.state_dict()} - {"weight", "bias"} or [*module.children()]:
+            yield f"{name!r} is a {own} with state of its own, which its Brevitas twin would lose: skip it"
+        elif _is_held_aside(module, model):
+            yield f"{name!r} is held in a list or attribute besides its name, and would stay in float there: skip it"
         elif module._forward_hooks or module._forward_pre_hooks:
             yield f"{name!r} has forward hooks, which its Brevitas twin would lose: remove them, or skip it"
     if layer.tied and layer.scheme.granularity == "per_group":
@@ -197,6 +226,9 @@ def _check_layerwise(plan: Plan, model: nn.Module) -> None:
             for name, module in zip(layer.names, modules, strict=True)
             if type(module) not in LAYERS
         ]
+        parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
+        if "" in layer.names or any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
+            problems.append(f"{layer.name!r} is the model itself or in a fused kernel's reach, and would stay in float")
     if plan.fold_bn and conv_bn_pairs(model):
         problems.append("the plan was measured with BatchNorm folded in: fold_batch_norm(model) first")
     if problems:
@@ -231,19 +263,47 @@ def _check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
 
 
 def _standard_class(module: nn.Module) -> type[nn.Module] | None:
-    """The torch class that a module computes as, subclasses without a forward of their own included."""
+    """The torch class that a module computes as, subclasses without methods of their own included."""
     standard = next((cls for cls in LAYERS if isinstance(module, cls)), None)
-    methods = ("forward", "_conv_forward")
-    if any(
-        name in vars(module) or getattr(type(module), name, None) is not getattr(standard, name, None)
-        for name in methods
-    ):
+    if standard is None or "forward" in vars(module):
         return None
-    return standard
+    mro = type(module).__mro__
+    own = {name for cls in mro[: mro.index(standard)] for name in vars(cls)}
+    return None if own - OWN_NAMES else standard
 
 
-def _refuse_other_plans(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before anything is loaded: a checkpoint of another plan must not change half the model."""
+def _is_held_aside(layer: nn.Module, model: nn.Module) -> bool:
+    """Whether a list, dict or plain attribute of some module holds the layer, where replacing it cannot reach."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") and name in MODULE_NAMES:
+                continue
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            if any(one is layer for one in held):
+                return True
+    return False
+
+
+def _borrowed_in_source(plan: Plan, model: nn.Module) -> set[str]:
+    """Weights that a forward names in its source: what torch.fx cannot trace, it cannot see borrowing in."""
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        try:
+            source = inspect.getsource(type(module).forward)
+        except (OSError, TypeError):
+            continue
+        for name in (name for layer in planned_layers(plan) for name in layer.names):
+            own = name.removeprefix(f"{prefix}.") if prefix else name
+            if (own != name or not prefix) and re.search(rf"\bself\.{re.escape(own)}\.weight\b", source):
+                found.add(f"{name}.weight")
+    return found
+
+
+def _before_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before anything is loaded: a checkpoint of another plan must not change half the model, nor old floats stay."""
     for name, child in module.named_modules():
         if isinstance(child, PlanBitWidth):
             child.check(state, f"{prefix}{name}.")
+    forget(module)

@@ -16,12 +16,13 @@ from mpq_plugins.files import atomic_path
 from mpq_plugins.plan import LayerChoice, Plan
 
 from .brevitas_graph import brevitas_settings_kept
-from .brevitas_verify import verify, weight_codes
-from .folded import planned_layers
+from .brevitas_verify import input_quantizers, verify, weight_codes
+from .folded import check_types, planned_layers
 
 Format = Literal["torch_qcdq", "onnx_qcdq", "qonnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 QCDQ_LEAST_BITS = 2  # QCDQ has no binary
+STORED_BITS = 8  # what has no bounds of its own has its type's
 OPSET = 17  # per-axis DequantizeLinear from 13
 
 
@@ -36,17 +37,18 @@ def export(
 ) -> tuple[Path, ...]:
     """Write the model for another tool, check what lies in the file, and return the files written.
 
-    Weights are to the bit those of the model. format: onnx_qcdq, for onnxruntime and most others; qonnx, for FINN,
-    hls4ml and the like; torch_qcdq, TorchScript. example_inputs: a tensor or a tuple of arguments; in ONNX their
-    first dimension may vary. None of the formats holds widths that differ between the channels of a layer, which it
-    states at the widest channel's, and QCDQ has no binary weights, which it states as 2 bits: an error, or with
-    plan_beside the plan in `NAME.plan.json` beside the file. Scales per group are in none. Raises SettingError for
-    what the format cannot hold, an unknown format, a model that cannot be traced; VerifyError where the model does not
-    hold the plan, or the file not the model.
+    Weights are to the bit those of the model; the path is taken as it is, whatever its suffix. format: onnx_qcdq, for
+    onnxruntime and most others; qonnx, for FINN, hls4ml and the like; torch_qcdq, TorchScript. example_inputs: a tensor
+    or a tuple of arguments; in ONNX their first dimension may vary. None of the formats holds widths that differ
+    between the channels of a layer, which it states at the widest channel's, and QCDQ has no binary weights, which it
+    states as 2 bits: an error, or with plan_beside the plan in `NAME.plan.json` beside the file. Scales per group are
+    in none. Raises SettingError for what the format cannot hold, an unknown format, a model that cannot be traced;
+    VerifyError where the model does not hold the plan, or the file not the model.
     """
     target = Path(path)
     if format not in FORMATS:
         raise SettingError(f"format: {format!r} is not allowed; {', '.join(FORMATS)}")
+    check_types(plan, quantized)
     verify(quantized, plan)
     _check_format(plan, format, plan_beside)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -56,7 +58,9 @@ def export(
     }
     with atomic_path(target) as temporary:
         _write(copied, temporary, inputs, format)
-        _check_file(expected, list(_read(temporary, format)), format)
+        _check_weights(expected, list(_read(temporary, format)), format)
+        quantizing = len(input_quantizers(copied))
+        _check_activations(plan.activation_bits, quantizing, list(_read_activations(temporary, format)), format)
         if not plan_beside:
             return (target,)
         beside = target.with_name(f"{target.stem}.plan.json")
@@ -134,11 +138,14 @@ def _write(model: nn.Module, path: Path, inputs: tuple[Any, ...], format: Format
                 export_torch_qcdq(model, args=inputs, export_path=str(path))
                 return
             names = [f"input_{i}" for i in range(len(inputs))]
+            batched = [name for name, value in zip(names, inputs, strict=True) if getattr(value, "ndim", 0)]
             exporter = export_qonnx if format == "qonnx" else export_onnx_qcdq
+            # torch takes a GraphModule for TorchScript, whose graph has outputs; within another module it does not.
+            whole = nn.Sequential(model) if isinstance(model, torch.fx.GraphModule) and len(inputs) == 1 else model
             exporter(
-                model, args=inputs, export_path=str(path), dynamo=False, opset_version=OPSET,
+                whole, args=inputs, export_path=str(path), dynamo=False, opset_version=OPSET,
                 keep_initializers_as_inputs=False, input_names=names,
-                dynamic_axes={name: {0: "batch"} for name in names},
+                dynamic_axes={name: {0: "batch"} for name in batched},
             )  # fmt: skip
     except ImportError as error:
         raise SettingError(f"{format}: {error}. pip install 'mpq-plugins[brevitas]'") from error
@@ -149,17 +156,27 @@ def _write(model: nn.Module, path: Path, inputs: tuple[Any, ...], format: Format
         ) from error
 
 
-def _check_file(expected: dict[str, FileWeight], found: list[FileWeight], format: Format) -> None:
+def _check_weights(expected: dict[str, FileWeight], found: list[FileWeight], format: Format) -> None:
     """Find every layer's weight in the file, with its bits."""
     problems = []
     for name, own in expected.items():
         same = [weight for weight in found if weight.value.shape == own.value.shape and weight.value.equal(own.value)]
         if not same:
-            problems.append(f"{name!r} is not in the file as it is in the model")
+            problems.append(f"{name!r} is not in the file as it is in the model (does the example reach it?)")
         elif own.bits not in {weight.bits for weight in same}:
             problems.append(f"{name!r} has {same[0].bits} bits in the file, and not {own.bits}")
     if problems:
         raise VerifyError(f"{format}: the file does not hold the model: {first_few(problems)}")
+
+
+def _check_activations(bits: int | None, layers: int, found: list[int], format: Format) -> None:
+    """Every planned layer's input is quantized in the file, to the plan's bits."""
+    expected = {bits} if layers else set()
+    if {*found} != expected or len(found) < layers:
+        raise VerifyError(
+            f"{format}: the file quantizes {len(found)} inputs, to {sorted({*found})} bits; the model those of "
+            f"{layers} layers, to {sorted(map(str, expected))}"
+        )
 
 
 def _read(path: Path, format: Format) -> Iterator[FileWeight]:
@@ -167,11 +184,16 @@ def _read(path: Path, format: Format) -> Iterator[FileWeight]:
     return _read_torch(path) if format == "torch_qcdq" else _read_onnx(path)
 
 
-def _read_torch(path: Path) -> Iterator[FileWeight]:
-    """clamp(codes, low, high) - zero_point, times scale; 8 unsigned bits have no clamp."""
+def _torch_graph(path: Path) -> Any:
+    """To be kept as long as its nodes are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is what the format is
-        graph = torch.jit.load(str(path)).inlined_graph
+        return torch.jit.load(str(path)).inlined_graph
+
+
+def _read_torch(path: Path) -> Iterator[FileWeight]:
+    """clamp(codes, low, high) - zero_point, times scale; 8 unsigned bits have no clamp."""
+    graph = _torch_graph(path)
     for node in graph.findAllNodes("aten::mul"):
         difference, scale = (use.node() for use in node.inputs())
         if difference.kind() != "aten::sub" or scale.kind() != "prim::Constant":
@@ -190,11 +212,32 @@ def _read_torch(path: Path) -> Iterator[FileWeight]:
             yield FileWeight(value.float(), _bits(low, high))
 
 
+def _read_activations(path: Path, format: Format) -> Iterator[int]:
+    """The bits of quantized inputs in a file."""
+    if format == "torch_qcdq":
+        graph = _torch_graph(path)
+        for node in graph.findAllNodes("aten::quantize_per_tensor"):
+            codes = next(use.user for use in node.output().uses())  # int_repr
+            clamps = [use.user for use in codes.output().uses() if use.user.kind() == "aten::clamp"]
+            bounds = [[_constant(bound.node()) for bound in list(clamp.inputs())[1:]] for clamp in clamps]
+            yield _bits(*bounds[0]) if bounds else STORED_BITS
+        return
+    graph, values = _onnx_graph(path)
+    clips = {node.input[0]: node for node in graph.node if node.op_type == "Clip"}
+    for node in graph.node:
+        if node.op_type in ("Quant", "IntQuant") and node.input[0] not in values:
+            yield int(values[node.input[3]])
+        elif node.op_type == "QuantizeLinear":
+            clip = clips.get(node.output[0])
+            yield STORED_BITS if clip is None else _bits(*(int(values[bound]) for bound in clip.input[1:]))
+
+
 def _constant(node: Any) -> Any:
     return node.output().toIValue() if node.kind() == "prim::Constant" else None
 
 
-def _read_onnx(path: Path) -> Iterator[FileWeight]:
+def _onnx_graph(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The graph, and what is constant in it by name."""
     import onnx
     from onnx import numpy_helper
 
@@ -205,6 +248,13 @@ def _read_onnx(path: Path) -> Iterator[FileWeight]:
             values[node.output[0]] = values[node.input[0]]
         elif node.op_type == "Constant":
             values[node.output[0]] = torch.from_numpy(numpy_helper.to_array(node.attribute[0].t).copy())
+    return graph, values
+
+
+def _read_onnx(path: Path) -> Iterator[FileWeight]:
+    import onnx
+
+    graph, values = _onnx_graph(path)
     clips = {node.output[0]: node for node in graph.node if node.op_type == "Clip"}
     for node in graph.node:
         attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}

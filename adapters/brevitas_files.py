@@ -1,22 +1,23 @@
 """A quantized Brevitas model in one file that carries its plan."""
 
+import copy
 import json
-import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from brevitas.core.quant import TernaryQuant
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
-from mpq_plugins.errors import FormatError, MismatchError, first_few
+from mpq_plugins.errors import FormatError, MismatchError, SettingError, first_few
 from mpq_plugins.files import atomic_path
+from mpq_plugins.match import match
 from mpq_plugins.plan import Plan
 
-from .brevitas_graph import brevitas_settings_kept, load_quant_model_mode
+from .brevitas_graph import brevitas_settings_kept, load_quant_model_mode, quiet_state_dict
 from .brevitas_verify import verify
-from .folded import planned_layers
+from .folded import check_types, planned_layers
 
 FORMAT = "mpq-brevitas"
 
@@ -24,43 +25,72 @@ FORMAT = "mpq-brevitas"
 def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
     """Write a model's state and its plan as one safetensors file, atomically.
 
-    Raises VerifyError where the model does not hold the plan; SourceError where the file cannot be written.
+    Raises VerifyError where the model does not hold the plan; SettingError for state that is no tensor; SourceError
+    where the file cannot be written.
     """
+    check_types(plan, quantized)
     verify(quantized, plan)
+    with quiet_state_dict():
+        odd = [repr(name) for name, value in quantized.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise SettingError(f"save: {first_few(odd, ', ')} in the state dict are no tensors, which the file cannot hold")
     ternary = [layer.name for layer in planned_layers(plan) if _is_ternary(quantized.get_submodule(layer.name))]
     metadata = {"format": FORMAT, "plan": plan.to_json(), "ternary": json.dumps(ternary)}
-    with atomic_path(Path(path)) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Positional args are being deprecated", FutureWarning)  # Brevitas's own
+    with atomic_path(Path(path)) as temporary, quiet_state_dict():
         save_model(quantized, str(temporary), metadata)
 
 
 def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Module:
     """A copy of `model` converted by the file's own plan, with the file's weights, in evaluation mode.
 
-    model: the network in float, its weights of no matter. plan: refuse a file of any other. Raises FormatError (not
-    such a file, or damaged) and MismatchError (another plan, or another network).
+    model: the network in float32, its weights of no matter. plan: refuse a file of any other. What is loaded can be
+    exported and trained, and not tuned: its float weights are gone. Raises FormatError (not such a file, or damaged),
+    MismatchError (another plan, or another network) and VerifyError (a file changed since it was saved).
     """
     from .brevitas import to_brevitas
 
+    if not isinstance(path, str | Path) or not isinstance(model, nn.Module):
+        raise SettingError(f"load: takes a path and a module, not a {type(path).__name__} and a {type(model).__name__}")
     metadata = _metadata(path)
-    stored = Plan.from_document(json.loads(metadata["plan"]), str(path))
+    stored = Plan.from_document(_json(path, metadata["plan"]), str(path))
+    ternary = _json(path, metadata["ternary"])
+    if not isinstance(ternary, list) or not all(isinstance(name, str) for name in ternary):
+        raise FormatError(f"{path}: ternary is {ternary!r}, no list of names: the file is damaged")
     if plan is not None and plan != stored:
         changed = [repr(difference.name) for difference in stored.diff(plan)]
         what = (
             f"layers {first_few(changed, ', ')} differ" if changed else "the layers agree, what else it says does not"
         )
         raise MismatchError(f"{path}: was quantized by another plan: {what}. Load it without a plan, or give its own")
-    quantized = to_brevitas(model, stored, ternary=json.loads(metadata["ternary"])).eval()
+    match(stored, model).require(type(model).__name__)
+    blank = copy.deepcopy(model)
+    for layer in stored.layers:
+        cast(Tensor, blank.get_submodule(layer.name).weight).data.zero_()
+    quantized = to_brevitas(blank, stored, ternary=ternary).eval()
     try:
-        with brevitas_settings_kept(), load_quant_model_mode(quantized):
-            load_model(quantized, str(path))
+        with brevitas_settings_kept(), load_quant_model_mode(quantized), quiet_state_dict():
+            quantized.load_state_dict(_with_shared(load_file(path), quantized))
     except (RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()
-        raise MismatchError(
-            f"{path}: holds another network than {type(model).__name__} ({' '.join(reason)[:300]})"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise MismatchError(f"{path}: holds another network than {type(model).__name__} ({reason})") from error
     verify(quantized, stored)
     return quantized
+
+
+def _with_shared(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The file has shared tensors under one name; Brevitas wants to be told of each."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    shared = {name: state[own] for same in names.values() for own in same if own in state for name in same}
+    return state | shared
+
+
+def _json(path: Path | str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: carries a plan that is no JSON ({error}): the file is damaged") from error
 
 
 def _metadata(path: Path | str) -> dict[str, str]:

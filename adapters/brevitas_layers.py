@@ -49,10 +49,10 @@ class PlanConvTranspose3d(_OnPlainTensors, qnn.QuantConvTranspose3d):  # type: i
 class PlanEmbedding(qnn.QuantEmbedding):  # type: ignore[misc]
     """An embedding."""
 
-    def forward(self, inp: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Indices (...) -> (..., features)."""
         weight = _unpack_quant_tensor(self.quant_weight())
-        return F.embedding(inp, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+        return F.embedding(input, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
 
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {

@@ -7,7 +7,7 @@ all. They are run once for each layer, so they stay in memory. progress is calle
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,50 +17,69 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import MPQError, SettingError, WeightError, first_few
 
-from .brevitas_graph import bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode
+from .brevitas_float import begin_at_float, begin_at_own_bias, forget, mark, require_float
+from .brevitas_graph import BiasCorrection, bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode
 from .brevitas_verify import input_quantizers, is_calibrated, is_quantized, weight_codes
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 Loss = Callable[[nn.Module, Batch], Tensor]
 GREEDY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what Brevitas has GPTQ and GPFQ for
-WEIGHT_ORIG = "weight_orig"  # Brevitas's name for the float weights that it looks at with quantization switched off
 
 
 def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
     """Set the ranges of quantized activations: Brevitas's percentiles (0.001 and 99.999), averaged over the batches.
 
-    Raises SettingError where no activations are quantized, or there is no batch that the model can take.
+    Done again, it begins again. Raises SettingError: no layer quantizes its inputs, a layer that no batch reaches,
+    batches that the model cannot take.
     """
     given = given_batches(batches)
-    if not input_quantizers(quantized):
-        raise SettingError("calibrate: no activations are quantized; convert with activation_bits=8")
+    names = input_quantizers(quantized)
+    if not names:
+        raise SettingError(
+            "calibrate: no layer quantizes its inputs; convert with activation_bits=8 (embeddings take indices)"
+        )
     tuned = copy.deepcopy(quantized).eval()
+    for name in names:
+        cast(Any, tuned.get_submodule(name)).input_quant.init_tensor_quant()  # without the ranges of an earlier call
+    tuned.eval()
+    unreached = [repr(name) for name in names if name not in called_layers(tuned, given)]
+    if unreached:
+        raise SettingError(
+            f"calibrate: no batch reaches {first_few(unreached, ', ')}: give batches that do, or skip them in the plan"
+        )
     with torch.no_grad(), calibration_mode(tuned):
         for done, batch in enumerate(given, 1):
             run(tuned, batch)
             report(progress, "calibrating", done, len(given))
+    _require_finite(tuned, "calibrate")
     return tuned
 
 
 def correct_bias(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
-    """Add to each layer's bias the mean output error that quantization causes, per channel.
+    """Add to each layer's bias the mean output error that quantization causes, per channel, over all inputs.
 
-    Layers without a bias get one. Raises SettingError: batches that the model cannot take, activations without
-    ranges, or a model whose float weights are gone (loaded from a file, say), where there is no error to be seen.
+    Layers without a bias get one. It comes last: tuning a model begins at its own biases again, and so does a second
+    correction. Raises SettingError: batches that the model cannot take, activations without ranges, a model that was
+    trained or loaded, whose float weights are gone, or one with embeddings alone.
     """
     given = given_batches(batches)
     tuned = ready(quantized)
-    called_layers(tuned, given[0])
-    if all(_on_grid(module) for module in tuned.modules() if is_quantized(module)):
-        raise SettingError(
-            "correct_bias: the float weights are gone, so there is no error to correct. Do it before saving, or "
-            "convert the float model anew"
-        )
-    with torch.no_grad(), bias_correction_mode(tuned):
+    reached = called_layers(tuned, given)
+    require_float(tuned, "correct_bias")
+    layers = {name: tuned.get_submodule(name) for name in reached if hasattr(tuned.get_submodule(name), "bias_quant")}
+    if not layers:
+        raise SettingError("correct_bias: the batches reach no layer that can have a bias")
+    for module in layers.values():
+        begin_at_own_bias(module)
+    running = bias_correction_mode(tuned)
+    running.bias_correction = BiasCorrection()
+    with torch.no_grad(), running:
         for done, batch in enumerate(given, 1):
             run(tuned, batch)
             report(progress, "correcting biases", done, len(given))
+    _require_finite(tuned, "correct_bias")
+    mark(tuned)
     return tuned
 
 
@@ -79,11 +98,12 @@ def gpfq(
 ) -> nn.Module:
     """Brevitas's GPFQ (greedy path following, doi 10.1137/22M1511709), layer by layer, against the float model's path.
 
-    act_order: the weights of the strongest inputs first. Scales stay the plan's. Warns, by name, of layers that it
-    leaves as they were: transposed convolutions and embeddings, which Brevitas has it not for, and layers that no
-    batch reaches. Raises SettingError: batches that the model cannot take, activations without ranges, scales that
-    follow the weights (Brevitas's default, under which it does nothing), no code that changed; WeightError: a layer
-    whose inputs give nothing to work with, as where they are NaN.
+    act_order: the weights of the strongest inputs first. Scales stay the plan's. It begins at the float weights and
+    biases, whatever was tuned before. Warns, by name, of layers that it leaves as they were: transposed convolutions
+    and embeddings, which Brevitas has it not for, and layers that no batch reaches. Raises SettingError: batches that
+    the model cannot take, activations without ranges, a model that was trained or loaded, whose float weights are
+    gone, scales that follow the weights (Brevitas's default, under which it does nothing), no code that changed;
+    WeightError: a layer whose inputs give nothing to work with.
     """
     return _greedy("GPFQ", gpfq_mode, quantized, batches, act_order, progress)
 
@@ -99,22 +119,25 @@ def train(
 ) -> nn.Module:
     """Quantization-aware training: weights, biases, norms and scales by Adam, its rate falling to 0 along a cosine.
 
-    loss: (model, batch) -> a scalar, as `distillation(teacher)`. Batches come in their order each epoch; BatchNorm
-    keeps its statistics. Widths and zero points stay the plan's. All parameters are trainable afterwards, for a loop
-    of one's own. Raises SettingError: no batch, epochs below 1, an lr that is not positive; WeightError: a loss that
-    is NaN or infinite.
+    loss: (model, batch) -> a scalar, as `distillation(teacher)`; it gets each batch as it is, so labels may be in it:
+    `lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])`. Batches come in their order each epoch; BatchNorm
+    keeps its statistics. Widths and zero points stay the plan's. What is trainable stays so, for a loop of one's own.
+    Raises SettingError: no batch, epochs below 1, an lr that is not positive, nothing to train, a loss that is no
+    scalar with a gradient; WeightError: a loss that is NaN or infinite.
     """
     given = given_batches(batches)
-    if epochs < 1 or not lr > 0:
-        raise SettingError(f"train: epochs {epochs!r}, lr {lr!r}: epochs must be 1 or more, and lr above 0")
+    check_schedule("train", "epochs", epochs, lr)
     tuned = ready(quantized)
-    for module in tuned.modules():
-        module._buffers.pop(WEIGHT_ORIG, None)  # not what these weights come from any more
+    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise SettingError("train: every parameter is frozen; set requires_grad on what is to be trained")
     steps = epochs * len(given)
-    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr)
+    optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        value = loss(tuned, given[step % len(given)])
+        value = _loss(loss, tuned, given[step % len(given)])
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise SettingError("train: loss(model, batch) must be a scalar tensor with a gradient")
         if not torch.isfinite(value):
             raise WeightError(f"train: the loss is {value.item()} at step {step + 1} of {steps}; try a lower lr")
         optimizer.zero_grad()
@@ -123,20 +146,54 @@ def train(
         schedule.step()
         report(progress, "training", step + 1, steps)
     optimizer.zero_grad()
+    forget(tuned)
     return tuned
 
 
+@torch.enable_grad()
+def _loss(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+    try:
+        return loss(model, batch)
+    except MPQError:
+        raise
+    except Exception as error:  # a user's loss may raise anything
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise SettingError(
+            f"train: loss(model, batch) fails ({type(error).__name__}: {reason}). One of your own may be "
+            "lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
+        ) from error
+
+
 def distillation(teacher: nn.Module) -> Loss:
-    """The loss that needs no labels: KL divergence of the model's logits, (..., classes), from the teacher's."""
+    """The loss that needs no labels: KL divergence of the model's logits, (..., classes), from the teacher's.
+
+    teacher: the float model, of which a copy in evaluation mode is asked. Outputs may be logits, have them as
+    `.logits`, or give them first of several.
+    """
+    fixed = copy.deepcopy(teacher).eval()
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            target = run(teacher, batch)
-        logits = run(model, batch)
-        own, wanted = (F.log_softmax(values.flatten(0, -2), -1) for values in (logits, target))
+            target = _logits(run(fixed, batch))
+        logits = _logits(run(model, batch))
+        own, wanted = (F.log_softmax(values.reshape(-1, values.shape[-1]), -1) for values in (logits, target))
         return F.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
     return loss
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    found = found[0] if isinstance(found, tuple | list) and found else found
+    if not isinstance(found, Tensor) or found.dim() == 0:
+        raise SettingError(f"distillation: the model gives a {type(output).__name__}, no logits; write your own loss")
+    return found
+
+
+def check_schedule(what: str, name: str, count: object, lr: object, least: int = 1) -> None:
+    """Raise SettingError for a number of steps or epochs, or a rate, that cannot be."""
+    if type(count) is not int or count < least or not isinstance(lr, int | float) or not lr > 0:
+        raise SettingError(f"{what}: {name} {count!r}, lr {lr!r}: {name} must be {least} or more, and lr above 0")
 
 
 def _greedy(
@@ -144,16 +201,20 @@ def _greedy(
 ) -> nn.Module:
     given = given_batches(batches)
     tuned = ready(quantized)
-    reached = called_layers(tuned, given[0])
+    reached = called_layers(tuned, given)
     layers = {own: module for own, module in tuned.named_modules() if is_quantized(module)}
+    if not any(isinstance(layers[own], GREEDY) for own in reached):
+        raise SettingError(f"{name}: the batches reach no layer that Brevitas has it for (linear, convolutions)")
     moving = [repr(own) for own, module in layers.items() if _scale_moves(module)]
     if moving:
         raise SettingError(
             f"{name} would do nothing to {first_few(moving, ', ')}, whose scales follow their weights as these change: "
             "convert with to_brevitas, or with Brevitas's ScalingImplType.PARAMETER_FROM_STATS"
         )
+    require_float(tuned, name)
     begin_at_float(layers)
     before = {own: weight_codes(module).codes for own, module in layers.items()}
+    own_forward = "forward" in vars(tuned)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         with mode(tuned, act_order=act_order) as running:
@@ -163,28 +224,36 @@ def _greedy(
                 current = ", ".join(running.current_layer.layer_names)
                 _update(running, name, current)
                 report(progress, current, done, running.num_layers)
-    vars(tuned).pop("forward", None)  # which Brevitas leaves on the instance
-    _weigh(name, caught, layers, before)
-    left = [repr(own) for own, module in layers.items() if not isinstance(module, GREEDY) or own not in reached]
-    if left:
-        warnings.warn(
-            f"{name} leaves {first_few(left, ', ')} as they were: transposed, embeddings, or reached by no batch",
-            stacklevel=3,
-        )
+    if not own_forward:
+        vars(tuned).pop("forward", None)  # which Brevitas leaves on the instance
+    _weigh(name, caught)
+    _require_finite(tuned, name)
+    finish(name, tuned, before, {own for own in reached if isinstance(layers[own], GREEDY)}, calls=2)
     return tuned
 
 
-def begin_at_float(layers: Mapping[str, nn.Module]) -> None:
-    """Begin at the float weights, where an earlier call has kept them, and keep them for the next.
+def finish(name: str, tuned: nn.Module, before: Mapping[str, Tensor], treated: Container[str], calls: int) -> None:
+    """Leave weights at their quantized values, as a file would, and name layers that were not treated.
 
-    They lie beside the weights, out of the state dict, under the name that Brevitas looks for.
+    calls: how many are between the user's and this one. Raises SettingError where every code is as it was before.
     """
+    layers = {own: tuned.get_submodule(own) for own in before}
+    same = [own for own, module in layers.items() if weight_codes(module).codes.equal(before[own])]
+    if len(same) == len(layers):
+        raise SettingError(
+            f"{name} changed no code: the batches say nothing that rounding to nearest has not got right"
+        )
     for module in layers.values():
         weight = cast(Tensor, module.weight)
-        if WEIGHT_ORIG in module._buffers:
-            weight.data.copy_(cast(Tensor, module._buffers[WEIGHT_ORIG]))
-        else:
-            module.register_buffer(WEIGHT_ORIG, weight.detach().clone(), persistent=False)
+        weight.data.copy_(weight_codes(module).value.reshape(weight.shape))
+    mark(tuned)
+    left = [repr(own) for own in same if own not in treated]
+    if left:
+        warnings.warn(
+            f"{name} leaves {first_few(left, ', ')} as they were: reached by no batch, or of a kind that Brevitas has "
+            "it not for",
+            stacklevel=2 + calls,
+        )
 
 
 def _scale_moves(module: nn.Module) -> bool:
@@ -207,23 +276,20 @@ def _update(running: Any, name: str, current: str) -> None:
         ) from error
 
 
-def _weigh(
-    name: str, caught: list[warnings.WarningMessage], layers: Mapping[str, nn.Module], before: Mapping[str, Tensor]
-) -> None:
-    """Raise for what Brevitas only remarks on, or not at all; pass its other remarks on."""
+def _weigh(name: str, caught: list[warnings.WarningMessage]) -> None:
+    """Raise for what Brevitas only remarks on; pass its other remarks on."""
     for remark in caught:
         if "Failed to compute the inverse" in str(remark.message):
             raise WeightError(f"{name}: {remark.message}. Are there NaN inputs, or too few?")
-        if "ConvTranspose is temporarily unsupported" not in str(remark.message):
+        if "ConvTranspose is temporarily unsupported" not in str(remark.message):  # which we tell ourselves
             warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)
-    broken = [repr(own) for own, module in layers.items() if not torch.isfinite(cast(Tensor, module.weight)).all()]
+
+
+def _require_finite(tuned: nn.Module, name: str) -> None:
+    state = (*tuned.named_parameters(), *tuned.named_buffers())
+    broken = [repr(own) for own, value in state if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise WeightError(f"{name}: {first_few(broken, ', ')} became NaN or infinite; look at the batches")
-    if all(weight_codes(module).codes.equal(before[own]) for own, module in layers.items()):
-        raise SettingError(
-            f"{name} changed no code: the weights lie on their grid already (a loaded model, say), or the batches say "
-            "nothing. Convert the float model anew, and give it real inputs"
-        )
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -235,22 +301,38 @@ def run(model: nn.Module, batch: Batch) -> Any:
     except (StopFwdException, MPQError):
         raise
     except Exception as error:  # a user's forward may raise anything
-        shape = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        shape = _shape(batch)
         reason = str(error).splitlines()[0] if str(error) else ""
         raise SettingError(
-            f"batches: {type(model).__name__} fails on one of {shape} ({type(error).__name__}: {reason})"
+            f"batches: {type(model).__name__} fails on one of {shape} ({type(error).__name__}: {reason}). Give what "
+            "it takes: a tensor, a tuple of arguments or a dict of keywords, without labels"
         ) from error
 
 
+def _shape(batch: Batch) -> str:
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{name}: {_shape(value)}" for name, value in batch.items())
+    if isinstance(batch, tuple):
+        return f"({', '.join(map(_shape, batch))})"
+    return str(tuple(batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
+
+
 def given_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """All batches. Raises SettingError for none, and for one batch that is not in a list."""
-    if isinstance(batches, Tensor | Mapping):
+    """All batches. Raises SettingError for none, for one that is not in a list, and for empty ones and NaN."""
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
         raise SettingError(
             f"batches: is a {type(batches).__name__}; give a list of them, as [batch] or tensor.split(128)"
         )
-    given = list(batches)
+    given: list[Batch] = [tuple(batch) if isinstance(batch, list) else batch for batch in cast(Iterable[Any], batches)]
     if not given:
         raise SettingError("batches: there are none; give at least one, of a few hundred inputs in all")
+    for number, batch in enumerate(given, 1):
+        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+        for value in (part for part in parts if isinstance(part, Tensor)):
+            if value.numel() == 0:
+                raise SettingError(f"batches: number {number} of {len(given)} is empty, {tuple(value.shape)}")
+            if value.isnan().any() or (value.is_floating_point() and len(parts) == 1 and value.isinf().any()):
+                raise SettingError(f"batches: number {number} of {len(given)} has values that are NaN or infinite")
     return given
 
 
@@ -265,21 +347,25 @@ def ready(quantized: nn.Module) -> nn.Module:
     return copy.deepcopy(quantized).eval()
 
 
-def called_layers(quantized: nn.Module, batch: Batch) -> set[str]:
-    """The quantized layers that a batch reaches.
+def called_layers(quantized: nn.Module, batches: Sequence[Batch]) -> set[str]:
+    """The quantized layers that any batch reaches.
 
-    Raises SettingError for linear layers on more than three dimensions, which Brevitas's corrections read wrongly.
+    Raises SettingError for what Brevitas's corrections read wrongly: linear layers on more than three dimensions, and
+    convolutions of inputs without a batch dimension.
     """
     reached: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             reached.add(name)
+            dimensions = output.dim() - cast(Tensor, module.weight).dim()
             if isinstance(module, nn.Linear) and output.dim() > 3:
                 raise SettingError(
                     f"layer {name!r} works on {output.dim()} dimensions, which Brevitas would read wrongly; flatten "
                     "its input to (N, T, features), or skip it in the plan"
                 )
+            if not isinstance(module, nn.Embedding) and dimensions < 0:
+                raise SettingError(f"layer {name!r} is given inputs without a batch dimension; give batches of them")
 
         return hook
 
@@ -287,7 +373,8 @@ def called_layers(quantized: nn.Module, batch: Batch) -> set[str]:
     hooks = [module.register_forward_hook(note(name)) for name, module in layers]
     try:
         with torch.no_grad():
-            run(quantized, batch)
+            for batch in batches:
+                run(quantized, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -298,9 +385,3 @@ def report(progress: Progress | None, what: str, done: int, total: int) -> None:
     """Tell how far it is, where somebody listens."""
     if progress is not None:
         progress(what, done, total)
-
-
-def _on_grid(module: nn.Module) -> bool:
-    """Whether a layer's float weights are no others than its quantized ones."""
-    weight = cast(Tensor, module._buffers.get(WEIGHT_ORIG, module.weight))
-    return weight_codes(module).value.reshape(weight.shape).equal(weight)

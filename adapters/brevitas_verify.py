@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from brevitas.core.quant import BinaryQuant, TernaryQuant
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
 from mpq_plugins.errors import VerifyError, first_few
@@ -14,10 +15,11 @@ from mpq_plugins.lower import integer_weight
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
-from mpq_plugins.weights import layer_kind, quantizable_weights
+from mpq_plugins.weights import layer_kind
 
+from .brevitas_graph import quiet_state_dict
 from .brevitas_quant import bit_widths
-from .folded import planned_layers
+from .folded import check_types, planned_layers
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,34 @@ def is_quantized(module: nn.Module) -> bool:
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> tuple[LayerCheck, ...]:
     """Read bit-widths back from a Brevitas model, and whether every weight lies on a grid that the plan allows.
 
-    Holds after GPTQ, GPFQ, learned rounding and training as well. With the float `model`, weights must be the plan's
-    own to the bit, as `to_brevitas` leaves them, and everything that the plan leaves in float the model's. Planned
-    layers must quantize their inputs to the plan's activation bits, calibrated, if it has any. Raises VerifyError
+    Holds after GPTQ, GPFQ, learned rounding and training as well. Planned layers must quantize their inputs to the
+    plan's activation bits, calibrated, if it has any; nothing else may be quantized. With the float `model`, all must
+    be as `to_brevitas` leaves it: weights the plan's own to the bit, layers' settings, biases, norms and what the plan
+    leaves in float the model's. Raises VerifyError
     listing what is wrong, MismatchError for another model.
     """
+    check_types(plan, quantized)
     if model is not None:
         match(plan, model).require(type(model).__name__)
-    original = None if model is None else quantizable_weights(fold_batch_norm(model) if plan.fold_bn else model)
+    original = fold_batch_norm(model) if model is not None and plan.fold_bn else model
     planned = {name: layer for layer in planned_layers(plan) for name in layer.names}
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
     problems = [f"{name!r} is missing" for name in planned if name not in found]
     checks: dict[str, LayerCheck] = {}
-    for name, module in found.items():
-        layer = planned.get(name)
-        if layer is None:
-            problems += _float_problems(name, module, None if original is None else original.get(name))
-            continue
-        wrong = list(_problems(module, layer, plan.activation_bits, None if original is None else original[layer.name]))
+    for name, layer in planned.items():
+        module = found.get(name)
+        own = None if original is None else original.get_submodule(name)
+        wrong = [] if module is None else [*_problems(module, layer, plan.activation_bits, own)]
         problems += [f"{name!r} {problem}" for problem in wrong]
-        if not wrong and layer.name not in checks:
+        if module is not None and not wrong and layer.name not in checks:
             checks[layer.name] = _check(module, layer)
+    problems += _quantized_besides(quantized, {id(found[name]) for name in planned if name in found})
     for layer in planned_layers(plan):
         weights = {id(found[name].weight) for name in layer.names if name in found}
         if len(weights) > 1:
             problems.append(f"{layer.name!r} is no longer tied to {layer.tied[0]!r}")
+    if original is not None:
+        problems += _changed_state(quantized, original, {f"{name}.weight" if name else "weight" for name in planned})
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks.values())
@@ -105,7 +110,7 @@ def _check(module: nn.Module, layer: LayerChoice) -> LayerCheck:
 
 
 def _problems(
-    module: nn.Module, layer: LayerChoice, activation_bits: int | None, original: Tensor | None
+    module: nn.Module, layer: LayerChoice, activation_bits: int | None, original: nn.Module | None
 ) -> Iterator[str]:
     if not is_quantized(module):
         yield f"was left in float ({type(module).__name__})"
@@ -114,13 +119,21 @@ def _problems(
     problem = _width_problem(read, layer) or _grid_problem(module, read, layer)
     if problem is not None:
         yield problem
-    elif original is not None and not _same(read.value, integer_weight(original, layer).dequantized()):
-        yield "has weights that are not the plan's"
-    inputs = None if layer.kind == "embedding" else activation_bits
+    elif original is not None:
+        if not _same(read.value, integer_weight(cast(Tensor, original.weight), layer).dequantized()):
+            yield "has weights that are not the plan's (after tuning, verify without the model)"
+        if module.extra_repr() != original.extra_repr():
+            yield f"is ({module.extra_repr()}), in the model ({original.extra_repr()})"
+    bias = getattr(module, "bias", None)
+    if bias is not None and not torch.isfinite(bias).all():
+        yield "has a bias that is NaN or infinite"
+    inputs = None if isinstance(module, nn.Embedding) else activation_bits  # which takes indices
     if _input_bits(module) != inputs:
-        yield f"takes its input at {_width(_input_bits(module))}, the plan {_width(inputs)}"
+        yield f"takes its input at {_width(_input_bits(module))}, the plan {_width(inputs)}{_remedy(module)}"
     elif inputs is not None and not is_calibrated(module):
         yield "has not had its input calibrated: call calibrate"
+    elif inputs is not None and not torch.isfinite(cast(Any, module).input_quant.scale()).all():
+        yield "has an input range that is NaN or infinite: calibrate on other batches"
 
 
 def _width_problem(read: WeightCodes, layer: LayerChoice) -> str | None:
@@ -161,12 +174,29 @@ def _grid_problem(module: nn.Module, read: WeightCodes, layer: LayerChoice) -> s
     return None if ok.all() else f"has {int((~ok).sum())} weights off the levels that its bits allow"
 
 
-def _float_problems(name: str, module: nn.Module, original: Tensor | None) -> list[str]:
-    if is_quantized(module):
-        return [f"{name!r} is quantized, and the plan leaves it in float"]
-    if original is not None and not _same(cast(Tensor, module.weight), original):
-        return [f"{name!r} has other weights than the model's, and the plan leaves it in float"]
-    return []
+def _quantized_besides(quantized: nn.Module, planned: set[int]) -> list[str]:
+    """Quantizers that the plan knows nothing of."""
+    of_planned = {id(child) for module in quantized.modules() if id(module) in planned for child in module.modules()}
+    return [
+        f"{name!r} is quantized, and the plan leaves it in float"
+        for name, module in quantized.named_modules()
+        if id(module) not in of_planned and (is_quantized(module) or _is_quantizing_activations(module))
+    ]
+
+
+def _is_quantizing_activations(module: nn.Module) -> bool:
+    return isinstance(module, ActQuantProxyFromInjectorBase) and bool(module.is_quant_enabled)
+
+
+def _changed_state(quantized: nn.Module, original: nn.Module, weights: set[str]) -> list[str]:
+    """Biases, norms, buffers and float layers that are not the model's own."""
+    with quiet_state_dict():
+        state = quantized.state_dict()
+    return [
+        f"{name!r} is not the model's own"
+        for name, value in original.state_dict().items()
+        if name not in weights and isinstance(value, Tensor) and not (name in state and state[name].equal(value))
+    ]
 
 
 def _input_bits(module: nn.Module) -> int | None:
@@ -186,6 +216,11 @@ def _same(value: Tensor, expected: Tensor) -> bool:
 
 def _width(bits: int | None) -> str:
     return "floating point" if bits is None else f"{bits} bits"
+
+
+def _remedy(module: nn.Module) -> str:
+    bits = _input_bits(module)
+    return "" if bits is None else f" (if that is meant: plan.with_activation_bits({bits}))"
 
 
 def _listed(bits: list[int]) -> str:

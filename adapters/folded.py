@@ -1,5 +1,6 @@
 """What backends that fold BatchNorm themselves are given: the folded weights, and their integers."""
 
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -13,6 +14,15 @@ from mpq_plugins.scheme import FLOAT_BITS
 from mpq_plugins.weights import layer_kind, quantizable_weights
 
 FLOAT = torch.float32
+
+
+def check_types(plan: object, model: object) -> None:
+    """Raise SettingError where a plan is no Plan, or a model no module."""
+    if not isinstance(plan, Plan):
+        remedy = "Plan.load it first" if isinstance(plan, str | Path) else "the model comes before the plan"
+        raise SettingError(f"plan: is a {type(plan).__name__}, no Plan; {remedy}")
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model: is a {type(model).__name__}, no module; give the network itself")
 
 
 def planned_layers(plan: Plan) -> list[LayerChoice]:

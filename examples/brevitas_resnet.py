@@ -26,7 +26,7 @@ from mpq_plugins.adapters import brevitas
 from mpq_plugins.report.progress import progress_bar
 from mpq_plugins.report.tables import grid
 
-BATCH = 128
+BATCH = 64
 PER_CHANNEL = mpq.Affine(granularity="per_channel")
 ALLOCATORS: tuple[mpq.Allocator, ...] = (
     mpq.Uniform(bits=3),

@@ -263,7 +263,7 @@ class Plan(BaseModel):
 
     def with_activation_bits(self, bits: int | None) -> "Plan":
         """The same plan with other activation bits, 1 to 16 or None. Raises SettingError."""
-        if bits is not None and bits not in range(1, 17):
+        if bits is not None and (type(bits) is not int or bits not in range(1, 17)):
             raise SettingError(f"activation_bits: {bits!r} is not allowed; 1 to 16, or none for floating point")
         return self.model_copy(update={"activation_bits": bits})
 

@@ -21,6 +21,7 @@ from tests.plans import with_layer
 
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 quantize = pytest.importorskip("brevitas.graph.quantize")
+Int8ActPerTensorFloat = pytest.importorskip("brevitas.quant").Int8ActPerTensorFloat
 qnn = pytest.importorskip("brevitas.nn")
 verify_module = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
 
@@ -232,6 +233,37 @@ def _patched(model: Any) -> None:
     model.fc.forward = lambda x: 2 * own(x)
 
 
+class Buffered(nn.Linear):
+    """A linear layer with something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 10)
+        self.register_buffer("temperature", torch.ones(1))
+
+
+class Helpful(nn.Linear):
+    """A linear layer that its parent asks for more than its output."""
+
+    def helper(self) -> Tensor:
+        return self.weight.sum()
+
+
+def _buffered(model: Any) -> None:
+    model.fc = Buffered()
+
+
+def _helpful(model: Any) -> None:
+    model.fc = Helpful(8, 10)
+
+
+def _listed(model: Any) -> None:
+    model.kept = [model.fc]
+
+
+def _mapped(model: Any) -> None:
+    model.kept = {"head": model.fc}
+
+
 def _hooked(model: Any) -> None:
     model.fc.register_forward_hook(lambda *_: None)
 
@@ -246,6 +278,10 @@ def _half(model: Any) -> None:
         (_scaled, "'fc' is a Scaled that computes in its own way.*skip it"),
         (_standardized, "'conv1' is a Standardized that computes in its own way"),
         (_patched, "'fc' is a Linear that computes in its own way"),
+        (_buffered, "'fc' is a Buffered with state of its own"),
+        (_helpful, "'fc' is a Helpful that computes in its own way"),
+        (_listed, "'fc' is held in a list or attribute besides its name"),
+        (_mapped, "'fc' is held in a list or attribute besides its name"),
         (_hooked, "'fc' has forward hooks"),
         (_half, r"'fc' is torch.float16.*model.float\(\)"),
     ],
@@ -265,6 +301,89 @@ def test_a_weight_that_a_functional_call_uses_is_refused(net: type[nn.Module]) -
             convert(model, planned(model))
     plan = planned(model, skip=["fc"])
     mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
+
+
+class Untraceable(nn.Module):
+    """A head that lends its weight, in a network that torch.fx cannot look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x) if x.max() > 0 else x
+        return torch.nn.functional.linear(y, self.head.weight)
+
+
+def test_borrowing_is_seen_in_the_source_where_nothing_can_be_traced() -> None:
+    model = nn.Sequential(nets.made(Untraceable))
+    with pytest.raises(MismatchError, match=r"'0.head' lends its weight to a functional call"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_a_transformer_runs_without_the_fused_kernel_that_would_take_float_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    plan = planned(model, skip=["*.out_proj"], allocator=Uniform(bits=2))
+    quantized, inputs = mpq_brevitas.to_brevitas(model, plan), torch.randn(2, 5, 8)
+    mpq_brevitas.verify(quantized, plan, model)
+    with torch.no_grad():
+        without, floating = quantized(inputs), model(inputs)
+    torch.testing.assert_close(without, quantized(inputs).detach())
+    assert not torch.allclose(without, floating, atol=0.05)
+    with pytest.raises(MismatchError, match="in a fused kernel's reach"):
+        mpq_brevitas.layer_map(plan, model)
+
+
+def test_a_model_may_be_a_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    plan = planned(model, allocator=Uniform(bits=2))
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    mpq_brevitas.verify(quantized, plan, model)
+    inputs = torch.randn(3, 8)
+    assert quantized(inputs).equal(simulated(model, plan)(inputs))
+    with pytest.raises(VerifyError, match="was left in float"):
+        mpq_brevitas.verify(model, plan)
+    with pytest.raises(MismatchError, match="the model itself"):
+        mpq_brevitas.layer_map(plan, model)
+
+
+def test_a_quantized_model_is_not_quantized_again() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    with pytest.raises(MismatchError, match="'conv1' is quantized by Brevitas already: give the float model"):
+        mpq_brevitas.to_brevitas(mpq_brevitas.to_brevitas(model, plan), plan)
+
+
+def test_tied_inputs_are_quantized_where_they_are_no_indices() -> None:
+    model = tied_net()
+    plan = planned(model).with_activation_bits(8)
+    ready = mpq_brevitas.calibrate(mpq_brevitas.to_brevitas(model, plan), [TOKENS])
+    mpq_brevitas.verify(ready, plan, model)
+
+
+def test_arguments_of_the_wrong_type_are_told_apart() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    wrong: list[tuple[Any, str]] = [
+        (lambda: mpq_brevitas.to_brevitas(model, "plan.json"), "plan: is a str, no Plan; Plan.load it first"),
+        (
+            lambda: mpq_brevitas.to_brevitas(plan, model),
+            "plan: is a SmallNet, no Plan; the model comes before the plan",
+        ),
+        (lambda: mpq_brevitas.to_brevitas("net.pt", plan), "model: is a str, no module"),
+        (lambda: mpq_brevitas.to_brevitas(model.state_dict(), plan), "model: is a OrderedDict, no module"),
+        (lambda: mpq_brevitas.layer_map(model), "plan: is a SmallNet"),
+        (lambda: mpq_brevitas.verify(model, "plan.json"), "plan: is a str"),
+        (lambda: mpq_brevitas.save(model, "net.safetensors", plan), "plan: is a str"),
+        (lambda: mpq_brevitas.load(model, "net.safetensors"), "takes a path and a module, not a SmallNet and a str"),
+        (lambda: mpq_brevitas.to_brevitas(model, plan, activation_bits=8.0), "activation_bits: 8.0 is not allowed"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(SettingError, match=message):
+            call()
 
 
 def test_attention_is_refused_by_name() -> None:
@@ -402,14 +521,44 @@ def _other_norm(model: Any, _: Any) -> None:
     model.fc.weight.data[0] += 1
 
 
+def _other_bias(model: Any, _: Any) -> None:
+    model.conv2.bias.data += 1
+
+
+def _other_statistics(model: Any, _: Any) -> None:
+    model.bn1.running_mean += 1
+
+
+def _other_stride(model: Any, _: Any) -> None:
+    model.conv2.stride = (2, 2)
+
+
+def _float_input_quantized(model: Any, _: Any) -> None:
+    model.fc = qnn.QuantLinear(8, 10, weight_quant=None, input_quant=Int8ActPerTensorFloat)
+
+
+def _activation_added(model: Any, _: Any) -> None:
+    model.relu = qnn.QuantReLU(bit_width=2)
+
+
+def _nan_bias(model: Any, _: Any) -> None:
+    model.conv2.bias.data[0] = torch.nan
+
+
 @pytest.mark.parametrize(
     ("change", "message", "seen_without_model"),
     [
+        (_other_bias, "'conv2.bias' is not the model's own", False),
+        (_other_statistics, "'bn1.running_mean' is not the model's own", False),
+        (_other_stride, r"'conv2' is \(.*stride=\(2, 2\).*in the model", False),
+        (_float_input_quantized, "'fc.input_quant' is quantized, and the plan leaves it in float", True),
+        (_activation_added, "'relu.act_quant' is quantized, and the plan leaves it in float", True),
+        (_nan_bias, "'conv2' has a bias that is NaN", True),
         (_left_out, "'conv2' was left in float", True),
         (_switched_off, "'conv2' was left in float", True),
         (_one_bit_more, "'conv2' has 5 bits, the plan 4", True),
         (_other_scales, "'conv2' has weights that are not the plan's", False),
-        (_other_norm, "'fc' has other weights than the model's", False),
+        (_other_norm, "'fc.weight' is not the model's own", False),
     ],
 )
 def test_verify_finds_what_is_planted(change: Any, message: str, seen_without_model: bool) -> None:

@@ -223,6 +223,77 @@ def test_ties_and_ternary_layers_come_back(tmp_path: Path) -> None:
     assert loaded.lm_head.weight is loaded.embed.weight
 
 
+def test_trained_scales_of_tied_weights_come_back(tmp_path: Path) -> None:
+    model = tied_net()
+    plan = planned(model)
+    quantized = mpq_brevitas.train(
+        mpq_brevitas.to_brevitas(model, plan), [TOKENS], lambda net, batch: net(batch).square().mean(), lr=0.1
+    )
+    mpq_brevitas.save(quantized, plan, tmp_path / "net.safetensors")
+    loaded = mpq_brevitas.load(tmp_path / "net.safetensors", tied_net())
+    with torch.no_grad():
+        assert loaded(TOKENS).equal(quantized(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("plan", "ternary", "message"),
+    [
+        ("{", "[]", "no JSON"),
+        (None, "xx", "no JSON"),
+        (None, "5", "no list of names"),
+        ("5", "[]", "not a plan|object"),
+    ],
+)
+def test_a_damaged_file_is_told(plan: str | None, ternary: str, message: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = nets.made(nets.SmallNet)
+    stored = planned(model).to_json() if plan is None else plan
+    metadata = {"format": "mpq-brevitas", "plan": stored, "ternary": ternary}
+    save_file({"weight": torch.zeros(2)}, tmp_path / "net.safetensors", metadata)
+    with pytest.raises(FormatError, match=message):
+        mpq_brevitas.load(tmp_path / "net.safetensors", model)
+
+
+class Odd(nets.SmallNet):
+    """Keeps something in its state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"answer": 42}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing."""
+
+
+def test_state_that_is_no_tensor_is_not_saved(tmp_path: Path) -> None:
+    model = nets.made(Odd)
+    plan = planned(model)
+    with pytest.raises(SettingError, match="'_extra_state' in the state dict are no tensors"):
+        mpq_brevitas.save(mpq_brevitas.to_brevitas(model, plan), plan, tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("format", mpq_brevitas.FORMATS)
+def test_input_bits_are_read_in_the_file(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model).with_activation_bits(6)
+    quantized = mpq_brevitas.calibrate(mpq_brevitas.to_brevitas(model, plan), [IMAGES])
+    mpq_brevitas.export(quantized, plan, tmp_path / "net", IMAGES, format=format)
+    own = exporting._read_activations
+    assert list(own(tmp_path / "net", format)) == [6, 6, 6]
+    for wrong in (lambda found: [8, *found[1:]], lambda found: found[1:]):
+        monkeypatch.setattr(exporting, "_read_activations", lambda *file, wrong=wrong: wrong(list(own(*file))))
+        with pytest.raises(VerifyError, match="the model those of 3 layers, to"):
+            mpq_brevitas.export(quantized, plan, tmp_path / "other", IMAGES, format=format)
+
+
+@pytest.mark.parametrize("format", mpq_brevitas.FORMATS)
+def test_a_traced_model_can_be_exported(format: str, tmp_path: Path) -> None:
+    model = torch.fx.symbolic_trace(nets.made(nets.SmallNet))
+    plan = planned(model)
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    mpq_brevitas.export(quantized, plan, tmp_path / "net", IMAGES, format=format)
+
+
 def test_a_saved_model_is_not_loaded_into_another_plan_or_network(tmp_path: Path) -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)

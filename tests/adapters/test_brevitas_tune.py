@@ -3,10 +3,13 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from brevitas import config
 from torch import Tensor, nn
 
 from mpq_plugins import PTILMPQ, Affine, Plan, Uniform
@@ -14,17 +17,19 @@ from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, WeightError
 from tests.adapters import nets
 from tests.adapters.test_brevitas import TOKENS, EveryKind, own_way, planned
+from tests.nets import tied_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning")
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 verify_module = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
+layerwise_quantize = pytest.importorskip("brevitas.graph.quantize").layerwise_quantize
 
 BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 TUNERS: dict[str, Callable[..., Any]] = {
     "gptq": mpq_brevitas.gptq,
     "gpfq": mpq_brevitas.gpfq,
     "learned_round": lambda model, batches, **settings: mpq_brevitas.learned_round(
-        model, batches, steps=20, **settings
+        model, batches, steps=100, lr=1e-2, **settings
     ),
 }
 PARTS = PTILMPQ(important_bits=(4, 3), other_bits=(3, 2))
@@ -143,15 +148,247 @@ def test_the_default_scales_of_brevitas_under_which_nothing_happens_are_refused(
     assert any(not codes(TUNERS[tune](ours, BATCHES))[name].equal(before) for name, before in codes(ours).items())
 
 
-@pytest.mark.parametrize("tune", ["gptq", "gpfq"])
+@pytest.mark.parametrize("tune", TUNERS)
 def test_a_run_that_changes_no_code_is_an_error(tune: str) -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
-    on_grid = mpq_brevitas.to_brevitas(simulated(model, plan), plan)  # as a model comes back from a file
+    on_grid = mpq_brevitas.to_brevitas(simulated(model, plan), plan)
     with pytest.raises(SettingError, match="changed no code"):
         TUNERS[tune](on_grid, BATCHES)
-    with pytest.raises(SettingError, match="the float weights are gone"):
-        mpq_brevitas.correct_bias(on_grid, BATCHES)
+
+
+def _loaded(model: Any) -> Any:
+    model.load_state_dict(model.state_dict())
+    return model
+
+
+def _trained(model: Any) -> Any:
+    return mpq_brevitas.train(model, BATCHES, lambda model, batch: model(batch).square().mean(), epochs=1)
+
+
+def _trained_by_hand(model: Any) -> Any:
+    with torch.no_grad():
+        model.fc.weight.mul_(1.01)
+    return model
+
+
+def _bias_by_hand(model: Any) -> Any:
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    return model
+
+
+@pytest.mark.parametrize("before", [None, "gptq", "learned_round"])
+@pytest.mark.parametrize("change", [_loaded, _trained, _trained_by_hand, _bias_by_hand])
+@pytest.mark.parametrize("tune", [*TUNERS, "correct_bias"])
+def test_what_was_trained_or_loaded_has_no_float_weights_to_tune_by(tune: str, change: Any, before: str | None) -> None:
+    _, _, quantized = converted()
+    changed = change(quantized if before is None else TUNERS[before](quantized, BATCHES))
+    with pytest.raises(SettingError, match=r"the float weights of .*'fc' are gone.*Convert the float model anew"):
+        getattr(mpq_brevitas, tune)(changed, BATCHES)
+
+
+def test_a_users_own_conversion_that_is_on_its_grid_has_none_either() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    given = simulated(model, plan)
+    mine = layerwise_quantize(given, compute_layer_map=mpq_brevitas.layer_map(plan, model))
+    with pytest.raises(SettingError, match="the float weights of 'conv1', 'conv2', 'fc' are gone"):
+        mpq_brevitas.correct_bias(mine, BATCHES)
+    fresh = layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(plan, model))
+    mpq_brevitas.verify(mpq_brevitas.gptq(fresh, BATCHES), plan)
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_the_order_of_corrections_does_not_matter(tune: str) -> None:
+    model, _, quantized = converted()
+    corrected = mpq_brevitas.correct_bias(quantized, BATCHES)
+    twice = mpq_brevitas.correct_bias(corrected, BATCHES)
+    assert all(twice.state_dict()[name].equal(value) for name, value in corrected.state_dict().items())
+    plain, after = TUNERS[tune](quantized, BATCHES), TUNERS[tune](corrected, BATCHES)
+    assert after.conv1.bias is None
+    assert all(after.state_dict()[name].equal(value) for name, value in plain.state_dict().items())
+    assert error(mpq_brevitas.correct_bias(after, BATCHES), model) < error(quantized, model)
+
+
+def test_bias_correction_counts_every_input_alike() -> None:
+    _, _, quantized = converted()
+    whole = torch.cat(BATCHES)
+    even = mpq_brevitas.correct_bias(quantized, [whole])
+    uneven = mpq_brevitas.correct_bias(quantized, [whole[:1], whole[1:]])
+    for name in ("conv1", "conv2", "fc"):
+        torch.testing.assert_close(getattr(uneven, name).bias, getattr(even, name).bias, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tune", [*TUNERS, "correct_bias"])
+@pytest.mark.filterwarnings("ignore:.*leaves 'embed'.*as they were")
+def test_shared_modules_and_tied_weights_can_be_tuned(tune: str) -> None:
+    model = tied_net()
+    plan = planned(model, allocator=Uniform(bits=3))
+    tuned = getattr(mpq_brevitas, tune)(mpq_brevitas.to_brevitas(model, plan), [TOKENS])
+    mpq_brevitas.verify(tuned, plan)
+    assert tuned.block is tuned.again
+    assert tuned.lm_head.weight is tuned.embed.weight
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_a_models_own_forward_and_frozen_parameters_stay(tune: str) -> None:
+    model: Any = nets.made(nets.SmallNet)
+    plan = planned(model, allocator=Uniform(bits=3))
+    model.forward = MethodType(lambda self, x: 7 * type(self).forward(self, x), model)
+    model.conv2.bias.requires_grad_(False)
+    model.fc.weight.requires_grad_(False)
+    tuned = TUNERS[tune](mpq_brevitas.to_brevitas(model, plan), BATCHES)
+    with torch.no_grad():
+        assert torch.allclose(tuned(BATCHES[0]), 7 * type(tuned).forward(tuned, BATCHES[0]))
+    frozen = {name for name, parameter in tuned.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv2.bias", "fc.weight"}
+
+
+class Routed(nn.Module):
+    """A layer for positive inputs and one for negative ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.a(x) if x.sum() > 0 else self.b(x)
+        return logits
+
+
+@pytest.mark.parametrize("tune", TUNERS)
+def test_layers_that_a_later_batch_reaches_are_tuned(tune: str) -> None:
+    torch.manual_seed(0)
+    model = Routed().eval()
+    plan = planned(model, allocator=Uniform(bits=2))
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    up = torch.rand(64, 1) + 0.1 * torch.rand(64, 6)  # inputs so alike that errors can make up for each other
+    down = -up
+    before, after = codes(quantized), codes(TUNERS[tune](quantized, [up, down]))
+    assert not after["b"].equal(before["b"])
+    with pytest.warns(UserWarning, match="leaves 'b' as they were"):
+        TUNERS[tune](quantized, [up])
+
+
+def test_calibration_wants_every_layer_reached_and_begins_again() -> None:
+    torch.manual_seed(0)
+    model = Routed().eval()
+    quantized = mpq_brevitas.to_brevitas(model, planned(model), activation_bits=8)
+    batch = torch.rand(32, 6)
+    with pytest.raises(SettingError, match="no batch reaches 'b'"):
+        mpq_brevitas.calibrate(quantized, [batch])
+    small = mpq_brevitas.calibrate(quantized, [batch, -batch])
+    large, fresh = (mpq_brevitas.calibrate(which, [10 * batch, -10 * batch]) for which in (small, quantized))
+    assert large.a.input_quant.scale().equal(fresh.a.input_quant.scale())
+    assert not large.a.input_quant.scale().equal(small.a.input_quant.scale())
+
+
+class Flattening(nn.Module):
+    """A block that gives more rows than it takes, under a mask as wide as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.relu(self.fc(mask @ x)).flatten(0, 1))
+        return logits
+
+
+def test_blocks_may_do_with_rows_what_they_like() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Flatten(0, 1), nn.Linear(6, 4)).eval()
+    plan = planned(model, allocator=Uniform(bits=2))
+    batches = [torch.randn(8, 5, 6) for _ in range(4)]
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    tuned = mpq_brevitas.learned_round(quantized, batches, steps=100)
+    with torch.no_grad():
+        errors = [sum((net(b) - model(b)).square().mean() for b in batches) for net in (tuned, quantized)]
+    assert errors[0] < errors[1]
+    masked = Flattening().eval()
+    pairs = [(torch.randn(8, 8, 6), torch.rand(8, 8)) for _ in range(4)]
+    plan = planned(masked, allocator=Uniform(bits=2))
+    tuned = mpq_brevitas.learned_round(mpq_brevitas.to_brevitas(masked, plan), pairs, steps=60)
+    mpq_brevitas.verify(tuned, plan)
+
+
+@pytest.mark.parametrize("tune", [*TUNERS, "correct_bias"])
+def test_inputs_without_a_batch_dimension_are_refused(tune: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).eval()
+    quantized = mpq_brevitas.to_brevitas(model, planned(model))
+    with pytest.raises(SettingError, match="layer '0' is given inputs without a batch dimension"):
+        getattr(mpq_brevitas, tune)(quantized, [torch.randn(3, 8, 8)])
+
+
+def test_the_teacher_stays_as_it_is_and_may_answer_in_many_ways() -> None:
+    model, _, quantized = converted()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = mpq_brevitas.distillation(model)
+    mpq_brevitas.train(quantized, BATCHES, loss, epochs=1)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    expected = loss(quantized, BATCHES[0])
+    for answer in (lambda y: (y, None), lambda y: [y], lambda y: SimpleNamespace(logits=y)):
+        told = mpq_brevitas.distillation(Answering(nets.made(nets.SmallNet), answer))
+        assert told(Answering(quantized, answer), BATCHES[0]) == expected
+    with pytest.raises(SettingError, match="the model gives a dict, no logits"):
+        mpq_brevitas.distillation(Answering(model, lambda y: {"y": y}))(quantized, BATCHES[0])
+
+
+class Answering(nn.Module):
+    """A network that gives its logits in some other form."""
+
+    def __init__(self, net: nn.Module, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.answer = net, answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: 1.0, "must be a scalar tensor with a gradient"),
+        (lambda model, batch: model(batch), "must be a scalar tensor with a gradient"),
+        (lambda model, batch: model(batch).mean().detach(), "must be a scalar tensor with a gradient"),
+        (nn.functional.cross_entropy, r"loss\(model, batch\) fails \(TypeError.*lambda model, batch"),
+    ],
+)
+def test_a_loss_that_is_none(loss: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        mpq_brevitas.train(converted()[2], BATCHES, loss)
+
+
+def test_training_wants_something_to_train() -> None:
+    quantized = converted()[2].requires_grad_(False)
+    with pytest.raises(SettingError, match="every parameter is frozen"):
+        mpq_brevitas.train(quantized, BATCHES, lambda model, batch: model(batch).mean())
+
+
+def test_models_without_anything_to_tune_are_told_so() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8)).eval()
+    quantized = mpq_brevitas.to_brevitas(model, planned(model), activation_bits=8)
+    with pytest.raises(SettingError, match=r"calibrate: no layer quantizes its inputs.*embeddings take indices"):
+        mpq_brevitas.calibrate(quantized, [TOKENS])
+    with pytest.raises(SettingError, match="reach no layer that can have a bias"):
+        mpq_brevitas.correct_bias(quantized, [TOKENS])
+    with pytest.raises(SettingError, match="reach no layer that Brevitas has it for"):
+        mpq_brevitas.gptq(quantized, [TOKENS])
+    with pytest.raises(SettingError, match="no layer that a batch reaches has a rounding to learn"):
+        mpq_brevitas.learned_round(quantized, [TOKENS])
+
+
+def test_threads_may_round_at_once() -> None:
+    _, _, quantized = converted()
+    before = config.IGNORE_MISSING_KEYS
+    expected = codes(TUNERS["learned_round"](quantized, BATCHES))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: codes(TUNERS["learned_round"](quantized, BATCHES)), range(3)))
+    assert all(one[name].equal(expected[name]) for one in found for name in expected)
+    assert config.IGNORE_MISSING_KEYS is before
 
 
 def test_activations_are_calibrated_before_anything_else() -> None:
@@ -182,7 +419,7 @@ def test_calibrated_ranges_are_those_of_the_data() -> None:
 
 
 def test_there_is_nothing_to_calibrate_without_quantized_activations() -> None:
-    with pytest.raises(SettingError, match=r"no activations are quantized; convert with activation_bits=8"):
+    with pytest.raises(SettingError, match="no layer quantizes its inputs; convert with activation_bits=8"):
         mpq_brevitas.calibrate(converted()[2], BATCHES)
 
 
@@ -193,6 +430,11 @@ def test_there_is_nothing_to_calibrate_without_quantized_activations() -> None:
         ([], "batches: there are none"),
         (torch.zeros(4, 3, 8, 8), r"batches: is a Tensor; give a list of them, as \[batch\]"),
         ({"x": torch.zeros(4, 3, 8, 8)}, "batches: is a dict"),
+        (None, "batches: is a NoneType"),
+        ([torch.zeros(4, 3, 8, 8), torch.zeros(0, 3, 8, 8)], r"number 2 of 2 is empty, \(0, 3, 8, 8\)"),
+        ([torch.full((4, 3, 8, 8), torch.nan)], "number 1 of 1 has values that are NaN or infinite"),
+        ([torch.full((4, 3, 8, 8), torch.inf)], "number 1 of 1 has values that are NaN or infinite"),
+        ([(torch.zeros(4, 3, 8, 8), torch.zeros(4))], r"fails on one of \(\(4, 3, 8, 8\), \(4,\)\).*without labels"),
         ([torch.zeros(2, 5, 8, 8)], r"SmallNet fails on one of \(2, 5, 8, 8\)"),
     ],
 )
@@ -204,15 +446,6 @@ def test_batches_that_a_model_cannot_take(tune: str, batches: list[Tensor], mess
     more = {"loss": mpq_brevitas.distillation(model)} if tune == "train" else {}
     with pytest.raises(SettingError, match=message):
         getattr(mpq_brevitas, tune)(quantized, batches, **more)
-
-
-@pytest.mark.parametrize("tune", ["gptq", "gpfq"])
-def test_inputs_that_are_not_numbers_are_refused(tune: str) -> None:
-    quantized = converted()[2]
-    before = codes(quantized)
-    with pytest.raises(WeightError, match=r"conv1|became NaN"):
-        TUNERS[tune](quantized, [torch.full((4, 3, 8, 8), torch.nan)])
-    assert all(codes(quantized)[name].equal(before[name]) for name in before)
 
 
 @pytest.mark.parametrize("tune", TUNERS)
@@ -256,7 +489,7 @@ def test_a_glob_that_matches_nothing_is_refused(blocks: list[str], message: str)
         mpq_brevitas.learned_round(converted()[2], BATCHES, blocks=blocks)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"lr": 0.0}, {"lr": -1.0}])
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"steps": 2.5}, {"lr": 0.0}, {"lr": -1.0}, {"lr": "x"}])
 def test_learned_rounding_wants_steps_and_a_rate(settings: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="steps must be 1 or more, and lr above 0"):
         mpq_brevitas.learned_round(converted()[2], BATCHES, **settings)
@@ -278,12 +511,12 @@ class Nested(nn.Module):
 def test_dotted_globs_choose_blocks_and_the_rest_are_layers() -> None:
     torch.manual_seed(0)
     model = Nested().eval()
-    quantized = mpq_brevitas.to_brevitas(model, planned(model))
+    quantized = mpq_brevitas.to_brevitas(model, planned(model, allocator=Uniform(bits=2)))
     told: list[tuple[str, int, int]] = []
     mpq_brevitas.learned_round(
-        quantized, [torch.randn(8, 6)], blocks=["body.?"], steps=2, progress=lambda *what: told.append(what)
+        quantized, [torch.randn(64, 6)], blocks="body.?", steps=20, progress=lambda *what: told.append(what)
     )
-    assert told == [("body.0", 0, 3), ("body.1", 1, 3), ("head", 2, 3)]
+    assert told == [("body.0", 0, 3), ("body.1", 1, 3), ("head", 2, 3), ("done", 3, 3)]
 
 
 class Pair(nn.Module):
@@ -348,7 +581,7 @@ def test_after_learned_rounding_a_loop_of_ones_own_trains_every_parameter() -> N
     assert [name for name, parameter in rounded.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 0}, {"lr": 0.0}])
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"epochs": 1.5}, {"lr": 0.0}])
 def test_training_wants_epochs_and_a_rate(settings: dict[str, Any]) -> None:
     model, _, quantized = converted()
     with pytest.raises(SettingError, match="epochs must be 1 or more, and lr above 0"):
