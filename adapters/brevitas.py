@@ -38,7 +38,8 @@ from .brevitas_graph import ModuleToModuleByInstance, brevitas_settings_kept
 from .brevitas_layers import LAYERS
 from .brevitas_quant import PlanBitWidth, bit_widths, weight_quantizer
 from .brevitas_round import learned_round
-from .brevitas_tune import calibrate, correct_bias, distillation, gpfq, gptq, train
+from .brevitas_train import distillation, train
+from .brevitas_tune import calibrate, correct_bias, gpfq, gptq
 from .brevitas_verify import LayerCheck, verify
 from .folded import FLOAT, check_max_norm, check_types, planned_layers
 

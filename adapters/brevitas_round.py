@@ -21,19 +21,10 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, SettingError, WeightError, first_few
 
+from .brevitas_batches import Batch, Progress, called_layers, check_schedule, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, require_float
 from .brevitas_graph import brevitas_settings_kept, quiet_state_dict
-from .brevitas_tune import (
-    Batch,
-    Progress,
-    called_layers,
-    check_schedule,
-    finish,
-    given_batches,
-    ready,
-    report,
-    run,
-)
+from .brevitas_tune import finish
 from .brevitas_verify import is_quantized, weight_codes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
