@@ -146,15 +146,6 @@ def weight_quantizer(weight: Tensor, layer: LayerChoice, ternary: bool = False) 
     assert isinstance(layer.scheme, Affine)
     integers = integer_weight(weight, layer)
     grouped = layer.scheme.granularity == "per_group"
-    binary = layer.bits == 1 and not grouped  # Brevitas's own knows no groups
-    view = _view(integers, len(layer.shape), grouped)
-    row_bits = torch.zeros(layer.channels)
-    for part in layer.groups:
-        row_bits[list(part.channels)] = part.bits
-    bits = torch.tensor(float(layer.bits)) if layer.bits is not None else view(_per_region(row_bits, integers))
-    # Channels of 1 bit that are all 0 have code 0, all others +-1.
-    empty = (integers.region_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
-    scale = integers.scale.masked_fill(empty, 0) if binary else integers.scale
     signed = layer.bits == 1 or layer.scheme.symmetric
     settings: dict[str, Any] = {
         "proxy_class": GroupwiseWeightQuantProxyFromInjector if grouped else WeightQuantProxyFromInjector,
@@ -167,28 +158,41 @@ def weight_quantizer(weight: Tensor, layer: LayerChoice, ternary: bool = False) 
         "tensor_clamp_impl": TensorClamp,
         "restrict_scaling_type": RestrictValueType.FP,
         "scaling_impl": ParameterScaling,
-        "scaling_init": view(scale),
-        "scaling_shape": tuple(view(scale).shape) or None,
         "scaling_per_output": _granularity(integers, grouped),
         "int_scaling_impl": SingleArgStatelessBuffer(1.0),
         "zero_point_impl": PlanZeroPoint,
         "bit_width_impl": PlanBitWidth,
-        "binary_gain": view((~empty).float()),
-        "plan_zero_point": view(_zero_point(integers, layer, row_bits)),
-        "plan_bits": bits,
         "plan_choice": layer,
     }
-    if not grouped:
-        settings["input_view_impl"] = Identity
-    else:
-        settings["group_size"] = layer.scheme.group_size
-    if binary:
+    settings |= _grid(integers, layer, grouped)
+    settings |= {"group_size": layer.scheme.group_size} if grouped else {"input_view_impl": Identity}
+    if layer.bits == 1 and not grouped:  # Brevitas's own knows no groups
         settings |= {"quant_type": QuantType.BINARY, "tensor_quant": PlanBinaryQuant}
     elif ternary:
         settings |= {
             "quant_type": QuantType.TERNARY, "tensor_quant": PlanTernaryQuant, "threshold": TERNARY_THRESHOLD,
         }  # fmt: skip
     return type("PlanWeightQuant", (WeightQuantSolver,), settings)
+
+
+def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[str, Any]:
+    """Scales, zero points and widths in the shapes that Brevitas's parts broadcast over the weight."""
+    view = _view(integers, len(layer.shape), grouped)
+    row_bits = torch.zeros(layer.channels)
+    for part in layer.groups:
+        row_bits[list(part.channels)] = part.bits
+    # Channels of 1 bit that are all 0 have code 0, all others +-1.
+    empty = (integers.region_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
+    # BinaryQuant knows +-scale alone, and so says 0 by the scale.
+    scale = view(integers.scale.masked_fill(empty, 0) if layer.bits == 1 and not grouped else integers.scale)
+    rows = row_bits[:, None].expand(integers.scale.shape)
+    return {
+        "scaling_init": scale,
+        "scaling_shape": tuple(scale.shape) or None,
+        "binary_gain": view((~empty).float()),
+        "plan_zero_point": view(_zero_point(integers, layer, row_bits)),
+        "plan_bits": view(rows) if layer.bits is None else torch.tensor(float(layer.bits)),
+    }
 
 
 def bit_widths(module: nn.Module) -> PlanBitWidth | None:
@@ -203,10 +207,6 @@ def _zero_point(integers: IntegerWeight, layer: LayerChoice, row_bits: Tensor) -
         return integers.zero_point.float()
     shift = torch.where(row_bits == 1, torch.tensor(1.0), 2 ** (row_bits - 1))
     return integers.zero_point.float() + shift[:, None]
-
-
-def _per_region(rows: Tensor, integers: IntegerWeight) -> Tensor:
-    return rows[:, None].expand(integers.scale.shape)
 
 
 def _granularity(integers: IntegerWeight, grouped: bool) -> Any:

@@ -85,6 +85,11 @@ def _learn(trainer: Any, model: nn.Module, name: str, block: nn.Module, batches:
     """One block: its inputs from the quantized model so far, its outputs from the float one."""
     cache = _Calls(name)
     trainer._populate_cache(cache, model, run, block, batches)
+    if len(cache.inputs) != len(cache.outputs):
+        raise MismatchError(
+            f"learned_round: the quantized model reaches block {name!r} in {len(cache.inputs)} of {len(batches)} "
+            f"batches and the float one in {len(cache.outputs)}, for it decides by values: skip it in the plan"
+        )
     losses, loader = trainer._instantiate_losses(block), trainer._instantiate_block_dataloader(cache)
     rounding = [module for module in block.modules() if isinstance(module, LearnedRoundSte)]
     values = {id(module.value) for module in rounding}

@@ -18,6 +18,7 @@ from mpq_plugins.errors import MismatchError, SettingError, VerifyError, WeightE
 from tests.adapters import nets
 from tests.adapters.test_brevitas import TOKENS, EveryKind, own_way, planned
 from tests.nets import tied_net
+from tests.plans import with_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning")
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
@@ -269,6 +270,28 @@ def test_layers_that_a_later_batch_reaches_are_tuned(tune: str) -> None:
     assert not after["b"].equal(before["b"])
     with pytest.warns(UserWarning, match="leaves 'b' as they were"):
         TUNERS[tune](quantized, [up])
+
+
+class Deciding(Routed):
+    """Takes its way by a value that quantizing changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 1, bias=False)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([[1.0, 1.0, 1.0, -0.99, -0.99, -0.99]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.a(x) if self.first(x).sum() > 1e-3 else self.b(x)
+        return logits
+
+
+def test_a_block_that_only_the_quantized_model_reaches_is_refused() -> None:
+    model = Deciding().eval()
+    plan = with_layer(planned(model), "first", bits=1)
+    quantized = mpq_brevitas.to_brevitas(model, plan)
+    with pytest.raises(MismatchError, match=r"reaches block 'b' in 1 of 1 batches and the float one in 0"):
+        mpq_brevitas.learned_round(quantized, [torch.ones(8, 6)], steps=2)
 
 
 def test_calibration_wants_every_layer_reached_and_begins_again() -> None:
