@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.fold import borrowed_weights, conv_bn_pairs, fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
-from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 
@@ -41,7 +40,7 @@ from .brevitas_round import learned_round
 from .brevitas_train import distillation, train
 from .brevitas_tune import calibrate, correct_bias, gpfq, gptq
 from .brevitas_verify import LayerCheck, verify
-from .folded import FLOAT, check_max_norm, check_types, planned_layers
+from .folded import FLOAT, check_max_norm, check_model, check_types, planned_layers
 
 __all__ = [
     "CAPABILITIES", "FORMATS", "LayerCheck", "calibrate", "correct_bias", "distillation", "export", "gpfq", "gptq",
@@ -105,7 +104,7 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
     refused, when Brevitas comes to it. A plan measured with BatchNorm folded wants the folded model, and so `model`.
     Raises MismatchError and SettingError as to_brevitas.
     """
-    check_types(plan, model or nn.Identity())
+    check_types(plan, nn.Identity() if model is None else model)
     require_legal(plan, CAPABILITIES)
     if model is not None:
         _check(plan, model)
@@ -176,7 +175,7 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
 
 
 def _check(plan: Plan, model: nn.Module) -> None:
-    match(plan, model).require(type(model).__name__)
+    check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     if config.JIT_ENABLED:

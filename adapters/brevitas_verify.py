@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from mpq_plugins.errors import VerifyError, first_few
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import integer_weight
-from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import layer_kind
 
 from .brevitas_graph import quiet_state_dict
 from .brevitas_quant import bit_widths
-from .folded import check_types, planned_layers
+from .folded import check_model, check_types, planned_layers
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> 
     """
     check_types(plan, quantized)
     if model is not None:
-        match(plan, model).require(type(model).__name__)
+        check_model(plan, model)
     original = fold_batch_norm(model) if model is not None and plan.fold_bn else model
     planned = {name: layer for layer in planned_layers(plan) for name in layer.names}
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}

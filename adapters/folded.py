@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import FLOAT_BITS
 from mpq_plugins.weights import layer_kind, quantizable_weights
@@ -23,6 +24,12 @@ def check_types(plan: object, model: object) -> None:
         raise SettingError(f"plan: is a {type(plan).__name__}, no Plan; {remedy}")
     if not isinstance(model, nn.Module):
         raise SettingError(f"model: is a {type(model).__name__}, no module; give the network itself")
+
+
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Refuse what is no plan or no module (SettingError), and the plan of another model (MismatchError)."""
+    check_types(plan, model)
+    match(plan, model).require(type(model).__name__)
 
 
 def planned_layers(plan: Plan) -> list[LayerChoice]:

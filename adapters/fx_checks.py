@@ -8,10 +8,9 @@ from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from mpq_plugins.errors import MismatchError, SettingError, SourceError, first_few
 from mpq_plugins.legalise import Capabilities, require_legal
-from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 
-from .folded import check_folding, planned_layers
+from .folded import check_folding, check_model, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="fx",
@@ -27,7 +26,7 @@ def check(plan: Plan, model: nn.Module) -> None:
 
     Raises SettingError, MismatchError or SourceError, naming the layers and the remedy.
     """
-    match(plan, model).require(type(model).__name__)
+    check_model(plan, model)
     if plan.activation_bits is None:
         raise SettingError(
             "fx: the plan leaves activations in floating point, and FX would leave its convolutions and linear layers "

@@ -13,7 +13,7 @@ from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import biases_of, integers_of, planned_layers
+from .folded import biases_of, check_model, integers_of, planned_layers
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ def verify(
     Every planned layer must be a quantized module, fed by quantized activations, whose codes, scales and zero points
     are the plan's of the float `model`, and whose bias is its own (after QAT: the `integers` that finish_qat
     returned); every other layer must be in float. The ranges of activations are the calibration's, and are not judged.
-    Raises VerifyError listing what is wrong.
+    Raises VerifyError listing what is wrong, MismatchError for another model.
     """
+    check_model(plan, model)
     folded = fold_batch_norm(model)
     expected = integers_of(plan, folded) if integers is None else integers
     biases = biases_of(folded)

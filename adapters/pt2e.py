@@ -29,11 +29,10 @@ from mpq_plugins.errors import MismatchError, SourceError, VerifyError, first_fe
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight
-from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import biases_of, check_folding, check_max_norm, integers_of, planned_layers
+from .folded import biases_of, check_folding, check_max_norm, check_model, integers_of, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="pt2e",
@@ -142,10 +141,11 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
 
     Every planned layer must be there in each of its calls, with its own bias, its inputs quantized to 8 bits if and
     only if the plan says so, and nothing else may be quantized. Ranges of activations are the calibration's, and are
-    not judged. Raises VerifyError listing what is wrong.
+    not judged. Raises VerifyError listing what is wrong, MismatchError for another model.
     """
     if not isinstance(converted, torch.fx.GraphModule):
         raise SourceError(f"{type(converted).__name__}: no GraphModule; give what convert_pt2e made")
+    check_model(plan, model)
     folded = fold_batch_norm(model)
     expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
@@ -183,7 +183,7 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
 
 
 def _check(plan: Plan, model: nn.Module) -> None:
-    match(plan, model).require(type(model).__name__)
+    check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_folding(plan, model, "PT2E")
     check_max_norm(plan, model)

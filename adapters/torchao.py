@@ -22,12 +22,11 @@ from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_f
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
-from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import check_max_norm, planned_layers
+from .folded import check_max_norm, check_model, check_types, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -89,8 +88,9 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     names it does not find: give `model` to have them checked. Raises SettingError for anything else, and for tied
     weights, which quantize_ would untie; MismatchError for another model.
     """
+    check_types(plan, nn.Identity() if model is None else model)
     if model is not None:
-        match(plan, model).require(type(model).__name__)
+        check_model(plan, model)
     require_legal(plan, CONFIG_CAPABILITIES)
     configs: OrderedDict[str, IntxWeightOnlyConfig | None] = OrderedDict()
     for layer in planned_layers(plan):
@@ -108,8 +108,9 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     """Read the integer codes back and compare them, their scales and zero points with the plan's of the float `model`.
 
     Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
-    Raises VerifyError listing what is wrong.
+    Raises VerifyError listing what is wrong, MismatchError for another model.
     """
+    check_model(plan, model)
     original_model = fold_batch_norm(model) if plan.fold_bn else model
     original = quantizable_weights(original_model)
     stored = quantizable_weights(quantized)
@@ -140,7 +141,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
 
 
 def _check(plan: Plan, model: nn.Module) -> None:
-    match(plan, model).require(type(model).__name__)
+    check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     problems = []
