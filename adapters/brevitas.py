@@ -40,7 +40,7 @@ from .brevitas_round import learned_round
 from .brevitas_train import distillation, train
 from .brevitas_tune import calibrate, correct_bias, gpfq, gptq
 from .brevitas_verify import LayerCheck, verify
-from .folded import FLOAT, check_max_norm, check_model, check_types, planned_layers
+from .folded import FLOAT, check_max_norm, check_model, check_plan, planned_by_name, planned_layers
 
 __all__ = [
     "CAPABILITIES", "FORMATS", "LayerCheck", "calibrate", "correct_bias", "distillation", "export", "gpfq", "gptq",
@@ -78,7 +78,7 @@ def to_brevitas(
     replace, by name) and SettingError (a plan that Brevitas cannot run). Brevitas's global settings are left as they
     were.
     """
-    check_types(plan, model)
+    check_plan(plan)
     plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
     _check(plan, model)
     names = (ternary,) if isinstance(ternary, str) else ternary
@@ -104,7 +104,7 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
     refused, when Brevitas comes to it. A plan measured with BatchNorm folded wants the folded model, and so `model`.
     Raises MismatchError and SettingError as to_brevitas.
     """
-    check_types(plan, nn.Identity() if model is None else model)
+    check_plan(plan)
     require_legal(plan, CAPABILITIES)
     if model is not None:
         _check(plan, model)
@@ -114,27 +114,20 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
             "the plan was measured with BatchNorm folded in: quantize fold_batch_norm(model), of mpq_plugins.fold, and "
             "give that model to layer_map too"
         )
-    ignored = config.IGNORE_MISSING_KEYS
+    ignored, planned = config.IGNORE_MISSING_KEYS, planned_by_name(plan)
 
     def weight(module: nn.Module, name: str) -> type | None:
         try:
-            layer = _planned(plan, module, name)
+            layer = _planned(plan, planned, module, name)
             return None if layer is None else weight_quantizer(cast(Tensor, module.weight), layer)
-        except Exception:
-            config.IGNORE_MISSING_KEYS = ignored  # layerwise_quantize has set it, and is about to fail
+        except Exception:  # whatever it is: layerwise_quantize has set this, and is about to fail
+            config.IGNORE_MISSING_KEYS = ignored
             raise
 
-    def inputs(name: str) -> type | None:
-        planned = name in {own for layer in planned_layers(plan) for own in layer.names}
-        return activation_quantizer(plan.activation_bits) if planned else None
-
     # Brevitas calls nothing but real lambdas of two arguments.
+    inputs = activation_quantizer(plan.activation_bits)
     common = {"weight_quant": lambda module, name: weight(module, name)}
-    more = common | {
-        "input_quant": lambda module, name: inputs(name),
-        "bias_quant": None,
-        "return_quant_tensor": False,
-    }
+    more = common | {"input_quant": lambda module, name: inputs if name in planned else None}
     return {cls: (twin, common if cls is nn.Embedding else more) for cls, twin in LAYERS.items()}
 
 
@@ -144,33 +137,33 @@ def activation_quantizer(bits: int | None) -> type | None:
 
 
 def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | None, ternary: bool) -> nn.Module:
-    """The model with Brevitas layers in the place of a planned layer, of its tied ones and of all their aliases."""
-    first: nn.Module | None = None
+    """The model with Brevitas layers in the place of a planned layer, under all names of its weight."""
+    made: dict[int, nn.Module] = {}
     for name in layer.names:
         old = quantized.get_submodule(name)
         if bit_widths(old) is not None:
-            continue  # an alias, replaced already
+            continue  # within a module of two names, and replaced already
+        parent, _, own = name.rpartition(".")
+        if id(old) in made:
+            setattr(quantized.get_submodule(parent), own, made[id(old)])
+            continue
         weight, trains, standard = cast(nn.Parameter, old.weight), old.training, _standard_class(old)
         assert standard is not None  # _check has seen to it
         settings: dict[str, Any] = {"weight_quant": weight_quantizer(weight, layer, ternary)}
         if not isinstance(old, nn.Embedding):
-            settings |= {
-                "input_quant": activation_quantizer(activation_bits), "bias_quant": None, "return_quant_tensor": False,
-            }  # fmt: skip
+            settings["input_quant"] = activation_quantizer(activation_bits)
         new = ModuleToModuleByInstance(old, LAYERS[standard], **settings).init_new_module(old, name)
-        if first is None:
-            first, new.weight = new, weight
-        else:
-            new.weight, new.weight_quant = first.weight, first.weight_quant
+        new.weight = weight
+        for first in made.values():
+            new.weight_quant = first.weight_quant
+        made[id(old)] = new
         if getattr(old, "bias", None) is not None:
             new.bias = old.bias  # the parameter itself, frozen or not
         new.train(trains)
         if old is quantized:
             root: nn.Module = new
             return root
-        for alias in [alias for alias, module in quantized.named_modules(remove_duplicate=False) if module is old]:
-            parent, _, own = alias.rpartition(".")
-            setattr(quantized.get_submodule(parent), own, new)
+        setattr(quantized.get_submodule(parent), own, new)
     return quantized
 
 
@@ -180,19 +173,19 @@ def _check(plan: Plan, model: nn.Module) -> None:
     check_max_norm(plan, model)
     if config.JIT_ENABLED:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
-    problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model)]
-    borrowed = borrowed_weights(model) | _borrowed_in_source(plan, model)
+    aside = _held_aside(model)
+    problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model, aside)]
+    borrowed = borrowed_weights(model) | _borrowed_in_source(model)
     problems += [
         f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
-        for layer in planned_layers(plan)
-        for name in layer.names
+        for name in planned_by_name(plan)
         if f"{name}.weight" in borrowed
     ]
     if problems:
         raise MismatchError(f"brevitas cannot run this plan on {type(model).__name__}: {first_few(problems)}")
 
 
-def _troubles(layer: LayerChoice, model: nn.Module) -> Iterator[str]:
+def _troubles(layer: LayerChoice, model: nn.Module, aside: set[int]) -> Iterator[str]:
     for name in layer.names:
         module = model.get_submodule(name)
         own, weight = type(module).__name__, cast(Tensor, module.weight)
@@ -206,7 +199,7 @@ def _troubles(layer: LayerChoice, model: nn.Module) -> Iterator[str]:
             yield f"{name!r} is a {own} that computes in its own way, which its Brevitas twin would not: skip it"
         elif {*module.state_dict()} - {"weight", "bias"} or [*module.children()]:
             yield f"{name!r} is a {own} with state of its own, which its Brevitas twin would lose: skip it"
-        elif _is_held_aside(module, model):
+        elif id(module) in aside:
             yield f"{name!r} is held in a list or attribute besides its name, and would stay in float there: skip it"
         elif module._forward_hooks or module._forward_pre_hooks:
             yield f"{name!r} has forward hooks, which its Brevitas twin would lose: remove them, or skip it"
@@ -235,7 +228,7 @@ def _check_layerwise(plan: Plan, model: nn.Module) -> None:
         raise MismatchError(f"layerwise_quantize cannot take this plan: {first_few(problems)}. Use to_brevitas")
 
 
-def _planned(plan: Plan, module: nn.Module, name: str) -> LayerChoice | None:
+def _planned(plan: Plan, planned: dict[str, LayerChoice], module: nn.Module, name: str) -> LayerChoice | None:
     if name in plan.skipped:
         return None
     layer, shape = plan.by_any_name.get(name), tuple(cast(Tensor, module.weight).shape)
@@ -245,7 +238,7 @@ def _planned(plan: Plan, module: nn.Module, name: str) -> LayerChoice | None:
             f"layer {name!r}: {what}. The model is converted in part by now: build it anew, and give it to "
             "layer_map(plan, model) to have this checked beforehand"
         )
-    return layer if layer in planned_layers(plan) else None
+    return planned.get(name)
 
 
 def _check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
@@ -272,33 +265,35 @@ def _standard_class(module: nn.Module) -> type[nn.Module] | None:
     return None if own - OWN_NAMES else standard
 
 
-def _is_held_aside(layer: nn.Module, model: nn.Module) -> bool:
-    """Whether a list, dict or plain attribute of some module holds the layer, where replacing it cannot reach."""
+def _held_aside(model: nn.Module) -> set[int]:
+    """The modules, by id, that a list, dict or plain attribute of some module holds, where replacing cannot reach."""
+    found: set[int] = set()
     for module in model.modules():
         for name, value in vars(module).items():
             if name.startswith("_") and name in MODULE_NAMES:
                 continue
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            if any(one is layer for one in held):
-                return True
-    return False
-
-
-def _borrowed_in_source(plan: Plan, model: nn.Module) -> set[str]:
-    """Weights that a forward names in its source: what torch.fx cannot trace, it cannot see borrowing in."""
-    found: set[str] = set()
-    for prefix, module in model.named_modules():
-        if type(module).__module__.startswith("torch."):
-            continue
-        try:
-            source = inspect.getsource(type(module).forward)
-        except (OSError, TypeError):
-            continue
-        for name in (name for layer in planned_layers(plan) for name in layer.names):
-            own = name.removeprefix(f"{prefix}.") if prefix else name
-            if (own != name or not prefix) and re.search(rf"\bself\.{re.escape(own)}\.weight\b", source):
-                found.add(f"{name}.weight")
+            found |= {id(one) for one in held if isinstance(one, nn.Module)}
     return found
+
+
+def _borrowed_in_source(model: nn.Module) -> set[str]:
+    """Weights that a forward names in its source: what torch.fx cannot trace, it cannot see borrowing in."""
+    classes = {type(module) for module in model.modules()}
+    named = {cls: _weights_named(cls) for cls in classes if not cls.__module__.startswith("torch.")}
+    return {
+        f"{prefix}.{own}" if prefix else own
+        for prefix, module in model.named_modules()
+        for own in named.get(type(module), ())
+    }
+
+
+def _weights_named(cls: type[nn.Module]) -> list[str]:
+    try:
+        source = inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return []
+    return re.findall(r"\bself\.([\w.]+\.weight)\b", source)
 
 
 def _before_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -8,9 +8,9 @@ import torch
 from brevitas.utils.torch_utils import StopFwdException
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MPQError, SettingError, first_few
+from mpq_plugins.errors import MPQError, SettingError, first_few, what_it_said
 
-from .brevitas_verify import input_quantizers, is_calibrated, is_quantized
+from .brevitas_read import input_quantizers, is_calibrated, is_quantized
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -25,10 +25,8 @@ def run(model: nn.Module, batch: Batch) -> Any:
     except (StopFwdException, MPQError):
         raise
     except Exception as error:  # a user's forward may raise anything
-        shape = _shape(batch)
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise SettingError(
-            f"batches: {type(model).__name__} fails on one of {shape} ({type(error).__name__}: {reason}). Give what "
+            f"batches: {type(model).__name__} fails on one of {_shape(batch)} ({what_it_said(error)}). Give what "
             "it takes: a tensor, a tuple of arguments or a dict of keywords, without labels"
         ) from error
 

@@ -11,13 +11,14 @@ import torch
 from brevitas.core.quant import BinaryQuant
 from torch import Tensor, nn
 
-from mpq_plugins.errors import SettingError, VerifyError, first_few
+from mpq_plugins.errors import SettingError, VerifyError, first_few, what_it_said
 from mpq_plugins.files import atomic_path
 from mpq_plugins.plan import LayerChoice, Plan
 
 from .brevitas_graph import brevitas_settings_kept
-from .brevitas_verify import input_quantizers, verify, weight_codes
-from .folded import check_types, planned_layers
+from .brevitas_read import input_quantizers, weight_codes
+from .brevitas_verify import verify
+from .folded import planned_layers
 
 Format = Literal["torch_qcdq", "onnx_qcdq", "qonnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -48,7 +49,6 @@ def export(
     target = Path(path)
     if format not in FORMATS:
         raise SettingError(f"format: {format!r} is not allowed; {', '.join(FORMATS)}")
-    check_types(plan, quantized)
     verify(quantized, plan)
     _check_format(plan, format, plan_beside)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -58,9 +58,10 @@ def export(
     }
     with atomic_path(target) as temporary:
         _write(copied, temporary, inputs, format)
-        _check_weights(expected, list(_read(temporary, format)), format)
+        written = _torch_graph(temporary) if format == "torch_qcdq" else _onnx_graph(temporary)
+        _check_weights(expected, list(_read(written, format)), format)
         quantizing = len(input_quantizers(copied))
-        _check_activations(plan.activation_bits, quantizing, list(_read_activations(temporary, format)), format)
+        _check_activations(plan.activation_bits, quantizing, list(_read_activations(written, format)), format)
         if not plan_beside:
             return (target,)
         beside = target.with_name(f"{target.stem}.plan.json")
@@ -150,10 +151,7 @@ def _write(model: nn.Module, path: Path, inputs: tuple[Any, ...], format: Format
     except ImportError as error:
         raise SettingError(f"{format}: {error}. pip install 'mpq-plugins[brevitas]'") from error
     except Exception as error:  # a user's forward may raise anything while being traced
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise SettingError(
-            f"{format}: {type(model).__name__} cannot be exported ({type(error).__name__}: {reason})"
-        ) from error
+        raise SettingError(f"{format}: {type(model).__name__} cannot be exported ({what_it_said(error)})") from error
 
 
 def _check_weights(expected: dict[str, FileWeight], found: list[FileWeight], format: Format) -> None:
@@ -179,21 +177,20 @@ def _check_activations(bits: int | None, layers: int, found: list[int], format: 
         )
 
 
-def _read(path: Path, format: Format) -> Iterator[FileWeight]:
+def _read(written: Any, format: Format) -> Iterator[FileWeight]:
     """The quantized weights of a file."""
-    return _read_torch(path) if format == "torch_qcdq" else _read_onnx(path)
+    return _read_torch(written) if format == "torch_qcdq" else _read_onnx(*written)
 
 
 def _torch_graph(path: Path) -> Any:
-    """To be kept as long as its nodes are."""
+    """A TorchScript file's graph; to be kept as long as its nodes are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is what the format is
         return torch.jit.load(str(path)).inlined_graph
 
 
-def _read_torch(path: Path) -> Iterator[FileWeight]:
+def _read_torch(graph: Any) -> Iterator[FileWeight]:
     """clamp(codes, low, high) - zero_point, times scale; 8 unsigned bits have no clamp."""
-    graph = _torch_graph(path)
     for node in graph.findAllNodes("aten::mul"):
         difference, scale = (use.node() for use in node.inputs())
         if difference.kind() != "aten::sub" or scale.kind() != "prim::Constant":
@@ -212,17 +209,16 @@ def _read_torch(path: Path) -> Iterator[FileWeight]:
             yield FileWeight(value.float(), _bits(low, high))
 
 
-def _read_activations(path: Path, format: Format) -> Iterator[int]:
+def _read_activations(written: Any, format: Format) -> Iterator[int]:
     """The bits of quantized inputs in a file."""
     if format == "torch_qcdq":
-        graph = _torch_graph(path)
-        for node in graph.findAllNodes("aten::quantize_per_tensor"):
+        for node in written.findAllNodes("aten::quantize_per_tensor"):
             codes = next(use.user for use in node.output().uses())  # int_repr
             clamps = [use.user for use in codes.output().uses() if use.user.kind() == "aten::clamp"]
             bounds = [[_constant(bound.node()) for bound in list(clamp.inputs())[1:]] for clamp in clamps]
             yield _bits(*bounds[0]) if bounds else STORED_BITS
         return
-    graph, values = _onnx_graph(path)
+    graph, values = written
     clips = {node.input[0]: node for node in graph.node if node.op_type == "Clip"}
     for node in graph.node:
         if node.op_type in ("Quant", "IntQuant") and node.input[0] not in values:
@@ -251,20 +247,16 @@ def _onnx_graph(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return graph, values
 
 
-def _read_onnx(path: Path) -> Iterator[FileWeight]:
-    import onnx
-
-    graph, values = _onnx_graph(path)
+def _read_onnx(graph: Any, values: dict[str, Tensor]) -> Iterator[FileWeight]:
     clips = {node.output[0]: node for node in graph.node if node.op_type == "Clip"}
     for node in graph.node:
-        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "DequantizeLinear":
             low, high, codes = 0, 255, node.input[0]
             if codes in clips:
                 codes, low, high = clips[codes].input[0], *(int(values[bound]) for bound in clips[codes].input[1:])
             if codes in values:
                 scale, zero_point = (values[name] for name in node.input[1:])
-                yield FileWeight(_dequantized(values[codes], scale, zero_point, attributes), _bits(low, high))
+                yield FileWeight(_dequantized(values[codes], scale, zero_point, node), _bits(low, high))
         elif node.op_type in ("Quant", "IntQuant") and node.input[0] in values:
             weight, scale, zero_point, bits = (values[name] for name in node.input)
             yield FileWeight((torch.round(weight / scale + zero_point) - zero_point) * scale, int(bits))
@@ -273,10 +265,10 @@ def _read_onnx(path: Path) -> Iterator[FileWeight]:
             yield FileWeight(torch.where(weight < 0, -1.0, 1.0) * scale, 1)
 
 
-def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, attributes: dict[str, Any]) -> Tensor:
+def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor, node: Any) -> Tensor:
     shape = [1] * codes.dim()
     if scale.dim():
-        shape[attributes.get("axis", 1)] = -1
+        shape[next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)] = -1
     return (codes.int() - zero_point.int().reshape(shape)) * scale.reshape(shape)
 
 

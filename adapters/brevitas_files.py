@@ -17,7 +17,7 @@ from mpq_plugins.plan import Plan
 
 from .brevitas_graph import brevitas_settings_kept, load_quant_model_mode, quiet_state_dict
 from .brevitas_verify import verify
-from .folded import check_types, planned_layers
+from .folded import planned_layers
 
 FORMAT = "mpq-brevitas"
 
@@ -28,7 +28,6 @@ def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
     Raises VerifyError where the model does not hold the plan; SettingError for state that is no tensor; SourceError
     where the file cannot be written.
     """
-    check_types(plan, quantized)
     verify(quantized, plan)
     with quiet_state_dict():
         odd = [repr(name) for name, value in quantized.state_dict().items() if not isinstance(value, Tensor)]

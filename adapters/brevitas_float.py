@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import SettingError, first_few
 
-from .brevitas_verify import is_quantized, weight_codes
+from .brevitas_read import is_quantized, weight_codes
 
 WEIGHT = "weight_orig"  # Brevitas's name for the float weights that it looks at with quantization switched off
 BIAS = "bias_orig"
@@ -82,10 +82,11 @@ def _has_float_weight(module: nn.Module) -> bool:
 
 
 def _mark(module: nn.Module) -> Tensor:
-    """Two sums over the bits of weight and bias, each bit's place weighed in; int64, wrapping around."""
-    values = [value for value in (module.weight, getattr(module, "bias", None)) if isinstance(value, Tensor)]
-    sums = [torch.zeros((), dtype=torch.int64)]
-    for value in values:
-        words = value.detach().float().contiguous().view(torch.int32).flatten().long().cpu()
-        sums.append((words * torch.arange(1, 2 * words.numel(), 2)).sum())
-    return torch.stack([sums[1], sum(sums[2:], torch.ones((), dtype=torch.int64))])
+    """A sum over the bits of the weight and one over those of the bias, each bit's place weighed in, int64 (2,)."""
+    bias = cast("Tensor | None", getattr(module, "bias", None))
+    return torch.stack([_sum(cast(Tensor, module.weight)), torch.tensor(1) if bias is None else _sum(bias)])
+
+
+def _sum(values: Tensor) -> Tensor:
+    words = values.detach().float().contiguous().view(torch.int32).flatten().long().cpu()
+    return (words * torch.arange(1, 2 * words.numel(), 2)).sum()  # wrapping around

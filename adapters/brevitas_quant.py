@@ -178,9 +178,7 @@ def weight_quantizer(weight: Tensor, layer: LayerChoice, ternary: bool = False) 
 def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[str, Any]:
     """Scales, zero points and widths in the shapes that Brevitas's parts broadcast over the weight."""
     view = _view(integers, len(layer.shape), grouped)
-    row_bits = torch.zeros(layer.channels)
-    for part in layer.groups:
-        row_bits[list(part.channels)] = part.bits
+    row_bits = channel_bits(layer)
     # Channels of 1 bit that are all 0 have code 0, all others +-1.
     empty = (integers.region_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
     # BinaryQuant knows +-scale alone, and so says 0 by the scale.
@@ -193,6 +191,14 @@ def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[st
         "plan_zero_point": view(_zero_point(integers, layer, row_bits)),
         "plan_bits": view(rows) if layer.bits is None else torch.tensor(float(layer.bits)),
     }
+
+
+def channel_bits(layer: LayerChoice) -> Tensor:
+    """The bits of each output channel, float (channels,)."""
+    bits = torch.zeros(layer.channels)
+    for part in layer.groups:
+        bits[list(part.channels)] = part.bits
+    return bits
 
 
 def bit_widths(module: nn.Module) -> PlanBitWidth | None:
@@ -233,5 +239,4 @@ def _view(integers: IntegerWeight, ndim: int, grouped: bool) -> Any:
 
 def _described(choice: Tensor) -> str:
     found = LayerChoice.model_validate(json.loads(bytes(choice.tolist())))
-    widths = " ".join(f"{part.bits}x{len(part.channels)}" for part in found.groups)
-    return f"{found.bits if found.bits is not None else widths} bits, {found.scheme}"
+    return f"{found.bits_text} bits, {found.scheme}"

@@ -24,8 +24,8 @@ from mpq_plugins.errors import MismatchError, SettingError, WeightError, first_f
 from .brevitas_batches import Batch, Progress, called_layers, check_schedule, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, require_float
 from .brevitas_graph import brevitas_settings_kept, quiet_state_dict
+from .brevitas_read import is_quantized, weight_codes
 from .brevitas_tune import finish
-from .brevitas_verify import is_quantized, weight_codes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MPQError, SettingError, WeightError
+from mpq_plugins.errors import MPQError, SettingError, WeightError, what_it_said
 
 from .brevitas_batches import Batch, Progress, check_schedule, given_batches, ready, report, run
 from .brevitas_float import forget
@@ -65,9 +65,8 @@ def _loss(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
     except MPQError:
         raise
     except Exception as error:  # a user's loss may raise anything
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise SettingError(
-            f"train: loss(model, batch) fails ({type(error).__name__}: {reason}). One of your own may be "
+            f"train: loss(model, batch) fails ({what_it_said(error)}). One of your own may be "
             "lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
         ) from error
 

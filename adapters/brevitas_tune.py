@@ -18,7 +18,7 @@ from mpq_plugins.errors import SettingError, WeightError, first_few
 from .brevitas_batches import Batch, Progress, called_layers, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, begin_at_own_bias, mark, require_float
 from .brevitas_graph import BiasCorrection, bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode
-from .brevitas_verify import input_quantizers, is_quantized, weight_codes
+from .brevitas_read import input_quantizers, is_quantized, weight_codes
 
 GREEDY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what Brevitas has GPTQ and GPFQ for
 

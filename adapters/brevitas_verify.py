@@ -17,8 +17,9 @@ from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import layer_kind
 
 from .brevitas_graph import quiet_state_dict
-from .brevitas_quant import bit_widths
-from .folded import check_model, check_types, planned_layers
+from .brevitas_quant import channel_bits
+from .brevitas_read import WeightCodes, input_bits, is_calibrated, is_quantized, weight_codes
+from .folded import changed_state, check_model, check_types, planned_by_name, planned_layers
 
 
 @dataclass(frozen=True)
@@ -31,52 +32,19 @@ class LayerCheck:
     activation_bits: int | None
 
 
-@dataclass(frozen=True)
-class WeightCodes:
-    """A layer's weight as its Brevitas quantizer gives it now, all in the quantizer's view: groups split off, if any.
-
-    codes: whole numbers; value = (codes - zero_point) scale; bits: of each channel, or one number.
-    """
-
-    value: Tensor
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    bits: Tensor
-
-
-def weight_codes(module: nn.Module) -> WeightCodes:
-    """Read a Brevitas layer's weight: codes, scale, zero point and bits, detached."""
-    quantizer = cast(Any, module).weight_quant.tensor_quant
-    with torch.no_grad():
-        value, scale, zero_point, width = (
-            part.detach() if isinstance(part, Tensor) else torch.tensor(part) for part in quantizer(module.weight)
-        )
-    widths = bit_widths(module)
-    codes = torch.round(value / torch.where(scale == 0, 1.0, scale)) + zero_point
-    return WeightCodes(value, codes, scale, zero_point, width if widths is None else widths.bits)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module quantizes its weight, now."""
-    proxy = getattr(module, "weight_quant", None)
-    return proxy is not None and bool(proxy.is_quant_enabled)
-
-
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> tuple[LayerCheck, ...]:
     """Read bit-widths back from a Brevitas model, and whether every weight lies on a grid that the plan allows.
 
     Holds after GPTQ, GPFQ, learned rounding and training as well. Planned layers must quantize their inputs to the
     plan's activation bits, calibrated, if it has any; nothing else may be quantized. With the float `model`, all must
     be as `to_brevitas` leaves it: weights the plan's own to the bit, layers' settings, biases, norms and what the plan
-    leaves in float the model's. Raises VerifyError
-    listing what is wrong, MismatchError for another model.
+    leaves in float the model's. Raises VerifyError listing what is wrong, MismatchError for another model.
     """
     check_types(plan, quantized)
     if model is not None:
         check_model(plan, model)
     original = fold_batch_norm(model) if model is not None and plan.fold_bn else model
-    planned = {name: layer for layer in planned_layers(plan) for name in layer.names}
+    planned = planned_by_name(plan)
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
     problems = [f"{name!r} is missing" for name in planned if name not in found]
     checks: dict[str, LayerCheck] = {}
@@ -89,11 +57,13 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> 
             checks[layer.name] = _check(module, layer)
     problems += _quantized_besides(quantized, {id(found[name]) for name in planned if name in found})
     for layer in planned_layers(plan):
-        weights = {id(found[name].weight) for name in layer.names if name in found}
-        if len(weights) > 1:
+        tensors = {id(found[name].weight) for name in layer.names if name in found}
+        if len(tensors) > 1:
             problems.append(f"{layer.name!r} is no longer tied to {layer.tied[0]!r}")
     if original is not None:
-        problems += _changed_state(quantized, original, {f"{name}.weight" if name else "weight" for name in planned})
+        with quiet_state_dict():
+            weights = {f"{name}.weight" if name else "weight" for name in planned}
+            problems += changed_state(quantized, original, weights)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks.values())
@@ -104,8 +74,8 @@ def _check(module: nn.Module, layer: LayerChoice) -> LayerCheck:
     kind = (
         "binary" if isinstance(quantizer, BinaryQuant) else "ternary" if isinstance(quantizer, TernaryQuant) else "int"
     )
-    inputs = _input_bits(module)
-    return LayerCheck(layer.name, tuple((part.bits, len(part.channels)) for part in layer.groups), kind, inputs)
+    inputs = input_bits(module)
+    return LayerCheck(layer.name, layer.widths, kind, inputs)
 
 
 def _problems(
@@ -127,8 +97,8 @@ def _problems(
     if bias is not None and not torch.isfinite(bias).all():
         yield "has a bias that is NaN or infinite"
     inputs = None if isinstance(module, nn.Embedding) else activation_bits  # which takes indices
-    if _input_bits(module) != inputs:
-        yield f"takes its input at {_width(_input_bits(module))}, the plan {_width(inputs)}{_remedy(module)}"
+    if input_bits(module) != inputs:
+        yield f"takes its input at {_width(input_bits(module))}, the plan {_width(inputs)}{_remedy(module)}"
     elif inputs is not None and not is_calibrated(module):
         yield "has not had its input calibrated: call calibrate"
     elif inputs is not None and not torch.isfinite(cast(Any, module).input_quant.scale()).all():
@@ -136,9 +106,7 @@ def _problems(
 
 
 def _width_problem(read: WeightCodes, layer: LayerChoice) -> str | None:
-    expected = torch.zeros(layer.channels)
-    for part in layer.groups:
-        expected[list(part.channels)] = part.bits
+    expected = channel_bits(layer)
     stored = read.bits.float().flatten()
     if stored.numel() == 1:
         stored = stored.expand(layer.channels)
@@ -187,28 +155,6 @@ def _is_quantizing_activations(module: nn.Module) -> bool:
     return isinstance(module, ActQuantProxyFromInjectorBase) and bool(module.is_quant_enabled)
 
 
-def _changed_state(quantized: nn.Module, original: nn.Module, weights: set[str]) -> list[str]:
-    """Biases, norms, buffers and float layers that are not the model's own."""
-    with quiet_state_dict():
-        state = quantized.state_dict()
-    return [
-        f"{name!r} is not the model's own"
-        for name, value in original.state_dict().items()
-        if name not in weights and isinstance(value, Tensor) and not (name in state and state[name].equal(value))
-    ]
-
-
-def _input_bits(module: nn.Module) -> int | None:
-    proxy = getattr(module, "input_quant", None)
-    return int(proxy.bit_width().item()) if proxy is not None and proxy.is_quant_enabled else None
-
-
-def is_calibrated(module: nn.Module) -> bool:
-    """Whether a layer's input quantizer has seen data, or has no range to learn."""
-    quantizer = cast(Any, module).input_quant.fused_activation_quant_proxy.tensor_quant
-    return bool(getattr(quantizer.scaling_impl, "counter", 1) > 0)
-
-
 def _same(value: Tensor, expected: Tensor) -> bool:
     return value.numel() == expected.numel() and value.detach().cpu().reshape(expected.shape).equal(expected.cpu())
 
@@ -218,14 +164,9 @@ def _width(bits: int | None) -> str:
 
 
 def _remedy(module: nn.Module) -> str:
-    bits = _input_bits(module)
+    bits = input_bits(module)
     return "" if bits is None else f" (if that is meant: plan.with_activation_bits({bits}))"
 
 
 def _listed(bits: list[int]) -> str:
     return ", ".join(map(str, bits))
-
-
-def input_quantizers(model: nn.Module) -> list[str]:
-    """The layers that quantize their inputs."""
-    return [name for name, module in model.named_modules() if _input_bits(module) is not None]

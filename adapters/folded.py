@@ -17,11 +17,16 @@ from mpq_plugins.weights import layer_kind, quantizable_weights
 FLOAT = torch.float32
 
 
-def check_types(plan: object, model: object) -> None:
-    """Raise SettingError where a plan is no Plan, or a model no module."""
+def check_plan(plan: object) -> None:
+    """Raise SettingError where a plan is no Plan."""
     if not isinstance(plan, Plan):
         remedy = "Plan.load it first" if isinstance(plan, str | Path) else "the model comes before the plan"
         raise SettingError(f"plan: is a {type(plan).__name__}, no Plan; {remedy}")
+
+
+def check_types(plan: object, model: object) -> None:
+    """Raise SettingError where a plan is no Plan, or a model no module."""
+    check_plan(plan)
     if not isinstance(model, nn.Module):
         raise SettingError(f"model: is a {type(model).__name__}, no module; give the network itself")
 
@@ -35,6 +40,11 @@ def check_model(plan: Plan, model: nn.Module) -> None:
 def planned_layers(plan: Plan) -> list[LayerChoice]:
     """The layers that the plan does not leave in floating point."""
     return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]
+
+
+def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:
+    """The same by name, and by the tied names of their weights."""
+    return {name: layer for layer in planned_layers(plan) for name in layer.names}
 
 
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
@@ -52,6 +62,16 @@ def biases_of(model: nn.Module) -> dict[str, Tensor | None]:
     """The biases of all layers by name, tied ones too."""
     layers = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
     return {name: cast("Tensor | None", getattr(module, "bias", None)) for name, module in layers}
+
+
+def changed_state(quantized: nn.Module, model: nn.Module, weights: set[str]) -> list[str]:
+    """What of the model's own biases, norms, buffers and float layers is another; `weights` are not looked at."""
+    state = quantized.state_dict()
+    return [
+        f"{name!r} is not the model's own"
+        for name, value in model.state_dict().items()
+        if name not in weights and isinstance(value, Tensor) and not (name in state and state[name].equal(value))
+    ]
 
 
 def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:

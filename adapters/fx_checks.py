@@ -6,7 +6,7 @@ import torch.fx
 from torch import nn
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
-from mpq_plugins.errors import MismatchError, SettingError, SourceError, first_few
+from mpq_plugins.errors import MismatchError, SettingError, SourceError, first_few, what_it_said
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.plan import LayerChoice, Plan
 
@@ -71,9 +71,8 @@ def traced(model: nn.Module) -> torch.fx.Graph:
     try:
         return QuantizationTracer([], []).trace(model)
     except Exception as error:  # a user's forward may raise anything while being traced
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise SourceError(
-            f"{type(model).__name__}: torch.fx cannot trace it ({type(error).__name__}: {reason}). Rewrite what "
+            f"{type(model).__name__}: torch.fx cannot trace it ({what_it_said(error)}). Rewrite what "
             "depends on values, quantize a submodule, or use mpq_plugins.apply or the torchao adapter, which do not "
             "trace."
         ) from error

@@ -50,8 +50,7 @@ def verify(
         if problem:
             problems.append(f"{layer.name!r} {problem}")
             continue
-        bits = tuple((part.bits, len(part.channels)) for part in layer.groups)
-        checks.append(LayerCheck(layer.name, bits, f"{type(module).__module__}.{type(module).__name__}"))
+        checks.append(LayerCheck(layer.name, layer.widths, f"{type(module).__module__}.{type(module).__name__}"))
     planned = {layer.name for layer in planned_layers(plan)}
     extra = [
         name

@@ -168,8 +168,7 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
         )
         if problem:
             problems.append(f"{name!r} {problem}")
-        bits = tuple((part.bits, len(part.channels)) for part in plan.by_name[name].groups)
-        found[name] = LayerCheck(name, bits, bool(inputs))
+        found[name] = LayerCheck(name, plan.by_name[name].widths, bool(inputs))
     problems += _changed_weights(converted, {n: w for n, w in quantizable_weights(folded).items() if n not in expected})
     problems += [
         f"{str(node.args[0])!r} is quantized in the graph and the plan does not say so"

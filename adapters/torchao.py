@@ -26,7 +26,7 @@ from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import check_max_norm, check_model, check_types, planned_layers
+from .folded import changed_state, check_max_norm, check_model, check_plan, planned_layers
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -88,7 +88,7 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     names it does not find: give `model` to have them checked. Raises SettingError for anything else, and for tied
     weights, which quantize_ would untie; MismatchError for another model.
     """
-    check_types(plan, nn.Identity() if model is None else model)
+    check_plan(plan)
     if model is not None:
         check_model(plan, model)
     require_legal(plan, CONFIG_CAPABILITIES)
@@ -128,10 +128,9 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
         if problem:
             problems.append(f"{name!r} {problem}")
         else:
-            bits = tuple((part.bits, len(part.channels)) for part in layer.groups)
-            checks.append(LayerCheck(name, bits, str(cast(Any, weight).target_dtype)))
+            checks.append(LayerCheck(name, layer.widths, str(cast(Any, weight).target_dtype)))
     weights = {f"{name}.weight" if name else "weight" for layer in plan.layers for name in layer.names}
-    problems += _changed_state(quantized, original_model, weights)
+    problems += changed_state(quantized, original_model, weights)
     for layer in planned.values():
         kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
@@ -225,16 +224,6 @@ def _block_size(integers: IntegerWeight) -> tuple[int, ...]:
     """Of the weights that share a scale: one output channel, a group of its inputs, the whole kernel."""
     _, inputs, *kernel = integers.codes.shape
     return (1, inputs // integers.scale.shape[1], *kernel)
-
-
-def _changed_state(quantized: nn.Module, model: nn.Module, weights: set[str]) -> list[str]:
-    """Biases, norms and buffers that are not the model's own."""
-    state, own = quantized.state_dict(), model.state_dict()
-    return [
-        f"{name!r} is not the model's own"
-        for name, value in own.items()
-        if name not in weights and isinstance(value, Tensor) and not (name in state and state[name].equal(value))
-    ]
 
 
 def _same(stored: Tensor, expected: Tensor) -> bool:

@@ -21,6 +21,11 @@ def first_few(items: Sequence[str], separator: str = "; ") -> str:
     return separator.join(items[:SHOWN]) + more
 
 
+def what_it_said(error: Exception) -> str:
+    """`TypeError: its first line`, of an exception that a user's code or a library raised."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 class MPQError(Exception):
     """Anything this package refuses, in one sentence: what, where, what is allowed, what to do."""
 

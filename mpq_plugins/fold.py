@@ -10,7 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .errors import SourceError
+from .errors import SourceError, what_it_said
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # While it traces, torch.fx replaces nn.Module.__call__ for the whole process: one trace at a time.
@@ -123,7 +123,7 @@ def _trace(model: nn.Module) -> torch.fx.Graph:
     except Exception as error:  # a user's forward may raise anything while being traced
         raise SourceError(
             f"{type(model).__name__}: cannot be traced to find which BatchNorm follows which convolution "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            f"({what_it_said(error)}). "
             "Measure with fold_bn=False, or per_channel, where folding changes no code."
         ) from error
 

@@ -199,8 +199,7 @@ def _choice_text(layer: LayerChoice) -> str:
     """`4 bits, asymmetric per_channel minmax`; channels as bits x count."""
     if layer.bits in FLOAT_BITS:
         return "floating point"
-    widths = " ".join(f"{part.bits}x{len(part.channels)}" for part in layer.groups)
-    return f"{layer.bits if layer.bits is not None else widths} bits, {layer.scheme}"
+    return f"{layer.bits_text} bits, {layer.scheme}"
 
 
 def _activations_text(bits: int | None) -> str:

@@ -142,6 +142,16 @@ class LayerChoice(BaseModel):
         return (Part(bits=self.bits, channels=tuple(range(self.channels))),)
 
     @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """Bits, and how many channels have them."""
+        return tuple((part.bits, len(part.channels)) for part in self.groups)
+
+    @property
+    def bits_text(self) -> str:
+        """`5`, or `3x12 8x4` for parts: bits x channels."""
+        return str(self.bits) if self.bits is not None else " ".join(f"{bits}x{count}" for bits, count in self.widths)
+
+    @property
     def code_bits(self) -> int:
         """Bits of all codes together."""
         if self.bits is not None:

@@ -33,12 +33,8 @@ def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], l
 
 
 def bits_text(layer: LayerChoice | None) -> str:
-    """`5`, or `3x12 8x4` for parts: bits x channels; `-` for a layer that is not there."""
-    if layer is None:
-        return "-"
-    if layer.bits is not None:
-        return str(layer.bits)
-    return " ".join(f"{part.bits}x{len(part.channels)}" for part in layer.groups)
+    """A layer's `bits_text`; `-` for a layer that is not there."""
+    return "-" if layer is None else layer.bits_text
 
 
 def bits_summary(plan: Plan, size: PlanSize) -> Table:

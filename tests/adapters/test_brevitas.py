@@ -23,7 +23,7 @@ mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 quantize = pytest.importorskip("brevitas.graph.quantize")
 Int8ActPerTensorFloat = pytest.importorskip("brevitas.quant").Int8ActPerTensorFloat
 qnn = pytest.importorskip("brevitas.nn")
-verify_module = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
+reading = pytest.importorskip("mpq_plugins.adapters.brevitas_read")
 
 
 class EveryKind(nn.Module):
@@ -94,7 +94,7 @@ def test_every_kind_is_our_fake_quantization_to_the_bit(scheme: Affine, empty: b
         quantized, ours = mpq_brevitas.to_brevitas(model, plan), simulated(model, plan)
         assert {check.layer for check in mpq_brevitas.verify(quantized, plan, model)} == set(plan.by_name)
         for layer in plan.layers:
-            value = verify_module.weight_codes(quantized.get_submodule(layer.name)).value
+            value = reading.weight_codes(quantized.get_submodule(layer.name)).value
             assert value.reshape(layer.shape).equal(quantizable_weights(ours)[layer.name])
         with torch.no_grad():
             assert quantized(TOKENS).equal(ours(TOKENS))

@@ -279,7 +279,9 @@ def test_input_bits_are_read_in_the_file(format: str, tmp_path: Path, monkeypatc
     quantized = mpq_brevitas.calibrate(mpq_brevitas.to_brevitas(model, plan), [IMAGES])
     mpq_brevitas.export(quantized, plan, tmp_path / "net", IMAGES, format=format)
     own = exporting._read_activations
-    assert list(own(tmp_path / "net", format)) == [6, 6, 6]
+    parse = exporting._torch_graph if format == "torch_qcdq" else exporting._onnx_graph
+    written = parse(tmp_path / "net")
+    assert list(own(written, format)) == [6, 6, 6]
     for wrong in (lambda found: [8, *found[1:]], lambda found: found[1:]):
         monkeypatch.setattr(exporting, "_read_activations", lambda *file, wrong=wrong: wrong(list(own(*file))))
         with pytest.raises(VerifyError, match="the model those of 3 layers, to"):

@@ -22,7 +22,7 @@ from tests.plans import with_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning")
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
-verify_module = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
+reading = pytest.importorskip("mpq_plugins.adapters.brevitas_read")
 layerwise_quantize = pytest.importorskip("brevitas.graph.quantize").layerwise_quantize
 
 BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -44,8 +44,8 @@ def converted(scheme: Affine | None = None, allocator: Any = None) -> tuple[Any,
 
 
 def codes(model: nn.Module) -> dict[str, Tensor]:
-    layers = ((name, module) for name, module in model.named_modules() if verify_module.is_quantized(module))
-    return {name: verify_module.weight_codes(module).codes for name, module in layers}
+    layers = ((name, module) for name, module in model.named_modules() if reading.is_quantized(module))
+    return {name: reading.weight_codes(module).codes for name, module in layers}
 
 
 def error(model: nn.Module, target: nn.Module) -> float:

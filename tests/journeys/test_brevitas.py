@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning"),
 ]
 brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
-verifying = pytest.importorskip("mpq_plugins.adapters.brevitas_verify")
+reading = pytest.importorskip("mpq_plugins.adapters.brevitas_read")
 
 ABOUT_THREE_BITS = MixQuant(qem=14.0)
 
@@ -43,7 +43,7 @@ def test_weights_are_our_fake_quantization_to_the_bit(granularity: str) -> None:
         quantized, ours = brevitas.to_brevitas(net, plan), quantizable_weights(apply(net, plan))
         assert len(brevitas.verify(quantized, plan, net)) == 20
         for name, weight in ours.items():
-            value = verifying.weight_codes(quantized.get_submodule(name)).value
+            value = reading.weight_codes(quantized.get_submodule(name)).value
             assert value.reshape(weight.shape).equal(weight)
 
 
@@ -55,12 +55,12 @@ def test_gptq_and_learned_rounding_recover_at_least_half(tmp_path: Path) -> None
     plain = brevitas.to_brevitas(net, plan)
     lost, loss = evaluate(plain, *data)
     assert exact - lost > 15
-    before = [verifying.weight_codes(plain.get_submodule(layer.name)).codes for layer in plan.layers]
+    before = [reading.weight_codes(plain.get_submodule(layer.name)).codes for layer in plan.layers]
     for tune in (brevitas.gptq, lambda model, batches: brevitas.learned_round(model, batches, steps=60)):
         tuned = tune(plain, calibration())
         brevitas.verify(tuned, plan)
         changed = [
-            not verifying.weight_codes(tuned.get_submodule(layer.name)).codes.equal(codes)
+            not reading.weight_codes(tuned.get_submodule(layer.name)).codes.equal(codes)
             for layer, codes in zip(plan.layers, before, strict=True)
         ]
         assert all(changed)
@@ -97,7 +97,7 @@ def input_codes(quantized: Any, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     hooks = [
         module.input_quant.register_forward_hook(lambda _, __, output: codes.append(output.int()))
         for module in quantized.modules()
-        if verifying.is_quantized(module)
+        if reading.is_quantized(module)
     ]
     with torch.no_grad():
         logits = quantized(inputs)
