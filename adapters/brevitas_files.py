@@ -3,20 +3,20 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from brevitas.core.quant import TernaryQuant
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpq_plugins.errors import FormatError, MismatchError, SettingError, first_few
-from mpq_plugins.files import atomic_path
 from mpq_plugins.match import match
 from mpq_plugins.plan import Plan
 
 from .brevitas_graph import brevitas_settings_kept, load_quant_model_mode, quiet_state_dict
 from .brevitas_verify import verify
+from .carried import carried_json, read_carried, write_carrying
 from .folded import planned_layers
 
 FORMAT = "mpq-brevitas"
@@ -29,14 +29,9 @@ def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
     where the file cannot be written.
     """
     verify(quantized, plan)
-    with quiet_state_dict():
-        odd = [repr(name) for name, value in quantized.state_dict().items() if not isinstance(value, Tensor)]
-    if odd:
-        raise SettingError(f"save: {first_few(odd, ', ')} in the state dict are no tensors, which the file cannot hold")
     ternary = [layer.name for layer in planned_layers(plan) if _is_ternary(quantized.get_submodule(layer.name))]
-    metadata = {"format": FORMAT, "plan": plan.to_json(), "ternary": json.dumps(ternary)}
-    with atomic_path(Path(path)) as temporary, quiet_state_dict():
-        save_model(quantized, str(temporary), metadata)
+    with quiet_state_dict():
+        write_carrying(quantized, plan, Path(path), FORMAT, ternary=json.dumps(ternary))
 
 
 def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Module:
@@ -50,9 +45,8 @@ def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Mod
 
     if not isinstance(path, str | Path) or not isinstance(model, nn.Module):
         raise SettingError(f"load: takes a path and a module, not a {type(path).__name__} and a {type(model).__name__}")
-    metadata = _metadata(path)
-    stored = Plan.from_document(_json(path, metadata["plan"]), str(path))
-    ternary = _json(path, metadata["ternary"])
+    stored, metadata = read_carried(Path(path), FORMAT, "brevitas.save", "ternary")
+    ternary = carried_json(Path(path), metadata["ternary"])
     if not isinstance(ternary, list) or not all(isinstance(name, str) for name in ternary):
         raise FormatError(f"{path}: ternary is {ternary!r}, no list of names: the file is damaged")
     if plan is not None and plan != stored:
@@ -83,24 +77,6 @@ def _with_shared(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
         names.setdefault(id(value), []).append(name)
     shared = {name: state[own] for same in names.values() for own in same if own in state for name in same}
     return state | shared
-
-
-def _json(path: Path | str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: carries a plan that is no JSON ({error}): the file is damaged") from error
-
-
-def _metadata(path: Path | str) -> dict[str, str]:
-    try:
-        with safe_open(str(path), framework="pt") as stored:
-            metadata: dict[str, Any] = stored.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: cannot read it ({error}); give a file that brevitas.save wrote") from error
-    if metadata.get("format") != FORMAT or not {"plan", "ternary"} <= metadata.keys():
-        raise FormatError(f"{path}: carries no plan; give a file that brevitas.save wrote")
-    return metadata
 
 
 def _is_ternary(module: nn.Module) -> bool:

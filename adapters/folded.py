@@ -24,11 +24,16 @@ def check_plan(plan: object) -> None:
         raise SettingError(f"plan: is a {type(plan).__name__}, no Plan; {remedy}")
 
 
+def check_module(model: object) -> None:
+    """Raise SettingError where a model is no module."""
+    if not isinstance(model, nn.Module):
+        raise SettingError(f"model: is a {type(model).__name__}, no module; give the network itself")
+
+
 def check_types(plan: object, model: object) -> None:
     """Raise SettingError where a plan is no Plan, or a model no module."""
     check_plan(plan)
-    if not isinstance(model, nn.Module):
-        raise SettingError(f"model: is a {type(model).__name__}, no module; give the network itself")
+    check_module(model)
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PluginError,
         SettingError,
         SourceError,
+        TuningError,
         VerifyError,
         WeightError,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "PluginError",
     "SettingError",
     "SourceError",
+    "TuningError",
     "Uniform",
     "VerifyError",
     "WeightError",
@@ -83,6 +85,7 @@ _HOMES = {
     "PluginError": "errors",
     "SettingError": "errors",
     "SourceError": "errors",
+    "TuningError": "errors",
     "Uniform": "allocate.uniform",
     "VerifyError": "errors",
     "WeightError": "errors",

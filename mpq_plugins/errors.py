@@ -6,6 +6,7 @@ MPQError
 │   └── WeightError    one layer's weight that cannot be measured or quantized
 ├── FormatError        a plan or table file that is damaged, foreign or newer than this version
 ├── MismatchError      a plan made for another model
+├── TuningError        no trial of a tuning run meets its criterion
 ├── VerifyError        a quantized model that does not hold what its plan says
 └── PluginError        an entry point that is missing, claimed twice or broken
 """
@@ -52,6 +53,10 @@ class MismatchError(MPQError):
 
 class VerifyError(MPQError):
     """A quantized model that does not hold what its plan says."""
+
+
+class TuningError(MPQError):
+    """No trial of a tuning run meets its criterion."""
 
 
 class PluginError(MPQError):

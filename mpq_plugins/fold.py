@@ -136,13 +136,18 @@ def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of the model with every foldable BatchNorm folded and replaced by Identity; same layer names."""
     model = copy.deepcopy(model)
+    fold_in_place(model)
+    return model
+
+
+def fold_in_place(model: nn.Module) -> None:
+    """Fold the model itself. Raises SourceError where torch.fx cannot trace it."""
     for conv_name, norm_name in conv_bn_pairs(model).items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         conv.weight, conv.bias = _fold(conv, norm)
         for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
             parent, _, own = alias.rpartition(".")
             setattr(model.get_submodule(parent), own, nn.Identity())
-    return model
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

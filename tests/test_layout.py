@@ -29,7 +29,8 @@ FLOW = (
     ("allocate", "legalise", "registry"),
     ("lower", "match", "simulate"),
     ("apply", "rewrite"),
-    ("sweep",),
+    ("scores",),
+    ("sweep", "tuning"),
     ("adapters",),
     ("report",),
     ("demo", "cli_options", "cli_plans", "cli_shared", "cli_sources", "cli_sweep", "cli"),
@@ -92,7 +93,8 @@ def test_the_wheel_holds_everything_and_imports_under_its_own_name(tmp_path: Pat
                     "--quiet", str(wheel)], check=True)  # fmt: skip
     # The dependencies are this environment's; a plain path brings them without our editable install's hook.
     (site / "dependencies.pth").write_text(f"{site_packages()}\n")
-    modules = [name for name in wheel_modules(wheel) if not name.endswith("__main__")]
+    # The classic Neural Compressor is in an environment of its own, whose tests import these.
+    modules = [name for name in wheel_modules(wheel) if not name.endswith("__main__") and "inc_classic" not in name]
     assert len(modules) > 30
     code = f"import importlib, mpq_plugins\nfor m in {modules}: importlib.import_module(m)\nprint(mpq_plugins.__file__)"
     done = subprocess.run(

@@ -1,0 +1,45 @@
+"""A safetensors file that carries the plan its weights were quantized by."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from mpq_plugins.errors import FormatError, SettingError, first_few
+from mpq_plugins.files import atomic_path
+from mpq_plugins.plan import Plan
+
+
+def write_carrying(model: nn.Module, plan: Plan, path: Path, format_name: str, **more: str) -> None:
+    """Write a model's state with its plan, atomically; shared tensors once.
+
+    Raises SettingError for state that is no tensor, SourceError where the file cannot be written.
+    """
+    odd = [repr(name) for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if odd:
+        raise SettingError(f"save: {first_few(odd, ', ')} in the state dict are no tensors, which the file cannot hold")
+    with atomic_path(path) as temporary:
+        save_model(model, str(temporary), {"format": format_name, "plan": plan.to_json(), **more})
+
+
+def read_carried(path: Path, format_name: str, writer: str, *more: str) -> tuple[Plan, dict[str, str]]:
+    """The plan and what else a file carries. Raises FormatError, naming `writer`, for what is no such file."""
+    try:
+        with safe_open(str(path), framework="pt") as stored:
+            metadata: dict[str, str] = stored.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: cannot read it ({error}); give what {writer} wrote") from error
+    if metadata.get("format") != format_name or not {"plan", *more} <= metadata.keys():
+        raise FormatError(f"{path}: carries no plan; give what {writer} wrote")
+    return Plan.from_document(carried_json(path, metadata["plan"]), str(path)), metadata
+
+
+def carried_json(path: Path, text: str) -> Any:
+    """What a piece of the file's own text says. Raises FormatError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: carries a plan that is no JSON ({error}): the file is damaged") from error

@@ -1,0 +1,103 @@
+"""Plans in the classic Intel Neural Compressor, up to 3.7: tuning strategies for `quantization.fit`.
+
+    from mpq_plugins.adapters import inc_classic           # registers the strategies mixquant, ptilmpq and plan
+    conf = PostTrainingQuantConfig(
+        approach="weight_only", quant_level=1,
+        tuning_criterion=inc_classic.TuningCriterion("mixquant", {"qem": [4, 3, 2, 1.5]}),
+    )
+    q_model = quantization.fit(model, conf, eval_func=accuracy)      # or inc_classic.fit, the same without the chatter
+    inc_classic.verify(q_model, inc_classic.plan_of(q_model), model)
+
+approach="weight_only": weights are the plan's, to the bit those of `mpq.apply`, convolutions and channel parts
+included. approach="static": the classic API has int8 and fp32 alone there, so a layer that the plan gives fewer than
+`int8_below` bits (8) becomes int8 by the compressor's own scales, and the others stay in fp32.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from mpq_plugins.errors import SettingError
+from mpq_plugins.plan import Plan
+from mpq_plugins.tuning import Tuning
+
+from .folded import check_model, check_module
+from .inc_classic_criterion import TuningCriterion
+from .inc_classic_strategy import MixQuantTuneStrategy, PlanTuneStrategy, PTILMPQTuneStrategy, register
+from .inc_classic_verify import LayerCheck, verify
+from .inc_plan import CAPABILITIES
+from .inc_quiet import quiet, quiet_import
+
+with quiet_import():
+    from neural_compressor import PostTrainingQuantConfig, quantization
+    from neural_compressor.config import options
+
+__all__ = [
+    "CAPABILITIES",
+    "LayerCheck",
+    "MixQuantTuneStrategy",
+    "PTILMPQTuneStrategy",
+    "PlanTuneStrategy",
+    "TuningCriterion",
+    "apply",
+    "fit",
+    "plan_of",
+    "register",
+    "tuning_of",
+    "verify",
+]
+
+
+def fit(model: nn.Module, conf: PostTrainingQuantConfig, **arguments: Any) -> Any:
+    """`neural_compressor.quantization.fit` without its logging, and without the folder that it would leave behind.
+
+    Takes what that takes (calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric). Raises what the
+    strategies raise: TuningError where no trial meets the criterion, SourceError where eval_func fails, SettingError
+    for a strategy that would be ignored. The model is unchanged.
+    """
+    check_module(model)
+    with quiet(), _workspace_elsewhere():
+        return quantization.fit(model, conf, **arguments)
+
+
+def apply(model: nn.Module, plan: Plan) -> Any:
+    """The model quantized by the classic API with the plan, weights only; the model itself is unchanged.
+
+    Raises MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
+    """
+    check_model(plan, model)
+    criterion = TuningCriterion("plan", {"plan": plan})
+    return fit(model, PostTrainingQuantConfig(approach="weight_only", quant_level=1, tuning_criterion=criterion))
+
+
+def plan_of(q_model: Any) -> Plan:
+    """The plan that a model was quantized by; of `static`, 8 bits for int8 and 32 for fp32. Raises SettingError."""
+    plan = getattr(q_model, "mpq_plan", None)
+    if not isinstance(plan, Plan):
+        raise SettingError(f"{type(q_model).__name__}: was not quantized by one of our strategies")
+    return plan
+
+
+def tuning_of(q_model: Any) -> Tuning:
+    """The baseline, the criterion and the trials of the run that made a model. Raises SettingError."""
+    tuning = getattr(q_model, "mpq_tuning", None)
+    if not isinstance(tuning, Tuning):
+        raise SettingError(f"{type(q_model).__name__}: was not tuned by one of our strategies, with an eval_func")
+    return tuning
+
+
+@contextmanager
+def _workspace_elsewhere() -> Iterator[None]:
+    before = options.workspace
+    with tempfile.TemporaryDirectory() as folder:
+        options.workspace = folder
+        try:
+            yield
+        finally:
+            options.workspace = before
+
+
+register()

@@ -1,0 +1,300 @@
+"""MixQuant, PTILMPQ and saved plans as tuning strategies of the classic API: trials from the smallest plan up."""
+
+import copy
+import functools
+import glob
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+from mpq_plugins.allocate.mixquant import MixQuant
+from mpq_plugins.allocate.ptilmpq import PTILMPQ
+from mpq_plugins.errors import MismatchError, MPQError, SettingError, first_few, what_it_said
+from mpq_plugins.legalise import require_legal
+from mpq_plugins.match import match
+from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.scheme import FLOAT_BITS, Affine
+from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
+from mpq_plugins.weights import layer_kind
+
+from .inc_classic_adaptor import PLAN, PlanAdaptor, carried_plan
+from .inc_classic_criterion import TuningCriterion
+from .inc_classic_verify import verify_static
+from .inc_plan import CAPABILITIES, as_plan, combinations, measured_plan, several
+from .inc_quiet import quiet_import
+
+with quiet_import():
+    from neural_compressor.strategy import STRATEGIES
+    from neural_compressor.strategy.strategy import TuneStrategy, strategy_registry
+    from neural_compressor.strategy.utils.tuning_structs import OpTuningConfig
+
+WEIGHT_ONLY, STATIC = "post_training_weight_only", "post_training_static_quant"
+QUANTIZED = ("weight_only", "static")
+INT8, FP32 = 8, 32
+DEFAULT_INT8_BELOW = 8
+DECIDED = {"bits", "group_size", "scheme", "algorithm"}
+
+
+class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compressor has no types
+    """What our strategies share. A subclass says which plans there are; this tries them from the smallest up.
+
+    Neural Compressor prints an exception and returns None; here it is raised, and so is TuningError, with the best
+    trial, where no plan meets the criterion.
+    """
+
+    parameters: ClassVar[tuple[str, ...]] = ()
+    model: Any
+
+    def __init__(self, model: Any, conf: Any, **arguments: Any) -> None:
+        criterion = conf.quantization.tuning_criterion
+        if isinstance(criterion, TuningCriterion):
+            criterion.taken = True
+        try:
+            self._check(conf.quantization)
+            self.trial: Plan | None = None
+            self.failure: Exception | KeyboardInterrupt | None = None
+            accuracy = conf.quantization.accuracy_criterion
+            self.wanted = Criterion(
+                accuracy.tolerable_loss, accuracy.criterion == "absolute", bool(accuracy.higher_is_better)
+            )
+            self.tuning: Tuning | None = None
+            super().__init__(model=model, conf=conf, **arguments)
+            if self._not_tuning:  # the compressor would work on the user's own model
+                self.model = copy.deepcopy(self.model)
+        except BaseException:
+            self._release()
+            raise
+
+    def plans(self, parameters: dict[str, Any], skip: Sequence[str]) -> list[Plan]:
+        """All plans that the parameters describe for `self.model.model`."""
+        raise NotImplementedError
+
+    def traverse(self) -> None:
+        """Run the trials, and keep what goes wrong for `get_best_qmodel`, which `fit` does not catch."""
+        start = time.monotonic()
+        try:
+            super().traverse()
+        except KeyboardInterrupt as stop:
+            timeout = self.config.tuning_criterion.timeout
+            if not timeout or time.monotonic() - start < timeout:  # the compressor's timer interrupts in the same way
+                self.failure = stop
+        except Exception as error:  # noqa: BLE001  # raised again where the compressor does not catch it
+            self.failure = error
+
+    def get_best_qmodel(self) -> Any:
+        """The model of the plan that was kept. Raises what went wrong, or TuningError."""
+        self._release()
+        if isinstance(self.failure, MPQError | KeyboardInterrupt):
+            raise self.failure
+        if self.failure is not None:
+            where = "before the first trial" if self.trial is None else f"with {plan_text(self.trial)}"
+            raise MismatchError(
+                f"{type(self.model.model).__name__}: Neural Compressor cannot quantize it {where} "
+                f"({what_it_said(self.failure)})"
+            ) from self.failure
+        best = super().get_best_qmodel()
+        if best is None:
+            raise (self.tuning or Tuning(float("nan"), self.wanted)).unmet()
+        plan = carried_plan(best.q_config if PLAN in best.q_config else self.best_tuning_cfg)
+        if self._static:
+            verify_static(best.model, plan)  # what it cannot convert the compressor leaves in float, without a word
+        best.mpq_plan = plan
+        best.mpq_tuning = self.tuning
+        return best
+
+    def next_tune_cfg(self) -> Iterator[dict[Any, Any]]:
+        """One configuration of every operator for each plan, the smallest first."""
+        initial = self.initial_tuning_cfg()[2]
+        layers = {name for name, module in self.model.model.named_modules() if layer_kind(module)}
+        in_float = [name for (name, _), own in initial.items() if own.op_quant_mode not in QUANTIZED]
+        left_in_float = [glob.escape(name) for name in in_float if name in layers]
+        parameters, skip, int8_below = self._parameters(left_in_float)
+        plans = self.plans(parameters, skip)
+        plans = [_int8_or_fp32(plan, int8_below) if self._static else plan for plan in plans]
+        for plan in plans:
+            if not self._static:
+                require_legal(plan, CAPABILITIES)
+        plans = smallest_first(plans)
+        if self._not_tuning and len(plans) > 1:
+            raise SettingError(
+                f"eval_func: none given, and there are {len(plans)} plans to choose from; give one, or name one plan"
+            )
+        sampling = self.tuning_space.root_item.get_option_by_name("calib_sampling_size").options[0]
+        for plan in plans:
+            self.trial = plan
+            configured = self._configured(plan, copy.deepcopy(initial))
+            yield {**configured, PLAN: plan.to_json(), "calib_sampling_size": sampling}
+
+    @property
+    def _static(self) -> bool:
+        return bool(self.config.approach == STATIC)
+
+    def _initial_adaptor(self) -> None:
+        super()._initial_adaptor()
+        if not self._static:
+            _, info = self._set_framework_info(self.calib_dataloader, self.q_func)
+            self.adaptor = PlanAdaptor(info)
+
+    def _evaluate(self, model: Any) -> Any:
+        """(score, measures) as the compressor wants them; the score goes into the record."""
+        evaluated = []
+        ours = copy.deepcopy(model) if self.trial is None else model  # the first is the user's own
+
+        @functools.wraps(self.eval_func or _by_metric)
+        def eval_func(_: Any) -> Any:
+            evaluated.append(super(PlanningTuneStrategy, self)._evaluate(ours))
+            return evaluated[0][0]
+
+        number = len(self.tuning.trials) + 1 if self.tuning is not None else 0
+        what = "the float model" if self.trial is None else f"trial {number}, {plan_text(self.trial)}"
+        score = checked_score(eval_func, model, what)
+        if self.trial is None:
+            self.wanted.bound(score)
+            self.tuning = Tuning(score, self.wanted)
+        elif self.tuning is not None:
+            self.tuning = self.tuning.with_trial(self.trial, score)
+        return evaluated[0]
+
+    def _parameters(self, left_in_float: Sequence[str]) -> tuple[dict[str, Any], list[str], int]:
+        """The strategy's arguments; layers that stay in float, by request or by configuration; int8_below."""
+        given = dict(self.config.tuning_criterion.strategy_kwargs or {})
+        allowed = {*self.parameters, "skip", *(("int8_below",) if self._static else ())}
+        unknown = given.keys() - allowed
+        if unknown:
+            raise SettingError(
+                f"strategy_kwargs: has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(allowed))}"
+            )
+        below = given.pop("int8_below", DEFAULT_INT8_BELOW)
+        if type(below) is not int or below not in range(1, 10):
+            raise SettingError(f"int8_below: {below!r} is not allowed; 1 to 9")
+        skip = given.pop("skip", ())
+        if isinstance(skip, str):
+            raise SettingError(f"skip: {skip!r} is a string; give a list of globs, [{skip!r}]")
+        return given, [*skip, *left_in_float], below
+
+    def _configured(self, plan: Plan, configs: dict[Any, Any]) -> dict[Any, Any]:
+        """The operators' configurations under a plan. Raises MismatchError for a layer that is no operator."""
+        lost = {layer.name for layer in plan.layers if not _in_float(layer)}
+        for (name, kind), config in configs.items():
+            layer = plan.by_any_name.get(name)
+            if layer is not None:
+                lost.discard(layer.name)
+            if layer is None and self._static:
+                continue  # not a layer: an addition, a pooling
+            if layer is None or _in_float(layer):
+                configs[name, kind] = OpTuningConfig(name, kind, "fp32", self.tuning_space)
+            elif not self._static:
+                config.kwargs = {**config.kwargs, **_weight_items(layer)}
+        if lost:
+            names = first_few([repr(name) for name in sorted(lost)], ", ")
+            raise MismatchError(
+                f"{names}: Neural Compressor's {self.config.approach} does not quantize them; skip them, or use "
+                "approach='weight_only'"
+            )
+        return configs
+
+    def _check(self, config: Any) -> None:
+        if config.approach not in (WEIGHT_ONLY, STATIC):
+            raise SettingError(f"approach: {config.approach!r} is not allowed with a plan; weight_only or static")
+        for option in ("op_type_dict", "op_name_dict"):
+            for key, own in (getattr(config, option) or {}).items():
+                decided = DECIDED & {*own.get("weight", {})} if config.approach == WEIGHT_ONLY else set()
+                if decided:
+                    raise SettingError(
+                        f"{option}[{key!r}]: sets {', '.join(sorted(decided))}, which the strategy decides; leave it "
+                        "out, or keep the layer in fp32"
+                    )
+
+    def _release(self) -> None:
+        criterion = self.__dict__.get("config", None) and self.config.tuning_criterion
+        if isinstance(criterion, TuningCriterion):
+            criterion.taken = False
+
+
+class AllocatingTuneStrategy(PlanningTuneStrategy):
+    """A strategy that is an allocator, with values of its parameters to try."""
+
+    allocator: ClassVar[type[Any]]
+    sequences = ("bits", "important_bits", "other_bits")
+    parameters: ClassVar[tuple[str, ...]]
+
+    def plans(self, parameters: dict[str, Any], skip: Sequence[str]) -> list[Plan]:
+        """A plan for each combination of the values."""
+        varied = {name: value for name, value in parameters.items() if several(name, value, self.sequences)}
+        made = []
+        for chosen in combinations(parameters, varied):
+            scheme = chosen.pop("scheme", None)
+            made.append(measured_plan(self.model.model, self.allocator(**chosen), scheme, skip))
+        return made
+
+
+class MixQuantTuneStrategy(AllocatingTuneStrategy):
+    """`mixquant`: MixQuant (arXiv 2309.17341)."""
+
+    allocator = MixQuant
+    parameters = tuple(field.name for field in fields(MixQuant))
+
+
+class PTILMPQTuneStrategy(AllocatingTuneStrategy):
+    """`ptilmpq`: PTILMPQ (arXiv 2404.02947)."""
+
+    allocator = PTILMPQ
+    parameters = (*(field.name for field in fields(PTILMPQ)), "scheme")
+
+
+class PlanTuneStrategy(PlanningTuneStrategy):
+    """`plan`: plans made before; `plan` is a Plan, the file of one, or a list of them."""
+
+    parameters = ("plan",)
+
+    def plans(self, parameters: dict[str, Any], skip: Sequence[str]) -> list[Plan]:
+        """The plans, of this model."""
+        given = parameters.get("plan", [])
+        plans = [as_plan(one) for one in (given if isinstance(given, list | tuple) else [given])]
+        for plan in plans:
+            match(plan, self.model.model).require(type(self.model.model).__name__)
+        return plans
+
+
+def register() -> None:
+    """Make the strategies known to Neural Compressor. Importing `inc_classic` has done it; again does no harm."""
+    for strategy in (MixQuantTuneStrategy, PTILMPQTuneStrategy, PlanTuneStrategy):
+        name = strategy.__name__.removesuffix("TuneStrategy").lower()
+        if STRATEGIES.get(name) is not strategy:
+            strategy_registry(strategy)
+
+
+def _by_metric() -> None:
+    """What names an evaluation by eval_dataloader and eval_metric."""
+
+
+def _in_float(layer: LayerChoice) -> bool:
+    return all(part.bits in FLOAT_BITS for part in layer.groups)
+
+
+def _int8_or_fp32(plan: Plan, below: int) -> Plan:
+    """What the static approach makes of a plan."""
+    layers = tuple(
+        layer.model_copy(
+            update={
+                "bits": INT8 if max(part.bits for part in layer.groups) < below else FP32,
+                "parts": None,
+                "scheme": Affine(symmetric=True, granularity="per_channel"),
+            }
+        )
+        for layer in plan.layers
+    )
+    return plan.model_copy(update={"layers": layers, "activation_bits": 8})
+
+
+def _weight_items(layer: LayerChoice) -> dict[Any, Any]:
+    """The choice in the compressor's words, as far as it has them; the plan beside has it all."""
+    symmetric = getattr(layer.scheme, "symmetric", True)
+    return {
+        ("weight", "dtype"): "int",
+        ("weight", "bits"): max(part.bits for part in layer.groups),
+        ("weight", "group_size"): layer.scheme.group_size or -1,
+        ("weight", "scheme"): "sym" if symmetric else "asym",
+        ("weight", "algorithm"): "RTN",
+    }

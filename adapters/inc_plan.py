@@ -1,0 +1,65 @@
+"""From allocators to plans for Neural Compressor, new and classic: measure the model as it runs there, and decide."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpq_plugins import Affine, measure
+from mpq_plugins.allocate.base import Allocator
+from mpq_plugins.errors import SettingError
+from mpq_plugins.legalise import Capabilities
+from mpq_plugins.plan import Plan
+from mpq_plugins.scheme import Scheme
+from mpq_plugins.weights import KINDS
+
+CAPABILITIES = Capabilities(
+    backend="Neural Compressor",
+    bits=tuple(range(1, 9)),
+    kinds=tuple(KINDS.values()),
+    schemes=("affine", "piecewise"),
+    granularities=("per_tensor", "per_channel", "per_group"),
+    parts=True,
+    float_parts=True,
+)
+"""What our registered algorithms and strategies run: anything that can be simulated, weights alone."""
+
+
+def measured_plan(model: nn.Module, allocator: Allocator, scheme: Scheme | None, skip: Sequence[str]) -> Plan:
+    """The allocator's plan for a model's weights as they are: Neural Compressor folds no BatchNorm into them.
+
+    scheme: None takes what the allocator asks for, or asymmetric per-tensor min-max. Raises what `measure` and the
+    allocator raise.
+    """
+    needs = allocator.needs
+    table = measure(
+        model, scheme or needs.scheme or Affine(), needs.bits, needs.metrics or ("relative",),
+        per_channel=needs.channel_errors, skip=skip, fold_bn=False,
+    )  # fmt: skip
+    return allocator(table)
+
+
+def combinations(parameters: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The parameters once for each combination of the values of those that vary."""
+    for values in itertools.product(*varied.values()):
+        yield {**parameters, **dict(zip(varied, values, strict=True))}
+
+
+def several(name: str, value: Any, sequences: Sequence[str]) -> bool:
+    """Whether a parameter is a list of values to try: for one that is itself a list, a list of lists."""
+    if name not in sequences:
+        return isinstance(value, list | tuple)
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(own, list | tuple) for own in value)
+
+
+def as_plan(value: Any) -> Plan:
+    """A plan, the file of one, or its document, as a plan. Raises FormatError, and SettingError for anything else."""
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, str | Path):
+        return Plan.load(value)
+    if isinstance(value, dict):
+        return Plan.from_document(value, "plan")
+    raise SettingError(f"plan: is a {type(value).__name__}; a Plan, or the file of one")

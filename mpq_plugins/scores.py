@@ -1,0 +1,35 @@
+"""What a user's evaluation says of a model: numbers, or an error that names what was evaluated and where it failed."""
+
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from .errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Scores = Mapping[str, float]
+Evaluate = Callable[["nn.Module"], "float | Scores"]
+"""What a user's function makes of a quantized model: a score to be as large as can be, or several, that one first."""
+
+
+def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[str, float]:
+    """What the function returns for the model, as named numbers. Raises SourceError naming `what` was evaluated."""
+    name = f"{getattr(evaluate, '__qualname__', repr(evaluate))} of {what}"
+    try:
+        returned = evaluate(model)
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise SourceError(
+            f"{name}: the evaluation failed ({type(error).__name__}: {error}; {where.filename}, line {where.lineno})"
+        ) from error
+    scores = returned if isinstance(returned, Mapping) else {"score": returned}
+    try:
+        numbers = {str(key): float(value) for key, value in scores.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers") from error
+    if not numbers or any(math.isnan(value) for value in numbers.values()):
+        raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers, none NaN")
+    return numbers

@@ -1,0 +1,129 @@
+"""Accuracy-aware choice among plans: the smallest is tried first, and the first within the criterion is kept.
+
+A backend's own tuner runs the trials; here is what every such run shares: their order, their record, and what is said
+when none is good enough.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .errors import SettingError, TuningError
+from .plan import Plan
+from .scores import Evaluate, checked_scores
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How much worse than the float model a plan may be.
+
+    tolerable_loss: a share of the float model's score, or with `absolute` in the score's own units.
+    """
+
+    tolerable_loss: float = 0.01
+    absolute: bool = False
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        loss = self.tolerable_loss
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not math.isfinite(loss):
+            raise SettingError(f"tolerable_loss: {loss!r} is not allowed; a number, 0.01 for 1 %")
+
+    def bound(self, baseline: float) -> float:
+        """The worst score that meets it. Raises SettingError where a share of the baseline means nothing."""
+        if not self.absolute and not (math.isfinite(baseline) and baseline > 0):
+            raise SettingError(
+                f"evaluation: the float model scores {baseline:g}, and a tolerable loss is a share of that; return a "
+                "score above 0, such as the accuracy"
+            )
+        worse = -self.tolerable_loss if self.higher_is_better else self.tolerable_loss
+        return baseline + worse if self.absolute else baseline * (1 + worse)
+
+    def met(self, score: float, baseline: float) -> bool:
+        """Whether a score is within it."""
+        bound = self.bound(baseline)
+        return score >= bound if self.higher_is_better else score <= bound
+
+    def text(self, baseline: float) -> str:
+        """`at least 90.81 (float 91.73, tolerable loss 1%)`."""
+        loss = f"{self.tolerable_loss:g}" if self.absolute else f"{100 * self.tolerable_loss:g}%"
+        side = "at least" if self.higher_is_better else "at most"
+        return f"{side} {self.bound(baseline):.6g} (float {baseline:.6g}, tolerable loss {loss})"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One plan that was quantized by and evaluated."""
+
+    plan: Plan
+    score: float
+    met: bool
+
+    @property
+    def text(self) -> str:
+        """`mixquant qem=4.0, 5.192 bits a weight: 90.2`."""
+        return f"{plan_text(self.plan)}: {self.score:.6g}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A run: the float model's score, the criterion and the trials in their order."""
+
+    baseline: float
+    criterion: Criterion
+    trials: tuple[Trial, ...] = ()
+
+    def with_trial(self, plan: Plan, score: float) -> "Tuning":
+        """The run with one more trial."""
+        trial = Trial(plan, score, self.criterion.met(score, self.baseline))
+        return replace(self, trials=(*self.trials, trial))
+
+    @property
+    def chosen(self) -> Trial:
+        """The smallest plan that meets the criterion. Raises TuningError where none does."""
+        met = [trial for trial in self.trials if trial.met]
+        if not met:
+            raise self.unmet()
+        return min(met, key=lambda trial: trial.plan.size().total_bits)
+
+    def unmet(self) -> TuningError:
+        """What to say where no trial is good enough: the criterion, and the best trial."""
+        wanted = self.criterion.text(self.baseline)
+        if not self.trials:
+            return TuningError(f"no trial was run, and the criterion is {wanted}; allow one or more")
+        sign = 1 if self.criterion.higher_is_better else -1
+        best = max(self.trials, key=lambda trial: sign * trial.score)
+        return TuningError(
+            f"none of {len(self.trials)} trials meets the criterion, {wanted}; the best is {best.text}. Tolerate a "
+            "greater loss, or try larger plans"
+        )
+
+
+def plan_text(plan: Plan) -> str:
+    """Who made the plan, by which parameters, and its size."""
+    own = plan.allocator.parameters
+    numbers = [name for name in ("qem", "alpha", "bits") if isinstance(own.get(name), int | float)]
+    said = "".join(f" {name}={own[name]}" for name in numbers)
+    return f"{plan.allocator.name}{said}, {plan.size().total_average_bits:.3f} bits a weight"
+
+
+def smallest_first(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans by their size in total; of those that say the same, the first. Raises SettingError for none."""
+    if not plans:
+        raise SettingError("plans: none given to try; one or more")
+    distinct: dict[str, Plan] = {}
+    for plan in plans:
+        same = plan.model_copy(update={"allocator": plans[0].allocator, "made_with": {}})
+        distinct.setdefault(same.to_json(), plan)
+    return sorted(distinct.values(), key=lambda plan: plan.size().total_bits)
+
+
+def checked_score(evaluate: Evaluate, model: "nn.Module", what: str) -> float:
+    """The first number that an evaluation returns. Raises SourceError naming what was evaluated."""
+    return next(iter(checked_scores(evaluate, model, what).values()))

@@ -1,0 +1,607 @@
+"""Neural Compressor 3.8 and later: weights to the bit, the tuning's order and end, and every silence as an error."""
+
+import copy
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, measure
+from mpq_plugins import apply as simulated
+from mpq_plugins.errors import FormatError, MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
+from tests.adapters import nets
+from tests.nets import tied_net
+from tests.plans import with_layer
+
+inc = pytest.importorskip("mpq_plugins.adapters.inc")
+incs = pytest.importorskip("neural_compressor.torch.quantization")
+algorithms = pytest.importorskip("neural_compressor.torch.utils.utility").algos_mapping
+
+pytestmark = pytest.mark.usefixtures("nowhere")
+PER_CHANNEL = Affine(granularity="per_channel")
+SCHEMES = [Affine(), Affine(symmetric=True), PER_CHANNEL, Affine(granularity="per_channel", range="mse")]
+
+
+class Prefixes(nn.Module):
+    """Layers whose names begin alike; (N, 8) -> (N, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc10, self.lm_head = nn.Linear(8, 12), nn.Linear(12, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(torch.relu(self.fc10(torch.relu(self.fc1(x)))))
+        return logits
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def only(bits: int, **options: Any) -> Any:
+    """The configuration that gives every layer these bits."""
+    return inc.MixQuantConfig(bits=(bits,), baseline=bits, **options)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+
+
+def score_by(plan_score: Callable[[Plan], float], baseline: float = 100.0) -> Callable[[nn.Module], float]:
+    """An evaluation that looks at the plan a model has, the float model scoring `baseline`."""
+
+    def score(model: nn.Module) -> float:
+        return plan_score(inc.plan_of(model)) if hasattr(model, "mpq_plan") else baseline
+
+    return score
+
+
+def by_bits(plan: Plan) -> float:
+    return 92.0 + plan.size().average_bits
+
+
+def tuning(configs: Any, **options: Any) -> Any:
+    return incs.TuningConfig(config_set=configs, **options)
+
+
+# ---- quantize, prepare, convert
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("bits", [8, 5, 2, 1])
+def test_uniform_weights_to_the_bit(scheme: Affine, bits: int) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=bits)(measure(model, scheme, (bits,)))
+    quantized = inc.apply(model, plan)
+    assert same(quantized, simulated(model, plan))
+    assert inc.plan_of(quantized) == plan
+    assert [check.bits for check in inc.verify(quantized, plan, model)] == [layer.widths for layer in plan.layers]
+
+
+@pytest.mark.parametrize("scheme", [None, PER_CHANNEL], ids=str)
+def test_a_mixquant_config_is_mixquant(scheme: Affine | None) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = MixQuant(qem=3.0)(measure(model, scheme, range(2, 9), fold_bn=False))
+    given = copy.deepcopy(model)
+    quantized = incs.quantize(given, inc.MixQuantConfig(qem=3.0, scheme=scheme))
+    assert quantized is given  # in place, as everywhere in Neural Compressor
+    assert inc.plan_of(quantized).layers == plan.layers
+    assert same(quantized, simulated(model, plan))
+
+
+def test_a_ptilmpq_config_is_ptilmpq_two_regions_included() -> None:
+    model = nets.made(nets.SmallNet)
+    quantized = incs.quantize(copy.deepcopy(model), inc.PTILMPQConfig(alpha=0.5))
+    allocator = PTILMPQ(alpha=0.5)
+    plan = allocator(measure(model, allocator.needs.scheme, (3, 4, 5), per_channel=True, fold_bn=False))
+    assert inc.plan_of(quantized).layers == plan.layers
+    assert any(layer.parts for layer in plan.layers)
+    assert same(quantized, simulated(model, plan))
+
+
+def test_prepare_changes_nothing_and_convert_quantizes() -> None:
+    model = nets.made(nets.SmallNet)
+    prepared = incs.prepare(copy.deepcopy(model), inc.MixQuantConfig(qem=3.0))
+    assert same(prepared, model)
+    converted = incs.convert(prepared)
+    assert same(converted, incs.quantize(copy.deepcopy(model), inc.MixQuantConfig(qem=3.0)))
+
+
+def test_inplace_false_leaves_the_model_alone() -> None:
+    model = nets.made(nets.SmallNet)
+    before = copy.deepcopy(model)
+    quantized = incs.quantize(model, only(3), inplace=False)
+    assert same(model, before)
+    assert not same(quantized, before)
+
+
+def test_a_plan_measured_folded_folds_the_model() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=True))
+    given = copy.deepcopy(model)
+    assert incs.quantize(given, inc.PlanConfig(plan)) is given
+    assert same(given, simulated(model, plan))
+    inc.verify(given, plan, model)
+
+
+def test_a_plan_from_its_file_and_from_a_dict(tmp_path: Path) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = PTILMPQ()(measure(model, PER_CHANNEL))
+    plan.save(tmp_path / "plan.json")
+    for config in (inc.PlanConfig(tmp_path / "plan.json"), {"mpq_plan": inc.PlanConfig(plan).to_dict()}):
+        assert same(incs.quantize(copy.deepcopy(model), config), simulated(model, plan))
+
+
+def test_configurations_go_through_json() -> None:
+    config = inc.MixQuantConfig(qem=3.0, bits=(4, 8), scheme=PER_CHANNEL, skip=("fc",))
+    config.set_local("^conv1$", inc.MixQuantConfig(qem=1.5))
+    again = inc.MixQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    model = nets.made(nets.SmallNet)
+    assert inc.plan_of(incs.quantize(copy.deepcopy(model), config)) == inc.plan_of(incs.quantize(model, again))
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = tied_net()
+    plan = Uniform(bits=3)(measure(model, PER_CHANNEL, (3,)))
+    quantized: Any = inc.apply(model, plan)
+    assert quantized.lm_head.weight is quantized.embed.weight
+    inc.verify(quantized, plan, model)
+
+
+def test_register_again_does_no_harm() -> None:
+    before = dict(algorithms)
+    inc.register()
+    assert algorithms == before
+    assert {"mixquant", "ptilmpq", "mpq_plan"} <= before.keys()
+
+
+# ---- which layers
+
+
+def bits_of(config: Any, model: nn.Module) -> dict[str, int | None]:
+    return {layer.name: layer.bits for layer in inc.plan_of(incs.quantize(copy.deepcopy(model), config)).layers}
+
+
+def test_white_list_by_type_and_local_by_name() -> None:
+    model = Prefixes().eval()
+    local = only(4).set_local("^fc1$", only(2))
+    assert bits_of(local, model) == {"fc1": 2, "fc10": 4, "lm_head": 4}
+    conv = nets.made(nets.SmallNet)
+    assert bits_of(only(4, white_list=[nn.Linear]), conv) == {"fc": 4}
+    assert bits_of(only(4, skip=("conv?",)), conv) == {"fc": 4}
+
+
+def test_a_layer_kept_in_float_by_the_compressors_own_word() -> None:
+    model = Prefixes().eval()
+    config = only(4).set_local("^fc10$", incs.RTNConfig(dtype="fp32"))
+    quantized = incs.quantize(copy.deepcopy(model), config)
+    plan = inc.plan_of(quantized)
+    assert plan.skipped == ("fc10",)
+    assert quantized.fc10.weight.equal(model.fc10.weight)
+    inc.verify(quantized, plan, model)
+
+
+def test_local_schemes_differ_and_are_exact() -> None:
+    model = nets.made(nets.SmallNet)
+    config = only(5).set_local("^fc$", only(3, scheme=PER_CHANNEL))
+    quantized = incs.quantize(copy.deepcopy(model), config)
+    plan = inc.plan_of(quantized)
+    assert plan.by_name["fc"].scheme == PER_CHANNEL
+    assert plan.by_name["conv1"].scheme == Affine()
+    inc.verify(quantized, plan, model)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("fc1", r"would take 'fc10' too.*write '\^fc1\$' for that layer alone, or 'fc1\.\*' for all"),
+        ("fc", r"would take 'fc1', 'fc10' too.*write 'fc\.\*' for all"),
+        ("fc2", "matches no layer; names look like 'fc1'"),
+        ("fc[", "is no regular expression"),
+        (nn.Conv2d, r"set_local\(Conv2d\): matches no layer"),
+    ],
+)
+def test_names_that_the_compressor_would_match_by_their_beginning_or_not_at_all(key: Any, said: str) -> None:
+    config = inc.MixQuantConfig().set_local(key, only(2))
+    unchanged(MPQError, said, config, Prefixes().eval())
+
+
+def test_tied_layers_with_different_configurations() -> None:
+    config = inc.MixQuantConfig().set_local("^lm_head$", only(2))
+    unchanged(SettingError, "share a weight", config, tied_net())
+
+
+# ---- silences
+
+
+def unchanged(error: type[Exception], said: str, config: Any, model: nn.Module) -> None:
+    """Quantizing in place raises, and the model is what it was."""
+    before = copy.deepcopy(model)
+    with pytest.raises(error, match=said):
+        incs.quantize(model, config)
+    assert same(model, before)
+    assert not hasattr(model, "mpq_plan")
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_composition_would_quantize_nothing(swap: bool) -> None:
+    ours, theirs = inc.MixQuantConfig(), incs.RTNConfig()
+    model = nets.made(nets.SmallNet)
+    before = copy.deepcopy(model)
+    with pytest.raises(SettingError, match=r"cannot be added.*quantize nothing"):
+        incs.quantize(model, theirs + ours if swap else ours + theirs)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: inc.MixQuantConfig(qme=2.0), "has no qme; it has qem, metric"),
+        (lambda: inc.MixQuantConfig(qem=-1), "qem: -1 is not allowed"),
+        (lambda: inc.MixQuantConfig(qem=[2, -1]), "qem: -1 is not allowed"),
+        (lambda: inc.MixQuantConfig(qem=[]), "qem: the list is empty"),
+        (lambda: inc.MixQuantConfig(bits=()), "bits: the list is empty"),
+        (lambda: inc.MixQuantConfig(bits=(4, 9)), "bits: 9 is not allowed"),
+        (lambda: inc.MixQuantConfig(scheme="affine"), "scheme: "),
+        (lambda: inc.MixQuantConfig(skip="fc"), "skip: 'fc' is a string"),
+        (lambda: inc.PTILMPQConfig(alpha=2.0), "alpha"),
+        (lambda: inc.PTILMPQConfig(important_bits=(3, 4)), "high 3 is below low 4"),
+        (lambda: inc.PlanConfig(None), "plan: is a NoneType"),
+        (lambda: inc.PlanConfig("absent.json"), "absent.json: cannot read it"),
+        (lambda: inc.PlanConfig(the_plan(), white_list=[nn.Linear]), "white_list"),
+        (lambda: inc.PlanConfig(the_plan()).set_local("fc", None), "the plan says what each layer gets"),
+    ],
+)
+def test_parameters_that_do_not_exist_or_are_not_allowed(made: Callable[[], Any], said: str) -> None:
+    with pytest.raises(MPQError, match=said):
+        made()
+
+
+def the_plan() -> Plan:
+    return Uniform(bits=4)(measure(nets.made(nets.SmallNet), bits=(4,), fold_bn=False))
+
+
+def test_what_only_fails_on_a_model() -> None:
+    model = nets.made(nets.SmallNet)
+    unchanged(
+        SettingError, r"qem: \[2, 3\] are several values, which autotune tries", inc.MixQuantConfig(qem=[2, 3]), model
+    )
+    unchanged(SettingError, "skip: 'absent' matches none", inc.MixQuantConfig(skip=("absent",)), model)
+    unchanged(MPQError, "quantizes none", inc.MixQuantConfig(white_list=None), model)
+    unchanged(MismatchError, "Missing here: 'conv1'", inc.PlanConfig(the_plan()), Prefixes())
+    unchanged(SettingError, "activations", inc.PlanConfig(the_plan().with_activation_bits(8)), model)
+    other = inc.MixQuantConfig().set_local("^fc$", inc.PTILMPQConfig())
+    unchanged(SettingError, "only another MixQuantConfig", other, model)
+
+
+def test_nan_in_the_last_layer_leaves_the_first_as_it_was() -> None:
+    model: Any = nets.made(nets.SmallNet)
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float("nan")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MPQError, match="'fc'"):
+        incs.quantize(model, inc.PlanConfig(the_plan()))
+    assert all(state[name].equal(value) or name == "fc.weight" for name, value in model.state_dict().items())
+
+
+def test_a_model_quantized_before() -> None:
+    quantized = inc.apply(nets.made(nets.SmallNet), the_plan())
+    with pytest.raises(SettingError, match="quantized already"):
+        incs.quantize(quantized, inc.MixQuantConfig())
+
+
+def test_verify_sees_a_changed_weight_a_lost_layer_and_another_bias() -> None:
+    model, plan = nets.made(nets.SmallNet), the_plan()
+    for name, said in (("fc.weight", "'fc' is not what"), ("fc.bias", "'fc.bias' is not the model's own")):
+        quantized = inc.apply(model, plan)
+        with torch.no_grad():
+            quantized.state_dict()[name][0] += 1
+        with pytest.raises(VerifyError, match=said):
+            inc.verify(quantized, plan, model)
+    with pytest.raises(VerifyError, match="'conv1' is not what"):
+        inc.verify(model, plan, model)
+
+
+# ---- autotune
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Plan]:
+    """Wrap the registered algorithm, so that its calls are seen, and the plan of each."""
+    calls: list[Plan] = []
+    own: Any = algorithms[name]
+
+    def wrapped(*arguments: Any, **options: Any) -> nn.Module:
+        model: nn.Module = own(*arguments, **options)
+        calls.append(inc.plan_of(model))
+        return model
+
+    monkeypatch.setitem(algorithms, name, wrapped)
+    return calls
+
+
+@pytest.mark.parametrize("tuner", ["ours", "theirs"])
+def test_trials_go_up_from_the_smallest_and_stop_at_the_first_that_is_good(
+    tuner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nets.made(nets.SmallNet)
+    before = copy.deepcopy(model)
+    calls = counted(monkeypatch, "mixquant")
+    run = inc.autotune if tuner == "ours" else incs.autotune
+    config = tuning(inc.MixQuantConfig(qem=[1.5, 8, 3, 2]), tolerable_loss=0.02)
+    tuned = run(model, config, eval_fn=score_by(by_bits))
+    sizes = [plan.size().total_bits for plan in calls]
+    assert sizes == sorted(sizes)
+    assert [by_bits(plan) >= 98 for plan in calls] == [False] * (len(calls) - 1) + [True]
+    assert [plan.allocator.parameters["qem"] for plan in calls] == [8.0, 3.0, 2.0][: len(calls)]
+    assert inc.plan_of(tuned) == calls[-1]
+    assert same(model, before)
+    inc.verify(tuned, calls[-1], model)
+
+
+def test_the_record_of_a_run_and_its_progress() -> None:
+    seen: list[tuple[str, int, int]] = []
+    tuned = inc.autotune(
+        nets.made(nets.SmallNet), tuning(inc.PTILMPQConfig(alpha=[0.0, 1.0], scheme=PER_CHANNEL), tolerable_loss=0.04),
+        eval_fn=score_by(by_bits), progress=lambda *step: seen.append(step),
+    )  # fmt: skip
+    run = inc.tuning_of(tuned)
+    assert run.baseline == 100.0
+    assert [trial.met for trial in run.trials] == [False, True]
+    assert run.chosen.plan == inc.plan_of(tuned)
+    assert seen == [("float", 0, 2), ("ptilmpq", 0, 2), ("ptilmpq", 1, 2), ("", 2, 2)]
+
+
+def test_configurations_of_several_kinds_are_sorted_by_true_size() -> None:
+    configs = [inc.PlanConfig([the_plan()]), inc.PTILMPQConfig(other_bits=(2, 2)), only(3)]
+    with pytest.raises(TuningError, match="none of 3 trials"):
+        inc.autotune(nets.made(nets.SmallNet), tuning(configs), eval_fn=score_by(lambda plan: 1.0))
+    order = inc.autotune(
+        nets.made(nets.SmallNet), tuning(configs), eval_fn=score_by(lambda plan: 99 if plan.layers[0].bits == 4 else 1)
+    )
+    sizes = [trial.plan.size().total_bits for trial in inc.tuning_of(order).trials]
+    assert sizes == sorted(sizes)
+    assert len(sizes) > 1
+
+
+def test_configurations_of_the_same_plan_are_one_trial() -> None:
+    """Neural Compressor skips a configuration that it has seen, never reaches its number of trials, returns None."""
+    config = inc.MixQuantConfig(qem=[1e-9, 1e-8])
+    tuned = inc.autotune(nets.made(nets.SmallNet), tuning([config, config]), eval_fn=score_by(by_bits))
+    assert len(inc.tuning_of(tuned).trials) == 1
+
+
+@pytest.mark.parametrize("last_is_best", [True, False])
+def test_an_unreachable_criterion_is_an_error_with_the_best_trial(last_is_best: bool) -> None:
+    model = nets.made(nets.SmallNet)
+    before = copy.deepcopy(model)
+    score = score_by(lambda plan: plan.size().average_bits * (1 if last_is_best else -1) + 50)
+    with pytest.raises(
+        TuningError, match=r"none of 2 trials meets the criterion, at least 99 \(float 100, .*best is mix"
+    ):
+        inc.autotune(model, tuning(inc.MixQuantConfig(qem=[2, 8])), eval_fn=score)
+    assert same(model, before)
+
+
+def test_max_trials_and_nothing_to_try() -> None:
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(TuningError, match="none of 1 trials"):
+        inc.autotune(model, tuning(inc.MixQuantConfig(qem=[2, 8]), max_trials=1), eval_fn=score_by(lambda plan: 1.0))
+    with pytest.raises(SettingError, match="none given"):
+        inc.autotune(model, tuning([]), eval_fn=score_by(by_bits))
+
+
+@pytest.mark.parametrize("when", ["float", "trial"])
+def test_an_evaluation_that_fails(when: str) -> None:
+    model = nets.made(nets.SmallNet)
+    before = copy.deepcopy(model)
+
+    def failing(given: nn.Module) -> float:
+        if when == "float" or hasattr(given, "mpq_plan"):
+            raise ValueError("no data")
+        return 1.0
+
+    said = "failing of the float model" if when == "float" else "failing of trial 1, mixquant qem=2.0"
+    with pytest.raises(SourceError, match=f"{said}.*ValueError: no data; .*test_inc.py, line"):
+        inc.autotune(model, tuning(inc.MixQuantConfig()), eval_fn=failing)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("good", "a number"),
+        (float("nan"), "none NaN"),
+        (-0.5, "score above 0"),
+        (0.0, "score above 0"),
+        (None, "a number"),
+    ],
+)
+def test_an_evaluation_that_returns_no_score(returned: Any, said: str) -> None:
+    with pytest.raises(MPQError, match=said):
+        inc.autotune(nets.made(nets.SmallNet), tuning(inc.MixQuantConfig()), eval_fn=lambda model: returned)
+
+
+def test_arguments_and_mappings_of_scores() -> None:
+    def scores(model: nn.Module, bonus: float) -> dict[str, float]:
+        return {"accuracy": bonus, "loss": -1.0}
+
+    tuned = inc.autotune(nets.made(nets.SmallNet), tuning(inc.MixQuantConfig()), scores, (7.0,))
+    assert inc.tuning_of(tuned).baseline == 7.0
+
+
+def test_what_autotune_is_not_for() -> None:
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(SettingError, match="holds a RTNConfig"):
+        inc.autotune(model, tuning([incs.RTNConfig()]), eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="tolerable_loss"):
+        inc.autotune(model, tuning(inc.MixQuantConfig(), tolerable_loss="1%"), eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="config_set: is a NoneType"):
+        inc.autotune(model, tuning(None), eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="tolerable_loss"):
+        inc.autotune(model, "config", eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="no module"):
+        inc.autotune("model", tuning(inc.MixQuantConfig()), eval_fn=score_by(by_bits))
+
+
+def test_nothing_is_logged_and_nothing_left_behind(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = nets.made(nets.SmallNet)
+    tuned = inc.autotune(model, tuning(inc.MixQuantConfig(qem=[3, 2])), eval_fn=score_by(by_bits))
+    inc.save(tuned, tmp_path / "saved")
+    inc.load(tmp_path / "saved", model)
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert logging.getLogger("neural_compressor").filters == []
+
+
+# ---- files
+
+
+def test_saved_and_loaded_by_every_way_of_saving(tmp_path: Path) -> None:
+    model = Prefixes().eval()
+    quantized = incs.quantize(copy.deepcopy(model), only(3))
+    inc.save(quantized, tmp_path / "ours")
+    quantized.save(tmp_path / "own")
+    incs.save(quantized, str(tmp_path / "theirs"))
+    for name in ("ours", "own", "theirs"):
+        loaded = inc.load(tmp_path / name, Prefixes())
+        assert same(loaded, quantized)
+        assert inc.plan_of(loaded) == inc.plan_of(quantized)
+        assert not loaded.training
+
+
+def test_the_compressors_own_load_says_how_instead_of_returning_none(tmp_path: Path) -> None:
+    quantized = incs.quantize(Prefixes().eval(), inc.MixQuantConfig())
+    quantized.save(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"inc\.load\(folder, model\) loads it"):
+        incs.load(str(tmp_path / "saved"), Prefixes())
+
+
+def test_folded_and_tied_models_come_back(tmp_path: Path) -> None:
+    folded, tied = nets.made(nets.SmallNet), tied_net()
+    for model, plan in (
+        (folded, Uniform(bits=4)(measure(folded, Affine(), (4,), fold_bn=True))),
+        (tied, Uniform(bits=4)(measure(tied, PER_CHANNEL, (4,)))),
+    ):
+        inc.save(inc.apply(model, plan), tmp_path / "saved")
+        assert same(inc.load(tmp_path / "saved", model), simulated(model, plan))
+
+
+def test_a_trained_model_is_not_saved_as_the_plans(tmp_path: Path) -> None:
+    quantized: Any = inc.apply(Prefixes().eval(), Uniform(bits=2)(measure(Prefixes(), PER_CHANNEL, (2,))))
+    with torch.no_grad():
+        quantized.fc1.weight += torch.randn_like(quantized.fc1.weight)
+    with pytest.raises(VerifyError, match="'fc1' has"):
+        inc.save(quantized, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_folders_that_hold_no_such_model(tmp_path: Path) -> None:
+    model = Prefixes().eval()
+    with pytest.raises(FormatError, match=r"holds no quantized_weight\.safetensors"):
+        inc.load(tmp_path, model)
+    inc.save(incs.quantize(copy.deepcopy(model), inc.MixQuantConfig()), tmp_path)
+    with pytest.raises(MismatchError, match="made for another model"):
+        inc.load(tmp_path, nets.made(nets.SmallNet))
+    (tmp_path / "quantized_weight.safetensors").write_bytes(b"torn")
+    with pytest.raises(FormatError, match="cannot read it"):
+        inc.load(tmp_path, model)
+    with pytest.raises(SettingError, match="not quantized by Neural Compressor"):
+        inc.save(model, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MPQError, match="cannot make this folder"):
+        inc.save(incs.quantize(copy.deepcopy(model), inc.MixQuantConfig()), tmp_path / "file")
+
+
+def test_what_no_plan_made_has_none() -> None:
+    for ask in (inc.plan_of, inc.tuning_of):
+        with pytest.raises(SettingError, match="was not"):
+            ask(Prefixes())
+
+
+# ---- to_inc
+
+
+def mixed(model: nn.Module, scheme: Affine = PER_CHANNEL) -> Plan:
+    plan = Uniform(bits=4)(measure(model, scheme))
+    for name, bits in (("fc1", 3), ("fc10", 5), ("lm_head", 2)):
+        plan = with_layer(plan, name, bits=bits)
+    return plan
+
+
+GROUPS = Affine(granularity="per_group", group_size=2)
+
+
+@pytest.mark.parametrize("scheme", [PER_CHANNEL, Affine(granularity="per_channel", symmetric=True), GROUPS], ids=str)
+def test_the_compressors_own_rtn_has_the_plans_codes(scheme: Affine, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Prefixes().eval()
+    plan = mixed(model, scheme)
+    quantized = incs.quantize(copy.deepcopy(model), inc.to_inc(plan, algo="rtn", model=model))
+    checks = inc.verify(quantized, plan, model)
+    assert [(check.layer, check.bits[0][0], check.packed) for check in checks] == [
+        ("fc1", 3, True), ("fc10", 5, True), ("lm_head", 2, True)
+    ]  # fmt: skip
+    inputs = torch.randn(5, 8)
+    expected = quantized(inputs)
+    assert torch.allclose(expected, simulated(model, plan)(inputs), atol=5e-3)  # scales and biases in float16
+    quantized.save(str(tmp_path / "saved"))
+    assert inc.load(tmp_path / "saved", model)(inputs).equal(expected)
+    assert isinstance(model.fc1, nn.Linear)  # its loader would have put packed layers there
+
+
+def test_layers_that_the_plan_leaves_out_stay() -> None:
+    model = Prefixes().eval()
+    plan = with_layer(mixed(model), "fc1", bits=32)
+    quantized = incs.quantize(copy.deepcopy(model), inc.to_inc(plan))
+    assert type(quantized.fc1) is nn.Linear
+    inc.verify(quantized, plan, model)
+    with pytest.raises(VerifyError, match="'fc1' is not what the plan makes"):
+        inc.verify(quantized, mixed(model), model)
+    with pytest.raises(VerifyError, match="'fc10' is packed at 5 bits, the plan has 6"):
+        inc.verify(quantized, with_layer(plan, "fc10", bits=6), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": 1}, "'fc1': 1 bits.*no 1 bits"),
+        ({"scheme": Affine()}, "no per_tensor scales"),
+        ({"scheme": Affine(granularity="per_channel", range="mse")}, "'fc1': clipped"),
+    ],
+)
+def test_what_rtn_would_round_or_compute_otherwise(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        inc.to_inc(with_layer(mixed(Prefixes()), "fc1", **change))
+
+
+def test_what_rtn_would_skip_untie_or_break() -> None:
+    conv = nets.made(nets.SmallNet)
+    with pytest.raises(SettingError, match=r"'conv1'.*does not quantize conv2d"):
+        inc.to_inc(Uniform(bits=4)(measure(conv, PER_CHANNEL, (4,))))
+    tied = Uniform(bits=4)(measure(nets.Tied(), PER_CHANNEL, (4,)))
+    with pytest.raises(SettingError, match="'first' and 'second'"):
+        inc.to_inc(tied)
+    attention = nets.Attention()
+    plan = Uniform(bits=4)(measure(attention, PER_CHANNEL, (4,)))
+    with pytest.raises(SettingError, match=r"'attention.out_proj'.*MultiheadAttention"):
+        incs.quantize(attention, inc.to_inc(plan))
+    assert type(attention.fc) is nn.Linear
+
+
+def test_names_that_the_model_lacks() -> None:
+    plan = mixed(Prefixes())
+    other: Any = nets.LinearNorm().eval()
+    with pytest.raises(MismatchError, match="match no linear layer"):
+        incs.quantize(other, inc.to_inc(plan))
+    assert type(other.fc) is nn.Linear
+    with pytest.raises(MismatchError, match="made for another model"):
+        inc.to_inc(plan, model=other)
+    with pytest.raises(SettingError, match="algo: 'gptq' is not allowed; rtn"):
+        inc.to_inc(plan, algo="gptq")
