@@ -14,9 +14,7 @@ from typing import cast
 
 from torch import nn
 
-from mpq_plugins.errors import SettingError
 from mpq_plugins.plan import Plan
-from mpq_plugins.tuning import Tuning
 
 from .folded import check_model
 from .inc_config import CONFIGS, MixQuantConfig, PlanConfig, PTILMPQConfig
@@ -25,7 +23,7 @@ from .inc_native import to_inc
 from .inc_plan import CAPABILITIES
 from .inc_quantize import plan_of, register
 from .inc_quiet import quiet, quiet_import
-from .inc_tune import autotune
+from .inc_tune import autotune, tune, tuning_of
 from .inc_verify import LayerCheck, verify
 
 with quiet_import():
@@ -45,6 +43,7 @@ __all__ = [
     "register",
     "save",
     "to_inc",
+    "tune",
     "tuning_of",
     "verify",
 ]
@@ -58,14 +57,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     check_model(plan, model)
     with quiet():
         return cast(nn.Module, quantize(copy.deepcopy(model), PlanConfig(plan)))
-
-
-def tuning_of(tuned: nn.Module) -> Tuning:
-    """The baseline, the criterion and the trials of the run that made a model. Raises SettingError for another."""
-    tuning = getattr(tuned, "mpq_tuning", None)
-    if not isinstance(tuning, Tuning):
-        raise SettingError(f"{type(tuned).__name__}: was not made by mpq_plugins.adapters.inc.autotune")
-    return tuning
 
 
 register()

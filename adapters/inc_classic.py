@@ -13,8 +13,9 @@ included. approach="static": the classic API has int8 and fp32 alone there, so a
 `int8_below` bits (8) becomes int8 by the compressor's own scales, and the others stay in fp32.
 """
 
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plan import Plan
-from mpq_plugins.tuning import Tuning
+from mpq_plugins.tuning import Progress, Tuning, checked_score
 
 from .folded import check_model, check_module
 from .inc_classic_criterion import TuningCriterion
@@ -33,7 +34,7 @@ from .inc_quiet import quiet, quiet_import
 
 with quiet_import():
     from neural_compressor import PostTrainingQuantConfig, quantization
-    from neural_compressor.config import options
+    from neural_compressor.config import AccuracyCriterion, options
 
 __all__ = [
     "CAPABILITIES",
@@ -46,6 +47,7 @@ __all__ = [
     "fit",
     "plan_of",
     "register",
+    "tune",
     "tuning_of",
     "verify",
 ]
@@ -71,6 +73,38 @@ def apply(model: nn.Module, plan: Plan) -> Any:
     check_model(plan, model)
     criterion = TuningCriterion("plan", {"plan": plan})
     return fit(model, PostTrainingQuantConfig(approach="weight_only", quant_level=1, tuning_criterion=criterion))
+
+
+def tune(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    evaluate: Callable[[nn.Module], Any],
+    tolerable_loss: float = 0.01,
+    *,
+    progress: Progress | None = None,
+) -> Tuning:
+    """`fit` over plans made before, weights only; what `mpq tune` runs. Raises as fit does.
+
+    evaluate: a number above 0, larger is better, or a mapping of names to numbers of which the first counts.
+    progress: called with (what, trials done, trials).
+    """
+    begun = 0
+
+    @functools.wraps(evaluate)
+    def first_score(given: nn.Module) -> float:
+        nonlocal begun
+        what = f"trial {begun}" if begun else "the float model"
+        if progress is not None:
+            progress(what, max(0, begun - 1), len(plans))
+        begun += 1
+        return checked_score(evaluate, given, what)
+
+    criterion = TuningCriterion("plan", {"plan": list(plans)}, max_trials=max(1, len(plans)))
+    accuracy = AccuracyCriterion(tolerable_loss=tolerable_loss)
+    conf = PostTrainingQuantConfig(
+        approach="weight_only", quant_level=1, tuning_criterion=criterion, accuracy_criterion=accuracy
+    )
+    return tuning_of(fit(model, conf, eval_func=first_score))
 
 
 def plan_of(q_model: Any) -> Plan:

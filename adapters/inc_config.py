@@ -7,7 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -29,6 +29,10 @@ from .inc_quiet import quiet_import
 with quiet_import():
     from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST
     from neural_compressor.torch.quantization.config import TorchBaseConfig
+
+T = TypeVar("T")
+OneOrMore: TypeAlias = T | Sequence[T]
+"""A value, or several for `autotune` to try."""
 
 FLOAT = "fp32"
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
@@ -168,12 +172,12 @@ class MixQuantConfig(AllocatingConfig):
 
     def __init__(
         self,
-        qem: float = 2.0,
-        metric: str = "relative",
-        bits: tuple[int, ...] = tuple(range(2, 9)),
-        baseline: int = 8,
-        scheme: Scheme | None = None,
-        skip: tuple[str, ...] = (),
+        qem: OneOrMore[float] = 2.0,
+        metric: OneOrMore[str] = "relative",
+        bits: OneOrMore[Sequence[int]] = tuple(range(2, 9)),
+        baseline: OneOrMore[int] = 8,
+        scheme: OneOrMore[Scheme | None] = None,
+        skip: Sequence[str] = (),
         white_list: Any = DEFAULT_WHITE_LIST,
         **kwargs: Any,
     ) -> None:
@@ -188,7 +192,7 @@ class MixQuantConfig(AllocatingConfig):
     @classmethod
     def get_config_set_for_tuning(cls) -> "MixQuantConfig":
         """What is tried where the user names nothing."""
-        return cls(qem=[4, 3, 2, 1.5])  # type: ignore[arg-type]
+        return cls(qem=[4, 3, 2, 1.5])
 
 
 class PTILMPQConfig(AllocatingConfig):
@@ -202,17 +206,17 @@ class PTILMPQConfig(AllocatingConfig):
 
     def __init__(
         self,
-        alpha: float | None = None,
-        beta_important: float | None = None,
-        beta_other: float | None = None,
-        important_bits: tuple[int, int] = (5, 4),
-        other_bits: tuple[int, int] = (4, 3),
-        layer_threshold: float | None = None,
-        channel_threshold: float | None = None,
-        average_bits: float | None = None,
-        size_bytes: int | None = None,
-        scheme: Scheme | None = None,
-        skip: tuple[str, ...] = (),
+        alpha: OneOrMore[float | None] = None,
+        beta_important: OneOrMore[float | None] = None,
+        beta_other: OneOrMore[float | None] = None,
+        important_bits: OneOrMore[Sequence[int]] = (5, 4),
+        other_bits: OneOrMore[Sequence[int]] = (4, 3),
+        layer_threshold: OneOrMore[float | None] = None,
+        channel_threshold: OneOrMore[float | None] = None,
+        average_bits: OneOrMore[float | None] = None,
+        size_bytes: OneOrMore[int | None] = None,
+        scheme: OneOrMore[Scheme | None] = None,
+        skip: Sequence[str] = (),
         white_list: Any = DEFAULT_WHITE_LIST,
         **kwargs: Any,
     ) -> None:
@@ -242,7 +246,7 @@ class PTILMPQConfig(AllocatingConfig):
     @classmethod
     def get_config_set_for_tuning(cls) -> "PTILMPQConfig":
         """What is tried where the user names nothing."""
-        return cls(alpha=[0.0, 0.25, 0.5, 0.75, 1.0])  # type: ignore[arg-type]
+        return cls(alpha=[0.0, 0.25, 0.5, 0.75, 1.0])
 
 
 class PlanConfig(PlanningConfig):
@@ -252,7 +256,7 @@ class PlanConfig(PlanningConfig):
 
     def __init__(
         self,
-        plan: Plan | str | Path | dict[str, Any],
+        plan: OneOrMore[Plan | str | Path | dict[str, Any]],
         white_list: Any = DEFAULT_WHITE_LIST,
         **kwargs: Any,
     ) -> None:

@@ -1,16 +1,17 @@
 """Neural Compressor's accuracy-aware tuning with our configurations, from the smallest plan up, and an honest end."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plan import Plan
 from mpq_plugins.tuning import Criterion, Progress, Tuning, checked_score, plan_text, smallest_first
 
 from .folded import check_module
-from .inc_config import PlanningConfig, joint_plan
+from .inc_config import PlanConfig, PlanningConfig, joint_plan
 from .inc_quantize import plan_of
 from .inc_quiet import quiet, quiet_import
 
@@ -56,6 +57,27 @@ def autotune(
         progress("", len(configs), len(configs))
     tuned.mpq_tuning = tuning
     return cast(nn.Module, tuned)
+
+
+def tune(
+    model: nn.Module,
+    plans: Sequence[Plan],
+    evaluate: Callable[[nn.Module], Any],
+    tolerable_loss: float = 0.01,
+    *,
+    progress: Progress | None = None,
+) -> Tuning:
+    """`autotune` over plans made before; what `mpq tune` runs. Raises as autotune does."""
+    config = TuningConfig(PlanConfig(plans), tolerable_loss=tolerable_loss, max_trials=max(1, len(plans)))
+    return tuning_of(autotune(model, config, evaluate, progress=progress))
+
+
+def tuning_of(tuned: nn.Module) -> Tuning:
+    """The baseline, the criterion and the trials of the run that made a model. Raises SettingError for another."""
+    tuning = getattr(tuned, "mpq_tuning", None)
+    if not isinstance(tuning, Tuning):
+        raise SettingError(f"{type(tuned).__name__}: was not made by mpq_plugins.adapters.inc.autotune")
+    return tuning
 
 
 class _Record:

@@ -9,6 +9,7 @@ import click
 from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
 from .cli_sweep import sweep
+from .cli_tune import tune
 from .errors import MPQError
 
 BAD_INPUT = 2
@@ -230,6 +231,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 
 
 cli.add_command(sweep)
+cli.add_command(tune)
 
 
 @cli.command(

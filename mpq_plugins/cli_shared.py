@@ -1,8 +1,11 @@
 """What several commands share: the options that describe a measurement, and how results are printed."""
 
+import functools
 import json
 import math
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +70,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def silenced(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """What an evaluation prints goes to stderr, for stdout is the JSON's."""
+
+    @functools.wraps(evaluate)
+    def quiet(model: Any) -> Any:
+        with redirect_stdout(sys.stderr):
+            return evaluate(model)
+
+    return quiet
 
 
 def say_written(file: Path | None, what: str) -> None:

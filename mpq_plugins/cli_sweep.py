@@ -1,9 +1,7 @@
 """`mpq sweep`: one measurement, a grid of an allocator's parameters, one row per plan."""
 
-import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
-from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
+from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options, silenced
 from .errors import SettingError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -77,7 +75,7 @@ def sweep(
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
     if evaluate is not None and as_json:
-        evaluate = _silenced(evaluate)
+        evaluate = silenced(evaluate)
     given = source if is_table(Path(source)) else resolve_source(source)
     model = _model_to_evaluate(given, evaluation, model_factory)
     needs = _needs(allocators, request, uniform, measure=not isinstance(given, str))
@@ -158,17 +156,6 @@ def _print(
     if plot is not None:
         click.echo(f"wrote {plot}")
     say_left_alone(table)
-
-
-def _silenced(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """What an evaluation prints goes to stderr, for stdout is the JSON's."""
-
-    @functools.wraps(evaluate)
-    def quiet(model: "nn.Module") -> Any:
-        with redirect_stdout(sys.stderr):
-            return evaluate(model)
-
-    return quiet
 
 
 def _model_to_evaluate(

@@ -66,6 +66,11 @@ class Trial:
     met: bool
 
     @property
+    def label(self) -> str:
+        """`mixquant qem=4.0`."""
+        return plan_label(self.plan)
+
+    @property
     def text(self) -> str:
         """`mixquant qem=4.0, 5.192 bits a weight: 90.2`."""
         return f"{plan_text(self.plan)}: {self.score:.6g}"
@@ -105,12 +110,19 @@ class Tuning:
         )
 
 
+def plan_label(plan: Plan) -> str:
+    """Who made the plan, by which numbers: `mixquant qem=4.0`."""
+    parameters = plan.allocator.parameters
+    numbers = [name for name in ("qem", "alpha", "bits") if isinstance(parameters.get(name), int | float)]
+    pairs = [name for name in ("important_bits", "other_bits") if name in parameters]
+    said = [f"{name}={parameters[name]}" for name in numbers]
+    said += [f"{name}={','.join(map(str, parameters[name]))}" for name in pairs]
+    return " ".join([plan.allocator.name, *said])
+
+
 def plan_text(plan: Plan) -> str:
-    """Who made the plan, by which parameters, and its size."""
-    own = plan.allocator.parameters
-    numbers = [name for name in ("qem", "alpha", "bits") if isinstance(own.get(name), int | float)]
-    said = "".join(f" {name}={own[name]}" for name in numbers)
-    return f"{plan.allocator.name}{said}, {plan.size().total_average_bits:.3f} bits a weight"
+    """The same with its size."""
+    return f"{plan_label(plan)}, {plan.size().total_average_bits:.3f} bits a weight"
 
 
 def smallest_first(plans: Sequence[Plan]) -> list[Plan]:

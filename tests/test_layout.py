@@ -33,7 +33,7 @@ FLOW = (
     ("sweep", "tuning"),
     ("adapters",),
     ("report",),
-    ("demo", "cli_options", "cli_plans", "cli_shared", "cli_sources", "cli_sweep", "cli"),
+    ("demo", "cli_options", "cli_plans", "cli_shared", "cli_sources", "cli_sweep", "cli_tune", "cli"),
 )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from examples.cifar_resnet import evaluate, images, resnet
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Uniform, measure
 from mpq_plugins import apply as simulated
+from tests.conftest import Ran
 
 pytestmark = [
     pytest.mark.usefixtures("zoo"),
@@ -85,3 +87,15 @@ def test_static_int8_with_the_sensitive_layers_in_fp32() -> None:
     assert {check.layer for check in checks if check.int8} == wanted
     assert len(wanted) == 9
     assert evaluate(q_model.model, *images())[0] > 91.0
+
+
+def test_mpq_tune_is_quiet_and_leaves_the_plan_alone_behind(
+    mpq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zoo: Path
+) -> None:
+    monkeypatch.setattr("examples.cifar_resnet.ZOO", (zoo / "cifar10").absolute())
+    arguments = ("examples.cifar_resnet:resnet20", "--eval", "examples.cifar_resnet:score", "--qem", "1.5,3,4")
+    monkeypatch.chdir(tmp_path)
+    ran = mpq("tune", *arguments, "--granularity", "per_channel", "--backend", "inc_classic", "-o", "plan.json")
+    assert (ran.code, ran.err) == (0, "")
+    assert "mixquant qem=4.0" in ran.out
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
