@@ -6,8 +6,14 @@ from mpq_plugins.errors import SettingError
 
 from .inc_quiet import quiet_import
 
-with quiet_import():
-    from neural_compressor.config import TuningCriterion as ClassicTuningCriterion
+try:
+    with quiet_import():
+        from neural_compressor.config import TuningCriterion as ClassicTuningCriterion
+except ImportError as error:
+    raise ImportError(
+        "the classic Neural Compressor, 3.7 or earlier, is not here: pip install 'mpq-plugins[inc-classic]' in an "
+        "environment of its own, or use mpq_plugins.adapters.inc with 3.8 or later"
+    ) from error
 
 STRATEGIES = ("mixquant", "ptilmpq", "plan")
 

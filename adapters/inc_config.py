@@ -24,11 +24,18 @@ from mpq_plugins.validation import first_problem
 from mpq_plugins.weights import layer_kind
 
 from .inc_plan import CAPABILITIES, as_plan, combinations, measured_plan, several
-from .inc_quiet import quiet_import
+from .inc_quiet import quiet_import, refuse_module
 
-with quiet_import():
-    from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST
-    from neural_compressor.torch.quantization.config import TorchBaseConfig
+try:
+    with quiet_import():
+        refuse_module("neural_compressor.strategy")  # of 3.7 and earlier, which have an older torch part
+        from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST
+        from neural_compressor.torch.quantization.config import TorchBaseConfig
+except ImportError as error:
+    raise ImportError(
+        "Neural Compressor 3.8 or later is not here: pip install 'mpq-plugins[inc]', or use "
+        "mpq_plugins.adapters.inc_classic with 3.7 or earlier"
+    ) from error
 
 T = TypeVar("T")
 OneOrMore: TypeAlias = T | Sequence[T]

@@ -1,5 +1,6 @@
 """Neural Compressor without its chatter: its logging below errors kept from a user's terminal, for as long as asked."""
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ def quiet_import() -> Iterator[None]:
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def refuse_module(name: str) -> None:
+    """Raise ImportError where there is such a module: a package of another version."""
+    if importlib.util.find_spec(name) is not None:
+        raise ImportError(f"{name} is here")
 
 
 def _is_error(record: logging.LogRecord) -> bool:

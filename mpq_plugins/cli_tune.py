@@ -7,7 +7,7 @@ import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options, silenced
-from .errors import PluginError, SettingError
+from .errors import SettingError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -79,10 +79,7 @@ def _tuner(backend: str) -> Any:
     """The backend's `tune`. Raises PluginError (not installed), SettingError (it has none)."""
     from . import registry
 
-    try:
-        adapter = registry.load("adapters", backend)
-    except PluginError as error:
-        raise PluginError(f"{error}. Install it: pip install 'mpq-plugins[inc]', or [inc-classic]") from error
+    adapter = registry.load("adapters", backend)
     if not hasattr(adapter, "tune"):
         raise SettingError(f"backend: {backend} has no tuner; inc, or inc_classic")
     return adapter.tune
