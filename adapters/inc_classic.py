@@ -23,7 +23,7 @@ from torch import nn
 
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plan import Plan
-from mpq_plugins.tuning import Progress, Tuning, checked_score
+from mpq_plugins.tuning import Progress, Tuning
 
 from .folded import check_model, check_module
 from .inc_classic_criterion import TuningCriterion
@@ -53,16 +53,26 @@ __all__ = [
 ]
 
 
-def fit(model: nn.Module, conf: PostTrainingQuantConfig, **arguments: Any) -> Any:
+def fit(
+    model: nn.Module,
+    conf: PostTrainingQuantConfig,
+    calib_dataloader: Any = None,
+    calib_func: Callable[[nn.Module], Any] | None = None,
+    eval_func: Callable[[nn.Module], Any] | None = None,
+    eval_dataloader: Any = None,
+    eval_metric: Any = None,
+) -> Any:
     """`neural_compressor.quantization.fit` without its logging, and without the folder that it would leave behind.
 
-    Takes what that takes (calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric). Raises what the
-    strategies raise: TuningError where no trial meets the criterion, SourceError where eval_func fails, SettingError
-    for a strategy that would be ignored. The model is unchanged.
+    Takes what that takes; eval_func returns a number, or a mapping of names to numbers of which the first counts, and
+    sees copies. Raises what the strategies raise: TuningError where no trial meets the criterion, SourceError where
+    eval_func fails, SettingError for a strategy that would be ignored. The model is unchanged.
     """
     check_module(model)
+    if not isinstance(conf, PostTrainingQuantConfig):
+        raise SettingError(f"conf: is a {type(conf).__name__}; a PostTrainingQuantConfig of Neural Compressor's")
     with quiet(), _workspace_elsewhere():
-        return quantization.fit(model, conf, **arguments)
+        return quantization.fit(model, conf, calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric)
 
 
 def apply(model: nn.Module, plan: Plan) -> Any:
@@ -91,20 +101,19 @@ def tune(
     begun = 0
 
     @functools.wraps(evaluate)
-    def first_score(given: nn.Module) -> float:
+    def counted(given: nn.Module) -> Any:
         nonlocal begun
-        what = f"trial {begun}" if begun else "the float model"
         if progress is not None:
-            progress(what, max(0, begun - 1), len(plans))
+            progress("plan" if begun else "float", max(0, begun - 1), len(plans))
         begun += 1
-        return checked_score(evaluate, given, what)
+        return evaluate(given)
 
     criterion = TuningCriterion("plan", {"plan": list(plans)}, max_trials=max(1, len(plans)))
     accuracy = AccuracyCriterion(tolerable_loss=tolerable_loss)
     conf = PostTrainingQuantConfig(
         approach="weight_only", quant_level=1, tuning_criterion=criterion, accuracy_criterion=accuracy
     )
-    return tuning_of(fit(model, conf, eval_func=first_score))
+    return tuning_of(fit(model, conf, eval_func=counted))
 
 
 def plan_of(q_model: Any) -> Plan:

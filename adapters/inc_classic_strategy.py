@@ -3,14 +3,25 @@
 import copy
 import functools
 import glob
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
+from torch import nn
+
 from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
-from mpq_plugins.errors import MismatchError, MPQError, SettingError, first_few, what_it_said
+from mpq_plugins.errors import (
+    MismatchError,
+    MPQError,
+    SettingError,
+    SourceError,
+    TuningError,
+    first_few,
+    what_it_said,
+)
 from mpq_plugins.legalise import require_legal
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
@@ -19,9 +30,10 @@ from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smal
 from mpq_plugins.weights import layer_kind
 
 from .inc_classic_adaptor import PLAN, PlanAdaptor, carried_plan
+from .inc_classic_checks import STATIC, check_conf
 from .inc_classic_criterion import TuningCriterion
 from .inc_classic_verify import verify_static
-from .inc_plan import CAPABILITIES, as_plan, combinations, measured_plan, several
+from .inc_plan import CAPABILITIES, as_globs, as_plan, as_scheme, combinations, measured_plan, several
 from .inc_quiet import quiet_import
 
 with quiet_import():
@@ -29,11 +41,9 @@ with quiet_import():
     from neural_compressor.strategy.strategy import TuneStrategy, strategy_registry
     from neural_compressor.strategy.utils.tuning_structs import OpTuningConfig
 
-WEIGHT_ONLY, STATIC = "post_training_weight_only", "post_training_static_quant"
 QUANTIZED = ("weight_only", "static")
 INT8, FP32 = 8, 32
 DEFAULT_INT8_BELOW = 8
-DECIDED = {"bits", "group_size", "scheme", "algorithm"}
 
 
 class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compressor has no types
@@ -47,11 +57,11 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
     model: Any
 
     def __init__(self, model: Any, conf: Any, **arguments: Any) -> None:
-        criterion = conf.quantization.tuning_criterion
-        if isinstance(criterion, TuningCriterion):
-            criterion.taken = True
+        self.criterion = conf.quantization.tuning_criterion
+        if isinstance(self.criterion, TuningCriterion):
+            self.criterion.taken = True
         try:
-            self._check(conf.quantization)
+            check_conf(conf.quantization, arguments)
             self.trial: Plan | None = None
             self.failure: Exception | KeyboardInterrupt | None = None
             accuracy = conf.quantization.accuracy_criterion
@@ -59,6 +69,8 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
                 accuracy.tolerable_loss, accuracy.criterion == "absolute", bool(accuracy.higher_is_better)
             )
             self.tuning: Tuning | None = None
+            if arguments.get("eval_func") is not None:
+                arguments["eval_func"] = self._checked(arguments["eval_func"])
             super().__init__(model=model, conf=conf, **arguments)
             if self._not_tuning:  # the compressor would work on the user's own model
                 self.model = copy.deepcopy(self.model)
@@ -94,8 +106,11 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
                 f"({what_it_said(self.failure)})"
             ) from self.failure
         best = super().get_best_qmodel()
+        if best is None and self.tuning is None:
+            raise TuningError("timeout: the time ran out before the float model was evaluated; allow more")
         if best is None:
-            raise (self.tuning or Tuning(float("nan"), self.wanted)).unmet()
+            assert self.tuning is not None
+            raise self.tuning.unmet()
         plan = carried_plan(best.q_config if PLAN in best.q_config else self.best_tuning_cfg)
         if self._static:
             verify_static(best.model, plan)  # what it cannot convert the compressor leaves in float, without a word
@@ -109,6 +124,7 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
         layers = {name for name, module in self.model.model.named_modules() if layer_kind(module)}
         in_float = [name for (name, _), own in initial.items() if own.op_quant_mode not in QUANTIZED]
         left_in_float = [glob.escape(name) for name in in_float if name in layers]
+        self._check_names(initial)
         parameters, skip, int8_below = self._parameters(left_in_float)
         plans = self.plans(parameters, skip)
         plans = [_int8_or_fp32(plan, int8_below) if self._static else plan for plan in plans]
@@ -125,6 +141,8 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
             self.trial = plan
             configured = self._configured(plan, copy.deepcopy(initial))
             yield {**configured, PLAN: plan.to_json(), "calib_sampling_size": sampling}
+            if self.tuning is not None and self.tuning.trials[-1].met:
+                return  # given a timeout, the compressor would go on, and might keep a larger plan that runs faster
 
     @property
     def _static(self) -> bool:
@@ -136,25 +154,36 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
             _, info = self._set_framework_info(self.calib_dataloader, self.q_func)
             self.adaptor = PlanAdaptor(info)
 
+    def _checked(self, evaluate: Callable[[nn.Module], Any]) -> Callable[[nn.Module], float]:
+        """The user's evaluation of a copy, on which it may leave its mark, as a number, or SourceError."""
+
+        @functools.wraps(evaluate)
+        def checked(model: nn.Module) -> float:
+            return checked_score(evaluate, copy.deepcopy(model), self._what)
+
+        return checked
+
+    @property
+    def _what(self) -> str:
+        if self.trial is None:
+            return "the float model"
+        return f"trial {len(self.tuning.trials) + 1 if self.tuning else 1}, {plan_text(self.trial)}"
+
     def _evaluate(self, model: Any) -> Any:
         """(score, measures) as the compressor wants them; the score goes into the record."""
-        evaluated = []
-        ours = copy.deepcopy(model) if self.trial is None else model  # the first is the user's own
-
-        @functools.wraps(self.eval_func or _by_metric)
-        def eval_func(_: Any) -> Any:
-            evaluated.append(super(PlanningTuneStrategy, self)._evaluate(ours))
-            return evaluated[0][0]
-
-        number = len(self.tuning.trials) + 1 if self.tuning is not None else 0
-        what = "the float model" if self.trial is None else f"trial {number}, {plan_text(self.trial)}"
-        score = checked_score(eval_func, model, what)
+        try:
+            value = super()._evaluate(model)
+            score = float(value[0])
+        except MPQError:
+            raise
+        except Exception as error:  # of eval_dataloader and eval_metric
+            raise SourceError(f"eval_metric of {self._what}: the evaluation failed ({what_it_said(error)})") from error
         if self.trial is None:
             self.wanted.bound(score)
             self.tuning = Tuning(score, self.wanted)
         elif self.tuning is not None:
             self.tuning = self.tuning.with_trial(self.trial, score)
-        return evaluated[0]
+        return value
 
     def _parameters(self, left_in_float: Sequence[str]) -> tuple[dict[str, Any], list[str], int]:
         """The strategy's arguments; layers that stay in float, by request or by configuration; int8_below."""
@@ -168,10 +197,18 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
         below = given.pop("int8_below", DEFAULT_INT8_BELOW)
         if type(below) is not int or below not in range(1, 10):
             raise SettingError(f"int8_below: {below!r} is not allowed; 1 to 9")
-        skip = given.pop("skip", ())
-        if isinstance(skip, str):
-            raise SettingError(f"skip: {skip!r} is a string; give a list of globs, [{skip!r}]")
-        return given, [*skip, *left_in_float], below
+        return given, [*as_globs(given.pop("skip", ())), *left_in_float], below
+
+    def _check_names(self, operators: dict[Any, Any]) -> None:
+        """Raise MismatchError for the user's constraints that are of no operator, by the compressor's own matching."""
+        for option, position in (("op_name_dict", 0), ("op_type_dict", 1)):
+            found = [str(operator[position]) for operator in operators]
+            for key in getattr(self.config, option) or {}:
+                if key != "default_qconfig" and not any(re.fullmatch(key, name) for name in found):
+                    names = ", ".join(map(repr, found[:3]))
+                    raise MismatchError(
+                        f"{option}[{key!r}]: is a regular expression that matches none whole; there are {names}"
+                    )
 
     def _configured(self, plan: Plan, configs: dict[Any, Any]) -> dict[Any, Any]:
         """The operators' configurations under a plan. Raises MismatchError for a layer that is no operator."""
@@ -194,22 +231,9 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
             )
         return configs
 
-    def _check(self, config: Any) -> None:
-        if config.approach not in (WEIGHT_ONLY, STATIC):
-            raise SettingError(f"approach: {config.approach!r} is not allowed with a plan; weight_only or static")
-        for option in ("op_type_dict", "op_name_dict"):
-            for key, own in (getattr(config, option) or {}).items():
-                decided = DECIDED & {*own.get("weight", {})} if config.approach == WEIGHT_ONLY else set()
-                if decided:
-                    raise SettingError(
-                        f"{option}[{key!r}]: sets {', '.join(sorted(decided))}, which the strategy decides; leave it "
-                        "out, or keep the layer in fp32"
-                    )
-
     def _release(self) -> None:
-        criterion = self.__dict__.get("config", None) and self.config.tuning_criterion
-        if isinstance(criterion, TuningCriterion):
-            criterion.taken = False
+        if isinstance(self.criterion, TuningCriterion):
+            self.criterion.taken = False
 
 
 class AllocatingTuneStrategy(PlanningTuneStrategy):
@@ -224,7 +248,7 @@ class AllocatingTuneStrategy(PlanningTuneStrategy):
         varied = {name: value for name, value in parameters.items() if several(name, value, self.sequences)}
         made = []
         for chosen in combinations(parameters, varied):
-            scheme = chosen.pop("scheme", None)
+            scheme = as_scheme(chosen.pop("scheme", None))
             made.append(measured_plan(self.model.model, self.allocator(**chosen), scheme, skip))
         return made
 
@@ -263,10 +287,6 @@ def register() -> None:
         name = strategy.__name__.removesuffix("TuneStrategy").lower()
         if STRATEGIES.get(name) is not strategy:
             strategy_registry(strategy)
-
-
-def _by_metric() -> None:
-    """What names an evaluation by eval_dataloader and eval_metric."""
 
 
 def _in_float(layer: LayerChoice) -> bool:

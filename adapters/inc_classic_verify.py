@@ -7,6 +7,7 @@ from torch import nn
 
 from mpq_plugins.apply import verify as verify_simulated
 from mpq_plugins.errors import VerifyError, first_few
+from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.plan import Plan
 
 from .folded import changed_state, check_model, check_module, planned_by_name
@@ -36,10 +37,10 @@ def verify(q_model: Any, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]
     if plan.activation_bits is not None:
         return verify_static(module, plan)
     verify_simulated(module, plan, model)
-    if not plan.fold_bn:
-        changed = changed_state(module, model, {f"{name}.weight" for name in plan.by_any_name})
-        if changed:
-            raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")
+    original = fold_batch_norm(model) if plan.fold_bn else model
+    changed = changed_state(module, original, {f"{name}.weight" if name else "weight" for name in plan.by_any_name})
+    if changed:
+        raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")
     return tuple(LayerCheck(layer.name, layer.widths, False) for layer in plan.layers)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mpq_plugins.allocate.base import Allocator
@@ -19,18 +18,28 @@ from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.legalise import require_legal
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import NamedScheme, Scheme
-from mpq_plugins.validation import first_problem
+from mpq_plugins.scheme import Scheme
 from mpq_plugins.weights import layer_kind
 
-from .inc_plan import CAPABILITIES, as_plan, combinations, measured_plan, several
+from .inc_plan import (
+    CAPABILITIES,
+    SCHEME,
+    as_globs,
+    as_plan,
+    as_scheme,
+    combinations,
+    measured_plan,
+    reference_size,
+    several,
+)
 from .inc_quiet import quiet_import, refuse_module
 
 try:
     with quiet_import():
         refuse_module("neural_compressor.strategy")  # of 3.7 and earlier, which have an older torch part
-        from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST
-        from neural_compressor.torch.quantization.config import TorchBaseConfig
+        from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST, GLOBAL, LOCAL
+        from neural_compressor.torch.algorithms.weight_only.modules import WeightOnlyLinear
+        from neural_compressor.torch.quantization.config import RTNConfig, TorchBaseConfig
 except ImportError as error:
     raise ImportError(
         "Neural Compressor 3.8 or later is not here: pip install 'mpq-plugins[inc]', or use "
@@ -42,7 +51,9 @@ OneOrMore: TypeAlias = T | Sequence[T]
 """A value, or several for `autotune` to try."""
 
 FLOAT = "fp32"
-SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
+BY_TYPE = "type:"
+"""What begins the name of a module type where a configuration is JSON."""
+INCS_OWN = ("params_list", "non_tunable_params", "local_config", "global_config", "white_list")
 
 
 class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compressor has no types
@@ -71,16 +82,47 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         # Of ours, only a composition asks for it: it would ignore what is meant for the whole model.
         raise SettingError(_composed(self))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_initialized and name not in self.params_list and name not in INCS_OWN and name[0] != "_":
+            raise SettingError(f"{type(self).__name__}: has no {name} to set; it has {', '.join(self.params_list)}")
+        if self._is_initialized and name == "white_list":
+            raise SettingError("white_list: is for the making of a configuration; set_local says what differs later")
+        super().__setattr__(name, value)
+
     def get_params_dict(self) -> dict[str, Any]:
         """The parameters alone, without Neural Compressor's own attributes."""
         return {name: getattr(self, name) for name in self.params_list if name != "white_list"}
 
     def to_dict(self) -> dict[str, Any]:
-        """The parameters as JSON has them, local configurations included; `from_dict` reads them."""
-        return cast("dict[str, Any]", _plain(super().to_dict()))
+        """The configuration as JSON has it, local ones and white_list included; `from_dict` reads it."""
+        parameters: dict[str, Any] = _plain(self.get_params_dict())
+        if self.global_config is not None and not self.local_config:
+            return parameters
+        local = {
+            key if isinstance(key, str) else f"{BY_TYPE}{_shown(key)}":
+            _plain(config.get_params_dict()) if isinstance(config, PlanningConfig) else {"dtype": FLOAT}
+            for key, config in self.local_config.items()
+        }  # fmt: skip
+        return {LOCAL: local, **({GLOBAL: parameters} if self.global_config is not None else {})}
+
+    @classmethod
+    def from_dict(cls, config_dict: Any) -> Self:
+        """What `to_dict` gave, or parameters by name. Raises SettingError for anything else."""
+        if not isinstance(config_dict, dict):
+            raise SettingError(f"{cls.__name__}: is a {type(config_dict).__name__}; give its parameters as a dict")
+        if not config_dict.keys() & {GLOBAL, LOCAL}:
+            return cls(**{str(name): value for name, value in config_dict.items()})
+        _refuse_unknown(cls, {name: None for name in config_dict if name not in (GLOBAL, LOCAL)})
+        local = config_dict.get(LOCAL) or {}
+        if not isinstance(local, dict) or not all(isinstance(own, dict) for own in local.values()):
+            raise SettingError(f"{cls.__name__}: {LOCAL} is to be a dict of configurations by name")
+        config = cls.from_dict(config_dict[GLOBAL]) if GLOBAL in config_dict else cls(white_list=EMPTY_WHITE_LIST)
+        for name, own in local.items():
+            config.set_local(name, RTNConfig(dtype=FLOAT) if own == {"dtype": FLOAT} else cls.from_dict(own))
+        return config
 
     def expand(self) -> list["PlanningConfig"]:
-        """One configuration for each combination of the listed values, the one for the smallest model first."""
+        """One configuration for each combination of the listed values, by `relative_size`."""
         values = self.get_params_dict()
         varied = {name: own for name, own in values.items() if several(name, own, self.sequences)}
         if not varied:
@@ -88,17 +130,25 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         made = []
         for chosen in combinations(values, varied):
             config = type(self)(**chosen, white_list=self.white_list)
-            # What white_list says is the new one's own already.
-            config.local_config = {**copy.deepcopy(self.local_config), **config.local_config}
+            for key, local in self.local_config.items():
+                if key not in config.local_config or local.get_params_dict() != values:  # else white_list made it
+                    config.local_config[key] = copy.deepcopy(local)
             made.append(config)
         return sorted(made, key=lambda config: config.relative_size())
 
     def relative_size(self) -> float:
-        """A number that grows with the plan, whatever the model is."""
+        """How large its plans are, as far as that can be told without the model.
+
+        Exact for one parameter that varies; `inc.autotune` goes by the true sizes.
+        """
         raise NotImplementedError
 
     def get_model_info(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Name and type of every layer that has a quantizable weight, convolutions too."""
+        """Name and type of every layer that has a quantizable weight, convolutions too.
+
+        Raises SettingError for a model that is quantized already.
+        """
+        check_float(model)
         return [(name, type(module).__name__) for name, module in model.named_modules() if layer_kind(module)]
 
     def to_config_mapping(
@@ -110,7 +160,6 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         if self.global_config is not None:
             found = dict.fromkeys(layers, self)
         for key, config in self.local_config.items():
-            self._check_local(key, config)
             found.update(dict.fromkeys(_matching(key, layers), config))
         own = [layer for layer in layers if getattr(found.get(layer), "name", "") == self.name]
         kept = OrderedDict((layer, found[layer]) for layer in own)
@@ -118,12 +167,20 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
             raise MismatchError(f"{type(self).__name__}: quantizes none of the model's {len(layers)} layers")
         return kept
 
-    def _check_local(self, key: Any, config: Any) -> None:
+    def set_local(self, operator_name_or_list: Any, config: Any) -> Self:
+        """Another configuration for layers: by a regex on the name, a module type, or a list of these.
+
+        Raises SettingError for a configuration of another algorithm (but RTNConfig(dtype="fp32"), which keeps layers
+        in float), and for one with `skip`, which says nothing of a layer.
+        """
         if type(config) is not type(self) and getattr(config, "dtype", None) != FLOAT:
             raise SettingError(
-                f"set_local({_shown(key)}): is a {type(config).__name__}, and only another {type(self).__name__}, or "
-                f"RTNConfig(dtype={FLOAT!r}) for floating point, works here"
+                f"set_local({_shown(operator_name_or_list)}): is a {type(config).__name__}, and only another "
+                f"{type(self).__name__}, or RTNConfig(dtype={FLOAT!r}) for floating point, works here"
             )
+        if getattr(config, "skip", None) and config.get_params_dict() != self.get_params_dict():
+            raise SettingError(f"set_local({_shown(operator_name_or_list)}): skip goes with the whole configuration")
+        return cast(Self, super().set_local(operator_name_or_list, config))
 
     @classmethod
     def register_supported_configs(cls) -> None:
@@ -159,9 +216,8 @@ class AllocatingConfig(PlanningConfig):
             if isinstance(value, list | tuple) and not value and name != "skip":
                 raise SettingError(f"{name}: the list is empty; one value or more")
             setattr(self, name, value)
-        self.scheme = _each(self.scheme, _scheme)
-        if isinstance(self.skip, str):
-            raise SettingError(f"skip: {self.skip!r} is a string; give globs, ({self.skip!r},)")
+        self.scheme = _each(self.scheme, as_scheme)
+        self.skip = as_globs(self.skip)
         self._post_init()
         if self.expand() == [self]:  # others have checked themselves
             self.allocator()
@@ -189,12 +245,12 @@ class MixQuantConfig(AllocatingConfig):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(type(self), kwargs)
-        super().__init__(white_list=white_list)
+        super().__init__(white_list=_white_list(white_list))
         self._settle(qem=qem, metric=metric, bits=bits, baseline=baseline, scheme=scheme, skip=skip)
 
     def relative_size(self) -> float:
-        """A larger QEM never makes a larger plan."""
-        return -cast(MixQuant, self.allocator()).qem
+        """Of a network that is always the same."""
+        return reference_size(self.allocator(), self.scheme)
 
     @classmethod
     def get_config_set_for_tuning(cls) -> "MixQuantConfig":
@@ -228,7 +284,7 @@ class PTILMPQConfig(AllocatingConfig):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(type(self), kwargs)
-        super().__init__(white_list=white_list)
+        super().__init__(white_list=_white_list(white_list))
         self._settle(
             alpha=alpha, beta_important=beta_important, beta_other=beta_other, important_bits=important_bits,
             other_bits=other_bits, layer_threshold=layer_threshold, channel_threshold=channel_threshold,
@@ -236,19 +292,10 @@ class PTILMPQConfig(AllocatingConfig):
         )  # fmt: skip
 
     def relative_size(self) -> float:
-        """The bits a weight would have on average in a network of equal layers; thresholds make it unknown: 0."""
+        """The size that it is to reach, or that of a network that is always the same."""
         made = cast(PTILMPQ, self.allocator())
-        if made.size_bytes is not None or made.average_bits is not None:
-            return float(made.size_bytes or made.average_bits or 0)
-        shares = (made.alpha, made.beta_important, made.beta_other)
-        if any(share is None for share in shares):
-            return 0.0
-        alpha, *betas = cast("tuple[float, float, float]", shares)
-        important, other = (
-            beta * high + (1 - beta) * low
-            for beta, (high, low) in zip(betas, (made.important_bits, made.other_bits), strict=True)
-        )
-        return alpha * important + (1 - alpha) * other
+        wanted = made.size_bytes if made.average_bits is None else made.average_bits
+        return float(wanted) if wanted is not None else reference_size(made, self.scheme)
 
     @classmethod
     def get_config_set_for_tuning(cls) -> "PTILMPQConfig":
@@ -263,12 +310,12 @@ class PlanConfig(PlanningConfig):
 
     def __init__(
         self,
-        plan: OneOrMore[Plan | str | Path | dict[str, Any]],
+        plan: OneOrMore[Plan | str | Path | dict[str, Any]] | None = None,
         white_list: Any = DEFAULT_WHITE_LIST,
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(type(self), kwargs)
-        super().__init__(white_list=white_list)
+        super().__init__(white_list=_white_list(white_list))
         if white_list not in (DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST):
             raise SettingError("white_list: the plan says which layers are quantized; plan fewer")
         self.plan: Any = _each(plan, as_plan)
@@ -290,12 +337,19 @@ class PlanConfig(PlanningConfig):
         return float(self.plan.size().total_bits)
 
     @classmethod
-    def get_config_set_for_tuning(cls) -> list[Any]:
-        """Nothing to try where no plan is given."""
-        return []
+    def get_config_set_for_tuning(cls) -> "PlanConfig":
+        """Nothing to try where no plan is given: it expands to no configuration."""
+        return cls([])
 
 
 CONFIGS: tuple[type[PlanningConfig], ...] = (MixQuantConfig, PTILMPQConfig, PlanConfig)
+
+
+def check_float(model: nn.Module) -> None:
+    """Raise SettingError for a model that is quantized already."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, WeightOnlyLinear)]
+    if hasattr(model, "mpq_plan") or packed:
+        raise SettingError(f"{type(model).__name__}: is quantized already; start from the float model, or a copy of it")
 
 
 def joint_plan(model: nn.Module, configs: Mapping[str, PlanningConfig]) -> Plan:
@@ -341,17 +395,17 @@ def _refuse_unknown(kind: type[PlanningConfig], kwargs: Mapping[str, Any]) -> No
         raise SettingError(f"{kind.__name__}: has no {', '.join(kwargs)}; it has {', '.join(allowed)}")
 
 
+def _white_list(value: Any) -> Any:
+    """Neural Compressor's `*`, None, or a list of names and module types. Raises SettingError."""
+    if value in (DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(own, str | type) for own in value):
+        return list(value)
+    raise SettingError(f"white_list: {value!r:.60} is not allowed; a list of names or module types, '*' or None")
+
+
 def _each(value: Any, convert: Any) -> Any:
     return [convert(one) for one in value] if isinstance(value, list | tuple) else convert(value)
-
-
-def _scheme(value: Any) -> Scheme | None:
-    if value is None or isinstance(value, Scheme):
-        return value
-    try:
-        return SCHEME.validate_python(value)
-    except ValidationError as error:
-        raise SettingError(f"scheme: {first_problem(error)}; give Affine(...), Piecewise(...) or None") from error
 
 
 def _plain(value: Any) -> Any:
@@ -368,6 +422,8 @@ def _matching(key: Any, layers: Sequence[tuple[str, str]]) -> list[tuple[str, st
     """The layers that a local configuration is for: by type, or by a regex on the name as the compressor matches it."""
     if not isinstance(key, str):
         hits = [layer for layer in layers if layer[1] == getattr(key, "__name__", "")]
+    elif key.startswith(BY_TYPE):
+        hits = [layer for layer in layers if layer[1] == key.removeprefix(BY_TYPE)]
     else:
         try:
             hits = [layer for layer in layers if re.match(key, layer[0])]

@@ -6,14 +6,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.plan import Plan
+from mpq_plugins.quantize.weight import check_weight
 from mpq_plugins.scheme import Affine
 
 from .folded import check_model, check_plan, planned_layers
+from .inc_config import check_float
 from .inc_quiet import quiet_import
 
 with quiet_import():
@@ -30,6 +33,7 @@ RTN_CAPABILITIES = Capabilities(
     kinds=("linear",),
     granularities=("per_channel", "per_group"),
 )
+DTYPES = (torch.float32, torch.float16)
 # torch.nn.MultiheadAttention reads this layer's weight itself, and finds none once it is packed.
 READ_BY_OTHERS = "NonDynamicallyQuantizableLinear"
 
@@ -39,10 +43,10 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
 
     Widths, groups and symmetry are the plan's, names match exactly, layers that the plan leaves out are left alone.
     The codes are the plan's (but for near ties, which `verify` counts); their scales, and the layers' biases, the
-    compressor keeps in float16. `apply` is exact. Linear layers at 2 to 8 bits, per channel or per group, min-max: it
-    would leave others in float without a word. `model`: check now that the plan is its; names that it lacks are found
-    when it is quantized anyhow. Raises SettingError for what the compressor would skip, round or untie, MismatchError
-    for another model.
+    compressor keeps in float16. `apply` is exact. Linear layers of float32 or float16 at 2 to 8 bits, 8 bits symmetric
+    alone, per channel or per group, min-max. `model`: check now that the plan is its; names that it lacks are found
+    when it is quantized anyhow. Raises SettingError for what the compressor would skip, round, untie or compute
+    wrongly; MismatchError for another model; and, when a model is quantized, WeightError for NaN and infinity.
     """
     check_plan(plan)
     if algo not in ALGOS:
@@ -58,6 +62,12 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
     if clipped:
         raise SettingError(
             f"{first_few(clipped, ', ')}: clipped, and RTN takes the extremes; measure with range='minmax', or apply()"
+        )
+    wrapped = [repr(layer.name) for layer in planned if layer.bits == 8 and not cast(Affine, layer.scheme).symmetric]
+    if wrapped:
+        raise SettingError(
+            f"{first_few(wrapped, ', ')}: asymmetric 8-bit codes overflow in Neural Compressor's arithmetic, and give "
+            "other weights: measure with symmetric=True, take at most 7 bits, or use apply()"
         )
     if model is not None:
         check_model(plan, model)
@@ -76,6 +86,17 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
 
 class Exact:
     """What `to_inc` adds to a configuration of the compressor's: every name must be found in the model."""
+
+    def get_model_info(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Name and type of every linear layer. Raises SettingError and WeightError for what RTN would spoil."""
+        check_float(model)
+        found = super().get_model_info(model)  # type: ignore[misc]
+        for name, _ in found:
+            weight = cast(Tensor, model.get_submodule(name).weight)
+            if weight.dtype not in DTYPES:
+                raise SettingError(f"{name!r}: is {weight.dtype}, and RTN packs float32 and float16; convert it first")
+            check_weight(weight, name)
+        return cast("list[tuple[str, str]]", found)
 
     def to_config_mapping(
         self, config_list: Any = None, model_info: Sequence[tuple[str, str]] | None = None

@@ -2,9 +2,12 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mpq_plugins import Affine, measure
@@ -12,8 +15,11 @@ from mpq_plugins.allocate.base import Allocator
 from mpq_plugins.errors import SettingError
 from mpq_plugins.legalise import Capabilities
 from mpq_plugins.plan import Plan
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.scheme import NamedScheme, Scheme
+from mpq_plugins.validation import first_problem
 from mpq_plugins.weights import KINDS
+
+SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
 
 CAPABILITIES = Capabilities(
     backend="Neural Compressor",
@@ -45,6 +51,43 @@ def combinations(parameters: Mapping[str, Any], varied: Mapping[str, Sequence[An
     """The parameters once for each combination of the values of those that vary."""
     for values in itertools.product(*varied.values()):
         yield {**parameters, **dict(zip(varied, values, strict=True))}
+
+
+def as_scheme(value: Any) -> Scheme | None:
+    """A scheme, its document, or None, as a scheme. Raises SettingError for anything else."""
+    if value is None or isinstance(value, Scheme):
+        return value
+    try:
+        return SCHEME.validate_python(value)
+    except ValidationError as error:
+        raise SettingError(f"scheme: {first_problem(error)}; give Affine(...), Piecewise(...) or None") from error
+
+
+def as_globs(value: Any) -> tuple[str, ...]:
+    """Globs of layers to skip. Raises SettingError for anything else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(glob, str) for glob in value):
+        raise SettingError(f"skip: {value!r:.60} is not allowed; a list of globs, such as ['fc', 'layer1.*']")
+    return tuple(value)
+
+
+def reference_size(allocator: Allocator, scheme: Scheme | None) -> float:
+    """Bits of the allocator's plan for a network that is always the same, to put allocators in order without a model.
+
+    Where that network is too small for what is asked, 0.
+    """
+    try:
+        return float(measured_plan(_reference(), allocator, scheme, ()).size().total_bits)
+    except SettingError:
+        return 0.0
+
+
+@cache
+def _reference() -> nn.Module:
+    layers = nn.ModuleList(nn.Linear(256, 32) for _ in range(4))
+    generator = torch.Generator().manual_seed(0)
+    for scale, layer in enumerate(layers, 1):
+        nn.init.normal_(layer.get_parameter("weight"), std=float(scale), generator=generator)
+    return layers
 
 
 def several(name: str, value: Any, sequences: Sequence[str]) -> bool:

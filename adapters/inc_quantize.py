@@ -1,20 +1,21 @@
 """What Neural Compressor calls to prepare, convert or quantize a model by one of our configurations."""
 
+import functools
 from collections.abc import Mapping
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from mpq_plugins.apply import apply as simulated
-from mpq_plugins.errors import SettingError
+from mpq_plugins.errors import SettingError, first_few
 from mpq_plugins.fold import fold_in_place
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
+from .folded import planned_by_name
 from .inc_config import CONFIGS, PlanningConfig, joint_plan
-from .inc_files import save
+from .inc_files import save, weights_digest
 from .inc_quiet import quiet_import
 
 with quiet_import():
@@ -41,20 +42,38 @@ def quantize_entry(
     Nothing is changed before the whole plan and all weights are made, so that an error leaves the model as it was.
     Raises SettingError for a model quantized before, and what the configurations raise.
     """
-    if hasattr(model, "mpq_plan"):
-        raise SettingError(f"{type(model).__name__}: is quantized already; start from the float model, or a copy of it")
     configs = {name: config for (name, _), config in configs_mapping.items() if isinstance(config, PlanningConfig)}
     plan = joint_plan(model, configs)
     if mode == Mode.PREPARE:
         return model
-    weights = quantizable_weights(simulated(model, plan))
+    made = quantizable_weights(simulated(model, plan))
+    planned = planned_by_name(plan)
+    frozen = [repr(name) for name, weight in quantizable_weights(model).items() if weight.is_inference()]
+    if frozen:
+        raise SettingError(
+            f"{first_few(frozen, ', ')}: made under inference_mode, and cannot be changed; copy the model"
+        )
     if plan.fold_bn:
         fold_in_place(model)
     for name, weight in quantizable_weights(model).items():
-        weight.copy_(weights[name])
-    own = cast(Any, model)
-    own.mpq_plan, own.qconfig, own.save = plan, configs_mapping, MethodType(save, model)
+        if name in planned:
+            weight.data = made[name].data  # whatever memory it shared, it has its own now, as in a copy
+    mark(model, plan, configs_mapping)
     return model
+
+
+def mark(model: nn.Module, plan: Plan, configs: Any) -> None:
+    """Put on a model what it was quantized by, as Neural Compressor does: its `qconfig`, and `save` where it has none.
+
+    Into its dict, for a module may forbid attributes, or have some of these names itself.
+    """
+    own = vars(model)
+    own["mpq_plan"] = plan
+    own["mpq_weights"] = weights_digest(model)
+    if not hasattr(model, "qconfig"):
+        own["qconfig"] = configs
+    if not hasattr(model, "save"):
+        own["save"] = functools.partial(save, model)
 
 
 def plan_of(quantized: nn.Module) -> Plan:

@@ -13,11 +13,15 @@ LOGGER = "neural_compressor"
 def quiet() -> Iterator[None]:
     """Keep what Neural Compressor logs below errors to itself. Its handlers and level stay as the user set them."""
     logger = logging.getLogger(LOGGER)  # importing Neural Compressor replaces the handlers, and leaves filters alone
-    logger.addFilter(_is_error)
+
+    def is_error(record: logging.LogRecord) -> bool:  # one for each use, which may be inside another
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)
     try:
         yield
     finally:
-        logger.removeFilter(_is_error)
+        logger.removeFilter(is_error)
 
 
 @contextmanager
@@ -32,7 +36,3 @@ def refuse_module(name: str) -> None:
     """Raise ImportError where there is such a module: a package of another version."""
     if importlib.util.find_spec(name) is not None:
         raise ImportError(f"{name} is here")
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR

@@ -1,5 +1,6 @@
 """Neural Compressor's accuracy-aware tuning with our configurations, from the smallest plan up, and an honest end."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -16,7 +17,6 @@ from .inc_quantize import plan_of
 from .inc_quiet import quiet, quiet_import
 
 with quiet_import():
-    from neural_compressor.common.base_config import BaseConfig
     from neural_compressor.common.base_tuning import ConfigSet, TuningConfig
     from neural_compressor.torch.quantization import autotune as incs_autotune
 
@@ -44,7 +44,7 @@ def autotune(
     configurations of others.
     """
     check_module(model)
-    criterion = Criterion(getattr(tune_config, "tolerable_loss", None))  # type: ignore[arg-type]  # checked there
+    criterion = _criterion(tune_config)
     with quiet():
         configs = _smallest_first(model, tune_config)
         record = _Record(eval_fn, eval_args or (), criterion, len(configs), progress)
@@ -101,6 +101,7 @@ class _Record:
 
     def __call__(self, model: nn.Module) -> float:
         """The score. Raises SourceError, and SettingError where the float model's makes the criterion meaningless."""
+        model = copy.deepcopy(model)  # an evaluation may leave its mark on what it is given
         if not self.begun:
             self._say("float")
             score = checked_score(self.evaluate, model, "the float model")
@@ -118,20 +119,31 @@ class _Record:
             self.progress(what, len(self.tuning.trials), self.trials)
 
 
+def _criterion(tune_config: object) -> Criterion:
+    """The criterion of a run. Raises SettingError for what is no TuningConfig, or one that makes no run."""
+    if not isinstance(tune_config, TuningConfig):
+        raise SettingError(
+            f"tune_config: is a {type(tune_config).__name__}; Neural Compressor's TuningConfig(config_set=...)"
+        )
+    if type(tune_config.max_trials) is not int or tune_config.max_trials < 1:
+        raise SettingError(f"max_trials: {tune_config.max_trials!r} is not allowed; 1 or more")
+    if not callable(tune_config.sampler):
+        raise SettingError(f"sampler: is a {type(tune_config.sampler).__name__}; a Sampler class, or leave it out")
+    return Criterion(tune_config.tolerable_loss)
+
+
 def _smallest_first(model: nn.Module, tune_config: TuningConfig) -> list[PlanningConfig]:
     """The configurations of the run, expanded, by the size of the plans that they make for the model."""
-    if not isinstance(tune_config, TuningConfig):
-        raise SettingError(f"tune_config: is a {type(tune_config).__name__}; a TuningConfig of Neural Compressor's")
     given = tune_config.config_set
-    if not isinstance(given, BaseConfig | list):
+    if not isinstance(given, PlanningConfig | list):
         raise SettingError(f"config_set: is a {type(given).__name__}; a configuration of ours, or a list of them")
-    configs = ConfigSet.generate_config_list(given)
-    for config in configs:
+    for config in given:
         if not isinstance(config, PlanningConfig):
             raise SettingError(
-                f"config_set: holds a {type(config).__name__}; this tuning is for MixQuantConfig, PTILMPQConfig and "
-                "PlanConfig, and Neural Compressor's own autotune for the others"
+                f"config_set: holds a {type(config).__name__}; this tuning is for MixQuantConfig(...), "
+                "PTILMPQConfig(...) and PlanConfig(...), and Neural Compressor's own autotune for the others"
             )
+    configs = ConfigSet.generate_config_list(given)
     made = {}
     for config in configs:
         layers = config.to_config_mapping(model_info=config.get_model_info(model))

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from mpq_plugins.errors import VerifyError, first_few
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import IntegerWeight, integer_weight
-from mpq_plugins.plan import Plan
+from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.simulate import simulate
-from mpq_plugins.weights import quantizable_weights
+from mpq_plugins.weights import layer_kind
 
 from .folded import changed_state, check_model, check_module, planned_by_name
 from .inc_quiet import quiet_import
 
 with quiet_import():
-    from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
+    from neural_compressor.torch.algorithms.weight_only.modules import WeightOnlyLinear
 
 CODES_PER_TIE = 10_000
+SLACK = 0.25  # of a level: what float16 does to a scale and to a weight of 8 bits, doubled
 
 
 @dataclass(frozen=True)
@@ -38,65 +39,91 @@ class LayerCheck:
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
     """Compare every layer with what the plan makes of the float `model`, and all else with the model's own.
 
-    Weights must be the plan's to the bit. Where Neural Compressor has packed a layer (`to_inc`), codes must be the
-    plan's, scales and biases too in float16. Its arithmetic differs in the last bit, so a weight in the middle between
-    two levels may go to the other one: one code in 10,000 may, and is counted. Raises VerifyError listing what is
-    wrong, MismatchError for another model.
+    Weights must be the plan's to the bit, tied ones under each of their names. Where Neural Compressor has packed a
+    layer (`to_inc`), the weights that it computes with must be the plan's as float16 has them. Its arithmetic differs
+    in the last bit, so a weight in the middle between two levels may go to the other one: one in 10,000 may, and is
+    counted. Raises VerifyError listing what is wrong, MismatchError for another model.
     """
     check_model(plan, model)
     check_module(quantized)
     original = fold_batch_norm(model) if plan.fold_bn else model
-    weights, planned = quantizable_weights(original), planned_by_name(plan)
-    modules = dict(quantized.named_modules(remove_duplicate=False))
-    problems: list[str] = []
+    planned = planned_by_name(plan)
+    wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}
+    found = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}
+    problems = [f"{name!r} is missing" for name in wanted if name not in found]
+    problems += [f"{name!r} is not a layer of the model's" for name in found if name not in wanted]
     checks: list[LayerCheck] = []
-    packed: list[str] = []
-    for name, weight in weights.items():
-        module, layer = modules.get(name), planned.get(name)
-        ties = 0
-        if module is None:
-            problem = "is missing"
-        elif isinstance(module, INCWeightOnlyLinear):
-            packed.append(name)
-            bias = cast("Tensor | None", getattr(original.get_submodule(name), "bias", None))
-            problem = "is packed, and the plan leaves it in float"
-            if layer is not None:
-                problem, ties = _packed_problem(module, integer_weight(weight, layer), layer.bits, bias)
-        else:
-            made = weight if layer is None else simulate(weight, layer)
-            same = isinstance(module.weight, Tensor) and module.weight.equal(made)
-            problem = "" if same else "is not what the plan makes of the model's"
+    for name in (name for name in wanted if name in found):
+        layer, module = planned.get(name), found[name]
+        problem, ties = _problem(module, wanted[name], layer)
         if problem:
             problems.append(f"{name!r} {problem}")
-        elif layer is not None:
-            checks.append(LayerCheck(name, layer.widths, name in packed, ties))
-    own = {f"{name}.weight".lstrip(".") for name in weights} | {f"{name}.bias" for name in packed}
-    problems += changed_state(quantized, original, own | _tied_names(plan))
+        elif layer is not None and name == layer.name:
+            checks.append(LayerCheck(name, layer.widths, isinstance(module, WeightOnlyLinear), ties))
+    packed = [name for name, module in found.items() if isinstance(module, WeightOnlyLinear)]
+    seen = {_in(name, own) for name in wanted for own in ("weight", *(("bias",) if name in packed else ()))}
+    problems += changed_state(quantized, original, seen)
+    problems += _added_state(quantized, original, packed)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
 
 
-def _tied_names(plan: Plan) -> set[str]:
-    return {f"{name}.weight" for layer in plan.layers for name in layer.names}
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, WeightOnlyLinear) or layer_kind(module) is not None
+
+
+def _in(layer: str, parameter: str) -> str:
+    return f"{layer}.{parameter}" if layer else parameter
+
+
+def _problem(module: nn.Module, original: nn.Module, layer: LayerChoice | None) -> tuple[str, int]:
+    """What is wrong with a layer, in words, if anything; and how many packed codes are ties."""
+    weight = cast(Tensor, original.weight)
+    if isinstance(module, WeightOnlyLinear):
+        if layer is None:
+            return "is packed, and the plan leaves it in float", 0
+        bias = cast("Tensor | None", getattr(original, "bias", None))
+        return _packed_problem(module, integer_weight(weight, layer), layer.bits, bias)
+    own = module.weight
+    made = weight if layer is None else simulate(weight, layer)
+    same = isinstance(own, Tensor) and own.shape == made.shape and (own.is_meta or own.equal(made))
+    return "" if same and type(module) is type(original) else "is not what the plan makes of the model's", 0
 
 
 def _packed_problem(module: Any, own: IntegerWeight, bits: int | None, bias: Tensor | None) -> tuple[str, int]:
     """How a packed layer differs from the plan's integers, in words, if it does; and how many ties went elsewhere."""
     if module.bits != bits:
         return f"is packed at {module.bits} bits, the plan has {bits}", 0
-    unpacked = module.unpack()
-    codes, scale, zero_point = unpacked["int_weight"].long(), unpacked["scales"], unpacked["zp"].long()
-    if scale.shape != own.scale.shape:
-        return f"is packed in {scale.shape[1]} groups, the plan has {own.scale.shape[1]}", 0
-    group = codes.shape[1] // scale.shape[1]
-    theirs = codes - zero_point.repeat_interleave(group, 1)
-    off = (own.codes.long() - own.zero_point.repeat_interleave(group, 1) - theirs).abs()
-    ties = int((off == 1).sum())
-    if (off > 1).any() or ties > max(1, codes.numel() // CODES_PER_TIE):
-        return f"has {int((off > 0).sum())} of {codes.numel()} codes that are not the plan's", ties
-    if not torch.allclose(scale.double(), own.scale.double(), rtol=torch.finfo(scale.dtype).eps, atol=0):
-        return "has other scales", ties
-    if bias is not None and not torch.equal(module.bias, bias.to(module.bias.dtype)):
-        return "has another bias", ties
+    weight = module.recover().float()
+    if weight.shape != own.codes.shape:
+        return f"has shape {list(weight.shape)}, the plan {list(own.codes.shape)}", 0
+    if not weight.isfinite().all():
+        return "has weights beyond float16, which Neural Compressor keeps scales in; use apply()", 0
+    group = own.codes.shape[1] // own.scale.shape[1]
+    levels_off = (weight - own.dequantized()).abs() / own.scale.repeat_interleave(group, 1)
+    ties = int((levels_off > SLACK).sum())
+    between = ((levels_off > SLACK) & ((levels_off - 1).abs() > SLACK)).any()
+    if between or ties > max(1, weight.numel() // CODES_PER_TIE):
+        return f"has {ties} of {weight.numel()} weights that are not the plan's, in float16; use apply()", ties
+    if bias is not None and not _same_in_half(module.bias, bias):
+        return "has another bias, or one beyond float16", ties
     return "", ties
+
+
+def _same_in_half(stored: object, bias: Tensor) -> bool:
+    return isinstance(stored, Tensor) and bool(stored.isfinite().all()) and torch.equal(stored, bias.to(stored.dtype))
+
+
+def _added_state(quantized: nn.Module, original: nn.Module, packed: list[str]) -> list[str]:
+    """State that the model has not, of others than packed layers, and buffers that no state dict shows."""
+    inside = tuple(f"{name}." if name else "" for name in packed)
+    mine, theirs = original.state_dict(), quantized.state_dict()
+    added = [repr(name) for name in theirs if name not in mine and not (inside and name.startswith(inside))]
+    buffers = dict(quantized.named_buffers())
+    changed = [
+        repr(name)
+        for name, buffer in original.named_buffers()
+        if name not in mine and not (name in buffers and buffers[name].equal(buffer))
+    ]
+    return [f"{name} is not the model's own" for name in (*added, *changed)]

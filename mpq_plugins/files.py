@@ -44,7 +44,7 @@ def exists(path: Path) -> bool:
     """Whether there is such a file or directory; a name the system cannot even look up is not there."""
     try:
         return path.exists()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,10 +31,15 @@ def fingerprint(digests: Iterable[str]) -> str:
 
 def model_digest(model: "nn.Module") -> str:
     """Of every parameter and buffer of a module, to the byte."""
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, object]) -> str:
+    """Of named tensors, to the byte."""
     import torch
 
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in tensors.items():
         digest.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode())
         if isinstance(value, torch.Tensor):
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -184,7 +184,7 @@ def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> tuple[list[We
         refusal = _refusal(weight)
         if name in pairs and not refusal:
             weight = folded_weight(module, model.get_submodule(pairs[name]))
-        found[id(module.weight)] = _from_tensor(name, kind, weight.detach(), refusal)
+        found[id(module.weight)] = _from_tensor(name, kind, weight if refusal else weight.detach(), refusal)
     return list(found.values()), list(dict.fromkeys(left_alone))
 
 

@@ -1,6 +1,6 @@
 """MixQuant (arXiv 2309.17341, Alg. 1): per layer the fewest bits whose error stays within QEM of the baseline's."""
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -45,10 +45,10 @@ class MixQuant:
     scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.qem, int | float) and math.isfinite(self.qem) and self.qem > 0):
+        if not (isinstance(self.qem, int | float) and 0 < self.qem <= sys.float_info.max):
             raise SettingError(f"qem: {self.qem!r} is not allowed; a number above 0 (the paper uses 1.1 to 3.5)")
         object.__setattr__(self, "qem", float(self.qem))  # 2 and 2.0 make the same plan, to the byte
-        if self.metric not in METRICS:
+        if not isinstance(self.metric, str) or self.metric not in METRICS:
             raise SettingError(f"metric: {self.metric!r} is not allowed; {', '.join(METRICS)}")
         if not isinstance(self.bits, Sequence) or not self.bits:
             raise SettingError(f"bits: {self.bits!r} is not allowed; a list of one or more of 1 to 8")

@@ -3,7 +3,7 @@
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,51 @@ def test_a_plan_from_its_file_and_from_a_dict(tmp_path: Path) -> None:
         assert same(incs.quantize(copy.deepcopy(model), config), simulated(model, plan))
 
 
-def test_configurations_go_through_json() -> None:
-    config = inc.MixQuantConfig(qem=3.0, bits=(4, 8), scheme=PER_CHANNEL, skip=("fc",))
-    config.set_local("^conv1$", inc.MixQuantConfig(qem=1.5))
-    again = inc.MixQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+CONFIGURATIONS: list[Callable[[], Any]] = [
+    lambda: inc.MixQuantConfig(qem=3.0, bits=(4, 8), scheme=PER_CHANNEL, skip=("fc",)),
+    lambda: only(5).set_local("^conv1$", only(3, scheme=PER_CHANNEL)),
+    lambda: only(5).set_local(nn.Linear, only(3)).set_local("^conv2$", incs.RTNConfig(dtype="fp32")),
+    lambda: only(4, white_list=[nn.Linear]),
+    lambda: only(4, white_list=["^fc$", "^conv1$"]),
+    lambda: inc.MixQuantConfig(white_list=None).set_local("^fc$", only(3)),
+    lambda: inc.PTILMPQConfig(alpha=0.5, scheme=PER_CHANNEL),
+    lambda: inc.PlanConfig(the_plan()),
+]
+
+
+@pytest.mark.parametrize("made", CONFIGURATIONS)
+def test_configurations_go_through_json(made: Callable[[], Any]) -> None:
+    config, model = made(), nets.made(nets.SmallNet)
+    document = json.loads(json.dumps(config.to_dict()))
+    plan = inc.plan_of(incs.quantize(copy.deepcopy(model), config))
+    for again in (type(config).from_dict(document), {config.name: document}):
+        assert inc.plan_of(incs.quantize(copy.deepcopy(model), again)) == plan
+
+
+def test_expanding_keeps_local_configurations_and_the_white_list() -> None:
+    config = inc.MixQuantConfig(qem=[1e-9, 1e9], white_list=[nn.Linear, nn.Conv2d]).set_local(nn.Linear, only(5))
     model = nets.made(nets.SmallNet)
-    assert inc.plan_of(incs.quantize(copy.deepcopy(model), config)) == inc.plan_of(incs.quantize(model, again))
+    assert [bits_of(own, model) for own in config.expand()] == [
+        {"conv1": 2, "conv2": 2, "fc": 5}, {"conv1": 8, "conv2": 8, "fc": 5}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: inc.MixQuantConfig(qem=[1.5, 8, 3]),
+        lambda: inc.MixQuantConfig(bits=[(8,), (2, 8), (4, 8)], qem=1e9),
+        lambda: inc.MixQuantConfig(scheme=[Affine(granularity="per_group", group_size=2), Affine()], qem=2.0),
+        lambda: inc.PTILMPQConfig(alpha=[1.0, 0.0, 0.5]),
+        lambda: inc.PTILMPQConfig(other_bits=[(4, 3), (2, 2)]),
+        lambda: inc.PTILMPQConfig(size_bytes=[308, 295]),
+    ],
+)
+def test_configurations_expand_from_the_smallest_up_without_the_model(config: Callable[[], Any]) -> None:
+    model = Prefixes().eval()  # its widths divide into groups
+    sizes = [own.plan_for(model).size().total_bits for own in config().expand()]
+    assert sizes == sorted(sizes)
+    assert len({*sizes}) > 1
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -160,6 +199,53 @@ def test_register_again_does_no_harm() -> None:
     inc.register()
     assert algorithms == before
     assert {"mixquant", "ptilmpq", "mpq_plan"} <= before.keys()
+
+
+def test_the_compressors_default_tuning_set_has_ours_and_still_works() -> None:
+    every = incs.get_all_config_set()
+    ours = [config for config in every if config.name in ("mixquant", "ptilmpq", "mpq_plan")]
+    assert [len(config.expand()) for config in ours] == [4, 5, 0]
+    tuned = incs.autotune(nets.made(nets.SmallNet), tuning(ours), eval_fn=score_by(lambda plan: 100.0))
+    assert inc.plan_of(tuned).allocator.name == "mixquant"
+
+
+def test_weights_that_share_memory_and_weights_that_cannot_be_written() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    before = copy.deepcopy(model)
+    plan = inc.plan_of(incs.quantize(model, inc.PTILMPQConfig(alpha=0.5, scheme=PER_CHANNEL)))
+    assert {*(bits for layer in plan.layers for bits, _ in layer.widths)} == {3, 4, 5}
+    assert same(model, simulated(before, plan))
+    expanded = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    expanded[1].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))
+    before = copy.deepcopy(expanded)
+    plan = inc.plan_of(incs.quantize(expanded, only(4, scheme=PER_CHANNEL)))
+    assert same(expanded, simulated(before, plan))
+
+
+def test_a_model_with_names_of_its_own_for_what_the_compressor_sets() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save, self.qconfig = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.qconfig(self.save(x))
+            return logits
+
+    model = Named().eval()
+    quantized: Any = incs.quantize(copy.deepcopy(model), only(3))
+    assert isinstance(quantized.save, nn.Linear)
+    inc.verify(quantized, inc.plan_of(quantized), model)
+
+
+def test_a_quantized_model_can_be_pickled(tmp_path: Path) -> None:
+    quantized = incs.quantize(Prefixes().eval(), only(3))
+    torch.save(quantized, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert inc.plan_of(again) == inc.plan_of(quantized)
+    again.save(tmp_path / "saved")
+    assert same(inc.load(tmp_path / "saved", Prefixes()), quantized)
 
 
 # ---- which layers
@@ -250,7 +336,24 @@ def test_a_composition_would_quantize_nothing(swap: bool) -> None:
         (lambda: inc.MixQuantConfig(bits=()), "bits: the list is empty"),
         (lambda: inc.MixQuantConfig(bits=(4, 9)), "bits: 9 is not allowed"),
         (lambda: inc.MixQuantConfig(scheme="affine"), "scheme: "),
-        (lambda: inc.MixQuantConfig(skip="fc"), "skip: 'fc' is a string"),
+        (lambda: inc.MixQuantConfig(skip="fc"), "skip: 'fc' is not allowed; a list of globs"),
+        (lambda: inc.MixQuantConfig(skip=None), "skip: None is not allowed"),
+        (lambda: inc.MixQuantConfig(skip=(2,)), "skip: "),
+        (lambda: inc.MixQuantConfig(white_list="fc"), "white_list: 'fc' is not allowed"),
+        (lambda: inc.MixQuantConfig(white_list=[]), "white_list: "),
+        (lambda: inc.MixQuantConfig(white_list=[4]), "white_list: "),
+        (lambda: inc.MixQuantConfig(qem=10**400), "qem: "),
+        (lambda: inc.MixQuantConfig(metric=torch.zeros(2)), "metric: "),
+        (lambda: inc.MixQuantConfig().set_local("^fc$", None), "is a NoneType, and only another MixQuantConfig"),
+        (lambda: inc.MixQuantConfig().set_local("^fc$", inc.PTILMPQConfig()), "only another MixQuantConfig"),
+        (lambda: inc.MixQuantConfig().set_local("^fc$", only(2, skip=("fc",))), "skip goes with the whole"),
+        (lambda: setattr(inc.MixQuantConfig(), "qme", 3), "has no qme to set"),
+        (lambda: setattr(inc.MixQuantConfig(), "qem", -3), "qem: -3 is not allowed"),
+        (lambda: setattr(inc.MixQuantConfig(), "white_list", ["fc"]), "white_list: is for the making"),
+        (lambda: inc.MixQuantConfig.from_dict(None), "is a NoneType; give its parameters as a dict"),
+        (lambda: inc.MixQuantConfig.from_dict({"global": {}, "extra": 1}), "has no extra"),
+        (lambda: inc.MixQuantConfig.from_dict({"local": {"^fc$": None}}), "a dict of configurations by name"),
+        (lambda: inc.PlanConfig.from_dict({}), "plan: is a NoneType"),
         (lambda: inc.PTILMPQConfig(alpha=2.0), "alpha"),
         (lambda: inc.PTILMPQConfig(important_bits=(3, 4)), "high 3 is below low 4"),
         (lambda: inc.PlanConfig(None), "plan: is a NoneType"),
@@ -277,8 +380,6 @@ def test_what_only_fails_on_a_model() -> None:
     unchanged(MPQError, "quantizes none", inc.MixQuantConfig(white_list=None), model)
     unchanged(MismatchError, "Missing here: 'conv1'", inc.PlanConfig(the_plan()), Prefixes())
     unchanged(SettingError, "activations", inc.PlanConfig(the_plan().with_activation_bits(8)), model)
-    other = inc.MixQuantConfig().set_local("^fc$", inc.PTILMPQConfig())
-    unchanged(SettingError, "only another MixQuantConfig", other, model)
 
 
 def test_nan_in_the_last_layer_leaves_the_first_as_it_was() -> None:
@@ -297,16 +398,45 @@ def test_a_model_quantized_before() -> None:
         incs.quantize(quantized, inc.MixQuantConfig())
 
 
-def test_verify_sees_a_changed_weight_a_lost_layer_and_another_bias() -> None:
+Change = Callable[[Any], Any]
+CHANGES: list[tuple[Change, str]] = [
+    (lambda net: net.fc.weight.data.add_(1), "'fc' is not what the plan makes"),
+    (lambda net: net.fc.bias.data.add_(1), "'fc.bias' is not the model's own"),
+    (lambda net: net.bn1.running_mean.add_(1), "'bn1.running_mean' is not the model's own"),
+    (lambda net: net.half(), "'conv1' is not what the plan makes"),
+    (lambda net: setattr(net, "fc", nn.ReLU()), "'fc' is missing"),
+    (lambda net: setattr(net, "fc", nn.Linear(8, 4)), "'fc' is not what the plan makes"),
+    (lambda net: setattr(net, "extra", nn.Linear(8, 4)), "'extra' is not a layer of the model's"),
+    (lambda net: setattr(net, "extra", nn.LayerNorm(4)), "'extra.weight' is not the model's own"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_verify_sees_what_is_not_the_plans(change: Change, said: str) -> None:
     model, plan = nets.made(nets.SmallNet), the_plan()
-    for name, said in (("fc.weight", "'fc' is not what"), ("fc.bias", "'fc.bias' is not the model's own")):
-        quantized = inc.apply(model, plan)
-        with torch.no_grad():
-            quantized.state_dict()[name][0] += 1
-        with pytest.raises(VerifyError, match=said):
-            inc.verify(quantized, plan, model)
+    quantized = inc.apply(model, plan)
+    inc.verify(quantized, plan, model)
+    with torch.no_grad():
+        change(quantized)
+    with pytest.raises(VerifyError, match=said):
+        inc.verify(quantized, plan, model)
+
+
+def test_verify_sees_the_float_model_a_norm_put_back_and_a_lost_tie() -> None:
+    model = nets.made(nets.SmallNet)
     with pytest.raises(VerifyError, match="'conv1' is not what"):
-        inc.verify(model, plan, model)
+        inc.verify(model, the_plan(), model)
+    folded = Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=True))
+    quantized: Any = inc.apply(model, folded)
+    quantized.bn1 = nn.BatchNorm2d(8).eval()
+    with pytest.raises(VerifyError, match=r"'bn1\.weight' is not the model's own"):
+        inc.verify(quantized, folded, model)
+    tied = tied_net()
+    plan = Uniform(bits=4)(measure(tied, PER_CHANNEL, (4,)))
+    untied: Any = inc.apply(tied, plan)
+    untied.lm_head.weight = nn.Parameter(torch.randn_like(untied.lm_head.weight))
+    with pytest.raises(VerifyError, match="'lm_head' is not what the plan makes"):
+        inc.verify(untied, plan, tied)
 
 
 # ---- autotune
@@ -444,20 +574,69 @@ def test_what_autotune_is_not_for() -> None:
         inc.autotune(model, tuning(inc.MixQuantConfig(), tolerable_loss="1%"), eval_fn=score_by(by_bits))
     with pytest.raises(SettingError, match="config_set: is a NoneType"):
         inc.autotune(model, tuning(None), eval_fn=score_by(by_bits))
-    with pytest.raises(SettingError, match="tolerable_loss"):
-        inc.autotune(model, "config", eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="tune_config: is a MixQuantConfig; Neural Compressor's TuningConfig"):
+        inc.autotune(model, inc.MixQuantConfig(), eval_fn=score_by(by_bits))
+    for configs in ([None], [inc.MixQuantConfig]):
+        with pytest.raises(SettingError, match="config_set: holds a"):
+            inc.autotune(model, tuning(configs), eval_fn=score_by(by_bits))
+    for trials in (0, -1, None, "3"):
+        with pytest.raises(SettingError, match=r"max_trials: .* is not allowed; 1 or more"):
+            inc.autotune(model, tuning(inc.MixQuantConfig(), max_trials=trials), eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="sampler: is a NoneType"):
+        inc.autotune(model, tuning(inc.MixQuantConfig(), sampler=None), eval_fn=score_by(by_bits))
     with pytest.raises(SettingError, match="no module"):
         inc.autotune("model", tuning(inc.MixQuantConfig()), eval_fn=score_by(by_bits))
 
 
-def test_nothing_is_logged_and_nothing_left_behind(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+class Heard(logging.Handler):
+    """What gets past the filters of Neural Compressor's logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    handler, logger = Heard(), logging.getLogger("neural_compressor")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+def test_nothing_is_logged_and_nothing_left_behind(
+    heard: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     model = nets.made(nets.SmallNet)
-    tuned = inc.autotune(model, tuning(inc.MixQuantConfig(qem=[3, 2])), eval_fn=score_by(by_bits))
+
+    def nested(given: nn.Module) -> float:
+        inc.apply(model, the_plan())
+        return 1.0
+
+    tuned = inc.autotune(model, tuning(inc.MixQuantConfig(qem=[3, 2])), eval_fn=nested)
     inc.save(tuned, tmp_path / "saved")
     inc.load(tmp_path / "saved", model)
+    assert heard == []
     assert capfd.readouterr() == ("", "")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert logging.getLogger("neural_compressor").filters == []
+    incs.quantize(copy.deepcopy(model), inc.MixQuantConfig())
+    assert heard  # without us it does log
+
+
+def test_an_evaluation_that_changes_its_model_changes_a_copy() -> None:
+    model = nets.made(nets.SmallNet)
+
+    def ruinous(given: nn.Module) -> float:
+        given.half().train()
+        return 1.0
+
+    tuned = inc.autotune(model, tuning(inc.MixQuantConfig()), eval_fn=ruinous)
+    inc.verify(tuned, inc.plan_of(tuned), model)
+    assert not tuned.training
 
 
 # ---- files
@@ -499,7 +678,29 @@ def test_a_trained_model_is_not_saved_as_the_plans(tmp_path: Path) -> None:
         quantized.fc1.weight += torch.randn_like(quantized.fc1.weight)
     with pytest.raises(VerifyError, match="'fc1' has"):
         inc.save(quantized, tmp_path / "saved")
+    doubled: Any = inc.apply(Prefixes().eval(), Uniform(bits=2)(measure(Prefixes(), PER_CHANNEL, (2,))))
+    with torch.no_grad():
+        doubled.fc1.weight *= 2  # as many levels as before
+    with pytest.raises(VerifyError, match="no longer the plan's"):
+        inc.save(doubled, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_corrected_bias_is_saved_and_a_changed_file_is_not_loaded(tmp_path: Path) -> None:
+    quantized: Any = incs.quantize(Prefixes().eval(), only(4))
+    with torch.no_grad():
+        quantized.fc1.bias += 1
+    inc.save(quantized, tmp_path)
+    loaded = inc.load(tmp_path, Prefixes())
+    assert same(loaded, quantized)
+    incs.save(loaded, str(tmp_path / "again"))
+    assert same(inc.load(tmp_path / "again", Prefixes()), quantized)
+    file = tmp_path / "quantized_weight.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(VerifyError, match="was changed since it was saved"):
+        inc.load(tmp_path, Prefixes())
 
 
 def test_folders_that_hold_no_such_model(tmp_path: Path) -> None:
@@ -514,6 +715,11 @@ def test_folders_that_hold_no_such_model(tmp_path: Path) -> None:
         inc.load(tmp_path, model)
     with pytest.raises(SettingError, match="not quantized by Neural Compressor"):
         inc.save(model, tmp_path)
+    for path in (None, 4):
+        with pytest.raises(SettingError, match="folder: is a"):
+            inc.load(path, model)
+    with pytest.raises(FormatError, match="holds no"):
+        inc.load("n" * 300, model)
     (tmp_path / "file").write_text("")
     with pytest.raises(MPQError, match="cannot make this folder"):
         inc.save(incs.quantize(copy.deepcopy(model), inc.MixQuantConfig()), tmp_path / "file")
@@ -526,6 +732,98 @@ def test_what_no_plan_made_has_none() -> None:
 
 
 # ---- to_inc
+
+
+def packed(model: nn.Module, plan: Plan) -> Any:
+    return incs.quantize(copy.deepcopy(model), inc.to_inc(plan))
+
+
+PACKED_CHANGES: list[tuple[Change, str]] = [
+    (lambda net: net.fc1.bias.add_(1), "'fc1' has another bias"),
+    (lambda net: setattr(net.fc1, "bias", None), "'fc1' has another bias"),
+    (lambda net: net.fc1.scales.mul_(2), "'fc1' has .* weights that are not the plan's"),
+    (lambda net: net.fc1.qweight.add_(1), "'fc1' has .* weights that are not the plan's"),
+    (lambda net: setattr(net.fc1, "scales", net.fc1.scales * 1e9), "'fc1' has weights beyond float16"),
+    (lambda net: setattr(net, "extra", net.fc10), "'extra' is not a layer of the model's"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), PACKED_CHANGES)
+def test_verify_sees_what_is_packed_wrongly(change: Change, said: str) -> None:
+    torch.manual_seed(0)
+    model = Prefixes().eval()
+    plan = mixed(model)
+    quantized = packed(model, plan)
+    change(quantized)
+    with pytest.raises(VerifyError, match=said):
+        inc.verify(quantized, plan, model)
+
+
+def test_weights_that_float16_cannot_hold_are_seen() -> None:
+    model: Any = nn.Sequential(nn.Linear(33, 12)).eval()
+    model[0].weight.data *= 1e6
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
+    with pytest.raises(VerifyError, match=r"beyond float16.*use apply\(\)"):
+        inc.verify(packed(model, plan), plan, model)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_what_is_packed_computes_as_the_plan_does(bits: int, symmetric: bool) -> None:
+    """Its arithmetic in int8 overflows at 8 bits with zero points, without a word."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(33, 12)).eval()
+    model[0].weight.data[3] = 0
+    plan = Uniform(bits=bits)(measure(model, Affine(granularity="per_channel", symmetric=symmetric), (bits,)))
+    if bits == 8 and not symmetric:
+        with pytest.raises(SettingError, match="'0': asymmetric 8-bit codes overflow"):
+            inc.to_inc(plan)
+        return
+    quantized = packed(model, plan)
+    inc.verify(quantized, plan, model)
+    inputs = torch.randn(4, 33)
+    assert torch.allclose(quantized(inputs), simulated(model, plan)(inputs), atol=5e-3)
+
+
+def test_a_bare_layer_is_packed_and_verified() -> None:
+    model = nn.Linear(8, 8).eval()
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
+    inc.verify(incs.quantize(copy.deepcopy(model), inc.to_inc(plan)), plan, model)
+    inc.verify(inc.apply(model, plan), plan, model)
+
+
+def test_models_that_rtn_cannot_pack() -> None:
+    plan = mixed(Prefixes())
+    half = Prefixes().bfloat16()
+    with pytest.raises(SettingError, match=r"'fc1': is torch.bfloat16"):
+        incs.quantize(half, inc.to_inc(plan))
+    broken = Prefixes()
+    with torch.no_grad():
+        broken.lm_head.weight[0] = float("nan")
+    with pytest.raises(MPQError, match="'lm_head'"):
+        incs.quantize(broken, inc.to_inc(plan))
+    for model in (half, broken):
+        assert all(type(model.get_submodule(name)) is nn.Linear for name in ("fc1", "fc10", "lm_head"))
+    twice = packed(Prefixes(), plan)
+    for config in (inc.to_inc(plan), inc.MixQuantConfig()):
+        with pytest.raises(SettingError, match="quantized already"):
+            incs.quantize(twice, config)
+
+
+def test_a_packed_folder_of_another_network_or_damaged(tmp_path: Path) -> None:
+    model = Prefixes().eval()
+    inc.save(packed(model, mixed(model)), tmp_path)
+    with pytest.raises(MismatchError, match="of another network"):
+        inc.load(tmp_path, nets.made(nets.SmallNet))
+    renamed = Prefixes()
+    renamed.first = renamed.fc1
+    del renamed.fc1
+    with pytest.raises(MismatchError, match="holds 'fc1', which Prefixes lacks"):
+        inc.load(tmp_path, renamed)
+    for damage in ("", "{}", "[]", '{"a": 1}'):
+        (tmp_path / "qconfig.json").write_text(damage)
+        with pytest.raises(FormatError, match="cannot load it into Prefixes"):
+            inc.load(tmp_path, model)
 
 
 def mixed(model: nn.Module, scheme: Affine = PER_CHANNEL) -> Plan:

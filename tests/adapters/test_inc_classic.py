@@ -5,6 +5,7 @@ It cannot share an environment with its successor: `make classic` builds one and
 
 import copy
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,22 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressor.config.options, "_workspace", str(tmp_path / "workspace"))
 
 
-def conf(strategy: str = "mixquant", approach: str = "weight_only", loss: float = 0.01, **parameters: Any) -> Any:
+FP32 = {"weight": {"dtype": ["fp32"]}}
+
+
+def having(setting: Any, name: str, value: Any) -> Any:
+    setattr(setting, name, value)
+    return setting
+
+
+def conf(
+    strategy: str = "mixquant", approach: str = "weight_only", loss: float = 0.01, max_trials: int = 100,
+    timeout: float = 0, **parameters: Any,
+) -> Any:  # fmt: skip
     return compressor.PostTrainingQuantConfig(
         approach=approach,
         quant_level=1,
-        tuning_criterion=classic.TuningCriterion(strategy, parameters),
+        tuning_criterion=classic.TuningCriterion(strategy, parameters, timeout, max_trials),
         accuracy_criterion=compressor.config.AccuracyCriterion(tolerable_loss=loss),
     )
 
@@ -203,13 +215,49 @@ def test_an_evaluation_that_changes_the_model_changes_a_copy() -> None:
     model = nets.made(nets.SmallNet)
     before = copy.deepcopy(model)
 
-    def ruinous(given: Any) -> float:
+    def ruinous(given: Any) -> dict[str, float]:
         with torch.no_grad():
             given.fc.weight.zero_()
+        given.train()
+        return {"accuracy": 1.0, "loss": -1.0}
+
+    q_model = classic.fit(model, conf(qem=2), eval_func=ruinous)
+    assert same(model, before)
+    classic.verify(q_model, classic.plan_of(q_model), model)
+    assert not q_model.model.training
+
+
+def test_with_a_timeout_too_the_smallest_good_plan_is_kept() -> None:
+    model = nets.made(nets.SmallNet)
+    q_model = classic.fit(model, conf(loss=0.5, timeout=60, qem=[1.5, 30, 8, 3]), eval_func=by_levels)
+    run = classic.tuning_of(q_model)
+    assert classic.plan_of(q_model) == run.chosen.plan == run.trials[-1].plan
+
+
+def test_a_time_that_runs_out_says_so() -> None:
+    def slow(model: nn.Module) -> float:
+        for _ in range(100):
+            time.sleep(0.05)
         return 1.0
 
-    classic.fit(model, conf(qem=2), eval_func=ruinous)
-    assert same(model, before)
+    with pytest.raises(TuningError, match="the time ran out before the float model"):
+        classic.fit(nets.made(nets.SmallNet), conf(qem=2, timeout=0.3), eval_func=slow)
+
+
+def test_a_scheme_may_be_its_document() -> None:
+    model = nets.made(nets.SmallNet)
+    q_model = classic.fit(model, conf(qem=2.0, scheme={"granularity": "per_channel"}))
+    assert {layer.scheme for layer in classic.plan_of(q_model).layers} == {PER_CHANNEL}
+
+
+def test_arguments_that_do_not_exist_or_do_nothing() -> None:
+    model = nets.made(nets.SmallNet)
+    with pytest.raises(TypeError, match="eval_fn"):
+        classic.fit(model, conf(qem=2), eval_fn=by_levels)
+    with pytest.raises(SettingError, match="calib_func"):
+        classic.fit(model, conf(qem=2), calib_func=by_levels)
+    with pytest.raises(SettingError, match="calib_dataloader: none given"):
+        classic.fit(model, conf(approach="static", qem=2))
 
 
 def test_a_dataloader_and_a_metric_evaluate_too() -> None:
@@ -234,15 +282,35 @@ def test_a_dataloader_and_a_metric_evaluate_too() -> None:
     assert classic.tuning_of(q_model).baseline == len(BATCHES)
 
 
+class Heard(logging.Handler):
+    """What gets past the filters of Neural Compressor's logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def test_nothing_is_logged_and_nothing_left_behind(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compressor.config.options, "_workspace", "./nc_workspace/now")
-    classic.fit(nets.made(nets.SmallNet), conf(qem=2), eval_func=lambda model: 1.0)
-    assert capfd.readouterr() == ("", "")
-    assert list(tmp_path.iterdir()) == []
-    assert logging.getLogger("neural_compressor").filters == []
-    assert compressor.config.options._workspace == "./nc_workspace/now"
+    handler, logger = Heard(), logging.getLogger("neural_compressor")
+    logger.addHandler(handler)
+    try:
+        classic.fit(nets.made(nets.SmallNet), conf(qem=2), eval_func=lambda model: 1.0)
+        assert handler.lines == []
+        assert capfd.readouterr() == ("", "")
+        assert list(tmp_path.iterdir()) == []
+        assert logger.filters == []
+        assert compressor.config.options._workspace == "./nc_workspace/now"
+        compressor.quantization.fit(nets.made(nets.SmallNet), conf(qem=2), eval_func=lambda model: 1.0)
+        assert handler.lines  # without us it does log, and leaves a folder
+        assert [path.name for path in tmp_path.iterdir()] == ["nc_workspace"]
+    finally:
+        logger.removeHandler(handler)
 
 
 # ---- which layers
@@ -322,7 +390,10 @@ def test_a_strategy_that_would_be_ignored(level: Any, run: str) -> None:
     setting = conf(qem=2)
     fit = classic.fit if run == "ours" else compressor.quantization.fit
     fit(nets.made(nets.SmallNet), setting)  # once as it should be: that is not remembered
-    setting.quant_level = level
+    setting.approach = "dynamic"
+    with pytest.raises(SettingError, match="approach"):  # and once as it should not
+        fit(nets.made(nets.SmallNet), setting)
+    setting.approach, setting.quant_level = "weight_only", level
     with pytest.raises(SettingError, match="quant_level: must be 1 for the strategy 'mixquant'"):
         fit(nets.made(nets.SmallNet), setting)
 
@@ -334,7 +405,16 @@ def test_a_strategy_that_would_be_ignored(level: Any, run: str) -> None:
         (lambda: conf(qem=-1), "qem: -1 is not allowed"),
         (lambda: conf(qem=2, int8_below=8), "has no int8_below"),
         (lambda: conf(approach="static", qem=2, int8_below=0), "int8_below: 0 is not allowed; 1 to 9"),
-        (lambda: conf(qem=2, skip="fc"), "skip: 'fc' is a string"),
+        (lambda: conf(qem=2, skip="fc"), "skip: 'fc' is not allowed; a list of globs"),
+        (lambda: conf(qem=2, skip=[3]), "skip: "),
+        (lambda: conf(qem=2, scheme="x"), "scheme: "),
+        (lambda: conf(qem=2, scheme={"name": "no"}), "scheme: "),
+        (lambda: having(conf(qem=2), "op_name_dict", {"conv": FP32}), r"op_name_dict\['conv'\].*matches none whole"),
+        (lambda: having(conf(qem=2), "op_type_dict", {"LSTM": FP32}), r"op_type_dict\['LSTM'\].*there are 'Conv2d'"),
+        (lambda: having(conf(qem=2), "recipes", {"rtn_args": {"enable_mse_search": True}}), "recipes: rtn_args"),
+        (lambda: conf(qem=2, max_trials=0), "max_trials: 0 is not allowed"),
+        (lambda: having(conf(), "tuning_criterion", classic.TuningCriterion("mixquant", "x")), "strategy_kwargs: is a"),
+        (lambda: 3, "conf: is a int; a PostTrainingQuantConfig"),
         (lambda: conf(qem=2, skip=("absent",)), "skip: 'absent' matches none"),
         (lambda: conf(qem=[]), "plans: none given"),
         (lambda: conf(qem=[2, 8]), "eval_func: none given, and there are 2 plans"),
@@ -369,8 +449,20 @@ def test_plans_of_other_models_and_with_activations() -> None:
     for ask in (classic.plan_of, classic.tuning_of):
         with pytest.raises(SettingError, match="was not"):
             ask(model)
-    changed: Any = classic.apply(model, Uniform(bits=4)(measure(model, PER_CHANNEL, (4,))))
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_verify_sees_another_bias(fold_bn: bool) -> None:
+    model = nets.made(nets.SmallNet)
+    changed: Any = classic.apply(model, Uniform(bits=4)(measure(model, PER_CHANNEL, (4,), fold_bn=fold_bn)))
+    classic.verify(changed, classic.plan_of(changed), model)
     with torch.no_grad():
         changed.model.fc.bias += 1
     with pytest.raises(VerifyError, match=r"'fc.bias' is not the model's own"):
         classic.verify(changed, classic.plan_of(changed), model)
+
+
+def test_a_bare_layer() -> None:
+    model = nn.Linear(8, 8).eval()
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
+    classic.verify(classic.apply(model, plan), plan, model)
