@@ -8,7 +8,7 @@ CLASSIC := .venv-classic
 CLASSIC_READY := $(CLASSIC)/.ready
 CLASSIC_PINS := neural-compressor==3.4.1 numpy==1.26.4 pandas==2.3.3 six==1.17.0 setuptools==80.9.0
 
-.PHONY: demo test lint types unit classic bench examples clean
+.PHONY: demo test lint types unit classic classic-env bench examples clean
 
 demo: $(READY)
 	$(BIN)/mpq demo -o plan.json
@@ -24,6 +24,8 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/pytest
+
+classic-env: $(CLASSIC_READY)
 
 classic: $(CLASSIC_READY)
 	$(CLASSIC)/bin/pytest tests/adapters/test_inc_classic.py tests/journeys/test_inc_classic.py

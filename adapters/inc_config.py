@@ -428,19 +428,19 @@ def _matching(key: Any, layers: Sequence[tuple[str, str]]) -> list[tuple[str, st
         try:
             hits = [layer for layer in layers if re.match(key, layer[0])]
         except re.error as error:
-            raise SettingError(f"set_local({key!r}): is no regular expression ({error})") from error
+            raise SettingError(f"{key!r}, in set_local or white_list: is no regular expression ({error})") from error
         loose = [repr(name) for name, _ in hits if not re.fullmatch(key, name)]
         if loose:
             exact = (
                 f"{f'^{re.escape(key)}$'!r} for that layer alone, or " if any(key == name for name, _ in hits) else ""
             )
             raise SettingError(
-                f"set_local({key!r}): would take {first_few(loose, ', ')} too, by the beginning of the name; write "
-                f"{exact}{f'{key}.*'!r} for all of them"
+                f"{key!r}, in set_local or white_list: would take {first_few(loose, ', ')} too, by the start of the "
+                f"name; write {exact}{f'{key}.*'!r} for all of them"
             )
     if not hits:
         names = ", ".join(repr(name) for name, _ in layers[:3])
-        raise MismatchError(f"set_local({_shown(key)}): matches no layer; names look like {names}")
+        raise MismatchError(f"{_shown(key)}, in set_local or white_list: matches no layer; names look like {names}")
     return hits
 
 

@@ -57,6 +57,8 @@ def as_scheme(value: Any) -> Scheme | None:
     """A scheme, its document, or None, as a scheme. Raises SettingError for anything else."""
     if value is None or isinstance(value, Scheme):
         return value
+    if not isinstance(value, dict):
+        raise SettingError(f"scheme: {value!r:.60} is not allowed; Affine(...), Piecewise(...) or None")
     try:
         return SCHEME.validate_python(value)
     except ValidationError as error:
@@ -88,6 +90,14 @@ def _reference() -> nn.Module:
     for scale, layer in enumerate(layers, 1):
         nn.init.normal_(layer.get_parameter("weight"), std=float(scale), generator=generator)
     return layers
+
+
+def check_evaluation(model: nn.Module, evaluate: object, name: str) -> None:
+    """Raise SettingError for what is no evaluation function, or a model that is to be evaluated in training mode."""
+    if not callable(evaluate):
+        raise SettingError(f"{name}: is a {type(evaluate).__name__}, no function; give the function itself")
+    if any(module.training for module in model.modules()):
+        raise SettingError(f"{type(model).__name__}: is in training mode, or a part of it; call model.eval()")
 
 
 def several(name: str, value: Any, sequences: Sequence[str]) -> bool:

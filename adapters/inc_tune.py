@@ -13,6 +13,7 @@ from mpq_plugins.tuning import Criterion, Progress, Tuning, checked_score, plan_
 
 from .folded import check_module
 from .inc_config import PlanConfig, PlanningConfig, joint_plan
+from .inc_plan import check_evaluation
 from .inc_quantize import plan_of
 from .inc_quiet import quiet, quiet_import
 
@@ -45,6 +46,7 @@ def autotune(
     """
     check_module(model)
     criterion = _criterion(tune_config)
+    check_evaluation(model, eval_fn, "eval_fn")
     with quiet():
         configs = _smallest_first(model, tune_config)
         record = _Record(eval_fn, eval_args or (), criterion, len(configs), progress)

@@ -2,7 +2,7 @@
 
     python -m examples.inc_classic [--depth 20] [--tolerable-loss 0.01] [--images 1024]
 
-It runs in the environment that `make examples` builds for it, for the classic API and its successor share a name.
+It runs in .venv-classic, which `make classic-env` builds, for the classic API and its successor share a name.
 The criterion is accuracy on training images, of which at most a share may be lost; the trials go up from the smallest
 plan. Weights alone first; then the static approach, in which the layers that MixQuant gives fewer than 7 bits run in
 int8, with their activations, and the others stay in fp32. What is kept is evaluated on 846 test images (one image is

@@ -1,5 +1,7 @@
 """`mpq tune`: the smallest of an allocator's plans that a backend's own tuner finds good enough."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,14 +9,15 @@ import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options, silenced
-from .errors import SettingError
+from .errors import PluginError, SettingError, TuningError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
+    from .plan import Plan
     from .tuning import Tuning
 
-DEFAULT_BACKEND = "inc"
+BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 
 
 @click.command(
@@ -30,7 +33,7 @@ DEFAULT_BACKEND = "inc"
 @click.option(
     "--tolerable-loss", type=float, default=0.01, show_default=True, help="Share of the float score that may be lost."
 )
-@click.option("--backend", default=DEFAULT_BACKEND, show_default=True, help="Whose tuner: inc, or inc_classic.")
+@click.option("--backend", help="Whose tuner: inc or inc_classic (default: the one that is installed).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write.")
 @scheme_options
 @json_option
@@ -42,7 +45,7 @@ def tune(
     allocator: str,
     evaluation: str,
     tolerable_loss: float,
-    backend: str,
+    backend: str | None,
     output: Path | None,
     as_json: bool,
     **options: Any,
@@ -67,7 +70,14 @@ def tune(
     model: nn.Module = make_module(source).eval()
     table = measure_now(model, joint_needs(allocators), request, None)
     with progress_bar("tuning") as progress:
-        tuning = run(model, [made(table) for made in allocators], evaluate, tolerable_loss, progress=progress)
+        plans = [made(table) for made in allocators]
+        _say_merged(plans)
+        try:
+            tuning = run(model, plans, evaluate, tolerable_loss, progress=progress)
+        except TuningError as error:
+            if error.tuning is not None:
+                _print(error.tuning, source, as_json, None)
+            raise
     if output is not None:
         tuning.chosen.plan.save(output)
     _print(tuning, source, as_json, output)
@@ -75,14 +85,28 @@ def tune(
         say_left_alone(table)
 
 
-def _tuner(backend: str) -> Any:
+def _tuner(backend: str | None) -> Any:
     """The backend's `tune`. Raises PluginError (not installed), SettingError (it has none)."""
     from . import registry
 
-    adapter = registry.load("adapters", backend)
+    if backend is None:
+        for name in BACKENDS[1:]:
+            with suppress(PluginError):
+                return registry.load("adapters", name).tune
+    adapter = registry.load("adapters", backend or BACKENDS[0])
     if not hasattr(adapter, "tune"):
-        raise SettingError(f"backend: {backend} has no tuner; inc, or inc_classic")
+        raise SettingError(f"backend: {backend} has no tuner; {', '.join(BACKENDS)}")
     return adapter.tune
+
+
+def _say_merged(plans: "Sequence[Plan]") -> None:
+    """Say where settings make the same plan, which is one trial."""
+    from .report.progress import say
+    from .tuning import smallest_first
+
+    distinct = len(smallest_first(plans))
+    if distinct < len(plans):
+        say(f"note: the {len(plans)} settings make {distinct} different plans; each is tried once")
 
 
 def _print(tuning: "Tuning", source: str, as_json: bool, output: Path | None) -> None:
@@ -94,4 +118,5 @@ def _print(tuning: "Tuning", source: str, as_json: bool, output: Path | None) ->
         return
     console().print(tuning_table(tuning, source))
     click.echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
-    say_written(output, "plan")
+    if any(trial.met for trial in tuning.trials):
+        say_written(output, "plan")

@@ -12,6 +12,7 @@ MPQError
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 SHOWN = 5  # things listed in an error before it turns to counting
 
@@ -56,7 +57,11 @@ class VerifyError(MPQError):
 
 
 class TuningError(MPQError):
-    """No trial of a tuning run meets its criterion."""
+    """No trial of a tuning run meets its criterion; `tuning` is the run's record, where there is one."""
+
+    def __init__(self, message: str, tuning: Any = None) -> None:
+        super().__init__(message)
+        self.tuning = tuning
 
 
 class PluginError(MPQError):

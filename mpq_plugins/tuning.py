@@ -34,6 +34,8 @@ class Criterion:
         loss = self.tolerable_loss
         if isinstance(loss, bool) or not isinstance(loss, int | float) or not math.isfinite(loss):
             raise SettingError(f"tolerable_loss: {loss!r} is not allowed; a number, 0.01 for 1 %")
+        if not self.absolute and not -1 < loss < 1:
+            raise SettingError(f"tolerable_loss: {loss:g} is not allowed; a share of the float score, 0.01 for 1 %")
 
     def bound(self, baseline: float) -> float:
         """The worst score that meets it. Raises SettingError where a share of the baseline means nothing."""
@@ -104,9 +106,11 @@ class Tuning:
             return TuningError(f"no trial was run, and the criterion is {wanted}; allow one or more")
         sign = 1 if self.criterion.higher_is_better else -1
         best = max(self.trials, key=lambda trial: sign * trial.score)
+        count = f"{len(self.trials)} trial{'s' if len(self.trials) > 1 else ''}"
         return TuningError(
-            f"none of {len(self.trials)} trials meets the criterion, {wanted}; the best is {best.text}. Tolerate a "
-            "greater loss, or try larger plans"
+            f"none of {count} meets the criterion, {wanted}; the best is {best.text}. Tolerate a greater loss, or try "
+            "plans of more bits (a smaller qem, a larger alpha)",
+            self,
         )
 
 

@@ -57,6 +57,23 @@ def test_json_holds_the_trials_and_nothing_else_is_printed(mpq: Mpq, tmp_path: P
     assert "evaluating" in ran.err
 
 
+def test_where_none_is_good_enough_the_trials_are_shown(mpq: Mpq, tmp_path: Path) -> None:
+    arguments = ("tune", NET, "--eval", SCORE, "--qem", "20,30", "-o", tmp_path / "plan.json")
+    ran = mpq(*arguments)
+    assert ran.code == 2
+    assert "mixquant qem=20.0" in ran.out
+    assert "none of" in ran.err
+    document = json.loads(mpq(*arguments, "--json").out)
+    assert document["kept"] is None
+    assert document["trials"]
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_settings_of_the_same_plan_are_one_trial_and_that_is_said(mpq: Mpq) -> None:
+    ran = mpq("tune", NET, "--eval", SCORE, "--qem", "0.001,0.002", "--tolerable-loss", 0.9)
+    assert "the 2 settings make 1 different plans" in ran.err
+
+
 def test_without_values_the_allocators_own_grid_is_tried(mpq: Mpq) -> None:
     ran = mpq("tune", NET, "--eval", SCORE, "-a", "ptilmpq", "--scheme", "affine", "--tolerable-loss", 0.9, "--json")
     assert json.loads(ran.out)["trials"][0]["allocator"]["parameters"]["alpha"] == 0.0
@@ -65,9 +82,9 @@ def test_without_values_the_allocators_own_grid_is_tried(mpq: Mpq) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((NET, "--eval", SCORE, "--qem", "20"), "none of 1 trials meets the criterion"),
-        ((NET, "--eval", "tests.test_cli_tune:failing"), "of the float model: the evaluation failed"),
-        ((NET, "--eval", "tests.test_cli_tune:negative"), "score above 0"),
+        ((NET, "--eval", SCORE, "--qem", "20"), "none of 1 trial meets the criterion"),
+        ((NET, "--eval", "tests.test_cli_tune:failing", "--qem", "2"), "of the float model: the evaluation failed"),
+        ((NET, "--eval", "tests.test_cli_tune:negative", "--qem", "2"), "score above 0"),
         ((NET, "--eval", SCORE, "--tolerable-loss", "nan"), "tolerable_loss: nan is not allowed"),
         ((NET, "--eval", SCORE, "--backend", "torchao"), "torchao has no tuner"),
         ((NET, "--eval", SCORE, "--backend", "inc_classic"), "inc-classic"),

@@ -287,11 +287,14 @@ def test_local_schemes_differ_and_are_exact() -> None:
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("fc1", r"would take 'fc10' too.*write '\^fc1\$' for that layer alone, or 'fc1\.\*' for all"),
+        (
+            "fc1",
+            r"'fc1', in set_local or white_list: .*too.*write '\^fc1\$' for that layer alone, or 'fc1\.\*'",
+        ),
         ("fc", r"would take 'fc1', 'fc10' too.*write 'fc\.\*' for all"),
         ("fc2", "matches no layer; names look like 'fc1'"),
         ("fc[", "is no regular expression"),
-        (nn.Conv2d, r"set_local\(Conv2d\): matches no layer"),
+        (nn.Conv2d, "Conv2d, in set_local or white_list: matches no layer"),
     ],
 )
 def test_names_that_the_compressor_would_match_by_their_beginning_or_not_at_all(key: Any, said: str) -> None:
@@ -521,7 +524,7 @@ def test_an_unreachable_criterion_is_an_error_with_the_best_trial(last_is_best: 
 
 def test_max_trials_and_nothing_to_try() -> None:
     model = nets.made(nets.SmallNet)
-    with pytest.raises(TuningError, match="none of 1 trials"):
+    with pytest.raises(TuningError, match="none of 1 trial meets"):
         inc.autotune(model, tuning(inc.MixQuantConfig(qem=[2, 8]), max_trials=1), eval_fn=score_by(lambda plan: 1.0))
     with pytest.raises(SettingError, match="none given"):
         inc.autotune(model, tuning([]), eval_fn=score_by(by_bits))
@@ -584,6 +587,12 @@ def test_what_autotune_is_not_for() -> None:
             inc.autotune(model, tuning(inc.MixQuantConfig(), max_trials=trials), eval_fn=score_by(by_bits))
     with pytest.raises(SettingError, match="sampler: is a NoneType"):
         inc.autotune(model, tuning(inc.MixQuantConfig(), sampler=None), eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="eval_fn: is a float, no function"):
+        inc.autotune(model, tuning(inc.MixQuantConfig()), eval_fn=1.0)
+    with pytest.raises(SettingError, match="SmallNet: is in training mode"):
+        inc.autotune(nets.SmallNet(), tuning(inc.MixQuantConfig()), eval_fn=score_by(by_bits))
+    with pytest.raises(SettingError, match="tolerable_loss: 5 is not allowed; a share"):
+        inc.autotune(model, tuning(inc.MixQuantConfig(), tolerable_loss=5), eval_fn=score_by(by_bits))
     with pytest.raises(SettingError, match="no module"):
         inc.autotune("model", tuning(inc.MixQuantConfig()), eval_fn=score_by(by_bits))
 
