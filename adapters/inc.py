@@ -19,7 +19,7 @@ from mpq_plugins.plan import Plan
 from .folded import check_model
 from .inc_config import CONFIGS, MixQuantConfig, PlanConfig, PTILMPQConfig
 from .inc_files import load, save
-from .inc_native import to_inc
+from .inc_native import RTN_CAPABILITIES, to_inc
 from .inc_plan import CAPABILITIES
 from .inc_quantize import plan_of, register
 from .inc_quiet import quiet, quiet_import
@@ -32,6 +32,7 @@ with quiet_import():
 __all__ = [
     "CAPABILITIES",
     "CONFIGS",
+    "RTN_CAPABILITIES",
     "LayerCheck",
     "MixQuantConfig",
     "PTILMPQConfig",

@@ -29,7 +29,7 @@ from .folded import check_model, check_module
 from .inc_classic_criterion import TuningCriterion
 from .inc_classic_strategy import MixQuantTuneStrategy, PlanTuneStrategy, PTILMPQTuneStrategy, register
 from .inc_classic_verify import LayerCheck, verify
-from .inc_plan import CAPABILITIES, check_evaluation
+from .inc_plan import CAPABILITIES
 from .inc_quiet import quiet, quiet_import
 
 with quiet_import():
@@ -71,8 +71,6 @@ def fit(
     check_module(model)
     if not isinstance(conf, PostTrainingQuantConfig):
         raise SettingError(f"conf: is a {type(conf).__name__}; a PostTrainingQuantConfig of Neural Compressor's")
-    if eval_func is not None:
-        check_evaluation(model, eval_func, "eval_func")
     with quiet(), _workspace_elsewhere():
         return quantization.fit(model, conf, calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric)
 

@@ -24,16 +24,25 @@ from mpq_plugins.errors import (
 )
 from mpq_plugins.legalise import require_legal
 from mpq_plugins.match import match
-from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import FLOAT_BITS, Affine
+from mpq_plugins.plan import Plan
 from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 from mpq_plugins.weights import layer_kind
 
 from .inc_classic_adaptor import PLAN, PlanAdaptor, carried_plan
 from .inc_classic_checks import STATIC, check_conf
 from .inc_classic_criterion import TuningCriterion
+from .inc_classic_operators import in_float, int8_or_fp32, matches, weight_items
 from .inc_classic_verify import verify_static
-from .inc_plan import CAPABILITIES, as_globs, as_plan, as_scheme, combinations, measured_plan, several
+from .inc_plan import (
+    CAPABILITIES,
+    as_globs,
+    as_plan,
+    as_scheme,
+    check_evaluation,
+    combinations,
+    measured_plan,
+    several,
+)
 from .inc_quiet import quiet_import
 
 with quiet_import():
@@ -42,7 +51,6 @@ with quiet_import():
     from neural_compressor.strategy.utils.tuning_structs import OpTuningConfig
 
 QUANTIZED = ("weight_only", "static")
-INT8, FP32 = 8, 32
 DEFAULT_INT8_BELOW = 8
 
 
@@ -70,6 +78,7 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
             )
             self.tuning: Tuning | None = None
             if arguments.get("eval_func") is not None:
+                check_evaluation(model.model, arguments["eval_func"], "eval_func")
                 arguments["eval_func"] = self._checked(arguments["eval_func"])
             super().__init__(model=model, conf=conf, **arguments)
             if self._not_tuning:  # the compressor would work on the user's own model
@@ -122,12 +131,12 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
         """One configuration of every operator for each plan, the smallest first."""
         initial = self.initial_tuning_cfg()[2]
         layers = {name for name, module in self.model.model.named_modules() if layer_kind(module)}
-        in_float = [name for (name, _), own in initial.items() if own.op_quant_mode not in QUANTIZED]
-        left_in_float = [glob.escape(name) for name in in_float if name in layers]
+        kept = [name for (name, _), own in initial.items() if own.op_quant_mode not in QUANTIZED]
+        left_in_float = [glob.escape(name) for name in kept if name in layers]
         self._check_names(initial)
         parameters, skip, int8_below = self._parameters(left_in_float)
         plans = self.plans(parameters, skip)
-        plans = [_int8_or_fp32(plan, int8_below) if self._static else plan for plan in plans]
+        plans = [int8_or_fp32(plan, int8_below) if self._static else plan for plan in plans]
         for plan in plans:
             if not self._static:
                 require_legal(plan, CAPABILITIES)
@@ -212,17 +221,17 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
 
     def _configured(self, plan: Plan, configs: dict[Any, Any]) -> dict[Any, Any]:
         """The operators' configurations under a plan. Raises MismatchError for a layer that is no operator."""
-        lost = {layer.name for layer in plan.layers if not _in_float(layer)}
+        lost = {layer.name for layer in plan.layers if not in_float(layer)}
         for (name, kind), config in configs.items():
             layer = plan.by_any_name.get(name)
             if layer is not None:
                 lost.discard(layer.name)
             if layer is None and self._static:
                 continue  # not a layer: an addition, a pooling
-            if layer is None or _in_float(layer):
+            if layer is None or in_float(layer):
                 configs[name, kind] = OpTuningConfig(name, kind, "fp32", self.tuning_space)
             elif not self._static:
-                config.kwargs = {**config.kwargs, **_weight_items(layer)}
+                config.kwargs = {**config.kwargs, **weight_items(layer)}
         if lost:
             names = first_few([repr(name) for name in sorted(lost)], ", ")
             raise MismatchError(
@@ -278,6 +287,12 @@ class PlanTuneStrategy(PlanningTuneStrategy):
         plans = [as_plan(one) for one in (given if isinstance(given, list | tuple) else [given])]
         for plan in plans:
             match(plan, self.model.model).require(type(self.model.model).__name__)
+            clash = [repr(layer.name) for layer in plan.layers if not in_float(layer) and matches(layer, skip)]
+            if clash:
+                raise SettingError(
+                    f"{first_few(clash, ', ')}: the plan quantizes them, and skip, op_name_dict or op_type_dict keeps "
+                    "them in float; change one of the two"
+                )
         return plans
 
 
@@ -287,34 +302,3 @@ def register() -> None:
         name = strategy.__name__.removesuffix("TuneStrategy").lower()
         if STRATEGIES.get(name) is not strategy:
             strategy_registry(strategy)
-
-
-def _in_float(layer: LayerChoice) -> bool:
-    return all(part.bits in FLOAT_BITS for part in layer.groups)
-
-
-def _int8_or_fp32(plan: Plan, below: int) -> Plan:
-    """What the static approach makes of a plan."""
-    layers = tuple(
-        layer.model_copy(
-            update={
-                "bits": INT8 if max(part.bits for part in layer.groups) < below else FP32,
-                "parts": None,
-                "scheme": Affine(symmetric=True, granularity="per_channel"),
-            }
-        )
-        for layer in plan.layers
-    )
-    return plan.model_copy(update={"layers": layers, "activation_bits": 8})
-
-
-def _weight_items(layer: LayerChoice) -> dict[Any, Any]:
-    """The choice in the compressor's words, as far as it has them; the plan beside has it all."""
-    symmetric = getattr(layer.scheme, "symmetric", True)
-    return {
-        ("weight", "dtype"): "int",
-        ("weight", "bits"): max(part.bits for part in layer.groups),
-        ("weight", "group_size"): layer.scheme.group_size or -1,
-        ("weight", "scheme"): "sym" if symmetric else "asym",
-        ("weight", "algorithm"): "RTN",
-    }

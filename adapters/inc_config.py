@@ -3,7 +3,6 @@
 import copy
 import glob
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,14 @@ from torch import nn
 from mpq_plugins.allocate.base import Allocator
 from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
-from mpq_plugins.errors import MismatchError, SettingError, first_few
-from mpq_plugins.legalise import require_legal
+from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.match import match
-from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.plan import Plan
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.weights import layer_kind
 
+from .inc_names import BY_TYPE, check_float, checked_white_list, matching, shown
 from .inc_plan import (
-    CAPABILITIES,
     SCHEME,
     as_globs,
     as_plan,
@@ -32,27 +30,17 @@ from .inc_plan import (
     reference_size,
     several,
 )
-from .inc_quiet import quiet_import, refuse_module
+from .inc_quiet import quiet_import
 
-try:
-    with quiet_import():
-        refuse_module("neural_compressor.strategy")  # of 3.7 and earlier, which have an older torch part
-        from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST, GLOBAL, LOCAL
-        from neural_compressor.torch.algorithms.weight_only.modules import WeightOnlyLinear
-        from neural_compressor.torch.quantization.config import RTNConfig, TorchBaseConfig
-except ImportError as error:
-    raise ImportError(
-        "Neural Compressor 3.8 or later is not here: pip install 'mpq-plugins[inc]', or use "
-        "mpq_plugins.adapters.inc_classic with 3.7 or earlier"
-    ) from error
+with quiet_import():
+    from neural_compressor.common.utils import DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST, GLOBAL, LOCAL
+    from neural_compressor.torch.quantization.config import RTNConfig, TorchBaseConfig
 
 T = TypeVar("T")
 OneOrMore: TypeAlias = T | Sequence[T]
 """A value, or several for `autotune` to try."""
 
 FLOAT = "fp32"
-BY_TYPE = "type:"
-"""What begins the name of a module type where a configuration is JSON."""
 INCS_OWN = ("params_list", "non_tunable_params", "local_config", "global_config", "white_list")
 
 
@@ -99,7 +87,7 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         if self.global_config is not None and not self.local_config:
             return parameters
         local = {
-            key if isinstance(key, str) else f"{BY_TYPE}{_shown(key)}":
+            key if isinstance(key, str) else f"{BY_TYPE}{shown(key)}":
             _plain(config.get_params_dict()) if isinstance(config, PlanningConfig) else {"dtype": FLOAT}
             for key, config in self.local_config.items()
         }  # fmt: skip
@@ -160,7 +148,7 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         if self.global_config is not None:
             found = dict.fromkeys(layers, self)
         for key, config in self.local_config.items():
-            found.update(dict.fromkeys(_matching(key, layers), config))
+            found.update(dict.fromkeys(matching(key, layers), config))
         own = [layer for layer in layers if getattr(found.get(layer), "name", "") == self.name]
         kept = OrderedDict((layer, found[layer]) for layer in own)
         if not kept:
@@ -175,11 +163,11 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         """
         if type(config) is not type(self) and getattr(config, "dtype", None) != FLOAT:
             raise SettingError(
-                f"set_local({_shown(operator_name_or_list)}): is a {type(config).__name__}, and only another "
+                f"set_local({shown(operator_name_or_list)}): is a {type(config).__name__}, and only another "
                 f"{type(self).__name__}, or RTNConfig(dtype={FLOAT!r}) for floating point, works here"
             )
         if getattr(config, "skip", None) and config.get_params_dict() != self.get_params_dict():
-            raise SettingError(f"set_local({_shown(operator_name_or_list)}): skip goes with the whole configuration")
+            raise SettingError(f"set_local({shown(operator_name_or_list)}): skip goes with the whole configuration")
         return cast(Self, super().set_local(operator_name_or_list, config))
 
     @classmethod
@@ -245,7 +233,7 @@ class MixQuantConfig(AllocatingConfig):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(type(self), kwargs)
-        super().__init__(white_list=_white_list(white_list))
+        super().__init__(white_list=checked_white_list(white_list))
         self._settle(qem=qem, metric=metric, bits=bits, baseline=baseline, scheme=scheme, skip=skip)
 
     def relative_size(self) -> float:
@@ -284,7 +272,7 @@ class PTILMPQConfig(AllocatingConfig):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(type(self), kwargs)
-        super().__init__(white_list=_white_list(white_list))
+        super().__init__(white_list=checked_white_list(white_list))
         self._settle(
             alpha=alpha, beta_important=beta_important, beta_other=beta_other, important_bits=important_bits,
             other_bits=other_bits, layer_threshold=layer_threshold, channel_threshold=channel_threshold,
@@ -315,7 +303,7 @@ class PlanConfig(PlanningConfig):
         **kwargs: Any,
     ) -> None:
         _refuse_unknown(type(self), kwargs)
-        super().__init__(white_list=_white_list(white_list))
+        super().__init__(white_list=checked_white_list(white_list))
         if white_list not in (DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST):
             raise SettingError("white_list: the plan says which layers are quantized; plan fewer")
         self.plan: Any = _each(plan, as_plan)
@@ -330,7 +318,7 @@ class PlanConfig(PlanningConfig):
 
     def set_local(self, operator_name_or_list: Any, config: Any) -> Self:
         """Refused: the plan says what each layer gets. Raises SettingError."""
-        raise SettingError(f"set_local({_shown(operator_name_or_list)}): the plan says what each layer gets; change it")
+        raise SettingError(f"set_local({shown(operator_name_or_list)}): the plan says what each layer gets; change it")
 
     def relative_size(self) -> float:
         """Its bits in total."""
@@ -345,63 +333,10 @@ class PlanConfig(PlanningConfig):
 CONFIGS: tuple[type[PlanningConfig], ...] = (MixQuantConfig, PTILMPQConfig, PlanConfig)
 
 
-def check_float(model: nn.Module) -> None:
-    """Raise SettingError for a model that is quantized already."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, WeightOnlyLinear)]
-    if hasattr(model, "mpq_plan") or packed:
-        raise SettingError(f"{type(model).__name__}: is quantized already; start from the float model, or a copy of it")
-
-
-def joint_plan(model: nn.Module, configs: Mapping[str, PlanningConfig]) -> Plan:
-    """One plan from the configuration of each layer, by name; layers that have none stay in float.
-
-    Raises MismatchError and SettingError as the configurations do, and SettingError for layers of one weight that
-    have different ones, or for a plan with quantized activations.
-    """
-    every = [name for name, module in model.named_modules() if layer_kind(module)]
-    distinct: list[PlanningConfig] = []
-    for config in configs.values():
-        if config not in distinct:
-            distinct.append(config)
-    left_out = [] if isinstance(distinct[0], PlanConfig) else [name for name in every if name not in configs]
-    plans = [config.plan_for(model, left_out) for config in distinct]
-    if len(plans) == 1:
-        require_legal(plans[0], CAPABILITIES)
-        return plans[0]
-    layers: list[LayerChoice] = []
-    skipped: list[str] = []
-    names = dict.fromkeys(name for plan in plans for layer in plan.layers for name in layer.names)
-    done: set[str] = set()
-    for name in (name for name in every if name in names and name not in done):
-        config = configs[name]
-        layer = plans[distinct.index(config)].by_any_name.get(name)
-        tied = next(plan.by_any_name[name].names for plan in plans if name in plan.by_any_name)
-        if any(configs.get(other, config) != config for other in tied):
-            alike = first_few([repr(other) for other in tied], ", ")
-            raise SettingError(f"set_local: {alike} share a weight; configure them alike")
-        done |= {*tied}
-        if layer is None:
-            skipped.append(name)
-        else:
-            layers.append(layer)
-    first = plans[0]
-    update = {"layers": tuple(layers), "skipped": (*first.skipped, *(n for n in skipped if n not in first.skipped))}
-    return first.model_copy(update=update)
-
-
 def _refuse_unknown(kind: type[PlanningConfig], kwargs: Mapping[str, Any]) -> None:
     if kwargs:
         allowed = [name for name in kind._generate_params_list() if name not in kwargs]
         raise SettingError(f"{kind.__name__}: has no {', '.join(kwargs)}; it has {', '.join(allowed)}")
-
-
-def _white_list(value: Any) -> Any:
-    """Neural Compressor's `*`, None, or a list of names and module types. Raises SettingError."""
-    if value in (DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST):
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(own, str | type) for own in value):
-        return list(value)
-    raise SettingError(f"white_list: {value!r:.60} is not allowed; a list of names or module types, '*' or None")
 
 
 def _each(value: Any, convert: Any) -> Any:
@@ -416,36 +351,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _matching(key: Any, layers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The layers that a local configuration is for: by type, or by a regex on the name as the compressor matches it."""
-    if not isinstance(key, str):
-        hits = [layer for layer in layers if layer[1] == getattr(key, "__name__", "")]
-    elif key.startswith(BY_TYPE):
-        hits = [layer for layer in layers if layer[1] == key.removeprefix(BY_TYPE)]
-    else:
-        try:
-            hits = [layer for layer in layers if re.match(key, layer[0])]
-        except re.error as error:
-            raise SettingError(f"{key!r}, in set_local or white_list: is no regular expression ({error})") from error
-        loose = [repr(name) for name, _ in hits if not re.fullmatch(key, name)]
-        if loose:
-            exact = (
-                f"{f'^{re.escape(key)}$'!r} for that layer alone, or " if any(key == name for name, _ in hits) else ""
-            )
-            raise SettingError(
-                f"{key!r}, in set_local or white_list: would take {first_few(loose, ', ')} too, by the start of the "
-                f"name; write {exact}{f'{key}.*'!r} for all of them"
-            )
-    if not hits:
-        names = ", ".join(repr(name) for name, _ in layers[:3])
-        raise MismatchError(f"{_shown(key)}, in set_local or white_list: matches no layer; names look like {names}")
-    return hits
-
-
-def _shown(key: Any) -> str:
-    return repr(key) if isinstance(key, str) else getattr(key, "__name__", repr(key))
 
 
 def _composed(config: PlanningConfig) -> str:

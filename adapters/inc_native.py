@@ -16,7 +16,7 @@ from mpq_plugins.quantize.weight import check_weight
 from mpq_plugins.scheme import Affine
 
 from .folded import check_model, check_plan, planned_layers
-from .inc_config import check_float
+from .inc_names import check_float
 from .inc_quiet import quiet_import
 
 with quiet_import():

@@ -14,8 +14,9 @@ from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
 from .folded import planned_by_name
-from .inc_config import CONFIGS, PlanningConfig, joint_plan
+from .inc_config import CONFIGS, PlanningConfig
 from .inc_files import save, weights_digest
+from .inc_joint import joint_plan
 from .inc_quiet import quiet_import
 
 with quiet_import():

@@ -12,7 +12,8 @@ from mpq_plugins.plan import Plan
 from mpq_plugins.tuning import Criterion, Progress, Tuning, checked_score, plan_text, smallest_first
 
 from .folded import check_module
-from .inc_config import PlanConfig, PlanningConfig, joint_plan
+from .inc_config import PlanConfig, PlanningConfig
+from .inc_joint import joint_plan
 from .inc_plan import check_evaluation
 from .inc_quantize import plan_of
 from .inc_quiet import quiet, quiet_import

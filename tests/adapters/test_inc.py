@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, measure
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import FormatError, MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
+from mpq_plugins.match import match
 from tests.adapters import nets
 from tests.nets import tied_net
 from tests.plans import with_layer
@@ -274,11 +275,15 @@ def test_a_layer_kept_in_float_by_the_compressors_own_word() -> None:
     inc.verify(quantized, plan, model)
 
 
-def test_local_schemes_differ_and_are_exact() -> None:
+@pytest.mark.parametrize("skip", [(), ("fc",), ("conv2",)])
+def test_local_schemes_differ_and_are_exact(skip: tuple[str, ...]) -> None:
+    """What is skipped for the whole may still have a configuration of its own."""
     model = nets.made(nets.SmallNet)
-    config = only(5).set_local("^fc$", only(3, scheme=PER_CHANNEL))
+    config = only(5, skip=skip).set_local("^fc$", only(3, scheme=PER_CHANNEL))
     quantized = incs.quantize(copy.deepcopy(model), config)
     plan = inc.plan_of(quantized)
+    found = match(plan, model, weights=True)
+    assert (found.problems, found.notes) == ((), ())
     assert plan.by_name["fc"].scheme == PER_CHANNEL
     assert plan.by_name["conv1"].scheme == Affine()
     inc.verify(quantized, plan, model)

@@ -250,8 +250,24 @@ def test_a_scheme_may_be_its_document() -> None:
     assert {layer.scheme for layer in classic.plan_of(q_model).layers} == {PER_CHANNEL}
 
 
+def test_a_plan_and_a_constraint_that_contradict_each_other() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
+    for setting in (
+        having(conf("plan", plan=plan), "op_name_dict", {"fc": FP32}),
+        conf("plan", plan=plan, skip=["fc"]),
+    ):
+        with pytest.raises(SettingError, match="'fc': the plan quantizes them, and skip, op_name_dict"):
+            classic.fit(model, setting)
+
+
 def test_arguments_that_do_not_exist_or_do_nothing() -> None:
     model = nets.made(nets.SmallNet)
+    for run in (classic.fit, compressor.quantization.fit):
+        with pytest.raises(SettingError, match="SmallNet: is in training mode"):
+            run(nets.SmallNet(), conf(qem=2), eval_func=by_levels)
+        with pytest.raises(SettingError, match="eval_func: is a float, no function"):
+            run(model, conf(qem=2), eval_func=1.0)
     with pytest.raises(TypeError, match="eval_fn"):
         classic.fit(model, conf(qem=2), eval_fn=by_levels)
     with pytest.raises(SettingError, match="calib_func"):
