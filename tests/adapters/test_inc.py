@@ -792,6 +792,9 @@ def test_what_is_packed_computes_as_the_plan_does(bits: int, symmetric: bool) ->
     if bits == 8 and not symmetric:
         with pytest.raises(SettingError, match="'0': asymmetric 8-bit codes overflow"):
             inc.to_inc(plan)
+        rtn = incs.RTNConfig(bits=8, use_sym=False, group_size=-1, use_layer_wise=False)
+        wrong = incs.quantize(copy.deepcopy(model), rtn)[0].recover()
+        assert (wrong - model[0].weight).abs().max().item() > 0.1  # why: should it be mended, this refusal can go
         return
     quantized = packed(model, plan)
     inc.verify(quantized, plan, model)
