@@ -1,5 +1,6 @@
 """What backends that fold BatchNorm themselves are given: the folded weights, and their integers."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -77,6 +78,35 @@ def changed_state(quantized: nn.Module, model: nn.Module, weights: set[str]) -> 
         for name, value in model.state_dict().items()
         if name not in weights and isinstance(value, Tensor) and not (name in state and state[name].equal(value))
     ]
+
+
+def changed_modules(quantized: nn.Module, model: nn.Module, but: Collection[str] = ()) -> list[str]:
+    """What of the model's modules is of another class, gone or added, and what of its buffers and state is not its own.
+
+    `but`: modules that are another's by right, and all inside them.
+    """
+    inside = tuple(f"{name}." if name else "" for name in but)
+
+    def spared(name: str) -> bool:
+        return name in but or (bool(inside) and name.startswith(inside))
+
+    mine, theirs = (dict(net.named_modules(remove_duplicate=False)) for net in (model, quantized))
+    problems = [
+        f"{name!r} is a {type(theirs[name]).__name__ if name in theirs else 'gap'}, the model has a "
+        f"{type(mine[name]).__name__ if name in mine else 'gap'} there"
+        for name in (mine.keys() | theirs.keys())
+        if name and not spared(name) and type(mine.get(name)) is not type(theirs.get(name))
+    ]
+    here, there = (dict(net.named_buffers(remove_duplicate=False)) for net in (model, quantized))
+    buffers = [name for name in (here.keys() | there.keys()) if not spared(name.rpartition(".")[0])]
+    problems += [
+        f"{name!r} is not the model's own"
+        for name in buffers
+        if not (name in here and name in there and torch.equal(here[name], there[name]))
+    ]
+    added = quantized.state_dict().keys() - model.state_dict().keys()
+    problems += [f"{name!r} is not the model's own" for name in added if not spared(name.rpartition(".")[0])]
+    return sorted(dict.fromkeys(problems))
 
 
 def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:

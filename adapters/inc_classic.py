@@ -29,7 +29,7 @@ from .folded import check_model, check_module
 from .inc_classic_criterion import TuningCriterion
 from .inc_classic_strategy import MixQuantTuneStrategy, PlanTuneStrategy, PTILMPQTuneStrategy, register
 from .inc_classic_verify import LayerCheck, verify
-from .inc_plan import CAPABILITIES
+from .inc_plan import CAPABILITIES, check_evaluation, check_plans
 from .inc_quiet import quiet, quiet_import
 
 with quiet_import():
@@ -98,6 +98,8 @@ def tune(
     evaluate: a number above 0, larger is better, or a mapping of names to numbers of which the first counts.
     progress: called with (what, trials done, trials).
     """
+    check_plans(plans)
+    check_evaluation(model, evaluate, "evaluate")
     begun = 0
 
     @functools.wraps(evaluate)

@@ -3,6 +3,8 @@
 import copy
 from typing import Any
 
+import torch
+
 from mpq_plugins.apply import apply as simulated
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import KINDS
@@ -28,6 +30,7 @@ class PlanAdaptor(PyTorchWeightOnlyAdaptor):  # type: ignore[misc]  # Neural Com
         super().__init__(framework_specific_info)
         self.white_list = list(KINDS)
 
+    @torch.inference_mode(False)
     def quantize(self, tune_cfg: dict[str, Any], model: Any, dataloader: Any, calib_func: Any = None) -> Any:
         """A quantized copy of the model, in Neural Compressor's wrapper."""
         own = model.model

@@ -1,5 +1,6 @@
 """What of a classic configuration our strategies cannot run, and Neural Compressor would take without a word."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,12 @@ def check_conf(config: Any, arguments: Mapping[str, Any]) -> None:
         raise SettingError(f"strategy_kwargs: is a {type(kwargs).__name__}; a dict, such as {{'qem': [3, 2]}}")
     if type(config.tuning_criterion.max_trials) is not int or config.tuning_criterion.max_trials < 1:
         raise SettingError(f"max_trials: {config.tuning_criterion.max_trials!r} is not allowed; 1 or more")
+    for option in ("op_type_dict", "op_name_dict"):
+        for key in getattr(config, option) or {}:
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise SettingError(f"{option}[{key!r}]: is no regular expression ({error})") from error
     if config.approach == STATIC:
         if arguments.get("q_dataloader") is None and arguments.get("q_func") is None:
             raise SettingError("calib_dataloader: none given, static quantization needs it, or calib_func")

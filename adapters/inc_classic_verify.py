@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from mpq_plugins.apply import verify as verify_simulated
@@ -10,7 +11,7 @@ from mpq_plugins.errors import VerifyError, first_few
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.plan import Plan
 
-from .folded import changed_state, check_model, check_module, planned_by_name
+from .folded import changed_modules, changed_state, check_model, check_module, planned_by_name
 
 RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 
@@ -24,6 +25,7 @@ class LayerCheck:
     int8: bool
 
 
+@torch.no_grad()
 def verify(q_model: Any, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
     """Prove that what `fit` returned, or its module, holds the plan.
 
@@ -38,7 +40,8 @@ def verify(q_model: Any, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]
         return verify_static(module, plan)
     verify_simulated(module, plan, model)
     original = fold_batch_norm(model) if plan.fold_bn else model
-    changed = changed_state(module, original, {f"{name}.weight" if name else "weight" for name in plan.by_any_name})
+    weights = {f"{name}.weight" if name else "weight" for name in plan.by_any_name}
+    changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
     if changed:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")
     return tuple(LayerCheck(layer.name, layer.widths, False) for layer in plan.layers)

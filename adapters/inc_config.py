@@ -84,14 +84,23 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON has it, local ones and white_list included; `from_dict` reads it."""
         parameters: dict[str, Any] = _plain(self.get_params_dict())
-        if self.global_config is not None and not self.local_config:
-            return parameters
+        if isinstance(self.white_list, list):
+            parameters["white_list"] = [_key(own) for own in self.white_list]
         local = {
-            key if isinstance(key, str) else f"{BY_TYPE}{shown(key)}":
-            _plain(config.get_params_dict()) if isinstance(config, PlanningConfig) else {"dtype": FLOAT}
+            _key(key): _plain(config.get_params_dict()) if isinstance(config, PlanningConfig) else {"dtype": FLOAT}
+            for key, config in self.own_local().items()
+        }
+        whole = self.white_list != EMPTY_WHITE_LIST
+        return parameters if whole and not local else {LOCAL: local, **({GLOBAL: parameters} if whole else {})}
+
+    def own_local(self) -> dict[Any, Any]:
+        """The local configurations that were set, and not made by white_list."""
+        listed, values = self.white_list if isinstance(self.white_list, list) else (), self.get_params_dict()
+        return {
+            key: config
             for key, config in self.local_config.items()
-        }  # fmt: skip
-        return {LOCAL: local, **({GLOBAL: parameters} if self.global_config is not None else {})}
+            if key not in listed or config.get_params_dict() != values
+        }
 
     @classmethod
     def from_dict(cls, config_dict: Any) -> Self:
@@ -118,9 +127,7 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         made = []
         for chosen in combinations(values, varied):
             config = type(self)(**chosen, white_list=self.white_list)
-            for key, local in self.local_config.items():
-                if key not in config.local_config or local.get_params_dict() != values:  # else white_list made it
-                    config.local_config[key] = copy.deepcopy(local)
+            config.local_config.update(copy.deepcopy(self.own_local()))
             made.append(config)
         return sorted(made, key=lambda config: config.relative_size())
 
@@ -166,7 +173,15 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
                 f"set_local({shown(operator_name_or_list)}): is a {type(config).__name__}, and only another "
                 f"{type(self).__name__}, or RTNConfig(dtype={FLOAT!r}) for floating point, works here"
             )
-        if getattr(config, "skip", None) and config.get_params_dict() != self.get_params_dict():
+        values = config.get_params_dict() if isinstance(config, PlanningConfig) else {}
+        another = values != self.get_params_dict()  # white_list sets the configuration itself
+        listed = [name for name, value in values.items() if another and several(name, value, self.sequences)]
+        if listed:
+            raise SettingError(
+                f"set_local({shown(operator_name_or_list)}): {listed[0]}: {values[listed[0]]!r} are several, and "
+                "a local configuration is not varied; give one value"
+            )
+        if another and values.get("skip"):
             raise SettingError(f"set_local({shown(operator_name_or_list)}): skip goes with the whole configuration")
         return cast(Self, super().set_local(operator_name_or_list, config))
 
@@ -337,6 +352,10 @@ def _refuse_unknown(kind: type[PlanningConfig], kwargs: Mapping[str, Any]) -> No
     if kwargs:
         allowed = [name for name in kind._generate_params_list() if name not in kwargs]
         raise SettingError(f"{kind.__name__}: has no {', '.join(kwargs)}; it has {', '.join(allowed)}")
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else f"{BY_TYPE}{shown(key)}"
 
 
 def _each(value: Any, convert: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from mpq_plugins.apply import verify
@@ -90,6 +90,7 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
     match(plan, model).require(type(model).__name__)
     quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
     try:
+        _check_dtypes(load_file(str(path / WEIGHTS)), quantized, folder)
         load_model(quantized, str(path / WEIGHTS))
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -99,6 +100,15 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
         raise VerifyError(f"{folder}: was changed since it was saved; save the model again")
     mark(quantized, plan, {("", type(quantized).__name__): None})
     return quantized.eval()
+
+
+def _check_dtypes(stored: dict[str, torch.Tensor], model: nn.Module, folder: object) -> None:
+    state = model.state_dict()
+    for name, value in stored.items():
+        if name in state and state[name].dtype != value.dtype:
+            raise MismatchError(
+                f"{folder}: {name!r} is {value.dtype} there, {state[name].dtype} in {type(model).__name__}; convert it"
+            )
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """From allocators to plans for Neural Compressor, new and classic: measure the model as it runs there, and decide."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -12,7 +13,7 @@ from torch import nn
 
 from mpq_plugins import Affine, measure
 from mpq_plugins.allocate.base import Allocator
-from mpq_plugins.errors import SettingError
+from mpq_plugins.errors import SettingError, what_it_said
 from mpq_plugins.legalise import Capabilities
 from mpq_plugins.plan import Plan
 from mpq_plugins.scheme import NamedScheme, Scheme
@@ -98,6 +99,18 @@ def check_evaluation(model: nn.Module, evaluate: object, name: str) -> None:
         raise SettingError(f"{name}: is a {type(evaluate).__name__}, no function; give the function itself")
     if any(module.training for module in model.modules()):
         raise SettingError(f"{type(model).__name__}: is in training mode, or a part of it; call model.eval()")
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # a user's model may do anything
+        raise SettingError(
+            f"{type(model).__name__}: cannot be copied ({what_it_said(error)}), and each trial needs a copy"
+        ) from error
+
+
+def check_plans(plans: object) -> None:
+    """Raise SettingError for what is no list of plans."""
+    if not isinstance(plans, list | tuple) or not all(isinstance(plan, Plan) for plan in plans):
+        raise SettingError(f"plans: is a {type(plans).__name__}; a list of Plans")
 
 
 def several(name: str, value: Any, sequences: Sequence[str]) -> bool:

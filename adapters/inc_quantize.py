@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpq_plugins.apply import apply as simulated
-from mpq_plugins.errors import SettingError, first_few
+from mpq_plugins.errors import SettingError, what_it_said
 from mpq_plugins.fold import fold_in_place
-from mpq_plugins.plan import Plan
+from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.weights import quantizable_weights
 
 from .folded import planned_by_name
@@ -34,6 +34,7 @@ def register() -> None:
         register_algo(config.name)(quantize_entry)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_entry(
     model: nn.Module, configs_mapping: Mapping[tuple[str, str], Any], *_: Any, mode: Any = Mode.QUANTIZE, **__: Any
@@ -47,20 +48,34 @@ def quantize_entry(
     plan = joint_plan(model, configs)
     if mode == Mode.PREPARE:
         return model
-    made = quantizable_weights(simulated(model, plan))
-    planned = planned_by_name(plan)
-    frozen = [repr(name) for name, weight in quantizable_weights(model).items() if weight.is_inference()]
-    if frozen:
-        raise SettingError(
-            f"{first_few(frozen, ', ')}: made under inference_mode, and cannot be changed; copy the model"
-        )
+    made = quantizable_weights(_simulated(model, plan))
     if plan.fold_bn:
         fold_in_place(model)
+    planned = planned_by_name(plan)
     for name, weight in quantizable_weights(model).items():
         if name in planned:
-            weight.data = made[name].data  # whatever memory it shared, it has its own now, as in a copy
+            _put(model, planned[name], weight, made[name].detach())
     mark(model, plan, configs_mapping)
     return model
+
+
+def _simulated(model: nn.Module, plan: Plan) -> nn.Module:
+    try:
+        return simulated(model, plan)
+    except (TypeError, RuntimeError) as error:
+        raise SettingError(f"{type(model).__name__}: cannot be copied ({what_it_said(error)})") from error
+
+
+def _put(model: nn.Module, layer: LayerChoice, weight: Tensor, made: Tensor) -> None:
+    """Give a layer its weight, in its memory where other processes look at that."""
+    if weight.is_inference():  # made in inference_mode, and not to be changed outside
+        parameter = nn.Parameter(made, requires_grad=weight.requires_grad)
+        for name in layer.names:
+            model.get_submodule(name).weight = parameter
+    elif weight.device.type == "cpu" and weight.is_shared():
+        weight.copy_(made)
+    else:
+        weight.data = made  # whatever memory it had in common, it has its own now, as in a copy
 
 
 def mark(model: nn.Module, plan: Plan, configs: Any) -> None:

@@ -14,7 +14,7 @@ from mpq_plugins.tuning import Criterion, Progress, Tuning, checked_score, plan_
 from .folded import check_module
 from .inc_config import PlanConfig, PlanningConfig
 from .inc_joint import joint_plan
-from .inc_plan import check_evaluation
+from .inc_plan import check_evaluation, check_plans
 from .inc_quantize import plan_of
 from .inc_quiet import quiet, quiet_import
 
@@ -58,7 +58,7 @@ def autotune(
         raise tuning.unmet()
     if progress is not None:
         progress("", len(configs), len(configs))
-    tuned.mpq_tuning = tuning
+    vars(tuned)["mpq_tuning"] = tuning  # a module may forbid attributes
     return cast(nn.Module, tuned)
 
 
@@ -71,7 +71,8 @@ def tune(
     progress: Progress | None = None,
 ) -> Tuning:
     """`autotune` over plans made before; what `mpq tune` runs. Raises as autotune does."""
-    config = TuningConfig(PlanConfig(plans), tolerable_loss=tolerable_loss, max_trials=max(1, len(plans)))
+    check_plans(plans)
+    config = TuningConfig(PlanConfig(list(plans)), tolerable_loss=tolerable_loss, max_trials=max(1, len(plans)))
     return tuning_of(autotune(model, config, evaluate, progress=progress))
 
 

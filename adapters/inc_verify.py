@@ -13,7 +13,7 @@ from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.simulate import simulate
 from mpq_plugins.weights import layer_kind
 
-from .folded import changed_state, check_model, check_module, planned_by_name
+from .folded import changed_modules, changed_state, check_model, check_module, planned_by_name
 from .inc_quiet import quiet_import
 
 with quiet_import():
@@ -36,6 +36,7 @@ class LayerCheck:
     ties: int = 0
 
 
+@torch.no_grad()
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
     """Compare every layer with what the plan makes of the float `model`, and all else with the model's own.
 
@@ -63,7 +64,10 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     packed = [name for name, module in found.items() if isinstance(module, WeightOnlyLinear)]
     seen = {_in(name, own) for name in wanted for own in ("weight", *(("bias",) if name in packed else ()))}
     problems += changed_state(quantized, original, seen)
-    problems += _added_state(quantized, original, packed)
+    problems += changed_modules(quantized, original, packed)
+    for layer in plan.layers:
+        lost = [name for name in layer.tied if name in found and found[name].weight is not found[layer.name].weight]
+        problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in lost]
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
@@ -113,17 +117,3 @@ def _packed_problem(module: Any, own: IntegerWeight, bits: int | None, bias: Ten
 
 def _same_in_half(stored: object, bias: Tensor) -> bool:
     return isinstance(stored, Tensor) and bool(stored.isfinite().all()) and torch.equal(stored, bias.to(stored.dtype))
-
-
-def _added_state(quantized: nn.Module, original: nn.Module, packed: list[str]) -> list[str]:
-    """State that the model has not, of others than packed layers, and buffers that no state dict shows."""
-    inside = tuple(f"{name}." if name else "" for name in packed)
-    mine, theirs = original.state_dict(), quantized.state_dict()
-    added = [repr(name) for name in theirs if name not in mine and not (inside and name.startswith(inside))]
-    buffers = dict(quantized.named_buffers())
-    changed = [
-        repr(name)
-        for name, buffer in original.named_buffers()
-        if name not in mine and not (name in buffers and buffers[name].equal(buffer))
-    ]
-    return [f"{name} is not the model's own" for name in (*added, *changed)]

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ CONFIGURATIONS: list[Callable[[], Any]] = [
     lambda: only(4, white_list=[nn.Linear]),
     lambda: only(4, white_list=["^fc$", "^conv1$"]),
     lambda: inc.MixQuantConfig(white_list=None).set_local("^fc$", only(3)),
+    lambda: only(5, white_list=[nn.Linear, "^conv1$"]).set_local("^conv1$", only(3)),
     lambda: inc.PTILMPQConfig(alpha=0.5, scheme=PER_CHANNEL),
     lambda: inc.PlanConfig(the_plan()),
 ]
@@ -164,9 +166,10 @@ def test_configurations_go_through_json(made: Callable[[], Any]) -> None:
 def test_expanding_keeps_local_configurations_and_the_white_list() -> None:
     config = inc.MixQuantConfig(qem=[1e-9, 1e9], white_list=[nn.Linear, nn.Conv2d]).set_local(nn.Linear, only(5))
     model = nets.made(nets.SmallNet)
-    assert [bits_of(own, model) for own in config.expand()] == [
-        {"conv1": 2, "conv2": 2, "fc": 5}, {"conv1": 8, "conv2": 8, "fc": 5}
-    ]  # fmt: skip
+    for same_config in (config, inc.MixQuantConfig.from_dict(json.loads(json.dumps(config.to_dict())))):
+        assert [bits_of(own, model) for own in same_config.expand()] == [
+            {"conv1": 2, "conv2": 2, "fc": 5}, {"conv1": 8, "conv2": 8, "fc": 5}
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -222,6 +225,55 @@ def test_weights_that_share_memory_and_weights_that_cannot_be_written() -> None:
     before = copy.deepcopy(expanded)
     plan = inc.plan_of(incs.quantize(expanded, only(4, scheme=PER_CHANNEL)))
     assert same(expanded, simulated(before, plan))
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_under_inference_mode(made_inside: bool) -> None:
+    with torch.inference_mode():
+        model = Prefixes().eval() if made_inside else None
+    model = model or Prefixes().eval()
+    plan = Uniform(bits=4)(measure(copy.deepcopy(model), PER_CHANNEL, (4,)))
+    with torch.inference_mode():
+        copied = inc.apply(model, plan)
+        inc.autotune(model, tuning(inc.PlanConfig(plan)), eval_fn=lambda given: 1.0)
+        given = copy.deepcopy(model)
+        incs.quantize(given, inc.PlanConfig(plan))
+    for quantized in (copied, given):
+        inc.verify(quantized, plan, model)
+        assert not any(weight.is_inference() for name, weight in quantized.named_parameters() if "weight" in name)
+
+
+def test_weights_that_other_processes_look_at_stay_where_they_are() -> None:
+    model = Prefixes().eval()
+    model.share_memory()
+    before = copy.deepcopy(model)
+    incs.quantize(model, only(4))
+    assert model.fc1.weight.is_shared()
+    inc.verify(model, inc.plan_of(model), before)
+
+
+def test_models_that_cannot_be_copied_or_marked() -> None:
+    class Locked(Prefixes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+    before = Locked().eval()
+    state = {name: value.clone() for name, value in before.state_dict().items()}
+    with pytest.raises(SettingError, match="Locked: cannot be copied"):
+        incs.quantize(before, only(4))
+    with pytest.raises(SettingError, match=r"Locked: cannot be copied.*each trial needs a copy"):
+        inc.autotune(before, tuning(only(4)), eval_fn=score_by(by_bits))
+    assert all(state[name].equal(value) for name, value in before.state_dict().items())
+
+    class Refusing(Prefixes):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name.startswith("mpq") or name in ("save", "qconfig"):
+                raise AttributeError(f"no {name}")
+            super().__setattr__(name, value)
+
+    tuned = inc.autotune(Refusing().eval(), tuning(only(4)), eval_fn=score_by(lambda plan: 100.0))
+    assert len(inc.tuning_of(tuned).trials) == 1
 
 
 def test_a_model_with_names_of_its_own_for_what_the_compressor_sets() -> None:
@@ -355,6 +407,10 @@ def test_a_composition_would_quantize_nothing(swap: bool) -> None:
         (lambda: inc.MixQuantConfig().set_local("^fc$", None), "is a NoneType, and only another MixQuantConfig"),
         (lambda: inc.MixQuantConfig().set_local("^fc$", inc.PTILMPQConfig()), "only another MixQuantConfig"),
         (lambda: inc.MixQuantConfig().set_local("^fc$", only(2, skip=("fc",))), "skip goes with the whole"),
+        (
+            lambda: inc.MixQuantConfig().set_local("^fc$", inc.MixQuantConfig(qem=[3, 2])),
+            "is not varied; give one value",
+        ),
         (lambda: setattr(inc.MixQuantConfig(), "qme", 3), "has no qme to set"),
         (lambda: setattr(inc.MixQuantConfig(), "qem", -3), "qem: -3 is not allowed"),
         (lambda: setattr(inc.MixQuantConfig(), "white_list", ["fc"]), "white_list: is for the making"),
@@ -415,7 +471,9 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda net: setattr(net, "fc", nn.ReLU()), "'fc' is missing"),
     (lambda net: setattr(net, "fc", nn.Linear(8, 4)), "'fc' is not what the plan makes"),
     (lambda net: setattr(net, "extra", nn.Linear(8, 4)), "'extra' is not a layer of the model's"),
-    (lambda net: setattr(net, "extra", nn.LayerNorm(4)), "'extra.weight' is not the model's own"),
+    (lambda net: setattr(net, "extra", nn.LayerNorm(4)), "'extra' is a LayerNorm, the model has a gap there"),
+    (lambda net: net.register_buffer("extra", torch.ones(1), persistent=False), "'extra' is not the model's own"),
+    (lambda net: setattr(net, "relu", nn.Identity()), "'relu' is a Identity, the model has a ReLU there"),
 ]
 
 
@@ -437,7 +495,7 @@ def test_verify_sees_the_float_model_a_norm_put_back_and_a_lost_tie() -> None:
     folded = Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=True))
     quantized: Any = inc.apply(model, folded)
     quantized.bn1 = nn.BatchNorm2d(8).eval()
-    with pytest.raises(VerifyError, match=r"'bn1\.weight' is not the model's own"):
+    with pytest.raises(VerifyError, match="'bn1' is a BatchNorm2d, the model has a Identity there"):
         inc.verify(quantized, folded, model)
     tied = tied_net()
     plan = Uniform(bits=4)(measure(tied, PER_CHANNEL, (4,)))
@@ -445,6 +503,10 @@ def test_verify_sees_the_float_model_a_norm_put_back_and_a_lost_tie() -> None:
     untied.lm_head.weight = nn.Parameter(torch.randn_like(untied.lm_head.weight))
     with pytest.raises(VerifyError, match="'lm_head' is not what the plan makes"):
         inc.verify(untied, plan, tied)
+    equal: Any = inc.apply(tied, plan)
+    equal.lm_head.weight = nn.Parameter(equal.lm_head.weight.detach().clone())
+    with pytest.raises(VerifyError, match="'lm_head' is no longer tied to 'embed'"):
+        inc.verify(equal, plan, tied)
 
 
 # ---- autotune
@@ -506,6 +568,14 @@ def test_configurations_of_several_kinds_are_sorted_by_true_size() -> None:
     sizes = [trial.plan.size().total_bits for trial in inc.tuning_of(order).trials]
     assert sizes == sorted(sizes)
     assert len(sizes) > 1
+
+
+@pytest.mark.parametrize("plans", [None, "plan", [None]])
+def test_plans_to_tune_over_are_a_list_of_plans(plans: Any) -> None:
+    with pytest.raises(SettingError, match="a list of Plans"):
+        inc.tune(nets.made(nets.SmallNet), plans, by_bits)
+    with pytest.raises(SettingError, match="a list of Plans"):
+        inc.tune(nets.made(nets.SmallNet), the_plan(), by_bits)
 
 
 def test_configurations_of_the_same_plan_are_one_trial() -> None:
@@ -709,6 +779,8 @@ def test_a_corrected_bias_is_saved_and_a_changed_file_is_not_loaded(tmp_path: Pa
     assert same(loaded, quantized)
     incs.save(loaded, str(tmp_path / "again"))
     assert same(inc.load(tmp_path / "again", Prefixes()), quantized)
+    with pytest.raises(MismatchError, match=r"is torch.float32 there, torch.bfloat16 in Prefixes"):
+        inc.load(tmp_path, Prefixes().bfloat16())
     file = tmp_path / "quantized_weight.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

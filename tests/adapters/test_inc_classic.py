@@ -426,6 +426,7 @@ def test_a_strategy_that_would_be_ignored(level: Any, run: str) -> None:
         (lambda: conf(qem=2, scheme="x"), "scheme: "),
         (lambda: conf(qem=2, scheme={"name": "no"}), "scheme: "),
         (lambda: having(conf(qem=2), "op_name_dict", {"conv": FP32}), r"op_name_dict\['conv'\].*matches none whole"),
+        (lambda: having(conf(qem=2), "op_name_dict", {"fc(": FP32}), r"op_name_dict\['fc\('\]: is no regular"),
         (lambda: having(conf(qem=2), "op_type_dict", {"LSTM": FP32}), r"op_type_dict\['LSTM'\].*there are 'Conv2d'"),
         (lambda: having(conf(qem=2), "recipes", {"rtn_args": {"enable_mse_search": True}}), "recipes: rtn_args"),
         (lambda: conf(qem=2, max_trials=0), "max_trials: 0 is not allowed"),
@@ -476,6 +477,31 @@ def test_verify_sees_another_bias(fold_bn: bool) -> None:
         changed.model.fc.bias += 1
     with pytest.raises(VerifyError, match=r"'fc.bias' is not the model's own"):
         classic.verify(changed, classic.plan_of(changed), model)
+
+
+def test_verify_sees_what_was_put_into_a_folded_model() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,), fold_bn=True))
+    for name, module in (("bn1", nn.BatchNorm2d(8, affine=False, track_running_stats=False)), ("e", nn.LayerNorm(2))):
+        q_model: Any = classic.apply(model, plan)
+        setattr(q_model.model, name, module)
+        with pytest.raises(VerifyError, match=f"'{name}' is a "):
+            classic.verify(q_model, plan, model)
+
+
+def test_under_inference_mode() -> None:
+    model = nets.made(nets.SmallNet)
+    with torch.inference_mode():
+        q_model = classic.fit(model, conf(qem=2), eval_func=lambda given: 1.0)
+    classic.verify(q_model, classic.plan_of(q_model), model)
+
+
+@pytest.mark.parametrize("plans", [None, "plan", [None]])
+def test_plans_to_tune_over_are_a_list_of_plans(plans: Any) -> None:
+    with pytest.raises(SettingError, match="a list of Plans"):
+        classic.tune(nets.made(nets.SmallNet), plans, by_levels)
+    with pytest.raises(SettingError, match="evaluate: is a NoneType, no function"):
+        classic.tune(nets.made(nets.SmallNet), [other_plan()], None)
 
 
 def test_a_bare_layer() -> None:
