@@ -65,8 +65,9 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     seen = {_in(name, own) for name in wanted for own in ("weight", *(("bias",) if name in packed else ()))}
     problems += changed_state(quantized, original, seen)
     problems += changed_modules(quantized, original, packed)
+    weights = {name: getattr(module, "weight", None) for name, module in found.items()}
     for layer in plan.layers:
-        lost = [name for name in layer.tied if name in found and found[name].weight is not found[layer.name].weight]
+        lost = [name for name in layer.tied if weights.get(name) is not weights.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in lost]
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")

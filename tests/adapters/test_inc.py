@@ -507,6 +507,9 @@ def test_verify_sees_the_float_model_a_norm_put_back_and_a_lost_tie() -> None:
     equal.lm_head.weight = nn.Parameter(equal.lm_head.weight.detach().clone())
     with pytest.raises(VerifyError, match="'lm_head' is no longer tied to 'embed'"):
         inc.verify(equal, plan, tied)
+    del equal.embed
+    with pytest.raises(VerifyError, match="'embed' is missing"):
+        inc.verify(equal, plan, tied)
 
 
 # ---- autotune
