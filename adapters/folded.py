@@ -12,7 +12,6 @@ from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import FLOAT_BITS
 from mpq_plugins.weights import layer_kind, quantizable_weights
 
 FLOAT = torch.float32
@@ -45,7 +44,7 @@ def check_model(plan: Plan, model: nn.Module) -> None:
 
 def planned_layers(plan: Plan) -> list[LayerChoice]:
     """The layers that the plan does not leave in floating point."""
-    return [layer for layer in plan.layers if not all(part.bits in FLOAT_BITS for part in layer.groups)]
+    return [layer for layer in plan.layers if not layer.in_float]
 
 
 def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:

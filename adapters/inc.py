@@ -16,7 +16,7 @@ from torch import nn
 
 from mpq_plugins.plan import Plan
 
-from .folded import check_model
+from .folded import check_types
 from .inc_config import CONFIGS, MixQuantConfig, PlanConfig, PTILMPQConfig
 from .inc_files import load, save
 from .inc_native import RTN_CAPABILITIES, to_inc
@@ -55,7 +55,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
     """
-    check_model(plan, model)
+    check_types(plan, model)
     with quiet():
         return cast(nn.Module, quantize(copy.deepcopy(model), PlanConfig(plan)))
 

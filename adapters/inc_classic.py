@@ -25,11 +25,11 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.plan import Plan
 from mpq_plugins.tuning import Progress, Tuning
 
-from .folded import check_model, check_module
+from .folded import check_module, check_types
 from .inc_classic_criterion import TuningCriterion
 from .inc_classic_strategy import MixQuantTuneStrategy, PlanTuneStrategy, PTILMPQTuneStrategy, register
 from .inc_classic_verify import LayerCheck, verify
-from .inc_plan import CAPABILITIES, check_evaluation, check_plans
+from .inc_plan import CAPABILITIES, check_function, check_plans
 from .inc_quiet import quiet, quiet_import
 
 with quiet_import():
@@ -80,7 +80,7 @@ def apply(model: nn.Module, plan: Plan) -> Any:
 
     Raises MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
     """
-    check_model(plan, model)
+    check_types(plan, model)
     criterion = TuningCriterion("plan", {"plan": plan})
     return fit(model, PostTrainingQuantConfig(approach="weight_only", quant_level=1, tuning_criterion=criterion))
 
@@ -99,7 +99,7 @@ def tune(
     progress: called with (what, trials done, trials).
     """
     check_plans(plans)
-    check_evaluation(model, evaluate, "evaluate")
+    check_function(evaluate, "evaluate")
     begun = 0
 
     @functools.wraps(evaluate)

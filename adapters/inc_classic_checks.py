@@ -6,6 +6,8 @@ from typing import Any
 
 from mpq_plugins.errors import SettingError
 
+from .inc_plan import check_max_trials
+
 WEIGHT_ONLY, STATIC = "post_training_weight_only", "post_training_static_quant"
 DECIDED = {"bits", "group_size", "scheme", "algorithm"}
 CHANGING = ("smooth_quant", "layer_wise_quant", "fast_bias_correction", "weight_correction", "rtn_args", "awq_args",
@@ -19,8 +21,7 @@ def check_conf(config: Any, arguments: Mapping[str, Any]) -> None:
     kwargs = config.tuning_criterion.strategy_kwargs
     if kwargs is not None and not isinstance(kwargs, dict):
         raise SettingError(f"strategy_kwargs: is a {type(kwargs).__name__}; a dict, such as {{'qem': [3, 2]}}")
-    if type(config.tuning_criterion.max_trials) is not int or config.tuning_criterion.max_trials < 1:
-        raise SettingError(f"max_trials: {config.tuning_criterion.max_trials!r} is not allowed; 1 or more")
+    check_max_trials(config.tuning_criterion.max_trials)
     for option in ("op_type_dict", "op_name_dict"):
         for key in getattr(config, option) or {}:
             try:

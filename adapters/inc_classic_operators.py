@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import FLOAT_BITS, Affine
+from mpq_plugins.scheme import Affine
 
 INT8, FP32 = 8, 32
 
@@ -13,11 +13,6 @@ INT8, FP32 = 8, 32
 def matches(layer: LayerChoice, globs: Sequence[str]) -> bool:
     """Whether any of the globs is for the layer, under any of its names."""
     return any(fnmatchcase(name, pattern) for name in layer.names for pattern in globs)
-
-
-def in_float(layer: LayerChoice) -> bool:
-    """Whether the plan leaves all of the layer in floating point."""
-    return all(part.bits in FLOAT_BITS for part in layer.groups)
 
 
 def int8_or_fp32(plan: Plan, below: int) -> Plan:

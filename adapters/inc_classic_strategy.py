@@ -28,10 +28,11 @@ from mpq_plugins.plan import Plan
 from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 from mpq_plugins.weights import layer_kind
 
+from .folded import planned_layers
 from .inc_classic_adaptor import PLAN, PlanAdaptor, carried_plan
 from .inc_classic_checks import STATIC, check_conf
 from .inc_classic_criterion import TuningCriterion
-from .inc_classic_operators import in_float, int8_or_fp32, matches, weight_items
+from .inc_classic_operators import int8_or_fp32, matches, weight_items
 from .inc_classic_verify import verify_static
 from .inc_plan import (
     CAPABILITIES,
@@ -221,14 +222,14 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
 
     def _configured(self, plan: Plan, configs: dict[Any, Any]) -> dict[Any, Any]:
         """The operators' configurations under a plan. Raises MismatchError for a layer that is no operator."""
-        lost = {layer.name for layer in plan.layers if not in_float(layer)}
+        lost = {layer.name for layer in planned_layers(plan)}
         for (name, kind), config in configs.items():
             layer = plan.by_any_name.get(name)
             if layer is not None:
                 lost.discard(layer.name)
             if layer is None and self._static:
                 continue  # not a layer: an addition, a pooling
-            if layer is None or in_float(layer):
+            if layer is None or layer.in_float:
                 configs[name, kind] = OpTuningConfig(name, kind, "fp32", self.tuning_space)
             elif not self._static:
                 config.kwargs = {**config.kwargs, **weight_items(layer)}
@@ -287,7 +288,7 @@ class PlanTuneStrategy(PlanningTuneStrategy):
         plans = [as_plan(one) for one in (given if isinstance(given, list | tuple) else [given])]
         for plan in plans:
             match(plan, self.model.model).require(type(self.model.model).__name__)
-            clash = [repr(layer.name) for layer in plan.layers if not in_float(layer) and matches(layer, skip)]
+            clash = [repr(layer.name) for layer in planned_layers(plan) if matches(layer, skip)]
             if clash:
                 raise SettingError(
                     f"{first_few(clash, ', ')}: the plan quantizes them, and skip, op_name_dict or op_type_dict keeps "

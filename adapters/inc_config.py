@@ -120,6 +120,11 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
 
     def expand(self) -> list["PlanningConfig"]:
         """One configuration for each combination of the listed values, by `relative_size`."""
+        made = self.variants()
+        return sorted(made, key=lambda config: config.relative_size()) if len(made) > 1 else made
+
+    def variants(self) -> list["PlanningConfig"]:
+        """The same, in the order of the lists."""
         values = self.get_params_dict()
         varied = {name: own for name, own in values.items() if several(name, own, self.sequences)}
         if not varied:
@@ -129,7 +134,7 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
             config = type(self)(**chosen, white_list=self.white_list)
             config.local_config.update(copy.deepcopy(self.own_local()))
             made.append(config)
-        return sorted(made, key=lambda config: config.relative_size())
+        return made
 
     def relative_size(self) -> float:
         """How large its plans are, as far as that can be told without the model.
@@ -222,7 +227,7 @@ class AllocatingConfig(PlanningConfig):
         self.scheme = _each(self.scheme, as_scheme)
         self.skip = as_globs(self.skip)
         self._post_init()
-        if self.expand() == [self]:  # others have checked themselves
+        if self.variants() == [self]:  # others have checked themselves
             self.allocator()
 
 

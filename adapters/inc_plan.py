@@ -94,9 +94,8 @@ def _reference() -> nn.Module:
 
 
 def check_evaluation(model: nn.Module, evaluate: object, name: str) -> None:
-    """Raise SettingError for what is no evaluation function, or a model that is to be evaluated in training mode."""
-    if not callable(evaluate):
-        raise SettingError(f"{name}: is a {type(evaluate).__name__}, no function; give the function itself")
+    """Raise SettingError for no evaluation function, or a model in training mode or that cannot be copied."""
+    check_function(evaluate, name)
     if any(module.training for module in model.modules()):
         raise SettingError(f"{type(model).__name__}: is in training mode, or a part of it; call model.eval()")
     try:
@@ -105,6 +104,18 @@ def check_evaluation(model: nn.Module, evaluate: object, name: str) -> None:
         raise SettingError(
             f"{type(model).__name__}: cannot be copied ({what_it_said(error)}), and each trial needs a copy"
         ) from error
+
+
+def check_function(evaluate: object, name: str) -> None:
+    """Raise SettingError for what cannot be called."""
+    if not callable(evaluate):
+        raise SettingError(f"{name}: is a {type(evaluate).__name__}, no function; give the function itself")
+
+
+def check_max_trials(count: object) -> None:
+    """Raise SettingError for a number of trials that makes no run."""
+    if type(count) is not int or count < 1:
+        raise SettingError(f"max_trials: {count!r} is not allowed; 1 or more")
 
 
 def check_plans(plans: object) -> None:

@@ -14,7 +14,7 @@ from mpq_plugins.tuning import Criterion, Progress, Tuning, checked_score, plan_
 from .folded import check_module
 from .inc_config import PlanConfig, PlanningConfig
 from .inc_joint import joint_plan
-from .inc_plan import check_evaluation, check_plans
+from .inc_plan import check_evaluation, check_max_trials, check_plans
 from .inc_quantize import plan_of
 from .inc_quiet import quiet, quiet_import
 
@@ -54,7 +54,7 @@ def autotune(
         ours = TuningConfig(configs, tune_config.sampler, tune_config.tolerable_loss, tune_config.max_trials)
         tuned = incs_autotune(model, ours, record, None, run_fn, run_args, example_inputs)
     tuning = record.tuning
-    if tuned is None or not any(trial.met for trial in tuning.trials):
+    if tuned is None or not tuning.met:
         raise tuning.unmet()
     if progress is not None:
         progress("", len(configs), len(configs))
@@ -129,8 +129,7 @@ def _criterion(tune_config: object) -> Criterion:
         raise SettingError(
             f"tune_config: is a {type(tune_config).__name__}; Neural Compressor's TuningConfig(config_set=...)"
         )
-    if type(tune_config.max_trials) is not int or tune_config.max_trials < 1:
-        raise SettingError(f"max_trials: {tune_config.max_trials!r} is not allowed; 1 or more")
+    check_max_trials(tune_config.max_trials)
     if not callable(tune_config.sampler):
         raise SettingError(f"sampler: is a {type(tune_config.sampler).__name__}; a Sampler class, or leave it out")
     return Criterion(tune_config.tolerable_loss)

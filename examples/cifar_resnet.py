@@ -4,6 +4,7 @@ The weights are Y. Idelbayev's public ones (pytorch_resnet_cifar10, BSD-2), opti
 `$MPQ_ZOO/cifar10`; MPQ_ZOO defaults to ../shared/zoo.
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential
 def checkpoint(depth: int) -> Path:
     """The checkpoint file of ResNet-20 or ResNet-56."""
     return ZOO / CHECKPOINTS[depth]
+
+
+def need_networks(parser: argparse.ArgumentParser) -> None:
+    """Leave, saying why, where there are no pretrained networks."""
+    if not checkpoint(20).exists():
+        parser.exit(2, f"no pretrained networks at {ZOO}; set MPQ_ZOO to the folder that holds them\n")
 
 
 def resnet(depth: int) -> ResNet:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import checkpoint, evaluate, images, resnet
+from examples.cifar_resnet import evaluate, images, need_networks, resnet
 from mpq_plugins.adapters import fx
 from mpq_plugins.report.tables import bytes_text, grid
 
@@ -35,10 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     warnings.filterwarnings("ignore", message=".*(torch.ao.quantization is deprecated|quantized tensor creation)")
-    if not checkpoint(20).exists():
-        parser.exit(
-            2, f"no pretrained networks at {checkpoint(20).parent}; set MPQ_ZOO to the folder that holds them\n"
-        )
+    need_networks(parser)
     for depth in options.depth:
         report(depth, mpq.MixQuant(qem=options.qem))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import checkpoint, evaluate, images, resnet
+from examples.cifar_resnet import evaluate, images, need_networks, resnet
 from mpq_plugins.adapters import inc
 from mpq_plugins.report.progress import progress_bar
 from mpq_plugins.report.tables import console
@@ -37,10 +37,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save what is kept there, and load it again")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    if not checkpoint(20).exists():
-        parser.exit(
-            2, f"no pretrained networks at {checkpoint(20).parent}; set MPQ_ZOO to the folder that holds them\n"
-        )
+    need_networks(parser)
     for depth in options.depth:
         report(depth, options)
 

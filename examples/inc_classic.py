@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import checkpoint, evaluate, images, resnet
+from examples.cifar_resnet import evaluate, images, need_networks, resnet
 from mpq_plugins.adapters import inc_classic
 from mpq_plugins.report.tables import console
 from mpq_plugins.report.tuning import tuning_table
@@ -41,10 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")  # of torch's own, about the quantized tensors that the compressor makes
-    if not checkpoint(20).exists():
-        parser.exit(
-            2, f"no pretrained networks at {checkpoint(20).parent}; set MPQ_ZOO to the folder that holds them\n"
-        )
+    need_networks(parser)
     for depth in options.depth:
         report(depth, options)
 

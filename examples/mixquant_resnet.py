@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import checkpoint, evaluate, images, resnet
+from examples.cifar_resnet import checkpoint, evaluate, images, need_networks, resnet
 from mpq_plugins.report.tables import bytes_text, grid
 
 QEMS = (1.5, 2.0, 3.0, 3.5, 4.0)
@@ -29,10 +29,7 @@ def main() -> None:
     parser.add_argument("--granularity", choices=("per_tensor", "per_channel"), default="per_tensor")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    if not checkpoint(20).exists():
-        parser.exit(
-            2, f"no pretrained networks at {checkpoint(20).parent}; set MPQ_ZOO to the folder that holds them\n"
-        )
+    need_networks(parser)
     for depth in options.depth:
         report(depth, mpq.Affine(granularity=options.granularity))
 

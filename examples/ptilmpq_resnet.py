@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import ResNet, checkpoint, evaluate, images, resnet, score
+from examples.cifar_resnet import ResNet, evaluate, images, need_networks, resnet, score
 from mpq_plugins.plan import LayerChoice, Part
 from mpq_plugins.quantize.piecewise import PiecewiseTensor, quantize
 from mpq_plugins.report.sweep import sweep_notes, sweep_table
@@ -45,10 +45,7 @@ def main() -> None:
     parser.add_argument("--experiment", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
     options = parser.parse_args()
     torch.set_num_threads(2)
-    if not checkpoint(20).exists():
-        parser.exit(
-            2, f"no pretrained networks at {checkpoint(20).parent}; set MPQ_ZOO to the folder that holds them\n"
-        )
+    need_networks(parser)
     out = Console(width=130, highlight=False, markup=False)
     for number in options.experiment:
         (sizes, alphas, regions)[number - 1](options.depth, out)

@@ -118,5 +118,5 @@ def _print(tuning: "Tuning", source: str, as_json: bool, output: Path | None) ->
         return
     console().print(tuning_table(tuning, source))
     click.echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
-    if any(trial.met for trial in tuning.trials):
+    if tuning.met:
         say_written(output, "plan")

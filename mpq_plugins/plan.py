@@ -142,6 +142,11 @@ class LayerChoice(BaseModel):
         return (Part(bits=self.bits, channels=tuple(range(self.channels))),)
 
     @property
+    def in_float(self) -> bool:
+        """Whether all of the layer stays in floating point."""
+        return all(part.bits in FLOAT_BITS for part in self.groups)
+
+    @property
     def widths(self) -> tuple[tuple[int, int], ...]:
         """Bits, and how many channels have them."""
         return tuple((part.bits, len(part.channels)) for part in self.groups)

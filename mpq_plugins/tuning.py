@@ -5,18 +5,17 @@ when none is good enough.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import SettingError, TuningError
+from .measure import Progress as Progress
 from .plan import Plan
 from .scores import Evaluate, checked_scores
 
 if TYPE_CHECKING:
     from torch import nn
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,16 @@ class Tuning:
         return replace(self, trials=(*self.trials, trial))
 
     @property
+    def met(self) -> bool:
+        """Whether any trial meets the criterion."""
+        return any(trial.met for trial in self.trials)
+
+    @property
     def chosen(self) -> Trial:
         """The smallest plan that meets the criterion. Raises TuningError where none does."""
-        met = [trial for trial in self.trials if trial.met]
-        if not met:
+        if not self.met:
             raise self.unmet()
-        return min(met, key=lambda trial: trial.plan.size().total_bits)
+        return min((trial for trial in self.trials if trial.met), key=lambda trial: trial.plan.size().total_bits)
 
     def unmet(self) -> TuningError:
         """What to say where no trial is good enough: the criterion, and the best trial."""

@@ -12,7 +12,7 @@ KEPT = "*"
 
 def tuning_table(tuning: Tuning, title: str) -> Table:
     """The float model, then the trials in their order; the one that is kept, if any, is marked."""
-    chosen = tuning.chosen if any(trial.met for trial in tuning.trials) else None
+    chosen = tuning.chosen if tuning.met else None
     rows = [("float", "32", "", f"{tuning.baseline:.6g}", "")]
     rows += [(*_words(trial), KEPT if trial is chosen else "") for trial in tuning.trials]
     return grid(title, ("trial", "bits", "size", "score", KEPT), rows)
@@ -20,12 +20,11 @@ def tuning_table(tuning: Tuning, title: str) -> Table:
 
 def tuning_json(tuning: Tuning) -> dict[str, Any]:
     """The same as plain values; kept is None where no trial meets the criterion."""
-    met = any(trial.met for trial in tuning.trials)
     return {
         "baseline": tuning.baseline,
         "criterion": tuning.criterion.text(tuning.baseline),
         "trials": [_plain(trial) for trial in tuning.trials],
-        "kept": _plain(tuning.chosen) if met else None,
+        "kept": _plain(tuning.chosen) if tuning.met else None,
     }
 
 

@@ -17,6 +17,7 @@ from mpq_plugins import apply as simulated
 from mpq_plugins.errors import FormatError, MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
 from mpq_plugins.match import match
 from tests.adapters import nets
+from tests.adapters.compressor import Heard, same
 from tests.nets import tied_net
 from tests.plans import with_layer
 
@@ -49,11 +50,6 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def only(bits: int, **options: Any) -> Any:
     """The configuration that gives every layer these bits."""
     return inc.MixQuantConfig(bits=(bits,), baseline=bits, **options)
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 def score_by(plan_score: Callable[[Plan], float], baseline: float = 100.0) -> Callable[[nn.Module], float]:
@@ -673,17 +669,6 @@ def test_what_autotune_is_not_for() -> None:
         inc.autotune(model, tuning(inc.MixQuantConfig(), tolerable_loss=5), eval_fn=score_by(by_bits))
     with pytest.raises(SettingError, match="no module"):
         inc.autotune("model", tuning(inc.MixQuantConfig()), eval_fn=score_by(by_bits))
-
-
-class Heard(logging.Handler):
-    """What gets past the filters of Neural Compressor's logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, measure
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
 from tests.adapters import nets
+from tests.adapters.compressor import Heard, same
 from tests.nets import tied_net
 
 pytest.importorskip(
@@ -61,11 +62,6 @@ def conf(
         tuning_criterion=classic.TuningCriterion(strategy, parameters, timeout, max_trials),
         accuracy_criterion=compressor.config.AccuracyCriterion(tolerable_loss=loss),
     )
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 def by_levels(model: nn.Module) -> float:
@@ -296,17 +292,6 @@ def test_a_dataloader_and_a_metric_evaluate_too() -> None:
         eval_metric=Share(),
     )  # fmt: skip
     assert classic.tuning_of(q_model).baseline == len(BATCHES)
-
-
-class Heard(logging.Handler):
-    """What gets past the filters of Neural Compressor's logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def test_nothing_is_logged_and_nothing_left_behind(

@@ -11,6 +11,7 @@ from torch import nn
 from examples.cifar_resnet import evaluate, images, resnet
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Uniform, measure
 from mpq_plugins import apply as simulated
+from tests.adapters.compressor import same
 
 pytestmark = [pytest.mark.usefixtures("zoo")]
 inc = pytest.importorskip("mpq_plugins.adapters.inc")
@@ -18,11 +19,6 @@ incs = pytest.importorskip("neural_compressor.torch.quantization")
 algorithms = pytest.importorskip("neural_compressor.torch.utils.utility").algos_mapping
 
 TRIED = [4, 3, 2, 1.5]
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 def calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[float]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from examples.cifar_resnet import evaluate, images, resnet
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Uniform, measure
 from mpq_plugins import apply as simulated
+from tests.adapters.compressor import same
 from tests.conftest import Ran
 
 pytestmark = [
@@ -36,11 +37,6 @@ def conf(strategy: str, approach: str = "weight_only", **parameters: Any) -> Any
 def accuracy() -> Callable[[nn.Module], float]:
     pictures, labels = images("calib_1024.npz")
     return lambda net: evaluate(net, pictures[:512], labels[:512])[0]
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
