@@ -114,3 +114,8 @@ def score(net: nn.Module) -> dict[str, float]:
     """Top-1 and cross-entropy on the test images, for `mpq sweep --eval examples.cifar_resnet:score`."""
     top1, loss = evaluate(net, *images())
     return {"top-1 %": top1, "cross-entropy": loss}
+
+
+def calibration() -> list[Tensor]:
+    """1,024 training images without labels, for `--calibrate examples.cifar_resnet:calibration`."""
+    return list(images("calib_1024.npz")[0].split(128))

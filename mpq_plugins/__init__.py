@@ -11,15 +11,19 @@ Importing this package imports neither torch nor an adapter; each comes with the
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# These two share their names with the sub-packages they live in, so they are bound here before anything else
-# can bind the sub-package; both import torch only when called.
+# These share their names with the modules they live in, so they are bound here before anything else
+# can bind the module; each imports torch only when called.
 from .apply import apply, verify
+from .correct import correct
 from .measure import measure
 
 if TYPE_CHECKING:
     from .allocate.base import Allocator
+    from .allocate.budget import Allocation, Budget
+    from .allocate.latency import LatencyTable
     from .allocate.mixquant import MixQuant
     from .allocate.ptilmpq import PTILMPQ
+    from .allocate.sqnr import SQNR
     from .allocate.uniform import Uniform
     from .errors import (
         FormatError,
@@ -40,9 +44,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PTILMPQ",
+    "SQNR",
     "Affine",
+    "Allocation",
     "Allocator",
+    "Budget",
     "FormatError",
+    "LatencyTable",
     "LayerChoice",
     "LayerStats",
     "LayerTable",
@@ -61,6 +69,7 @@ __all__ = [
     "VerifyError",
     "WeightError",
     "apply",
+    "correct",
     "find_weights",
     "iter_weights",
     "measure",
@@ -69,8 +78,11 @@ __all__ = [
 
 _HOMES = {
     "Affine": "scheme",
+    "Allocation": "allocate.budget",
     "Allocator": "allocate.base",
+    "Budget": "allocate.budget",
     "FormatError": "errors",
+    "LatencyTable": "allocate.latency",
     "LayerChoice": "plan",
     "LayerStats": "table",
     "LayerTable": "table",
@@ -83,6 +95,7 @@ _HOMES = {
     "Plan": "plan",
     "PlanSize": "size",
     "PluginError": "errors",
+    "SQNR": "allocate.sqnr",
     "SettingError": "errors",
     "SourceError": "errors",
     "TuningError": "errors",

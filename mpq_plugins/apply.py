@@ -5,11 +5,13 @@ torch is imported when a function runs, not with the package.
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import VerifyError, first_few
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, nn
 
     from .plan import LayerChoice, Part, Plan
@@ -26,12 +28,14 @@ class PartCheck:
     allowed: int
 
 
-def apply(model: "nn.Module", plan: "Plan") -> "nn.Module":
+def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None" = None) -> "nn.Module":
     """A copy of the model whose weights are quantized and dequantized as the plan says; the model is unchanged.
 
     A plan measured with BatchNorm folded in gives a folded copy. Biases, norms and skipped layers keep their
-    values; activations stay in floating point, with a warning where the plan has bits for them. Raises
-    MismatchError (other layers or shapes) and WeightError (NaN or infinity).
+    values; activations stay in floating point, with a warning where the plan has bits for them. calibrate: batches
+    of inputs, on which BatchNorm statistics and biases are corrected for what quantization shifts (`correct`, which
+    also says how an adapter gets them). Raises MismatchError (other layers or shapes), WeightError (NaN or infinity)
+    and what `correct` raises.
     """
     import copy
 
@@ -43,6 +47,10 @@ def apply(model: "nn.Module", plan: "Plan") -> "nn.Module":
     from .weights import quantizable_weights
 
     match(plan, model).require(type(model).__name__)
+    if calibrate is not None:
+        from .correct import correct
+
+        model = correct(model, plan, calibrate)
     if plan.activation_bits is not None:
         warnings.warn(
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",

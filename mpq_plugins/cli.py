@@ -291,13 +291,31 @@ def _print_changes(plan: Any, legal: Any, backend: str) -> None:
     click.echo(f"{backend}: {len(changes)} changes, {bytes_text(before)} -> {bytes_text(after)} in total")
 
 
-@cli.command(epilog="Example: mpq apply model.safetensors plan.json -o quantized.safetensors")
+@cli.command(
+    epilog="Examples: mpq apply model.safetensors plan.json -o quantized.safetensors. With statistics and biases "
+    "corrected: mpq apply net.pt plan.json --model package.module:factory --calibrate package.module:batches -o q.pt"
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
+    help="Correct BatchNorm statistics and biases on the batches of inputs that this function returns.",
+)  # fmt: skip
+@click.option(
+    "--model", "model_factory", metavar="MODULE:FACTORY", help="The checkpoint's model, which --calibrate runs."
+)
 @json_option
-def apply(checkpoint: Path, plan_file: Path, output: Path, as_json: bool) -> None:
+def apply(
+    checkpoint: Path,
+    plan_file: Path,
+    output: Path,
+    calibration: str | None,
+    model_factory: str | None,
+    as_json: bool,
+) -> None:
     """Write CHECKPOINT with fake-quantized weights, in its own format."""
+    from .cli_calibrate import corrected_tensors
     from .cli_sources import check_output
     from .plan import Plan
     from .report.progress import progress_bar, say
@@ -305,14 +323,20 @@ def apply(checkpoint: Path, plan_file: Path, output: Path, as_json: bool) -> Non
 
     check_output(output, plan_file)
     loaded = Plan.load(plan_file)
+    if (calibration is None) != (model_factory is None):
+        raise click.UsageError("--calibrate runs the checkpoint's model on batches of inputs: give it and --model")
+    corrected = {}
+    if calibration is not None and model_factory is not None:
+        corrected = dict(corrected_tensors(checkpoint, loaded, model_factory, calibration))
     with progress_bar("quantizing") as progress:
-        rewrite(checkpoint, loaded, output, progress)
+        rewrite(checkpoint, loaded, output, progress, corrected=corrected)
     if loaded.activation_bits is not None:
         say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
     if as_json:
-        print_json({"checkpoint": str(output), "layers": len(loaded.layers)})
+        print_json({"checkpoint": str(output), "layers": len(loaded.layers), "corrected": sorted(corrected)})
     else:
-        click.echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, everything else as it was")
+        others = f"{len(corrected)} biases and statistics corrected, all else" if corrected else "everything else"
+        click.echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, {others} as it was")
 
 
 @cli.command()

@@ -112,7 +112,9 @@ def allocators_from(
         given = values[name]
         if not option.multiple:
             given = () if given is None else (given,)
-        if isinstance(option.type, NumberList):
+        if option.type is NAMES:
+            given = [tuple(given)] if given else ()
+        elif isinstance(option.type, NumberList):
             given = [number for numbers in given for number in numbers]
         choices.append(given or (_UNSAID,))
     fixed = {"scheme": scheme} if any(field.name == "scheme" for field in dataclasses.fields(allocator)) else {}
@@ -153,6 +155,7 @@ OPTION_TYPES: dict[Any, Any] = {
     str: click.STRING,
     tuple: IntegerList(),
 }
+NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and one value all together
 _UNSAID = object()
 
 
@@ -189,12 +192,15 @@ def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click
         if option in taken:
             raise PluginError(f"allocators: {name!r} has a field {field.name!r}, but {option} is the command's own")
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        default = "" if required or field.default is None else f"default {_shown(field.default)}"
+        default = "" if required or field.default in (None, ()) else f"default {_shown(field.default)}"
         text = "; ".join(part for part in (help_text, "required" if required else default) if part)
         if kind is bool:
             yield click.Option(
                 [f"{option}/--no-{option[2:]}"], default=None, required=required, help=f"[{name}] {text}"
             )
+        elif kind is list:
+            shown = f"[{name}] {text}; repeatable"
+            yield click.Option([option], type=NAMES, multiple=True, required=required, help=shown)
         elif kind in OPTION_TYPES:
             shown = f"[{name}] {text}"
             yield click.Option([option], type=OPTION_TYPES[kind], multiple=True, required=required, help=shown)
@@ -203,16 +209,20 @@ def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click
 
 
 def _describe(hint: Any) -> tuple[Any, str]:
-    """(bool | int | float | str | tuple | None, help) of an annotation, Optional and Annotated unwrapped."""
+    """(bool | int | float | str | tuple | list | None, help) of an annotation, Optional and Annotated unwrapped.
+
+    tuple stands for one of integers, list for one of names.
+    """
     text = ""
     if typing.get_origin(hint) is typing.Annotated:
         hint, *notes = typing.get_args(hint)
         text = next((note for note in notes if isinstance(note, str)), "")
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
-        hint = inner[0] if len(inner) == 1 else None
+        hint = inner[0] if len(inner) == 1 else str if str in inner else None
     if typing.get_origin(hint) is tuple:
-        return (tuple if all(a in (int, ...) for a in typing.get_args(hint)) else None), text
+        inside = set(typing.get_args(hint)) - {...}
+        return (tuple if inside == {int} else list if inside == {str} else None), text
     return (hint if hint in (bool, int, float, str) else None), text
 
 

@@ -29,16 +29,25 @@ from .simulate import simulate
 Progress = Callable[[str, int, int], None]
 
 
-def rewrite(source: Path, plan: Plan, target: Path, progress: Progress | None = None) -> None:
+def rewrite(
+    source: Path,
+    plan: Plan,
+    target: Path,
+    progress: Progress | None = None,
+    *,
+    corrected: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `source` with the plan's weights to `target`: a file as a file, a sharded directory as a directory.
 
     Everything else in the checkpoint (biases, norms, skipped layers, metadata, a directory's other files) is
-    carried over. Raises MismatchError for a plan made for another model, SettingError for a target of another
+    carried over, but for what `corrected` replaces by name (see correct.py). Raises MismatchError for a plan made for
+    another model, SettingError for a target of another
     format, SourceError where reading or writing fails; nothing is left half written.
     """
     match(plan, source).require(str(source))
     _check_target(source, target)
-    quantizer = _Quantizer(plan.by_any_name, sum(layer.numel for layer in plan.layers), progress)
+    total = sum(layer.numel for layer in plan.layers)
+    quantizer = _Quantizer(plan.by_any_name, total, corrected or {}, progress)
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
     elif source.suffix == ".safetensors":
@@ -52,12 +61,19 @@ def rewrite(source: Path, plan: Plan, target: Path, progress: Progress | None = 
 class _Quantizer:
     """Quantizes the planned parameters among those it is shown, and reports progress in weights."""
 
-    def __init__(self, choices: Mapping[str, LayerChoice], total: int, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        choices: Mapping[str, LayerChoice],
+        total: int,
+        corrected: Mapping[str, Tensor],
+        progress: Progress | None,
+    ) -> None:
         self.choices, self.total, self.progress, self.done = choices, total, progress, 0
+        self.corrected = corrected
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
         if not self.plans(parameter):
-            return tensor
+            return self.corrected[parameter].to(tensor) if parameter in self.corrected else tensor
         choice = self.choices[layer_name(parameter)]
         if self.progress is not None:
             self.progress(choice.name, self.done, self.total)
@@ -66,6 +82,10 @@ class _Quantizer:
 
     def plans(self, parameter: str) -> bool:
         return (parameter == "weight" or parameter.endswith(".weight")) and layer_name(parameter) in self.choices
+
+    def changes(self, parameter: str) -> bool:
+        """Whether what it makes of the parameter is another tensor."""
+        return self.plans(parameter) or parameter in self.corrected
 
     def finish(self) -> None:
         assert self.done == self.total, "a planned layer was not quantized"
@@ -105,7 +125,7 @@ def _rewrite_torch(source: Path, target: Path, quantizer: _Quantizer) -> None:
     identities = {name: storage_identity(name, tensor) for name, tensor in tensors.items()}
     written: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
-        if quantizer.plans(name.removeprefix(prefix)) and identities[name] not in written:
+        if identities[name] not in written and quantizer.changes(name.removeprefix(prefix)):
             written[identities[name]] = quantizer(name.removeprefix(prefix), tensor)
     for name in tensors:  # other names of the same storage, planned or not, stay tied to it
         state[name] = written.get(identities[name], tensors[name])

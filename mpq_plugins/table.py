@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +31,10 @@ class LayerStats:
     shape: the weight's; channels: output channels; macs: multiply-accumulates for the example input, where
     one was given; importance: F_l = sum |w|; channel_importance: F_c = ||w_c||_2, (channels,); errors:
     metric -> (bit-widths,), in the order of the table's `bits`; channel_errors: metric -> (bit-widths, channels),
-    empty unless asked for; tied: other names of the same weight; digest: see fingerprint.layer_digest.
+    empty unless asked for; sensitivities: name -> (bit-widths,), what quantizing the whole layer is predicted to
+    cost, in the sensitivity's own unit, so that layers add up; channel_sensitivities: the same of each output channel,
+    (bit-widths, channels), for those that can tell; tied: other names of the same weight; digest: see
+    fingerprint.layer_digest.
     """
 
     name: str
@@ -42,6 +45,8 @@ class LayerStats:
     channel_importance: Array
     errors: Mapping[str, Array]
     channel_errors: Mapping[str, Array] = field(default_factory=dict)
+    sensitivities: Mapping[str, Array] = field(default_factory=dict)
+    channel_sensitivities: Mapping[str, Array] = field(default_factory=dict)
     macs: int | None = None
     tied: tuple[str, ...] = ()
     digest: str = ""
@@ -69,6 +74,16 @@ class LayerTable:
     fingerprint: str
     skipped: tuple[str, ...] = ()
     left_alone: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sensitivities(self) -> tuple[str, ...]:
+        """Names of the sensitivities that every layer has."""
+        return tuple(self.layers[0].sensitivities) if self.layers else ()
+
+    @property
+    def channel_sensitivities(self) -> tuple[str, ...]:
+        """Names of those that every layer has for each of its channels."""
+        return tuple(self.layers[0].channel_sensitivities) if self.layers else ()
 
     def error(self, layer: LayerStats, metric: str, bits: int) -> float:
         """The error of a layer at a bit-width. Raises SettingError where it was not measured."""
@@ -163,6 +178,8 @@ class _Description(BaseModel):
     bits: tuple[int, ...]
     metrics: tuple[str, ...]
     channel_errors: bool
+    sensitivities: tuple[str, ...] = ()
+    channel_sensitivities: tuple[str, ...] = ()
     fold_bn: bool
     fingerprint: str
     skipped: tuple[str, ...]
@@ -180,6 +197,11 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
     if per_channel:
         per_layer = [np.stack([layer.channel_errors[m] for m in table.metrics]) for layer in table.layers]
         arrays["channel_errors"] = np.concatenate(per_layer, axis=2)
+    if names := table.sensitivities:
+        arrays["sensitivities"] = np.array([[layer.sensitivities[n] for n in names] for layer in table.layers])
+    if names := table.channel_sensitivities:
+        own = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
+        arrays["channel_sensitivities"] = np.concatenate(own, axis=2)
     layers = tuple(
         _Layer(
             name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
@@ -189,7 +211,8 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
     )  # fmt: skip
     description = _Description(
         version=TABLE_VERSION, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
-        channel_errors=per_channel, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
+        channel_errors=per_channel, sensitivities=table.sensitivities,
+        channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
         skipped=table.skipped, left_alone=table.left_alone, layers=layers,
     )  # fmt: skip
     return arrays, description
@@ -223,6 +246,10 @@ def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[
     }
     if description.channel_errors:
         expected["channel_errors"] = (metrics, widths, total)
+    if description.sensitivities:
+        expected["sensitivities"] = (len(channels), len(description.sensitivities), widths)
+    if description.channel_sensitivities:
+        expected["channel_sensitivities"] = (len(description.channel_sensitivities), widths, total)
     for name, shape in expected.items():
         got = arrays.get(name)
         if got is None or got.shape != shape or got.dtype != np.float64 or np.isnan(got).any():
@@ -230,16 +257,20 @@ def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[
             raise FormatError(f"{path}: array {name!r} should be float64 {shape}, got {found}; measure again")
     cuts = np.cumsum(channels)[:-1]
     importances = np.split(arrays["channel_importance"], cuts)
-    split_errors: Callable[[int], list[Array]] = lambda m: np.split(arrays["channel_errors"][m], cuts, axis=1)  # noqa: E731
-    channel_errors = (
-        {metric: split_errors(m) for m, metric in enumerate(description.metrics)} if description.channel_errors else {}
-    )
+
+    def split(array: str, names: Sequence[str]) -> dict[str, list[Array]]:
+        return {name: np.split(arrays[array][k], cuts, axis=1) for k, name in enumerate(names)}
+
+    channel_errors = split("channel_errors", description.metrics) if description.channel_errors else {}
+    channel_sensitivities = split("channel_sensitivities", description.channel_sensitivities)
     layers = tuple(
         LayerStats(
             name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
             importance=float(arrays["importance"][i]), channel_importance=importances[i],
             errors={metric: arrays["errors"][i, m] for m, metric in enumerate(description.metrics)},
             channel_errors={metric: parts[i] for metric, parts in channel_errors.items()},
+            sensitivities={name: arrays["sensitivities"][i, k] for k, name in enumerate(description.sensitivities)},
+            channel_sensitivities={name: parts[i] for name, parts in channel_sensitivities.items()},
             macs=layer.macs, tied=layer.tied, digest=layer.digest,
         )
         for i, layer in enumerate(description.layers)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .checkpoints import StoredTensor, layer_name, open_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
+from .patterns import matches
 from .quantize.regions import channel_rows, from_channel_rows
 from .quantize.weight import WEIGHT_DTYPES
 
@@ -106,8 +107,9 @@ def find_weights(
 ) -> Weights:
     """List the quantizable weights of a module, a `.safetensors` file, a sharded directory or a torch checkpoint.
 
-    skip, only: globs on layer names, tied ones included. fold_bn: give conv weights with their BatchNorm folded in
-    (modules only). refuse: raise for a weight that cannot be quantized, rather than list it with its `refusal`.
+    skip, only: globs on layer names, tied ones included, or `re:` and a regular expression. fold_bn: give conv weights
+    with their BatchNorm folded in (modules only). refuse: raise for a weight that cannot be quantized, rather than
+    list it with its `refusal`.
     Raises SourceError (unreadable, or nothing quantizable), WeightError (a dtype we do not quantize),
     SettingError (a glob that matches nothing, or folding asked of a bare file).
     """
@@ -269,18 +271,18 @@ def _shape(weight: Tensor) -> tuple[int, ...]:
 def _select(found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str) -> list[Weight]:
     names = [name for weight in found for name in weight.names]
 
-    def matches(weight: Weight, patterns: Sequence[str]) -> bool:
+    def named(weight: Weight, patterns: Sequence[str]) -> bool:
         """By any of its names: a tied weight cannot be skipped under one and quantized under another."""
-        return any(fnmatchcase(name, pattern) for name in weight.names for pattern in patterns)
+        return any(matches(pattern, name) for name in weight.names for pattern in patterns)
 
     for option, patterns in (("skip", skip), ("only", only)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(pattern, name) for name in names):
                 raise SettingError(
                     f"{option}: {pattern!r} matches none of the {len(found)} layers of {where}; "
                     f"names look like {', '.join(map(repr, names[:3])) or 'nothing, there are none'}"
                 )
-    return [weight for weight in found if (not only or matches(weight, only)) and not matches(weight, skip)]
+    return [weight for weight in found if (not only or named(weight, only)) and not named(weight, skip)]
 
 
 def _why_none(found: Sequence[Weight], left_alone: Sequence[tuple[str, str]]) -> str:

@@ -267,7 +267,7 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "only": (["plan", checkpoint, "--only", "nothing*", *out], "only: 'nothing*' matches none of the 4 layers"),
         "all skipped": (["plan", checkpoint, "--skip", "*", *out], "All 4 layers are skipped"),
         "nan": (["plan", folder / "nan.safetensors", *out], "layer 'fc': holds NaN or infinite weights"),
-        "allocator": (["plan", checkpoint, "-a", "mixqant", *out], "'mixqant' is not installed; there are mixquant"),
+        "allocator": (["plan", checkpoint, "-a", "mixqant", *out], "'mixqant' is not installed; there are budget"),
         "metric": (["plan", checkpoint, "--metric", "rms", *out], "metric: 'rms' is not allowed"),
         "granularity": (["plan", checkpoint, "--granularity", "rows", *out], "granularity: 'rows' is not allowed"),
         "group": (["plan", checkpoint, "--group-size", 5, *out], "layer 'conv1': 3 inputs do not divide into groups"),

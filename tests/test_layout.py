@@ -20,20 +20,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Left to right, as data flows; a part imports only its own layer and those before it.
 FLOW = (
-    ("buffers", "errors", "files", "fingerprint", "journal", "scheme", "validation"),
+    ("buffers", "errors", "files", "fingerprint", "journal", "patterns", "scheme", "validation"),
     ("quantize",),
     ("checkpoints", "fold", "weights"),
     ("table",),
     ("measure",),
-    ("plan", "plan_error", "size"),
+    ("plan", "objective", "plan_error", "size"),
     ("allocate", "legalise", "registry"),
     ("lower", "match", "simulate"),
-    ("apply", "rewrite"),
+    ("apply", "batches", "correct", "correction", "rewrite"),
     ("scores",),
     ("sweep", "tuning"),
     ("adapters",),
     ("report",),
-    ("demo", "cli_options", "cli_plans", "cli_shared", "cli_sources", "cli_sweep", "cli_tune", "cli"),
+    ("demo", "cli_calibrate", "cli_options", "cli_plans", "cli_shared", "cli_sources", "cli_sweep", "cli_tune", "cli"),
 )
 
 
@@ -144,7 +144,8 @@ def test_data_flows_one_way(file: Path) -> None:
 
 def test_allocators_know_no_torch() -> None:
     code = (
-        "import sys, mpq_plugins.allocate.mixquant, mpq_plugins.allocate.ptilmpq, mpq_plugins.allocate.uniform; "
+        "import sys, mpq_plugins.allocate.budget, mpq_plugins.allocate.mixquant, mpq_plugins.allocate.ptilmpq, "
+        "mpq_plugins.allocate.sqnr, mpq_plugins.allocate.uniform; "
         "print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

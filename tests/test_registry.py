@@ -37,7 +37,9 @@ def test_two_owners_of_one_name_are_an_error_naming_both(monkeypatch: pytest.Mon
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(PluginError, match="'mixqant' is not installed; there are mixquant, ptilmpq, uniform"):
+    with pytest.raises(
+        PluginError, match="'mixqant' is not installed; there are budget, mixquant, ptilmpq, sqnr, uniform"
+    ):
         registry.load("allocators", "mixqant")
 
 

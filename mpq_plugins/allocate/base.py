@@ -1,7 +1,7 @@
 """What an allocator is, and the plan every allocator starts from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import SettingError
 from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
-from ..scheme import FLOAT_BITS, Scheme
+from ..scheme import FLOAT_BITS, Affine, Piecewise, Scheme
 from ..table import LayerStats, LayerTable
 
 Widths = int | Sequence[int] | NDArray[np.int64]
@@ -22,13 +22,15 @@ Widths = int | Sequence[int] | NDArray[np.int64]
 class Needs:
     """What a table must hold for an allocator: these errors at these bit-widths.
 
-    scheme: what to measure under where the user asks for nothing else.
+    scheme: what to measure under where the user asks for nothing else; sensitivities: names of those that need a
+    model and inputs.
     """
 
     bits: tuple[int, ...]
     metrics: tuple[str, ...] = ()
     channel_errors: bool = False
     scheme: Scheme | None = None
+    sensitivities: tuple[str, ...] = ()
 
 
 class Allocator(Protocol):
@@ -118,5 +120,14 @@ def _own_version() -> str:
 
 def _parameters(allocator: Any) -> dict[str, Any]:
     # Lists, as JSON gives them back: a plan loaded from its file equals the plan saved.
-    values = asdict(allocator).items()
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values if value is not None}
+    values = {field.name: getattr(allocator, field.name) for field in fields(allocator)}
+    return {name: _plain(value) for name, value in values.items() if value is not None and value != ()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: a scheme by its fields, any other value of its own kind by what it says of itself."""
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Affine | Piecewise):
+        return asdict(value)
+    return value if isinstance(value, str | int | float | bool | dict) else str(value)

@@ -1,0 +1,301 @@
+"""One option for each item at the least cost within several limits: the multiple-choice knapsack.
+
+    minimise  sum_i costs[k_i, i]   subject to   sum_i weights[m, k_i, i] <= limits[m]  for every m
+
+The Lagrangian dual gives a bound and a first solution; only options on the lower convex hull of an item's (weight,
+cost) points ever minimise cost + lambda weight, so it walks the hull without building it. What the dual leaves open
+is closed by HiGHS: an option whose reduced cost exceeds the gap cannot be part of a better solution (reduced-cost
+fixing), so the integer program that remains is small even for a million items.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Choice = NDArray[np.int64]
+
+MOST_CUTS = 200  # evaluations of the dual function
+MOST_ROUNDS = 100  # of the greedy filling
+CORE_OPTIONS = 2000  # up to which HiGHS decides all that is open, so that its optimum is the problem's
+CORE_ITEMS = 60  # of a larger core: it decides these, and the others keep what the filling gave them
+NODES = 20_000  # of its search tree; a limit in seconds would make a plan depend on the machine
+FEW_NODES = 500  # where the gap is parts in a million anyway
+OBJECTIVE_SCALE = 1e6  # HiGHS stops at an absolute gap of 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """costs: (options, items), infinite where an option is not allowed; weights: (limits, options, items); limits."""
+
+    costs: Floats
+    weights: Floats
+    limits: Floats
+
+    def cost(self, choice: Choice) -> float:
+        """The cost of one option per item."""
+        return math.fsum(self.costs[choice, np.arange(choice.size)])
+
+    def used(self, choice: Choice) -> Floats:
+        """What it takes of each limit, (limits,)."""
+        columns = np.arange(choice.size)
+        return np.array([math.fsum(own[choice, columns]) for own in self.weights])
+
+    def within(self, choice: Choice) -> bool:
+        """Whether it stays within every limit."""
+        return bool((self.used(choice) <= self.limits).all())
+
+
+@dataclass(frozen=True)
+class Solution:
+    """choice: the option of each item, (items,); bound: no choice within the limits costs less."""
+
+    choice: Choice
+    cost: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How far from the optimum at most, as a share of the cost."""
+        return max(0.0, self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+
+
+def solve(problem: Problem) -> Solution | None:
+    """The best choice found, and the bound; None where no choice keeps the limits."""
+    if problem.costs.shape[1] == 0:
+        return Solution(np.zeros(0, np.int64), 0.0, 0.0)
+    largest = float(np.max(problem.costs, where=np.isfinite(problem.costs), initial=0.0))
+    unit = largest or 1.0
+    limits = np.where(problem.limits > 0, problem.limits, 1.0)
+    scaled = Problem(problem.costs / unit, problem.weights / limits[:, None, None], problem.limits / limits)
+    prices, bound, start = _dual(scaled)
+    choice = start if start is not None and problem.within(start) else _any_within(problem)
+    if choice is None:
+        return None
+    choice = _filled(problem, choice)
+    return _closed(problem, choice, prices * unit / limits, bound * unit)
+
+
+def least(problem: Problem, limit: int) -> Choice:
+    """The choice that takes least of one limit, whatever it costs."""
+    allowed = np.where(np.isfinite(problem.costs), problem.weights[limit], np.inf)
+    cheapest: Choice = np.argmin(allowed, axis=0)
+    return cheapest
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A minimiser of the Lagrangian: as a function of the prices it bounds the dual by cost + prices . excess."""
+
+    choice: Choice
+    cost: float
+    excess: Floats
+
+
+def _minimiser(problem: Problem, prices: Floats) -> _Cut:
+    """At these prices; of equal options the first, which takes least."""
+    best = problem.costs[0] + np.tensordot(prices, problem.weights[:, 0], 1)
+    choice = np.zeros(best.size, np.int64)
+    for k in range(1, len(problem.costs)):
+        value = problem.costs[k] + np.tensordot(prices, problem.weights[:, k], 1)
+        better = value < best
+        best, choice = np.where(better, value, best), np.where(better, k, choice)
+    return _Cut(choice, problem.cost(choice), problem.used(choice) - problem.limits)
+
+
+def _dual(problem: Problem) -> tuple[Floats, float, Choice | None]:
+    """Best prices found, the bound they give, and the cheapest choice within the limits met on the way."""
+    free = _minimiser(problem, np.zeros(len(problem.limits)))
+    if (free.excess <= 0).all():
+        return np.zeros(len(problem.limits)), free.cost, free.choice
+    return _one_price(problem, free) if len(problem.limits) == 1 else _many_prices(problem, free)
+
+
+def _one_price(problem: Problem, over: _Cut) -> tuple[Floats, float, Choice | None]:
+    """Where the lines of the last choice over the limit and the last within it cross, until no choice lies below."""
+    choice = least(problem, 0)
+    within = _Cut(choice, problem.cost(choice), problem.used(choice) - problem.limits)
+    if within.excess[0] > 0:
+        return np.zeros(1), -math.inf, None
+    price, bound = np.zeros(1), over.cost
+    for _ in range(MOST_CUTS):
+        price = np.array([(within.cost - over.cost) / (over.excess[0] - within.excess[0])])
+        crossing = over.cost + price[0] * over.excess[0]
+        cut = _minimiser(problem, price)
+        bound = cut.cost + price[0] * cut.excess[0]
+        if bound >= crossing - 1e-15 * abs(crossing) or (cut.choice == within.choice).all():
+            break
+        if cut.excess[0] > 0:
+            over = cut
+        else:
+            within = cut
+    return price, min(bound, within.cost), within.choice
+
+
+def _many_prices(problem: Problem, first: _Cut) -> tuple[Floats, float, Choice | None]:
+    """Kelley's cutting planes: the best prices of all cuts so far, until their bound is reached."""
+    from scipy.optimize import linprog
+
+    count = len(problem.limits)
+    cuts, prices, bound = [first], np.zeros(count), first.cost
+    best: _Cut | None = None
+    reach = 1.0
+    for _ in range(MOST_CUTS):
+        rows = np.array([[1.0, *(-cut.excess)] for cut in cuts])
+        master = linprog(
+            [-1.0, *[0.0] * count], A_ub=rows, b_ub=[cut.cost for cut in cuts],
+            bounds=[(None, None), *[(0.0, reach)] * count],
+        )  # fmt: skip
+        if master.status != 0 or master.x is None or master.fun is None:
+            break
+        candidate = np.asarray(master.x[1:])
+        cut = _minimiser(problem, candidate)
+        value = cut.cost + float(candidate @ cut.excess)
+        if value > bound:
+            prices, bound = candidate, value
+        if (cut.excess <= 0).all() and (best is None or cut.cost < best.cost):
+            best = cut
+        if (candidate >= reach).any() and reach < 1e12:
+            reach *= 10
+        elif -master.fun - bound <= 1e-12 * max(1.0, abs(bound)):
+            break
+        cuts.append(cut)
+    return prices, bound, None if best is None else best.choice
+
+
+def _any_within(problem: Problem) -> Choice | None:
+    """A choice within limits that the dual's walk never met, by HiGHS."""
+    items = problem.costs.shape[1]
+    found = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs))
+    return None if found is None else found[0]
+
+
+def _filled(problem: Problem, choice: Choice) -> Choice:
+    """Spend what is left: the changes that gain most for what they take, as long as they fit."""
+    columns = np.arange(choice.size)
+    choice = choice.copy()
+    for _ in range(MOST_ROUNDS):
+        slack = problem.limits - problem.used(choice)
+        gains = problem.costs[choice, columns] - problem.costs
+        takes = problem.weights - problem.weights[:, choice, columns][:, None]
+        fits = (gains > 0) & (takes <= slack[:, None, None]).all(axis=0)
+        if not fits.any():
+            break
+        relative = np.maximum(takes, 0.0) / np.where(problem.limits > 0, problem.limits, 1.0)[:, None, None]
+        rate = np.where(fits, gains / np.maximum(relative.sum(axis=0), 1e-300), 0.0)
+        option = rate.argmax(axis=0)
+        items = np.flatnonzero(rate[option, columns] > 0)
+        items = items[np.argsort(-rate[option[items], items], kind="stable")]
+        taken = np.cumsum(np.maximum(takes[:, option[items], items], 0.0), axis=1)
+        fitting = max(1, int((taken <= slack[:, None]).all(axis=0).sum()))
+        trial = choice.copy()
+        trial[items[:fitting]] = option[items[:fitting]]
+        if not problem.within(trial):  # the last bit of a float
+            trial = choice.copy()
+            trial[items[0]] = option[items[0]]
+            if not problem.within(trial):
+                break
+        choice = trial
+    return choice
+
+
+def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> Solution:
+    """Look for something better among the options that the gap leaves open."""
+    cost = problem.cost(choice)
+    solution = Solution(choice, cost, min(bound, cost))
+    reduced = problem.costs + np.tensordot(prices, problem.weights, 1)
+    reduced -= reduced.min(axis=0)
+    room = (cost - bound) * (1 + 1e-9)
+    if room <= 0:
+        return solution
+    open_ = (reduced <= room) & np.isfinite(problem.costs)
+    items = np.flatnonzero(open_.sum(axis=0) > 1)
+    whole = int(open_[:, items].sum()) <= CORE_OPTIONS
+    if not items.size:
+        return replace(solution, bound=cost)  # nothing else can cost less
+    if not whole:
+        second = np.partition(np.where(open_[:, items], reduced[:, items], np.inf), 1, axis=0)[1]
+        items = items[np.argsort(second, kind="stable")[:CORE_ITEMS]]
+    fixed = choice if not whole else np.where(open_.sum(axis=0) == 1, open_.argmax(axis=0), choice)
+    found = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES)
+    if found is None:
+        return solution
+    better, below = found
+    if problem.within(better) and problem.cost(better) < cost:
+        solution = replace(solution, choice=better, cost=problem.cost(better))
+    return replace(solution, bound=min(solution.cost, max(bound, below))) if whole else solution
+
+
+def _program(
+    problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_], nodes: int = NODES
+) -> tuple[Choice, float] | None:
+    """HiGHS's best choice for these items among the open options, the others fixed; and a bound on the whole cost.
+
+    None where it finds none.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    option, position = np.nonzero(open_[:, items])
+    own = items[position]
+    others = np.ones(fixed.size, np.bool_)
+    others[items] = False
+    columns = np.flatnonzero(others)
+    spent = np.array([math.fsum(weights[fixed[columns], columns]) for weights in problem.weights])
+    paid = math.fsum(problem.costs[fixed[columns], columns])
+    costs = problem.costs[option, own]
+    unit = OBJECTIVE_SCALE / max(float(costs.max()), 1e-300)
+    left = problem.limits - spent
+    scale = np.array([_unit(weights) for weights in problem.weights])
+    one_each = csr_array((np.ones(own.size), (position, np.arange(own.size))), shape=(items.size, own.size))
+    tight = 1.0
+    for _ in range(3):  # HiGHS keeps a limit to a tolerance; ours is kept to the bit
+        with _silence():
+            result = milp(
+            costs * unit,
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(problem.weights[:, option, own] / scale[:, None], -np.inf, left / scale * tight),
+            ],
+            integrality=np.ones(own.size, np.int64), bounds=Bounds(0, 1),
+            options={"node_limit": nodes, "mip_rel_gap": 0.0},
+        )  # fmt: skip
+        if result.x is None:
+            return None
+        choice = fixed.copy()
+        taken = np.asarray(result.x) > 0.5
+        choice[own[taken]] = option[taken]
+        if problem.within(choice):
+            below = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) / unit + paid
+            return choice, below
+        tight -= 1e-7
+    return None
+
+
+def _unit(weights: Floats) -> float:
+    """What every entry is a whole multiple of, so that HiGHS adds small integers; the largest where there is none."""
+    whole = weights.astype(np.int64)
+    if (whole == weights).all():
+        return float(np.gcd.reduce(whole, axis=None)) or 1.0
+    return float(weights.max()) or 1.0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """HiGHS prints a line of its own now and then, past Python's stdout, where a program expects JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,67 @@
+"""A latency table: what each layer costs at each bit-width on the device it is for, in whatever unit it was timed."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError, SettingError
+
+EXAMPLE = '{"conv1": {"4": 0.12, "8": 0.2}, ...}'
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Layer name -> bit-width -> cost. Channels of a layer are taken to cost an equal share of it each."""
+
+    entries: tuple[tuple[str, tuple[tuple[int, float], ...]], ...]
+
+    @classmethod
+    def of(cls, layers: "LatencyTable | str | Path | Mapping[str, Mapping[Any, float]]") -> "LatencyTable":
+        """From a mapping, or from a JSON file of one. Raises FormatError (file) or SettingError naming the value."""
+        if isinstance(layers, LatencyTable):
+            return layers
+        if isinstance(layers, str | Path):
+            return cls.of(_read(Path(layers)))
+        if not isinstance(layers, Mapping) or not layers:
+            raise SettingError(f"latency: {layers!r:.60} is no table; write {EXAMPLE}")
+        return cls(tuple((str(name), _widths(str(name), own)) for name, own in layers.items()))
+
+    def curve(self, layer: str, bits: Sequence[int]) -> list[float]:
+        """The layer's cost at each bit-width. Raises SettingError for one that was not timed."""
+        known = dict(dict(self.entries).get(layer, ()))
+        missing = [b for b in bits if b not in known]
+        if missing:
+            has = ", ".join(map(str, known)) or "no bit-width"
+            raise SettingError(
+                f"latency: {layer!r} has {has}, and {', '.join(map(str, missing))} is a candidate; time it, or leave "
+                "that width out of bits"
+            )
+        return [known[b] for b in bits]
+
+    def __str__(self) -> str:
+        digest = hashlib.sha256(repr(self.entries).encode()).hexdigest()
+        return f"{len(self.entries)} layers, sha256:{digest[:16]}"
+
+
+def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        found = tuple((int(bits), float(cost)) for bits, cost in own.items())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SettingError(f"latency: {layer!r}: {own!r:.60} is no table of bits and costs; write {EXAMPLE}") from error
+    for bits, cost in found:
+        if not 0 <= cost < math.inf:
+            raise SettingError(f"latency: {layer!r} at {bits} bits: {cost!r} is not allowed; a number from 0 up")
+    return found
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a JSON file as {EXAMPLE}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON ({error}); write {EXAMPLE}") from error

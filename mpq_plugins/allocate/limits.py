@@ -1,0 +1,102 @@
+"""What a plan may take: each limit as what a layer, or one of its channels, takes of it at each bit-width."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SettingError
+from ..scheme import FLOAT_BITS, Scheme
+from ..size import layer_size
+from ..table import LayerStats, LayerTable
+from .base import layer_choice
+from .latency import LatencyTable
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """No more than `most`, in `unit`.
+
+    whole(layer, bits) is what the layer takes at each of these widths; channel(layer, bits) what one of its
+    channels takes where channels have widths of their own; maps: whether channel-to-part maps count too.
+    """
+
+    name: str
+    asked: float
+    most: float
+    unit: str
+    whole: Callable[[LayerStats, Sequence[int]], Array]
+    channel: Callable[[LayerStats, Sequence[int]], Array]
+    maps: bool = False
+
+    def shown(self, amount: float) -> float:
+        """An amount in the unit of what was asked."""
+        return amount * self.asked / self.most if self.most else amount
+
+
+def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme) -> Limit:
+    """Bits of the codes, region bits included."""
+
+    def per(layer: LayerStats, bits: Sequence[int], numel: int) -> Array:
+        return np.array([numel * (b if b in FLOAT_BITS else b + scheme.region_bits(b)) for b in bits], np.float64)
+
+    return Limit(
+        name, asked, most, unit,
+        whole=lambda layer, bits: per(layer, bits, layer.numel),
+        channel=lambda layer, bits: per(layer, bits, layer.numel // max(1, layer.channels)),
+    )  # fmt: skip
+
+
+def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme) -> Limit:
+    """Bits of everything a file must hold: codes, region bits, scales, zero points and channel-to-part maps."""
+
+    def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
+        return np.array([layer_size(layer_choice(layer, b, scheme)).total for b in bits], np.float64)
+
+    def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
+        return whole(layer, bits) / max(1, layer.channels)  # every channel has regions of its own
+
+    return Limit(name, asked, most, unit, whole, channel, maps=True)
+
+
+def bops_limit(asked: float, activation_bits: int) -> Limit:
+    """Multiply-accumulates x weight bits x activation bits."""
+
+    def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
+        if layer.macs is None:
+            raise SettingError(
+                f"bops: layer {layer.name!r} has no multiply-accumulates in this table; measure(example_input=...), or "
+                "--input-shape on the command line"
+            )
+        return np.array([layer.macs * b * activation_bits for b in bits], np.float64)
+
+    def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
+        return whole(layer, bits) / max(1, layer.channels)
+
+    return Limit("bops", asked, asked, "bit operations", whole, channel)
+
+
+def latency_limit(asked: float, table: LatencyTable) -> Limit:
+    """The sum of the layers' costs in the latency table."""
+
+    def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
+        return np.array(table.curve(layer.name, bits))
+
+    def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
+        return whole(layer, bits) / max(1, layer.channels)
+
+    return Limit("latency_limit", asked, asked, "of the latency table", whole, channel)
+
+
+def numel(table: LayerTable) -> int:
+    """Weights of all planned layers."""
+    return sum(layer.numel for layer in table.layers)
+
+
+def map_bits(channels: int, widths: int) -> int:
+    """Bits of the map that says which part a channel is in."""
+    return channels * math.ceil(math.log2(widths)) if widths > 1 else 0

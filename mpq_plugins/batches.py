@@ -1,0 +1,70 @@
+"""A user's calibration inputs, and how a model is run on them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SettingError, what_it_said
+
+
+def checked_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:
+    """The batches as a list. Raises SettingError for none, or where they are no series of inputs."""
+    if isinstance(batches, Tensor):
+        raise SettingError(
+            f"{name}: a single tensor is one batch; give a list of batches, [inputs] or inputs.split(64)"
+        )
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise SettingError(f"{name}: {type(batches).__name__} is no series of inputs; give a list of batches")
+    found = list(batches)
+    if not found:
+        raise SettingError(f"{name}: none given; a list of the model's inputs")
+    return found
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """The model's output in evaluation mode, without gradients. Raises SettingError where it does not run on it."""
+    with evaluating(model), torch.no_grad():
+        return call_model(model, batch)
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The model's output: a mapping gives keyword arguments, a tuple or list arguments, anything else one argument.
+
+    Raises SettingError where the model does not run on it.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    except SettingError:
+        raise
+    except Exception as error:  # a user's forward may raise anything on a wrong input
+        raise SettingError(
+            f"batches: {type(model).__name__} does not run on a batch ({what_it_said(error)}). A batch is the inputs "
+            "alone, without labels: a tensor, or a tuple or mapping of arguments"
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without torch's fused attention, which calls none of the layers it is made of."""
+    training = {module: module.training for module in model.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def sample_count(batch: Any) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
+    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    return 1 if first is None else len(first)

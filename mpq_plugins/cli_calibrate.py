@@ -1,0 +1,71 @@
+"""From words on the command line to calibration inputs, and to what they correct in a checkpoint."""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cli_sources import make_module, named_function
+from .errors import SettingError, SourceError, what_it_said
+from .report.progress import progress_bar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .plan import Plan
+
+MOST_BATCHES = 10_000
+
+
+def calibration_batches(text: str) -> list[Any]:
+    """What `package.module:function` returns, as a list of batches. Raises SourceError or SettingError."""
+    from .batches import checked_batches
+
+    try:
+        given = named_function(text)()
+        # A generator that never ends should not fill the memory.
+        found = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
+    except SourceError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise SourceError(f"{text}: the function cannot be called ({type(error).__name__}: {error})") from error
+    return checked_batches(found, text)
+
+
+def corrected_tensors(checkpoint: Path, plan: "Plan", model_factory: str, calibration: str) -> Mapping[str, "Tensor"]:
+    """Biases and statistics that calibration changes, by name. Raises as `correct`, or SourceError."""
+    from .correct import correct
+
+    model = make_module(model_factory)
+    _load(model, checkpoint, model_factory)
+    with progress_bar("correcting") as progress:
+        corrected = correct(model, plan, calibration_batches(calibration), progress=progress)
+    before, after = model.state_dict(), corrected.state_dict()
+    added = [name for name in after if name not in before]
+    if added:
+        raise SettingError(
+            f"calibrate: {added[0]!r}{f' and {len(added) - 1} more' if len(added) > 1 else ''} would be new: the layer "
+            "has no bias and no BatchNorm to take the correction, and the checkpoint no place for it. Use "
+            "mpq_plugins.apply(model, plan, calibrate=batches) and save the module"
+        )
+    return {name: value for name, value in after.items() if not value.equal(before[name])}
+
+
+def _load(model: "nn.Module", checkpoint: Path, factory: str) -> None:
+    """Put the checkpoint's tensors into the model."""
+    from .checkpoints import open_checkpoint
+
+    stored = open_checkpoint(checkpoint)
+    state = model.state_dict()
+    missing = [name for name, value in state.items() if value.dim() and name not in stored]
+    if missing:
+        raise SourceError(f"{factory}: has {missing[0]!r}, which {checkpoint} lacks; name the checkpoint's own model")
+    given = {
+        name: stored[name].read_rows(0, stored[name].shape[0]).reshape(stored[name].shape)
+        for name, value in state.items()
+        if value.dim()
+    }
+    try:
+        model.load_state_dict({**state, **given})
+    except RuntimeError as error:
+        raise SourceError(f"{factory}: does not take {checkpoint} ({what_it_said(error)})") from error

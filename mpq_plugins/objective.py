@@ -1,0 +1,144 @@
+"""What a plan is predicted to cost: errors and sensitivities of a table as numbers that add up over layers.
+
+`mse` and `relative` are means over weights, so they count once per weight; `rmse` and `max_abs` count once per layer;
+`sqnr_db` as the noise's share of the signal's power; a sensitivity is a sum already. `first*second` takes the scale of
+each layer from the first and the split between its bit-widths and channels from the second.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import SettingError
+from .plan import LayerChoice, Plan
+from .scheme import FLOAT_BITS
+from .table import LayerStats, LayerTable
+
+Array = NDArray[np.float64]
+
+PER_WEIGHT = ("mse", "relative")
+AS_NUMBERS: dict[str, Callable[[Array], Array]] = {
+    "mse": lambda values: values,
+    "relative": lambda values: values,
+    "rmse": lambda values: values,
+    "max_abs": lambda values: values,
+    "sqnr_db": lambda values: 10 ** (-values / 10),
+}
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The one or two names of a sensitivity as a user writes it: `mse`, or `kl*mse`. Raises SettingError."""
+    names = tuple(part.strip() for part in name.split("*")) if isinstance(name, str) else ()
+    if not 1 <= len(names) <= 2 or not all(names):
+        raise SettingError(
+            f"sensitivity: {name!r} is not allowed; an error or a sensitivity of the table, or two as in kl*mse, the "
+            "first for the scale of each layer and the second for the split inside it"
+        )
+    return names
+
+
+def check(table: LayerTable, name: str) -> tuple[str, ...]:
+    """The names, if the table has them. Raises SettingError listing what it has."""
+    for part in (names := parts_of(name)):
+        if part not in (*table.metrics, *table.sensitivities):
+            has = ", ".join((*table.metrics, *table.sensitivities))
+            raise SettingError(
+                f"sensitivity: {part!r} was not measured; this table has {has}. mpq_plugins.sensitivity(model, table, "
+                f"{part!r}, batches) adds those that need inputs."
+            )
+    return names
+
+
+def layer_curve(table: LayerTable, layer: LayerStats, name: str, bits: Sequence[int]) -> Array:
+    """The predicted cost of a whole layer at each bit-width, (bits,). Raises SettingError where not measured."""
+    names = check(table, name)
+    positions = [_position(table, b) for b in bits]
+    own = _curve(layer, names[-1])
+    curve: Array = own[positions] * _scale(layer, names, own)
+    return curve
+
+
+def channel_curves(table: LayerTable, layer: LayerStats, name: str, bits: Sequence[int]) -> Array:
+    """The predicted cost of each output channel at each bit-width, (bits, channels).
+
+    Raises SettingError where it was not measured per channel.
+    """
+    names = check(table, name)
+    positions = [_position(table, b) for b in bits]
+    own = _channel_curves(layer, names[-1])
+    if own is None:
+        remedy = (
+            "measure(per_channel=True)" if names[-1] in table.metrics else f"split by another, as in {names[-1]}*mse"
+        )
+        raise SettingError(
+            f"layer {layer.name!r}: no {names[-1]} per channel in this table; {remedy}, or give each layer one width "
+            "(parts=False)"
+        )
+    curves: Array = own[positions] * _scale(layer, names, _curve(layer, names[-1]))
+    return curves
+
+
+def predicted(table: LayerTable, plan: Plan, name: str) -> float | None:
+    """The predicted cost of a plan; None where the table cannot tell.
+
+    It cannot for a scheme that was not measured; for bit-widths that were not; and for parts, without numbers per
+    channel or where a part has a scale of its own (per_tensor).
+    """
+    check(table, name)
+    if plan.by_name.keys() != {layer.name for layer in table.layers}:
+        return None
+    total = 0.0
+    for layer in table.layers:
+        cost = _choice_cost(table, layer, plan.by_name[layer.name], name)
+        if cost is None:
+            return None
+        total += cost
+    return total
+
+
+def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name: str) -> float | None:
+    widths = [part.bits for part in choice.groups if part.bits not in FLOAT_BITS]
+    if not widths:
+        return 0.0
+    if choice.scheme != table.scheme or not set(widths) <= set(table.bits):
+        return None
+    if choice.bits is not None:
+        return float(layer_curve(table, layer, name, [choice.bits])[0])
+    if choice.scheme.granularity == "per_tensor" or _channel_curves(layer, parts_of(name)[-1]) is None:
+        return None
+    parts = [part for part in choice.groups if part.bits not in FLOAT_BITS]
+    curves = channel_curves(table, layer, name, widths)
+    return sum(float(curves[k, list(part.channels)].sum()) for k, part in enumerate(parts))
+
+
+def _position(table: LayerTable, bits: int) -> int:
+    if bits not in table.bits:
+        raise SettingError(f"bits: {bits} was not measured; this table has {', '.join(map(str, table.bits))}")
+    return table.bits.index(bits)
+
+
+def _curve(layer: LayerStats, name: str) -> Array:
+    if name in layer.sensitivities:
+        return layer.sensitivities[name]
+    count = layer.numel if name in PER_WEIGHT else 1
+    return AS_NUMBERS[name](layer.errors[name]) * count
+
+
+def _channel_curves(layer: LayerStats, name: str) -> Array | None:
+    """(bits, channels), or None where there are none."""
+    if name in layer.sensitivities:
+        return layer.channel_sensitivities.get(name)
+    if name not in layer.channel_errors:
+        return None
+    per_channel = layer.numel / max(1, layer.channels)
+    return AS_NUMBERS[name](layer.channel_errors[name]) * (per_channel if name in PER_WEIGHT else 1)
+
+
+def _scale(layer: LayerStats, names: Sequence[str], split: Array) -> float:
+    """What the second sensitivity is multiplied by: the geometric mean over bit-widths of the first's share of it."""
+    if len(names) == 1:
+        return 1.0
+    first = _curve(layer, names[0])
+    known = (first > 0) & (split > 0)
+    return float(np.exp(np.mean(np.log(first[known] / split[known])))) if known.any() else 1.0

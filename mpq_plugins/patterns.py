@@ -1,0 +1,52 @@
+"""Naming layers: a glob, or a regular expression after `re:`, and families that differ in one word."""
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+
+from .errors import SettingError
+
+REGEX = "re:"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the pattern names the layer. Raises SettingError for a broken regular expression."""
+    if pattern.startswith(REGEX):
+        return _compiled(pattern).fullmatch(name) is not None
+    return fnmatchcase(name, pattern)
+
+
+def families(pattern: str, names: Iterable[str]) -> Mapping[tuple[str, ...], tuple[str, ...]]:
+    """Layers that differ only where the pattern has alternatives: `*.{query,key,value}` -> one family per block.
+
+    The key is what the pattern's `*` stood for. Raises SettingError for a pattern without {one,another}.
+    """
+    opening, closing = pattern.find("{"), pattern.find("}")
+    if opening < 0 or closing < opening or "," not in pattern[opening:closing]:
+        raise SettingError(
+            f"tie: {pattern!r} names no alternatives; write '*.{{query,key,value}}' for layers that differ in that word"
+        )
+    head, words, tail = pattern[:opening], pattern[opening + 1 : closing].split(","), pattern[closing + 1 :]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        for word in words:
+            captured = _captured(head + word.strip() + tail, name)
+            if captured is not None:
+                found.setdefault(captured, []).append(name)
+                break
+    return {key: tuple(own) for key, own in found.items()}
+
+
+def _captured(glob: str, name: str) -> tuple[str, ...] | None:
+    pieces = [re.escape(piece) for piece in glob.split("*")]
+    match = re.fullmatch("(.*)".join(pieces), name)
+    return None if match is None else match.groups()
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix(REGEX))
+    except re.error as error:
+        raise SettingError(f"{pattern!r}: no regular expression ({error}); write {REGEX}layer[12].*") from error
