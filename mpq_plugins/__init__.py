@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 # can bind the module; each imports torch only when called.
 from .apply import apply, verify
 from .correct import correct
-from .measure import measure
+from .measure import measure, sensitivity
 
 if TYPE_CHECKING:
     from .allocate.base import Allocator
@@ -73,6 +73,7 @@ __all__ = [
     "find_weights",
     "iter_weights",
     "measure",
+    "sensitivity",
     "verify",
 ]
 

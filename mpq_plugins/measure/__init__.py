@@ -1,15 +1,16 @@
-"""Measuring: weights in, a LayerTable out."""
+"""Measuring: weights in, a LayerTable out; a model and inputs, sensitivities beside the errors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..scheme import Affine, Scheme
 
 if TYPE_CHECKING:  # importing the package must not import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..table import LayerTable
+    from .sensitivity import Sensitivity
 
 Progress = Callable[[str, int, int], None]
 """Called with a layer's name, the weights measured so far and the weights in all."""
@@ -45,4 +46,35 @@ def measure(
     return run(
         source, scheme or Affine(), bits, metrics, per_channel=per_channel, skip=skip, only=only,
         fold_bn=fold_bn, example_input=example_input, progress=progress,
+    )  # fmt: skip
+
+
+def sensitivity(
+    model: "nn.Module",
+    table: "LayerTable",
+    kind: "str | Sensitivity",
+    batches: Iterable[Any],
+    *,
+    output: "Callable[[nn.Module, Any], Tensor] | None" = None,
+    seed: int = 0,
+    journal: str | Path | None = None,
+    progress: Progress | None = None,
+) -> "LayerTable":
+    """The table with one more sensitivity: what quantizing each layer is predicted to cost, at all of its bit-widths.
+
+    kind: `output_mse`, the squared error of the layer's output (one pass); `kl`, the divergence of the model's
+    predictions, and `distance`, 1 - cosine of its output, with that layer alone quantized; `fisher` and `hessian`,
+    quadratics around the float weights; another that an entry point names; or a value of such a class, as
+    Hessian(probes=16). batches: a few hundred inputs without labels, as for `correct`. output: (model, batch) -> tensor
+    (samples, features), for models whose own output is no logits. seed: of labels and probes; the same seed gives the
+    same table. journal: a file where finished layers are kept (kl and distance), so that an interrupted measurement
+    goes on; it is removed at the end. The model is not changed.
+
+    Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
+    PluginError (a kind that is not installed).
+    """
+    from .sensitivity import run
+
+    return run(
+        model, table, kind, batches, output=output, seed=seed, journal=journal, progress=progress,
     )  # fmt: skip

@@ -1,0 +1,90 @@
+"""How far the network's own output moves when one layer alone is quantized: what makes layers comparable.
+
+KL: sum_k p_k log(p_k / q_k) of the logits' softmax, float against quantized, in nats, the mean over samples (and over
+positions, of a language model). Distance: 1 - cosine of a user's output, such as an embedding, the mean over samples.
+One run for each layer, bit-width and batch, from the changed layer on (replay.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batches import sample_count
+from ..table import LayerStats
+from .replay import Replay
+from .sensitivity import Curves, Job
+
+Compare = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class KL:
+    """Kullback-Leibler divergence of the model's predictions, in nats a sample."""
+
+    name: ClassVar[str] = "kl"
+
+    def measure(self, job: Job) -> Mapping[str, Curves]:
+        """One layer at a time."""
+        return _one_at_a_time(job, _divergence)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """1 - cosine between outputs, dimensionless; for models without logits."""
+
+    name: ClassVar[str] = "distance"
+
+    def measure(self, job: Job) -> Mapping[str, Curves]:
+        """One layer at a time."""
+        return _one_at_a_time(job, _cosine_distance)
+
+
+def _one_at_a_time(job: Job, compare: Compare) -> dict[str, Curves]:
+    layers, samples = job.table.layers, [sample_count(batch) for batch in job.batches]
+    sums = {layer.name: np.zeros(len(job.table.bits)) for layer in layers}
+    done = 0
+    for position, batch in enumerate(job.batches):
+        replay: Replay | None = None
+        for layer in layers:
+            job.said(done, len(layers) * len(job.batches))
+            done += 1
+            key = f"{position} {layer.name}"
+            row = job.journal.rows.get(key) if job.journal is not None else None
+            if row is None:
+                replay = replay or Replay(job.model, lambda batch=batch: job.run(batch))  # type: ignore[misc]
+                row = _row(job, layer, replay, compare)
+                if job.journal is not None:
+                    job.journal.add(key, row)
+            sums[layer.name] += samples[position] * np.array([row[str(b)] for b in job.table.bits])
+    job.said(done, done)
+    return {name: Curves(total / sum(samples)) for name, total in sums.items()}
+
+
+def _row(job: Job, layer: LayerStats, replay: Replay, compare: Compare) -> dict[str, float]:
+    """The change of the output at each bit-width."""
+    weight = job.weights[layer.name]
+    kept = weight.clone()
+    row = {}
+    try:
+        for b, quantized in zip(job.table.bits, list(job.quantized(layer)), strict=True):
+            weight.copy_(quantized)
+            row[str(b)] = compare(replay.output, replay.again(job.modules[layer.name]))
+    finally:
+        weight.copy_(kept)
+    return row
+
+
+def _divergence(exact: Tensor, rough: Tensor) -> float:
+    p, q = (output.double().log_softmax(-1) for output in (exact, rough))
+    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
+    return max(0.0, float(divergence))
+
+
+def _cosine_distance(exact: Tensor, rough: Tensor) -> float:
+    cosine = torch.nn.functional.cosine_similarity(exact.double().flatten(1), rough.double().flatten(1), dim=1)
+    return max(0.0, float(1 - cosine.mean()))

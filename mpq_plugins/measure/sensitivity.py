@@ -1,0 +1,185 @@
+"""Filling a table with a sensitivity: what quantizing each layer, at each bit-width, is predicted to cost.
+
+A sensitivity needs the model and a few hundred unlabeled inputs; weight errors (`mse`, `relative`) need neither and are
+in every table. Each kind is a frozen dataclass that an entry point of the group `mpq_plugins.sensitivities` names.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import registry
+from ..batches import call_model, checked_batches, evaluating
+from ..errors import MismatchError, SettingError, first_few
+from ..fingerprint import model_digest, source_digest, tensors_digest
+from ..fold import fold_batch_norm
+from ..journal import Journal
+from ..quantize.fake import fake_quantize
+from ..table import LayerStats, LayerTable
+from ..weights import quantizable_weights
+from . import Progress
+
+Array = NDArray[np.float64]
+Output = Callable[[nn.Module, Any], Tensor]
+"""A user's output function: (model, batch) -> (samples, features), such as embeddings."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A layer's predicted cost at each bit-width of the table, (bits,), and that of its channels, (bits, channels)."""
+
+    layer: Array
+    channels: Array | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a sensitivity works on: a copy of the model in evaluation mode, in which it may change weights.
+
+    weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
+    output; journal: rows of an interrupted run, for sensitivities that take long.
+    """
+
+    model: nn.Module
+    table: LayerTable
+    batches: Sequence[Any]
+    weights: Mapping[str, Tensor]
+    modules: Mapping[str, Sequence[nn.Module]]
+    output: Output | None
+    seed: int
+    journal: Journal | None
+    progress: Progress | None
+
+    def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
+        """The layer's weight at each bit-width of the table, in its own shape."""
+        for b in self.table.bits:
+            yield fake_quantize(
+                self.weights[layer.name], b, self.table.scheme, channel_axis=layer.channel_axis, layer=layer.name
+            )
+
+    def squared_errors(self, layer: LayerStats, weight: Tensor) -> Array:
+        """sum_j weight_cj (w - w')_cj^2 at each bit-width, (bits, channels); `weight` has the layer's shape."""
+        own = self.weights[layer.name]
+        errors = [(w - own).double().square() * weight.double() for w in self.quantized(layer)]
+        axis = layer.channel_axis
+        summed = [error.movedim(axis, 0).reshape(layer.channels, -1).sum(1) for error in errors]
+        return torch.stack(summed).cpu().numpy()
+
+    def run(self, batch: Any) -> Tensor:
+        """The output for a batch: the user's function's, or the model's own logits. Raises SettingError."""
+        found = call_model(self.model, batch) if self.output is None else self._custom(batch)
+        logits = getattr(found, "logits", found)
+        if not isinstance(logits, Tensor) or logits.dim() < 2:
+            raise SettingError(
+                f"output: {type(self.model).__name__} gives a {type(logits).__name__}, and a tensor (samples, features)"
+                " is needed; pass output=, a function of the model and a batch that returns one"
+            )
+        return logits
+
+    def _custom(self, batch: Any) -> Tensor:
+        assert self.output is not None
+        try:
+            return self.output(self.model, batch)
+        except SettingError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise SettingError(f"output: the function failed ({type(error).__name__}: {error})") from error
+
+    def said(self, done: int, total: int) -> None:
+        """Report progress."""
+        if self.progress is not None:
+            self.progress("", done, total)
+
+
+class Sensitivity(Protocol):
+    """A frozen dataclass named by an entry point. needs_output: whether a user's output function is used."""
+
+    name: ClassVar[str]
+
+    def measure(self, job: Job) -> Mapping[str, Curves]:
+        """Curves by layer name, for every layer of the job's table."""
+        ...
+
+
+def run(
+    model: nn.Module,
+    table: LayerTable,
+    kind: "str | Sensitivity",
+    batches: Iterable[Any],
+    *,
+    output: Output | None,
+    seed: int,
+    journal: str | Path | None,
+    progress: Progress | None,
+) -> LayerTable:
+    """What `sensitivity` promises."""
+    measurer: Sensitivity = registry.load("sensitivities", kind)() if isinstance(kind, str) else kind
+    given = checked_batches(batches)
+    if type(seed) is not int or seed < 0:
+        raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
+    copied = fold_batch_norm(model) if table.fold_bn else copy.deepcopy(model)
+    weights = _weights(copied, table)
+    kept = None
+    if journal is not None:
+        kept = Journal(Path(journal), _identity(copied, table, measurer, given, output, seed))
+    modules = {layer.name: _users(copied, weights[layer.name]) for layer in table.layers}
+    with evaluating(copied), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = measurer.measure(Job(copied, table, given, weights, modules, output, seed, kept, progress))
+    layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
+    if kept is not None:
+        kept.path.unlink(missing_ok=True)
+    return replace(table, layers=layers)
+
+
+def _with_curves(layer: LayerStats, name: str, curves: Curves) -> LayerStats:
+    bad = [curve for curve in (curves.layer, curves.channels) if curve is not None and not np.isfinite(curve).all()]
+    if bad:
+        raise SettingError(f"layer {layer.name!r}: its {name} is NaN or infinite; look at the inputs and the model")
+    channels = {key: value for key, value in layer.channel_sensitivities.items() if key != name}
+    if curves.channels is not None:
+        channels[name] = curves.channels
+    return replace(layer, sensitivities={**layer.sensitivities, name: curves.layer}, channel_sensitivities=channels)
+
+
+def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
+    found = quantizable_weights(model)
+    missing = [layer.name for layer in table.layers if layer.name not in found]
+    other = [
+        layer.name for layer in table.layers if layer.name in found and tuple(found[layer.name].shape) != layer.shape
+    ]
+    if missing or other:
+        named = first_few([repr(name) for name in (missing or other)], ", ")
+        what = "lacks" if missing else "has other shapes of"
+        raise MismatchError(f"{type(model).__name__}: {what} {named}; the table was measured on another model")
+    return {layer.name: found[layer.name].detach() for layer in table.layers}
+
+
+def _users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(own := getattr(module, "weight", None), Tensor) and own.data_ptr() == weight.data_ptr()
+    ]
+
+
+def _identity(
+    model: nn.Module, table: LayerTable, kind: Sensitivity, batches: Sequence[Any], output: Output | None, seed: int
+) -> dict[str, str]:
+    flat: dict[str, object] = {}
+    for position, batch in enumerate(batches):
+        leaves = torch.utils._pytree.tree_leaves(batch)
+        flat |= {f"{position}.{k}": leaf for k, leaf in enumerate(leaves)}
+    plan = hashlib.sha256(f"{table.fingerprint} {table.scheme} {table.bits}".encode()).hexdigest()
+    return {
+        "sensitivity": repr(kind), "model": model_digest(model), "table": plan, "batches": tensors_digest(flat),
+        "output": source_digest(output) if output is not None else "", "seed": str(seed),
+    }  # fmt: skip
