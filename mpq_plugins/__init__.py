@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         FormatError,
         MismatchError,
         MPQError,
+        PlanWarning,
         PluginError,
         SettingError,
         SourceError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         VerifyError,
         WeightError,
     )
+    from .guard import Comparison, compare
     from .plan import LayerChoice, Part, Plan
     from .scheme import Affine, Piecewise
     from .size import PlanSize
@@ -49,6 +51,7 @@ __all__ = [
     "Allocation",
     "Allocator",
     "Budget",
+    "Comparison",
     "FormatError",
     "LatencyTable",
     "LayerChoice",
@@ -61,6 +64,7 @@ __all__ = [
     "Piecewise",
     "Plan",
     "PlanSize",
+    "PlanWarning",
     "PluginError",
     "SettingError",
     "SourceError",
@@ -69,6 +73,7 @@ __all__ = [
     "VerifyError",
     "WeightError",
     "apply",
+    "compare",
     "correct",
     "find_weights",
     "iter_weights",
@@ -82,6 +87,7 @@ _HOMES = {
     "Allocation": "allocate.budget",
     "Allocator": "allocate.base",
     "Budget": "allocate.budget",
+    "Comparison": "guard",
     "FormatError": "errors",
     "LatencyTable": "allocate.latency",
     "LayerChoice": "plan",
@@ -95,6 +101,7 @@ _HOMES = {
     "Piecewise": "scheme",
     "Plan": "plan",
     "PlanSize": "size",
+    "PlanWarning": "errors",
     "PluginError": "errors",
     "SQNR": "allocate.sqnr",
     "SettingError": "errors",
@@ -103,6 +110,7 @@ _HOMES = {
     "Uniform": "allocate.uniform",
     "VerifyError": "errors",
     "WeightError": "errors",
+    "compare": "guard",
     "find_weights": "weights",
     "iter_weights": "weights",
 }

@@ -1,23 +1,27 @@
 """`mpq`: the only place where words become objects, results are printed and the process exits."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
+from .cli_pareto import pareto
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
 from .cli_sweep import sweep
 from .cli_tune import tune
-from .errors import MPQError
+from .errors import MPQError, PlanWarning
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
 
 def main() -> None:
     """Run `mpq`: exit 0, 2 with one line on stderr for anything refused, or 130 when interrupted."""
+    warnings.simplefilter("ignore", PlanWarning)  # the commands say it in their own way
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except MPQError as error:
@@ -60,6 +64,17 @@ def cli() -> None:
 @click.option("--metrics", default="relative,mse", show_default=True, help="relative, mse, rmse, sqnr_db, max_abs.")
 @click.option("--per-channel-errors", is_flag=True, help="Keep the error of every output channel too.")
 @click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
+@click.option(
+    "--sensitivity", "sensitivities", multiple=True, metavar="NAME",
+    help="Also what quantizing each layer does to outputs: output_mse, kl, distance, fisher, hessian; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION", help="Returns the batches of inputs that these need."
+)
+@click.option(
+    "--output-of", "output_function", metavar="MODULE:FUNCTION",
+    help="For models without logits: (model, batch) -> tensor (samples, features), such as embeddings.",
+)  # fmt: skip
 @scheme_options
 @json_option
 def measure(
@@ -69,17 +84,26 @@ def measure(
     metrics: str,
     per_channel_errors: bool,
     input_shape: tuple[int, ...] | None,
+    sensitivities: tuple[str, ...],
+    calibration: str | None,
+    output_function: str | None,
     as_json: bool,
     **scheme: Any,
 ) -> None:
-    """Measure the quantization error of every layer at every bit-width."""
+    """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs."""
     from .allocate.base import Needs
+    from .cli_calibrate import with_sensitivities
     from .cli_sources import Request, check_output, measure_now, resolve_source
     from .report.tables import console, measurement_table
 
     check_output(output, source)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
-    table = measure_now(resolve_source(source), needs, Request(**scheme), input_shape)
+    resolved = resolve_source(source)
+    if bool(sensitivities) != (calibration is not None):
+        raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
+    table = measure_now(resolved, needs, Request(**scheme), input_shape)
+    if calibration is not None:
+        table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)
     if output is not None:
         table.save(output)
     if as_json:
@@ -93,6 +117,7 @@ def measure(
                     layer.name: {
                         "kind": layer.kind, "numel": layer.numel, "macs": layer.macs, "importance": layer.importance,
                         "errors": {metric: values.tolist() for metric, values in layer.errors.items()},
+                        "sensitivities": {name: values.tolist() for name, values in layer.sensitivities.items()},
                     }
                     for layer in table.layers
                 },
@@ -131,21 +156,33 @@ def plan(
     **options: Any,
 ) -> None:
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
+    from dataclasses import replace
+
     from .cli_plans import joint_needs, plan_files
     from .cli_sources import Request, check_output, measured
+    from .guard import compare, worse_text
+    from .report.progress import say
     from .report.tables import bits_summary, console, layer_json, plan_head, size_json, size_lines
+    from .table import is_table
 
     check_output(output, source, cache)
     check_output(cache, source)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
-    table = measured(source, joint_needs(allocators), request, cache)
+    needs = joint_needs(allocators)
+    if request.scheme(needs.scheme).granularity != "per_tensor" and not is_table(Path(source)):
+        needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
+    table = measured(source, needs, request, cache)
     plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
     files = plan_files(plans, output)
+    comparisons = [compare(table, made) for made in plans]
     for made, file in zip(plans, files, strict=True):
         if file is not None:
             made.save(file)
+    for made, comparison in zip(plans, comparisons, strict=True):
+        if comparison is not None and comparison.worse:
+            say(f"warning: {worse_text(made, comparison)}")
     if as_json:
         documents = [
             {
@@ -153,17 +190,19 @@ def plan(
                 "allocator": made.allocator.model_dump(),
                 "layers": {layer.name: layer_json(layer) for layer in made.layers},
                 "size": size_json(made.size()),
+                "predicted": None if comparison is None else {**vars(comparison), "worse": comparison.worse},
             }
-            for made, file in zip(plans, files, strict=True)
+            for made, file, comparison in zip(plans, files, comparisons, strict=True)
         ]
         print_json(documents if len(plans) > 1 else documents[0])
         return
     out = console()
-    for made, file in zip(plans, files, strict=True):
+    for made, file, comparison in zip(plans, files, comparisons, strict=True):
         out.print(plan_head(made), soft_wrap=True)
         out.print(bits_summary(made, made.size()))
         for line in size_lines(made.size()):
             out.print(line, soft_wrap=True)
+        out.print(comparison.text() if comparison is not None else UNCOMPARED, soft_wrap=True)
         say_written(file, "plan")
     say_left_alone(table)
 
@@ -230,6 +269,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
         )
 
 
+cli.add_command(pareto)
 cli.add_command(sweep)
 cli.add_command(tune)
 

@@ -1,7 +1,7 @@
 """From words on the command line to calibration inputs, and to what they correct in a checkpoint."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .plan import Plan
+    from .table import LayerTable
 
 MOST_BATCHES = 10_000
 
@@ -49,6 +50,28 @@ def corrected_tensors(checkpoint: Path, plan: "Plan", model_factory: str, calibr
             "mpq_plugins.apply(model, plan, calibrate=batches) and save the module"
         )
     return {name: value for name, value in after.items() if not value.equal(before[name])}
+
+
+def with_sensitivities(
+    table: "LayerTable",
+    model: "nn.Module | Path",
+    names: Sequence[str],
+    calibration: str,
+    output_function: str | None,
+    output: Path | None,
+) -> "LayerTable":
+    """The table with these sensitivities; finished layers are kept beside `output`. Raises as `sensitivity`."""
+    from .measure import sensitivity
+
+    if isinstance(model, Path):
+        raise SettingError(f"sensitivity: {model} is a file, and only a module can be run: package.module:factory")
+    batches = calibration_batches(calibration)
+    function = named_function(output_function) if output_function is not None else None
+    for name in names:
+        journal = output.with_name(f"{output.name}.{name}.partial") if output is not None else None
+        with progress_bar(name) as progress:
+            table = sensitivity(model, table, name, batches, output=function, journal=journal, progress=progress)
+    return table
 
 
 def _load(model: "nn.Module", checkpoint: Path, factory: str) -> None:

@@ -28,6 +28,10 @@ def what_it_said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+class PlanWarning(UserWarning):
+    """A plan that is predicted to be worse than uniform widths of its own size."""
+
+
 class MPQError(Exception):
     """Anything this package refuses, in one sentence: what, where, what is allowed, what to do."""
 

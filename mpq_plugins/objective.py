@@ -44,8 +44,8 @@ def check(table: LayerTable, name: str) -> tuple[str, ...]:
         if part not in (*table.metrics, *table.sensitivities):
             has = ", ".join((*table.metrics, *table.sensitivities))
             raise SettingError(
-                f"sensitivity: {part!r} was not measured; this table has {has}. mpq_plugins.sensitivity(model, table, "
-                f"{part!r}, batches) adds those that need inputs."
+                f"sensitivity: {part!r} was not measured; this table has {has}. Those that need inputs are added by "
+                "mpq_plugins.sensitivity, or `mpq measure --sensitivity ... --calibrate ... -o table.mpqt`."
             )
     return names
 

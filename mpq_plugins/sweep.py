@@ -28,7 +28,8 @@ FLOAT = "float"
 class SweepRow:
     """One plan. errors: mean over weights by metric, None where the table cannot tell; scores: by name, first first.
 
-    average_bits is weights only, total_average_bits with scales, zero points and part maps.
+    average_bits is weights only, total_average_bits with scales, zero points and part maps. series: what it is called
+    in tables and pictures, the allocator where nothing else was said.
     """
 
     allocator: str
@@ -40,6 +41,12 @@ class SweepRow:
     errors: Mapping[str, float | None]
     scores: Scores
     pareto: bool = False
+    series: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.series or self.allocator
 
     @property
     def score(self) -> float | None:
@@ -63,25 +70,28 @@ def sweep(
     model: "nn.Module | None" = None,
     evaluate: Evaluate | None = None,
     *,
+    series: Sequence[str] = (),
+    calibrate: "Sequence[Any] | None" = None,
     journal: "Journal | None" = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
     """A row for each of the table's plans, in their order, those on the Pareto front marked.
 
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first
-    row is the float model. Evaluations that the journal holds are taken from there, new ones are added to it. Raises
-    SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with numbers
-    every time; and what `apply` and `verify` raise.
+    row is the float model. series: a name for each plan's row. calibrate: batches of inputs on which every quantized
+    copy is corrected (`correct`). Evaluations that the journal holds are taken from there, new ones are added to it.
+    Raises SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with
+    numbers every time; and what `apply`, `correct` and `verify` raise.
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
-    scored = _Scored(model, evaluate, journal)
+    scored = _Scored(model, evaluate, calibrate, journal)
     float_row = (_float_row(table, scored(None)),) if scored.possible else ()
     rows = []
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        rows.append(_row(table, plan, scored(plan)))
+        rows.append(_row(table, plan, scored(plan), series[position] if series else ""))
         if float_row and rows[-1].scores.keys() != float_row[0].scores.keys():
             names = [", ".join(scores) for scores in (float_row[0].scores, rows[-1].scores)]
             raise SourceError(f"the evaluation returned {names[0]} for one model and {names[1]} for another")
@@ -96,6 +106,7 @@ class _Scored:
 
     model: "nn.Module | None"
     evaluate: Evaluate | None
+    calibrate: "Sequence[Any] | None"
     journal: "Journal | None"
 
     @property
@@ -109,7 +120,7 @@ class _Scored:
         if self.journal is not None and key in self.journal.rows:
             return self.journal.rows[key]
         # A copy for the float model too: an evaluation may leave its mark on what it is given.
-        given = copy.deepcopy(self.model) if plan is None else quantized_copy(self.model, plan)
+        given = copy.deepcopy(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
         scores = checked_scores(self.evaluate, given, what)
         if self.journal is not None:
@@ -117,11 +128,11 @@ class _Scored:
         return scores
 
 
-def quantized_copy(model: "nn.Module", plan: Plan) -> "nn.Module":
-    """The model under the plan, verified."""
+def quantized_copy(model: "nn.Module", plan: Plan, calibrate: "Sequence[Any] | None" = None) -> "nn.Module":
+    """The model under the plan, verified; corrected on the batches, where there are any."""
     from .apply import apply, verify
 
-    quantized = apply(model, plan)
+    quantized = apply(model, plan, calibrate=calibrate)
     verify(quantized, plan)
     return quantized
 
@@ -139,12 +150,12 @@ def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
     return tuple(replace(row, pareto=i in front) for i, row in enumerate(rows))
 
 
-def _row(table: LayerTable, plan: Plan, scores: Scores) -> SweepRow:
+def _row(table: LayerTable, plan: Plan, scores: Scores, series: str) -> SweepRow:
     size = plan.size()
     errors = {metric: plan_error(table, plan, metric) for metric in METRICS if metric in table.metrics}
     return SweepRow(
         plan.allocator.name, plan.allocator.parameters, size.average_bits, size.total_average_bits,
-        size.weights_only_bytes, size.total_bytes, errors, scores,
+        size.weights_only_bytes, size.total_bytes, errors, scores, series=series,
     )  # fmt: skip
 
 

@@ -26,14 +26,14 @@ FLOW = (
     ("table",),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),
-    ("allocate", "legalise"),
+    ("allocate", "guard", "legalise"),
     ("lower", "match", "simulate"),
     ("apply", "correct", "correction", "rewrite"),
     ("scores",),
-    ("sweep", "tuning"),
+    ("pareto", "sweep", "tuning"),
     ("adapters",),
     ("report",),
-    ("demo", "cli_calibrate", "cli_options", "cli_plans", "cli_shared", "cli_sources", "cli_sweep", "cli_tune", "cli"),
+    ("demo", "cli_calibrate", "cli_options", "cli_pareto", "cli_plans", "cli_runs", "cli_shared", "cli_sources", "cli_sweep", "cli_tune", "cli"),
 )
 
 

@@ -22,15 +22,13 @@ Widths = int | Sequence[int] | NDArray[np.int64]
 class Needs:
     """What a table must hold for an allocator: these errors at these bit-widths.
 
-    scheme: what to measure under where the user asks for nothing else; sensitivities: names of those that need a
-    model and inputs.
+    scheme: what to measure under where the user asks for nothing else.
     """
 
     bits: tuple[int, ...]
     metrics: tuple[str, ...] = ()
     channel_errors: bool = False
     scheme: Scheme | None = None
-    sensitivities: tuple[str, ...] = ()
 
 
 class Allocator(Protocol):
@@ -58,9 +56,10 @@ def make_plan(
     """A plan that gives each layer of the table its bits: one width, or one for each of its output channels.
 
     It is signed by the allocator (a frozen dataclass); `found` records what the allocator worked out beyond its own
-    fields. Raises SettingError, naming the layer, for a width that the table's scheme does not have.
+    fields. Warns with PlanWarning of a plan predicted to be worse than uniform widths (guard.py). Raises SettingError,
+    naming the layer, for a width that the table's scheme does not have.
     """
-    return Plan.model_construct(  # every part of it is valid
+    plan = Plan.model_construct(  # every part of it is valid
         made_with={"mpq-plugins": _own_version()},
         allocator=AllocatorRecord(name=allocator.name, parameters={**_parameters(allocator), **(found or {})}),
         model=table.fingerprint,
@@ -68,6 +67,10 @@ def make_plan(
         skipped=table.skipped,
         layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
     )
+    from ..guard import warn_if_worse  # which compares with what allocators make
+
+    warn_if_worse(table, plan)
+    return plan
 
 
 def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice:

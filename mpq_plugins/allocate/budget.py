@@ -87,7 +87,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for field in LIMITS:
-            _check_positive(field, getattr(self, field))
+            object.__setattr__(self, field, _positive(field, getattr(self, field)))
         if (self.latency is None) != (self.latency_limit is None):
             raise SettingError("latency and latency_limit belong together: a table of costs, and the most of them")
         if self.latency is not None:
@@ -100,7 +100,7 @@ class Budget:
         object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
         for field in ("pin", "tie"):
             value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, field, tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,))
         for entry in self.pin:
             _pinned(entry)
         if self.ends is not None:
@@ -109,7 +109,7 @@ class Budget:
 
     @property
     def needs(self) -> Needs:
-        """Errors at the candidates and at pinned widths, per channel where parts are made; sensitivities by name."""
+        """Errors at the candidates and at pinned widths, per channel where parts are made."""
         given = {_pinned(entry)[1] for entry in self.pin} | ({self.ends} if self.ends is not None else set())
         names = parts_of(self.sensitivity)
         return Needs(
@@ -117,7 +117,6 @@ class Budget:
             tuple(name for name in names if name in METRICS),
             channel_errors=self.parts,
             scheme=Affine(granularity="per_channel", range="mse"),
-            sensitivities=tuple(name for name in names if name not in METRICS),
         )
 
     def __call__(self, table: LayerTable) -> Plan:
@@ -146,21 +145,37 @@ class Budget:
         return Allocation(make_plan(table, self, widths, found=found), objective, gap, binding, used)
 
     def _limits(self, table: LayerTable) -> Iterator[Limit]:
-        count, scheme = numel(table), table.scheme
+        count, scheme = max(1, numel(table)), table.scheme
         if self.average_bits is not None:
-            yield code_limit("average_bits", self.average_bits, _most(self.average_bits, count), "bits", scheme)
+            most = _most(self.average_bits, count)
+            yield code_limit("average_bits", self.average_bits, most, "bits", scheme, count)
         if self.total_average_bits is not None:
             most = _most(self.total_average_bits, count)
-            yield total_limit("total_average_bits", self.total_average_bits, most, "bits", scheme)
+            yield total_limit("total_average_bits", self.total_average_bits, most, "bits", scheme, count)
         if self.size_bytes is not None:
-            yield total_limit("size_bytes", self.size_bytes, 8.0 * self.size_bytes, "bytes", scheme)
+            yield total_limit("size_bytes", self.size_bytes, 8.0 * self.size_bytes, "bytes", scheme, 8)
         if self.weights_only_bytes is not None:
             most = 8.0 * self.weights_only_bytes
-            yield code_limit("weights_only_bytes", self.weights_only_bytes, most, "bytes", scheme)
+            yield code_limit("weights_only_bytes", self.weights_only_bytes, most, "bytes", scheme, 8)
         if self.bops is not None:
             yield bops_limit(self.bops, self.bops_activation_bits)
         if self.latency is not None and self.latency_limit is not None:
             yield latency_limit(self.latency_limit, LatencyTable.of(self.latency))
+
+
+def best_cost(table: LayerTable, sensitivity: str, bits: Sequence[int], total_bits: int) -> float | None:
+    """The least predicted cost of one width per layer within a size in total, to about the gap of one layer's step.
+
+    None where no such plan is that small.
+    """
+    limit = total_limit("size", total_bits, total_bits, "bits", table.scheme)
+    curves = [layer_curve(table, layer, sensitivity, bits) for layer in table.layers]
+    takes = [limit.whole(layer, bits) for layer in table.layers]
+    if not curves:
+        return None
+    problem = Problem(np.stack(curves, axis=1), np.stack(takes, axis=1)[None], np.array([float(total_bits)]))
+    found = solve(problem, close=False)
+    return None if found is None else found.cost
 
 
 @dataclass(frozen=True)
@@ -382,15 +397,22 @@ def _plan_bits(what: str, bits: Any) -> int:
     return bits
 
 
-def _check_positive(field: str, value: Any) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):
+def _positive(field: str, value: Any) -> float | int | None:
+    """As a float, or for bytes an integer: 3 and 3.0 make the same plan, to the byte."""
+    if value is None:
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
         raise SettingError(f"{field}: {value!r} is not allowed; a number above 0")
+    if not field.endswith("_bytes"):
+        return float(value)
+    if value != int(value):
+        raise SettingError(f"{field}: {value!r} is not allowed; a whole number above 0")
+    return int(value)
 
 
 def _most(average: float, count: int) -> float:
     """The most bits that the average of `count` weights allows, to the bit."""
     most = math.floor(average * count) + 1
-    while most / max(1, count) > average:
+    while most / count > average:
         most -= 1
     return float(most)

@@ -28,6 +28,8 @@ CORE_OPTIONS = 2000  # up to which HiGHS decides all that is open, so that its o
 CORE_ITEMS = 60  # of a larger core: it decides these, and the others keep what the filling gave them
 NODES = 20_000  # of its search tree; a limit in seconds would make a plan depend on the machine
 FEW_NODES = 500  # where the gap is parts in a million anyway
+EXACT_ATTEMPTS = 20  # choices over a limit by less than HiGHS sees that are refused one by one
+ROOM = 1e-7  # of the largest weight, beyond a limit: HiGHS's presolve loses choices that meet it to the bit
 OBJECTIVE_SCALE = 1e6  # HiGHS stops at an absolute gap of 1e-6
 
 
@@ -67,10 +69,15 @@ class Solution:
         return max(0.0, self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
 
 
-def solve(problem: Problem) -> Solution | None:
-    """The best choice found, and the bound; None where no choice keeps the limits."""
+def solve(problem: Problem, close: bool = True) -> Solution | None:
+    """The best choice found, and the bound; None where no choice keeps the limits.
+
+    close: whether HiGHS looks for what the dual leaves open.
+    """
     if problem.costs.shape[1] == 0:
         return Solution(np.zeros(0, np.int64), 0.0, 0.0)
+    if not np.isfinite(problem.costs).any(axis=0).all():
+        return None
     largest = float(np.max(problem.costs, where=np.isfinite(problem.costs), initial=0.0))
     unit = largest or 1.0
     limits = np.where(problem.limits > 0, problem.limits, 1.0)
@@ -80,6 +87,9 @@ def solve(problem: Problem) -> Solution | None:
     if choice is None:
         return None
     choice = _filled(problem, choice)
+    if not close:
+        cost = problem.cost(choice)
+        return Solution(choice, cost, min(bound * unit, cost))
     return _closed(problem, choice, prices * unit / limits, bound * unit)
 
 
@@ -189,7 +199,7 @@ def _filled(problem: Problem, choice: Choice) -> Choice:
         if not fits.any():
             break
         relative = np.maximum(takes, 0.0) / np.where(problem.limits > 0, problem.limits, 1.0)[:, None, None]
-        rate = np.where(fits, gains / np.maximum(relative.sum(axis=0), 1e-300), 0.0)
+        rate = np.where(fits, gains / np.maximum(relative.sum(axis=0), 1e-30), 0.0)
         option = rate.argmax(axis=0)
         items = np.flatnonzero(rate[option, columns] > 0)
         items = items[np.argsort(-rate[option[items], items], kind="stable")]
@@ -251,31 +261,39 @@ def _program(
     spent = np.array([math.fsum(weights[fixed[columns], columns]) for weights in problem.weights])
     paid = math.fsum(problem.costs[fixed[columns], columns])
     costs = problem.costs[option, own]
-    unit = OBJECTIVE_SCALE / max(float(costs.max()), 1e-300)
+    unit = OBJECTIVE_SCALE / max(float(np.abs(costs).max()), 1e-300)
     left = problem.limits - spent
     scale = np.array([_unit(weights) for weights in problem.weights])
     one_each = csr_array((np.ones(own.size), (position, np.arange(own.size))), shape=(items.size, own.size))
-    tight = 1.0
-    for _ in range(3):  # HiGHS keeps a limit to a tolerance; ours is kept to the bit
+    rows = problem.weights[:, option, own] / scale[:, None]
+    refused = np.zeros((0, own.size))
+    below, tight = -math.inf, -ROOM
+    for attempt in range(2 * EXACT_ATTEMPTS):  # HiGHS keeps a limit to a tolerance; ours is kept to the bit
         with _silence():
             result = milp(
             costs * unit,
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(problem.weights[:, option, own] / scale[:, None], -np.inf, left / scale * tight),
+                LinearConstraint(rows, -np.inf, left / scale - tight),
+                LinearConstraint(refused, -np.inf, items.size - 1),
             ],
             integrality=np.ones(own.size, np.int64), bounds=Bounds(0, 1),
             options={"node_limit": nodes, "mip_rel_gap": 0.0},
         )  # fmt: skip
         if result.x is None:
             return None
+        if (
+            attempt < EXACT_ATTEMPTS and result.mip_dual_bound is not None
+        ):  # refusing a choice over a limit keeps the bound true
+            below = max(below, float(result.mip_dual_bound) / unit + paid)
         choice = fixed.copy()
         taken = np.asarray(result.x) > 0.5
         choice[own[taken]] = option[taken]
         if problem.within(choice):
-            below = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) / unit + paid
             return choice, below
-        tight -= 1e-7
+        refused = np.vstack([refused, taken.astype(np.float64)])
+        if attempt >= EXACT_ATTEMPTS - 1:
+            tight += 1e-6
     return None
 
 

@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Limit:
-    """No more than `most`, in `unit`.
+    """No more than `most`, which was asked for as `asked`, in `unit`, so many times `per`.
 
     whole(layer, bits) is what the layer takes at each of these widths; channel(layer, bits) what one of its
     channels takes where channels have widths of their own; maps: whether channel-to-part maps count too.
@@ -31,14 +31,15 @@ class Limit:
     unit: str
     whole: Callable[[LayerStats, Sequence[int]], Array]
     channel: Callable[[LayerStats, Sequence[int]], Array]
+    per: float = 1.0
     maps: bool = False
 
     def shown(self, amount: float) -> float:
         """An amount in the unit of what was asked."""
-        return amount * self.asked / self.most if self.most else amount
+        return amount / self.per
 
 
-def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme) -> Limit:
+def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:
     """Bits of the codes, region bits included."""
 
     def per(layer: LayerStats, bits: Sequence[int], numel: int) -> Array:
@@ -48,10 +49,11 @@ def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme) 
         name, asked, most, unit,
         whole=lambda layer, bits: per(layer, bits, layer.numel),
         channel=lambda layer, bits: per(layer, bits, layer.numel // max(1, layer.channels)),
+        per=per,
     )  # fmt: skip
 
 
-def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme) -> Limit:
+def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:
     """Bits of everything a file must hold: codes, region bits, scales, zero points and channel-to-part maps."""
 
     def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
@@ -60,7 +62,7 @@ def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme)
     def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
         return whole(layer, bits) / max(1, layer.channels)  # every channel has regions of its own
 
-    return Limit(name, asked, most, unit, whole, channel, maps=True)
+    return Limit(name, asked, most, unit, whole, channel, per, maps=True)
 
 
 def bops_limit(asked: float, activation_bits: int) -> Limit:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # importing the package must not import torch
     from torch import Tensor, nn
 
     from ..table import LayerTable
-    from .sensitivity import Sensitivity
+    from .sensitivities import Sensitivity
 
 Progress = Callable[[str, int, int], None]
 """Called with a layer's name, the weights measured so far and the weights in all."""
@@ -73,7 +73,7 @@ def sensitivity(
     Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
     PluginError (a kind that is not installed).
     """
-    from .sensitivity import run
+    from .sensitivities import run
 
     return run(
         model, table, kind, batches, output=output, seed=seed, journal=journal, progress=progress,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..batches import sample_count
 from ..errors import SettingError
-from .sensitivity import Curves, Job
+from .sensitivities import Curves, Job
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..batches import sample_count
 from ..table import LayerStats
 from .replay import Replay
-from .sensitivity import Curves, Job
+from .sensitivities import Curves, Job
 
 Compare = Callable[[Tensor, Tensor], float]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..batches import call_model, sample_count
 from ..errors import SettingError
-from .sensitivity import Curves, Job
+from .sensitivities import Curves, Job
 
-TRANSPOSED = {
+TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
     nn.ConvTranspose2d: F.conv_transpose2d,
     nn.ConvTranspose3d: F.conv_transpose3d,
@@ -89,7 +89,6 @@ def _output(module: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     if isinstance(module, nn.Embedding):
         return F.embedding(x, weight)
-    function: Callable[..., Tensor]
     for kind, function in TRANSPOSED.items():
         if isinstance(module, kind):
             return function(

@@ -42,10 +42,12 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
     explained = f"bits: a weight, in total{f'; error: {error}, mean over weights' if error is not None else ''}"
     notes = [explained, f"{MARK} no other plan that is as small is {good}"]
     mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
-    beaten = [row for row in mixed if any(other.beats(row) for other in rows if other.allocator == "uniform")]
-    if beaten:
-        who = mixed[0].allocator
-        notes.append(f"{len(beaten)} of {len(mixed)} {who} plans are matched or beaten by a uniform plan no larger")
+    for who in dict.fromkeys(row.name for row in mixed):
+        own = [row for row in mixed if row.name == who]
+        beaten = [row for row in own if any(other.beats(row) for other in rows if other.allocator == "uniform")]
+        if not beaten:
+            continue
+        notes.append(f"{len(beaten)} of {len(own)} {who} plans are matched or beaten by a uniform plan no larger")
     if any(None in row.errors.values() for row in rows):
         notes.append(
             "- where the table cannot tell: channels of other widths were measured under one scale per tensor, or "
@@ -72,7 +74,7 @@ def sweep_json(rows: Sequence[SweepRow], table: LayerTable) -> dict[str, Any]:
 def row_label(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:
     """`ptilmpq 0.5, 0.3`: the allocator and its values of the parameters that vary."""
     values = ", ".join(_text(row.parameters.get(name, "-")) for name in varying.get(row.allocator, ()))
-    return f"{row.allocator} {values}".rstrip()
+    return row.series or f"{row.allocator} {values}".rstrip()
 
 
 def varying_parameters(rows: Sequence[SweepRow]) -> dict[str, list[str]]:
@@ -91,6 +93,7 @@ def varying_parameters(rows: Sequence[SweepRow]) -> dict[str, list[str]]:
 
 def _flat(row: SweepRow) -> dict[str, Any]:
     return {
+        **({"series": row.series} if row.series else {}),
         "allocator": row.allocator,
         "average_bits": row.average_bits,
         "total_average_bits": row.total_average_bits,

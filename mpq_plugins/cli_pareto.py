@@ -1,0 +1,102 @@
+"""`mpq pareto`: plans across budgets, every allocator at the same sizes, as a table, CSV and picture."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_options import IntegerList, NumberList
+from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, write_rows
+from .cli_shared import SCHEME_NAMES, json_option, scheme_options, silenced
+
+BUDGETS = "2,2.5,3,4"
+
+
+@click.command(
+    epilog="Examples: mpq pareto net.safetensors -o pareto.csv --plot pareto.png. mpq pareto package.module:factory "
+    "--eval package.module:accuracy --calibrate package.module:batches -o pareto.csv --plot pareto.png"
+)
+@click.argument("source")
+@click.option(
+    "--budgets", type=NumberList(click.FLOAT), default=BUDGETS, show_default=True,
+    help="Bits a weight, codes alone: a list, or first:last:step.",
+)  # fmt: skip
+@click.option("--bits", type=IntegerList(), default="1-8", show_default=True, help="Candidate bit-widths.")
+@click.option(
+    "--sensitivity", default="mse", show_default=True,
+    help="What Budget keeps low: an error, or a sensitivity that `mpq measure` put into the table SOURCE, or kl*mse.",
+)  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg or .pdf.")
+@click.option(
+    "--eval", "evaluation", metavar="MODULE:FUNCTION",
+    help="Called with each quantized model; returns a score, larger is better, or a mapping of names to numbers.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
+    help="Correct every quantized model on the batches of inputs that this function returns, before it is evaluated.",
+)  # fmt: skip
+@click.option(
+    "--model", "model_factory", metavar="MODULE:FACTORY", help="The model to evaluate, where SOURCE is not itself one."
+)
+@click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
+@scheme_options
+@json_option
+def pareto(
+    source: str,
+    budgets: tuple[float, ...],
+    bits: tuple[int, ...],
+    sensitivity: str,
+    output: Path | None,
+    plot: Path | None,
+    evaluation: str | None,
+    calibration: str | None,
+    model_factory: str | None,
+    cache: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Plan SOURCE at several sizes with every allocator, and show which plans are worth having.
+
+    Uniform widths, MixQuant, PTILMPQ, SQNR, and Budget per layer and per channel, all under one scheme (asymmetric per
+    channel, clipped by squared error, unless told otherwise) and one accounting. Without --eval the rows have predicted
+    errors alone. Rows that no other row beats in both size and score are marked.
+    """
+    from .allocate.base import Needs
+    from .allocate.budget import Budget
+    from .cli_calibrate import calibration_batches
+    from .cli_sources import Request, measured, named_function, resolve_source
+    from .errors import SettingError
+    from .objective import parts_of
+    from .pareto import plans_at
+    from .report.progress import progress_bar
+    from .sweep import sweep as run
+    from .table import METRICS, is_table
+
+    files = run_files(source, output, plot, cache)
+    request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    evaluate = named_function(evaluation) if evaluation is not None else None
+    if evaluate is not None and as_json:
+        evaluate = silenced(evaluate)
+    if calibration is not None and evaluate is None:
+        raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")
+    given = source if is_table(Path(source)) else resolve_source(source)
+    model = model_to_evaluate(given, evaluation, model_factory)
+    scheme = Budget(average_bits=max(budgets)).needs.scheme
+    metrics = tuple(dict.fromkeys(["mse", "relative", *(n for n in parts_of(sensitivity) if n in METRICS)]))
+    granular = request.scheme(scheme).granularity != "per_tensor"
+    needs = Needs(bits, metrics, granular, scheme)
+    batches = calibration_batches(calibration) if calibration is not None else None
+    job = f"{evaluation} {calibration}"
+    with resumable(files, model, job, evaluate) as journal:
+        table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
+        labelled = plans_at(table, budgets, sensitivity, bits)
+        plans, series = [one.plan for one in labelled], [one.series for one in labelled]
+        if model is not None:
+            check_fit(plans[0], model, model_factory or source)
+        with progress_bar("evaluating") as progress:
+            rows = run(
+                table, plans, model, evaluate, series=series, calibrate=batches, journal=journal, progress=progress
+            )
+        write_rows(rows, files, title := f"{source}, {table.scheme}{', corrected' if batches is not None else ''}")
+    print_rows(rows, table, title, as_json, output, plot)

@@ -1,0 +1,103 @@
+"""Plans across budgets: every allocator at the same sizes, so that they can be set side by side."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .allocate.budget import Budget
+from .allocate.mixquant import MixQuant
+from .allocate.ptilmpq import PTILMPQ
+from .allocate.sqnr import SQNR
+from .allocate.uniform import Uniform
+from .errors import PlanWarning, SettingError
+from .plan import Plan
+from .table import LayerTable
+
+PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A plan, and the series it belongs to in a table or picture."""
+
+    series: str
+    plan: Plan
+
+
+def plans_at(
+    table: LayerTable, budgets: Sequence[float], sensitivity: str = "mse", bits: Sequence[int] | None = None
+) -> tuple[Labelled, ...]:
+    """Plans of at most these average bits (codes alone): Budget per channel and per layer, MixQuant, PTILMPQ, SQNR.
+
+    Uniform plans of all the table's widths are beside them. An allocator that has no plan as small as a budget has no
+    row there. bits: candidate widths, the table's by default. Raises SettingError for no budgets, a budget below the
+    least width, and a table without what Budget needs.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)  # the comparison is what this is for
+        return tuple(_plans_at(table, budgets, sensitivity, tuple(sorted(bits or table.bits))))
+
+
+def _plans_at(
+    table: LayerTable, budgets: Sequence[float], sensitivity: str, widths: tuple[int, ...]
+) -> Iterator[Labelled]:
+    if not budgets:
+        raise SettingError("budgets: none given; one or more averages, as in 2,2.5,3,4")
+    parts = table.scheme.granularity != "per_tensor"
+    for b in widths:
+        yield Labelled("uniform", Uniform(bits=b)(table))
+    for average in sorted(set(budgets)):
+        for series, whole in ((PER_CHANNEL, True), (PER_LAYER, False)):
+            if parts or not whole:
+                made = Budget(average_bits=average, sensitivity=sensitivity, bits=widths, parts=whole)(table)
+                yield Labelled(series, made)
+        for series, plan in (
+            ("mixquant", mixquant_at(table, average, widths)),
+            ("ptilmpq", ptilmpq_at(table, average, widths)),
+            ("sqnr", _or_none(SQNR(average_bits=average, bits=widths), table)),
+        ):
+            if plan is not None:
+                yield Labelled(series, plan)
+
+
+def mixquant_at(table: LayerTable, average: float, widths: Sequence[int]) -> Plan | None:
+    """MixQuant with the least QEM whose plan is small enough; None where none is.
+
+    Its plan changes only where QEM passes some layer's ratio of errors, so these are all there are to try.
+    """
+    bits = tuple(b for b in widths if b > 1) or tuple(widths)
+    errors = table.errors("relative", (*bits, max(widths)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = errors[:, :-1] / errors[:, -1:]
+    # A little above each, for the rule is QE(b) <= QEM x QE(8) in floating point.
+    candidates = np.unique(ratios[np.isfinite(ratios) & (ratios > 0)]) * (1 + 1e-9)
+    low, high = 0, len(candidates)
+    best: Plan | None = None
+    while low < high:
+        middle = (low + high) // 2
+        plan = MixQuant(qem=float(candidates[middle]), bits=bits, baseline=max(widths))(table)
+        if plan.size().average_bits <= average:
+            best, high = plan, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def ptilmpq_at(table: LayerTable, average: float, widths: Sequence[int]) -> Plan | None:
+    """PTILMPQ with the widest pairs of neighbouring widths, and the greatest alpha, that are small enough."""
+    for n in sorted(widths, reverse=True):
+        if not {n - 1, n, n + 1} <= set(widths):
+            continue
+        plan = _or_none(PTILMPQ(important_bits=(n + 1, n), other_bits=(n, n - 1), average_bits=average), table)
+        if plan is not None:
+            return plan
+    return None
+
+
+def _or_none(allocator: PTILMPQ | SQNR, table: LayerTable) -> Plan | None:
+    try:
+        return allocator(table)
+    except SettingError:  # no plan of these widths is as small
+        return None
