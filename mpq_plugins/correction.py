@@ -12,20 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .apply import apply
-from .batches import checked_batches, run_model
+from .batches import checked_batches, evaluating, run_model
 from .correct import Progress
 from .errors import SettingError, first_few
 from .fold import BATCH_NORMS, fold_batch_norm
 from .match import match
+from .measure.moments import second_moments, weight_users
 from .plan import Plan
-from .weights import layer_kind
+from .quantize.fitted import check_fits, fitted
+from .scheme import FLOAT_BITS
+from .weights import layer_kind, quantizable_weights
 
+LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
 BIASED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def corrected(
-    model: nn.Module, plan: Plan, batches: Iterable[Any], shrinkage: float, progress: Progress | None
+    model: nn.Module, plan: Plan, batches: Iterable[Any], shrinkage: float, fit_ranges: bool, progress: Progress | None
 ) -> nn.Module:
     """What `correct` promises."""
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage <= 2:
@@ -33,10 +37,13 @@ def corrected(
     match(plan, model).require(type(model).__name__)
     given = checked_batches(batches)
     copied = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    exact = copy.deepcopy(copied) if fit_ranges else copied
+    if fit_ranges:
+        _fit_ranges(copied, plan, given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about activations, which stay in float here
         quantized = apply(copied, plan)
-    shifts, unreached = _measure(copied, quantized, plan, given, progress)
+    shifts, unreached = _measure(exact, quantized, plan, given, progress)
     with torch.no_grad():
         for name, shift in shifts.items():
             shift.correct(name, copied.get_submodule(name), shrinkage)
@@ -44,6 +51,24 @@ def corrected(
         named = first_few([repr(name) for name in unreached], ", ")
         warnings.warn(f"no calibration batch reached {named}: not copied", stacklevel=2)
     return copied
+
+
+def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
+    """Clip the model's own planned weights, each channel for its bits."""
+    weights = {name: w for name, w in quantizable_weights(model).items() if name in plan.by_any_name}
+    choices = {name: plan.by_any_name[name] for name in weights}
+    schemes = {name: check_fits(choice.scheme, name) for name, choice in choices.items()}
+    with evaluating(model):
+        moments = second_moments(model, {name: weight_users(model, w) for name, w in weights.items()}, batches)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            axis = choices[name].channel_axis
+            for part in choices[name].groups:
+                if part.bits in FLOAT_BITS:
+                    continue
+                index = torch.tensor(part.channels, device=weight.device)
+                own, h = weight.index_select(axis, index), moments[name].index_select(axis, index)
+                weight.index_copy_(axis, index, fitted(own, part.bits, schemes[name], h, axis))
 
 
 @dataclass
@@ -164,6 +189,9 @@ class _Values:
                 raise SettingError(f"{name!r}: the model takes another path through it with quantized weights")
             exact, axis = calls.pop(0), 1 if norm else _channel_axis(module, value)
             f, q = (_by_channel(tensor, axis) for tensor in (exact, value))
+            if not norm:
+                usual = _usual(f)
+                f, q = f[usual], q[usual]
             shifts.setdefault(name, _Shift()).add(f, q)
             if norm:
                 return _by_batch(module, value)
@@ -203,6 +231,18 @@ def _channel_axis(module: nn.Module, output: Tensor) -> int:
 
 _ABOVE_1D = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ABOVE_2D = (nn.Conv3d, nn.ConvTranspose3d)
+
+
+def _usual(vectors: Tensor) -> Tensor:
+    """Which output vectors (values, channels) are no outliers in length.
+
+    In transformers a few tokens, such as the first, carry activations hundreds of times those of the others (Sun et al.
+    2024, arXiv 2402.17762), and the normalisation after them takes the length away: a mean error that they decide is
+    right for them and wrong for all others. Spearman of MiniLM at uniform 2 bits: 0.771 with them, 0.838 without.
+    """
+    lengths = vectors.float().norm(dim=1)
+    usual: Tensor = lengths <= LONGEST * lengths.median()
+    return usual
 
 
 def _by_channel(value: Tensor, axis: int) -> Tensor:

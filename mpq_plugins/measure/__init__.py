@@ -57,6 +57,7 @@ def sensitivity(
     *,
     output: "Callable[[nn.Module, Any], Tensor] | None" = None,
     seed: int = 0,
+    fit_ranges: bool = False,
     journal: str | Path | None = None,
     progress: Progress | None = None,
 ) -> "LayerTable":
@@ -67,8 +68,10 @@ def sensitivity(
     quadratics around the float weights; another that an entry point names; or a value of such a class, as
     Hessian(probes=16). batches: a few hundred inputs without labels, as for `correct`. output: (model, batch) -> tensor
     (samples, features), for models whose own output is no logits. seed: of labels and probes; the same seed gives the
-    same table. journal: a file where finished layers are kept (kl and distance), so that an interrupted measurement
-    goes on; it is removed at the end. The model is not changed.
+    same table. fit_ranges: quantize by the ranges of least input-weighted squared error, as the same argument of
+    `correct` puts them into the model (for tables measured under affine per_channel minmax). journal: a file where
+    finished layers are kept (kl and distance), so that an interrupted measurement goes on; it is removed at the end.
+    The model is not changed.
 
     Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
     PluginError (a kind that is not installed).
@@ -76,5 +79,6 @@ def sensitivity(
     from .sensitivities import run
 
     return run(
-        model, table, kind, batches, output=output, seed=seed, journal=journal, progress=progress,
+        model, table, kind, batches, output=output, seed=seed, fit_ranges=fit_ranges, journal=journal,
+        progress=progress,
     )  # fmt: skip

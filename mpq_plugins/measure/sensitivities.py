@@ -23,9 +23,11 @@ from ..fingerprint import model_digest, source_digest, tensors_digest
 from ..fold import fold_batch_norm
 from ..journal import Journal
 from ..quantize.fake import fake_quantize
+from ..quantize.fitted import check_fits, fitted
 from ..table import LayerStats, LayerTable
 from ..weights import quantizable_weights
 from . import Progress
+from .moments import second_moments, weight_users
 
 Array = NDArray[np.float64]
 Output = Callable[[nn.Module, Any], Tensor]
@@ -45,7 +47,8 @@ class Job:
     """What a sensitivity works on: a copy of the model in evaluation mode, in which it may change weights.
 
     weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
-    output; journal: rows of an interrupted run, for sensitivities that take long.
+    output; moments: second moments of the layers' inputs, where ranges are fitted to them; journal: rows of an
+    interrupted run, for sensitivities that take long.
     """
 
     model: nn.Module
@@ -55,15 +58,18 @@ class Job:
     modules: Mapping[str, Sequence[nn.Module]]
     output: Output | None
     seed: int
+    moments: Mapping[str, Tensor] | None
     journal: Journal | None
     progress: Progress | None
 
     def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
         """The layer's weight at each bit-width of the table, in its own shape."""
+        scheme, axis = self.table.scheme, layer.channel_axis
         for b in self.table.bits:
-            yield fake_quantize(
-                self.weights[layer.name], b, self.table.scheme, channel_axis=layer.channel_axis, layer=layer.name
-            )
+            weight = self.weights[layer.name]
+            if self.moments is not None:
+                weight = fitted(weight, b, check_fits(scheme, layer.name), self.moments[layer.name], axis)
+            yield fake_quantize(weight, b, scheme, channel_axis=axis, layer=layer.name)
 
     def squared_errors(self, layer: LayerStats, weight: Tensor) -> Array:
         """sum_j weight_cj (w - w')_cj^2 at each bit-width, (bits, channels); `weight` has the layer's shape."""
@@ -117,6 +123,7 @@ def run(
     *,
     output: Output | None,
     seed: int,
+    fit_ranges: bool,
     journal: str | Path | None,
     progress: Progress | None,
 ) -> LayerTable:
@@ -129,11 +136,15 @@ def run(
     weights = _weights(copied, table)
     kept = None
     if journal is not None:
-        kept = Journal(Path(journal), _identity(copied, table, measurer, given, output, seed))
-    modules = {layer.name: _users(copied, weights[layer.name]) for layer in table.layers}
+        identity = _identity(copied, table, measurer, given, output, seed) | {"fit_ranges": str(fit_ranges)}
+        kept = Journal(Path(journal), identity)
+    modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
+    for layer in table.layers if fit_ranges else ():
+        check_fits(table.scheme, layer.name)
     with evaluating(copied), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = measurer.measure(Job(copied, table, given, weights, modules, output, seed, kept, progress))
+        moments = second_moments(copied, modules, given) if fit_ranges else None
+        found = measurer.measure(Job(copied, table, given, weights, modules, output, seed, moments, kept, progress))
     layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
     if kept is not None:
         kept.path.unlink(missing_ok=True)
@@ -161,14 +172,6 @@ def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
         what = "lacks" if missing else "has other shapes of"
         raise MismatchError(f"{type(model).__name__}: {what} {named}; the table was measured on another model")
     return {layer.name: found[layer.name].detach() for layer in table.layers}
-
-
-def _users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(own := getattr(module, "weight", None), Tensor) and own.data_ptr() == weight.data_ptr()
-    ]
 
 
 def _identity(
