@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .plan import LayerChoice, Part, Plan
     from .scheme import Affine, Piecewise
     from .size import PlanSize
+    from .synthetic import synthetic_batches
     from .table import LayerStats, LayerTable
     from .weights import find_weights, iter_weights
 
@@ -79,6 +80,7 @@ __all__ = [
     "iter_weights",
     "measure",
     "sensitivity",
+    "synthetic_batches",
     "verify",
 ]
 
@@ -113,6 +115,7 @@ _HOMES = {
     "compare": "guard",
     "find_weights": "weights",
     "iter_weights": "weights",
+    "synthetic_batches": "synthetic",
 }
 
 

@@ -28,12 +28,24 @@ FLOW = (
     ("plan", "objective", "plan_error", "size"),
     ("allocate", "guard", "legalise"),
     ("lower", "match", "simulate"),
-    ("apply", "correct", "correction", "rewrite"),
+    ("apply", "correct", "correction", "rewrite", "synthetic"),
     ("scores",),
     ("pareto", "sweep", "tuning"),
     ("adapters",),
     ("report",),
-    ("demo", "cli_calibrate", "cli_options", "cli_pareto", "cli_plans", "cli_runs", "cli_shared", "cli_sources", "cli_sweep", "cli_tune", "cli"),
+    (
+        "demo",
+        "cli_calibrate",
+        "cli_options",
+        "cli_pareto",
+        "cli_plans",
+        "cli_runs",
+        "cli_shared",
+        "cli_sources",
+        "cli_sweep",
+        "cli_tune",
+        "cli",
+    ),
 )
 
 
