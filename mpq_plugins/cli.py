@@ -343,7 +343,12 @@ def _print_changes(plan: Any, legal: Any, backend: str) -> None:
     help="Correct BatchNorm statistics and biases on the batches of inputs that this function returns.",
 )  # fmt: skip
 @click.option(
-    "--model", "model_factory", metavar="MODULE:FACTORY", help="The checkpoint's model, which --calibrate runs."
+    "--synthetic", type=IntegerList(), metavar="SHAPE",
+    help="Instead of --calibrate, where there are no data: on inputs of this shape (samples first, 128,3,32,32) made of "
+    "the BatchNorm statistics.",
+)  # fmt: skip
+@click.option(
+    "--model", "model_factory", metavar="MODULE:FACTORY", help="The checkpoint's model, which a correction runs."
 )
 @json_option
 def apply(
@@ -351,6 +356,7 @@ def apply(
     plan_file: Path,
     output: Path,
     calibration: str | None,
+    synthetic: tuple[int, ...] | None,
     model_factory: str | None,
     as_json: bool,
 ) -> None:
@@ -363,11 +369,14 @@ def apply(
 
     check_output(output, plan_file)
     loaded = Plan.load(plan_file)
-    if (calibration is None) != (model_factory is None):
-        raise click.UsageError("--calibrate runs the checkpoint's model on batches of inputs: give it and --model")
+    if calibration is not None and synthetic is not None:
+        raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")
+    inputs = calibration or synthetic
+    if (inputs is None) != (model_factory is None):
+        raise click.UsageError("a correction runs the checkpoint's model: give --calibrate or --synthetic, and --model")
     corrected = {}
-    if calibration is not None and model_factory is not None:
-        corrected = dict(corrected_tensors(checkpoint, loaded, model_factory, calibration))
+    if inputs is not None and model_factory is not None:
+        corrected = dict(corrected_tensors(checkpoint, loaded, model_factory, inputs))
     with progress_bar("quantizing") as progress:
         rewrite(checkpoint, loaded, output, progress, corrected=corrected)
     if loaded.activation_bits is not None:

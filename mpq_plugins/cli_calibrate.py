@@ -33,14 +33,29 @@ def calibration_batches(text: str) -> list[Any]:
     return checked_batches(found, text)
 
 
-def corrected_tensors(checkpoint: Path, plan: "Plan", model_factory: str, calibration: str) -> Mapping[str, "Tensor"]:
-    """Biases and statistics that calibration changes, by name. Raises as `correct`, or SourceError."""
+def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
+    """Batches of this shape made of the model alone, with a progress bar. Raises SettingError."""
+    from .synthetic import synthetic_batches
+
+    with progress_bar("making inputs") as progress:
+        return list(synthetic_batches(model, shape, progress=progress))
+
+
+def corrected_tensors(
+    checkpoint: Path, plan: "Plan", model_factory: str, calibration: str | Sequence[int]
+) -> Mapping[str, "Tensor"]:
+    """Biases and statistics that calibration changes, by name; on a function's batches, or synthetic ones of a shape.
+
+    Raises as `correct`, or SourceError.
+    """
     from .correct import correct
 
     model = make_module(model_factory)
     _load(model, checkpoint, model_factory)
+    named = isinstance(calibration, str)
+    batches = calibration_batches(str(calibration)) if named else synthetic(model, [int(n) for n in calibration])
     with progress_bar("correcting") as progress:
-        corrected = correct(model, plan, calibration_batches(calibration), progress=progress)
+        corrected = correct(model, plan, batches, progress=progress)
     before, after = model.state_dict(), corrected.state_dict()
     added = [name for name in after if name not in before]
     if added:

@@ -33,7 +33,7 @@ def synthetic_batches(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """`count` float batches of `shape` (samples first), for `correct` and `sensitivity`; the same seed, the same inputs.
+    """`count` float batches of `shape` (samples first), for `correct` and `sensitivity`; a seed gives the same inputs.
 
     steps: of Adam; 0 leaves plain noise. The model is not changed. Raises SettingError: a shape that is none or that
     the model does not run on; a model without BatchNorm statistics, which says nothing of its inputs.
@@ -78,7 +78,7 @@ def _moved(model: nn.Module, norms: Sequence[Any], noise: Tensor, steps: int, re
         optimizer.zero_grad()
         with torch.enable_grad():
             loss = _mismatch(model, norms, inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     report(steps)
     return inputs.detach()
