@@ -344,7 +344,7 @@ def _print_changes(plan: Any, legal: Any, backend: str) -> None:
 )  # fmt: skip
 @click.option(
     "--synthetic", type=IntegerList(), metavar="SHAPE",
-    help="Instead of --calibrate, where there are no data: on inputs of this shape (samples first, 128,3,32,32) made of "
+    help="Instead of --calibrate, where there are no data: inputs of this shape (samples first: 128,3,32,32) made of "
     "the BatchNorm statistics.",
 )  # fmt: skip
 @click.option(

@@ -1,0 +1,165 @@
+"""The guard: is a plan predicted to be worse than uniform widths of its own true size?"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from mpq_plugins import (
+    Affine,
+    Budget,
+    LayerStats,
+    LayerTable,
+    MixQuant,
+    Plan,
+    PlanWarning,
+    SettingError,
+    Uniform,
+    compare,
+)
+from mpq_plugins.allocate.base import Widths, make_plan
+from mpq_plugins.scheme import Scheme
+
+BITS = tuple(range(2, 9))
+PER_CHANNEL = Affine(granularity="per_channel")
+
+
+def layer(name: str, mse: float, kl: float | None = None, channels: int = 4, per: int = 50) -> LayerStats:
+    """A linear layer whose errors fall by four a bit; each channel twice as bad as the one before."""
+    curve = np.array([mse * 4.0**-b for b in BITS])
+    shares = 2.0 ** np.arange(channels)
+    return LayerStats(
+        name, "linear", (channels, per), 0, 1.0, np.ones(channels),
+        {"mse": curve, "relative": np.sqrt(curve)},
+        {"mse": np.outer(curve, shares / shares.mean()), "relative": np.outer(np.sqrt(curve), np.ones(channels))},
+        {} if kl is None else {"kl": np.array([kl * 4.0**-b for b in BITS])},
+    )  # fmt: skip
+
+
+def table(*layers: LayerStats, scheme: Scheme = PER_CHANNEL) -> LayerTable:
+    return LayerTable(layers, scheme, BITS, ("relative", "mse"), False, "sha256:test")
+
+
+def by_hand(measured: LayerTable, **bits: Widths) -> Plan:
+    return make_plan(measured, Uniform(), bits)
+
+
+SENSITIVE, TOUGH = layer("a", mse=100.0), layer("b", mse=0.01)
+
+
+def test_a_plan_the_wrong_way_round_is_worse_than_uniform_and_says_so() -> None:
+    measured = table(SENSITIVE, TOUGH)
+    with pytest.warns(PlanWarning, match=r"worse than uniform widths: predicted mse at .* uniform widths of that size"):
+        plan = by_hand(measured, a=3, b=5)
+    found = compare(measured, plan)
+    assert found is not None
+    assert found.worse
+    assert found.best is not None
+    assert found.uniform is not None
+    assert found.best < found.uniform < found.plan
+    assert f"{found.plan:.4g}" in found.text()
+
+
+def test_a_plan_the_right_way_round_is_not_worse_and_silent() -> None:
+    measured = table(SENSITIVE, TOUGH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = by_hand(measured, a=5, b=3)
+    found = compare(measured, plan)
+    assert found is not None
+    assert not found.worse
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_uniform_plan_is_exactly_what_it_is_compared_with(bits: int) -> None:
+    measured = table(SENSITIVE, TOUGH)
+    found = compare(measured, Uniform(bits=bits)(measured))
+    assert found is not None
+    assert found.uniform == pytest.approx(found.plan, rel=1e-12)
+    assert not found.worse
+
+
+def test_between_two_widths_the_logarithm_is_interpolated_by_true_size() -> None:
+    measured = table(SENSITIVE, TOUGH)
+    plan = by_hand(measured, a=4, b=3)
+    found = compare(measured, plan)
+    three, four = (Uniform(bits=b)(measured).size().total_bits for b in (3, 4))
+    share = (plan.size().total_bits - three) / (four - three)
+    costs = [200 * 4.0**-b * 100.01 for b in (3, 4)]
+    assert found is not None
+    assert found.uniform == pytest.approx(math.exp((1 - share) * math.log(costs[0]) + share * math.log(costs[1])))
+
+
+def test_budget_is_never_worse_on_what_it_keeps_low() -> None:
+    measured = table(SENSITIVE, TOUGH, layer("c", mse=3.0))
+    for average in (2.2, 3.0, 3.7, 5.0):
+        for parts in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                plan = Budget(average_bits=average, bits=BITS, parts=parts)(measured)
+            found = compare(measured, plan, "mse")
+            assert found is not None
+            assert not found.worse
+
+
+def test_the_networks_own_output_is_chosen_over_weight_errors() -> None:
+    """What looks best by weight error is flagged where the table knows that the output says the opposite."""
+    measured = table(layer("a", mse=100.0, kl=0.001), layer("b", mse=0.01, kl=10.0))
+    with pytest.warns(PlanWarning, match="predicted kl at"):
+        plan = Budget(average_bits=4.0, bits=BITS, parts=False)(measured)
+    found = compare(measured, plan)
+    assert found is not None
+    assert (found.sensitivity, found.worse) == ("kl", True)
+    by_error = compare(measured, plan, "mse")
+    assert by_error is not None
+    assert not by_error.worse
+
+
+def test_parts_are_split_by_what_has_numbers_per_channel() -> None:
+    measured = table(layer("a", mse=100.0, kl=0.1), layer("b", mse=0.01, kl=0.1))
+    plan = by_hand(measured, a=[3, 3, 5, 5], b=4)
+    found = compare(measured, plan)
+    assert found is not None
+    assert found.sensitivity == "kl*mse"
+
+
+def test_what_the_table_cannot_tell_is_none() -> None:
+    measured = table(SENSITIVE, TOUGH)
+    other = table(SENSITIVE, TOUGH, scheme=Affine(granularity="per_tensor"))
+    assert compare(other, by_hand(measured, a=3, b=3)) is None  # another scheme
+    assert compare(other, by_hand(other, a=[3, 3, 4, 4], b=3)) is None  # a scale a part
+    assert compare(table(SENSITIVE), by_hand(measured, a=3, b=3)) is None  # other layers
+
+
+def test_below_the_smallest_uniform_plan_there_is_none_to_compare_with() -> None:
+    bare = table(SENSITIVE, layer("b", mse=0.01))
+    plan = by_hand(bare, a=2, b=2)
+    smallest = compare(bare, plan)
+    assert smallest is not None
+    assert smallest.uniform == pytest.approx(smallest.plan)
+    floats = by_hand(bare, a=2, b=32)
+    found = compare(bare, floats)
+    assert found is not None
+    assert found.worse  # 17 bits a weight: uniform 8 is far better
+
+
+def test_a_sensitivity_that_was_not_measured_is_refused() -> None:
+    measured = table(SENSITIVE, TOUGH)
+    with pytest.raises(SettingError, match="'kl' was not measured; this table has relative, mse"):
+        compare(measured, Uniform(bits=4)(measured), "kl")
+
+
+def test_mixquant_far_out_is_flagged() -> None:
+    """A relative error that has saturated lets a large QEM send the sensitive layer to two bits."""
+    curve = np.minimum(1.0, np.array([4.0 * 2.0**-b for b in BITS]))
+    saturated = LayerStats(
+        "a", "linear", (4, 50), 0, 1.0, np.ones(4),
+        {"mse": np.array([100 * 4.0**-b for b in BITS]), "relative": np.full(7, 1.0)},
+    )  # fmt: skip
+    fine = LayerStats(
+        "b", "linear", (4, 50), 0, 1.0, np.ones(4), {"mse": np.array([4.0**-b for b in BITS]), "relative": curve}
+    )
+    measured = LayerTable((saturated, fine), PER_CHANNEL, BITS, ("relative", "mse"), False, "sha256:test")
+    with pytest.warns(PlanWarning, match="this mixquant plan"):
+        MixQuant(qem=2.0)(measured)
