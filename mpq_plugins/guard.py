@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .errors import PlanWarning
 from .objective import check, layer_curve, predicted
 from .plan import Plan
+from .scheme import Affine
 from .size import layer_size
 from .table import LayerTable
 
@@ -109,16 +110,21 @@ def _uniform_cost(table: LayerTable, name: str, bits: int) -> float | None:
 
 
 def _uniform_points(table: LayerTable, name: str) -> list[tuple[int, float]]:
+    """Size in total and predicted cost of the uniform plan of every width that was measured."""
     from .allocate.base import layer_choice
 
-    curves = [layer_curve(table, layer, name, table.bits) for layer in table.layers]
-    sizes = [[layer_size(layer_choice(layer, b, table.scheme)).total for b in table.bits] for layer in table.layers]
-    return [
-        (sum(own[k] for own in sizes), math.fsum(float(curve[k]) for curve in curves)) for k in range(len(table.bits))
-    ]
+    widths = _widths(table)
+    curves = [layer_curve(table, layer, name, widths) for layer in table.layers]
+    sizes = [[layer_size(layer_choice(layer, b, table.scheme)).total for b in widths] for layer in table.layers]
+    return [(sum(own[k] for own in sizes), math.fsum(float(curve[k]) for curve in curves)) for k in range(len(widths))]
+
+
+def _widths(table: LayerTable) -> list[int]:
+    """Those of the table that its scheme has codes of."""
+    return [b for b in table.bits if b > 1 or isinstance(table.scheme, Affine)]
 
 
 def _best_cost(table: LayerTable, name: str, bits: int) -> float | None:
     from .allocate.budget import best_cost
 
-    return best_cost(table, name, table.bits, bits)
+    return best_cost(table, name, _widths(table), bits)

@@ -18,6 +18,7 @@ from .table import LayerStats, LayerTable
 Array = NDArray[np.float64]
 
 PER_WEIGHT = ("mse", "relative")
+NOT_BY_CHANNEL = ("rmse", "max_abs", "sqnr_db")
 AS_NUMBERS: dict[str, Callable[[Array], Array]] = {
     "mse": lambda values: values,
     "relative": lambda values: values,
@@ -66,6 +67,11 @@ def channel_curves(table: LayerTable, layer: LayerStats, name: str, bits: Sequen
     """
     names = check(table, name)
     positions = [_position(table, b) for b in bits]
+    if names[-1] in NOT_BY_CHANNEL and names[-1] not in layer.sensitivities:
+        raise SettingError(
+            f"sensitivity: {names[-1]} does not add up over channels; use mse or relative, or one width a layer "
+            "(parts=False)"
+        )
     own = _channel_curves(layer, names[-1])
     if own is None:
         remedy = (
@@ -105,7 +111,8 @@ def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name
         return None
     if choice.bits is not None:
         return float(layer_curve(table, layer, name, [choice.bits])[0])
-    if choice.scheme.granularity == "per_tensor" or _channel_curves(layer, parts_of(name)[-1]) is None:
+    split = parts_of(name)[-1]
+    if choice.scheme.granularity == "per_tensor" or split in NOT_BY_CHANNEL or _channel_curves(layer, split) is None:
         return None
     parts = [part for part in choice.groups if part.bits not in FLOAT_BITS]
     curves = channel_curves(table, layer, name, widths)
@@ -141,4 +148,4 @@ def _scale(layer: LayerStats, names: Sequence[str], split: Array) -> float:
         return 1.0
     first = _curve(layer, names[0])
     known = (first > 0) & (split > 0)
-    return float(np.exp(np.mean(np.log(first[known] / split[known])))) if known.any() else 1.0
+    return float(np.exp(np.mean(np.log(first[known] / split[known])))) if known.any() else 0.0

@@ -100,7 +100,13 @@ class Budget:
         object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
         for field in ("pin", "tie"):
             value = getattr(self, field)
-            object.__setattr__(self, field, tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,))
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            object.__setattr__(self, field, tuple(value) if several else (value,))
+        for entry in self.tie:
+            if not isinstance(entry, str):
+                raise SettingError(
+                    f"tie: {entry!r} is not allowed; names with alternatives, as '*.{{query,key,value}}'"
+                )
         for entry in self.pin:
             _pinned(entry)
         if self.ends is not None:
@@ -135,7 +141,7 @@ class Budget:
         layout = _Layout(self, table, tuple(self._limits(table)))
         widths, solution = layout.solved()
         used = {
-            limit.name: (limit.shown(amount), limit.asked)
+            limit.name: (limit.shown(float(amount)), limit.asked)
             for limit, amount in zip(layout.limits, layout.taken(widths), strict=True)
         }
         objective = solution.cost + layout.pinned_cost
@@ -210,25 +216,41 @@ class _Layout:
     def solved(self) -> tuple[dict[str, Widths], Solution]:
         """Widths by layer. Where maps count, what they take is set aside, a round at a time, until the plan fits."""
         aside = np.zeros(len(self.limits))
+        best: Solution | None = None
         for _ in range(MOST_MAP_ROUNDS):
             problem = Problem(self.problem.costs, self.problem.weights, self.problem.limits - aside)
             solution = solve(problem)
             if solution is None:
-                raise self._infeasible(aside)
-            widths = self.widths(solution.choice)
-            over = self.taken(widths) - np.array([limit.most for limit in self.limits])
+                break
+            over = self._over(solution)
             if (over <= 0).all():
-                return widths, self._bounded(solution, aside)
+                best = solution
+                break
             aside = aside + np.maximum(over, 0.0)
-        raise self._infeasible(aside)
+        if aside.any():
+            best = self._without_maps(best)
+        if best is None:
+            raise self._infeasible()
+        return self.widths(best.choice), best
 
-    def _bounded(self, solution: Solution, aside: Array) -> Solution:
-        """The bound where no map takes anything: no plan with maps costs less."""
-        if not aside.any():
-            return solution
+    def _over(self, solution: Solution) -> Array:
+        over: Array = self.taken(self.widths(solution.choice)) - np.array([limit.most for limit in self.limits])
+        return over
+
+    def _without_maps(self, best: Solution | None) -> Solution | None:
+        """The better of the best with maps and the best of one width a layer; the bound where no map takes anything."""
         free = solve(self.problem)
-        assert free is not None
-        return Solution(solution.choice, solution.cost, min(free.bound, solution.cost))
+        if free is None or not self.items:
+            return None
+        columns = np.array([item.columns for item in self.items])
+        starts = np.cumsum(columns) - columns
+        own = self.problem
+        merged = [np.add.reduceat(own.costs, starts, axis=1), np.add.reduceat(own.weights, starts, axis=2)]
+        whole = solve(Problem(merged[0], merged[1], own.limits))
+        if whole is not None and (best is None or whole.cost < best.cost):
+            spread = Solution(np.repeat(whole.choice, columns), whole.cost, whole.bound)
+            best = spread if (self._over(spread) <= 0).all() else best
+        return None if best is None else Solution(best.choice, best.cost, min(free.bound, best.cost))
 
     def widths(self, choice: NDArray[np.int64]) -> dict[str, Widths]:
         """The options chosen as bits of each layer, or of each of its channels."""
@@ -301,9 +323,9 @@ class _Layout:
             rows.append(np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1))
         return np.stack(rows)
 
-    def _infeasible(self, aside: Array) -> SettingError:
+    def _infeasible(self) -> SettingError:
         """Which limit cannot be met, and by how much; of limits that only contradict each other, how far."""
-        limits = [(limit, self.fixed[m] + aside[m] + self._least(m)) for m, limit in enumerate(self.limits)]
+        limits = [(limit, self.fixed[m] + self._least(m)) for m, limit in enumerate(self.limits)]
         beyond = [(limit, amount) for limit, amount in limits if amount > limit.most]
         if not beyond:
             together = " and ".join(limit.name for limit in self.limits)
@@ -330,9 +352,9 @@ class _Layout:
         problem = Problem(self.problem.weights[last], self.problem.weights[others], self.problem.limits[others])
         found = solve(problem)
         name, limit = self.limits[last].name, self.limits[last]
-        if found is None:
+        amount = math.inf if found is None else limit.shown(found.cost + self.fixed[last])
+        if not limit.asked < amount < math.inf:
             return "relax one of them"
-        amount = limit.shown(found.cost + self.fixed[last])
         return f"with the others met, the least {name} is {amount:.6g}, {amount - limit.asked:.3g} more than asked"
 
 
@@ -401,7 +423,8 @@ def _positive(field: str, value: Any) -> float | int | None:
     """As a float, or for bytes an integer: 3 and 3.0 make the same plan, to the byte."""
     if value is None:
         return None
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
         raise SettingError(f"{field}: {value!r} is not allowed; a number above 0")
     if not field.endswith("_bytes"):
         return float(value)

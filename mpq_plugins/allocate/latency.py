@@ -25,7 +25,10 @@ class LatencyTable:
         if isinstance(layers, LatencyTable):
             return layers
         if isinstance(layers, str | Path):
-            return cls.of(_read(Path(layers)))
+            read = _read(Path(layers))
+            if not isinstance(read, dict):
+                raise FormatError(f"{layers}: holds a {type(read).__name__}; write {EXAMPLE}")
+            return cls.of(read)
         if not isinstance(layers, Mapping) or not layers:
             raise SettingError(f"latency: {layers!r:.60} is no table; write {EXAMPLE}")
         return cls(tuple((str(name), _widths(str(name), own)) for name, own in layers.items()))
@@ -37,8 +40,8 @@ class LatencyTable:
         if missing:
             has = ", ".join(map(str, known)) or "no bit-width"
             raise SettingError(
-                f"latency: {layer!r} has {has}, and {', '.join(map(str, missing))} is a candidate; time it, or leave "
-                "that width out of bits"
+                f"latency: {layer!r} has {has}, and not {', '.join(map(str, missing))}; time it, or leave that width "
+                "out of bits and pins"
             )
         return [known[b] for b in bits]
 
@@ -49,7 +52,7 @@ class LatencyTable:
 
 def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
     try:
-        found = tuple((int(bits), float(cost)) for bits, cost in own.items())
+        found = tuple((int(str(bits)), float(cost)) for bits, cost in own.items())
     except (AttributeError, TypeError, ValueError) as error:
         raise SettingError(f"latency: {layer!r}: {own!r:.60} is no table of bits and costs; write {EXAMPLE}") from error
     for bits, cost in found:

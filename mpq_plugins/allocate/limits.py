@@ -42,13 +42,13 @@ class Limit:
 def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:
     """Bits of the codes, region bits included."""
 
-    def per(layer: LayerStats, bits: Sequence[int], numel: int) -> Array:
+    def codes(layer: LayerStats, bits: Sequence[int], numel: int) -> Array:
         return np.array([numel * (b if b in FLOAT_BITS else b + scheme.region_bits(b)) for b in bits], np.float64)
 
     return Limit(
         name, asked, most, unit,
-        whole=lambda layer, bits: per(layer, bits, layer.numel),
-        channel=lambda layer, bits: per(layer, bits, layer.numel // max(1, layer.channels)),
+        whole=lambda layer, bits: codes(layer, bits, layer.numel),
+        channel=lambda layer, bits: codes(layer, bits, layer.numel // max(1, layer.channels)),
         per=per,
     )  # fmt: skip
 

@@ -10,8 +10,10 @@ a layer with four times the weights gets one bit less. A cheap reference: it loo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from numbers import Real
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -38,11 +40,10 @@ class SQNR:
     bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(2, 9))
 
     def __post_init__(self) -> None:
-        if isinstance(self.average_bits, bool) or not 0 < self.average_bits < math.inf:
-            raise SettingError(f"average_bits: {self.average_bits!r} is not allowed; a number above 0")
+        object.__setattr__(self, "average_bits", _average(self.average_bits))
+        if not isinstance(self.bits, Sequence) or not self.bits:
+            raise SettingError(f"bits: {self.bits!r} is not allowed; a list of one or more of 1 to 8")
         object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
-        if not self.bits:
-            raise SettingError("bits: none given; one or more of 1 to 8")
 
     @property
     def needs(self) -> Needs:
@@ -71,3 +72,10 @@ class SQNR:
         chosen = widths[choices[int(within[-1])]].tolist()
         names = [layer.name for layer in table.layers]
         return make_plan(table, self, dict(zip(names, chosen, strict=True)))
+
+
+def _average(value: Any) -> float:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise SettingError(f"average_bits: {value!r} is not allowed; a number above 0")
+    return float(value)  # 4 and 4.0 make the same plan, to the byte
