@@ -282,9 +282,8 @@ def _program(
         )  # fmt: skip
         if result.x is None:
             return None
-        if (
-            attempt < EXACT_ATTEMPTS and result.mip_dual_bound is not None
-        ):  # refusing a choice over a limit keeps the bound true
+        # Refusing a choice that is over a limit keeps the bound true; taking room away does not.
+        if attempt < EXACT_ATTEMPTS and result.mip_dual_bound is not None:
             below = max(below, float(result.mip_dual_bound) / unit + paid)
         choice = fixed.copy()
         taken = np.asarray(result.x) > 0.5

@@ -1,0 +1,263 @@
+"""One table's layers as a knapsack: which are pinned, which are decided together, what each takes of every limit."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SettingError, first_few
+from ..objective import channel_curves, layer_curve
+from ..patterns import families, matches
+from ..plan import ALLOWED_BITS
+from ..scheme import FLOAT_BITS
+from ..table import LayerStats, LayerTable
+from .base import Widths
+from .knapsack import Problem, Solution, least, solve
+from .limits import Limit, map_bits
+
+if TYPE_CHECKING:
+    from .budget import Budget
+
+Array = NDArray[np.float64]
+
+MOST_MAP_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What is decided together: whole layers that agree, or the channels of one layer, each by itself."""
+
+    layers: tuple[LayerStats, ...]
+    channels: bool
+
+    @property
+    def columns(self) -> int:
+        return self.layers[0].channels if self.channels else 1
+
+
+class Layout:
+    """The knapsack of one table: which layers are pinned, which are items, and what each takes of every limit."""
+
+    def __init__(self, budget: "Budget", table: LayerTable, limits: tuple[Limit, ...]) -> None:
+        self.budget, self.table, self.limits = budget, table, limits
+        self.pinned = _pinned_layers(budget, table)
+        self.items = list(_items(budget, table, self.pinned))
+        own = {layer.name: layer for layer in table.layers}
+        self.pinned_cost = math.fsum(
+            float(layer_curve(table, own[name], budget.sensitivity, [b])[0])
+            for name, b in self.pinned.items()
+            if b not in FLOAT_BITS
+        )
+        pinned = [np.array([limit.whole(own[n], [b])[0] for n, b in self.pinned.items()]) for limit in limits]
+        self.fixed = np.array([math.fsum(amounts) for amounts in pinned])
+        self.problem = Problem(self._costs(), self._weights(), np.array([limit.most for limit in limits]) - self.fixed)
+
+    def solved(self) -> tuple[dict[str, Widths], Solution]:
+        """Widths by layer. Where maps count, what they take is set aside, a round at a time, until the plan fits."""
+        aside = np.zeros(len(self.limits))
+        best: Solution | None = None
+        for _ in range(MOST_MAP_ROUNDS):
+            problem = Problem(self.problem.costs, self.problem.weights, self.problem.limits - aside)
+            solution = solve(problem)
+            if solution is None:
+                break
+            over = self._over(solution)
+            if (over <= 0).all():
+                best = solution
+                break
+            aside = aside + np.maximum(over, 0.0)
+        if aside.any():
+            best = self._without_maps(best)
+        if best is None:
+            raise self._infeasible()
+        return self.widths(best.choice), best
+
+    def _over(self, solution: Solution) -> Array:
+        over: Array = self.taken(self.widths(solution.choice)) - np.array([limit.most for limit in self.limits])
+        return over
+
+    def _without_maps(self, best: Solution | None) -> Solution | None:
+        """The better of the best with maps and the best of one width a layer; the bound where no map takes anything."""
+        free = solve(self.problem)
+        if free is None or not self.items:
+            return None
+        columns = np.array([item.columns for item in self.items])
+        starts = np.cumsum(columns) - columns
+        own = self.problem
+        merged = [np.add.reduceat(own.costs, starts, axis=1), np.add.reduceat(own.weights, starts, axis=2)]
+        whole = solve(Problem(merged[0], merged[1], own.limits))
+        if whole is not None and (best is None or whole.cost < best.cost):
+            spread = Solution(np.repeat(whole.choice, columns), whole.cost, whole.bound)
+            best = spread if (self._over(spread) <= 0).all() else best
+        return None if best is None else Solution(best.choice, best.cost, min(free.bound, best.cost))
+
+    def widths(self, choice: NDArray[np.int64]) -> dict[str, Widths]:
+        """The options chosen as bits of each layer, or of each of its channels."""
+        bits = np.array(self.budget.bits)[choice]
+        widths: dict[str, Widths] = dict(self.pinned)
+        start = 0
+        for item in self.items:
+            own = bits[start : start + item.columns]
+            start += item.columns
+            widths |= {layer.name: own if item.channels else int(own[0]) for layer in item.layers}
+        return widths
+
+    def taken(self, widths: Mapping[str, Widths]) -> Array:
+        """What a plan takes of every limit, maps included."""
+        return np.array([math.fsum(self._layer_takes(limit, widths)) for limit in self.limits])
+
+    def _layer_takes(self, limit: Limit, widths: Mapping[str, Widths]) -> Iterator[float]:
+        for layer in self.table.layers:
+            own = widths[layer.name]
+            if isinstance(own, int):
+                yield float(limit.whole(layer, [own])[0])
+                continue
+            distinct, counts = np.unique(np.asarray(own), return_counts=True)
+            if len(distinct) == 1:
+                yield float(limit.whole(layer, distinct.tolist())[0])
+                continue
+            yield float(limit.channel(layer, distinct.tolist()) @ counts)
+            if limit.maps:
+                yield map_bits(layer.channels, len(distinct))
+
+    def binding(self, widths: Mapping[str, Widths]) -> tuple[str, ...]:
+        """The limits in whose remaining room some change that would lower the cost does not fit."""
+        problem = self.problem
+        choice = self._choice(widths)
+        columns = np.arange(choice.size)
+        gains = problem.costs < problem.costs[choice, columns] if choice.size else np.zeros((1, 0), bool)
+        room = np.array([limit.most for limit in self.limits]) - self.taken(widths)
+        return tuple(
+            limit.name
+            for m, limit in enumerate(self.limits)
+            if (gains & (problem.weights[m] - problem.weights[m, choice, columns] > room[m])).any()
+        )
+
+    def _choice(self, widths: Mapping[str, Widths]) -> NDArray[np.int64]:
+        own = [np.atleast_1d(np.asarray(widths[item.layers[0].name])) for item in self.items]
+        bits = np.concatenate(own) if own else np.zeros(0, np.int64)
+        choice: NDArray[np.int64] = np.searchsorted(self.budget.bits, bits)
+        return choice
+
+    def _costs(self) -> Array:
+        name, bits = self.budget.sensitivity, self.budget.bits
+        blocks = [
+            channel_curves(self.table, item.layers[0], name, bits)
+            if item.channels
+            else sum(layer_curve(self.table, layer, name, bits) for layer in item.layers)[:, None]  # type: ignore[index]
+            for item in self.items
+        ]
+        return np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1)
+
+    def _weights(self) -> Array:
+        bits = self.budget.bits
+        rows = []
+        for limit in self.limits:
+            blocks = [
+                np.repeat(limit.channel(item.layers[0], bits)[:, None], item.columns, axis=1)
+                if item.channels
+                else np.sum([limit.whole(layer, bits) for layer in item.layers], axis=0)[:, None]
+                for item in self.items
+            ]
+            rows.append(np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1))
+        return np.stack(rows)
+
+    def _infeasible(self) -> SettingError:
+        """Which limit cannot be met, and by how much; of limits that only contradict each other, how far."""
+        limits = [(limit, self.fixed[m] + self._least(m)) for m, limit in enumerate(self.limits)]
+        beyond = [(limit, amount) for limit, amount in limits if amount > limit.most]
+        if not beyond:
+            together = " and ".join(limit.name for limit in self.limits)
+            return SettingError(f"{together} can each be met, but no plan meets all of them; {self._apart()}")
+        said = [
+            f"{limit.name}: {limit.asked:g} cannot be reached: the least is {limit.shown(amount):.6g} {limit.unit}, "
+            f"{limit.shown(amount - limit.most):.3g} more"
+            for limit, amount in beyond
+        ]
+        return SettingError(
+            f"{first_few(said)} (candidates {', '.join(map(str, self.budget.bits))} bits). Raise it, allow fewer bits, "
+            "or unpin layers."
+        )
+
+    def _least(self, m: int) -> float:
+        if not self.items:
+            return 0.0
+        return float(self.problem.used(least(self.problem, m))[m])
+
+    def _apart(self) -> str:
+        """The least of the last limit while the others hold."""
+        last = len(self.limits) - 1
+        others = np.arange(last)
+        problem = Problem(self.problem.weights[last], self.problem.weights[others], self.problem.limits[others])
+        found = solve(problem)
+        name, limit = self.limits[last].name, self.limits[last]
+        amount = math.inf if found is None else limit.shown(found.cost + self.fixed[last])
+        if not limit.asked < amount < math.inf:
+            return "relax one of them"
+        return f"with the others met, the least {name} is {amount:.6g}, {amount - limit.asked:.3g} more than asked"
+
+
+def _pinned_layers(budget: "Budget", table: LayerTable) -> dict[str, int]:
+    """Layer -> the width it is given. A pin goes before the rule for the ends."""
+    names = [layer.name for layer in table.layers]
+    given: dict[str, int] = {}
+    if budget.ends is not None and names:
+        given |= {names[0]: budget.ends, names[-1]: budget.ends}
+    pinned: dict[str, int] = {}
+    for entry in budget.pin:
+        pattern, bits = pinned_width(entry)
+        found = [layer.name for layer in table.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))]
+        if not found:
+            raise SettingError(f"pin: {pattern!r} matches no layer; names look like {first_few(names[:3], ', ')}")
+        for name in found:
+            if pinned.setdefault(name, bits) != bits:
+                raise SettingError(f"pin: layer {name!r} is given both {pinned[name]} and {bits} bits; give one")
+    for name, bits in (given | pinned).items():
+        if bits not in FLOAT_BITS:
+            table.scheme.check_bits(bits, f"layer {name!r}: bits")
+    return given | pinned
+
+
+def _items(budget: "Budget", table: LayerTable, pinned: Mapping[str, int]) -> Iterator[_Item]:
+    """Everything that is not pinned, tied layers together; a layer without channels or weights as a whole."""
+    layers = {layer.name: layer for layer in table.layers}
+    group: dict[str, tuple[str, ...]] = {}
+    for pattern in budget.tie:
+        found = families(pattern, layers)
+        if not any(len(own) > 1 for own in found.values()):
+            raise SettingError(
+                f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(layers)[:3], ', ')}"
+            )
+        for own in found.values():
+            for name in own:
+                if group.setdefault(name, own) != own:
+                    raise SettingError(f"tie: layer {name!r} is in two groups; give one pattern for it")
+    for own in dict.fromkeys(group.values()):
+        given = {name: pinned.get(name) for name in own}
+        if len(set(given.values())) > 1:
+            raise SettingError(
+                f"tie: {first_few(list(own), ', ')} must agree, but are pinned to {given}; pin all alike"
+            )
+    for layer in table.layers:
+        own = group.get(layer.name, (layer.name,))
+        if layer.name in pinned or own[0] != layer.name:
+            continue
+        yield _Item(tuple(layers[name] for name in own), budget.parts and len(own) == 1 and layer.channels > 1)
+
+
+def pinned_width(entry: Any) -> tuple[str, int]:
+    """'conv1=8' -> ('conv1', 8). Raises SettingError."""
+    pattern, equals, bits = str(entry).rpartition("=")
+    if not equals or not pattern or not bits.strip().isdecimal():
+        raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob, and its bits, as in 'conv1=8'")
+    return pattern.strip(), plan_bits(f"pin: {pattern}", int(bits))
+
+
+def plan_bits(what: str, bits: Any) -> int:
+    """The width, if a plan can have it. Raises SettingError naming `what`."""
+    if type(bits) is not int or bits not in ALLOWED_BITS:
+        raise SettingError(f"{what}: {bits!r} is not allowed; 1 to 8, or 16 or 32 for floating point")
+    return bits
