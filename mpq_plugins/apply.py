@@ -37,10 +37,9 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     also says how an adapter gets them). Raises MismatchError (other layers or shapes), WeightError (NaN or infinity)
     and what `correct` raises.
     """
-    import copy
-
     import torch
 
+    from .duplicate import duplicate
     from .fold import fold_batch_norm
     from .match import match
     from .simulate import simulate
@@ -56,7 +55,7 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
         )
-    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    quantized = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
     choices = plan.by_any_name
     with torch.no_grad():
         for name, weight in quantizable_weights(quantized).items():

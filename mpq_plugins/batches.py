@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import SettingError, what_it_said
 
@@ -35,10 +36,11 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     Raises SettingError where the model does not run on it.
     """
+    given = own_copy(batch)
     try:
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+        if isinstance(given, dict):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple | list) else model(given)
     except SettingError:
         raise
     except Exception as error:  # a user's forward may raise anything on a wrong input
@@ -63,8 +65,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def own_copy(batch: Any) -> Any:
+    """The batch in tensors of its own, for a forward may change its inputs in place; any mapping as a dict.
+
+    A tensor that takes gradients is left as it is.
+    """
+    plain = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and not leaf.requires_grad else leaf, plain)
+
+
 def sample_count(batch: Any) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else (batch,)
-    first = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
-    return 1 if first is None else len(first)
+    """How many samples a batch holds: the largest first dimension of its matrices and more, nested ones included."""
+    plain = dict(batch) if isinstance(batch, Mapping) else batch
+    tensors = [leaf for leaf in tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.dim()]
+    several = [tensor for tensor in tensors if tensor.dim() > 1] or tensors
+    return max((len(tensor) for tensor in several), default=1)
+
+
+def one_sample(batch: Any, k: int) -> Any:
+    """The k-th sample of a batch, as a batch of one; what does not have the batch's first dimension stays whole."""
+    count = sample_count(batch)
+    plain = dict(batch) if isinstance(batch, Mapping) else batch
+
+    def cut(leaf: Any) -> Any:
+        return leaf[k : k + 1] if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count else leaf
+
+    return tree_map(cut, plain)
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A module's own input, given by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)

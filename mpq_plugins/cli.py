@@ -92,7 +92,7 @@ def measure(
 ) -> None:
     """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs."""
     from .allocate.base import Needs
-    from .cli_calibrate import with_sensitivities
+    from .cli_calibrate import check_sensitivities, with_sensitivities
     from .cli_sources import Request, check_output, measure_now, resolve_source
     from .report.tables import console, measurement_table
 
@@ -101,6 +101,10 @@ def measure(
     resolved = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):
         raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
+    if output_function is not None and not sensitivities:
+        raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
+    if sensitivities:
+        check_sensitivities(resolved, sensitivities)
     table = measure_now(resolved, needs, Request(**scheme), input_shape)
     if calibration is not None:
         table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)

@@ -1,7 +1,9 @@
 """From words on the command line to calibration inputs, and to what they correct in a checkpoint."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,10 @@ def calibration_batches(text: str) -> list[Any]:
     from .batches import checked_batches
 
     try:
-        given = named_function(text)()
-        # A generator that never ends should not fill the memory.
-        found = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
+        with redirect_stdout(sys.stderr):  # stdout is the result's
+            given = named_function(text)()
+            # A generator that never ends should not fill the memory.
+            found = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
     except SourceError:
         raise
     except (Exception, SystemExit) as error:
@@ -54,7 +57,7 @@ def corrected_tensors(
     _load(model, checkpoint, model_factory)
     named = isinstance(calibration, str)
     batches = calibration_batches(str(calibration)) if named else synthetic(model, [int(n) for n in calibration])
-    with progress_bar("correcting") as progress:
+    with progress_bar("correcting") as progress, redirect_stdout(sys.stderr):
         corrected = correct(model, plan, batches, progress=progress)
     before, after = model.state_dict(), corrected.state_dict()
     added = [name for name in after if name not in before]
@@ -67,9 +70,19 @@ def corrected_tensors(
     return {name: value for name, value in after.items() if not value.equal(before[name])}
 
 
+def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None:
+    """Refuse, before the work, a file, and kinds that are not installed. Raises SettingError or PluginError."""
+    from . import registry
+
+    if isinstance(model, Path):
+        raise SettingError(f"sensitivity: {model} is a file, and only a module can be run: package.module:factory")
+    for name in names:
+        registry.load("sensitivities", name)
+
+
 def with_sensitivities(
     table: "LayerTable",
-    model: "nn.Module | Path",
+    model: Any,
     names: Sequence[str],
     calibration: str,
     output_function: str | None,
@@ -78,13 +91,11 @@ def with_sensitivities(
     """The table with these sensitivities; finished layers are kept beside `output`. Raises as `sensitivity`."""
     from .measure import sensitivity
 
-    if isinstance(model, Path):
-        raise SettingError(f"sensitivity: {model} is a file, and only a module can be run: package.module:factory")
     batches = calibration_batches(calibration)
     function = named_function(output_function) if output_function is not None else None
     for name in names:
         journal = output.with_name(f"{output.name}.{name}.partial") if output is not None else None
-        with progress_bar(name) as progress:
+        with progress_bar(name) as progress, redirect_stdout(sys.stderr):
             table = sensitivity(model, table, name, batches, output=function, journal=journal, progress=progress)
     return table
 

@@ -1,5 +1,7 @@
 """`mpq pareto`: plans across budgets, every allocator at the same sizes, as a table, CSV and picture."""
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ def pareto(
     from .cli_calibrate import calibration_batches
     from .cli_sources import Request, measured, named_function, resolve_source
     from .errors import SettingError
+    from .fingerprint import batches_digest
     from .objective import parts_of
     from .pareto import plans_at
     from .report.progress import progress_bar
@@ -87,14 +90,16 @@ def pareto(
     granular = request.scheme(scheme).granularity != "per_tensor"
     needs = Needs(bits, metrics, granular, scheme)
     batches = calibration_batches(calibration) if calibration is not None else None
-    job = f"{evaluation} {calibration}"
+    corrected_on = "" if batches is None else batches_digest(batches)
+    job = f"{evaluation} {calibration} {corrected_on}"
     with resumable(files, model, job, evaluate) as journal:
         table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
         labelled = plans_at(table, budgets, sensitivity, bits)
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
-        with progress_bar("evaluating") as progress:
+        aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # what a forward prints
+        with progress_bar("evaluating") as progress, aside:
             rows = run(
                 table, plans, model, evaluate, series=series, calibrate=batches, journal=journal, progress=progress
             )

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .apply import apply
-from .batches import checked_batches, evaluating, run_model
+from .batches import checked_batches, evaluating, first_input, run_model
 from .correct import Progress
+from .duplicate import duplicate
 from .errors import SettingError, first_few
 from .fold import BATCH_NORMS, fold_batch_norm
 from .match import match
 from .measure.moments import second_moments, weight_users
 from .plan import Plan
 from .quantize.fitted import check_fits, fitted
+from .quantize.weight import check_weight
 from .scheme import FLOAT_BITS
 from .weights import layer_kind, quantizable_weights
 
@@ -36,27 +39,41 @@ def corrected(
         raise SettingError(f"shrinkage: {shrinkage!r} is not allowed; a number from 0 to 2")
     match(plan, model).require(type(model).__name__)
     given = checked_batches(batches)
-    copied = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    copied = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
     exact = copy.deepcopy(copied) if fit_ranges else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about activations, which stay in float here
         quantized = apply(copied, plan)
+    _own_biases(copied)
     shifts, unreached = _measure(exact, quantized, plan, given, progress)
     with torch.no_grad():
         for name, shift in shifts.items():
             shift.correct(name, copied.get_submodule(name), shrinkage)
     if unreached:
         named = first_few([repr(name) for name in unreached], ", ")
-        warnings.warn(f"no calibration batch reached {named}: not copied", stacklevel=2)
+        warnings.warn(f"no calibration batch reached {named}: not corrected", stacklevel=3)
     return copied
+
+
+def _own_biases(model: nn.Module) -> None:
+    """Layers that share a bias get one each, for each has an error of its own."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, BIASED) and module.bias is not None:
+            if id(module.bias) in seen:
+                module.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=module.bias.requires_grad)
+            seen.add(id(module.bias))
 
 
 def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
     """Clip the model's own planned weights, each channel for its bits."""
-    weights = {name: w for name, w in quantizable_weights(model).items() if name in plan.by_any_name}
-    choices = {name: plan.by_any_name[name] for name in weights}
+    planned = {name: choice for name, choice in plan.by_any_name.items() if not choice.in_float}
+    weights = {name: w for name, w in quantizable_weights(model).items() if name in planned}
+    choices = {name: planned[name] for name in weights}
+    for name, weight in weights.items():
+        check_weight(weight, name)
     schemes = {name: check_fits(choice.scheme, name) for name, choice in choices.items()}
     with evaluating(model):
         moments = second_moments(model, {name: weight_users(model, w) for name, w in weights.items()}, batches)
@@ -162,18 +179,18 @@ class _Values:
     def recording(self, net: nn.Module, names: Sequence[str]) -> Iterator[None]:
         """While the float net runs."""
 
-        def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            if isinstance(module, BATCH_NORMS):
-                source = self._outputs.get(id(inputs[0]))
-                if source is not None:
-                    self.feeders.add(source[0])
-                self.by_name.setdefault(name, []).append(inputs[0])
-                return _by_batch(module, inputs[0])
-            self._outputs[id(output)] = (name, output)  # kept, so that no other tensor gets the same id
-            self.by_name.setdefault(name, []).append(output)
-            return None
+        def norm(name: str, _: nn.Module, value: Tensor) -> None:
+            source = self._outputs.get(id(value))
+            if source is not None and source[1].equal(value):  # nothing in between worked in place
+                self.feeders.add(source[0])
+            self.by_name.setdefault(name, []).append(value.clone())
 
-        with _hooked(net, names, hook):
+        def layer(name: str, _: nn.Module, output: Tensor) -> None:
+            kept = output.clone()  # what comes next may change it in place
+            self._outputs[id(output)] = (name, kept)
+            self.by_name.setdefault(name, []).append(kept)
+
+        with _hooked(net, names, norm, layer):
             yield
         self._outputs.clear()
 
@@ -181,39 +198,83 @@ class _Values:
     def comparing(self, net: nn.Module, names: Sequence[str], shifts: dict[str, _Shift]) -> Iterator[None]:
         """While the quantized net runs: every module goes on as if it were corrected already."""
 
-        def hook(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            norm = isinstance(module, BATCH_NORMS)
-            value = inputs[0] if norm else output
+        def pair(name: str, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
             calls = self.by_name.get(name, [])
             if not calls or calls[0].shape != value.shape:
-                raise SettingError(f"{name!r}: the model takes another path through it with quantized weights")
-            exact, axis = calls.pop(0), 1 if norm else _channel_axis(module, value)
-            f, q = (_by_channel(tensor, axis) for tensor in (exact, value))
-            if not norm:
-                usual = _usual(f)
-                f, q = f[usual], q[usual]
-            shifts.setdefault(name, _Shift()).add(f, q)
-            if norm:
-                return _by_batch(module, value)
-            shape = [1] * value.dim()
-            shape[axis] = -1
-            return value - (q.mean(0) - f.mean(0)).to(value).view(shape)
+                raise _another_path(name)
+            return _by_channel(calls.pop(0), axis), _by_channel(value, axis)
 
-        with _hooked(net, names, hook):
+        def norm(name: str, _: nn.Module, value: Tensor) -> None:
+            shifts.setdefault(name, _Shift()).add(*pair(name, value, 1))
+
+        def layer(name: str, module: nn.Module, output: Tensor) -> Tensor:
+            axis = _channel_axis(module, output)
+            f, q = pair(name, output, axis)
+            usual = _usual(f)
+            f, q = f[usual], q[usual]
+            shifts.setdefault(name, _Shift()).add(f, q)
+            shape = [1] * output.dim()
+            shape[axis] = -1
+            return output - (q.mean(0) - f.mean(0)).to(output).view(shape)
+
+        with _hooked(net, names, norm, layer):
             yield
+        for name in names:
+            if self.by_name.get(name):
+                raise _another_path(name)
+
+
+def _another_path(name: str) -> SettingError:
+    return SettingError(f"{name!r}: the model takes another path through it, or past it, with quantized weights")
 
 
 @contextmanager
-def _hooked(net: nn.Module, names: Sequence[str], hook: Callable[..., Any]) -> Iterator[None]:
+def _hooked(
+    net: nn.Module,
+    names: Sequence[str],
+    norm: Callable[[str, nn.Module, Tensor], None],
+    layer: Callable[[str, nn.Module, Tensor], Tensor | None],
+) -> Iterator[None]:
+    """Show each BatchNorm's input to `norm`, and let it normalise by its batch; show each layer's output to `layer`."""
+
+    def before(name: str, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        norm(name, module, first_input(args, kwargs))
+        if not _plain(module):  # its forward does more, so it is its own that runs, in training without learning
+            module.training, module.momentum, module.kept_momentum = True, 0.0, module.momentum
+
+    def after_norm(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+        if _plain(module):
+            return _by_batch(module, first_input(args, kwargs))
+        module.training, module.momentum = False, module.kept_momentum
+        del module.kept_momentum
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked -= 1
+        return output
+
+    def after_layer(name: str, module: nn.Module, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            raise SettingError(f"layer {name!r}: gives a {type(output).__name__}, not a tensor; skip it")
+        return layer(name, module, output)
+
+    handles = []
     modules = dict(net.named_modules())
-    handles = [
-        modules[name].register_forward_hook(lambda module, i, o, name=name: hook(name, module, i, o)) for name in names
-    ]
+    for name in names:
+        module = modules[name]
+        if isinstance(module, BATCH_NORMS):
+            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after_norm, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(lambda m, _, o, name=name: after_layer(name, m, o)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _plain(norm: nn.Module) -> bool:
+    """Whether the BatchNorm's forward is torch's own."""
+    return any(type(norm).forward is kind.forward for kind in BATCH_NORMS)
 
 
 def _by_batch(norm: Any, value: Tensor) -> Tensor:
@@ -241,7 +302,8 @@ def _usual(vectors: Tensor) -> Tensor:
     right for them and wrong for all others. Spearman of MiniLM at uniform 2 bits: 0.771 with them, 0.838 without.
     """
     lengths = vectors.float().norm(dim=1)
-    usual: Tensor = lengths <= LONGEST * lengths.median()
+    # NaN and infinity stay in, to be found in the mean.
+    usual: Tensor = ~(lengths.isfinite() & (lengths > LONGEST * lengths[lengths > 0].median()))
     return usual
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,14 @@ def tensors_digest(tensors: Mapping[str, object]) -> str:
         else:  # a module's own extra state
             digest.update(repr(value).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def batches_digest(batches: Sequence[Any]) -> str:
+    """Of calibration batches, whatever they are nested in."""
+    from torch.utils._pytree import tree_leaves
+
+    leaves = {f"{n}.{k}": leaf for n, batch in enumerate(batches) for k, leaf in enumerate(tree_leaves(batch))}
+    return tensors_digest(leaves)
 
 
 def source_digest(function: object) -> str:

@@ -1,6 +1,5 @@
 """Folding BatchNorm into the convolution before it, through torch's own fusion utilities."""
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from threading import Lock, get_ident
@@ -10,6 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .duplicate import duplicate
 from .errors import SourceError, what_it_said
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -111,7 +111,9 @@ def _pairs(graph: torch.fx.Graph, model: nn.Module) -> dict[str, str]:
             continue  # torch's fusion does not know how their channels are spread over groups
         if sharers[id(conv.weight)] > 1:
             continue
-        if calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
+        # A subclass with a forward of its own does more than normalise, and Identity would lose that.
+        plain = any(type(norm).forward is kind.forward for kind in BATCH_NORMS)
+        if plain and calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
             pairs[str(source.target)] = str(node.target)
     return pairs
 
@@ -135,7 +137,7 @@ def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of the model with every foldable BatchNorm folded and replaced by Identity; same layer names."""
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     fold_in_place(model)
     return model
 

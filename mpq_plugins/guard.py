@@ -34,8 +34,12 @@ class Comparison:
 
     @property
     def worse(self) -> bool:
-        """Whether uniform widths are predicted to be better."""
-        return self.uniform is not None and self.plan > WORSE * self.uniform
+        """Whether uniform widths of that size are predicted to be better, and some plan of one width a layer is too.
+
+        Between two whole widths uniform is an interpolation, which no plan need reach.
+        """
+        beaten = self.uniform is not None and self.plan > WORSE * self.uniform
+        return beaten and self.best is not None and self.plan > WORSE * self.best
 
     def text(self) -> str:
         """One line with the numbers."""
@@ -59,6 +63,8 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
     name = sensitivity or _chosen(table, plan)
     cost = None if name is None else predicted(table, plan, name)
     if name is None or cost is None:
+        return None
+    if not math.isfinite(cost):
         return None
     size = plan.size()
     uniform = _uniform_cost(table, name, size.total_bits)

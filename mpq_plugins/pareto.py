@@ -43,7 +43,7 @@ def plans_at(
 def _plans_at(
     table: LayerTable, budgets: Sequence[float], sensitivity: str, widths: tuple[int, ...]
 ) -> Iterator[Labelled]:
-    if not budgets:
+    if isinstance(budgets, int | float) or not len(budgets):
         raise SettingError("budgets: none given; one or more averages, as in 2,2.5,3,4")
     parts = table.scheme.granularity != "per_tensor"
     for b in widths:

@@ -48,5 +48,5 @@ def _captured(glob: str, name: str) -> tuple[str, ...] | None:
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern.removeprefix(REGEX))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise SettingError(f"{pattern!r}: no regular expression ({error}); write {REGEX}layer[12].*") from error

@@ -7,7 +7,7 @@ Gaussian noise x, moved by Adam so that the inputs of every BatchNorm get the st
 s = sqrt(running_var), mu and sigma the batch's own (ZeroQ, Cai et al. 2020, arXiv 2001.00281, eq. 4).
 """
 
-import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import call_model, evaluating
+from .duplicate import duplicate
 from .errors import SettingError
 from .fold import BATCH_NORMS
 
@@ -22,6 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 RATE = 0.1
 LEAST_SIGMA = 1e-3
+MOST_VALUES = 1 << 30  # 4 GiB as float32
 
 
 def synthetic_batches(
@@ -41,17 +43,21 @@ def synthetic_batches(
     for name, value, least in (("count", count, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             raise SettingError(f"{name}: {value!r} is not allowed; an integer from {least} up")
-    if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
+    if isinstance(shape, int) or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
         raise SettingError(
             f"shape: {tuple(shape)!r} is not allowed; samples, then one input's shape, as in 128,3,32,32"
         )
-    copied = copy.deepcopy(model)
-    norms = [m for m in copied.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+    if math.prod(shape) > MOST_VALUES:
+        raise SettingError(f"shape: {tuple(shape)!r} is {math.prod(shape):,} values; at most {MOST_VALUES:,}")
+    copied = duplicate(model)
+    norms: list[Any] = [m for m in copied.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
     if not norms:
         raise SettingError(
             f"{type(model).__name__}: has no BatchNorm with statistics, so nothing tells what its inputs are like; "
             "give calibration batches"
         )
+    if not all(bool(m.running_mean.isfinite().all() and (m.running_var >= 0).all()) for m in norms):
+        raise SettingError(f"{type(model).__name__}: a BatchNorm holds NaN, infinite or negative statistics; repair it")
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -78,6 +84,11 @@ def _moved(model: nn.Module, norms: Sequence[Any], noise: Tensor, steps: int, re
         optimizer.zero_grad()
         with torch.enable_grad():
             loss = _mismatch(model, norms, inputs)
+        if not loss.requires_grad:
+            raise SettingError(
+                f"{type(model).__name__}: its BatchNorms tell nothing of its inputs (none is reached, or its forward "
+                "switches gradients off); give calibration batches, or steps=0 for plain noise"
+            )
         loss.backward()
         optimizer.step()
     report(steps)

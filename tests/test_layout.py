@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Left to right, as data flows; a part imports only its own layer and those before it.
 FLOW = (
-    ("buffers", "errors", "files", "fingerprint", "journal", "patterns", "scheme", "validation"),
+    ("buffers", "duplicate", "errors", "files", "fingerprint", "journal", "patterns", "scheme", "validation"),
     ("quantize",),
     ("batches", "checkpoints", "fold", "registry", "weights"),
     ("table",),

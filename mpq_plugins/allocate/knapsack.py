@@ -66,7 +66,7 @@ class Solution:
     @property
     def gap(self) -> float:
         """How far from the optimum at most, as a share of the cost."""
-        return max(0.0, self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
+        return max(0.0, self.cost - self.bound) / abs(self.cost) if self.cost else 0.0
 
 
 def solve(problem: Problem, close: bool = True) -> Solution | None:

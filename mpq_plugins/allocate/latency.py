@@ -53,8 +53,12 @@ class LatencyTable:
 def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
     try:
         found = tuple((int(str(bits)), float(cost)) for bits, cost in own.items())
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise SettingError(f"latency: {layer!r}: {own!r:.60} is no table of bits and costs; write {EXAMPLE}") from error
+    if not found or len({bits for bits, _ in found}) < len(found):
+        raise SettingError(f"latency: {layer!r}: {own!r:.60} has no width, or one twice; write {EXAMPLE}")
+    if any(isinstance(cost, bool | str) for cost in own.values()):
+        raise SettingError(f"latency: {layer!r}: {own!r:.60} has a cost that is no number; write {EXAMPLE}")
     for bits, cost in found:
         if not 0 <= cost < math.inf:
             raise SettingError(f"latency: {layer!r} at {bits} bits: {cost!r} is not allowed; a number from 0 up")
@@ -63,8 +67,14 @@ def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(path, pairs))
     except OSError as error:
         raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a JSON file as {EXAMPLE}") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON ({error}); write {EXAMPLE}") from error
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise FormatError(f"{path}: {', '.join(name for name, _ in pairs)}: a name is there twice; give each once")
+    return found

@@ -150,6 +150,12 @@ class Layout:
             else sum(layer_curve(self.table, layer, name, bits) for layer in item.layers)[:, None]  # type: ignore[index]
             for item in self.items
         ]
+        for item, block in zip(self.items, blocks, strict=True):
+            if np.isnan(block).any() or not np.isfinite(block).any(axis=0).all():
+                raise SettingError(
+                    f"layer {item.layers[0].name!r}: its {name} is NaN, or infinite at every candidate width; measure "
+                    "again, pin the layer, or keep another sensitivity low"
+                )
         return np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1)
 
     def _weights(self) -> Array:
@@ -170,6 +176,10 @@ class Layout:
         limits = [(limit, self.fixed[m] + self._least(m)) for m, limit in enumerate(self.limits)]
         beyond = [(limit, amount) for limit, amount in limits if amount > limit.most]
         if not beyond:
+            if len(self.limits) == 1:
+                return SettingError(
+                    f"{self.limits[0].name}: no plan within {self.limits[0].asked:g} was found; raise it"
+                )
             together = " and ".join(limit.name for limit in self.limits)
             return SettingError(f"{together} can each be met, but no plan meets all of them; {self._apart()}")
         said = [

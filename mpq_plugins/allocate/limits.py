@@ -16,6 +16,9 @@ from .latency import LatencyTable
 
 Array = NDArray[np.float64]
 
+UNITS = float(1 << 40)  # of a latency limit
+BILLIONTH = float(1 << 10)
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -83,15 +86,20 @@ def bops_limit(asked: float, activation_bits: int) -> Limit:
 
 
 def latency_limit(asked: float, table: LatencyTable) -> Limit:
-    """The sum of the layers' costs in the latency table."""
+    """The sum of the layers' costs in the latency table, kept to a part in a billion.
+
+    Costs are counted in whole small units, so that sums of them, and of a layer's channels, are exact.
+    """
+    unit = asked / UNITS
 
     def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
-        return np.array(table.curve(layer.name, bits))
+        return channel(layer, bits) * max(1, layer.channels)
 
     def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
-        return whole(layer, bits) / max(1, layer.channels)
+        shares: Array = np.rint(np.array(table.curve(layer.name, bits)) / unit / max(1, layer.channels))
+        return shares
 
-    return Limit("latency_limit", asked, asked, "of the latency table", whole, channel)
+    return Limit("latency_limit", asked, UNITS + BILLIONTH, "of the latency table", whole, channel, per=1 / unit)
 
 
 def numel(table: LayerTable) -> int:

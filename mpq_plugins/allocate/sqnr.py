@@ -76,6 +76,6 @@ class SQNR:
 
 def _average(value: Any) -> float:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise SettingError(f"average_bits: {value!r} is not allowed; a number above 0")
+    if not number or not 0 < value <= 64:
+        raise SettingError(f"average_bits: {value!r:.60} is not allowed; a number above 0, at most 64")
     return float(value)  # 4 and 4.0 make the same plan, to the byte

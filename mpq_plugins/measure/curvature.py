@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import sample_count
+from ..batches import one_sample, sample_count
 from ..errors import SettingError
-from .sensitivities import Curves, Job
+from .sensitivities import Curves, Job, unreached
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,18 @@ class Fisher:
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One backward pass a sample."""
         names, weights = _trainable(job)
-        squares = [torch.zeros_like(weight) for weight in weights]
+        squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         total = sum(sample_count(batch) for batch in job.batches)
+        reached: set[str] = set()
         for done, sample in enumerate(_samples(job.batches)):
             job.said(done, total)
             gradients = torch.autograd.grad(_loss(job, sample), weights, allow_unused=True)
-            for square, gradient in zip(squares, gradients, strict=True):
+            for name, square, gradient in zip(names, squares, gradients, strict=True):
                 if gradient is not None:
-                    square += gradient.square()
+                    reached.add(name)
+                    square += gradient.float().square()
         job.said(total, total)
+        _check_reached(names, reached)
         return {
             name: _curves(job.squared_errors(layer, squares[names.index(name)] / (2 * total)))
             for name, layer in ((layer.name, layer) for layer in job.table.layers)
@@ -51,16 +54,22 @@ class Hessian:
 
     probes: int = 4
 
+    def __post_init__(self) -> None:
+        if type(self.probes) is not int or self.probes < 1:
+            raise SettingError(f"probes: {self.probes!r} is not allowed; an integer from 1 up")
+
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """Two backward passes a probe."""
         names, weights = _trainable(job)
         traces = np.zeros(len(weights))
         total = len(job.batches) * self.probes
         samples = 0
+        reached: set[str] = set()
         for position, batch in enumerate(job.batches):
             gradients = torch.autograd.grad(_loss(job, batch), weights, create_graph=True, allow_unused=True)
             pairs = [(k, g) for k, g in enumerate(gradients) if g is not None and g.requires_grad]
-            for probe in range(self.probes):
+            reached |= {names[k] for k, _ in pairs}
+            for probe in range(self.probes if pairs else 0):
                 job.said(position * self.probes + probe, total)
                 vectors = [torch.randint_like(weights[k], 2) * 2 - 1 for k, _ in pairs]
                 products = torch.autograd.grad(
@@ -71,11 +80,12 @@ class Hessian:
                     traces[k] += 0.0 if product is None else float((vector * product).sum()) / self.probes
             samples += sample_count(batch)
         job.said(total, total)
+        _check_reached(names, reached)
         found = {}
         for layer in job.table.layers:
             # A minimum has no negative curvature; what the estimate puts below zero is noise.
-            mean = max(0.0, traces[names.index(layer.name)] / samples / max(1, layer.numel))
-            weight = torch.full(layer.shape, mean / 2, dtype=torch.float64)
+            mean = np.maximum(0.0, traces[names.index(layer.name)] / samples / max(1, layer.numel))
+            weight = torch.full(layer.shape, float(mean) / 2, dtype=torch.float64)
             found[layer.name] = _curves(job.squared_errors(layer, weight))
         return found
 
@@ -100,11 +110,14 @@ def _trainable(job: Job) -> tuple[list[str], list[Tensor]]:
 def _loss(job: Job, batch: Any) -> Tensor:
     """Sum over samples of the cross-entropy of labels drawn from the model's own predictions."""
     with torch.enable_grad():
-        logits = job.run(batch)
+        logits = job.logits(batch)
         if logits.shape[-1] < 2 or not logits.requires_grad:
             raise SettingError("output: has no gradient or no two classes; these need logits. Use distance instead")
         flat = logits.reshape(-1, logits.shape[-1])
-        labels = torch.multinomial(flat.detach().double().softmax(1), 1).squeeze(1)
+        likely = flat.detach().double().softmax(1)
+        if not bool(likely.isfinite().all()):
+            raise SettingError("output: logits are NaN or infinite on a batch; look at the inputs and the model")
+        labels = torch.multinomial(likely, 1).squeeze(1)
         positions = flat.shape[0] // max(1, logits.shape[0])
         return F.cross_entropy(flat, labels, reduction="sum") / positions
 
@@ -112,15 +125,11 @@ def _loss(job: Job, batch: Any) -> Tensor:
 def _samples(batches: Sequence[Any]) -> Iterator[Any]:
     """One sample at a time, for gradients of a batch's samples add up before they are squared."""
     for batch in batches:
-        count = sample_count(batch)
-        for k in range(count):
-            yield _slice(batch, k, count)
+        for k in range(sample_count(batch)):
+            yield one_sample(batch, k)
 
 
-def _slice(batch: Any, k: int, count: int) -> Any:
-    def cut(value: Any) -> Any:
-        return value[k : k + 1] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
-
-    if isinstance(batch, Mapping):
-        return {name: cut(value) for name, value in batch.items()}
-    return tuple(cut(value) for value in batch) if isinstance(batch, tuple | list) else cut(batch)
+def _check_reached(names: Sequence[str], reached: set[str]) -> None:
+    for name in names:
+        if name not in reached:
+            raise unreached(name)

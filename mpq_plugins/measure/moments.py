@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batches import call_model, sample_count
+from ..batches import call_model, first_input, sample_count
 from ..errors import SettingError
+from ..weights import layer_kind
 
 TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
@@ -32,10 +33,10 @@ def second_moments(
     for name, users in modules.items():
         for module in users:
 
-            def hook(own: nn.Module, inputs: tuple[Any, ...], _: Any, name: str = name) -> None:
-                sums[name] = sums.get(name, 0) + _squares_seen(own, inputs[0])
+            def hook(own: nn.Module, args: tuple[Any, ...], kwargs: Any, _: Any, name: str = name) -> None:
+                sums[name] = sums.get(name, 0) + _squares_seen(own, first_input(args, kwargs))
 
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
     samples = 0
     try:
         for position, batch in enumerate(batches):
@@ -58,19 +59,22 @@ def second_moments(
 
 
 def weight_users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
-    """The modules whose weight this is."""
+    """The layers whose weight this is."""
     return [
         module
         for module in model.modules()
-        if isinstance(own := getattr(module, "weight", None), Tensor) and own.data_ptr() == weight.data_ptr()
+        if layer_kind(module) is not None
+        and isinstance(own := getattr(module, "weight", None), Tensor)
+        and own.data_ptr() == weight.data_ptr()
     ]
 
 
 def _squares_seen(module: nn.Module, x: Tensor) -> Tensor:
     """sum_n,p x_npj^2 for every weight: the gradient of the layer's summed output on x^2 says just that."""
-    weight = torch.zeros_like(module.weight, requires_grad=True)  # type: ignore[arg-type]
+    weight = torch.zeros_like(module.weight, dtype=torch.float32, requires_grad=True)  # type: ignore[arg-type]
+    given = x.detach() if isinstance(module, nn.Embedding) else x.detach().float().square()
     with torch.enable_grad():
-        total = _output(module, x.detach() if isinstance(module, nn.Embedding) else x.detach().square(), weight).sum()
+        total = _output(module, given, weight).sum()
     (gradient,) = torch.autograd.grad(total, weight)
     return gradient
 

@@ -7,7 +7,7 @@ One run for each layer, bit-width and batch, from the changed layer on (replay.p
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..batches import sample_count
 from ..table import LayerStats
 from .replay import Replay
-from .sensitivities import Curves, Job
+from .sensitivities import Curves, Job, unreached
 
 Compare = Callable[[Tensor, Tensor], float]
 
@@ -30,7 +30,7 @@ class KL:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One layer at a time."""
-        return _one_at_a_time(job, _divergence)
+        return _one_at_a_time(job, job.logits, _divergence)
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,15 @@ class Distance:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One layer at a time."""
-        return _one_at_a_time(job, _cosine_distance)
+        return _one_at_a_time(job, job.run, _cosine_distance)
 
 
-def _one_at_a_time(job: Job, compare: Compare) -> dict[str, Curves]:
+def _one_at_a_time(job: Job, run: Callable[[Any], Tensor], compare: Compare) -> dict[str, Curves]:
     layers, samples = job.table.layers, [sample_count(batch) for batch in job.batches]
     sums = {layer.name: np.zeros(len(job.table.bits)) for layer in layers}
+    widths = {str(b) for b in job.table.bits}
+    checked: set[str] = set()
+    replays = True
     done = 0
     for position, batch in enumerate(job.batches):
         replay: Replay | None = None
@@ -55,24 +58,38 @@ def _one_at_a_time(job: Job, compare: Compare) -> dict[str, Curves]:
             done += 1
             key = f"{position} {layer.name}"
             row = job.journal.rows.get(key) if job.journal is not None else None
-            if row is None:
-                replay = replay or Replay(job.model, lambda batch=batch: job.run(batch))  # type: ignore[misc]
-                row = _row(job, layer, replay, compare)
+            if row is None or row.keys() != widths or min(row.values()) < 0:
+                if replay is None:
+                    replay = Replay(job.model, lambda batch=batch: run(batch), replays)  # type: ignore[misc]
+                row = _row(job, layer, replay, compare, check=layer.name not in checked)
+                checked.add(layer.name)
+                replays = replay.replays
                 if job.journal is not None:
                     job.journal.add(key, row)
             sums[layer.name] += samples[position] * np.array([row[str(b)] for b in job.table.bits])
     job.said(done, done)
+    for layer in layers:
+        if not sums[layer.name].any() and not _stays(job, layer):
+            raise unreached(layer.name)
     return {name: Curves(total / sum(samples)) for name, total in sums.items()}
 
 
-def _row(job: Job, layer: LayerStats, replay: Replay, compare: Compare) -> dict[str, float]:
-    """The change of the output at each bit-width."""
+def _stays(job: Job, layer: LayerStats) -> bool:
+    """Whether quantizing changes nothing of the weight."""
+    return all(torch.equal(quantized, job.weights[layer.name]) for quantized in job.quantized(layer))
+
+
+def _row(job: Job, layer: LayerStats, replay: Replay, compare: Compare, check: bool) -> dict[str, float]:
+    """The change of the output at each bit-width; `check`: whether replaying is held against a full run first."""
     weight = job.weights[layer.name]
     kept = weight.clone()
     row = {}
     try:
         for b, quantized in zip(job.table.bits, list(job.quantized(layer)), strict=True):
             weight.copy_(quantized)
+            if check:
+                replay.check(job.modules[layer.name])
+                check = False
             row[str(b)] = compare(replay.output, replay.again(job.modules[layer.name]))
     finally:
         weight.copy_(kept)
@@ -82,9 +99,9 @@ def _row(job: Job, layer: LayerStats, replay: Replay, compare: Compare) -> dict[
 def _divergence(exact: Tensor, rough: Tensor) -> float:
     p, q = (output.double().log_softmax(-1) for output in (exact, rough))
     divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
-    return max(0.0, float(divergence))
+    return float(divergence.clamp_min(0))  # NaN stays NaN
 
 
 def _cosine_distance(exact: Tensor, rough: Tensor) -> float:
     cosine = torch.nn.functional.cosine_similarity(exact.double().flatten(1), rough.double().flatten(1), dim=1)
-    return max(0.0, float(1 - cosine.mean()))
+    return float((1 - cosine.mean()).clamp_min(0))

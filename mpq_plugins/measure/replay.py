@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 class Replay:
     """One batch's float run, kept for its re-runs. `run` computes the output with the model as it is."""
 
-    def __init__(self, model: nn.Module, run: Callable[[], Tensor]) -> None:
-        self._model, self._run = model, run
+    def __init__(self, model: nn.Module, run: Callable[[], Tensor], replays: bool = True) -> None:
+        self._model, self._run, self.replays = model, run, replays
         self._calls: dict[nn.Module, list[_Call]] = {}
         self._clock = 0
         with self._recording(), torch.no_grad():
@@ -28,10 +28,18 @@ class Replay:
     def again(self, changed: Sequence[nn.Module]) -> Tensor:
         """The output now that the weights of these modules may have changed."""
         first = min((call.start for module in changed for call in self._calls.get(module, ())), default=None)
-        if first is None:  # never called, or called past its own __call__
+        if first is None or not self.replays:  # never called, or called past its own __call__
             first = 0
         with self._replaying(first), torch.no_grad():
             return self._run()
+
+    def check(self, changed: Sequence[nn.Module]) -> None:
+        """Hold a re-run against a full run, and from now on run in full where they differ.
+
+        They do where modules pass something on other than by what they return: an attribute, a borrowed weight.
+        """
+        with torch.no_grad():
+            self.replays = self.replays and torch.equal(self.again(changed), self._run())
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -59,7 +67,7 @@ class Replay:
     def _forget_changed(self) -> None:
         """What was changed in place after it was returned would be changed once more in every re-run."""
         for module, calls in list(self._calls.items()):
-            if any(call.changed for call in calls):
+            if any(call.changed or not call.plain for call in calls):
                 del self._calls[module]
 
     @contextmanager
@@ -71,12 +79,23 @@ class Replay:
         ]
         try:
             for module, calls in finished:
-                returned = iter([call.output for call in calls])
-                module.forward = lambda *_, returned=returned, **__: next(returned)
+                module.forward = _returning(module, [call.output for call in calls])
             yield
         finally:
             for module, _ in finished:
                 del module.forward
+
+
+def _returning(module: nn.Module, outputs: list[Any]) -> Callable[..., Any]:
+    """A forward that returns these in turn, and computes once they are used up."""
+    left = iter(outputs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        for output in left:
+            return output
+        return type(module).forward(module, *args, **kwargs)
+
+    return forward
 
 
 class _Call:
@@ -84,12 +103,28 @@ class _Call:
 
     def __init__(self, start: int) -> None:
         self.start, self.end, self.output = start, start, None
-        self._versions: list[int] = []
+        self._tensors: list[Tensor] = []
+        self._seen: list[tuple[int, int]] = []
 
     def finish(self, end: int, output: Any) -> None:
         self.end, self.output = end, output
-        self._versions = [leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self._tensors = _tensors(output)  # kept, so that no other tensor gets the same id
+        self._seen = _identities(self._tensors)
+
+    @property
+    def plain(self) -> bool:
+        """Whether what was returned is made of tensors and plain values alone, so that a change in it can be seen."""
+        return all(isinstance(leaf, Tensor | int | float | str | None) for leaf in tree_leaves(self.output))
 
     @property
     def changed(self) -> bool:
-        return self._versions != [leaf._version for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
+        """In place, or replaced inside the list or mapping that was returned."""
+        return self._seen != _identities(_tensors(self.output))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _identities(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

@@ -4,7 +4,6 @@ A sensitivity needs the model and a few hundred unlabeled inputs; weight errors 
 in every table. Each kind is a frozen dataclass that an entry point of the group `mpq_plugins.sensitivities` names.
 """
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import registry
-from ..batches import call_model, checked_batches, evaluating
+from ..batches import call_model, checked_batches, evaluating, own_copy
+from ..duplicate import duplicate
 from ..errors import MismatchError, SettingError, first_few
-from ..fingerprint import model_digest, source_digest, tensors_digest
+from ..fingerprint import batches_digest, model_digest, source_digest
 from ..fold import fold_batch_norm
 from ..journal import Journal
 from ..quantize.fake import fake_quantize
 from ..quantize.fitted import check_fits, fitted
 from ..table import LayerStats, LayerTable
-from ..weights import quantizable_weights
+from ..weights import find_weights, quantizable_weights
 from . import Progress
+from .error import weights_fingerprint
 from .moments import second_moments, weight_users
 
 Array = NDArray[np.float64]
@@ -76,7 +77,7 @@ class Job:
         own = self.weights[layer.name]
         errors = [(w - own).double().square() * weight.double() for w in self.quantized(layer)]
         axis = layer.channel_axis
-        summed = [error.movedim(axis, 0).reshape(layer.channels, -1).sum(1) for error in errors]
+        summed = [error.movedim(axis, 0).flatten(1).sum(1) for error in errors]
         return torch.stack(summed).cpu().numpy()
 
     def run(self, batch: Any) -> Tensor:
@@ -90,10 +91,20 @@ class Job:
             )
         return logits
 
+    def logits(self, batch: Any) -> Tensor:
+        """As `run`, for what takes the last dimension for classes. Raises SettingError."""
+        found = self.run(batch)
+        if found.dim() > 3:
+            raise SettingError(
+                f"output: has the shape {list(found.shape)}, where the last dimension should be the classes; pass "
+                "output=, as in lambda model, batch: model(batch).movedim(1, -1)"
+            )
+        return found
+
     def _custom(self, batch: Any) -> Tensor:
         assert self.output is not None
         try:
-            return self.output(self.model, batch)
+            return self.output(self.model, own_copy(batch))
         except SettingError:
             raise
         except Exception as error:  # a user's function may raise anything
@@ -103,6 +114,13 @@ class Job:
         """Report progress."""
         if self.progress is not None:
             self.progress("", done, total)
+
+
+def unreached(layer: str) -> SettingError:
+    """The error for a layer whose sensitivity the inputs cannot tell."""
+    return SettingError(
+        f"layer {layer!r}: no batch reaches it, or the output does not depend on it; give inputs that do, or skip it"
+    )
 
 
 class Sensitivity(Protocol):
@@ -129,10 +147,12 @@ def run(
 ) -> LayerTable:
     """What `sensitivity` promises."""
     measurer: Sensitivity = registry.load("sensitivities", kind)() if isinstance(kind, str) else kind
+    if isinstance(measurer, type) or not hasattr(measurer, "measure"):
+        raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")
     given = checked_batches(batches)
-    if type(seed) is not int or seed < 0:
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
-    copied = fold_batch_norm(model) if table.fold_bn else copy.deepcopy(model)
+    copied = fold_batch_norm(model) if table.fold_bn else duplicate(model)
     weights = _weights(copied, table)
     kept = None
     if journal is not None:
@@ -171,18 +191,18 @@ def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
         named = first_few([repr(name) for name in (missing or other)], ", ")
         what = "lacks" if missing else "has other shapes of"
         raise MismatchError(f"{type(model).__name__}: {what} {named}; the table was measured on another model")
+    planned = {layer.name for layer in table.layers}
+    handles = [weight for weight in find_weights(model, refuse=False) if weight.name in planned]
+    if weights_fingerprint(handles) != table.fingerprint:
+        raise MismatchError(f"{type(model).__name__}: has other weights than those the table was measured on")
     return {layer.name: found[layer.name].detach() for layer in table.layers}
 
 
 def _identity(
     model: nn.Module, table: LayerTable, kind: Sensitivity, batches: Sequence[Any], output: Output | None, seed: int
 ) -> dict[str, str]:
-    flat: dict[str, object] = {}
-    for position, batch in enumerate(batches):
-        leaves = torch.utils._pytree.tree_leaves(batch)
-        flat |= {f"{position}.{k}": leaf for k, leaf in enumerate(leaves)}
     plan = hashlib.sha256(f"{table.fingerprint} {table.scheme} {table.bits}".encode()).hexdigest()
     return {
-        "sensitivity": repr(kind), "model": model_digest(model), "table": plan, "batches": tensors_digest(flat),
+        "sensitivity": repr(kind), "model": model_digest(model), "table": plan, "batches": batches_digest(batches),
         "output": source_digest(output) if output is not None else "", "seed": str(seed),
     }  # fmt: skip

@@ -40,8 +40,11 @@ def fitted(weight: Tensor, bits: int, scheme: Affine, importance: Tensor, channe
 
 
 def _binary(rows: Tensor, h: Tensor) -> Tensor:
+    h = h.double()
     total = h.sum(1, keepdim=True)
-    level = torch.where(total > 0, (rows.abs() * h).sum(1, keepdim=True) / total, rows.abs().mean(1, keepdim=True))
+    level = torch.where(
+        total > 0, (rows.abs() * h).sum(1, keepdim=True) / total, rows.abs().double().mean(1, keepdim=True)
+    )
     return torch.where(rows < 0, -level, level)
 
 
@@ -63,8 +66,9 @@ def _clipped(rows: Tensor, h: Tensor, bits: int, symmetric: bool) -> Tensor:
 
 
 def _error(rows: Tensor, h: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """sum_j h_j (w - w')^2 of each row, (rows, 1)."""
+    """sum_j h_j (w - w')^2 of each row, (rows, 1), its weights clipped to [low, high] as they will be."""
     grid = affine_grids(low.double().cpu().numpy(), high.double().cpu().numpy(), np.array([bits]), symmetric)
     scale, zero = (torch.from_numpy(array).to(rows) for array in (grid.scale, grid.zero_point))
-    codes = torch.clamp(torch.round(rows / scale) + zero, int(grid.qmin[0]), int(grid.qmax[0]))
+    clipped = torch.minimum(torch.maximum(rows, low), high)
+    codes = torch.clamp(torch.round(clipped / scale) + zero, int(grid.qmin[0]), int(grid.qmax[0]))
     return ((codes - zero) * scale - rows).square().mul_(h).sum(1, keepdim=True)

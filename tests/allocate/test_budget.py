@@ -480,18 +480,18 @@ def test_a_latency_table_comes_from_a_mapping_or_a_file(tmp_path: Path, parts: b
         )
 
     best = min(cost(table, widths) for widths in combinations(table, parts) if taken(widths) <= most)
-    assert taken(widths_of(plans[0])) <= most * (1 + 1e-12)
+    assert taken(widths_of(plans[0])) <= most * (1 + 1e-9)
     assert predicted(table, plans[0], "mse") == pytest.approx(best)
 
 
 def test_a_limit_just_met_is_met() -> None:
-    """A latency is a sum of floats; what a plan was timed at must be a limit that the plan meets."""
+    """A latency is a sum of floats, kept to a billionth; what a plan was timed at must be a limit that it meets."""
     table = seeded(SHAPES)
     times = latencies(table, tuple(BITS))
     for b in BITS:
         most = math.fsum(own[str(b)] for own in times.values())
         found = Budget(latency=times, latency_limit=most, parts=False).solve(table)  # type: ignore[arg-type]
-        assert found.used["latency_limit"][0] <= most
+        assert found.used["latency_limit"][0] <= most * (1 + 1e-9)
         uniform = predicted(table, Uniform(bits=b)(table), "mse")
         assert uniform is not None
         assert found.objective <= uniform
