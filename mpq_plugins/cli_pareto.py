@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .cli_options import IntegerList, NumberList
-from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, write_rows
+from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
 from .cli_shared import SCHEME_NAMES, json_option, scheme_options, silenced
 
 BUDGETS = "2,2.5,3,4"
@@ -28,20 +28,11 @@ BUDGETS = "2,2.5,3,4"
     "--sensitivity", default="mse", show_default=True,
     help="What Budget keeps low: an error, or a sensitivity that `mpq measure` put into the table SOURCE, or kl*mse.",
 )  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg or .pdf.")
-@click.option(
-    "--eval", "evaluation", metavar="MODULE:FUNCTION",
-    help="Called with each quantized model; returns a score, larger is better, or a mapping of names to numbers.",
-)  # fmt: skip
 @click.option(
     "--calibrate", "calibration", metavar="MODULE:FUNCTION",
     help="Correct every quantized model on the batches of inputs that this function returns, before it is evaluated.",
 )  # fmt: skip
-@click.option(
-    "--model", "model_factory", metavar="MODULE:FACTORY", help="The model to evaluate, where SOURCE is not itself one."
-)
-@click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
+@run_options
 @scheme_options
 @json_option
 def pareto(
@@ -101,7 +92,15 @@ def pareto(
         aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # what a forward prints
         with progress_bar("evaluating") as progress, aside:
             rows = run(
-                table, plans, model, evaluate, series=series, calibrate=batches, journal=journal, progress=progress
+                table,
+                plans,
+                model,
+                evaluate,
+                series=series,
+                sensitivity=sensitivity,
+                calibrate=batches,
+                journal=journal,
+                progress=progress,
             )
         write_rows(rows, files, title := f"{source}, {table.scheme}{', corrected' if batches is not None else ''}")
     print_rows(rows, table, title, as_json, output, plot)

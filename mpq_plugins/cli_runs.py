@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import print_json, say_left_alone, say_written
+from .cli_shared import Command, print_json, say_left_alone, say_written
 from .errors import SettingError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -18,6 +18,35 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .plan import Plan
     from .sweep import SweepRow
     from .table import LayerTable
+
+
+def run_options(command: Command) -> Command:
+    """The options of a command that makes many plans and may evaluate them."""
+    for option in reversed(
+        (
+            click.option(
+                "-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes."
+            ),
+            click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg or .pdf."),
+            click.option(
+                "--eval",
+                "evaluation",
+                metavar="MODULE:FUNCTION",
+                help="Called with each quantized model; returns a score, larger is better, or names and numbers.",
+            ),
+            click.option(
+                "--model",
+                "model_factory",
+                metavar="MODULE:FACTORY",
+                help="The model to evaluate, where SOURCE is not itself one.",
+            ),
+            click.option(
+                "--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 def run_files(source: str, output: Path | None, plot: Path | None, cache: Path | None) -> "RunFiles":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
-from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, write_rows
+from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
 from .cli_shared import SCHEME_NAMES, json_option, scheme_options, silenced
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -27,17 +27,8 @@ UNIFORM_BITS = range(2, 9)
 )
 @click.argument("source")
 @click.option("-a", "--allocator", default="mixquant", show_default=True, help="`mpq plugins` lists them.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted sweep resumes.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg or .pdf.")
-@click.option(
-    "--eval", "evaluation", metavar="MODULE:FUNCTION",
-    help="Called with each quantized model; returns a score, larger is better, or a mapping of names to numbers.",
-)  # fmt: skip
-@click.option(
-    "--model", "model_factory", metavar="MODULE:FACTORY", help="The model to evaluate, where SOURCE is not itself one."
-)
+@run_options
 @click.option("--uniform/--no-uniform", default=True, help="Uniform plans of about the same sizes too (default).")
-@click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
 @scheme_options
 @json_option
 @click.pass_context

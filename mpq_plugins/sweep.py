@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import SettingError, SourceError
+from .objective import predicted
 from .plan import Plan
 from .plan_error import METRICS, plan_error
 from .scores import Evaluate, Scores, checked_scores
@@ -71,6 +72,7 @@ def sweep(
     evaluate: Evaluate | None = None,
     *,
     series: Sequence[str] = (),
+    sensitivity: str | None = None,
     calibrate: "Sequence[Any] | None" = None,
     journal: "Journal | None" = None,
     progress: Progress | None = None,
@@ -78,20 +80,24 @@ def sweep(
     """A row for each of the table's plans, in their order, those on the Pareto front marked.
 
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first
-    row is the float model. series: a name for each plan's row. calibrate: batches of inputs on which every quantized
-    copy is corrected (`correct`). Evaluations that the journal holds are taken from there, new ones are added to it.
+    row is the float model. series: a name for each plan's row. sensitivity: what the rows' error is, summed over the
+    network; without it, the mean errors of the weights. calibrate: batches of inputs on which every quantized copy is
+    corrected (`correct`). Evaluations that the journal holds are taken from there, new ones are added to it.
     Raises SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with
     numbers every time; and what `apply`, `correct` and `verify` raise.
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
     scored = _Scored(model, evaluate, calibrate, journal)
-    float_row = (_float_row(table, scored(None)),) if scored.possible else ()
+    measured = (sensitivity,) if sensitivity is not None else tuple(name for name in METRICS if name in table.metrics)
+    float_row = (_float_row(table, scored(None), measured),) if scored.possible else ()
     rows = []
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        rows.append(_row(table, plan, scored(plan), series[position] if series else ""))
+        rows.append(_row(table, plan, scored(plan), _errors(table, plan, sensitivity)))
+        if series:
+            rows[-1] = replace(rows[-1], series=series[position])
         if float_row and rows[-1].scores.keys() != float_row[0].scores.keys():
             names = [", ".join(scores) for scores in (float_row[0].scores, rows[-1].scores)]
             raise SourceError(f"the evaluation returned {names[0]} for one model and {names[1]} for another")
@@ -150,16 +156,21 @@ def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
     return tuple(replace(row, pareto=i in front) for i, row in enumerate(rows))
 
 
-def _row(table: LayerTable, plan: Plan, scores: Scores, series: str) -> SweepRow:
+def _errors(table: LayerTable, plan: Plan, sensitivity: str | None) -> dict[str, float | None]:
+    if sensitivity is not None:
+        return {sensitivity: predicted(table, plan, sensitivity)}
+    return {metric: plan_error(table, plan, metric) for metric in METRICS if metric in table.metrics}
+
+
+def _row(table: LayerTable, plan: Plan, scores: Scores, errors: Mapping[str, float | None]) -> SweepRow:
     size = plan.size()
-    errors = {metric: plan_error(table, plan, metric) for metric in METRICS if metric in table.metrics}
     return SweepRow(
         plan.allocator.name, plan.allocator.parameters, size.average_bits, size.total_average_bits,
-        size.weights_only_bytes, size.total_bytes, errors, scores, series=series,
+        size.weights_only_bytes, size.total_bytes, errors, scores,
     )  # fmt: skip
 
 
-def _float_row(table: LayerTable, scores: Scores) -> SweepRow:
+def _float_row(table: LayerTable, scores: Scores, names: Sequence[str]) -> SweepRow:
     size = 4 * sum(layer.numel for layer in table.layers)
-    errors: dict[str, float | None] = {metric: 0.0 for metric in METRICS if metric in table.metrics}
+    errors: dict[str, float | None] = dict.fromkeys(names, 0.0)
     return SweepRow(FLOAT, {}, 32.0, 32.0, size, size, errors, scores)

@@ -42,7 +42,8 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
         if row.allocator == "float" and row.score is not None:
             axes.axhline(row.score, linestyle="--", color="0.7", linewidth=1, label="float")
     axes.set_xlabel("bits a weight in total: codes, scales, zero points, part maps")
-    axes.set_ylabel(name or f"mean {next(iter(rows[0].errors), '')} error", parse_math=False)
+    error = next(iter(rows[0].errors), "")
+    axes.set_ylabel(name or (f"predicted {error}" if rows[-1].series else f"mean {error} error"), parse_math=False)
     if name is None and plans:
         axes.set_yscale("log")
     axes.set_title(title, fontsize="medium", parse_math=False)

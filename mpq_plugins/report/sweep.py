@@ -29,7 +29,9 @@ def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
         for row in sorted(rows, key=lambda row: row.total_bytes)
     ]  # fmt: skip
     swept = next((row.allocator for row in rows if row.allocator not in ("float", "uniform")), "")
-    head = ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
+    head = (
+        "" if any(row.series for row in rows) else ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
+    )
     errors = ["error"] if error is not None else []
     return grid(title, (f"plan, {head}" if head else "plan", "bits", "size", *errors, *scores, MARK), lines)
 
@@ -39,7 +41,8 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
     what = next(iter(rows[0].scores), None)
     good = f"as good in {what}" if what else "as exact"
     error = next(iter(rows[0].errors), None)
-    explained = f"bits: a weight, in total{f'; error: {error}, mean over weights' if error is not None else ''}"
+    what_error = "summed over the network" if any(row.series for row in rows) else "mean over weights"
+    explained = f"bits: a weight, in total{f'; error: {error}, {what_error}' if error is not None else ''}"
     notes = [explained, f"{MARK} no other plan that is as small is {good}"]
     mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
     for who in dict.fromkeys(row.name for row in mixed):
