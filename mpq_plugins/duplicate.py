@@ -3,18 +3,18 @@
 import copy
 from typing import TYPE_CHECKING
 
-from .errors import SourceError, what_it_said
+from .errors import SettingError, what_it_said
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 def duplicate(model: "nn.Module") -> "nn.Module":
-    """A deep copy. Raises SourceError for what torch cannot copy, such as outputs that a module keeps."""
+    """A deep copy. Raises SettingError for what torch cannot copy, such as outputs that a module keeps."""
     try:
         return copy.deepcopy(model)
     except Exception as error:  # a user's module may hold anything
-        raise SourceError(
+        raise SettingError(
             f"{type(model).__name__}: cannot be copied, and it is never changed itself ({what_it_said(error)}). Remove "
             "what it keeps of earlier runs, or parametrizations"
         ) from error

@@ -10,7 +10,6 @@ from mpq_plugins import (
     LayerTable,
     MismatchError,
     SettingError,
-    SourceError,
     Uniform,
     apply,
     measure,
@@ -196,5 +195,5 @@ def test_a_model_that_cannot_be_copied_is_an_error() -> None:
     plan = Uniform(bits=8)(table_of(model))
     model.last = model(batch(2, 3, 8, 8))  # an output with its graph
     for work in (lambda: apply(model, plan), lambda: synthetic_batches(model, (2, 3, 8, 8))):
-        with pytest.raises(SourceError, match="Net: cannot be copied"):
+        with pytest.raises(SettingError, match="Net: cannot be copied"):
             work()
