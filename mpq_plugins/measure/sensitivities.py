@@ -6,7 +6,7 @@ in every table. Each kind is a frozen dataclass that an entry point of the group
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -48,8 +48,8 @@ class Job:
     """What a sensitivity works on: a copy of the model in evaluation mode, in which it may change weights.
 
     weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
-    output; moments: second moments of the layers' inputs, where ranges are fitted to them; journal: rows of an
-    interrupted run, for sensitivities that take long.
+    output; moments: second moments of the layers' inputs, where ranges are fitted to them, which `ranges` keeps;
+    journal: rows of an interrupted run, for sensitivities that take long.
     """
 
     model: nn.Module
@@ -62,6 +62,7 @@ class Job:
     moments: Mapping[str, Tensor] | None
     journal: Journal | None
     progress: Progress | None
+    ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
         """The layer's weight at each bit-width of the table, in its own shape."""
@@ -69,8 +70,22 @@ class Job:
         for b in self.table.bits:
             weight = self.weights[layer.name]
             if self.moments is not None:
-                weight = fitted(weight, b, check_fits(scheme, layer.name), self.moments[layer.name], axis)
+                weight = self._fitted(layer, b, weight)
             yield fake_quantize(weight, b, scheme, channel_axis=axis, layer=layer.name)
+
+    def _fitted(self, layer: LayerStats, bits: int, weight: Tensor) -> Tensor:
+        """The weight clipped to its fitted ranges, which are searched once: every batch asks for them again."""
+        assert self.moments is not None
+        axis, key = layer.channel_axis, (layer.name, bits)
+        if key not in self.ranges:
+            scheme = check_fits(self.table.scheme, layer.name)
+            clipped = fitted(weight, bits, scheme, self.moments[layer.name], axis)
+            others = [other for other in range(clipped.dim()) if other != axis]
+            if bits == 1 or not clipped.numel():
+                return clipped
+            self.ranges[key] = clipped.amin(others, keepdim=True), clipped.amax(others, keepdim=True)
+        low, high = self.ranges[key]
+        return torch.minimum(torch.maximum(weight, low), high)
 
     def squared_errors(self, layer: LayerStats, weight: Tensor) -> Array:
         """sum_j weight_cj (w - w')_cj^2 at each bit-width, (bits, channels); `weight` has the layer's shape."""
