@@ -2,7 +2,12 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .errors import PlanWarning
 from .objective import check, layer_curve, predicted
@@ -23,10 +28,12 @@ class Comparison:
     """Predicted costs at one size in total: the plan's, that of uniform widths, and that of the best width per layer.
 
     uniform is interpolated (its logarithm, between whole widths) and None below the smallest uniform plan; best is None
-    where no plan with one width per layer is that small. average_bits: a weight, in total.
+    where no plan with one width per layer is that small. total_bits is the plan's size with scales and all;
+    average_bits that of one of its weights.
     """
 
     sensitivity: str
+    total_bits: int
     average_bits: float
     plan: float
     uniform: float | None
@@ -38,8 +45,12 @@ class Comparison:
 
         Between two whole widths uniform is an interpolation, which no plan need reach.
         """
-        beaten = self.uniform is not None and self.plan > WORSE * self.uniform
-        return beaten and self.best is not None and self.plan > WORSE * self.best
+        return self.beaten and self.best is not None and self.plan > WORSE * self.best
+
+    @property
+    def beaten(self) -> bool:
+        """Whether uniform widths of that size are."""
+        return self.uniform is not None and self.plan > WORSE * self.uniform
 
     def text(self) -> str:
         """One line with the numbers."""
@@ -58,24 +69,17 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
     distance, mse and relative, split by channel where the plan has parts. None where the table cannot tell (other
     widths, another scheme, parts without numbers per channel). Raises SettingError for what was not measured.
     """
-    if sensitivity is not None:
-        check(table, sensitivity)
-    name = sensitivity or _chosen(table, plan)
-    cost = None if name is None else predicted(table, plan, name)
-    if name is None or cost is None:
-        return None
-    if not math.isfinite(cost):
-        return None
-    size = plan.size()
-    uniform = _uniform_cost(table, name, size.total_bits)
-    best = _best_cost(table, name, size.total_bits)
-    return Comparison(name, size.total_average_bits, cost, uniform, best)
+    found = _beside_uniform(table, plan, sensitivity)
+    return None if found is None else _with_best(table, found)
 
 
 def warn_if_worse(table: LayerTable, plan: Plan) -> None:
     """Warn with PlanWarning of a plan that is predicted to be worse than uniform widths of its size."""
-    found = compare(table, plan)
-    if found is not None and found.worse:
+    found = _beside_uniform(table, plan, None)
+    if found is None or not found.beaten:
+        return  # as most plans do, which should cost next to nothing
+    found = _with_best(table, found)
+    if found.worse:
         warnings.warn(worse_text(plan, found), PlanWarning, stacklevel=4)
 
 
@@ -101,36 +105,79 @@ def _by_channel(table: LayerTable, name: str) -> bool:
     return name in table.channel_sensitivities or any(name in layer.channel_errors for layer in table.layers[:1])
 
 
-def _uniform_cost(table: LayerTable, name: str, bits: int) -> float | None:
-    points = sorted(_uniform_points(table, name))
-    below = [point for point in points if point[0] <= bits]
-    above = [point for point in points if point[0] > bits]
-    if not below:
+@dataclass(frozen=True)
+class _Whole:
+    """What one width per layer takes in total and is predicted to cost, (layers, widths), for every width measured."""
+
+    widths: Mapping[int, int]
+    names: Sequence[str]
+    sizes: NDArray[np.float64]
+    costs: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, table: LayerTable, name: str) -> "_Whole":
+        """Worked out once for a table, for as long as it lives: ten plans should cost hardly more than one."""
+        known = _KNOWN.setdefault(table, {})
+        if name not in known:
+            from .allocate.base import layer_choice
+
+            # Those of the table that its scheme has codes of.
+            widths = [b for b in table.bits if b > 1 or isinstance(table.scheme, Affine)]
+            sizes = [[layer_size(layer_choice(layer, b, table.scheme)).total for b in widths] for layer in table.layers]
+            costs = [layer_curve(table, layer, name, widths) for layer in table.layers]
+            known[name] = cls(
+                {b: k for k, b in enumerate(widths)}, [layer.name for layer in table.layers],
+                np.array(sizes, np.float64).reshape(-1, len(widths)), np.array(costs).reshape(-1, len(widths)),
+            )  # fmt: skip
+        return known[name]
+
+    def priced(self, table: LayerTable, plan: Plan) -> tuple[int, float] | None:
+        """Size in total and predicted cost of a plan of the table's layers with one known width each; else None."""
+        options = [self.widths.get(layer.bits or 0) for layer in plan.layers if layer.scheme == table.scheme]
+        if [layer.name for layer in plan.layers] != self.names or None in options or len(options) < len(self.names):
+            return None
+        chosen = np.arange(len(self.names)), np.array(options, np.int64)
+        return int(self.sizes[chosen].sum()), math.fsum(self.costs[chosen])
+
+    def uniform_cost(self, bits: int) -> float | None:
+        """What uniform widths of that size in total cost."""
+        points = sorted(zip(self.sizes.sum(axis=0).tolist(), map(math.fsum, self.costs.T), strict=True))
+        below = [point for point in points if point[0] <= bits]
+        above = [point for point in points if point[0] > bits]
+        if not below:
+            return None
+        (size, cost) = below[-1]
+        if not above or cost <= 0 or above[0][1] <= 0:
+            return cost
+        (larger, lower) = above[0]
+        share = (bits - size) / (larger - size)
+        return math.exp((1 - share) * math.log(cost) + share * math.log(lower))
+
+    def best_cost(self, bits: int) -> float | None:
+        """The least cost within that size in total, to about the gap of one layer's step; None where nothing fits."""
+        from .allocate.knapsack import Problem, solve
+
+        found = solve(Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)])), close=False)
+        return None if found is None else found.cost
+
+
+_KNOWN: WeakKeyDictionary[LayerTable, dict[str, _Whole]] = WeakKeyDictionary()
+
+
+def _beside_uniform(table: LayerTable, plan: Plan, sensitivity: str | None) -> Comparison | None:
+    """The comparison but for the best plan, which takes longer."""
+    if sensitivity is not None:
+        check(table, sensitivity)
+    name = sensitivity or _chosen(table, plan)
+    if name is None:
         return None
-    (size, cost) = below[-1]
-    if not above or cost <= 0 or above[0][1] <= 0:
-        return cost
-    (larger, lower) = above[0]
-    share = (bits - size) / (larger - size)
-    return math.exp((1 - share) * math.log(cost) + share * math.log(lower))
+    whole = _Whole.of(table, name)
+    size, cost = whole.priced(table, plan) or (plan.size().total_bits, predicted(table, plan, name))
+    if cost is None or not math.isfinite(cost):
+        return None
+    average = size / max(1, sum(layer.numel for layer in plan.layers))
+    return Comparison(name, size, average, cost, whole.uniform_cost(size), None)
 
 
-def _uniform_points(table: LayerTable, name: str) -> list[tuple[int, float]]:
-    """Size in total and predicted cost of the uniform plan of every width that was measured."""
-    from .allocate.base import layer_choice
-
-    widths = _widths(table)
-    curves = [layer_curve(table, layer, name, widths) for layer in table.layers]
-    sizes = [[layer_size(layer_choice(layer, b, table.scheme)).total for b in widths] for layer in table.layers]
-    return [(sum(own[k] for own in sizes), math.fsum(float(curve[k]) for curve in curves)) for k in range(len(widths))]
-
-
-def _widths(table: LayerTable) -> list[int]:
-    """Those of the table that its scheme has codes of."""
-    return [b for b in table.bits if b > 1 or isinstance(table.scheme, Affine)]
-
-
-def _best_cost(table: LayerTable, name: str, bits: int) -> float | None:
-    from .allocate.budget import best_cost
-
-    return best_cost(table, name, _widths(table), bits)
+def _with_best(table: LayerTable, found: Comparison) -> Comparison:
+    return replace(found, best=_Whole.of(table, found.sensitivity).best_cost(found.total_bits))

@@ -149,6 +149,8 @@ class LayerChoice(BaseModel):
     @property
     def widths(self) -> tuple[tuple[int, int], ...]:
         """Bits, and how many channels have them."""
+        if self.bits is not None:
+            return ((self.bits, self.channels),)
         return tuple((part.bits, len(part.channels)) for part in self.groups)
 
     @property

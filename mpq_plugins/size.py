@@ -94,13 +94,17 @@ def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:
     """Size of one layer; see plan_size."""
     regions = scales = zero_points = 0
     scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
-    for part in layer.groups:
-        if part.bits in FLOAT_BITS:
+    for bits, channels in layer.widths:
+        if bits in FLOAT_BITS:
             continue
-        count = scheme.region_count(layer.shape, layer.channel_axis, len(part.channels), layer.name)
-        regions += len(part.channels) * per_channel * scheme.region_bits(part.bits)
+        count = scheme.region_count(layer.shape, layer.channel_axis, channels, layer.name)
+        regions += channels * per_channel * scheme.region_bits(bits)
         scales += count * scheme.scales_per_region * scale_bits
-        zero_points += count * scheme.zero_point_bits(part.bits)
-    part_count = len(layer.groups)
-    part_map = layer.channels * math.ceil(math.log2(part_count)) if part_count > 1 else 0
+        zero_points += count * scheme.zero_point_bits(bits)
+    part_map = map_bits(layer.channels, len(layer.widths))
     return LayerSize(layer.numel, layer.code_bits, regions, scales, zero_points, part_map)
+
+
+def map_bits(channels: int, parts: int) -> int:
+    """Bits of the map that says which of so many parts each channel is in."""
+    return channels * math.ceil(math.log2(parts)) if parts > 1 else 0

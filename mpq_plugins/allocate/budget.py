@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
-from ..objective import layer_curve, parts_of
+from ..objective import parts_of
 from ..plan import Plan
 from ..scheme import FLOAT_BITS, Affine, check_bits
 from ..table import METRICS, LayerTable
 from .base import Needs, make_plan
-from .knapsack import Problem, solve
 from .latency import LatencyTable
 from .layout import Layout, pinned_width, plan_bits
 from .limits import Limit, bops_limit, code_limit, latency_limit, numel, total_limit
@@ -170,21 +169,6 @@ class Budget:
             yield bops_limit(self.bops, self.bops_activation_bits)
         if self.latency is not None and self.latency_limit is not None:
             yield latency_limit(self.latency_limit, LatencyTable.of(self.latency))
-
-
-def best_cost(table: LayerTable, sensitivity: str, bits: Sequence[int], total_bits: int) -> float | None:
-    """The least predicted cost of one width per layer within a size in total, to about the gap of one layer's step.
-
-    None where no such plan is that small.
-    """
-    limit = total_limit("size", total_bits, total_bits, "bits", table.scheme)
-    curves = [layer_curve(table, layer, sensitivity, bits) for layer in table.layers]
-    takes = [limit.whole(layer, bits) for layer in table.layers]
-    if not curves:
-        return None
-    problem = Problem(np.stack(curves, axis=1), np.stack(takes, axis=1)[None], np.array([float(total_bits)]))
-    found = solve(problem, close=False)
-    return None if found is None else found.cost
 
 
 def _positive(field: str, value: Any) -> float | int | None:

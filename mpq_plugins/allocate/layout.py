@@ -13,10 +13,11 @@ from ..objective import channel_curves, layer_curve
 from ..patterns import families, matches
 from ..plan import ALLOWED_BITS
 from ..scheme import FLOAT_BITS
+from ..size import map_bits
 from ..table import LayerStats, LayerTable
 from .base import Widths
 from .knapsack import Problem, Solution, least, solve
-from .limits import Limit, map_bits
+from .limits import Limit
 
 if TYPE_CHECKING:
     from .budget import Budget

@@ -1,6 +1,5 @@
 """What a plan may take: each limit as what a layer, or one of its channels, takes of it at each bit-width."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,8 +104,3 @@ def latency_limit(asked: float, table: LatencyTable) -> Limit:
 def numel(table: LayerTable) -> int:
     """Weights of all planned layers."""
     return sum(layer.numel for layer in table.layers)
-
-
-def map_bits(channels: int, widths: int) -> int:
-    """Bits of the map that says which part a channel is in."""
-    return channels * math.ceil(math.log2(widths)) if widths > 1 else 0
