@@ -33,12 +33,14 @@ classic: $(CLASSIC_READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
 	$(BIN)/python -m tests.benchmarks.bench_allocate
+	$(BIN)/python -m tests.benchmarks.bench_reconstruct
 
 examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.mixquant_resnet
 	$(BIN)/python -m examples.ptilmpq_resnet
 	$(BIN)/python -m examples.budget_resnet
 	$(BIN)/python -m examples.budget_minilm
+	$(BIN)/python -m examples.brecq_table
 	$(BIN)/python -m examples.fx_resnet
 	$(BIN)/python -m examples.brevitas_resnet
 	$(BIN)/python -m examples.minilm_torchao

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins.activation_ranges import refuse_input_ranges
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
@@ -37,8 +38,9 @@ def check_types(plan: object, model: object) -> None:
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
-    """Refuse what is no plan or no module (SettingError), and the plan of another model (MismatchError)."""
+    """Refuse what is no plan or module, or quantizes inputs already (SettingError); another's plan (MismatchError)."""
     check_types(plan, model)
+    refuse_input_ranges(model)
     match(plan, model).require(type(model).__name__)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from mpq_plugins.activation_ranges import refuse_input_ranges
 from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
 from mpq_plugins.errors import (
@@ -287,6 +288,7 @@ class PlanTuneStrategy(PlanningTuneStrategy):
         given = parameters.get("plan", [])
         plans = [as_plan(one) for one in (given if isinstance(given, list | tuple) else [given])]
         for plan in plans:
+            refuse_input_ranges(self.model.model)
             match(plan, self.model.model).require(type(self.model.model).__name__)
             clash = [repr(layer.name) for layer in planned_layers(plan) if matches(layer, skip)]
             if clash:

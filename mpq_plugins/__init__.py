@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 from .apply import apply, verify
 from .correct import correct
 from .measure import measure, sensitivity
+from .reconstruct import reconstruct
 
 if TYPE_CHECKING:
+    from .activation_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
     from .allocate.base import Allocator
     from .allocate.budget import Allocation, Budget
     from .allocate.latency import LatencyTable
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     )
     from .guard import Comparison, compare
     from .plan import LayerChoice, Part, Plan
+    from .reconstruct import BlockReport
     from .scheme import Affine, Piecewise
     from .size import PlanSize
     from .synthetic import synthetic_batches
@@ -51,9 +54,11 @@ __all__ = [
     "Affine",
     "Allocation",
     "Allocator",
+    "BlockReport",
     "Budget",
     "Comparison",
     "FormatError",
+    "InputRange",
     "LatencyTable",
     "LayerChoice",
     "LayerStats",
@@ -77,20 +82,26 @@ __all__ = [
     "compare",
     "correct",
     "find_weights",
+    "input_ranges",
     "iter_weights",
     "measure",
+    "reconstruct",
     "sensitivity",
     "synthetic_batches",
     "verify",
+    "with_input_ranges",
+    "without_input_ranges",
 ]
 
 _HOMES = {
     "Affine": "scheme",
     "Allocation": "allocate.budget",
     "Allocator": "allocate.base",
+    "BlockReport": "reconstruct",
     "Budget": "allocate.budget",
     "Comparison": "guard",
     "FormatError": "errors",
+    "InputRange": "activation_ranges",
     "LatencyTable": "allocate.latency",
     "LayerChoice": "plan",
     "LayerStats": "table",
@@ -114,8 +125,11 @@ _HOMES = {
     "WeightError": "errors",
     "compare": "guard",
     "find_weights": "weights",
+    "input_ranges": "activation_ranges",
     "iter_weights": "weights",
     "synthetic_batches": "synthetic",
+    "with_input_ranges": "activation_ranges",
+    "without_input_ranges": "activation_ranges",
 }
 
 

@@ -32,13 +32,15 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     """A copy of the model whose weights are quantized and dequantized as the plan says; the model is unchanged.
 
     A plan measured with BatchNorm folded in gives a folded copy. Biases, norms and skipped layers keep their
-    values; activations stay in floating point, with a warning where the plan has bits for them. calibrate: batches
+    values; activations stay in floating point, with a warning where the plan has bits for them, unless the model has
+    ranges for them (`reconstruct` learns such). calibrate: batches
     of inputs, on which BatchNorm statistics and biases are corrected for what quantization shifts (`correct`, which
     also says how an adapter gets them). Raises MismatchError (other layers or shapes), WeightError (NaN or infinity)
     and what `correct` raises.
     """
     import torch
 
+    from .activation_ranges import input_ranges
     from .duplicate import duplicate
     from .fold import fold_batch_norm
     from .match import match
@@ -50,7 +52,7 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
         from .correct import correct
 
         model = correct(model, plan, calibrate)
-    if plan.activation_bits is not None:
+    if plan.activation_bits is not None and not input_ranges(model):
         warnings.warn(
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,

@@ -9,6 +9,7 @@ import click
 
 from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
 from .cli_pareto import pareto
+from .cli_reconstruct import reconstruct
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
 from .cli_sweep import sweep
 from .cli_tune import tune
@@ -274,6 +275,7 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
 
 
 cli.add_command(pareto)
+cli.add_command(reconstruct)
 cli.add_command(sweep)
 cli.add_command(tune)
 

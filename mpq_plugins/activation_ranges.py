@@ -1,0 +1,131 @@
+"""Quantized inputs of layers, in ranges that a model carries along with its weights.
+
+x' = (clamp(round(x / scale) + zero_point, 0, 2^b - 1) - zero_point) scale, one scale and zero point a layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .duplicate import duplicate
+from .errors import SettingError, first_few
+
+NAME = "input_quantizer"
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """One layer's: its input at b bits has the levels (code - zero_point) scale, code in 0 .. 2^b - 1."""
+
+    bits: int
+    scale: float
+    zero_point: int
+
+
+class InputQuantizer(nn.Module):
+    """Quantizes and dequantizes a layer's input; a scale of 0 lets it pass."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer("scale", torch.zeros(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, of any shape, at the levels of its range."""
+        return fake_quantize(x, self.scale, self.zero_point, self.bits)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"bits={self.bits}"
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Levels of x. Gradients pass through the rounding (LSQ, Esser et al. 2020, arXiv 1902.08153, eq. 1 to 3)."""
+    position = x / scale
+    codes = position + (position.round() - position).detach() + zero_point
+    return (codes.clamp(0, 2**bits - 1) - zero_point) * scale
+
+
+def quantize_input(layer: nn.Module, bits: int) -> InputQuantizer:
+    """Give a layer an InputQuantizer that lets everything pass; the layer's own, if it has one of that width.
+
+    Raises SettingError where something else has its name, or it has another width.
+    """
+    known = getattr(layer, NAME, None)
+    if isinstance(known, InputQuantizer) and known.bits == bits:
+        return known
+    if known is not None:
+        raise SettingError(f"{type(layer).__name__}: has another {NAME}, {known}; take it away first")
+    quantizer = InputQuantizer(bits).to(next(layer.parameters()).device)
+    layer.add_module(NAME, quantizer)
+    layer.register_forward_pre_hook(_quantize, with_kwargs=True)
+    return quantizer
+
+
+def input_ranges(model: nn.Module) -> dict[str, InputRange]:
+    """The ranges of the inputs that a model quantizes, by layer; none for most models."""
+    return {
+        name: InputRange(own.bits, float(own.scale), int(own.zero_point)) for name, own in _quantizers(model).items()
+    }
+
+
+def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.Module:
+    """A copy of the model whose layers' inputs are quantized in these ranges, in place of any of its own.
+
+    Raises SettingError for a layer that the model does not have.
+    """
+    copied = without_input_ranges(model)
+    modules = dict(copied.named_modules())
+    missing = [repr(name) for name in ranges if name not in modules]
+    if missing:
+        raise SettingError(f"ranges: {type(model).__name__} has no {first_few(missing, ', ')}")
+    for name, own in ranges.items():
+        quantizer = quantize_input(modules[name], own.bits)
+        quantizer.scale.fill_(own.scale)
+        quantizer.zero_point.fill_(own.zero_point)
+    return copied
+
+
+def without_input_ranges(model: nn.Module) -> nn.Module:
+    """A copy of the model that quantizes no input, for a backend that finds ranges of its own."""
+    copied = duplicate(model)
+    for name in _quantizers(copied):
+        layer = copied.get_submodule(name)
+        delattr(layer, NAME)
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if hook is _quantize:
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    return copied
+
+
+def refuse_input_ranges(model: nn.Module) -> None:
+    """Raise SettingError for a model that quantizes inputs, where a backend would drop that without a word."""
+    found = [repr(name) for name in _quantizers(model)]
+    if found:
+        raise SettingError(
+            f"{type(model).__name__}: quantizes the inputs of {first_few(found, ', ')} in ranges of its own, and this "
+            "backend finds ranges by calibration: give it mpq_plugins.without_input_ranges(model)"
+        )
+
+
+def _quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
+    found = {name: getattr(module, NAME, None) for name, module in model.named_modules()}
+    return {name: own for name, own in found.items() if isinstance(own, InputQuantizer)}
+
+
+def _quantize(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    quantizer = getattr(layer, NAME)
+    if not bool(quantizer.scale != 0):
+        return None
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    name, value = next(iter(kwargs.items()))
+    return args, {**kwargs, name: quantizer(value)}

@@ -1,0 +1,145 @@
+"""`mpq reconstruct`: a model's codes learned block by block under a plan, written as a checkpoint."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli_shared import json_option, print_json
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from torch import nn
+
+    from .plan import Plan
+    from .reconstruct import BlockReport
+
+GIGABYTE = 1 << 30
+
+
+@click.command(
+    epilog="Example: mpq reconstruct package.module:factory plan.json --calibrate package.module:batches --steps 2000 "
+    "-o learned.safetensors"
+)
+@click.argument("source", metavar="MODULE:FACTORY")
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION", required=True,
+    help="Returns batches of inputs without labels; 1,024 samples are usual.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True,
+    help="Checkpoint (.safetensors) to write; an interrupted run goes on at the block it was in.",
+)  # fmt: skip
+@click.option("--blocks", multiple=True, help="Glob or re:expression on module names; the outermost are the blocks.")
+@click.option("--steps", type=int, default=20_000, show_default=True, help="For each block.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Samples a step.")
+@click.option("--lr", type=float, default=3e-3, show_default=True, help="Adam's, of the rounding.")
+@click.option("--loss", type=click.Choice(["mse", "fisher"]), default="mse", show_default=True)
+@click.option("--regulariser", type=float, default=0.01, show_default=True, help="Weight of what decides the rounding.")
+@click.option("--mix", type=float, default=0.5, show_default=True, help="Share of input values from the float model.")
+@click.option("--correct", is_flag=True, help="Correct BatchNorm statistics and biases first.")
+@click.option(
+    "--tune", type=click.Choice(["rounding", "norms"]), default="rounding", show_default=True,
+    help="norms: learn biases and norms along.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", help="Where blocks are learned: cpu, cuda (default: where the model is).")
+@click.option("--memory", type=float, default=2.0, show_default=True, help="GiB of cached inputs; more go to disk.")
+@click.option(
+    "--eval", "evaluation", metavar="MODULE:FUNCTION",
+    help="Score the float model, the plan rounded to nearest, and the result.",
+)  # fmt: skip
+@json_option
+def reconstruct(
+    source: str,
+    plan_file: Path,
+    calibration: str,
+    output: Path,
+    memory: float,
+    evaluation: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Learn, block by block, which weights to round up and which down (BRECQ), and write the model with its codes.
+
+    The result is a float checkpoint whose weights lie on the plan's grids: `mpq apply`, and every adapter, find the
+    learned codes in it.
+    """
+    from .cli_calibrate import calibration_batches
+    from .cli_sources import check_output, make_module, named_function
+    from .plan import Plan
+    from .reconstruct import reconstruct as learn
+    from .report.progress import progress_bar
+
+    if output.suffix != ".safetensors":
+        raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
+    output = output.absolute()  # a user's function may change directory
+    check_output(output, plan_file)
+    score = named_function(evaluation) if evaluation is not None else None
+    plan = Plan.load(plan_file)
+    model = make_module(source).eval()
+    partial = output.with_name(f"{output.name}.partial")
+    batches = calibration_batches(calibration)
+    reports: list[BlockReport] = []
+    with progress_bar("reconstructing") as progress, redirect_stdout(sys.stderr):
+        learned = learn(
+            model, plan, batches, **settings, memory=_bytes(memory), checkpoint=partial, progress=progress,
+            finished=lambda report: _finished(report, reports),
+        )  # fmt: skip
+    _save(learned, output)
+    shutil.rmtree(partial, ignore_errors=True)
+    scores = _scores(model, plan, learned, score) if score is not None else {}
+    _print(reports, plan, scores, output, as_json)
+
+
+def _bytes(gibibytes: float) -> int:
+    if not 0 <= gibibytes < 1 << 30:
+        raise click.UsageError(f"--memory {gibibytes}: GiB, a number from 0 up")
+    return int(gibibytes * GIGABYTE)
+
+
+def _finished(report: "BlockReport", reports: "list[BlockReport]") -> None:
+    from .report.progress import say
+
+    if report.resumed and not reports:
+        say("going on after the blocks that are finished")
+    reports.append(report)
+
+
+def _save(model: "nn.Module", output: Path) -> None:
+    from safetensors.torch import save_file
+
+    from .files import atomic_path
+
+    # Shared tensors are written under each of their names, which a state_dict has too.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_path(output) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
+
+
+def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: Any) -> dict[str, Any]:
+    from .apply import apply
+    from .scores import checked_scores
+
+    with redirect_stdout(sys.stderr):
+        return {
+            name: checked_scores(evaluate, net, name)
+            for name, net in (("float", model), ("nearest", apply(model, plan)), ("learned", learned))
+        }
+
+
+def _print(reports: "Sequence[BlockReport]", plan: "Plan", scores: dict[str, Any], output: Path, as_json: bool) -> None:
+    from .report.reconstruction import reconstruction_json, reconstruction_table
+    from .report.tables import console
+
+    if as_json:
+        print_json({**reconstruction_json(reports, plan), "scores": scores, "checkpoint": str(output)})
+        return
+    console().print(reconstruction_table(reports, plan))
+    for name, values in scores.items():
+        click.echo(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+    click.echo(f"wrote {output}")

@@ -1,0 +1,201 @@
+"""Adaptive rounding (AdaRound, Nagel et al. 2020, arXiv 2004.10568): learn whether each weight rounds up or down.
+
+A weight between two levels of its grid is low + step h(V), h(V) = clamp(sigmoid(V) (zeta - gamma) + gamma, 0, 1) the
+rectified sigmoid (eq. 23), and the regulariser sum 1 - |2 h(V) - 1|^beta (eq. 24) drives h to 0 or 1 as beta falls.
+Binary weights have two levels, so for them it is the sign that is learned.
+
+The plan's ranges are the weights' own extremes, or found from them: so one weight at either end of each region's range
+stays there, and whoever quantizes the rounded weights finds the same grid again. Weights beyond a clipped range stay at
+its end, as AdaRound's clamp has it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingError, WeightError
+from ..plan import LayerChoice
+from ..quantize import affine
+from ..quantize.regions import channel_rows, from_channel_rows
+from ..scheme import FLOAT_BITS, Affine
+from ..simulate import simulate
+
+ZETA, GAMMA = 1.1, -0.1
+HOTTEST, COLDEST = 20.0, 2.0  # beta
+WARM_UP = 0.2  # of the steps, without the regulariser
+DECIDED = 10.0  # |V| of a weight that has no choice
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One layer's two candidates for every weight, all of the weight's shape, float32.
+
+    low: the level below, or the only one; step: what the level above adds, 0 where there is no choice; nearest: whether
+    that one is nearer; v: what is learned.
+    """
+
+    low: Tensor
+    step: Tensor
+    nearest: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, choice: LayerChoice) -> Self:
+        """Beginning at the float weight: h(V) is where it lies between its levels.
+
+        Raises SettingError, naming the layer, for a scheme that is not affine or a weight that is not float32, and
+        WeightError for NaN or infinity.
+        """
+        require_affine(weight, choice)
+        axis, own = choice.channel_axis, weight.detach()
+        low, step, share = own.clone(), torch.zeros_like(own), torch.zeros_like(own)
+        nearest = torch.zeros_like(own, dtype=torch.bool)
+        for part in choice.groups:
+            if part.bits in FLOAT_BITS:
+                continue
+            index = torch.tensor(part.channels, dtype=torch.long, device=own.device)
+            cells = _Cells.of(own.index_select(axis, index), part.bits, choice)
+            for whole, rows in ((low, cells.low), (step, cells.step), (share, cells.share), (nearest, cells.nearest)):
+                values = from_channel_rows(rows.reshape(len(index), -1), _shape(own, axis, len(index)), axis)
+                whole.index_copy_(axis, index, values.to(whole.dtype))
+        v = -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
+        return cls(low, step, nearest, torch.where(step > 0, v, -DECIDED).requires_grad_())
+
+    def to(self, device: torch.device) -> "Rounding":
+        """The same on a device, before anything is learned."""
+        v = self.v.detach().to(device).requires_grad_()
+        return Rounding(self.low.to(device), self.step.to(device), self.nearest.to(device), v)
+
+    def h(self) -> Tensor:
+        """How far up each weight is, 0 to 1."""
+        return torch.clamp(torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+    def rounded(self) -> Tensor:
+        """The weight as learned, every value at a level."""
+        return self.low + self.step * (self.v.detach() >= 0)
+
+    def to_nearest(self) -> Tensor:
+        """The weight that the plan makes without learning."""
+        return self.low + self.step * self.nearest
+
+    def changed(self) -> int:
+        """How many weights are learned not to be at the nearest level."""
+        return int(((self.v.detach() >= 0) != self.nearest)[self.step > 0].sum())
+
+
+def soft_weights(roundings: Mapping[str, Rounding]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights between their levels, and the h of each, by name."""
+    h = {name: rounding.h() for name, rounding in roundings.items()}
+    return {name: torch.addcmul(own.low, own.step, h[name]) for name, own in roundings.items()}, h
+
+
+def undecided(h: Mapping[str, Tensor], beta: float) -> Tensor:
+    """The regulariser: how many weights are between their levels, the more strictly counted the smaller beta."""
+    terms = [(1 - (2 * own - 1).abs().pow(beta)).sum() for own in h.values()]
+    return torch.stack(terms).sum()
+
+
+def beta_at(step: int, steps: int) -> float | None:
+    """beta after so many steps: none in the warm-up, then from 20 to 2 in a line."""
+    start = WARM_UP * steps
+    if step < start:
+        return None
+    return COLDEST + (HOTTEST - COLDEST) * max(0.0, 1 - (step - start) / (steps - start))
+
+
+def require_affine(weight: Tensor, choice: LayerChoice) -> None:
+    """Raise SettingError, naming the layer, where its rounding cannot be learned."""
+    if not isinstance(choice.scheme, Affine):
+        raise SettingError(
+            f"layer {choice.name!r}: rounding is learned between the levels of one grid, and {choice.scheme} has two; "
+            "plan it under the affine scheme"
+        )
+    if weight.dtype != torch.float32:
+        raise SettingError(
+            f"layer {choice.name!r}: {weight.dtype} cannot hold learned codes exactly; reconstruct model.float()"
+        )
+
+
+def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
+    """The weight as quantizing it leaves it, which may differ from it by float32's rounding of the scale, no more.
+
+    Raises WeightError, naming the layer, if the plan finds another grid in it.
+    """
+    found = simulate(weight, choice)
+    for _ in range(4):
+        again = simulate(found, choice)
+        if again.equal(found):
+            break
+        found = again
+    limit = weight.detach().abs().amax() * 1e-5 if weight.numel() else 0.0
+    if not bool(((found - weight).abs() <= limit).all()):
+        raise WeightError(f"layer {choice.name!r}: the learned codes do not survive quantizing; please report this")
+    return found
+
+
+def nearest(weight: Tensor, choice: LayerChoice) -> Tensor:
+    """The weight rounded to nearest, so that quantizing it again changes nothing where the scheme is affine."""
+    if isinstance(choice.scheme, Affine) and weight.dtype == torch.float32:
+        return settled(Rounding.of(weight, choice).to_nearest(), choice)
+    return simulate(weight, choice)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Rows (regions, elements) of the levels below and what the ones above add; share: where in between, 0 to 1."""
+
+    low: Tensor
+    step: Tensor
+    share: Tensor
+    nearest: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int, choice: LayerChoice) -> Self:
+        scheme = choice.scheme
+        assert isinstance(scheme, Affine)
+        quantized = affine.quantize(weight, bits, scheme, channel_axis=choice.channel_axis, layer=choice.name)
+        grid = quantized.grid
+        regions = max(1, grid.scale.shape[0])
+        rows, codes = (
+            channel_rows(t, choice.channel_axis).reshape(regions, -1).float() for t in (weight, quantized.codes)
+        )
+        if not rows.numel():
+            return cls(rows, rows, rows, rows.bool())
+        scale = torch.from_numpy(grid.scale).to(rows.device)
+        zero_point = torch.from_numpy(grid.zero_point).to(rows.device).float()
+        least, greatest = int(grid.qmin[0]), int(grid.qmax[0])
+        gap = 2 if bits == 1 else 1  # binary codes are -1 and 1
+        position = rows / scale.clamp_min(torch.finfo(torch.float32).smallest_normal) + zero_point
+        below = position.floor() if gap == 1 else torch.full_like(position, -1.0)
+        free = (below >= least) & (below + gap <= greatest) & (scale > 0) & (rows.amin(1) < rows.amax(1))[:, None]
+        if bits > 1:
+            held, codes = _ends(rows, codes, least, greatest, scheme.symmetric)
+            free &= ~held
+        low = torch.where(free, below, codes)
+        share = ((position - low) / gap).clamp(0, 1)
+        return cls((low - zero_point) * scale, free * (gap * scale), share, codes > low)
+
+
+def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Which weights hold each region's range, and the codes with theirs at its ends.
+
+    Asymmetric: the extreme on either side of zero, whose nearest code may be one short of the end where it is a tie;
+    symmetric: the one farthest from zero.
+    """
+    held = torch.zeros_like(rows, dtype=torch.bool)
+    if symmetric:
+        return held.scatter(1, rows.abs().argmax(1, keepdim=True), True), codes
+    for end, extreme, beyond in (
+        (least, rows.argmin(1, keepdim=True), rows.amin(1, keepdim=True) < 0),
+        (greatest, rows.argmax(1, keepdim=True), rows.amax(1, keepdim=True) > 0),
+    ):
+        own = torch.zeros_like(held).scatter(1, extreme, True) & beyond & (rows.amin(1) < rows.amax(1))[:, None]
+        held, codes = held | own, torch.where(own, float(end), codes)
+    return held, codes
+
+
+def _shape(weight: Tensor, axis: int, channels: int) -> tuple[int, ...]:
+    return tuple(channels if dimension == axis else size for dimension, size in enumerate(weight.shape))

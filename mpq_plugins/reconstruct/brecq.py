@@ -1,0 +1,201 @@
+"""Block reconstruction (BRECQ, Li et al. 2021, arXiv 2102.05426, algorithm 1), unit by unit.
+
+The float net and the quantized net stand side by side. A unit, a block or a layer in none, sees the inputs that the
+quantized net so far gives it, and learns its rounding so that its output comes close to the float net's.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activation_ranges import NAME
+from ..batches import checked_batches, evaluating
+from ..errors import SettingError
+from ..match import match
+from ..plan import Plan
+from . import BlockReport, Progress
+from .activations import ActivationRange, InputValues
+from .adaround import Rounding, settled
+from .cache import Cache
+from .capture import calls_of, first_tensor, inputs_of
+from .checkpoint import Checkpoint, job_of
+from .fisher import importance_of
+from .learn import Block, Learned, inner_name, learn
+from .nets import Nets, on_device
+from .samples import Collector, Samples
+from .settings import Settings
+
+
+def run(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    settings: Settings,
+    device: "str | torch.device | None",
+    memory: int,
+    checkpoint: str | Path | None,
+    progress: Progress | None,
+    finished: Callable[[BlockReport], None] | None,
+) -> nn.Module:
+    """What `reconstruct` promises."""
+    given = _checked(model, plan, batches, memory)
+    home, place = _device_of(model), _usable(device) if device is not None else _device_of(model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(Path(checkpoint), job_of(model, plan, given, settings, place))
+    nets = Nets.of(model, plan, given, settings, place)
+    job = _Job(nets, given, settings, memory, kept)
+    total = settings.steps * len(nets.units)
+    with evaluating(nets.exact), evaluating(nets.rough):
+        for position, name in enumerate(nets.units):
+            report = job.reconstruct(position, name, _words(progress, name, position * settings.steps, total))
+            if finished is not None:
+                finished(report)
+    if progress is not None:
+        progress("", total, total)
+    for name, parameter in nets.rough.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return nets.rough.to(home)
+
+
+@dataclass(frozen=True)
+class _Job:
+    nets: Nets
+    batches: list[Any]
+    settings: Settings
+    memory: int
+    checkpoint: Checkpoint | None
+
+    def reconstruct(self, position: int, name: str, said: Callable[[int], None]) -> BlockReport:
+        """One unit, learned or read back."""
+        self.nets.quantize_inputs(name)
+        stored = self.checkpoint.read(position, name) if self.checkpoint is not None else None
+        if stored is not None:
+            tensors, report = stored
+            self.nets.put(tensors)
+            return report
+        said(0)
+        start = time.perf_counter()
+        # Of its own, so that a run that was interrupted before this unit goes on alike.
+        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + position) % (1 << 63))
+        folder = self.checkpoint.folder if self.checkpoint is not None else None
+        with Cache(self.memory, folder) as cache:
+            samples = self._collect(name, cache, generator)
+            block = self._block(name, samples)
+            learned = learn(block, samples, self.settings, generator, said)
+            del samples
+        tensors = self._tensors(name, learned)
+        self.nets.put(tensors)
+        weights = sum(own.step.numel() for own in block.roundings.values())
+        report = BlockReport(
+            name, self.nets.units[name], learned.nearest, learned.learned, learned.changed, weights,
+            time.perf_counter() - start,
+        )  # fmt: skip
+        if self.checkpoint is not None:
+            self.checkpoint.write(position, tensors, report)
+        return report
+
+    def _collect(self, name: str, cache: Cache, generator: torch.Generator) -> Samples:
+        """The unit's inputs and targets on every batch. Raises SettingError where the nets call it differently."""
+        exact, rough = (net.get_submodule(name) for net in (self.nets.exact, self.nets.rough))
+
+        def alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            with torch.no_grad():
+                return first_tensor(exact(*args, **kwargs), name)
+
+        collector = Collector(cache, name, alone, self.settings.mix > 0, self.nets.device)
+        for batch in self.batches:
+            own = on_device(batch, self.nets.device)
+            calls = calls_of(self.nets.exact, exact, name, own, self.nets.calls[name])
+            inputs = inputs_of(self.nets.rough, rough, own, self.nets.calls[name])
+            if len(inputs) != len(calls):
+                raise SettingError(
+                    f"block {name!r}: the quantized model calls it {len(inputs)} times on a batch and the float one "
+                    f"{len(calls)} times, for the model decides by values; name larger blocks (blocks=)"
+                )
+            weights: list[Any] = [None] * len(calls)
+            if self.settings.loss == "fisher":
+                weights = importance_of(self.nets.exact, exact, name, own, generator)
+            for pair in zip(inputs, calls, weights, strict=True):
+                collector.add(*pair)
+        return collector.samples()
+
+    def _block(self, name: str, samples: Samples) -> Block:
+        module = self.nets.rough.get_submodule(name)
+        layers, device = self.nets.units[name], self.nets.device
+        choices = self.nets.plan.by_any_name
+        roundings = {
+            inner_name(f"{layer}.weight", name): Rounding.of(self.nets.weights[layer], choices[layer]).to(device)
+            for layer in layers
+        }
+        norms = {}
+        if self.settings.tune == "norms":
+            norms = {
+                own: parameter.detach().clone().requires_grad_()
+                for own, parameter in module.named_parameters()
+                if parameter.dim() <= 1 and parameter.is_floating_point() and own not in roundings
+            }
+        block = Block(name, module, layers, roundings, norms)
+        if self.nets.plan.activation_bits is None:
+            return block
+        return _with_ranges(block, samples)
+
+    def _tensors(self, name: str, learned: Learned) -> dict[str, Tensor]:
+        """By their full names; weights as quantizing leaves them."""
+        choices = self.nets.plan.by_any_name
+        planned = {f"{layer}.weight": choices[layer] for layer in self.nets.units[name]}
+        full = {f"{name}.{own}" if own else name: tensor for own, tensor in learned.tensors.items()}
+        return {own: settled(tensor.cpu(), planned[own]) if own in planned else tensor for own, tensor in full.items()}
+
+
+def _with_ranges(block: Block, samples: Samples) -> Block:
+    """The block with a range for each layer's input, as its own inputs suggest with weights rounded to nearest."""
+    layers = {inner_name(layer, block.name): InputValues() for layer in block.layers}
+    with ExitStack() as watched, torch.no_grad():
+        for own, values in layers.items():
+            watched.callback(values.watch(block.module.get_submodule(own)).remove)
+        for sample in samples.in_order():
+            block.run(block.fixed(rounded=False), sample)
+    ranges = {}
+    for own, values in layers.items():
+        quantizer = getattr(block.module.get_submodule(own), NAME)
+        values.fit(quantizer, f"{block.name}.{own}" if own else block.name)
+        ranges[f"{own}.{NAME}" if own else NAME] = ActivationRange.of(quantizer)
+    return Block(block.name, block.module, block.layers, block.roundings, block.norms, ranges)
+
+
+def _words(progress: Progress | None, name: str, done: int, total: int) -> Callable[[int], None]:
+    return lambda step: progress(name, done + step, total) if progress is not None else None
+
+
+def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) -> list[Any]:
+    match(plan, model).require(type(model).__name__)
+    if type(memory) is not int or memory < 0:
+        raise SettingError(f"memory: {memory!r} is not allowed; bytes, an integer from 0 up")
+    training = next((name or type(model).__name__ for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise SettingError(
+            f"model: {training!r} is in training mode, and would be reconstructed with dropout and batch statistics; "
+            "call model.eval() first"
+        )
+    return checked_batches(batches)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _usable(device: "str | torch.device") -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SettingError(f"device: {device!r} cannot be used ({str(error).splitlines()[0]})") from error
+    return place

@@ -1,0 +1,117 @@
+"""What a block is called with and gives: its inputs in the quantized model, its outputs in the float one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..batches import call_model
+from ..errors import SettingError, WeightError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a block: flattened (args, kwargs), how to put them together again, and its output where wanted."""
+
+    leaves: tuple[Any, ...]
+    spec: Any
+    output: Tensor | None = None
+
+
+class _Enough(BaseException):
+    """Ends a forward when the block has been seen; no model catches it, for it is no Exception."""
+
+
+def call_order(model: nn.Module, names: Sequence[str], batch: Any) -> dict[str, int]:
+    """How often each module is called on a batch, in the order of their first calls; those never called are absent."""
+    counts: dict[str, int] = {}
+    modules = dict(model.named_modules())
+
+    def seen(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            counts[name] = counts.get(name, 0) + 1
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(seen(name)) for name in names]
+    try:
+        with torch.no_grad():
+            call_model(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def inputs_of(model: nn.Module, block: nn.Module, batch: Any, calls: int) -> list[Call]:
+    """What the block is called with on a batch. calls: how often, so that the run ends as soon as it can."""
+    found: list[Call] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_call(args, kwargs))
+        if len(found) == calls == 1:
+            raise _Enough
+
+    with _hook(block.register_forward_pre_hook(before, with_kwargs=True)), torch.no_grad():
+        _run(model, batch)
+    return found
+
+
+def calls_of(model: nn.Module, block: nn.Module, name: str, batch: Any, calls: int) -> list[Call]:
+    """As inputs_of, with the block's outputs. Raises SettingError or WeightError for one that is of no use."""
+    before = _Before()
+    found: list[Call] = []
+
+    def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
+        call = before.calls[-1]
+        found.append(Call(call.leaves, call.spec, first_tensor(output, name).detach().clone()))
+        if len(found) == calls == 1:
+            raise _Enough
+
+    first = block.register_forward_pre_hook(before, with_kwargs=True)
+    with _hook(first), _hook(block.register_forward_hook(after, with_kwargs=True)), torch.no_grad():
+        _run(model, batch)
+    for call in found:
+        assert call.output is not None
+        if not torch.isfinite(call.output).all():
+            raise WeightError(f"block {name!r}: gives NaN or infinite values in the float model; look at the batches")
+    return found
+
+
+class _Before:
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls.append(_call(args, kwargs))
+
+
+def first_tensor(output: Any, name: str) -> Tensor:
+    """A block's output; of several, the first. Raises SettingError, naming the block, where there is none."""
+    found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if found is None or not found.dim() or not found.is_floating_point():
+        raise SettingError(f"block {name!r}: gives a {type(output).__name__}, no values to come close to; name others")
+    return found
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    leaves, spec = tree_flatten((args, kwargs))
+    # Copies, for the block, or what comes after it, may change them in place.
+    return Call(tuple(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec)
+
+
+def _run(model: nn.Module, batch: Any) -> None:
+    with suppress(_Enough):
+        call_model(model, batch)
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,89 @@
+"""Finished blocks on disk, so that an interrupted reconstruction goes on at the block it was in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import SettingError, SourceError
+from ..files import atomic_path, exists, write_text
+from ..fingerprint import batches_digest, model_digest
+from ..plan import Plan
+from . import BlockReport
+from .settings import Settings
+
+JOB = "job.json"
+
+
+def job_of(
+    model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Settings, device: torch.device
+) -> Mapping[str, str]:
+    """What decides the result of a reconstruction."""
+    return {
+        "model": model_digest(model), "plan": plan.to_json(), "batches": batches_digest(batches),
+        "settings": repr(settings), "device": device.type, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+class Checkpoint:
+    """A folder with one safetensors file for each finished block, and whose job they are.
+
+    Raises SettingError for a folder that holds another job's, or something else; SourceError where it cannot write.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, str]) -> None:
+        self.folder = folder
+        text = json.dumps(dict(job), indent=1)
+        known = folder / JOB
+        if exists(folder) and not folder.is_dir():
+            raise SettingError(f"checkpoint: {folder} is no folder; name another")
+        if exists(known):
+            if not _same(known, job):
+                raise SettingError(
+                    f"checkpoint: {folder} holds blocks of another job (another model, plan, batches or settings); "
+                    "remove it to give them up, or name another"
+                )
+            return
+        if exists(folder) and any(folder.iterdir()):
+            raise SettingError(f"checkpoint: {folder} is not empty, and no checkpoint of ours; name another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
+        write_text(known, text)
+
+    def read(self, position: int, name: str) -> tuple[dict[str, Tensor], BlockReport] | None:
+        """The block's tensors and what was reported; None if it was not finished, or its file is damaged."""
+        path = self._path(position)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                report = json.loads((file.metadata() or {})["report"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            stored = BlockReport(**{**report, "layers": tuple(report["layers"])})
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
+        return (tensors, replace(stored, resumed=True)) if stored.name == name else None
+
+    def write(self, position: int, tensors: Mapping[str, Tensor], report: BlockReport) -> None:
+        """Keep a finished block."""
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_path(self._path(position)) as temporary:
+            save_file(plain, temporary, {"report": json.dumps(asdict(report))})
+
+    def _path(self, position: int) -> Path:
+        return self.folder / f"{position:05d}.safetensors"
+
+
+def _same(path: Path, job: Mapping[str, str]) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")) == dict(job))
+    except (OSError, ValueError, RecursionError):
+        return False

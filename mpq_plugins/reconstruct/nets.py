@@ -1,0 +1,85 @@
+"""The float net and the quantized net side by side, on one device, and the order in which units are reconstructed."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..activation_ranges import quantize_input
+from ..batches import evaluating
+from ..correct import correct
+from ..duplicate import duplicate
+from ..fold import fold_batch_norm
+from ..plan import Plan
+from ..weights import quantizable_weights
+from .adaround import nearest, require_affine
+from .blocks import find_units, in_call_order, learned_layers
+from .capture import call_order
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Nets:
+    """exact: the float net; rough: the quantized one, whose units become quantized one after another.
+
+    weights: the float weights that rounding begins at, by layer; units: layers by unit, in the order of calls; calls:
+    how often a batch calls each unit.
+    """
+
+    exact: nn.Module
+    rough: nn.Module
+    plan: Plan
+    weights: Mapping[str, Tensor]
+    units: Mapping[str, tuple[str, ...]]
+    calls: Mapping[str, int]
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Settings, device: torch.device
+    ) -> "Nets":
+        """Copies of the model. Raises SettingError for blocks that cannot be found or captured."""
+        exact = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+        rough = correct(model, plan, batches) if settings.correct else copy.deepcopy(exact)
+        for net in (exact, rough):
+            net.to(device).requires_grad_(False)
+        layers = learned_layers(rough, plan)
+        units = find_units(rough, list(layers), settings.blocks)
+        weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
+        for name, weight in weights.items():
+            require_affine(weight, plan.by_any_name[name])
+        with evaluating(exact):
+            calls = call_order(exact, list(units), on_device(batches[0], device))
+        order = in_call_order(units, list(calls))
+        _quantize_the_rest(rough, plan, weights)
+        return cls(exact, rough, plan, weights, {name: units[name] for name in order}, calls, device)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set parameters and buffers of the quantized net, by their full names."""
+        own = {**dict(self.rough.named_parameters()), **dict(self.rough.named_buffers())}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    def quantize_inputs(self, unit: str) -> None:
+        """Give the unit's layers input quantizers, where the plan has bits for activations."""
+        if self.plan.activation_bits is not None:
+            for layer in self.units[unit]:
+                quantize_input(self.rough.get_submodule(layer), self.plan.activation_bits)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch, its tensors on a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _quantize_the_rest(model: nn.Module, plan: Plan, learned: Mapping[str, Tensor]) -> None:
+    """Embeddings, and layers that share their weights, as the plan has them: rounded to nearest."""
+    with torch.no_grad():
+        for name, weight in quantizable_weights(model).items():
+            if name in plan.by_any_name and name not in learned:
+                weight.copy_(nearest(weight.cpu(), plan.by_any_name[name]))

@@ -1,0 +1,43 @@
+"""A reconstruction's blocks as a table and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from ..plan import Plan
+from ..reconstruct import BlockReport
+from .tables import grid
+
+COLUMNS = ("block", "layers", "bits", "loss to nearest", "learned", "codes changed", "seconds")
+
+
+def reconstruction_table(reports: Sequence[BlockReport], plan: Plan) -> Table:
+    """One row a block, and their sum; losses are means a sample on the calibration inputs."""
+    rows = [_words(report, plan) for report in reports]
+    if len(reports) > 1:
+        changed, weights = sum(own.changed for own in reports), sum(own.weights for own in reports)
+        seconds = sum(own.seconds for own in reports)
+        layers = sum(len(own.layers) for own in reports)
+        rows.append(("all", str(layers), "", "", "", f"{changed / max(1, weights):.1%}", f"{seconds:.1f}"))
+    return grid("", COLUMNS, rows)
+
+
+def reconstruction_json(reports: Sequence[BlockReport], plan: Plan) -> dict[str, Any]:
+    """The same as plain values."""
+    size = plan.size()
+    return {
+        "average_bits": size.average_bits,
+        "total_average_bits": size.total_average_bits,
+        "blocks": [asdict(report) for report in reports],
+    }
+
+
+def _words(report: BlockReport, plan: Plan) -> tuple[str, ...]:
+    bits = sum(plan.by_any_name[layer].code_bits for layer in report.layers)
+    return (
+        report.name, str(len(report.layers)), f"{bits / max(1, report.weights):.2f}", f"{report.nearest:.4g}",
+        f"{report.learned:.4g}" if report.learned < report.nearest else "no better",
+        f"{report.changed / max(1, report.weights):.1%}", f"{report.seconds:.1f}",
+    )  # fmt: skip
