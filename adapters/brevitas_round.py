@@ -8,7 +8,6 @@ drives its trainer block by block without.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, cast
 
@@ -19,7 +18,8 @@ from brevitas.inject.enum import LearnedRoundImplType
 from brevitas.optim.sign_sgd import SignSGD
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MismatchError, SettingError, WeightError, first_few
+from mpq_plugins.errors import MismatchError, SettingError, WeightError
+from mpq_plugins.reconstruct.blocks import find_units
 
 from .brevitas_batches import Batch, Progress, called_layers, check_schedule, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, require_float
@@ -42,16 +42,16 @@ def learned_round(
 ) -> nn.Module:
     """Learn for every weight whether to round up or down, block by block; a block that gets no better stays as it was.
 
-    blocks: globs on module names, of which the outermost that match are blocks (`layer?.*`: the residual blocks of a
-    ResNet); layers in none, and by default all, are blocks of their own. steps: for each block, each on one of the
-    batches, so give batches of 32 or more; lr: of sign gradient descent, falling to 0. One block's inputs and outputs
-    at a time are held in memory. Codes move by one at most; scales, zero points and widths stay the plan's, and
-    parameters as trainable as they were. The same seed gives the same weights. It begins at the float weights and
-    biases, whatever was tuned before. Warns, by name, of layers that it leaves as they were: of 1 bit, ternary,
-    embeddings, those that no batch reaches. Raises SettingError: batches that the model cannot take, activations
-    without ranges, a model that was trained or loaded, whose float weights are gone, a glob that matches no module,
-    steps below 1, no code that changed; MismatchError: a block whose output is no tensor; WeightError: one that gives
-    NaN.
+    blocks: globs, or `re:` and a regular expression, on module names, of which the outermost that match are blocks
+    (`layer?.*`: the residual blocks of a ResNet); layers in none, and by default all, are blocks of their own. steps:
+    for each block, each on one of the batches, so give batches of 32 or more; lr: of sign gradient descent, falling to
+    0. One block's inputs and outputs at a time are held in memory. Codes move by one at most; scales, zero points and
+    widths stay the plan's, and parameters as trainable as they were. The same seed gives the same weights. It begins at
+    the float weights and biases, whatever was tuned before. Warns, by name, of layers that it leaves as they were: of 1
+    bit, ternary, embeddings, those that no batch reaches. Raises SettingError: batches that the model cannot take,
+    activations without ranges, a model that was trained or loaded, whose float weights are gone, a glob that matches no
+    module, steps below 1, no code that changed; MismatchError: a block whose output is no tensor; WeightError: one that
+    gives NaN.
     """
     given = given_batches(batches)
     check_schedule("learned_round", "steps", steps, lr)
@@ -143,30 +143,12 @@ class _Calls(torch.utils.data.Dataset[Any]):
         return drawn[0]
 
 
-def _blocks(model: nn.Module, globs: Sequence[str], learned: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The outermost modules that a glob matches, and the layers in none of them, in the model's order."""
-    holding = {name for own in learned for name in _prefixes(own)}
-    candidates = {name: module for name, module in model.named_modules() if name in holding}
-    unmatched = [repr(glob) for glob in globs if not any(fnmatchcase(name, glob) for name in candidates)]
-    if unmatched:
-        raise SettingError(
-            f"blocks: {first_few(unmatched, ', ')} match no module that has a rounding to learn; such are "
-            f"{first_few([repr(name) for name in candidates], ', ')}"
-        )
-    chosen: dict[str, nn.Module] = {}
-    for name, module in candidates.items():
-        inside = any(name.startswith(f"{block}.") for block in chosen)
-        if not inside and (name in learned or any(fnmatchcase(name, glob) for glob in globs)):
-            chosen[name] = module
-    if not chosen:
+def _blocks(model: nn.Module, patterns: Sequence[str], learned: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The outermost modules that a pattern matches, and the layers in none of them, in the model's order."""
+    if not learned:
         raise SettingError("learned_round: no layer that a batch reaches has a rounding to learn")
-    return chosen
-
-
-def _prefixes(name: str) -> list[str]:
-    """A module's name and those of what it lies in, the model aside."""
-    parts = name.split(".")
-    return [".".join(parts[: length + 1]) for length in range(len(parts))]
+    names = find_units(model, list(learned), patterns) if patterns else learned
+    return {name: model.get_submodule(name) for name in names}
 
 
 def _rounds(module: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def quantize_input(layer: nn.Module, bits: int) -> InputQuantizer:
     if known is not None:
         raise SettingError(f"{type(layer).__name__}: has another {NAME}, {known}; take it away first")
     quantizer = InputQuantizer(bits).to(next(layer.parameters()).device)
-    layer.add_module(NAME, quantizer)
+    layer.add_module(NAME, quantizer.train(layer.training))
     layer.register_forward_pre_hook(_quantize, with_kwargs=True)
     return quantizer
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_shared import json_option, print_json
+from .errors import SettingError
+from .files import exists
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -73,24 +76,32 @@ def reconstruct(
     from .cli_sources import check_output, make_module, named_function
     from .plan import Plan
     from .reconstruct import reconstruct as learn
+    from .reconstruct.checkpoint import JOB
     from .report.progress import progress_bar
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
     output = output.absolute()  # a user's function may change directory
     check_output(output, plan_file)
+    if exists(output) and not output.is_file():
+        raise SettingError(f"output: {output} is no file; name another")
     score = named_function(evaluation) if evaluation is not None else None
     plan = Plan.load(plan_file)
     model = make_module(source).eval()
     partial = output.with_name(f"{output.name}.partial")
     batches = calibration_batches(calibration)
+    _require_same_names(model, plan, batches, settings["correct"])
     reports: list[BlockReport] = []
-    with progress_bar("reconstructing") as progress, redirect_stdout(sys.stderr):
-        learned = learn(
-            model, plan, batches, **settings, memory=_bytes(memory), checkpoint=partial, progress=progress,
-            finished=lambda report: _finished(report, reports),
-        )  # fmt: skip
-    _save(learned, output)
+    try:
+        with progress_bar("reconstructing") as progress, redirect_stdout(sys.stderr):
+            learned = learn(
+                model, plan, batches, **settings, memory=_bytes(memory), checkpoint=partial, progress=progress,
+                finished=lambda report: _finished(report, reports),
+            )  # fmt: skip
+        _save(learned, output)
+    finally:
+        if partial.is_dir() and {path.name for path in partial.iterdir()} <= {JOB}:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing to go on with
     shutil.rmtree(partial, ignore_errors=True)
     scores = _scores(model, plan, learned, score) if score is not None else {}
     _print(reports, plan, scores, output, as_json)
@@ -100,6 +111,28 @@ def _bytes(gibibytes: float) -> int:
     if not 0 <= gibibytes < 1 << 30:
         raise click.UsageError(f"--memory {gibibytes}: GiB, a number from 0 up")
     return int(gibibytes * GIGABYTE)
+
+
+def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any]", correcting: bool) -> None:
+    """Refuse, before the work, a result that the factory's model could not load. Raises SettingError."""
+    from .correct import correct
+    from .fold import fold_batch_norm
+
+    if correcting:
+        with redirect_stdout(sys.stderr):
+            made = correct(model, plan, batches)
+    elif plan.fold_bn:
+        made = fold_batch_norm(model)
+    else:
+        return
+    own, others = model.state_dict().keys(), made.state_dict().keys()
+    different = sorted(own ^ others)
+    if different:
+        raise SettingError(
+            f"{different[0]!r}{f' and {len(different) - 1} more' if len(different) > 1 else ''}: would be in only one "
+            "of the model and the result, for the plan folds BatchNorm in or a corrected layer has no bias of its own; "
+            "use mpq_plugins.reconstruct and save the module, or plan under per_channel without --correct"
+        )
 
 
 def _finished(report: "BlockReport", reports: "list[BlockReport]") -> None:
@@ -125,7 +158,8 @@ def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: An
     from .apply import apply
     from .scores import checked_scores
 
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # to nearest, activations are in float
         return {
             name: checked_scores(evaluate, net, name)
             for name, net in (("float", model), ("nearest", apply(model, plan)), ("learned", learned))

@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,8 @@ def make_module(text: str) -> "nn.Module":
     from torch import nn
 
     try:
-        made = named_function(text)()
+        with redirect_stdout(sys.stderr):  # stdout is the result's
+            made = named_function(text)()
     except SourceError:
         raise
     except (Exception, SystemExit) as error:

@@ -89,8 +89,9 @@ def reconstruct(
     from .brecq import run
     from .settings import Settings
 
+    named = tuple(blocks) if isinstance(blocks, list | tuple) else (blocks,)
     settings = Settings(
-        blocks=(blocks,) if isinstance(blocks, str) else tuple(blocks), steps=steps, batch_size=batch_size, lr=lr,
+        blocks=named, steps=steps, batch_size=batch_size, lr=lr,
         loss=loss, regulariser=regulariser, mix=mix, correct=correct, tune=tune, seed=seed,
     )  # fmt: skip
     return run(model, plan, batches, settings, device, memory, checkpoint, progress, finished)

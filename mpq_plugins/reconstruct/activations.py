@@ -57,7 +57,12 @@ class InputValues:
 
     def fit(self, quantizer: InputQuantizer, layer: str) -> None:
         """Set the range of least squared error among shrunk extremes. Raises SettingError, naming the layer."""
-        if not self.values or self.low == self.high:
+        if not self.values:
+            raise SettingError(
+                f"layer {layer!r}: is used without being called, so its inputs cannot be quantized: leave it out of "
+                "the plan, or plan float activations"
+            )
+        if self.low == self.high:
             raise SettingError(
                 f"layer {layer!r}: its inputs are all zero, so they have no range; give other batches, or skip it"
             )

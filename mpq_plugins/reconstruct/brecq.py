@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activation_ranges import NAME
-from ..batches import checked_batches, evaluating
+from ..batches import checked_batches, evaluating, sample_count
 from ..errors import SettingError
 from ..match import match
 from ..plan import Plan
@@ -25,10 +25,11 @@ from .adaround import Rounding, settled
 from .cache import Cache
 from .capture import calls_of, first_tensor, inputs_of
 from .checkpoint import Checkpoint, job_of
+from .collect import Collector
 from .fisher import importance_of
 from .learn import Block, Learned, inner_name, learn
 from .nets import Nets, on_device
-from .samples import Collector, Samples
+from .samples import Samples
 from .settings import Settings
 
 
@@ -44,13 +45,15 @@ def run(
     finished: Callable[[BlockReport], None] | None,
 ) -> nn.Module:
     """What `reconstruct` promises."""
-    given = _checked(model, plan, batches, memory)
+    given = _checked(model, plan, batches, memory, checkpoint)
     home, place = _device_of(model), _usable(device) if device is not None else _device_of(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept = None
     if checkpoint is not None:
         kept = Checkpoint(Path(checkpoint), job_of(model, plan, given, settings, place))
     nets = Nets.of(model, plan, given, settings, place)
+    if kept is not None:
+        kept.begin()
     job = _Job(nets, given, settings, memory, kept)
     total = settings.steps * len(nets.units)
     with evaluating(nets.exact), evaluating(nets.rough):
@@ -111,10 +114,12 @@ class _Job:
                 return first_tensor(exact(*args, **kwargs), name)
 
         collector = Collector(cache, name, alone, self.settings.mix > 0, self.nets.device)
-        for batch in self.batches:
+        for batch, counts in zip(self.batches, self.nets.calls, strict=True):
+            if name not in counts:
+                continue
             own = on_device(batch, self.nets.device)
-            calls = calls_of(self.nets.exact, exact, name, own, self.nets.calls[name])
-            inputs = inputs_of(self.nets.rough, rough, own, self.nets.calls[name])
+            calls = calls_of(self.nets.exact, exact, name, own, counts[name])
+            inputs = inputs_of(self.nets.rough, rough, own, counts[name])
             if len(inputs) != len(calls):
                 raise SettingError(
                     f"block {name!r}: the quantized model calls it {len(inputs)} times on a batch and the float one "
@@ -132,7 +137,7 @@ class _Job:
         layers, device = self.nets.units[name], self.nets.device
         choices = self.nets.plan.by_any_name
         roundings = {
-            inner_name(f"{layer}.weight", name): Rounding.of(self.nets.weights[layer], choices[layer]).to(device)
+            inner_name(_weight(layer), name): Rounding.of(self.nets.weights[layer], choices[layer]).to(device)
             for layer in layers
         }
         norms = {}
@@ -150,8 +155,8 @@ class _Job:
     def _tensors(self, name: str, learned: Learned) -> dict[str, Tensor]:
         """By their full names; weights as quantizing leaves them."""
         choices = self.nets.plan.by_any_name
-        planned = {f"{layer}.weight": choices[layer] for layer in self.nets.units[name]}
-        full = {f"{name}.{own}" if own else name: tensor for own, tensor in learned.tensors.items()}
+        planned = {_weight(layer): choices[layer] for layer in self.nets.units[name]}
+        full = {f"{name}.{own}" if name else own: tensor for own, tensor in learned.tensors.items()}
         return {own: settled(tensor.cpu(), planned[own]) if own in planned else tensor for own, tensor in full.items()}
 
 
@@ -171,11 +176,16 @@ def _with_ranges(block: Block, samples: Samples) -> Block:
     return Block(block.name, block.module, block.layers, block.roundings, block.norms, ranges)
 
 
+def _weight(layer: str) -> str:
+    """The name of its parameter; a model that is itself a layer has no name."""
+    return f"{layer}.weight" if layer else "weight"
+
+
 def _words(progress: Progress | None, name: str, done: int, total: int) -> Callable[[int], None]:
     return lambda step: progress(name, done + step, total) if progress is not None else None
 
 
-def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) -> list[Any]:
+def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int, checkpoint: object) -> list[Any]:
     match(plan, model).require(type(model).__name__)
     if type(memory) is not int or memory < 0:
         raise SettingError(f"memory: {memory!r} is not allowed; bytes, an integer from 0 up")
@@ -185,7 +195,13 @@ def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) 
             f"model: {training!r} is in training mode, and would be reconstructed with dropout and batch statistics; "
             "call model.eval() first"
         )
-    return checked_batches(batches)
+    if checkpoint is not None and not isinstance(checkpoint, str | Path):
+        raise SettingError(f"checkpoint: {checkpoint!r:.60} is not allowed; a folder's path")
+    given = checked_batches(batches)
+    empty = next((position for position, batch in enumerate(given) if not sample_count(batch)), None)
+    if empty is not None:
+        raise SettingError(f"batches: batch {empty} holds no samples; leave it out")
+    return given
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -57,7 +57,12 @@ class Cache:
     def new_file(self) -> Path:
         """A name for a file of a column."""
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mpq-cache-", dir=self._parent)
+            try:
+                self._folder = tempfile.TemporaryDirectory(prefix="mpq-cache-", dir=self._parent)
+            except OSError as error:
+                raise SourceError(
+                    f"{self._parent or tempfile.gettempdir()}: cannot keep the blocks' inputs there ({error.strerror})"
+                ) from error
         self._files += 1
         return Path(self._folder.name) / str(self._files)
 

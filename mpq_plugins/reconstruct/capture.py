@@ -48,12 +48,12 @@ def call_order(model: nn.Module, names: Sequence[str], batch: Any) -> dict[str, 
 
 
 def inputs_of(model: nn.Module, block: nn.Module, batch: Any, calls: int) -> list[Call]:
-    """What the block is called with on a batch. calls: how often, so that the run ends as soon as it can."""
+    """What the block is called with on a batch. calls: how often, so that the run ends with the last."""
     found: list[Call] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_call(args, kwargs))
-        if len(found) == calls == 1:
+        if len(found) == calls:
             raise _Enough
 
     with _hook(block.register_forward_pre_hook(before, with_kwargs=True)), torch.no_grad():
@@ -69,7 +69,7 @@ def calls_of(model: nn.Module, block: nn.Module, name: str, batch: Any, calls: i
     def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
         call = before.calls[-1]
         found.append(Call(call.leaves, call.spec, first_tensor(output, name).detach().clone()))
-        if len(found) == calls == 1:
+        if len(found) == calls:
             raise _Enough
 
     first = block.register_forward_pre_hook(before, with_kwargs=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError, SourceError
 from ..files import atomic_path, exists, write_text
-from ..fingerprint import batches_digest, model_digest
+from ..fingerprint import batches_digest, model_digest, tensors_digest
 from ..plan import Plan
 from . import BlockReport
 from .settings import Settings
@@ -38,13 +38,13 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, job: Mapping[str, str]) -> None:
-        self.folder = folder
-        text = json.dumps(dict(job), indent=1)
+        self.folder, self._job = folder, dict(job)
         known = folder / JOB
         if exists(folder) and not folder.is_dir():
             raise SettingError(f"checkpoint: {folder} is no folder; name another")
+        finished = sorted(folder.glob("*.safetensors")) if exists(folder) else []
         if exists(known):
-            if not _same(known, job):
+            if finished and not _same(known, job):
                 raise SettingError(
                     f"checkpoint: {folder} holds blocks of another job (another model, plan, batches or settings); "
                     "remove it to give them up, or name another"
@@ -52,11 +52,14 @@ class Checkpoint:
             return
         if exists(folder) and any(folder.iterdir()):
             raise SettingError(f"checkpoint: {folder} is not empty, and no checkpoint of ours; name another folder")
+
+    def begin(self) -> None:
+        """Make the folder, and say whose it is. Raises SourceError where that cannot be."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SourceError(f"{folder}: cannot be made ({error.strerror}); name another folder") from error
-        write_text(known, text)
+            raise SourceError(f"{self.folder}: cannot be made ({error.strerror}); name another folder") from error
+        write_text(self.folder / JOB, json.dumps(self._job, indent=1))
 
     def read(self, position: int, name: str) -> tuple[dict[str, Tensor], BlockReport] | None:
         """The block's tensors and what was reported; None if it was not finished, or its file is damaged."""
@@ -65,8 +68,11 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                report = json.loads((file.metadata() or {})["report"])
+                metadata = file.metadata() or {}
+                report = json.loads(metadata["report"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if metadata["digest"] != _digest(tensors, metadata["report"]):
+                return None
             stored = BlockReport(**{**report, "layers": tuple(report["layers"])})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
@@ -75,11 +81,17 @@ class Checkpoint:
     def write(self, position: int, tensors: Mapping[str, Tensor], report: BlockReport) -> None:
         """Keep a finished block."""
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(asdict(report))
         with atomic_path(self._path(position)) as temporary:
-            save_file(plain, temporary, {"report": json.dumps(asdict(report))})
+            save_file(plain, temporary, {"report": text, "digest": _digest(plain, text)})
 
     def _path(self, position: int) -> Path:
         return self.folder / f"{position:05d}.safetensors"
+
+
+def _digest(tensors: Mapping[str, Tensor], report: str) -> str:
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    return tensors_digest({**ordered, "report": report})
 
 
 def _same(path: Path, job: Mapping[str, str]) -> bool:

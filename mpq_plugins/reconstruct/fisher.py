@@ -27,7 +27,8 @@ def importance_of(
 
     def track(_: nn.Module, __: Any, output: Any) -> Any:
         first = first_tensor(output, name)
-        tracked = first.detach().requires_grad_()
+        # A later call may depend on an earlier one.
+        tracked = first if first.requires_grad else first.detach().requires_grad_()
         # What follows may change it in place, which a leaf does not allow.
         outputs.append(tracked)
         return tree_map(lambda leaf: tracked.clone() if leaf is first else leaf, output)

@@ -1,7 +1,8 @@
 """One block: its rounding, and what is learned along with it, on samples of its own inputs."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import SettingError
+from ..errors import MPQError, SettingError, what_it_said
 from ..fold import CONVOLUTIONS
 from .activations import ActivationRange
 from .adaround import Rounding, beta_at, soft_weights, undecided
 from .capture import first_tensor
-from .samples import Sample, Samples, close
+from .collect import close
+from .samples import Sample, Samples
 from .settings import Settings
 
 NORMS_LR = 1e-3  # biases and norms, Adam
@@ -38,8 +40,9 @@ class Block:
     ranges: Mapping[str, ActivationRange] = field(default_factory=dict)
 
     def run(self, tensors: Mapping[str, Tensor], sample: Sample) -> Tensor:
-        """The block's output with these tensors in place of its own."""
-        output = functional_call(self.module, dict(tensors), sample.args, sample.kwargs)
+        """The block's output with these tensors in place of its own. Raises SettingError where it fails."""
+        with _naming(self.name):
+            output = functional_call(self.module, dict(tensors), sample.args, sample.kwargs)
         return first_tensor(output, self.name)
 
     def fixed(self, rounded: bool) -> dict[str, Tensor]:
@@ -75,6 +78,7 @@ def learn(
     """Adam on the block's error and the regulariser. Raises SettingError, naming the block, where the loss is NaN."""
     samples = _in_best_format(block, samples)
     before = mean_loss(block, samples, block.fixed(rounded=False))
+    _require_finite(block.name, before, 0)
     optimizer = torch.optim.Adam(_parameters(block, settings.lr), fused=True)
     for step in range(settings.steps):
         sample = samples.draw(settings.batch_size, settings.mix, generator)
@@ -84,9 +88,10 @@ def learn(
         beta = beta_at(step, settings.steps)
         if beta is not None and settings.regulariser:
             loss = loss + settings.regulariser * undecided(h, beta)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
+        with _naming(block.name):
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
         if step % LOOK_EVERY == 0:
             said(step)
             _require_finite(block.name, float(loss.detach()), step)
@@ -116,9 +121,9 @@ def _in_best_format(block: Block, samples: Samples) -> Samples:
     tensors, faster = block.fixed(rounded=False), replace(samples, channels_last=True)
     try:
         plain, laid_out = (block.run(tensors, next(one.in_order())) for one in (samples, faster))
-    except Exception:  # noqa: BLE001
+    except SettingError:
         return samples  # a user's module may insist on one format
-    return faster if close(laid_out, plain, plain) else samples
+    return faster if close(laid_out, plain) else samples
 
 
 def _loss(output: Tensor, sample: Sample, axis: int) -> Tensor:
@@ -136,6 +141,20 @@ def _parameters(block: Block, lr: float) -> list[dict[str, Any]]:
         (RANGES_LR, [own.change for own in block.ranges.values()]),
     ]
     return [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
+
+
+@contextmanager
+def _naming(block: str) -> Iterator[None]:
+    """Turn what a user's module, or torch, raises on the way into an error that names the block."""
+    try:
+        yield
+    except MPQError:
+        raise
+    except Exception as error:
+        raise SettingError(
+            f"block {block!r}: cannot be learned ({what_it_said(error)}); name others (blocks=), or leave its layers "
+            "out of the plan; where memory is short, a smaller batch_size"
+        ) from error
 
 
 def _require_finite(name: str, loss: float, step: int) -> None:

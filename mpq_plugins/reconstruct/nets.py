@@ -13,6 +13,7 @@ from ..activation_ranges import quantize_input
 from ..batches import evaluating
 from ..correct import correct
 from ..duplicate import duplicate
+from ..errors import SettingError
 from ..fold import fold_batch_norm
 from ..plan import Plan
 from ..weights import quantizable_weights
@@ -27,7 +28,7 @@ class Nets:
     """exact: the float net; rough: the quantized one, whose units become quantized one after another.
 
     weights: the float weights that rounding begins at, by layer; units: layers by unit, in the order of calls; calls:
-    how often a batch calls each unit.
+    how often each batch calls each unit.
     """
 
     exact: nn.Module
@@ -35,7 +36,7 @@ class Nets:
     plan: Plan
     weights: Mapping[str, Tensor]
     units: Mapping[str, tuple[str, ...]]
-    calls: Mapping[str, int]
+    calls: Sequence[Mapping[str, int]]
     device: torch.device
 
     @classmethod
@@ -52,9 +53,11 @@ class Nets:
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
         for name, weight in weights.items():
             require_affine(weight, plan.by_any_name[name])
+        if not units:
+            raise SettingError("plan: no layer of it has a rounding to learn")
         with evaluating(exact):
-            calls = call_order(exact, list(units), on_device(batches[0], device))
-        order = in_call_order(units, list(calls))
+            calls = [call_order(exact, list(units), on_device(batch, device)) for batch in batches]
+        order = in_call_order(units, list(dict.fromkeys(name for counts in calls for name in counts)))
         _quantize_the_rest(rough, plan, weights)
         return cls(exact, rough, plan, weights, {name: units[name] for name in order}, calls, device)
 

@@ -1,6 +1,6 @@
 """How a reconstruction learns: what decides its result, and so goes into a checkpoint's identity."""
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ class Settings:
         for name in ("steps", "batch_size"):
             _integer(name, getattr(self, name), 1, "an integer from 1 up")
         _integer("seed", self.seed, 0, "an integer from 0 up")
-        _number("lr", self.lr, self.lr != 0, math.inf, "a number above 0, such as 0.003")
-        _number("regulariser", self.regulariser, True, math.inf, "a number from 0 up, such as 0.01")
+        _number("lr", self.lr, self.lr != 0, sys.float_info.max, "a number above 0, such as 0.003")
+        _number("regulariser", self.regulariser, True, sys.float_info.max, "a number from 0 up, such as 0.01")
         _number("mix", self.mix, True, 1.0, "a probability, 0 to 1")
         for name, allowed in (("loss", LOSSES), ("tune", TUNED)):
             if getattr(self, name) not in allowed:
@@ -50,6 +50,4 @@ def _integer(name: str, value: Any, least: int, allowed: str) -> None:
 
 def _number(name: str, value: Any, condition: bool, most: float, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not condition or not 0 <= value <= most:
-        raise SettingError(f"{name}: {value!r} is not allowed; {allowed}")
-    if not math.isfinite(value):
-        raise SettingError(f"{name}: {value!r} is not allowed; {allowed}")
+        raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
