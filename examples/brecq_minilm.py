@@ -7,18 +7,15 @@ pairs of STS-B dev, in batches of like length; evaluation: Spearman's correlatio
 """
 
 import argparse
-import csv
 import time
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from scipy.stats import spearmanr
 from torch import nn
 
 import mpq_plugins as mpq
-from examples.budget_minilm import embedding, tokens
-from examples.minilm_torchao import PAIRS, embed, minilm
+from examples.budget_minilm import calibration_sentences, embedding, spearman, tokens
+from examples.minilm_torchao import PAIRS, minilm
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Affine(granularity="per_channel", range="mse")
@@ -34,20 +31,16 @@ def main() -> None:
     if not PAIRS.exists():
         parser.exit(2, f"no sentence pairs at {PAIRS}; set MPQ_ZOO to the folder that holds stsb\n")
     model, tokenizer = minilm()
-    with PAIRS.open(encoding="utf-8", newline="") as file:
-        pairs = list(csv.reader(file))
-    sentences = sorted((sentence for row in pairs[1::2][:128] for sentence in row[:2]), key=len)
+    sentences = calibration_sentences()
     batches = [tokens(tokenizer, sentences[i : i + 32]) for i in range(0, 256, 32)]
     table = mpq.measure(model, SCHEME, range(1, 7), only=["encoder.layer*"])
     few = [tokens(tokenizer, sentences[i : i + 32 : 3]) for i in range(0, 256, 96)]
     table = mpq.sensitivity(model, table, "distance", few, output=embedding)
 
-    def spearman(net: nn.Module) -> str:
-        first, second = (embed(net, tokenizer, [row[side] for row in pairs[::2]]) for side in (0, 1))
-        judged = [float(row[2]) for row in pairs[::2]]
-        return f"{float(spearmanr(F.cosine_similarity(first, second).numpy(), judged).statistic):.4f}"
+    def shown(net: nn.Module) -> str:
+        return f"{spearman(net, tokenizer):.4f}"
 
-    rows = [("float", "32", "32", spearman(model), "", "", "", "")]
+    rows = [("float", "32", "32", shown(model), "", "", "", "")]
     for bits in options.bits:
         best = mpq.Budget(average_bits=bits, sensitivity="distance", bits=tuple(range(1, 7)), parts=False)
         for name, plan in ((f"uniform {bits}", mpq.Uniform(bits=bits)(table)), (f"Budget {bits}", best(table))):
@@ -57,8 +50,8 @@ def main() -> None:
             seconds, size = time.perf_counter() - start, plan.size()
             mpq.verify(learned, plan, learned)
             rows.append((
-                name, f"{size.average_bits:.2f}", f"{size.total_average_bits:.2f}", spearman(mpq.apply(model, plan)),
-                spearman(mpq.apply(model, plan, calibrate=batches)), spearman(learned),
+                name, f"{size.average_bits:.2f}", f"{size.total_average_bits:.2f}", shown(mpq.apply(model, plan)),
+                shown(mpq.apply(model, plan, calibrate=batches)), shown(learned),
                 str(sum(block.learned >= block.nearest for block in kept)), f"{seconds:.0f}",
             ))  # fmt: skip
             print(" | ".join(rows[-1]), flush=True)

@@ -36,26 +36,19 @@ def main() -> None:
     if not PAIRS.exists():
         parser.exit(2, f"no sentence pairs at {PAIRS}; set MPQ_ZOO to the folder that holds stsb\n")
     model, tokenizer = minilm()
-    with PAIRS.open(encoding="utf-8", newline="") as file:
-        pairs = list(csv.reader(file))
-    sentences = sorted((sentence for row in pairs[1::2][:128] for sentence in row[:2]), key=len)
+    sentences = calibration_sentences()
     batches = [tokens(tokenizer, sentences[i : i + 32]) for i in range(0, 256, 32)]
     few = sentences[:: len(sentences) // 96][:96]
     table = measured(model, batches, [tokens(tokenizer, few[i : i + 32]) for i in range(0, 96, 32)])
 
-    def spearman(net: nn.Module) -> float:
-        first, second = (embed(net, tokenizer, [row[side] for row in pairs[::2]]) for side in (0, 1))
-        judged = [float(row[2]) for row in pairs[::2]]
-        return float(spearmanr(F.cosine_similarity(first, second).numpy(), judged).statistic)
-
-    rows = [("float", "", "32", f"{spearman(model):.4f}", "", "")]
+    rows = [("float", "", "32", f"{spearman(model, tokenizer):.4f}", "", "")]
     for average in options.bits:
         plans = [(name, parts, budget(table, average, name, parts)) for name, parts in PLANS]
         if average == int(average):
             plans.append(("uniform", False, mpq.Uniform(bits=int(average))(table)))
         for name, parts, plan in plans:
             corrected = mpq.correct(model, plan, batches, fit_ranges=True)
-            score = spearman(mpq.apply(corrected, plan))
+            score = spearman(mpq.apply(corrected, plan), tokenizer)
             found = mpq.compare(table, plan, BEST if parts else "distance")
             assert found is not None
             size = plan.size()
@@ -66,6 +59,23 @@ def main() -> None:
             ))  # fmt: skip
     columns = ("sensitivity", "widths per", "bits (in total)", "Spearman", "predicted / uniform", "guard")
     Console(width=120, highlight=False).print(grid("all-MiniLM-L6-v2, 36 linear layers", columns, rows, left=2))
+
+
+def sentence_pairs() -> list[list[str]]:
+    with PAIRS.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def calibration_sentences() -> list[str]:
+    """256 sentences of the odd pairs, from short to long."""
+    return sorted((sentence for row in sentence_pairs()[1::2][:128] for sentence in row[:2]), key=len)
+
+
+def spearman(net: nn.Module, tokenizer: object) -> float:
+    """Spearman's correlation of cosine similarity and judgement on the even pairs."""
+    pairs = sentence_pairs()[::2]
+    first, second = (embed(net, tokenizer, [row[side] for row in pairs]) for side in (0, 1))
+    return float(spearmanr(F.cosine_similarity(first, second).numpy(), [float(row[2]) for row in pairs]).statistic)
 
 
 def tokens(tokenizer: object, sentences: list[str]) -> dict[str, Tensor]:

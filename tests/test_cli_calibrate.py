@@ -14,20 +14,13 @@ from mpq_plugins import Affine, LayerTable, Plan, Uniform, apply, measure, sensi
 from tests import nets
 from tests.conftest import Ran
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Mpq = Callable[..., Ran]
 
 ME = "tests.test_cli_calibrate"
 PER_CHANNEL = Affine(granularity="per_channel")
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(2)) + 0.3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors so small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def net() -> nets.ConvNet:

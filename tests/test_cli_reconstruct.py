@@ -16,6 +16,8 @@ from mpq_plugins import Affine, BlockReport, Piecewise, Plan, Uniform, measure, 
 from mpq_plugins.scheme import Scheme
 from tests.conftest import Ran
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Mpq = Callable[..., Ran]
 Words = list[str]
 
@@ -29,12 +31,9 @@ FAILS: list[type[BaseException]] = []
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors so small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_fails() -> Iterator[None]:
+    """Whatever a test made fail."""
     yield
-    torch.set_num_threads(threads)
     FAILS.clear()
 
 

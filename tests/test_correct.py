@@ -19,18 +19,11 @@ from mpq_plugins.weights import quantizable_weights
 from tests.nets import conv_net, tied_net
 from tests.plans import with_layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PER_CHANNEL = Affine(granularity="per_channel")
 IMAGES = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(2)) + 0.3
 ROWS = torch.randn(64, 8, generator=torch.Generator().manual_seed(3)) + 0.5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors so small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def planned(model: nn.Module, bits: int = 2, scheme: Any = PER_CHANNEL, **options: Any) -> Plan:

@@ -27,21 +27,14 @@ from mpq_plugins.table import LayerStats
 from mpq_plugins.weights import quantizable_weights
 from tests.nets import conv_net, tied_net
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PER_CHANNEL = Affine(granularity="per_channel")
 BITS = (1, 2, 4)
 KINDS = ("output_mse", "kl", "distance", "fisher", "hessian")
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2)) + 0.3
 ROWS = torch.randn(12, 8, generator=torch.Generator().manual_seed(3)) + 0.5
 TOKENS = torch.randint(0, 20, (6, 5), generator=torch.Generator().manual_seed(4))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors so small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def chain() -> nn.Sequential:

@@ -16,6 +16,8 @@ from mpq_plugins.scheme import Scheme
 from tests.nets import conv_net, tied_net
 from tests.plans import with_layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLIPPED = Affine(granularity="per_channel", range="mse")
 
 

@@ -18,6 +18,8 @@ from mpq_plugins.reconstruct.capture import Call
 from mpq_plugins.reconstruct.collect import Collector
 from mpq_plugins.reconstruct.samples import Sample, Samples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 Block = Callable[..., Tensor]
 Given = tuple[tuple[Any, ...], dict[str, Any]]
