@@ -17,7 +17,7 @@ from .batches import checked_batches, evaluating, first_input, run_model
 from .correct import Progress
 from .duplicate import duplicate
 from .errors import SettingError, first_few
-from .fold import BATCH_NORMS, fold_batch_norm
+from .fold import BATCH_NORMS, CONVOLUTIONS, fold_batch_norm, is_plain
 from .match import match
 from .measure.moments import second_moments, weight_users
 from .plan import Plan
@@ -28,7 +28,7 @@ from .weights import layer_kind, quantizable_weights
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
-BIASED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BIASED = (nn.Linear, *CONVOLUTIONS)
 
 
 def corrected(
@@ -239,11 +239,11 @@ def _hooked(
 
     def before(name: str, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         norm(name, module, first_input(args, kwargs))
-        if not _plain(module):  # its forward does more, so it is its own that runs, in training without learning
+        if not is_plain(module):  # its forward does more, so it is its own that runs, in training without learning
             module.training, module.momentum, module.kept_momentum = True, 0.0, module.momentum
 
     def after_norm(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
-        if _plain(module):
+        if is_plain(module):
             return _by_batch(module, first_input(args, kwargs))
         module.training, module.momentum = False, module.kept_momentum
         del module.kept_momentum
@@ -270,11 +270,6 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _plain(norm: nn.Module) -> bool:
-    """Whether the BatchNorm's forward is torch's own."""
-    return any(type(norm).forward is kind.forward for kind in BATCH_NORMS)
 
 
 def _by_batch(norm: Any, value: Tensor) -> Tensor:

@@ -111,11 +111,14 @@ def _pairs(graph: torch.fx.Graph, model: nn.Module) -> dict[str, str]:
             continue  # torch's fusion does not know how their channels are spread over groups
         if sharers[id(conv.weight)] > 1:
             continue
-        # A subclass with a forward of its own does more than normalise, and Identity would lose that.
-        plain = any(type(norm).forward is kind.forward for kind in BATCH_NORMS)
-        if plain and calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
+        if is_plain(norm) and calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
             pairs[str(source.target)] = str(node.target)
     return pairs
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether a BatchNorm's forward is torch's own; a subclass with its own does more than normalise."""
+    return any(type(norm).forward is kind.forward for kind in BATCH_NORMS)
 
 
 def _trace(model: nn.Module) -> torch.fx.Graph:

@@ -5,7 +5,7 @@
 each layer from the first and the split between its bit-widths and channels from the second.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,6 @@ Array = NDArray[np.float64]
 
 PER_WEIGHT = ("mse", "relative")
 NOT_BY_CHANNEL = ("rmse", "max_abs", "sqnr_db")
-AS_NUMBERS: dict[str, Callable[[Array], Array]] = {
-    "mse": lambda values: values,
-    "relative": lambda values: values,
-    "rmse": lambda values: values,
-    "max_abs": lambda values: values,
-    "sqnr_db": lambda values: 10 ** (-values / 10),
-}
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -54,7 +47,7 @@ def check(table: LayerTable, name: str) -> tuple[str, ...]:
 def layer_curve(table: LayerTable, layer: LayerStats, name: str, bits: Sequence[int]) -> Array:
     """The predicted cost of a whole layer at each bit-width, (bits,). Raises SettingError where not measured."""
     names = check(table, name)
-    positions = [_position(table, b) for b in bits]
+    positions = [table.position(b) for b in bits]
     own = _curve(layer, names[-1])
     curve: Array = own[positions] * _scale(layer, names, own)
     return curve
@@ -66,7 +59,7 @@ def channel_curves(table: LayerTable, layer: LayerStats, name: str, bits: Sequen
     Raises SettingError where it was not measured per channel.
     """
     names = check(table, name)
-    positions = [_position(table, b) for b in bits]
+    positions = [table.position(b) for b in bits]
     if names[-1] in NOT_BY_CHANNEL and names[-1] not in layer.sensitivities:
         raise SettingError(
             f"sensitivity: {names[-1]} does not add up over channels; use mse or relative, or one width a layer "
@@ -119,17 +112,16 @@ def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name
     return sum(float(curves[k, list(part.channels)].sum()) for k, part in enumerate(parts))
 
 
-def _position(table: LayerTable, bits: int) -> int:
-    if bits not in table.bits:
-        raise SettingError(f"bits: {bits} was not measured; this table has {', '.join(map(str, table.bits))}")
-    return table.bits.index(bits)
-
-
 def _curve(layer: LayerStats, name: str) -> Array:
     if name in layer.sensitivities:
         return layer.sensitivities[name]
     count = layer.numel if name in PER_WEIGHT else 1
-    return AS_NUMBERS[name](layer.errors[name]) * count
+    return _as_numbers(name, layer.errors[name]) * count
+
+
+def _as_numbers(name: str, values: Array) -> Array:
+    """Decibels as the noise's share; the others add up as they are."""
+    return 10 ** (-values / 10) if name == "sqnr_db" else values
 
 
 def _channel_curves(layer: LayerStats, name: str) -> Array | None:
@@ -139,7 +131,7 @@ def _channel_curves(layer: LayerStats, name: str) -> Array | None:
     if name not in layer.channel_errors:
         return None
     per_channel = layer.numel / max(1, layer.channels)
-    return AS_NUMBERS[name](layer.channel_errors[name]) * (per_channel if name in PER_WEIGHT else 1)
+    return _as_numbers(name, layer.channel_errors[name]) * (per_channel if name in PER_WEIGHT else 1)
 
 
 def _scale(layer: LayerStats, names: Sequence[str], split: Array) -> float:

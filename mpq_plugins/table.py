@@ -87,18 +87,18 @@ class LayerTable:
 
     def error(self, layer: LayerStats, metric: str, bits: int) -> float:
         """The error of a layer at a bit-width. Raises SettingError where it was not measured."""
-        return float(layer.errors[self._check_metric(metric)][self._position(bits)])
+        return float(layer.errors[self._check_metric(metric)][self.position(bits)])
 
     def errors(self, metric: str, bits: Sequence[int]) -> Array:
         """The errors of all layers at several bit-widths, (layers, len(bits)). Raises SettingError as `error`."""
-        name, columns = self._check_metric(metric), [self._position(b) for b in bits]
+        name, columns = self._check_metric(metric), [self.position(b) for b in bits]
         return np.array([layer.errors[name] for layer in self.layers])[:, columns]
 
     def channel_error(self, layer: LayerStats, metric: str, bits: int) -> Array:
         """The error of each output channel, (channels,). Raises SettingError where it was not measured."""
         if self._check_metric(metric) not in layer.channel_errors:
             raise SettingError(f"layer {layer.name!r}: no errors per channel in this table; measure(per_channel=True)")
-        errors: Array = layer.channel_errors[metric][self._position(bits)]
+        errors: Array = layer.channel_errors[metric][self.position(bits)]
         return errors
 
     def covers(self, bits: Sequence[int], metrics: Sequence[str], channel_errors: bool) -> bool:
@@ -141,7 +141,8 @@ class LayerTable:
             raise SettingError(f"metric: {metric!r} was not measured; this table has {', '.join(self.metrics)}")
         return metric
 
-    def _position(self, bits: int) -> int:
+    def position(self, bits: int) -> int:
+        """Where a bit-width stands among those measured. Raises SettingError."""
         if bits not in self.bits:
             raise SettingError(f"bits: {bits} was not measured; this table has {', '.join(map(str, self.bits))}")
         return self.bits.index(bits)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..batches import evaluating
 from ..errors import SettingError
 
 
@@ -17,22 +18,14 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     Raises SettingError where the model does not run on the input.
     """
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    training = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False)
     try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # it bypasses the layers it is made of
-        with torch.no_grad(), counter:
+        with evaluating(model), torch.no_grad(), counter:
             model(*arguments)
     except Exception as error:  # a user's forward may raise anything on a wrong input
         raise SettingError(
             f"example_input: {type(model).__name__} does not run on it ({type(error).__name__}: {error})"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, flag in training.items():
-            module.training = flag
     root = type(model).__name__
     # torch counts a multiplication and an addition as two operations.
     return {

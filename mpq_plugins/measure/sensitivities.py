@@ -58,7 +58,6 @@ class Job:
     weights: Mapping[str, Tensor]
     modules: Mapping[str, Sequence[nn.Module]]
     output: Output | None
-    seed: int
     moments: Mapping[str, Tensor] | None
     journal: Journal | None
     progress: Progress | None
@@ -139,7 +138,7 @@ def unreached(layer: str) -> SettingError:
 
 
 class Sensitivity(Protocol):
-    """A frozen dataclass named by an entry point. needs_output: whether a user's output function is used."""
+    """A frozen dataclass named by an entry point."""
 
     name: ClassVar[str]
 
@@ -179,7 +178,7 @@ def run(
     with evaluating(copied), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         moments = second_moments(copied, modules, given) if fit_ranges else None
-        found = measurer.measure(Job(copied, table, given, weights, modules, output, seed, moments, kept, progress))
+        found = measurer.measure(Job(copied, table, given, weights, modules, output, moments, kept, progress))
     layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
     if kept is not None:
         kept.path.unlink(missing_ok=True)

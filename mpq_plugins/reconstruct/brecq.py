@@ -140,13 +140,7 @@ class _Job:
             inner_name(_weight(layer), name): Rounding.of(self.nets.weights[layer], choices[layer]).to(device)
             for layer in layers
         }
-        norms = {}
-        if self.settings.tune == "norms":
-            norms = {
-                own: parameter.detach().clone().requires_grad_()
-                for own, parameter in module.named_parameters()
-                if parameter.dim() <= 1 and parameter.is_floating_point() and own not in roundings
-            }
+        norms = self.nets.vectors_of(name) if self.settings.tune == "norms" else {}
         block = Block(name, module, layers, roundings, norms)
         if self.nets.plan.activation_bits is None:
             return block

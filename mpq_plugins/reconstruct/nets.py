@@ -68,6 +68,18 @@ class Nets:
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
 
+    def vectors_of(self, unit: str) -> dict[str, Tensor]:
+        """Copies to learn of the unit's biases and norms, by their names in it, but for what others share."""
+        prefix = f"{unit}." if unit else ""
+        every = list(self.rough.named_parameters(remove_duplicate=False))
+        shared = {id(parameter) for name, parameter in every if not name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): parameter.detach().clone().requires_grad_()
+            for name, parameter in every
+            if name.startswith(prefix) and id(parameter) not in shared
+            and parameter.dim() == 1 and parameter.is_floating_point()
+        }  # fmt: skip
+
     def quantize_inputs(self, unit: str) -> None:
         """Give the unit's layers input quantizers, where the plan has bits for activations."""
         if self.plan.activation_bits is not None:
