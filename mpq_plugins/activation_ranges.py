@@ -30,12 +30,14 @@ class InputQuantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    levels: Tensor
 
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
         self.register_buffer("scale", torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("levels", torch.tensor(2**bits))  # so that a state dict says it
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of any shape, at the levels of its range."""
@@ -69,18 +71,27 @@ def quantize_input(layer: nn.Module, bits: int) -> InputQuantizer:
     return quantizer
 
 
-def input_ranges(model: nn.Module) -> dict[str, InputRange]:
-    """The ranges of the inputs that a model quantizes, by layer; none for most models."""
-    return {
-        name: InputRange(own.bits, float(own.scale), int(own.zero_point)) for name, own in _quantizers(model).items()
-    }
+def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRange]:
+    """The ranges of the inputs that a model quantizes, or that its state dict tells of, by layer; none for most."""
+    state = source.state_dict() if isinstance(source, nn.Module) else source
+    tail = f"{NAME}.levels"
+    found = {}
+    for key in (key for key in state if key == tail or key.endswith(f".{tail}")):
+        own = key.removesuffix("levels")
+        layer = own.removesuffix(f"{NAME}.").removesuffix(".")
+        bits = int(state[key]).bit_length() - 1
+        found[layer] = InputRange(bits, float(state[f"{own}scale"]), int(state[f"{own}zero_point"]))
+    return found
 
 
 def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.Module:
     """A copy of the model whose layers' inputs are quantized in these ranges, in place of any of its own.
 
-    Raises SettingError for a layer that the model does not have.
+    Raises SettingError for a layer that the model does not have, or what is no range.
     """
+    odd = [repr(name) for name, own in ranges.items() if not isinstance(own, InputRange) or not own.scale > 0]
+    if odd:
+        raise SettingError(f"ranges: {first_few(odd, ', ')}: no InputRange with a scale above 0")
     copied = without_input_ranges(model)
     modules = dict(copied.named_modules())
     missing = [repr(name) for name in ranges if name not in modules]
@@ -107,12 +118,12 @@ def without_input_ranges(model: nn.Module) -> nn.Module:
 
 
 def refuse_input_ranges(model: nn.Module) -> None:
-    """Raise SettingError for a model that quantizes inputs, where a backend would drop that without a word."""
+    """Raise SettingError for a model that quantizes inputs, where that would be dropped, or done twice, in silence."""
     found = [repr(name) for name in _quantizers(model)]
     if found:
         raise SettingError(
-            f"{type(model).__name__}: quantizes the inputs of {first_few(found, ', ')} in ranges of its own, and this "
-            "backend finds ranges by calibration: give it mpq_plugins.without_input_ranges(model)"
+            f"{type(model).__name__}: quantizes the inputs of {first_few(found, ', ')} in ranges of its own, which "
+            "would be lost or come twice here: give mpq_plugins.without_input_ranges(model)"
         )
 
 

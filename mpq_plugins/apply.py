@@ -40,7 +40,6 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     """
     import torch
 
-    from .activation_ranges import input_ranges
     from .duplicate import duplicate
     from .fold import fold_batch_norm
     from .match import match
@@ -52,7 +51,7 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
         from .correct import correct
 
         model = correct(model, plan, calibrate)
-    if plan.activation_bits is not None and not input_ranges(model):
+    if plan.activation_bits is not None and not _simulates_activations(model, plan):
         warnings.warn(
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
@@ -72,8 +71,10 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
     Every region that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b
     - 1 symmetric, 2 at one bit), or 2^(b+1) - 3 with two regions of b bits.
     With `original`, the float model, every weight must also equal, to the bit, what `apply` makes of it, and
-    skipped layers must be untouched. Returns one check per part; raises VerifyError listing what is wrong.
+    skipped layers must be untouched. Inputs that the model quantizes itself must have the plan's activation bits.
+    Returns one check per part; raises VerifyError listing what is wrong.
     """
+    from .activation_ranges import input_ranges
     from .weights import quantizable_weights
 
     weights = quantizable_weights(model)
@@ -96,9 +97,23 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
             checks += own
         if original is not None and not (name in expected and expected[name].equal(weight)):
             problems.append(f"{name!r} differs from what the plan makes of the original")
+    problems += [
+        f"{name!r} has inputs of {own.bits} bits, the plan {plan.activation_bits or 'float ones'}"
+        for name, own in input_ranges(model).items()
+        if own.bits != plan.activation_bits
+    ]
     if problems:
         raise VerifyError(f"{type(model).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
+
+
+def _simulates_activations(model: "nn.Module", plan: "Plan") -> bool:
+    """Whether the model quantizes the inputs of all planned layers that have values for inputs, as the plan says."""
+    from .activation_ranges import input_ranges
+
+    bits = {name: own.bits for name, own in input_ranges(model).items()}
+    wanted = [layer for layer in plan.layers if not layer.in_float and layer.kind != "embedding"]
+    return all(any(bits.get(name) == plan.activation_bits for name in layer.names) for layer in wanted)
 
 
 def _expected(original: "nn.Module", plan: "Plan") -> "dict[str, Tensor]":

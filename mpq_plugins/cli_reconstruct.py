@@ -35,13 +35,24 @@ GIGABYTE = 1 << 30
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True,
-    help="Checkpoint (.safetensors) to write; an interrupted run goes on at the block it was in.",
+    help="Checkpoint (.safetensors) to write; finished blocks are kept in OUTPUT.partial, and an interrupted run goes "
+    "on there.",
 )  # fmt: skip
-@click.option("--blocks", multiple=True, help="Glob or re:expression on module names; the outermost are the blocks.")
+@click.option(
+    "--blocks", multiple=True,
+    help="Glob or re:expression on module names, of which the outermost are the blocks (default: residual blocks, "
+    "transformer layers and the like).",
+)  # fmt: skip
 @click.option("--steps", type=int, default=20_000, show_default=True, help="For each block.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Samples a step.")
 @click.option("--lr", type=float, default=3e-3, show_default=True, help="Adam's, of the rounding.")
-@click.option("--loss", type=click.Choice(["mse", "fisher"]), default="mse", show_default=True)
+@click.option(
+    "--loss",
+    type=click.Choice(["mse", "fisher"]),
+    default="mse",
+    show_default=True,
+    help="fisher: outputs weighted by squared gradients.",
+)
 @click.option("--regulariser", type=float, default=0.01, show_default=True, help="Weight of what decides the rounding.")
 @click.option("--mix", type=float, default=0.5, show_default=True, help="Share of input values from the float model.")
 @click.option("--correct", is_flag=True, help="Correct BatchNorm statistics and biases first.")
@@ -49,7 +60,7 @@ GIGABYTE = 1 << 30
     "--tune", type=click.Choice(["rounding", "norms"]), default="rounding", show_default=True,
     help="norms: learn biases and norms along.",
 )  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="The same gives the same result.")
 @click.option("--device", help="Where blocks are learned: cpu, cuda (default: where the model is).")
 @click.option("--memory", type=float, default=2.0, show_default=True, help="GiB of cached inputs; more go to disk.")
 @click.option(

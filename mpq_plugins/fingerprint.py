@@ -43,6 +43,8 @@ def tensors_digest(tensors: Mapping[str, object]) -> str:
         digest.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode())
         if isinstance(value, torch.Tensor):
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            digest.update(np.ascontiguousarray(value).tobytes())
         else:  # a module's own extra state
             digest.update(repr(value).encode())
     return f"sha256:{digest.hexdigest()}"

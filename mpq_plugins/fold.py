@@ -152,7 +152,7 @@ def fold_in_place(model: nn.Module) -> None:
         conv.weight, conv.bias = _fold(conv, norm)
         for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
             parent, _, own = alias.rpartition(".")
-            setattr(model.get_submodule(parent), own, nn.Identity())
+            setattr(model.get_submodule(parent), own, nn.Identity().train(norm.training))
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

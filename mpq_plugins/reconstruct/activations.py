@@ -51,6 +51,8 @@ class InputValues:
 
     def _look(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_input(args, kwargs).detach().float()
+        if not x.numel():
+            return
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         flat = x.reshape(-1)
         self.values.append(flat[:: max(1, flat.numel() // MOST_VALUES)].cpu())
@@ -59,8 +61,8 @@ class InputValues:
         """Set the range of least squared error among shrunk extremes. Raises SettingError, naming the layer."""
         if not self.values:
             raise SettingError(
-                f"layer {layer!r}: is used without being called, so its inputs cannot be quantized: leave it out of "
-                "the plan, or plan float activations"
+                f"layer {layer!r}: no batch reaches it, or it is used without being called, so its inputs cannot be "
+                "quantized: leave it out of the plan, or plan float activations"
             )
         if self.low == self.high:
             raise SettingError(

@@ -61,7 +61,9 @@ def default_blocks(model: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _matched(model: nn.Module, layers: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
-    candidates = [name for name, _ in model.named_modules() if name and _holds(name, layers)]
+    # Lists are not called themselves.
+    called = [name for name, own in model.named_modules() if not isinstance(own, nn.ModuleList | nn.ModuleDict)]
+    candidates = [name for name in called if _holds(name, layers) and (name or not layers[0])]
     unmatched = [repr(glob) for glob in patterns if not any(matches(glob, name) for name in candidates)]
     if unmatched:
         raise SettingError(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation_ranges import NAME
+from ..activation_ranges import NAME, refuse_input_ranges
 from ..batches import checked_batches, evaluating, sample_count
 from ..errors import SettingError
 from ..match import match
@@ -33,6 +33,8 @@ from .samples import Samples
 from .settings import Settings
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def run(
     model: nn.Module,
     plan: Plan,
@@ -46,8 +48,8 @@ def run(
 ) -> nn.Module:
     """What `reconstruct` promises."""
     given = _checked(model, plan, batches, memory, checkpoint)
+    _check_callbacks(progress, finished)
     home, place = _device_of(model), _usable(device) if device is not None else _device_of(model)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept = None
     if checkpoint is not None:
         kept = Checkpoint(Path(checkpoint), job_of(model, plan, given, settings, place))
@@ -61,10 +63,12 @@ def run(
             report = job.reconstruct(position, name, _words(progress, name, position * settings.steps, total))
             if finished is not None:
                 finished(report)
+    nets.restore_buffers()
     if progress is not None:
         progress("", total, total)
-    for name, parameter in nets.rough.named_parameters():
-        parameter.requires_grad_(name in trainable)
+    known = dict(model.named_parameters())
+    for name, parameter in nets.rough.named_parameters():  # a bias may be new
+        parameter.requires_grad_(known[name].requires_grad if name in known else bool(known))
     return nets.rough.to(home)
 
 
@@ -85,6 +89,7 @@ class _Job:
             self.nets.put(tensors)
             return report
         said(0)
+        self.nets.restore_buffers()
         start = time.perf_counter()
         # Of its own, so that a run that was interrupted before this unit goes on alike.
         generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + position) % (1 << 63))
@@ -180,7 +185,12 @@ def _words(progress: Progress | None, name: str, done: int, total: int) -> Calla
 
 
 def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int, checkpoint: object) -> list[Any]:
+    if not isinstance(plan, Plan) or not isinstance(model, nn.Module):
+        raise SettingError(
+            f"reconstruct: takes a module, a Plan and batches, not a {type(model).__name__} and a {type(plan).__name__}"
+        )
     match(plan, model).require(type(model).__name__)
+    refuse_input_ranges(model)
     if type(memory) is not int or memory < 0:
         raise SettingError(f"memory: {memory!r} is not allowed; bytes, an integer from 0 up")
     training = next((name or type(model).__name__ for name, module in model.named_modules() if module.training), None)
@@ -198,6 +208,12 @@ def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int, 
     return given
 
 
+def _check_callbacks(*callbacks: object) -> None:
+    for callback in callbacks:
+        if callback is not None and not callable(callback):
+            raise SettingError(f"progress, finished: {callback!r:.60} cannot be called; a function, or None")
+
+
 def _device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
@@ -205,7 +221,10 @@ def _device_of(model: nn.Module) -> torch.device:
 def _usable(device: "str | torch.device") -> torch.device:
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
+        float(torch.zeros(1, device=place))
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise SettingError(f"device: {device!r} cannot be used ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0][:120]
+        raise SettingError(
+            f"device: {device!r:.60} cannot be used ({reason}); cpu, or cuda where there is one"
+        ) from error
     return place

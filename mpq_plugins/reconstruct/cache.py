@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import SourceError
 
 IMAGES = 4  # dimensions
+CACHE = "mpq-cache-"  # how folders of cached tensors begin
 
 
 class Cache:
@@ -58,7 +59,7 @@ class Cache:
         """A name for a file of a column."""
         if self._folder is None:
             try:
-                self._folder = tempfile.TemporaryDirectory(prefix="mpq-cache-", dir=self._parent)
+                self._folder = tempfile.TemporaryDirectory(prefix=CACHE, dir=self._parent)
             except OSError as error:
                 raise SourceError(
                     f"{self._parent or tempfile.gettempdir()}: cannot keep the blocks' inputs there ({error.strerror})"

@@ -1,5 +1,6 @@
 """What a block is called with and gives: its inputs in the quantized model, its outputs in the float one."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ..batches import call_model
 from ..errors import SettingError, WeightError
+
+PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -63,31 +66,27 @@ def inputs_of(model: nn.Module, block: nn.Module, batch: Any, calls: int) -> lis
 
 def calls_of(model: nn.Module, block: nn.Module, name: str, batch: Any, calls: int) -> list[Call]:
     """As inputs_of, with the block's outputs. Raises SettingError or WeightError for one that is of no use."""
-    before = _Before()
-    found: list[Call] = []
+    begun: list[Call] = []
+    open_calls: list[int] = []
+    outputs: dict[int, Tensor] = {}
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        open_calls.append(len(begun))
+        begun.append(_call(args, kwargs))
 
     def after(_: nn.Module, __: Any, ___: Any, output: Any) -> None:
-        call = before.calls[-1]
-        found.append(Call(call.leaves, call.spec, first_tensor(output, name).detach().clone()))
-        if len(found) == calls:
+        outputs[open_calls.pop()] = first_tensor(output, name).detach().clone()
+        if len(outputs) == calls:
             raise _Enough
 
     first = block.register_forward_pre_hook(before, with_kwargs=True)
     with _hook(first), _hook(block.register_forward_hook(after, with_kwargs=True)), torch.no_grad():
         _run(model, batch)
-    for call in found:
-        assert call.output is not None
-        if not torch.isfinite(call.output).all():
+    found = [Call(call.leaves, call.spec, outputs[position]) for position, call in enumerate(begun)]
+    for output in outputs.values():
+        if not torch.isfinite(output).all():
             raise WeightError(f"block {name!r}: gives NaN or infinite values in the float model; look at the batches")
     return found
-
-
-class _Before:
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.calls.append(_call(args, kwargs))
 
 
 def first_tensor(output: Any, name: str) -> Tensor:
@@ -100,8 +99,19 @@ def first_tensor(output: Any, name: str) -> Tensor:
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     leaves, spec = tree_flatten((args, kwargs))
-    # Copies, for the block, or what comes after it, may change them in place.
-    return Call(tuple(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec)
+    return Call(tuple(map(own_leaf, leaves)), spec)
+
+
+def own_leaf(leaf: Any) -> Any:
+    """A copy of an argument, for a block, or what comes after it, may change it: a tensor in place, a cache at all."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    if leaf is None or isinstance(leaf, PLAIN):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # noqa: BLE001
+        return leaf  # a user's object may be anything
 
 
 def _run(model: nn.Module, batch: Any) -> None:

@@ -1,6 +1,7 @@
 """Finished blocks on disk, so that an interrupted reconstruction goes on at the block it was in."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import SettingError, SourceError
 from ..files import atomic_path, exists, write_text
-from ..fingerprint import batches_digest, model_digest, tensors_digest
+from ..fingerprint import batches_digest, model_digest, source_digest, tensors_digest
 from ..plan import Plan
 from . import BlockReport
+from .cache import CACHE
 from .settings import Settings
 
 JOB = "job.json"
@@ -25,9 +27,12 @@ def job_of(
     model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Settings, device: torch.device
 ) -> Mapping[str, str]:
     """What decides the result of a reconstruction."""
+    classes = {type(module).__qualname__: source_digest(type(module)) for module in model.modules()}
     return {
-        "model": model_digest(model), "plan": plan.to_json(), "batches": batches_digest(batches),
-        "settings": repr(settings), "device": device.type, "torch": torch.__version__,
+        "model": model_digest(model), "architecture": repr(model), "code": repr(sorted(classes.items())),
+        "buffers": tensors_digest(dict(model.named_buffers())), "plan": plan.to_json(),
+        "batches": batches_digest(batches), "settings": repr(settings), "device": device.type,
+        "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -39,26 +44,32 @@ class Checkpoint:
 
     def __init__(self, folder: Path, job: Mapping[str, str]) -> None:
         self.folder, self._job = folder, dict(job)
-        known = folder / JOB
         if exists(folder) and not folder.is_dir():
             raise SettingError(f"checkpoint: {folder} is no folder; name another")
-        finished = sorted(folder.glob("*.safetensors")) if exists(folder) else []
-        if exists(known):
-            if finished and not _same(known, job):
+        try:
+            names = {path.name for path in folder.iterdir()} if exists(folder) else set()
+        except OSError as error:
+            raise SettingError(f"checkpoint: {folder} cannot be read ({error.strerror}); name another") from error
+        finished = any(name.endswith(".safetensors") for name in names)
+        stored = _stored(folder / JOB) if JOB in names else None
+        if stored is not None or (finished and JOB in names):
+            if finished and stored != dict(job):
                 raise SettingError(
                     f"checkpoint: {folder} holds blocks of another job (another model, plan, batches or settings); "
                     "remove it to give them up, or name another"
                 )
             return
-        if exists(folder) and any(folder.iterdir()):
+        if names:
             raise SettingError(f"checkpoint: {folder} is not empty, and no checkpoint of ours; name another folder")
 
     def begin(self) -> None:
         """Make the folder, and say whose it is. Raises SourceError where that cannot be."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SourceError(f"{self.folder}: cannot be made ({error.strerror}); name another folder") from error
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.folder}: cannot be made ({error}); name another folder") from error
+        for left in self.folder.glob(f"{CACHE}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         write_text(self.folder / JOB, json.dumps(self._job, indent=1))
 
     def read(self, position: int, name: str) -> tuple[dict[str, Tensor], BlockReport] | None:
@@ -94,8 +105,10 @@ def _digest(tensors: Mapping[str, Tensor], report: str) -> str:
     return tensors_digest({**ordered, "report": report})
 
 
-def _same(path: Path, job: Mapping[str, str]) -> bool:
+def _stored(path: Path) -> dict[str, str] | None:
+    """Whose blocks they are; None for what is no such file of ours."""
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")) == dict(job))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
+    return found if isinstance(found, dict) and {"model", "plan", "settings"} <= found.keys() else None

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_unflatten
 
 from ..errors import SettingError, what_it_said
 from .cache import Cache, Column
-from .capture import Call
+from .capture import Call, own_leaf
 from .samples import Group, Samples
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
@@ -66,6 +66,8 @@ class Collector:
         something else.
         """
         assert exact.output is not None
+        if not len(exact.output):  # an expert that no token was sent to
+            return
         if rough.spec != exact.spec or list(map(_shape, rough.leaves)) != list(map(_shape, exact.leaves)):
             raise SettingError(
                 f"block {self.name!r}: the quantized model gives it inputs of other shapes than the float one, for the "
@@ -93,7 +95,7 @@ class Collector:
 
     def _require_repeatable(self, call: Call) -> None:
         assert call.output is not None
-        args, kwargs = tree_unflatten(list(map(_copied, call.leaves)), call.spec)
+        args, kwargs = tree_unflatten(list(map(own_leaf, call.leaves)), call.spec)
         try:
             again = self.runs(args, kwargs)
         except Exception as error:  # a user's module may raise anything
@@ -104,7 +106,8 @@ class Collector:
         if again.shape != call.output.shape or not close(again, call.output):
             raise SettingError(
                 f"block {self.name!r}: gives something else when it is run again on its own inputs, for it keeps a "
-                "state or draws random numbers; name others (blocks=)"
+                "state, draws random numbers or relies on what is around it (autocast); name others (blocks=), or "
+                "switch that off (a transformer's cache: model.config.use_cache = False)"
             )
 
     def _new(self, rough: Call, exact: Call, batched: tuple[int, ...], importance: bool) -> _Growing:
@@ -132,12 +135,16 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 
 def _apart(run: Run, call: Call, batched: Sequence[int]) -> bool | None:
-    """Whether the block gives either half of the samples, alone, what it gave them among all; None for one sample."""
+    """Whether the block gives either half of the samples, alone, what it gave them among all; None for one sample.
+
+    Halves at random, and not in order, for what a sample meets may depend on where it stands, as windows meet masks.
+    """
     assert call.output is not None
     count = len(call.output)
     if not batched or count < 2:
         return False if not batched else None
-    halves = (slice(0, count // 2), slice(count // 2, None))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(call.output.device)
+    halves = (order[: count // 2], order[count // 2 :])
     return all(
         _gives(
             run, call, [leaf[half] if k in batched else leaf for k, leaf in enumerate(call.leaves)], call.output[half]
@@ -158,7 +165,7 @@ def _together(run: Run, call: Call, other: Call, batched: Sequence[int]) -> bool
 
 
 def _gives(run: Run, call: Call, leaves: Sequence[Any], expected: Tensor) -> bool:
-    args, kwargs = tree_unflatten(list(map(_copied, leaves)), call.spec)
+    args, kwargs = tree_unflatten(list(map(own_leaf, leaves)), call.spec)
     try:
         given = run(args, kwargs)
     except Exception:  # noqa: BLE001
@@ -177,10 +184,6 @@ def _alike(mine: Any, own: Any, batched: bool) -> bool:
     if mine.dtype != own.dtype or mine.shape[1:] != own.shape[1:]:
         return False
     return batched or (mine.shape == own.shape and bool(mine.equal(own)))
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _shape(leaf: Any) -> Any:

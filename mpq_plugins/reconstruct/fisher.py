@@ -41,7 +41,7 @@ def importance_of(
     finally:
         handle.remove()
     squares = [torch.zeros_like(o) if g is None else g.square() for g, o in zip(gradients, outputs, strict=True)]
-    means = [float(square.mean()) for square in squares]
+    means = [float(square.mean()) if square.numel() else 1.0 for square in squares]
     if not all(mean > 0 for mean in means):
         raise SettingError(f"block {name!r}: the predictions do not depend on it; reconstruct with loss='mse'")
     return [square / mean for square, mean in zip(squares, means, strict=True)]

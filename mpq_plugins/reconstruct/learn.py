@@ -41,8 +41,9 @@ class Block:
 
     def run(self, tensors: Mapping[str, Tensor], sample: Sample) -> Tensor:
         """The block's output with these tensors in place of its own. Raises SettingError where it fails."""
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}  # which a forward may change
         with _naming(self.name):
-            output = functional_call(self.module, dict(tensors), sample.args, sample.kwargs)
+            output = functional_call(self.module, {**buffers, **tensors}, sample.args, sample.kwargs)
         return first_tensor(output, self.name)
 
     def fixed(self, rounded: bool) -> dict[str, Tensor]:
@@ -85,6 +86,10 @@ def learn(
         weights, h = soft_weights(block.roundings)
         output = block.run({**weights, **block.learned_floats()}, sample)
         loss = _loss(output, sample, block.channel_axis)
+        if not loss.requires_grad:
+            raise SettingError(
+                f"block {block.name!r}: its output does not depend on its weights; name others (blocks=)"
+            )
         beta = beta_at(step, settings.steps)
         if beta is not None and settings.regulariser:
             loss = loss + settings.regulariser * undecided(h, beta)
@@ -128,7 +133,8 @@ def _in_best_format(block: Block, samples: Samples) -> Samples:
 
 def _loss(output: Tensor, sample: Sample, axis: int) -> Tensor:
     """Squared error, summed over channels and averaged over the rest."""
-    scale = output.shape[axis] / max(1, output.numel())
+    channels = output.shape[axis if axis < output.dim() else -1]
+    scale = channels / max(1, output.numel())
     if sample.importance is None:
         return F.mse_loss(output, sample.target, reduction="sum") * scale
     return ((output - sample.target).square() * sample.importance).sum() * scale

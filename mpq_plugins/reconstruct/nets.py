@@ -38,6 +38,7 @@ class Nets:
     units: Mapping[str, tuple[str, ...]]
     calls: Sequence[Mapping[str, int]]
     device: torch.device
+    buffers: Mapping[nn.Module, Mapping[str, Tensor]]
 
     @classmethod
     def of(
@@ -53,17 +54,26 @@ class Nets:
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
         for name, weight in weights.items():
             require_affine(weight, plan.by_any_name[name])
+        buffers = {net: {name: own.clone() for name, own in net.named_buffers()} for net in (exact, rough)}
         if not units:
             raise SettingError("plan: no layer of it has a rounding to learn")
         with evaluating(exact):
             calls = [call_order(exact, list(units), on_device(batch, device)) for batch in batches]
         order = in_call_order(units, list(dict.fromkeys(name for counts in calls for name in counts)))
         _quantize_the_rest(rough, plan, weights)
-        return cls(exact, rough, plan, weights, {name: units[name] for name in order}, calls, device)
+        return cls(exact, rough, plan, weights, {name: units[name] for name in order}, calls, device, buffers)
+
+    def restore_buffers(self) -> None:
+        """As they were: a forward may count calls, or average what it sees, and runs are not part of the result."""
+        for net, known in self.buffers.items():
+            own = dict(net.named_buffers())
+            for name, buffer in known.items():
+                own[name].copy_(buffer)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set parameters and buffers of the quantized net, by their full names."""
-        own = {**dict(self.rough.named_parameters()), **dict(self.rough.named_buffers())}
+        """Set parameters and buffers of the quantized net, by any of their full names."""
+        net = self.rough
+        own = dict([*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)])
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from .cache import IMAGES
+from .capture import own_leaf
 
 IN_ORDER = 128  # samples at a time where nothing is learned
 
@@ -50,7 +51,7 @@ class Group:
     ) -> Sample:
         """Some of the samples, by `take`; mixed: (the quantized model's input, the float model's) -> what to use."""
         # Copies, as `take` gives them, for a block may change its inputs in place.
-        leaves = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in self.fixed]
+        leaves = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else own_leaf(leaf) for leaf in self.fixed]
         for position, values in self.rows.items():
             own = take(values)
             if position in self.exact:

@@ -145,7 +145,8 @@ def test_a_range_of_the_extremes_reaches_values_that_the_sample_left_out() -> No
 
 
 @pytest.mark.parametrize(
-    ("inputs", "said"), [([], "is used without being called"), ([torch.zeros(3, 4)], "its inputs are all zero")]
+    ("inputs", "said"),
+    [([], "no batch reaches it"), ([torch.zeros(3, 4)], "its inputs are all zero")],
 )
 def test_inputs_without_a_range_name_the_layer(inputs: list[Tensor], said: str) -> None:
     values, layer = InputValues(), nn.Linear(4, 4)
@@ -201,7 +202,8 @@ def test_ranges_go_with_the_state() -> None:
     layer, other = quantized_layer(), nn.Linear(4, 3)
     quantize_input(other, 2)
     state = layer.state_dict()
-    assert set(state) == {"weight", "bias", "input_quantizer.scale", "input_quantizer.zero_point"}
+    kept = {"input_quantizer.scale", "input_quantizer.zero_point", "input_quantizer.levels"}
+    assert set(state) == {"weight", "bias", *kept}
     other.load_state_dict(state)
     assert other(X).equal(expected_of(layer))
 
@@ -243,10 +245,10 @@ def test_a_net_with_ranges_is_in_evaluation_mode_as_it_was() -> None:
     assert [name for name, module in learned.named_modules() if module.training] == []
 
 
-def test_a_net_that_was_reconstructed_at_other_bits_is_refused() -> None:
+def test_a_net_that_quantizes_inputs_already_is_refused() -> None:
     first = mpq.reconstruct(net(), plan_of(3), [X], steps=3).eval()
     assert [own.bits for own in input_ranges(first).values()] == [3, 3]
-    with pytest.raises(SettingError, match="has another input_quantizer"):
+    with pytest.raises(SettingError, match="in ranges of its own"):
         mpq.reconstruct(first, plan_of(8), [X], steps=3)
     assert [own.bits for own in input_ranges(first).values()] == [3, 3]
 

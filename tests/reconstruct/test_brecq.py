@@ -390,3 +390,139 @@ def test_bad_input_is_refused_before_any_work(changes: dict[str, Any], error: ty
     given = {"net": resnet(), "plan": plan_of(resnet()), "steps": 2} | changes
     with pytest.raises(error, match=said):
         learn(**given)  # type: ignore[arg-type]
+
+
+class Windows(nn.Module):
+    """A block in a list whose rows meet masks by where they stand, as in a Swin transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("masks", torch.tensor([[1.0], [-1.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        masks = self.get_buffer("masks").repeat(len(x) // 2, 1)
+        result: Tensor = self.second(torch.relu(self.first(x))) * masks
+        return result
+
+
+def test_rows_that_meet_masks_by_their_position_are_never_mixed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Windows()).eval()
+    reports: list[BlockReport] = []
+    plan = plan_of(net, 8, Affine(granularity="per_channel"))
+    learn(net, plan, [torch.randn(16, 4) for _ in range(3)], steps=100, finished=reports.append)
+    # At 8 bits hardly anything is lost; rows that met another's mask would be far off.
+    assert reports[0].learned < 1e-3
+
+
+class Counting(nn.Module):
+    """A block that counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        result: Tensor = self.second(torch.relu(self.first(x)))
+        return result
+
+
+def test_runs_leave_no_trace_in_buffers() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Counting(), Counting()).eval()
+    learned = learn(net, plan_of(net, 3, Affine()), [torch.randn(8, 6)], steps=5)
+    assert [float(value) for name, value in learned.state_dict().items() if "calls" in name] == [0, 0]
+
+
+def test_it_learns_inside_the_users_own_no_grad() -> None:
+    net = resnet()
+    plan = plan_of(net)
+    expected = learn(net, plan, steps=5)
+    with torch.no_grad():
+        assert same(learn(net, plan, steps=5), expected)
+    with torch.inference_mode():
+        assert same(learn(net, plan, steps=5), expected)
+
+
+def test_another_architecture_with_the_same_weights_is_another_job(tmp_path: Path) -> None:
+    first, second = resnet(), resnet()
+    second.blocks[0].conv1.padding_mode = "circular"  # type: ignore[union-attr]
+    plan = plan_of(first)
+    learn(first, plan, steps=2, checkpoint=tmp_path / "own")
+    with pytest.raises(SettingError, match="holds blocks of another job"):
+        learn(second, plan, steps=2, checkpoint=tmp_path / "own")
+
+
+def test_a_parameter_with_an_earlier_name_and_a_shared_norm_are_set() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Parameter(torch.randn(6, 6))
+            self.fc = nn.Linear(6, 6)
+            self.fc.weight = self.shared
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.fc(x)
+            return result
+
+    torch.manual_seed(0)
+    net = Shared().eval()
+    plan = plan_of(net, 3, Affine(granularity="per_channel"))
+    learned = learn(net, plan, [torch.randn(16, 6)], steps=30)
+    assert same(mpq.apply(learned, plan), learned)
+    one = nn.LayerNorm(6)
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), one, nn.Linear(6, 6)) for _ in range(2))).eval()
+    tuned = learn(blocks, plan_of(blocks, 3, Affine()), [torch.randn(16, 6)], steps=30, tune="norms", blocks=["0", "1"])
+    assert tuned.get_parameter("0.1.weight").equal(one.weight)
+
+
+def test_verify_and_apply_tell_other_activation_bits() -> None:
+    net = resnet()
+    plan = plan_of(net, 4).with_activation_bits(8)
+    learned = learn(net, plan, steps=3)
+    mpq.verify(learned, plan)
+    other = plan.with_activation_bits(2)
+    with pytest.raises(mpq.VerifyError, match="'stem' has inputs of 8 bits, the plan 2"):
+        mpq.verify(learned, other)
+    with pytest.warns(UserWarning, match="2-bit activations are not simulated"):
+        mpq.apply(learned, other)
+    assert mpq.input_ranges(learned.state_dict()) == mpq.input_ranges(learned)
+
+
+def test_folded_results_are_in_evaluation_mode_and_can_be_learned_again() -> None:
+    net = conv_net()
+    plan = plan_of(net, 4, Affine())
+    assert plan.fold_bn
+    learned = learn(net, plan, inputs(size=8), steps=3)
+    assert not any(module.training for module in learned.modules())
+    assert all(parameter.requires_grad for parameter in learned.parameters())
+    learn(learned, plan, inputs(size=8), steps=3)
+
+
+class Experts(nn.Module):
+    """Rows go to one of three experts by their sign; one never gets any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for own, rows in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0, x[:, 0] > 99), strict=True):
+            result[rows] = own(x[rows])
+        return result
+
+
+def test_an_expert_that_gets_no_sample_is_named() -> None:
+    torch.manual_seed(0)
+    net = Experts().eval()
+    plan = plan_of(net, 3, Affine(granularity="per_channel"))
+    with pytest.raises(SettingError, match=r"block 'experts\.2\.0': no batch reaches it"):
+        learn(net, plan, [torch.randn(16, 4)], steps=3)
+    whole = learn(
+        nn.Sequential(net), plan_of(nn.Sequential(net), 3, Affine()), [torch.randn(16, 4)], steps=3, blocks="0"
+    )
+    assert isinstance(whole, nn.Sequential)

@@ -15,7 +15,7 @@ from mpq_plugins import BlockReport, SettingError, SourceError
 from mpq_plugins.reconstruct.checkpoint import Checkpoint, job_of
 from mpq_plugins.reconstruct.settings import Settings
 
-JOB = {"model": "sha256:1", "settings": "steps=5"}
+JOB = {"model": "sha256:1", "plan": "{}", "settings": "steps=5"}
 REPORT = BlockReport("layer1.0", ("layer1.0.conv1", "layer1.0.conv2"), 1 / 3, 0.1 + 0.2, 7, 4000, 12.345)
 TENSORS = {
     "layer1.0.conv1.weight": torch.arange(12.0).reshape(3, 4),
@@ -148,7 +148,7 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_finished_block_may_be_another_jobs(tmp_path: Path) -> None:
-    Checkpoint(tmp_path, {"model": "sha256:1"}).begin()
+    Checkpoint(tmp_path, {**JOB, "settings": "steps=6"}).begin()
     Checkpoint(tmp_path, JOB).begin()
     assert json.loads((tmp_path / "job.json").read_text()) == JOB
 
