@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast
 
 from torch import nn
 
-from mpq_plugins.activation_ranges import refuse_input_ranges
 from mpq_plugins.allocate.base import Allocator
 from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
@@ -334,7 +333,6 @@ class PlanConfig(PlanningConfig):
         """The plan itself. Raises MismatchError for a model that it was not made for."""
         if not isinstance(self.plan, Plan):
             raise SettingError(f"plan: {len(self.plan)} are given, and only autotune tries several; give one")
-        refuse_input_ranges(model)
         match(self.plan, model).require(type(model).__name__)
         return self.plan
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins.activation_ranges import refuse_input_ranges
 from mpq_plugins.apply import apply as simulated
 from mpq_plugins.errors import SettingError, what_it_said
 from mpq_plugins.fold import fold_in_place
@@ -42,8 +43,9 @@ def quantize_entry(
     """Quantize the model itself, as Neural Compressor wants it; to prepare it is only to make sure that it will work.
 
     Nothing is changed before the whole plan and all weights are made, so that an error leaves the model as it was.
-    Raises SettingError for a model quantized before, and what the configurations raise.
+    Raises SettingError for a model quantized before, or that quantizes inputs, and what the configurations raise.
     """
+    refuse_input_ranges(model)
     configs = {name: config for (name, _), config in configs_mapping.items() if isinstance(config, PlanningConfig)}
     plan = joint_plan(model, configs)
     if mode == Mode.PREPARE:
