@@ -45,7 +45,7 @@ GIGABYTE = 1 << 30
 )  # fmt: skip
 @click.option("--steps", type=int, default=20_000, show_default=True, help="For each block.")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Samples a step.")
-@click.option("--lr", type=float, default=3e-3, show_default=True, help="Adam's, of the rounding.")
+@click.option("--lr", type=float, help="Adam's, of the rounding (default: 6 / steps, within 0.001 and 0.02).")
 @click.option(
     "--loss",
     type=click.Choice(["mse", "fisher"]),

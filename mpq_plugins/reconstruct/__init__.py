@@ -45,7 +45,7 @@ def reconstruct(
     blocks: str | Sequence[str] = (),
     steps: int = 20_000,
     batch_size: int = 32,
-    lr: float = 3e-3,
+    lr: float | None = None,
     loss: Literal["mse", "fisher"] = "mse",
     regulariser: float = 0.01,
     mix: float = 0.5,
@@ -68,7 +68,8 @@ def reconstruct(
     batches: inputs without labels, as for `correct`; 1,024 samples are usual. blocks: globs, or `re:` and a regular
     expression, on module names, of which the outermost that match are the blocks; by default the innermost modules in
     a list (Sequential, ModuleList) that hold several layers, such as residual blocks and transformer layers. steps: for
-    each block, each on `batch_size` samples; lr: Adam's. loss: `mse`, or `fisher`, where each output counts by its
+    each block, each on `batch_size` samples; lr: Adam's, by default 6 / steps within 0.001 and 0.02, for a weight must
+    be able to cross from one level to the next. loss: `mse`, or `fisher`, where each output counts by its
     squared gradient of the model's own predictions (logits are needed). regulariser: weight of the term that decides
     each weight. mix: probability that an input value is the float model's instead (QDrop, arXiv 2203.05740, sec. 4); 0
     is BRECQ's own. correct: begin at `correct`'s model. tune: `norms` learns the block's biases, norms and other float
@@ -87,11 +88,11 @@ def reconstruct(
     in the checkpoint.
     """
     from .brecq import run
-    from .settings import Settings
+    from .settings import Settings, usual_lr
 
     named = tuple(blocks) if isinstance(blocks, list | tuple) else (blocks,)
     settings = Settings(
-        blocks=named, steps=steps, batch_size=batch_size, lr=lr,
+        blocks=named, steps=steps, batch_size=batch_size, lr=usual_lr(steps) if lr is None else lr,
         loss=loss, regulariser=regulariser, mix=mix, correct=correct, tune=tune, seed=seed,
     )  # fmt: skip
     return run(model, plan, batches, settings, device, memory, checkpoint, progress, finished)

@@ -43,6 +43,11 @@ class Settings:
             )
 
 
+def usual_lr(steps: int) -> float:
+    """Such that V, which Adam moves by about this much a step, gets anywhere; Adam's own 0.001 from 6,000 steps up."""
+    return min(0.02, max(0.001, 6 / steps)) if type(steps) is int and steps > 0 else 0.001
+
+
 def _integer(name: str, value: Any, least: int, allowed: str) -> None:
     if type(value) is not int or not least <= value < 1 << 63:
         raise SettingError(f"{name}: {value!r} is not allowed; {allowed}")

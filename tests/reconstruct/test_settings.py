@@ -9,7 +9,7 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import SettingError
-from mpq_plugins.reconstruct.settings import Settings
+from mpq_plugins.reconstruct.settings import Settings, usual_lr
 
 GOOD: dict[str, Any] = {
     "blocks": (), "steps": 5, "batch_size": 8, "lr": 0.01, "loss": "mse", "regulariser": 0.01, "mix": 0.0,
@@ -78,3 +78,8 @@ def test_one_pattern_may_be_given_alone() -> None:
         reports: list[mpq.BlockReport] = []
         mpq.reconstruct(net, plan, [torch.randn(8, 4)], steps=1, blocks=blocks, finished=reports.append)
         assert [report.name for report in reports] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("steps", "lr"), [(20_000, 0.001), (2_000, 0.003), (500, 0.012), (10, 0.02)])
+def test_fewer_steps_are_longer_ones(steps: int, lr: float) -> None:
+    assert usual_lr(steps) == pytest.approx(lr)
