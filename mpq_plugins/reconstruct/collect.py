@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_unflatten
 
 from ..errors import SettingError, what_it_said
 from .cache import Cache, Column
-from .capture import Call, own_leaf
+from .capture import PLAIN, Call, own_leaf
 from .samples import Group, Samples
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
@@ -180,7 +180,7 @@ def _has_rows(leaf: Any, count: int) -> bool:
 def _alike(mine: Any, own: Any, batched: bool) -> bool:
     """Whether two calls' leaves are the same but for the samples."""
     if not isinstance(mine, Tensor) or not isinstance(own, Tensor):
-        return mine is own or (isinstance(mine, bool | int | float | str) and type(mine) is type(own) and mine == own)
+        return mine is own or (isinstance(mine, PLAIN) and type(mine) is type(own) and mine == own)
     if mine.dtype != own.dtype or mine.shape[1:] != own.shape[1:]:
         return False
     return batched or (mine.shape == own.shape and bool(mine.equal(own)))

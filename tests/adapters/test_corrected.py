@@ -24,7 +24,7 @@ inc = pytest.importorskip("mpq_plugins.adapters.inc")
 pt2e = pytest.importorskip("mpq_plugins.adapters.pt2e")
 torchao = pytest.importorskip("mpq_plugins.adapters.torchao")
 
-pytestmark = [
+FILTERS = [
     *fx_warnings,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -37,7 +37,7 @@ SYMMETRIC = Affine(granularity="per_channel", symmetric=True)
 IMAGES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1)) + 0.3
 ALLOCATORS = [Uniform(bits=2), Uniform(bits=4), MixQuant(qem=3.0), PTILMPQ(other_bits=(4, 1))]
 
-pytestmark.append(pytest.mark.parametrize("allocator", ALLOCATORS, ids=str))
+pytestmark = [*FILTERS, pytest.mark.parametrize("allocator", ALLOCATORS, ids=str)]
 
 
 @pytest.fixture(autouse=True)

@@ -15,16 +15,9 @@ from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import integer_weight
 from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets
-from tests.adapters.test_corrected import IMAGES, PER_CHANNEL, SYMMETRIC, UNFOLDED, folded_simulation, fx, pt2e
-from tests.adapters.test_fx import pytestmark as fx_warnings
+from tests.adapters.test_corrected import FILTERS, IMAGES, PER_CHANNEL, SYMMETRIC, UNFOLDED, folded_simulation, fx, pt2e
 
-pytestmark = [
-    *fx_warnings,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torchao"),
-    pytest.mark.filterwarnings("ignore:erase_node:UserWarning"),
-]
+pytestmark = FILTERS
 ALLOCATORS = [Uniform(bits=2), PTILMPQ(other_bits=(4, 1))]
 
 
