@@ -11,6 +11,7 @@ MPQError
 └── PluginError        an entry point that is missing, claimed twice or broken
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,13 @@ def first_few(items: Sequence[str], separator: str = "; ") -> str:
 def what_it_said(error: Exception) -> str:
     """`TypeError: its first line`, of an exception that a user's code or a library raised."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def first_sentence(error: Exception) -> str:
+    """The first line a library's message has anything on, without colours, at a length that can be read."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch colours some of its messages
+    text = next((line.strip() for line in plain.splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 class PlanWarning(UserWarning):

@@ -10,20 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoints import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    common_prefix,
-    find_state_dict,
-    layer_name,
-    load_torch,
-    shard_files,
-    storage_identity,
-)
+from .checkpoints import common_prefix, find_state_dict, layer_name, load_torch, storage_identity
 from .errors import SettingError, SourceError
 from .files import atomic_path
 from .match import match
 from .plan import LayerChoice, Plan
+from .shards import INDEX_NAME, SINGLE_NAME, shard_files
 from .simulate import simulate
 
 Progress = Callable[[str, int, int], None]

@@ -7,7 +7,7 @@ linear layer otherwise; 3-D, 4-D and 5-D are convolutions. Whatever is left alon
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import StoredTensor, layer_name, open_checkpoint
+from .checkpoints import layer_name, open_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
 from .patterns import matches
-from .quantize.regions import channel_rows, from_channel_rows
+from .quantize.regions import from_channel_rows
 from .quantize.weight import WEIGHT_DTYPES
+from .tensor_files import MemoryRows, RowReader, StoredTensor
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -49,7 +50,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     channel_axis: int
-    read_rows: Callable[[int, int], Tensor]
+    read_rows: RowReader
     tied: tuple[str, ...] = ()
     refusal: str = ""  # why it cannot be quantized, for a layer that must be skipped
 
@@ -257,11 +258,7 @@ def _kind_by_name(name: str, dimensions: int) -> str:
 
 def _from_tensor(name: str, kind: str, weight: Tensor, refusal: str) -> Weight:
     axis = channel_axis_of(kind)
-
-    def read_rows(start: int, stop: int) -> Tensor:
-        return channel_rows(weight.narrow(axis, start, stop - start), axis)
-
-    return Weight(name, kind, _shape(weight), weight.dtype, axis, read_rows, refusal=refusal)
+    return Weight(name, kind, _shape(weight), weight.dtype, axis, MemoryRows(weight, axis), refusal=refusal)
 
 
 def _shape(weight: Tensor) -> tuple[int, ...]:

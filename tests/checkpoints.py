@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpq_plugins.checkpoints import INDEX_NAME
+from mpq_plugins.shards import INDEX_NAME
 
 
 def sharded(directory: Path, state: dict[str, Tensor], shards: int = 2) -> Path:

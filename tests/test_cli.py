@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 
 from mpq_plugins import Affine, LayerStats, LayerTable, MixQuant, Plan, Uniform, measure, registry
-from mpq_plugins.checkpoints import INDEX_NAME
 from mpq_plugins.measure.error import layer_stats
+from mpq_plugins.shards import INDEX_NAME
 from mpq_plugins.weights import Weight
 from tests import outsider
 from tests.checkpoints import harmful

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOW = (
     ("buffers", "duplicate", "errors", "files", "fingerprint", "journal", "patterns", "scheme", "validation"),
     ("quantize",),
-    ("batches", "checkpoints", "fold", "registry", "weights"),
+    ("batches", "checkpoints", "fold", "registry", "shards", "tensor_files", "weights"),
     ("table",),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),

@@ -1,0 +1,213 @@
+"""Tensors that are read a few rows at a time: where they lie in a safetensors file, or in memory.
+
+A reader is a small value that another process can be sent, so that whoever measures a chunk also reads it.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .buffers import Buffer, chunk_buffer
+from .errors import SourceError, first_sentence
+from .quantize.regions import channel_rows
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+Allocate = Callable[[int], Buffer]
+
+
+class RowReader(Protocol):
+    """Rows start..stop of a matrix, (stop - start, elements), in the stored dtype.
+
+    What is returned may lie in what `allocate(bytes)` gave, and is good until that is used again.
+    """
+
+    def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """Read them. Raises SourceError, naming the file, where they cannot be."""
+        ...
+
+    def part(self, index: int, transposed: bool) -> "RowReader":
+        """Of a three-dimensional tensor, one matrix: its rows, or if `transposed` its columns."""
+        ...
+
+    def cut(self, start: int, stop: int) -> "RowReader":
+        """A reader whose row 0 is this one's row `start`, and that carries no more than rows up to `stop`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows in a file: contiguous, the first at byte `offset`; shape: of the tensor, its first axis the rows'."""
+
+    path: Path
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+    def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """See RowReader. Plain reads, for the pages of a memory map would count as this process's memory."""
+        begin, length = self.span(start, stop)
+        buffer = allocate(length)
+        with _opened(self.path) as file:
+            file.seek(begin)
+            if file.readinto(buffer) != length:
+                raise _cut_short(self.path, self.name)
+        return _as_matrix(buffer, self.dtype, stop - start, self.row_elements)
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Where rows lie: the first byte, and how many."""
+        row_bytes = self.row_elements * self.dtype.itemsize
+        return self.offset + start * row_bytes, (stop - start) * row_bytes
+
+    def part(self, index: int, transposed: bool) -> "FileRows | FileColumns":
+        """See RowReader."""
+        whole = replace(self, offset=self.span(index, index + 1)[0], shape=self.shape[1:])
+        if not transposed:
+            return whole
+        return FileColumns(whole.path, whole.name, whole.offset, (self.shape[1], self.shape[2]), self.dtype, 0)
+
+    def cut(self, start: int, stop: int) -> "FileRows":
+        """See RowReader."""
+        return replace(self, offset=self.span(start, stop)[0], shape=(stop - start, *self.shape[1:]))
+
+
+@dataclass(frozen=True)
+class FileColumns:
+    """Columns in a file as rows: of a matrix (inputs, outputs) that starts at byte `offset`, from column `first`."""
+
+    path: Path
+    name: str
+    offset: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    first: int
+
+    def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """See RowReader: one read for each input, a memory's worth of columns at a time."""
+        inputs, outputs = self.shape
+        size = self.dtype.itemsize
+        length = (stop - start) * size
+        buffer = memoryview(allocate(inputs * length))
+        begin = self.offset + (self.first + start) * size
+        with _opened(self.path) as file:
+            for row in range(inputs):
+                file.seek(begin + row * outputs * size)
+                if file.readinto(buffer[row * length : (row + 1) * length]) != length:
+                    raise _cut_short(self.path, self.name)
+        return _as_matrix(buffer, self.dtype, inputs, stop - start).T
+
+    def part(self, index: int, transposed: bool) -> RowReader:
+        """Of a matrix there are none."""
+        raise NotImplementedError
+
+    def cut(self, start: int, stop: int) -> "FileColumns":
+        """See RowReader."""
+        return replace(self, first=self.first + start)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryRows:
+    """Rows of a tensor in memory along `axis`; sent elsewhere, a reader takes along its own rows and no others."""
+
+    tensor: Tensor
+    axis: int = 0
+
+    def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """See RowReader; a view where that can be."""
+        return channel_rows(self.tensor.narrow(self.axis, start, stop - start), self.axis)
+
+    def part(self, index: int, transposed: bool) -> "MemoryRows":
+        """See RowReader."""
+        return MemoryRows(self.tensor[index], int(transposed))
+
+    def cut(self, start: int, stop: int) -> "MemoryRows":
+        """See RowReader."""
+        return MemoryRows(self.tensor.narrow(self.axis, start, stop - start), self.axis)
+
+    def __reduce__(self) -> Any:
+        # As plain bytes: torch would send all of the storage that this is a view of, or a shared-memory handle each.
+        compact = self.tensor.detach().cpu().contiguous()
+        data = compact.reshape(-1).view(torch.uint8).numpy()
+        return _received, (data, compact.dtype, tuple(compact.shape), self.axis)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is somewhere: read_rows(start, stop) gives rows of its first axis, (stop - start, rest).
+
+    identity is equal for two names of the same storage.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read_rows: RowReader
+    identity: object
+
+
+def safetensors_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name. Raises SourceError."""
+    try:
+        with safe_open(path, framework="pt") as checked:  # the library validates names, types, offsets and length
+            names = list(checked.offset_keys())
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{path}: truncated or not a safetensors file ({first_sentence(error)}); fetch or write it again"
+        ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: _stored(path, name, header[name], 8 + length) for name in names}
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise SourceError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
+    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    # Absolute, for another process may work in another folder.
+    reader = FileRows(path.absolute(), name, data_start + entry["data_offsets"][0], shape, dtype)
+    return StoredTensor(shape, dtype, reader, (path, name))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise SourceError(
+            f"{path}: cannot be read ({error.strerror}); every process that measures needs the file under this path"
+        ) from error
+
+
+def _cut_short(path: Path, name: str) -> SourceError:
+    return SourceError(f"{path}: tensor {name!r} is cut short; the file changed while being read")
+
+
+def _as_matrix(buffer: Buffer, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    if not rows * columns:
+        return torch.empty((rows, columns), dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(rows, columns)
+
+
+def _received(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...], axis: int) -> MemoryRows:
+    # Writable, or torch would warn of what nobody does.
+    return MemoryRows(torch.from_numpy(data.copy()).view(dtype).reshape(shape), axis)
