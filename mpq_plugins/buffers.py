@@ -1,7 +1,7 @@
 """Memory for chunks of weights that goes back to the system when it is freed."""
 
 import mmap
-import threading
+from collections.abc import Callable, Hashable
 
 Buffer = mmap.mmap | bytearray | memoryview
 
@@ -17,15 +17,16 @@ def chunk_buffer(size: int) -> mmap.mmap | bytearray:
     return mmap.mmap(-1, size) if size >= LARGE else bytearray(size)
 
 
-class Scratch(threading.local):
-    """One buffer for each purpose and thread, used again: the first touch of fresh memory costs more than reading."""
+class Scratch:
+    """A buffer for each purpose, used again: to touch fresh memory takes longer than to read a file into it."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, Buffer] = {}
+    def __init__(self, allocate: Callable[[int], Buffer] = chunk_buffer) -> None:
+        self._allocate = allocate
+        self._buffers: dict[Hashable, Buffer] = {}
 
-    def take(self, purpose: str, size: int) -> memoryview:
+    def take(self, purpose: Hashable, size: int) -> memoryview:
         """`size` bytes that hold anything; what was taken before for the same purpose is written over."""
         if len(self._buffers.get(purpose, b"")) < size:
             self._buffers.pop(purpose, None)
-            self._buffers[purpose] = chunk_buffer(size)
+            self._buffers[purpose] = self._allocate(size)
         return memoryview(self._buffers[purpose])[:size]

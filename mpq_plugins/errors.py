@@ -8,6 +8,7 @@ MPQError
 ├── MismatchError      a plan made for another model
 ├── TuningError        no trial of a tuning run meets its criterion
 ├── VerifyError        a quantized model that does not hold what its plan says
+├── WorkerError        processes or machines that were to measure and cannot
 └── PluginError        an entry point that is missing, claimed twice or broken
 """
 
@@ -38,6 +39,10 @@ def first_sentence(error: Exception) -> str:
 
 class PlanWarning(UserWarning):
     """A plan that is predicted to be worse than uniform widths of its own size."""
+
+
+class MeasureWarning(UserWarning):
+    """A measurement that goes another way than it was asked to: its partial file is damaged, its workers are gone."""
 
 
 class MPQError(Exception):
@@ -74,6 +79,10 @@ class TuningError(MPQError):
     def __init__(self, message: str, tuning: Any = None) -> None:
         super().__init__(message)
         self.tuning = tuning
+
+
+class WorkerError(MPQError):
+    """Processes or machines that were to measure and cannot."""
 
 
 class PluginError(MPQError):

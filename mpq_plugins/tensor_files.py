@@ -5,6 +5,7 @@ A reader is a small value that another process can be sent, so that whoever meas
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .buffers import Buffer, chunk_buffer
 from .errors import SourceError, first_sentence
+from .fingerprint import tensors_digest
 from .quantize.regions import channel_rows
 
 DTYPES = {
@@ -41,12 +43,20 @@ class RowReader(Protocol):
         """Read them. Raises SourceError, naming the file, where they cannot be."""
         ...
 
+    def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor | None:
+        """The same, if it can be had without waiting for a disk or a network."""
+        ...
+
     def part(self, index: int, transposed: bool) -> "RowReader":
         """Of a three-dimensional tensor, one matrix: its rows, or if `transposed` its columns."""
         ...
 
     def cut(self, start: int, stop: int) -> "RowReader":
         """A reader whose row 0 is this one's row `start`, and that carries no more than rows up to `stop`."""
+        ...
+
+    def signature(self) -> str:
+        """What tells its values from others': a file's name, size and time, or the values' own digest."""
         ...
 
 
@@ -75,6 +85,24 @@ class FileRows:
                 raise _cut_short(self.path, self.name)
         return _as_matrix(buffer, self.dtype, stop - start, self.row_elements)
 
+    def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor | None:
+        """See RowReader: what the system has in memory."""
+        begin, length = self.span(start, stop)
+        if not hasattr(os, "RWF_NOWAIT"):
+            return None
+        buffer = memoryview(allocate(length))
+        done = 0
+        with _opened(self.path) as file:
+            while done < length:
+                try:
+                    got = os.preadv(file.fileno(), [buffer[done:]], begin + done, os.RWF_NOWAIT)
+                except OSError:  # it would have to wait, or the file system cannot tell
+                    return None
+                if not got:
+                    return None
+                done += got
+        return _as_matrix(buffer, self.dtype, stop - start, self.row_elements)
+
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """Where rows lie: the first byte, and how many."""
         row_bytes = self.row_elements * self.dtype.itemsize
@@ -90,6 +118,10 @@ class FileRows:
     def cut(self, start: int, stop: int) -> "FileRows":
         """See RowReader."""
         return replace(self, offset=self.span(start, stop)[0], shape=(stop - start, *self.shape[1:]))
+
+    def signature(self) -> str:
+        """See RowReader."""
+        return f"{_file_signature(self.path)} {self.offset}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +149,10 @@ class FileColumns:
                     raise _cut_short(self.path, self.name)
         return _as_matrix(buffer, self.dtype, inputs, stop - start).T
 
+    def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor | None:
+        """See RowReader; so many reads are not."""
+        return None
+
     def part(self, index: int, transposed: bool) -> RowReader:
         """Of a matrix there are none."""
         raise NotImplementedError
@@ -124,6 +160,10 @@ class FileColumns:
     def cut(self, start: int, stop: int) -> "FileColumns":
         """See RowReader."""
         return replace(self, first=self.first + start)
+
+    def signature(self) -> str:
+        """See RowReader."""
+        return f"{_file_signature(self.path)} {self.offset}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +177,10 @@ class MemoryRows:
         """See RowReader; a view where that can be."""
         return channel_rows(self.tensor.narrow(self.axis, start, stop - start), self.axis)
 
+    def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor:
+        """See RowReader."""
+        return self(start, stop, allocate)
+
     def part(self, index: int, transposed: bool) -> "MemoryRows":
         """See RowReader."""
         return MemoryRows(self.tensor[index], int(transposed))
@@ -144,6 +188,10 @@ class MemoryRows:
     def cut(self, start: int, stop: int) -> "MemoryRows":
         """See RowReader."""
         return MemoryRows(self.tensor.narrow(self.axis, start, stop - start), self.axis)
+
+    def signature(self) -> str:
+        """See RowReader."""
+        return tensors_digest({"": self.tensor})
 
     def __reduce__(self) -> Any:
         # As plain bytes: torch would send all of the storage that this is a view of, or a shared-memory handle each.
@@ -196,6 +244,14 @@ def _opened(path: Path) -> Any:
         raise SourceError(
             f"{path}: cannot be read ({error.strerror}); every process that measures needs the file under this path"
         ) from error
+
+
+def _file_signature(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
+    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
 
 def _cut_short(path: Path, name: str) -> SourceError:

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .buffers import chunk_buffer
 from .checkpoints import layer_name, open_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
 from .patterns import matches
 from .quantize.regions import from_channel_rows
 from .quantize.weight import WEIGHT_DTYPES
-from .tensor_files import MemoryRows, RowReader, StoredTensor
+from .tensor_files import Allocate, MemoryRows, RowReader, StoredTensor
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -69,9 +70,18 @@ class Weight:
         """Number of output channels."""
         return self.shape[self.channel_axis]
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Output channels start..stop as a matrix (stop - start, numel / channels), in the stored dtype."""
-        return self.read_rows(start, stop)
+    def rows(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """Output channels start..stop as a matrix (stop - start, numel / channels), in the stored dtype.
+
+        They may lie in what `allocate(bytes)` gives. Raises SourceError where they cannot be read.
+        """
+        return self.read_rows(start, stop, allocate)
+
+    def cut(self, start: int, stop: int) -> "Weight":
+        """Output channels start..stop as a weight of their own."""
+        axis = self.channel_axis
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        return replace(self, shape=shape, read_rows=self.read_rows.cut(start, stop), tied=())
 
     def tensor(self) -> Tensor:
         """The whole weight in its own shape."""

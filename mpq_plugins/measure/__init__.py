@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..scheme import Affine, Scheme
 
 if TYPE_CHECKING:  # importing the package must not import torch
+    from concurrent.futures import Executor
+
+    import torch
     from torch import Tensor, nn
 
     from ..table import LayerTable
@@ -27,6 +30,9 @@ def measure(
     only: Sequence[str] = (),
     fold_bn: bool | Literal["auto"] = "auto",
     example_input: Any = None,
+    executor: "Executor | None" = None,
+    journal: str | Path | None = None,
+    device: "torch.device | str | None" = None,
     progress: Progress | None = None,
 ) -> "LayerTable":
     """The quantization error of every layer at every bit-width, and its importance, as plain numbers.
@@ -39,13 +45,23 @@ def measure(
     per_tensor, where folding changes the codes, and not otherwise. example_input: a module's input (a tensor,
     or a tuple of arguments), to count multiply-accumulates.
 
-    Raises SettingError, SourceError or WeightError, each naming the argument, file or layer.
+    executor: a concurrent.futures.Executor that measures units of at most 64 MiB (one output channel at least, and
+    a layer with one scale up to 256 MiB): threads, processes, or dask's `client.get_executor()`, whose machines need
+    the files under the same paths; a module's weights travel to them. As many threads as torch uses by default. The
+    table is the same to the last bit whoever measures. Each worker needs 20 MiB, beside libraries and the table
+    itself, whatever the model. journal: a file where finished units are kept, so that an interrupted measurement goes
+    on; it stays, to be removed once the table is saved. Another job's is written anew, with a MeasureWarning. device:
+    where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
+
+    Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
+    executor's workers fail.
     """
     from .run import run
 
     return run(
         source, scheme or Affine(), bits, metrics, per_channel=per_channel, skip=skip, only=only,
-        fold_bn=fold_bn, example_input=example_input, progress=progress,
+        fold_bn=fold_bn, example_input=example_input, executor=executor, journal=journal, device=device,
+        progress=progress,
     )  # fmt: skip
 
 

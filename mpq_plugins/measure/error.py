@@ -1,64 +1,117 @@
-"""The error of one layer at every bit-width and metric, in one pass over its weights per range it needs."""
+"""The errors of weights at every bit-width: sums over a unit of work, and what the sums of a layer's units say of it.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+A unit is measured wherever there is room: in a thread, another process, on another machine. What it gives is sums for
+each chunk and channel, and these are added in the chunks' order, so a table is the same to the last bit however the
+work was shared out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..buffers import chunk_buffer
 from ..errors import WeightError
 from ..fingerprint import fingerprint, layer_digest
 from ..quantize.calibrate import choose_grids
-from ..quantize.grid import RegionStats
+from ..quantize.grid import AnyGrids, RegionStats
 from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, row_stats
 from ..quantize.regions import region_rows
 from ..scheme import Scheme
 from ..table import LayerStats
 from ..weights import Weight
+from .chunks import Op, chunks, over_chunks, read
+from .device import own_stream
 from .importance import channel_importance, layer_importance
 
-CHUNK = 1 << 21  # weights in memory at a time (8 MiB as float32); whole output channels, so at least one
-
 Array = NDArray[np.float64]
-Result = TypeVar("Result")
-MapChunks = Callable[..., Iterable[Any]]
-"""The builtin map, or an executor's."""
+Sums = Mapping[str, Array]
+"""magnitudes: sums of |w| and w^2, (channels, 2); extremes: least and greatest weight, (channels, 2); totals: error
+sums of each chunk, (chunks, bits, 3); channels: of each channel, (channels, bits, 3), where asked for."""
 
 LARGEST_METRIC = "max_abs"
 
 
-def layer_stats(
-    weight: Weight,
-    scheme: Scheme,
-    bits: tuple[int, ...],
-    metrics: tuple[str, ...],
-    per_channel: bool,
-    map_chunks: MapChunks = map,
-) -> LayerStats:
-    """Errors and importances of one layer. Raises WeightError for NaN or infinity.
+@dataclass(frozen=True)
+class Request:
+    """What is measured of every layer; device: where, None for where the weights are."""
 
-    Chunks of output channels are read one at a time, or as many as `map_chunks` (an executor's) takes side by
-    side; sums are added in the chunks' order, so the result is the same to the last bit. Where scales stay
-    inside a channel each chunk is read once; one scale for the whole tensor needs the range of all chunks
-    first, so a tensor of several chunks is read twice (again for each step of a clipping search).
+    scheme: Scheme
+    bits: tuple[int, ...]
+    metrics: tuple[str, ...]
+    per_channel: bool
+    device: torch.device | None = None
+
+    @property
+    def one_region(self) -> bool:
+        """Whether a layer has one scale, so that all of it must be seen before any of it is quantized."""
+        return self.scheme.granularity == "per_tensor"
+
+    @property
+    def largest(self) -> bool:
+        """Whether the largest error is wanted."""
+        return LARGEST_METRIC in self.metrics
+
+
+def unit_sums(pieces: Sequence[Weight], request: Request) -> Sums:
+    """The sums of all pieces, joined: whole layers, or whole chunks of them where no scale goes beyond a channel.
+
+    Raises WeightError for NaN or infinity, SourceError where it cannot be read.
     """
-    chunks = list(_chunks(weight))
-    one_region = scheme.granularity == "per_tensor"
+    with own_stream(request.device):
+        if request.one_region:
+            return _joined([whole_sums(piece, request) for piece in pieces])
+        parts = [part for piece in pieces for part in chunks(piece)]
+        rows = read(parts, request.device)
+        return _joined([_chunk_sums(weight, own, request) for (weight, _, _), own in zip(parts, rows, strict=True)])
 
-    def measured(unit: Sequence[tuple[int, int]]) -> _Sums:
-        return _unit(weight, unit, scheme, bits, per_channel, LARGEST_METRIC in metrics, map_chunks)
 
-    parts = [measured(chunks)] if one_region else list(map_chunks(measured, [[chunk] for chunk in chunks]))
-    magnitudes = np.concatenate([part.magnitudes for part in parts])
-    totals = add_sums(np.stack([part.totals for part in parts]))
-    channels = [part.channels for part in parts if part.channels is not None]
-    extremes = np.concatenate([part.extremes for part in parts])
+def whole_sums(weight: Weight, request: Request, each: Callable[[Op], Array] | None = None) -> Sums:
+    """The sums of a layer with one scale. `each` asks all of its chunks something, here or elsewhere.
+
+    A layer of several chunks is read twice, for its range and then its errors; again for each step of a search.
+    """
+    each = each or over_chunks(weight, request.device)
+    table = each(_stats_table)
+    stats = _stats(table, weight)
+    grids = choose_grids(each, stats.merged(), request.bits, request.scheme)
+    found = {"magnitudes": table[:, 2:], "extremes": table[:, :2]}
+    if not request.per_channel:
+        return found | {"totals": each(partial(_totals, grids=grids, largest=request.largest))}
+    by_channel = each(partial(error_sums, grids=grids, largest=request.largest))
+    return found | {
+        "totals": np.stack([add_sums(by_channel[a:b]) for _, a, b in chunks(weight)]),
+        "channels": by_channel,
+    }
+
+
+def _chunk_sums(weight: Weight, rows: Tensor, request: Request) -> Sums:
+    """Of one chunk, whose regions are complete."""
+    regions = request.scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
+    finer = region_rows(rows, request.scheme, regions)
+    table = _stats_table(finer)
+    grids = choose_grids(lambda op: op(finer), _stats(table, weight, regions), request.bits, request.scheme)
+    sums = error_sums(finer, grids, request.largest)
+    by_channel = add_sums(sums.reshape(-1, regions, *sums.shape[1:]).swapaxes(0, 1))
+    of_channel = table.reshape(-1, regions, 4)
+    found = {
+        "magnitudes": of_channel[:, :, 2:].sum(axis=1),
+        "extremes": np.stack((of_channel[:, :, 0].min(axis=1), of_channel[:, :, 1].max(axis=1)), axis=1),
+        "totals": add_sums(by_channel)[None],
+    }
+    return found | {"channels": by_channel} if request.per_channel else found
+
+
+def layer_stats(weight: Weight, parts: Sequence[Sums], request: Request) -> LayerStats:
+    """Errors and importances of one layer from the sums of its pieces, in its chunks' order."""
+    joined = _joined(parts)
+    magnitudes, totals = joined["magnitudes"], add_sums(joined["totals"])
     per = weight.numel // max(1, weight.channels)
-    by_channel = _metrics(np.concatenate(channels), magnitudes[:, 1:2], per, metrics) if channels else {}
+    metrics = request.metrics
+    by_channel = _metrics(joined["channels"], magnitudes[:, 1:2], per, metrics) if "channels" in joined else {}
     return LayerStats(
         name=weight.name,
         kind=weight.kind,
@@ -69,109 +122,48 @@ def layer_stats(
         errors=_metrics(totals, magnitudes[:, 1].sum(), weight.numel, metrics),
         channel_errors={metric: values.T for metric, values in by_channel.items()},
         tied=weight.tied,
-        digest=layer_digest(weight.name, weight.shape, *extremes.T),
+        digest=layer_digest(weight.name, weight.shape, *joined["extremes"].T),
     )
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of chunks: magnitudes, extremes (channels, 2); errors in total (bits, 3) and, if asked, (channels, bits, 3)."""
-
-    magnitudes: Array
-    extremes: Array
-    totals: Array
-    channels: Array | None
+def answers(piece: Weight, op: Op, device: torch.device | None) -> Sums:
+    """What the chunks of a piece answer, joined under `values`: a unit of work of its own."""
+    with own_stream(device):
+        return {"values": over_chunks(piece, device)(op)}
 
 
-def _unit(
-    weight: Weight,
-    chunks: Sequence[tuple[int, int]],
-    scheme: Scheme,
-    bits: tuple[int, ...],
-    per_channel: bool,
-    largest: bool,
-    map_chunks: MapChunks,
-) -> _Sums:
-    """The sums of chunks whose regions are complete."""
-    one_region = scheme.granularity == "per_tensor"
-    regions = scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
-    kept = _read(weight, chunks[0]) if len(chunks) == 1 else None
+def weights_fingerprint(weights: Iterable[Weight]) -> str:
+    """The fingerprint a measurement of these weights would have; reads them once. Raises WeightError."""
 
-    def each(work: Callable[[Tensor], Result]) -> list[Result]:
-        """Apply to every chunk, as rows of whatever is finer: a channel, or a region of one."""
-        if kept is not None:
-            return [work(kept if one_region else region_rows(kept, scheme, regions))]
-        return list(map_chunks(lambda chunk: work(_read(weight, chunk)), chunks))
+    def digest(weight: Weight) -> str:
+        table = over_chunks(weight)(_stats_table)
+        _stats(table, weight)
+        return layer_digest(weight.name, weight.shape, *table[:, :2].T)
 
-    parts = each(lambda rows: _finite_stats(weight.name, rows))
-    stats = _joined(parts).merged() if one_region else parts[0]
-    grids = choose_grids(each, stats, bits, scheme)
-    magnitudes = np.concatenate([_channel_magnitudes(part, max(1, regions)) for part in parts])
-    extremes = np.concatenate([_channel_extremes(part, max(1, regions)) for part in parts])
-    if one_region and not per_channel:
-        totals = add_sums(np.stack(each(lambda rows: error_totals(rows, grids, largest))))
-        return _Sums(magnitudes, extremes, totals, None)
-    by_channel = np.concatenate(each(lambda rows: _by_channel(error_sums(rows, grids, largest), max(1, regions))))
-    return _Sums(magnitudes, extremes, add_sums(by_channel), by_channel if per_channel else None)
+    return fingerprint(map(digest, weights))
 
 
-def _by_channel(sums: Array, regions: int) -> Array:
-    """Row sums (channels * regions, bits, 3) -> (channels, bits, 3)."""
-    return add_sums(sums.reshape(-1, regions, *sums.shape[1:]).swapaxes(0, 1))
+def _joined(parts: Sequence[Sums]) -> Sums:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _channel_magnitudes(stats: RegionStats, regions: int) -> Array:
-    """Sums of |w| and w^2 of each output channel, (channels, 2)."""
-    magnitudes: Array = np.stack((stats.absolute, stats.squared), axis=1).reshape(-1, regions, 2).sum(axis=1)
-    return magnitudes
-
-
-def _channel_extremes(stats: RegionStats, regions: int) -> Array:
-    """Least and greatest weight of each output channel, (channels, 2)."""
-    low, high = stats.low.reshape(-1, regions).min(axis=1), stats.high.reshape(-1, regions).max(axis=1)
-    return np.stack((low, high), axis=1)
-
-
-def channel_extremes(weight: Weight) -> Array:
-    """Least and greatest weight of each output channel, (channels, 2), read in chunks. Raises as layer_stats."""
-    parts = [_finite_stats(weight.name, _read(weight, chunk)) for chunk in _chunks(weight)]
-    return np.concatenate([_channel_extremes(part, 1) for part in parts])
-
-
-def _joined(parts: Sequence[RegionStats]) -> RegionStats:
-    if len(parts) == 1:
-        return parts[0]
-    return RegionStats(
-        np.concatenate([part.low for part in parts]),
-        np.concatenate([part.high for part in parts]),
-        np.concatenate([part.absolute for part in parts]),
-        np.concatenate([part.squared for part in parts]),
-        parts[0].count,
-    )
-
-
-def _read(weight: Weight, chunk: tuple[int, int]) -> Tensor:
-    """Output channels as float32 rows."""
-    rows = weight.rows(*chunk)
-    if rows.dtype == torch.float32 or rows.device.type != "cpu" or not rows.numel():
-        return rows.float().contiguous()
-    buffer = chunk_buffer(4 * rows.numel())
-    return torch.frombuffer(buffer, dtype=torch.float32).view(rows.shape).copy_(rows)
-
-
-def _chunks(weight: Weight) -> Iterator[tuple[int, int]]:
-    rows = max(1, CHUNK // max(1, weight.numel // max(1, weight.channels)))
-    if weight.channels == 0:
-        yield 0, 0
-    for start in range(0, weight.channels, rows):
-        yield start, min(start + rows, weight.channels)
-
-
-def _finite_stats(layer: str, rows: Tensor) -> RegionStats:
+def _stats_table(rows: Tensor) -> Array:
+    """Least and greatest weight, sums of |w| and w^2 of each row, (rows, 4)."""
     stats = row_stats(rows)
-    if not np.isfinite(stats.squared).all():
-        raise WeightError(f"layer {layer!r}: holds NaN or infinite weights. Repair the checkpoint, or skip the layer.")
-    return stats
+    return np.stack((stats.low, stats.high, stats.absolute, stats.squared), axis=1)
+
+
+def _stats(table: Array, weight: Weight, regions: int = 1) -> RegionStats:
+    if not np.isfinite(table[:, 3]).all():
+        raise WeightError(
+            f"layer {weight.name!r}: holds NaN or infinite weights. Repair the checkpoint, or skip the layer."
+        )
+    low, high, absolute, squared = np.ascontiguousarray(table.T)
+    return RegionStats(low, high, absolute, squared, weight.numel // max(1, weight.channels * regions))
+
+
+def _totals(rows: Tensor, grids: AnyGrids, largest: bool) -> Array:
+    return error_totals(rows, grids, largest)[None]
 
 
 def _metrics(sums: Array, squares: Array, numel: int, metrics: tuple[str, ...]) -> dict[str, Array]:
@@ -192,8 +184,3 @@ METRIC_FORMULAS: dict[str, Callable[[Array, Array, int], Array]] = {
     "sqnr_db": _sqnr_db,
     LARGEST_METRIC: lambda sums, _, numel: sums[..., LARGEST],
 }
-
-
-def weights_fingerprint(weights: Iterable[Weight]) -> str:
-    """The fingerprint a measurement of these weights would have; reads them once."""
-    return fingerprint(layer_digest(w.name, w.shape, *channel_extremes(w).T) for w in weights)

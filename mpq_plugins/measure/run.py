@@ -1,25 +1,35 @@
-"""One measurement: check the request, walk the weights, build the table."""
+"""One measurement: check the request, cut the work, hand it out, build the table from what comes back."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..errors import SettingError
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm
+from ..quantize.kernel import numba_available
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
-from ..weights import Weight, Weights, find_weights
+from ..weights import Weight, find_weights
 from . import Progress
-from .error import MapChunks, layer_stats
+from .chunks import Array, Op, chunks
+from .device import checked_device
+from .error import Request, Sums, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
+from .record import Arrays, Record, job_line
+from .units import Unit, Work, cut, cut_layer
+from .workers import Call, Workers
 
-SMALLEST_UNIT, LARGEST_UNIT = 1 << 16, 1 << 22  # weights
-UNITS = 16
+SHARED_AT_ONCE = 16  # layers that are handed out pass by pass; each only waits
+CUDA_THREADS = 4  # one reads and copies while others' kernels run
 
 
 def run(
@@ -33,26 +43,25 @@ def run(
     only: Sequence[str],
     fold_bn: bool | Literal["auto"],
     example_input: Any,
+    executor: Executor | None,
+    journal: str | Path | None,
+    device: Any,
     progress: Progress | None,
 ) -> LayerTable:
     """What `measure` promises."""
     widths = checked_bits(bits, scheme)
-    names = checked_metrics(metrics)
+    request = Request(scheme, widths, checked_metrics(metrics), per_channel, checked_device(device))
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     weights = find_weights(source, skip=skip, only=only, fold_bn=resolve_fold(source, scheme, fold_bn))
     for weight in weights:  # a group size that does not fit is found before the first layer is measured
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
-    layers = _side_by_side(
-        lambda weight, map_chunks: layer_stats(weight, scheme, widths, names, per_channel, map_chunks),
-        weights,
-        progress,
-    )
+    layers = _measured(list(weights), request, executor, journal, progress)
     table = LayerTable(
         tuple(layers),
         scheme,
         widths,
-        names,
+        request.metrics,
         weights.folded,
         fingerprint(layer.digest for layer in layers),
         weights.skipped,
@@ -64,43 +73,123 @@ def run(
     return with_macs(table, count_macs(source, example_input))
 
 
-def _side_by_side(
-    work: Callable[[Weight, MapChunks], LayerStats], weights: Weights, progress: Progress | None
+def _measured(
+    weights: list[Weight],
+    request: Request,
+    executor: Executor | None,
+    journal: str | Path | None,
+    progress: Progress | None,
 ) -> list[LayerStats]:
-    """Measure on as many threads as torch uses, units of layers and a large layer's chunks; in the layers' order."""
+    """Every layer's numbers, in the layers' order."""
+    work = cut(weights, request.one_region)
+    record = Record(Path(journal), _job(weights, request, work)) if journal is not None else None
+    on_cuda = request.device is not None and request.device.type == "cuda"
+    workers = Workers(executor, max(CUDA_THREADS if on_cuda else 1, torch.get_num_threads()))
+    layers: dict[int, LayerStats] = {}
     total, done = sum(weight.numel for weight in weights), 0
-    layers: list[LayerStats] = []
-    # Two pools, for a layer waits for its chunks. The kernel runs outside Python's lock.
-    pool, chunk_pool = (ThreadPoolExecutor(torch.get_num_threads(), name) for name in ("mpq-layer", "mpq-chunk"))
+    if progress is not None:
+        progress(weights[0].name, 0, total)
+    coordinators = ThreadPoolExecutor(SHARED_AT_ONCE, "mpq-shared")
     try:
-        units = list(_units(weights, total))
-        futures = [pool.submit(lambda unit: [work(w, chunk_pool.map) for w in unit], unit) for unit in units]
-        for unit, future in zip(units, futures, strict=True):
+        shared = {
+            position: coordinators.submit(_shared, position, weights[position], request, work.size, workers, record)
+            for position in work.shared
+        }
+        for name, numel, found in _by_unit(weights, request, work, workers, record):
+            layers |= found
+            done += numel
             if progress is not None:
-                progress(unit[0].name, done, total)
-            layers += future.result()
-            done += sum(weight.numel for weight in unit)
+                progress(name, done, total)
+        for position, future in shared.items():
+            if progress is not None:
+                progress(weights[position].name, done, total)
+            layers[position] = future.result()
+            done += weights[position].numel
     finally:  # an error in one layer, or Ctrl-C, must not wait for all the others
-        chunk_pool.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown(wait=True, cancel_futures=True)
+        coordinators.shutdown(wait=False, cancel_futures=True)
+        workers.close()
     if progress is not None:
         progress("", total, total)
-    return layers
+    return [layers[position] for position in range(len(weights))]
 
 
-def _units(weights: Weights, total: int) -> Iterator[list[Weight]]:
-    """Neighbouring layers that are worth waking a thread for, and few enough to share the work out evenly."""
-    enough = min(LARGEST_UNIT, max(SMALLEST_UNIT, total // UNITS))
-    unit: list[Weight] = []
-    gathered = 0
+def _by_unit(
+    weights: Sequence[Weight], request: Request, work: Work, workers: Workers, record: Record | None
+) -> Iterator[tuple[str, int, dict[int, LayerStats]]]:
+    """A unit's first layer, its weights, and the layers that are complete with it."""
+    waiting: dict[int, list[Sums | None]] = {}
+    slots: list[list[int]] = []  # of each unit's pieces, among those of their layers
+    for unit in work.units:
+        slots.append([])
+        for position in unit.layers:
+            own = waiting.setdefault(position, [])
+            slots[-1].append(len(own))
+            own.append(None)
+    calls = [Call(str(n), unit_sums, (unit.pieces, request)) for n, unit in enumerate(work.units)]
+    for call, sums in _finished(calls, workers, record):
+        n = int(call.name)
+        unit = work.units[n]
+        complete: dict[int, LayerStats] = {}
+        for position, slot, part in zip(unit.layers, slots[n], _split(unit, sums), strict=True):
+            waiting[position][slot] = part
+            parts = [found for found in waiting[position] if found is not None]
+            if len(parts) == len(waiting[position]):
+                complete[position] = layer_stats(weights[position], parts, request)
+                del waiting[position]
+        yield unit.pieces[0].name, unit.numel, complete
+
+
+def _shared(
+    position: int, weight: Weight, request: Request, size: int, workers: Workers, record: Record | None
+) -> LayerStats:
+    """A large layer with one scale: each pass over it handed out in pieces."""
+    pieces = cut_layer(weight, size)
+    passes = count()
+
+    def each(op: Op) -> Array:
+        own = f"{position}.{next(passes)}"
+        calls = [Call(f"{own}.{k}", answers, (piece, op, request.device)) for k, piece in enumerate(pieces)]
+        found = {call.name: result["values"] for call, result in _finished(calls, workers, record)}
+        return np.concatenate([found[call.name] for call in calls])
+
+    return layer_stats(weight, [whole_sums(weight, request, each)], request)
+
+
+def _finished(calls: Iterable[Call], workers: Workers, record: Record | None) -> Iterator[tuple[Call, Arrays]]:
+    """What an earlier run finished, then what the workers do."""
+    left: list[Call] = []
+    for call in calls:
+        if record is not None and call.name in record:
+            yield call, record.take(call.name)
+        else:
+            left.append(call)
+    for call, result in workers.finished(left):
+        if record is not None:
+            record.add(call.name, result)
+        yield call, result
+
+
+def _split(unit: Unit, sums: Sums) -> list[Sums]:
+    """A unit's sums as those of its pieces."""
+    channels = np.cumsum([piece.channels for piece in unit.pieces])[:-1]
+    by_chunk = np.cumsum([len(chunks(piece)) for piece in unit.pieces])[:-1]
+    parts = {name: np.split(array, by_chunk if name == "totals" else channels) for name, array in sums.items()}
+    return [{name: own[k] for name, own in parts.items()} for k in range(len(unit.pieces))]
+
+
+def _job(weights: Sequence[Weight], request: Request, work: Work) -> str:
+    """What a record is told apart by: weights, to the byte or by their files' times and sizes, and every setting."""
+    digest = hashlib.sha256()
     for weight in weights:
-        unit.append(weight)
-        gathered += weight.numel
-        if gathered >= enough:
-            yield unit
-            unit, gathered = [], 0
-    if unit:
-        yield unit
+        facts = (weight.name, weight.kind, weight.shape, str(weight.dtype), weight.channel_axis)
+        digest.update(f"{facts} {weight.read_rows.signature()}".encode())
+    return job_line(
+        {
+            "mpq-plugins": version("mpq-plugins"), "weights": digest.hexdigest(), "scheme": repr(request.scheme),
+            "bits": request.bits, "metrics": request.metrics, "per_channel": request.per_channel,
+            "device": str(request.device), "compiled": numba_available(), "unit": work.size,
+        }
+    )  # fmt: skip
 
 
 def resolve_fold(source: nn.Module | str | Path, scheme: Scheme, fold_bn: bool | Literal["auto"]) -> bool:

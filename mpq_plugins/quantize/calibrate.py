@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -16,9 +17,9 @@ from .kernel import SQUARED, error_sums, error_totals, row_stats
 from .regions import channel_rows, region_rows
 from .weight import check_weight
 
-Each = Callable[[Callable[[Tensor], Floats]], list[Floats]]
-"""Applies a function to every block of a weight: with one region for all, matrices of any shape; otherwise a
-single matrix (regions, elements)."""
+Each = Callable[[Callable[[Tensor], Floats]], Floats]
+"""Applies a function to every block of a weight, and joins what it gives along the first axis: with one region for all,
+blocks are matrices of any shape; otherwise there is one, (regions, elements)."""
 
 Kind = TypeVar("Kind", bound=np.generic)
 
@@ -35,13 +36,16 @@ def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Sc
     one_region = scheme.granularity == "per_tensor"
 
     def squared_errors(grids: AnyGrids) -> Floats:
-        sums = each(lambda block: error_totals(block, grids)[None] if one_region else error_sums(block, grids))
-        total: Floats = np.sum(sums, axis=0)[..., SQUARED]
-        return total
+        sums = each(partial(_whole_sums if one_region else error_sums, grids=grids))[..., SQUARED]
+        return sums.sum(axis=0, keepdims=True) if one_region else sums
 
     if isinstance(scheme, Piecewise):
         return choose_breakpoints(stats, bits, scheme, squared_errors)
     return choose_affine_grids(stats, bits, scheme, squared_errors)
+
+
+def _whole_sums(block: Tensor, grids: AnyGrids) -> Floats:
+    return error_totals(block, grids)[None]
 
 
 def choose_affine_grids(
@@ -121,4 +125,4 @@ def fitted_rows(
     channels = channel_rows(weight.detach().float(), channel_axis)
     rows = region_rows(channels, scheme, per_channel)
     stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
-    return rows, channels.shape, choose_grids(lambda work: [work(rows)], stats, [bits], scheme)
+    return rows, channels.shape, choose_grids(lambda work: work(rows), stats, [bits], scheme)

@@ -143,8 +143,12 @@ def _levels(grids: Grids) -> tuple[Floats, Floats, Floats]:
     return grids.scale.astype(np.float64), grids.qmin - offset, grids.qmax - offset
 
 
-def _values(rows: Tensor) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = rows.detach().float().contiguous().numpy()
+def _values(rows: Tensor) -> "NDArray[np.float32] | NDArray[np.uint16]":
+    """As the compiled kernel reads them: bfloat16 as its bits, anything else as float32."""
+    plain = rows.detach().contiguous()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.int16).numpy().view(np.uint16)
+    values: NDArray[np.float32] = plain.float().numpy()
     return values
 
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Floats32 = NDArray[np.float32]
+Stored = NDArray[np.float32] | NDArray[np.uint16]
+"""Weights: float32, or bfloat16 as the upper halves of float32, which are read as they are."""
 
 BLOCK = 1024  # weights; a block and its reciprocals stay in the first-level cache for every grid
 SAFE_SCALES = (2.0**-40, 2.0**40)
@@ -30,9 +31,24 @@ def _fma_intrinsic(context, a, b, c):  # type: ignore[no-untyped-def]  # numba's
 _fma: Any = intrinsic(_fma_intrinsic)
 
 
+def _stored_value(stored):  # type: ignore[no-untyped-def]  # what it does is below, by the type of what is stored
+    """The float32 that is stored."""
+    raise NotImplementedError
+
+
+@overload(_stored_value, inline="always")
+def _value_of(stored):  # type: ignore[no-untyped-def]  # numba's own protocol
+    if stored == numba.types.uint16:
+        return lambda stored: np.uint32(np.uint32(stored) << np.uint32(16)).view(np.float32)
+    return lambda stored: stored
+
+
+value: Any = _stored_value
+
+
 @compiled
 def _sums(rows, scale, low, high, tiny, largest, out):  # type: ignore[no-untyped-def]  # compiled per precision
-    """Fill out (R, K, 3) for rows float32 (R, n) and grids (P, K), P = R or 1, in the precision of the grids.
+    """Fill out (R, K, 3) for stored rows (R, n) and grids (P, K), P = R or 1, in the precision of the grids.
 
     Weights below `tiny`, whose reciprocal that precision cannot hold, must round to 0 in every grid: their
     relative error is 1.
@@ -48,7 +64,7 @@ def _sums(rows, scale, low, high, tiny, largest, out):  # type: ignore[no-untype
             length = len(part)
             lost = 0
             for i in range(length):
-                w = scale.dtype.type(part[i])
+                w = scale.dtype.type(value(part[i]))
                 magnitude = abs(w)
                 values[i] = w
                 reciprocal[i] = one / magnitude if magnitude >= tiny else one - one
@@ -97,21 +113,23 @@ def _block_sums(first, second, per_first, per_second, inverse, scale, least, gre
 def _stats(rows, keys, sums, extremes):  # type: ignore[no-untyped-def]
     """Fill sums (R, 2) with those of |w| and w^2, extremes (R, 2) with the least and greatest key of each row.
 
-    rows: float32 (R, n), keys: the same memory as int32. Floats order as their bits do once the bits of negative
-    ones are flipped, and an integer minimum vectorises where a float one does not.
+    rows: stored (R, n), keys: the same memory as signed integers. Floats order as their bits do once the bits of
+    negative ones are flipped, and an integer minimum vectorises where a float one does not.
     """
+    mask = keys.dtype.type(np.iinfo(keys.dtype).max)
+    shift = keys.dtype.type(8 * keys.itemsize - 1)
     for r in range(rows.shape[0]):
         row = rows[r]
         bits = keys[r]
         absolute = squared = 0.0
-        least = np.int32(2**31 - 1)
-        greatest = np.int32(-(2**31))
+        least = mask
+        greatest = keys.dtype.type(np.iinfo(keys.dtype).min)
         for i in range(len(row)):
-            w = np.float64(row[i])
+            w = np.float64(value(row[i]))
             absolute += abs(w)
             squared += w * w
         for i in range(len(bits)):
-            key = bits[i] ^ ((bits[i] >> 31) & np.int32(2**31 - 1))
+            key = bits[i] ^ ((bits[i] >> shift) & mask)
             least = min(least, key)
             greatest = max(greatest, key)
         sums[r, 0] = absolute
@@ -120,16 +138,25 @@ def _stats(rows, keys, sums, extremes):  # type: ignore[no-untyped-def]
         extremes[r, 1] = greatest
 
 
-def row_table(rows: Floats32) -> Floats:
+def row_table(rows: Stored) -> Floats:
     """Least and greatest weight and the sums of |w| and w^2 of each row, (R, 4); rows must not be empty."""
     table = np.empty((len(rows), 4))
-    extremes = np.empty((len(rows), 2), np.int32)
-    _stats(rows, rows.view(np.int32), table[:, 2:], extremes)
-    table[:, :2] = (extremes ^ ((extremes >> 31) & np.int32(2**31 - 1))).view(np.float32)
+    keys = rows.view(np.int32 if rows.itemsize == 4 else np.int16)
+    extremes = np.empty((len(rows), 2), keys.dtype)
+    _stats(rows, keys, table[:, 2:], extremes)
+    table[:, :2] = _from_keys(extremes)
     return table
 
 
-def sums(rows: Floats32, scale: Floats, low: Floats, high: Floats, largest: bool) -> Floats:
+def _from_keys(keys: NDArray[Any]) -> NDArray[np.float32]:
+    mask = np.iinfo(keys.dtype).max
+    bits = keys ^ ((keys >> (8 * keys.itemsize - 1)) & keys.dtype.type(mask))
+    whole = bits if keys.itemsize == 4 else bits.view(np.uint16).astype(np.uint32) << np.uint32(16)
+    values: NDArray[np.float32] = whole.view(np.float32)
+    return values
+
+
+def sums(rows: Stored, scale: Floats, low: Floats, high: Floats, largest: bool) -> Floats:
     """Error sums (R, K, 3) of rows (R, n) under grids (P, K), P = R or 1; 0 for the largest unless asked for.
 
     Computed in float32, the faster, where that is as good: scales far from the ends of its range, and no sum so
@@ -148,7 +175,7 @@ def sums(rows: Floats32, scale: Floats, low: Floats, high: Floats, largest: bool
     return found
 
 
-def _run(rows: Floats32, scale: NDArray[Any], low: NDArray[Any], high: NDArray[Any], largest: bool) -> Floats:
+def _run(rows: Stored, scale: NDArray[Any], low: NDArray[Any], high: NDArray[Any], largest: bool) -> Floats:
     out = np.zeros((len(rows), scale.shape[1], 3))
     _sums(rows, scale, low, high, scale.dtype.type(TINY[scale.dtype.itemsize]), largest, out)
     return out

@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from .kernel_numba import Floats, Floats32, compiled
+from .kernel_numba import Floats, Stored, compiled, value
 
 
 @compiled
 def _sums(rows, split, dense, tail, stride, offset, top, largest, out):  # type: ignore[no-untyped-def]
-    """Fill out (R, K, 3) for rows float32 (R, n) and grids (P, K), P = R or 1, in float64."""
+    """Fill out (R, K, 3) for stored rows (R, n) and grids (P, K), P = R or 1, in float64."""
     for r in range(rows.shape[0]):
         p = r if dense.shape[0] > 1 else 0
         row = rows[r]
@@ -19,7 +19,7 @@ def _sums(rows, split, dense, tail, stride, offset, top, largest, out):  # type:
             shift = offset / stride
             relative = squared = most = 0.0
             for i in range(len(row)):
-                magnitude = abs(np.float64(row[i]))
+                magnitude = abs(np.float64(value(row[i])))
                 outside = magnitude > edge
                 base = edge if outside else 0.0
                 unit = outer if outside else inner
@@ -35,9 +35,7 @@ def _sums(rows, split, dense, tail, stride, offset, top, largest, out):  # type:
             out[r, k, 2] = most
 
 
-def sums(
-    rows: Floats32, split: Floats, dense: Floats, tail: Floats, top: Floats, shared: bool, largest: bool
-) -> Floats:
+def sums(rows: Stored, split: Floats, dense: Floats, tail: Floats, top: Floats, shared: bool, largest: bool) -> Floats:
     """Error sums (R, K, 3) of rows (R, n); split, dense and tail (P, K), P = R or 1; top (K,)."""
     out: NDArray[np.float64] = np.zeros((len(rows), dense.shape[1], 3))
     stride, offset = (2.0, 1.0) if shared else (1.0, 0.0)

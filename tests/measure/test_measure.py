@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, LayerTable, measure
 from mpq_plugins.errors import SettingError
-from mpq_plugins.measure import error
+from mpq_plugins.measure import chunks
 from mpq_plugins.quantize import kernel
 from mpq_plugins.quantize.affine import fake_quantize, quantize
 from mpq_plugins.table import METRICS
@@ -39,7 +39,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_errors_are_those_of_the_fake_quantized_weights(
     route: str, scheme: Affine, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(error, "CHUNK", chunk)  # 40 weights: several chunks even in a small layer
+    monkeypatch.setattr(chunks, "CHUNK", chunk)  # 40 weights: several chunks even in a small layer
     net = conv_net()
     table = measure(net, scheme, range(1, 9), METRICS, per_channel=True, fold_bn=False)
     for layer in table.layers:
@@ -201,7 +201,7 @@ def test_the_weights_are_not_touched() -> None:
 
 @pytest.mark.parametrize("scheme", [Affine(), Affine(granularity="per_channel"), Affine(range="mse")])
 def test_the_table_does_not_depend_on_the_number_of_threads(scheme: Affine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(error, "CHUNK", 40)
+    monkeypatch.setattr(chunks, "CHUNK", 40)
     tables = []
     threads = torch.get_num_threads()
     try:

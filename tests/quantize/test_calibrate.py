@@ -52,9 +52,11 @@ def test_one_region_over_several_blocks_is_the_region_whole() -> None:
 
     weight = samples()["laplacian"]
     scheme = Affine(range="mse")
-    whole = choose_grids(lambda work: [work(weight)], row_stats(weight).merged(), [3], scheme)
+    whole = choose_grids(lambda work: work(weight), row_stats(weight).merged(), [3], scheme)
     halves = [weight[:2], weight[2:]]
-    split = choose_grids(lambda work: [work(half) for half in halves], row_stats(weight).merged(), [3], scheme)
+    split = choose_grids(
+        lambda work: np.concatenate([work(half) for half in halves]), row_stats(weight).merged(), [3], scheme
+    )
     assert isinstance(whole, Grids)
     assert isinstance(split, Grids)
     assert whole.scale.tolist() == split.scale.tolist()

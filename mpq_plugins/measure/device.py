@@ -1,0 +1,37 @@
+"""Where the arithmetic runs: the CPU's compiled kernel, or torch on an accelerator."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import SettingError, first_sentence
+
+_OWN = threading.local()
+
+
+def checked_device(device: object) -> torch.device | None:
+    """A device that can compute here; None stays None. Raises SettingError."""
+    if device is None:
+        return None
+    try:
+        found: torch.device = torch.device(device)  # type: ignore[call-overload]  # checks it
+        torch.zeros(1, device=found, dtype=torch.float64).sum().cpu()
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        raise SettingError(
+            f"device: {device!r} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"
+        ) from error
+    return found
+
+
+@contextmanager
+def own_stream(device: torch.device | None) -> Iterator[None]:
+    """On CUDA, a stream for each thread, so that one thread's copies and kernels run while another reads."""
+    if device is None or device.type != "cuda":
+        yield
+        return
+    if getattr(_OWN, "device", None) != device:
+        _OWN.device, _OWN.stream = device, torch.cuda.Stream(device)
+    with torch.cuda.stream(_OWN.stream):
+        yield

@@ -1,0 +1,105 @@
+"""Work handed to an executor and taken back as it finishes; what a lost worker was at is done again."""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import MeasureWarning, MPQError, SettingError, WorkerError, what_it_said
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function and arguments that another process can be sent; name: its own in this job."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Workers:
+    """The executor that was given, or as many threads of this process; threads also once its processes are gone.
+
+    dask's scheduler gives a lost worker's work to another. A pool of processes that has lost one takes no more work, so
+    the rest is done here, with a warning.
+    """
+
+    def __init__(self, executor: Executor | None, threads: int) -> None:
+        if executor is not None and not isinstance(executor, Executor):
+            raise SettingError(
+                f"executor: {type(executor).__name__} is no concurrent.futures.Executor; a ThreadPoolExecutor, a "
+                "ProcessPoolExecutor, or dask's client.get_executor()"
+            )
+        self._lock = threading.Lock()
+        self._threads = threads
+        self._own = ThreadPoolExecutor(threads, "mpq-measure") if executor is None else None
+        self._executor: Executor = executor or self._own  # type: ignore[assignment]  # one of them is there
+
+    def finished(self, calls: Iterable[Call]) -> Iterator[tuple[Call, Any]]:
+        """Each call with its result, as they come. Raises what a call raises, and WorkerError for lost workers."""
+        left = list(calls)
+        while left:
+            executor = self._executor
+            futures, left = _submitted(executor, left)
+            try:
+                for future in as_completed(list(futures)):
+                    call = futures.pop(future)
+                    try:
+                        result = self._result(future, call, executor)
+                    except BrokenExecutor:
+                        left.append(call)
+                        continue
+                    yield call, result
+            finally:  # an error in one, or Ctrl-C, must not wait for all the others
+                for future in futures:
+                    future.cancel()
+            if left:
+                self._replace(executor, len(left))
+
+    def close(self) -> None:
+        """Wait for what own threads are at; an executor that was given stays open."""
+        if self._own is not None:
+            self._own.shutdown(wait=True, cancel_futures=True)
+
+    def _result(self, future: Future[Any], call: Call, executor: Executor) -> Any:
+        try:
+            return future.result()
+        except (MPQError, BrokenExecutor):
+            raise
+        except Exception as error:
+            if executor is self._own:
+                raise
+            raise WorkerError(
+                f"executor: unit {call.name} failed on a worker ({what_it_said(error)}). Workers need this version of "
+                "mpq-plugins, the same files and memory for a few chunks; with a journal what was finished is kept"
+            ) from error
+
+    def _replace(self, broken: Executor, left: int) -> None:
+        with self._lock:
+            if self._executor is not broken:
+                return
+            if self._own is not None:
+                raise WorkerError("the threads that measure cannot be started; are there too many processes?")
+            warnings.warn(
+                MeasureWarning(
+                    f"executor: its processes are gone (killed, out of memory?); measuring the remaining {left} units "
+                    f"on {self._threads} threads of this process"
+                ),
+                stacklevel=2,
+            )
+            self._executor = self._own = ThreadPoolExecutor(self._threads, "mpq-measure")
+
+
+def _submitted(executor: Executor, calls: list[Call]) -> tuple[dict[Future[Any], Call], list[Call]]:
+    """What the executor took, and what it did not."""
+    futures: dict[Future[Any], Call] = {}
+    for position, call in enumerate(calls):
+        try:
+            futures[executor.submit(call.function, *call.arguments)] = call
+        except BrokenExecutor:
+            return futures, calls[position:]
+        except RuntimeError as error:
+            raise WorkerError(f"executor: takes no work ({what_it_said(error)}); give one that is open") from error
+    return futures, []
