@@ -3,7 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -13,7 +13,7 @@ from .cli_reconstruct import reconstruct
 from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
 from .cli_sweep import sweep
 from .cli_tune import tune
-from .errors import MPQError, PlanWarning
+from .errors import MeasureWarning, MPQError, PlanWarning
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -23,6 +23,7 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
 def main() -> None:
     """Run `mpq`: exit 0, 2 with one line on stderr for anything refused, or 130 when interrupted."""
     warnings.simplefilter("ignore", PlanWarning)  # the commands say it in their own way
+    warnings.showwarning = _say_warning
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except MPQError as error:
@@ -38,6 +39,20 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()
         sys.exit(0)
+
+
+def _say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own in the commands' voice, others' as Python does."""
+    ours = issubclass(category, MeasureWarning)
+    text = f"mpq: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def _fail(message: str) -> None:
@@ -76,6 +91,9 @@ def cli() -> None:
     "--output-of", "output_function", metavar="MODULE:FUNCTION",
     help="For models without logits: (model, batch) -> tensor (samples, features), such as embeddings.",
 )  # fmt: skip
+@click.option("--workers", type=click.IntRange(1, 1024), help="Threads to measure with (default: as torch has).")
+@click.option("--dask", metavar="ADDRESS", help="Measure on the workers of a dask cluster: tcp://HOST:8786.")
+@click.option("--device", help="Measure with torch on this device, such as cuda.")
 @scheme_options
 @json_option
 def measure(
@@ -88,16 +106,25 @@ def measure(
     sensitivities: tuple[str, ...],
     calibration: str | None,
     output_function: str | None,
+    workers: int | None,
+    dask: str | None,
+    device: str | None,
     as_json: bool,
     **scheme: Any,
 ) -> None:
-    """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs."""
+    """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs.
+
+    With -o, what is finished is kept in FILE.partial until the table is written: interrupted or killed, the same
+    command goes on from there.
+    """
     from .allocate.base import Needs
     from .cli_calibrate import check_sensitivities, with_sensitivities
-    from .cli_sources import Request, check_output, measure_now, resolve_source
+    from .cli_sources import Request, check_output, measure_now, partial_file, resolve_source
+    from .cli_workers import chosen_executor
     from .report.tables import console, measurement_table
 
     check_output(output, source)
+    journal = partial_file(output)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
     resolved = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):
@@ -106,11 +133,15 @@ def measure(
         raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
     if sensitivities:
         check_sensitivities(resolved, sensitivities)
-    table = measure_now(resolved, needs, Request(**scheme), input_shape)
+    with chosen_executor(workers, dask) as executor:
+        table = measure_now(
+            resolved, needs, Request(**scheme), input_shape, journal=journal, executor=executor, device=device
+        )
     if calibration is not None:
         table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)
-    if output is not None:
+    if output is not None and journal is not None:
         table.save(output)
+        journal.unlink(missing_ok=True)
     if as_json:
         print_json(
             {

@@ -39,7 +39,13 @@ def scheme_options(command: Command) -> Command:
                 help="Of two regions: search (default), gaussian, laplacian, gaussian_root or laplacian_root.",
             ),
             click.option("--storage", help="Of two regions: region_bit (default, b + 1 bits a weight) or shared (b)."),
-            click.option("--skip", multiple=True, metavar="GLOB", help="Leave these layers alone; repeatable."),
+            click.option(
+                "--skip",
+                multiple=True,
+                metavar="GLOB",
+                help="Leave these layers alone; repeatable. A glob, re:REGEX, or in language models role:embeddings, "
+                "role:lm_head or role:routers.",
+            ),
             click.option("--only", multiple=True, metavar="GLOB", help="Take only these layers; repeatable."),
             click.option(
                 "--fold-bn",

@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,10 +142,17 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
             say(f"reusing the measurement in {cache}")
             return table
         say(f"measuring again: {cache} {reason}")
-    table = measure_now(resolved, needs, request, None)
-    if cache is not None:
+    journal = partial_file(cache)
+    table = measure_now(resolved, needs, request, None, journal=journal)
+    if cache is not None and journal is not None:
         table.save(cache)
+        journal.unlink(missing_ok=True)
     return table
+
+
+def partial_file(output: Path | None) -> Path | None:
+    """Where finished units are kept beside a table that is to be written."""
+    return None if output is None else output.with_name(f"{output.name}.partial")
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
@@ -160,21 +168,29 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
 
 
 def measure_now(
-    source: "Path | nn.Module", needs: Needs, request: Request, input_shape: tuple[int, ...] | None
+    source: "Path | nn.Module",
+    needs: Needs,
+    request: Request,
+    input_shape: tuple[int, ...] | None,
+    *,
+    journal: Path | None = None,
+    executor: Executor | None = None,
+    device: str | None = None,
 ) -> LayerTable:
     """Measure with a progress bar."""
     from . import measure
+    from .cli_workers import kept_at
 
     example = None
     if input_shape is not None:
         import torch
 
         example = torch.zeros(input_shape)
-    with progress_bar("measuring") as progress:
+    with kept_at(journal), progress_bar("measuring") as progress:
         return measure(
             source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
             skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
-            example_input=example, progress=progress,
+            example_input=example, journal=journal, executor=executor, device=device, progress=progress,
         )  # fmt: skip
 
 

@@ -8,6 +8,14 @@ from functools import cache
 from .errors import SettingError
 
 REGEX = "re:"
+# What inference engines fuse, so that it must agree, as the checkpoints of transformers call it.
+FUSED = {
+    "qkv": (
+        "*.{q_proj,k_proj,v_proj}", "*.{query,key,value}", "*.{q_lin,k_lin,v_lin}", "*.{wq,wk,wv}",
+        "*.{to_q,to_k,to_v}", "*.{q,k,v}",
+    ),
+    "gate_up": ("*.{gate_proj,up_proj}", "*.{gate_proj,up_proj}.*", "*.{w1,w3}", "*.{w1,w3}.*", "*.{wi_0,wi_1}"),
+}  # fmt: skip
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -20,8 +28,13 @@ def matches(pattern: str, name: str) -> bool:
 def families(pattern: str, names: Iterable[str]) -> Mapping[tuple[str, ...], tuple[str, ...]]:
     """Layers that differ only where the pattern has alternatives: `*.{query,key,value}` -> one family per block.
 
-    The key is what the pattern's `*` stood for. Raises SettingError for a pattern without {one,another}.
+    The key is what the pattern's `*` stood for. `qkv` and `gate_up` stand for what is usually fused (FUSED). Raises
+    SettingError for a pattern without {one,another}.
     """
+    if pattern in FUSED:
+        names = tuple(names)
+        every = [families(own, names) for own in FUSED[pattern]]
+        return {(str(n), *key): own for n, found in enumerate(every) for key, own in found.items() if len(own) > 1}
     opening, closing = pattern.find("{"), pattern.find("}")
     if opening < 0 or closing < opening or "," not in pattern[opening:closing]:
         raise SettingError(

@@ -15,6 +15,7 @@ from .errors import SettingError, SourceError
 from .files import atomic_path
 from .match import match
 from .plan import LayerChoice, Plan
+from .roles import are_experts
 from .shards import INDEX_NAME, SINGLE_NAME, shard_files
 from .simulate import simulate
 
@@ -62,22 +63,37 @@ class _Quantizer:
     ) -> None:
         self.choices, self.total, self.progress, self.done = choices, total, progress, 0
         self.corrected = corrected
+        self.stacks = {name.rpartition(".")[0] for name in choices if name.rpartition(".")[2].isdigit()}
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
-        if not self.plans(parameter):
+        if not self.plans(parameter, tensor):
             return self.corrected[parameter].to(tensor) if parameter in self.corrected else tensor
-        choice = self.choices[layer_name(parameter)]
+        if not self._plans_whole(parameter):
+            return self._experts(layer_name(parameter), tensor)
+        return self._simulated(self.choices[layer_name(parameter)], tensor)
+
+    def _experts(self, stack: str, tensor: Tensor) -> Tensor:
+        """Each matrix of stacked experts as its own choice leaves it; one without a choice as it is."""
+        choices = [self.choices.get(f"{stack}.{expert}") for expert in range(len(tensor))]
+        pairs = zip(choices, tensor, strict=True)
+        return torch.stack([matrix if choice is None else self._simulated(choice, matrix) for choice, matrix in pairs])
+
+    def _simulated(self, choice: LayerChoice, tensor: Tensor) -> Tensor:
         if self.progress is not None:
             self.progress(choice.name, self.done, self.total)
         self.done += choice.numel
         return simulate(tensor, choice)
 
-    def plans(self, parameter: str) -> bool:
+    def plans(self, parameter: str, tensor: Tensor) -> bool:
+        stacked = layer_name(parameter) in self.stacks and are_experts(parameter, tensor.shape)
+        return stacked or self._plans_whole(parameter)
+
+    def _plans_whole(self, parameter: str) -> bool:
         return (parameter == "weight" or parameter.endswith(".weight")) and layer_name(parameter) in self.choices
 
-    def changes(self, parameter: str) -> bool:
+    def changes(self, parameter: str, tensor: Tensor) -> bool:
         """Whether what it makes of the parameter is another tensor."""
-        return self.plans(parameter) or parameter in self.corrected
+        return self.plans(parameter, tensor) or parameter in self.corrected
 
     def finish(self) -> None:
         assert self.done == self.total, "a planned layer was not quantized"
@@ -117,7 +133,7 @@ def _rewrite_torch(source: Path, target: Path, quantizer: _Quantizer) -> None:
     identities = {name: storage_identity(name, tensor) for name, tensor in tensors.items()}
     written: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
-        if identities[name] not in written and quantizer.changes(name.removeprefix(prefix)):
+        if identities[name] not in written and quantizer.changes(name.removeprefix(prefix), tensor):
             written[identities[name]] = quantizer(name.removeprefix(prefix), tensor)
     for name in tensors:  # other names of the same storage, planned or not, stay tied to it
         state[name] = written.get(identities[name], tensors[name])

@@ -104,6 +104,11 @@ class Affine(Granular):
     def __str__(self) -> str:
         return f"{'symmetric' if self.symmetric else 'asymmetric'} {self._grain} {self.range}"
 
+    @property
+    def searches(self) -> bool:
+        """Whether each region's range is found by trying many."""
+        return self.range == "mse"
+
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
         return check_bits(bits, name)
@@ -153,6 +158,11 @@ class Piecewise(Granular):
 
     def __str__(self) -> str:
         return f"two-region {self._grain} {self.breakpoint}{' shared' if self.storage == 'shared' else ''}"
+
+    @property
+    def searches(self) -> bool:
+        """Whether each region's breakpoint is found by trying many."""
+        return self.breakpoint == "search"
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 2 to 8. Raises SettingError."""

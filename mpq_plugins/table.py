@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,14 +110,19 @@ class LayerTable:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the table as one safetensors file with its description in the header; atomically."""
-        from safetensors.numpy import save_file
+        """Write the table as one safetensors file with its description in the header; atomically.
+
+        The same table gives the same bytes.
+        """
+        from safetensors.numpy import save
 
         arrays, description = _pack(self)
         with atomic_path(Path(path)) as temporary:
             # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
             packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            save_file(packed, temporary, {"format": TABLE_FORMAT, "table": description.model_dump_json()})
+            data = save(packed, {"format": TABLE_FORMAT, "table": description.model_dump_json()})
+            with temporary.open("wb") as file:
+                file.writelines(_in_order(data))
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerTable":
@@ -159,6 +164,15 @@ def is_table(path: Path) -> bool:
             return bool(header.get("__metadata__", {}).get("format") == TABLE_FORMAT)
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
+
+
+def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
+    """A safetensors file with its header sorted, for the library writes metadata in any order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    yield memoryview(data)[end:]
 
 
 class _Layer(BaseModel):

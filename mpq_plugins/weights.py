@@ -3,7 +3,8 @@
 From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, subclasses included.
 From a bare file, where no class can be asked: floating tensors of 2 to 5 dimensions whose name ends in
 `.weight` (so no bias, norm or statistic); 2-D is an embedding where the last part of its name says so and a
-linear layer otherwise; 3-D, 4-D and 5-D are convolutions. Whatever is left alone is listed with its reason.
+linear layer otherwise; 3-D, 4-D and 5-D are convolutions, but for stacked experts (roles.py), whose name need not end
+so, and whose layers are called NAME.0, NAME.1 ... Whatever is left alone is listed with its reason.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from .fold import conv_bn_pairs, folded_weight
 from .patterns import matches
 from .quantize.regions import from_channel_rows
 from .quantize.weight import WEIGHT_DTYPES
+from .roles import PREFIX, are_experts, hidden_size, in_role, inputs_first, read_config
 from .tensor_files import Allocate, MemoryRows, RowReader, StoredTensor
 
 KINDS: dict[type[nn.Module], str] = {
@@ -118,15 +121,17 @@ def find_weights(
 ) -> Weights:
     """List the quantizable weights of a module, a `.safetensors` file, a sharded directory or a torch checkpoint.
 
-    skip, only: globs on layer names, tied ones included, or `re:` and a regular expression. fold_bn: give conv weights
-    with their BatchNorm folded in (modules only). refuse: raise for a weight that cannot be quantized, rather than
-    list it with its `refusal`.
+    skip, only: globs on layer names, tied ones included, `re:` and a regular expression, or a role in a language model:
+    `role:embeddings`, `role:lm_head` (the input embedding where that is tied), `role:routers`. fold_bn: give conv
+    weights with their BatchNorm folded in (modules only). refuse: raise for a weight that cannot be quantized, rather
+    than list it with its `refusal`.
     Raises SourceError (unreadable, or nothing quantizable), WeightError (a dtype we do not quantize),
     SettingError (a glob that matches nothing, or folding asked of a bare file).
     """
     if isinstance(source, nn.Module):
         pairs = conv_bn_pairs(source) if fold_bn else {}
         found, left_alone = _module_weights(source, pairs)
+        config: Mapping[str, Any] = {}
         folded = bool(pairs)
         where = type(source).__name__
     else:
@@ -135,10 +140,11 @@ def find_weights(
                 f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
                 "layer. Pass the module itself, or fold_bn=False."
             )
-        found, left_alone = _stored_weights(open_checkpoint(Path(source)))
+        stored, config = open_checkpoint(Path(source)), read_config(Path(source))
+        found, left_alone = _stored_weights(stored, config)
         folded = False
         where = str(source)
-    kept = _select(found, skip, only, where)
+    kept = _select(found, skip, only, where, config)
     if not kept:
         raise SourceError(f"{where}: no quantizable weights. {_why_none(found, left_alone)}")
     for weight in kept:
@@ -223,38 +229,55 @@ def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterabl
         yield f"{name}.{own}" if name else own, reason
 
 
-def _stored_weights(stored: Mapping[str, StoredTensor]) -> tuple[list[Weight], list[tuple[str, str]]]:
+def _stored_weights(
+    stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
+) -> tuple[list[Weight], list[tuple[str, str]]]:
     found: dict[object, Weight] = {}
     left_alone: list[tuple[str, str]] = []
+    hidden = hidden_size(((parameter, tensor.shape) for parameter, tensor in stored.items()), config)
     for parameter, tensor in stored.items():
-        reason = _why_left_alone(parameter, tensor)
+        experts = are_experts(parameter, tensor.shape)
+        reason = _why_left_alone(parameter, tensor, experts)
         if reason is not None:
             if len(tensor.shape) >= 2:
                 left_alone.append((parameter, reason))
             continue
-        name = layer_name(parameter)
-        known = found.get(tensor.identity)
-        if known is not None:
-            found[tensor.identity] = replace(known, tied=(*known.tied, name))
-            continue
-        found[tensor.identity] = Weight(
-            name,
-            _kind_by_name(name, len(tensor.shape)),
-            tensor.shape,
-            tensor.dtype,
-            0,
-            tensor.read_rows,
-            refusal=_dtype_refusal(tensor.dtype),
-        )
+        made = _experts(parameter, tensor, hidden, config) if experts else [_stored_weight(parameter, tensor)]
+        for position, weight in enumerate(made):
+            identity = (tensor.identity, position)
+            known = found.get(identity)
+            found[identity] = weight if known is None else replace(known, tied=(*known.tied, weight.name))
     return list(found.values()), left_alone
 
 
-def _why_left_alone(parameter: str, tensor: StoredTensor) -> str | None:
+def _stored_weight(parameter: str, tensor: StoredTensor) -> Weight:
+    name = layer_name(parameter)
+    kind, refusal = _kind_by_name(name, len(tensor.shape)), _dtype_refusal(tensor.dtype)
+    return Weight(name, kind, tensor.shape, tensor.dtype, 0, tensor.read_rows, refusal=refusal)
+
+
+def _experts(parameter: str, tensor: StoredTensor, hidden: int | None, config: Mapping[str, Any]) -> list[Weight]:
+    transposed = inputs_first(parameter, tensor.shape, hidden, config)
+    return [
+        Weight(
+            f"{layer_name(parameter)}.{expert}",
+            "linear",
+            tensor.shape[1:],
+            tensor.dtype,
+            int(transposed),
+            tensor.read_rows.part(expert, transposed),
+            refusal=_dtype_refusal(tensor.dtype),
+        )
+        for expert in range(tensor.shape[0])
+    ]
+
+
+def _why_left_alone(parameter: str, tensor: StoredTensor, experts: bool) -> str | None:
     if len(tensor.shape) not in KIND_BY_DIMENSIONS:
         return f"{len(tensor.shape)} dimensions"
     if not tensor.dtype.is_floating_point:
         return f"dtype {tensor.dtype}"
-    if parameter != "weight" and not parameter.endswith(".weight"):
+    if not experts and parameter != "weight" and not parameter.endswith(".weight"):
         return "its name does not end in .weight"
     return None
 
@@ -275,21 +298,28 @@ def _shape(weight: Tensor) -> tuple[int, ...]:
     return () if isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape)
 
 
-def _select(found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str) -> list[Weight]:
+def _select(
+    found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str, config: Mapping[str, Any]
+) -> list[Weight]:
     names = [name for weight in found for name in weight.names]
-
-    def named(weight: Weight, patterns: Sequence[str]) -> bool:
-        """By any of its names: a tied weight cannot be skipped under one and quantized under another."""
-        return any(matches(pattern, name) for name in weight.names for pattern in patterns)
-
+    chosen: dict[str, set[str]] = {"skip": set(), "only": set()}
     for option, patterns in (("skip", skip), ("only", only)):
         for pattern in patterns:
-            if not any(matches(pattern, name) for name in names):
+            own = _chosen(pattern, found, config)
+            chosen[option] |= own
+            if not own:
                 raise SettingError(
                     f"{option}: {pattern!r} matches none of the {len(found)} layers of {where}; "
                     f"names look like {', '.join(map(repr, names[:3])) or 'nothing, there are none'}"
                 )
-    return [weight for weight in found if (not only or named(weight, only)) and not named(weight, skip)]
+    return [w for w in found if (not only or w.name in chosen["only"]) and w.name not in chosen["skip"]]
+
+
+def _chosen(pattern: str, found: Sequence[Weight], config: Mapping[str, Any]) -> set[str]:
+    """By any of its names: a tied weight cannot be skipped under one and quantized under another."""
+    if pattern.startswith(PREFIX):
+        return in_role(pattern.removeprefix(PREFIX), found, config)
+    return {weight.name for weight in found if any(matches(pattern, name) for name in weight.names)}
 
 
 def _why_none(found: Sequence[Weight], left_alone: Sequence[tuple[str, str]]) -> str:

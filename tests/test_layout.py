@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FLOW = (
     ("buffers", "duplicate", "errors", "files", "fingerprint", "journal", "patterns", "scheme", "validation"),
     ("quantize",),
-    ("batches", "checkpoints", "fold", "registry", "shards", "tensor_files", "weights"),
+    ("batches", "checkpoints", "fold", "registry", "roles", "shards", "tensor_files", "weights"),
     ("table",),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),
@@ -46,6 +46,7 @@ FLOW = (
         "cli_sources",
         "cli_sweep",
         "cli_tune",
+        "cli_workers",
         "cli",
     ),
 )

@@ -63,7 +63,8 @@ class Budget:
     takes each layer's scale from the first and the split inside it from the second. parts: whether channels of one
     layer may have different widths. bits: the candidates. pin: layers whose width is given, as `conv1=8` (a glob, or
     `re:` and a regular expression; 16 or 32 leaves them in float). ends: width of the first and last layer in the
-    source's order. tie: layers that must agree, as `*.{query,key,value}`; they get one width each layer.
+    source's order. tie: layers that must agree, as `*.{query,key,value}`, or `qkv` and `gate_up` for what engines fuse
+    under any of its usual names; they get one width each layer.
 
     Raises SettingError: nothing or nonsense asked; and, when called, a table without what is needed, names that match
     nothing, or limits that cannot be met, saying which and by how much.
@@ -84,7 +85,7 @@ class Budget:
     bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(1, 9))
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
     pin: Annotated[tuple[str, ...], "layers of a given width, GLOB=BITS"] = ()
-    tie: Annotated[tuple[str, ...], "layers that must agree, '*.{query,key,value}'"] = ()
+    tie: Annotated[tuple[str, ...], "layers that must agree, '*.{query,key,value}'; qkv, gate_up"] = ()
     ends: Annotated[int | None, "width of the first and the last layer"] = None
 
     def __post_init__(self) -> None:

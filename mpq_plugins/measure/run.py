@@ -81,7 +81,7 @@ def _measured(
     progress: Progress | None,
 ) -> list[LayerStats]:
     """Every layer's numbers, in the layers' order."""
-    work = cut(weights, request.one_region)
+    work = cut(weights, request.scheme)
     record = Record(Path(journal), _job(weights, request, work)) if journal is not None else None
     on_cuda = request.device is not None and request.device.type == "cuda"
     workers = Workers(executor, max(CUDA_THREADS if on_cuda else 1, torch.get_num_threads()))

@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..scheme import Scheme
 from ..weights import Weight
 from .chunks import chunk_channels, chunks
 
 SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of a unit: worth waking a thread for, and done within a second
+LARGEST_SEARCHED = 1 << 22  # where ranges or breakpoints are searched for, at a hundred times the work
 UNITS = 64  # that small models are cut into, so that workers finish together
 WHOLE = 4  # units: a layer with one scale that is larger is shared out, pass by pass
 
@@ -34,9 +36,12 @@ class Work:
     size: int
 
 
-def cut(weights: Sequence[Weight], one_region: bool) -> Work:
+def cut(weights: Sequence[Weight], scheme: Scheme) -> Work:
     """Units of about the same bytes, in the weights' order."""
-    size = min(LARGEST, max(SMALLEST, sum(map(stored_bytes, weights)) // UNITS))
+    one_region = scheme.granularity == "per_tensor"
+    size = min(
+        LARGEST_SEARCHED if scheme.searches else LARGEST, max(SMALLEST, sum(map(stored_bytes, weights)) // UNITS)
+    )
     shared = tuple(
         position
         for position, weight in enumerate(weights)

@@ -1,0 +1,71 @@
+"""Who measures: threads of this process, or the workers of a dask cluster."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from .errors import SettingError, WorkerError, what_it_said
+from .report.progress import say
+
+CONNECT = 10  # seconds for a scheduler to answer
+FIRST_WORKER = 60  # seconds for a cluster that is just starting
+
+
+@contextmanager
+def chosen_executor(workers: int | None, address: str | None) -> Iterator[Executor | None]:
+    """The executor that --workers or --dask asks for; None for neither. Raises SettingError or WorkerError."""
+    if workers is not None and address is not None:
+        raise click.UsageError("--workers are threads of this process, --dask is a cluster with its own; give one")
+    if address is not None:
+        with _dask(address) as executor:
+            yield executor
+        return
+    if workers is None:
+        yield None
+        return
+    with ThreadPoolExecutor(workers, "mpq-measure") as pool:
+        yield pool
+
+
+@contextmanager
+def kept_at(journal: Path | None) -> Iterator[None]:
+    """Say where finished units are when a measurement goes on from them, or is interrupted."""
+    if journal is not None and journal.is_file():
+        say(f"going on from what an earlier run finished, in {journal}")
+    try:
+        yield
+    except BaseException:
+        if journal is not None and journal.is_file():
+            say(f"what is finished is kept in {journal}: the same command goes on from there")
+        raise
+
+
+@contextmanager
+def _dask(address: str) -> Iterator[Executor]:
+    try:
+        from distributed import Client
+        from distributed.comm.addressing import parse_address, parse_host_port
+    except ImportError as error:
+        raise SettingError("dask: is not installed; pip install 'mpq-plugins[dask]'") from error
+    for name in ("distributed.comm", "distributed.core", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what it says of a lost scheduler, our error says
+    try:
+        parse_host_port(parse_address(address)[1])  # or a client half made would complain of itself
+        client = Client(address, timeout=CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, TypeError) as error:
+        raise WorkerError(
+            f"dask: no scheduler answers at {address!r} ({what_it_said(error)}). Start one with `dask scheduler`, and "
+            "workers with `dask worker ADDRESS` where the files are under the same paths"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=FIRST_WORKER)
+        except OSError as error:
+            raise WorkerError(
+                f"dask: the scheduler at {address!r} has no workers; start some with `dask worker {address}`"
+            ) from error
+        yield client.get_executor()  # type: ignore[no-untyped-call]

@@ -1,0 +1,110 @@
+"""What layers of a language model are, by the names and the configuration that transformers checkpoints have.
+
+Norms and biases are no layers (weights.py); embeddings, output heads and routers can be left alone by name of their
+role; a tensor of stacked experts is a layer for each expert.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import SettingError, SourceError
+
+if TYPE_CHECKING:
+    from .weights import Weight
+
+PREFIX = "role:"
+EMBEDDINGS, HEAD, ROUTERS = ROLES = ("embeddings", "lm_head", "routers")
+HEAD_NAMES = (
+    "lm_head", "*.lm_head", "embed_out", "*.embed_out", "output", "head", "*.output_layer", "*.predictions.decoder",
+    "*.output_projection",
+)  # fmt: skip
+INPUT_EMBEDDINGS = ("*embed_tokens", "*wte", "*word_embeddings", "*embed_in", "*tok_embeddings", "shared", "*.shared")
+ROUTER_NAMES = ("*.gate", "*.router", "*.router.*", "*.wg", "*_expert_gate")
+EXPERTS = re.compile(r"(^|[._])(experts?|moe|block_sparse_moe)([._]|$)")
+# Projections out of and back into the hidden state, by the last words of their names.
+READS_HIDDEN = re.compile(r"(gate|up|w1|w3|wi|fc1|input)")
+WRITES_HIDDEN = re.compile(r"(down|w2|wo|fc2|output)")
+# Whose stacked experts are (inputs, outputs), as F.linear does not take them: transformers' model types.
+INPUTS_FIRST = ("llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text")
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """The config.json of a checkpoint's directory, its text model's part first; {} where there is none.
+
+    Raises SourceError for one that is damaged.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        merged = {**config, **(config.get("text_config") or {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(f"{file}: not a model's configuration ({error!r}); repair or remove it") from error
+    return merged
+
+
+def in_role(role: str, weights: Sequence["Weight"], config: Mapping[str, Any]) -> set[str]:
+    """Names of the layers that have the role. Raises SettingError for a role there is none of."""
+    if role not in ROLES:
+        raise SettingError(f"{PREFIX}{role}: no such role; {', '.join(PREFIX + known for known in ROLES)}")
+    if role == EMBEDDINGS:
+        return {weight.name for weight in weights if weight.kind == "embedding"}
+    if role == ROUTERS:
+        if not any(EXPERTS.search(name) for weight in weights for name in weight.names):
+            return set()
+        return {weight.name for weight in weights if _named(weight, ROUTER_NAMES)}
+    heads = {weight.name for weight in weights if _named(weight, HEAD_NAMES)}
+    if heads or not _ties_its_head(config):
+        return heads
+    return {weight.name for weight in weights if _named(weight, INPUT_EMBEDDINGS)}
+
+
+def are_experts(parameter: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a stack of experts' matrices, experts first."""
+    return len(shape) == 3 and EXPERTS.search(parameter) is not None
+
+
+def inputs_first(parameter: str, shape: Sequence[int], hidden: int | None, config: Mapping[str, Any]) -> bool:
+    """Whether the matrices of stacked experts (experts, ., .) are (inputs, outputs), not F.linear's (outputs, inputs).
+
+    By which side is as wide as the hidden state; where both or neither are, by the model's type.
+    """
+    first, second = shape[1:]
+    last = parameter.removesuffix(".weight").rpartition(".")[2]
+    if (first == hidden) != (second == hidden):
+        if READS_HIDDEN.search(last):
+            return first == hidden
+        if WRITES_HIDDEN.search(last):
+            return second == hidden
+    return config.get("model_type") in INPUTS_FIRST
+
+
+def hidden_size(shapes: Iterable[tuple[str, Sequence[int]]], config: Mapping[str, Any]) -> int | None:
+    """Width of the hidden state: the configuration's, or an input embedding's."""
+    for key in ("hidden_size", "d_model", "n_embd"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    for parameter, shape in shapes:
+        name = parameter.removesuffix(".weight")
+        if len(shape) == 2 and any(fnmatchcase(name, pattern) for pattern in INPUT_EMBEDDINGS):
+            return shape[1]
+    return None
+
+
+def _named(weight: "Weight", patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in weight.names for pattern in patterns)
+
+
+def _ties_its_head(config: Mapping[str, Any]) -> bool:
+    """Whether the input embedding is the output head too: as the configuration says, or by transformers' default."""
+    makes_text = any(
+        word in str(name)
+        for name in config.get("architectures") or ()
+        for word in ("CausalLM", "LMHead", "ForConditionalGeneration", "MaskedLM")
+    )
+    return bool(config.get("tie_word_embeddings", makes_text))
