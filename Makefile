@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
 	$(BIN)/python -m tests.benchmarks.bench_allocate
 	$(BIN)/python -m tests.benchmarks.bench_reconstruct
+	$(BIN)/python -m tests.benchmarks.bench_scale
 
 examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.mixquant_resnet

@@ -51,7 +51,7 @@ def _dask(address: str) -> Iterator[Executor]:
         from distributed.comm.addressing import parse_address, parse_host_port
     except ImportError as error:
         raise SettingError("dask: is not installed; pip install 'mpq-plugins[dask]'") from error
-    for name in ("distributed.comm", "distributed.core", "distributed.client"):
+    for name in ("distributed.comm", "distributed.core", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what it says of a lost scheduler, our error says
     try:
         parse_host_port(parse_address(address)[1])  # or a client half made would complain of itself

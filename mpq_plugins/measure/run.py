@@ -125,7 +125,7 @@ def _by_unit(
             own = waiting.setdefault(position, [])
             slots[-1].append(len(own))
             own.append(None)
-    calls = [Call(str(n), unit_sums, (unit.pieces, request)) for n, unit in enumerate(work.units)]
+    calls = [Call(str(n), unit_sums, (unit.pieces, request), unit.pieces[0].name) for n, unit in enumerate(work.units)]
     for call, sums in _finished(calls, workers, record):
         n = int(call.name)
         unit = work.units[n]
@@ -148,7 +148,9 @@ def _shared(
 
     def each(op: Op) -> Array:
         own = f"{position}.{next(passes)}"
-        calls = [Call(f"{own}.{k}", answers, (piece, op, request.device)) for k, piece in enumerate(pieces)]
+        calls = [
+            Call(f"{own}.{k}", answers, (piece, op, request.device), weight.name) for k, piece in enumerate(pieces)
+        ]
         found = {call.name: result["values"] for call, result in _finished(calls, workers, record)}
         return np.concatenate([found[call.name] for call in calls])
 

@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from ..errors import MeasureWarning, MPQError, SettingError, WorkerError, what_i
 
 @dataclass(frozen=True)
 class Call:
-    """A function and arguments that another process can be sent; name: its own in this job."""
+    """A function and arguments that another process can be sent; name: its own in this job; layer: what it is about."""
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    layer: str = ""
 
 
 class Workers:
@@ -71,8 +72,14 @@ class Workers:
         except Exception as error:
             if executor is self._own:
                 raise
+            stopped = isinstance(error, CancelledError)
+            said = (
+                "it was cancelled: was the scheduler stopped, or the executor shut down?"
+                if stopped
+                else what_it_said(error)
+            )
             raise WorkerError(
-                f"executor: unit {call.name} failed on a worker ({what_it_said(error)}). Workers need this version of "
+                f"executor: measuring {call.layer!r} failed on a worker ({said}). Workers need this version of "
                 "mpq-plugins, the same files and memory for a few chunks; with a journal what was finished is kept"
             ) from error
 
