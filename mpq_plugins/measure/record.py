@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Record:
         self.path = path
         self._head = MAGIC + job.encode() + b"\n"
         self._lock = threading.Lock()
-        self._entries: dict[str, Arrays] = {}
+        self._entries: dict[str, tuple[int, int]] = {}  # where each unit's arrays lie, and how long they are
         self._end = self._restored() if exists(path) else 0
 
     def __contains__(self, name: str) -> bool:
@@ -45,8 +46,14 @@ class Record:
         return len(self._entries)
 
     def take(self, name: str) -> Arrays:
-        """A finished unit's arrays; it is held no longer, for the file has it."""
-        return self._entries.pop(name)
+        """A finished unit's arrays."""
+        start, length = self._entries[name]
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return load(file.read(length))
+        except (OSError, SafetensorError) as error:
+            raise SourceError(f"{self.path}: was changed by somebody else while in use ({error}); run again") from error
 
     def add(self, name: str, arrays: Arrays) -> None:
         """Write a finished unit."""
@@ -72,44 +79,50 @@ class Record:
     def _restored(self) -> int:
         """Where whole entries end; 0 to begin anew."""
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                return self._read(file, self.path.stat().st_size)
         except OSError as error:
             raise SourceError(f"{self.path}: is in the way ({error.strerror}); remove it") from error
-        if not content.startswith(self._head):
-            what = "of another measurement (weights, settings or version)" if content.startswith(MAGIC) else "damaged"
-            if content:
-                warnings.warn(MeasureWarning(f"{self.path}: is {what}; measuring from the start"), stacklevel=4)
+
+    def _read(self, file: BinaryIO, size: int) -> int:
+        head = file.read(len(self._head))
+        if head != self._head:
+            what = "of another measurement (weights, settings or version)" if head.startswith(MAGIC) else "damaged"
+            if size:
+                _warn(f"{self.path}: is {what}; measuring from the start")
             return 0
-        end = len(self._head)
-        for name, arrays, after in _entries(content, end):
-            self._entries[name], end = arrays, after
-        if end < len(content):
-            warnings.warn(
-                MeasureWarning(
-                    f"{self.path}: is damaged, or its last unit unfinished; going on from {len(self._entries)} units "
-                    "that are whole"
-                ),
-                stacklevel=4,
+        end = len(head)
+        for name, start, length in _entries(file, end, size):
+            self._entries[name], end = (start, length), start + length
+        if end < size:
+            _warn(
+                f"{self.path}: is damaged, or its last unit unfinished; going on from {len(self._entries)} units that "
+                "are whole"
             )
         return end
 
 
-def _entries(content: bytes, start: int) -> Iterator[tuple[str, Arrays, int]]:
-    """Name, arrays and end of every entry up to the first that is not whole."""
-    while start + ENTRY.size <= len(content):
-        key_length, length, checksum = ENTRY.unpack_from(content, start)
-        begin = start + ENTRY.size
-        end = begin + key_length + length
-        if key_length > LONGEST_NAME or end > len(content):
+def _entries(file: BinaryIO, start: int, size: int) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and length of each entry's arrays, up to the first that is not whole; one is in memory."""
+    while start + ENTRY.size <= size:
+        file.seek(start)
+        key_length, length, checksum = ENTRY.unpack(file.read(ENTRY.size))
+        start += ENTRY.size + key_length
+        if key_length > LONGEST_NAME or start + length > size:
             return
-        key, data = content[begin : begin + key_length], content[begin + key_length : end]
+        key, data = file.read(key_length), file.read(length)
         if zlib.crc32(data, zlib.crc32(key)) != checksum:
             return
         try:
-            yield key.decode(), load(data), end
+            load(data)
+            yield key.decode(), start, length
         except (SafetensorError, ValueError):
             return
-        start = end
+        start += length
+
+
+def _warn(text: str) -> None:
+    warnings.warn(MeasureWarning(text), stacklevel=6)  # at the call of measure
 
 
 def job_line(facts: Mapping[str, object]) -> str:
