@@ -34,14 +34,19 @@ def chosen_executor(workers: int | None, address: str | None) -> Iterator[Execut
 @contextmanager
 def kept_at(journal: Path | None) -> Iterator[None]:
     """Say where finished units are when a measurement goes on from them, or is interrupted."""
-    if journal is not None and journal.is_file():
-        say(f"going on from what an earlier run finished, in {journal}")
+    before = _last_written(journal)
+    if before is not None:
+        say(f"an earlier run left {journal}: what it finished of this measurement is used")
     try:
         yield
     except BaseException:
-        if journal is not None and journal.is_file():
+        if _last_written(journal) != before:
             say(f"what is finished is kept in {journal}: the same command goes on from there")
         raise
+
+
+def _last_written(path: Path | None) -> int | None:
+    return path.stat().st_mtime_ns if path is not None and path.is_file() else None
 
 
 @contextmanager

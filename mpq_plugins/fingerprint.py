@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -42,12 +43,23 @@ def tensors_digest(tensors: Mapping[str, object]) -> str:
     for name, value in tensors.items():
         digest.update(f"{name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}".encode())
         if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(value).data)
         elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             digest.update(np.ascontiguousarray(value).tobytes())
         else:  # a module's own extra state
             digest.update(repr(value).encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def tensor_bytes(tensor: "torch.Tensor") -> NDArray[np.uint8]:
+    """Its values as they lie in memory, first axis first; a view where that can be."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):  # torch calls a single value of a wide tensor contiguous
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return found
 
 
 def batches_digest(batches: Sequence[Any]) -> str:

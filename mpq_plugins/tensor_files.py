@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .buffers import Buffer, chunk_buffer
 from .errors import SourceError, first_sentence
-from .fingerprint import tensors_digest
+from .fingerprint import tensor_bytes, tensors_digest
 from .quantize.regions import channel_rows
 
 DTYPES = {
@@ -195,9 +195,7 @@ class MemoryRows:
 
     def __reduce__(self) -> Any:
         # As plain bytes: torch would send all of the storage that this is a view of, or a shared-memory handle each.
-        compact = self.tensor.detach().cpu().contiguous()
-        data = compact.reshape(-1).view(torch.uint8).numpy()
-        return _received, (data, compact.dtype, tuple(compact.shape), self.axis)
+        return _received, (tensor_bytes(self.tensor).copy(), self.tensor.dtype, tuple(self.tensor.shape), self.axis)
 
 
 @dataclass(frozen=True)
@@ -265,5 +263,6 @@ def _as_matrix(buffer: Buffer, dtype: torch.dtype, rows: int, columns: int) -> T
 
 
 def _received(data: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...], axis: int) -> MemoryRows:
-    # Writable, or torch would warn of what nobody does.
-    return MemoryRows(torch.from_numpy(data.copy()).view(dtype).reshape(shape), axis)
+    # A copy can be written to, which torch would warn of, though nobody does.
+    values = torch.frombuffer(data.copy(), dtype=dtype) if data.size else torch.empty(0, dtype=dtype)
+    return MemoryRows(values.reshape(shape), axis)

@@ -1,5 +1,7 @@
 """Tables made of plain numbers, for tests that need no weights."""
 
+import dataclasses
+
 import numpy as np
 
 from mpq_plugins import Affine, LayerStats, LayerTable, Piecewise
@@ -33,3 +35,14 @@ def norms_table(
     )  # fmt: skip
     scheme = scheme or Piecewise(granularity="per_channel")
     return LayerTable(layers, scheme, BITS, ("relative", "mse"), False, "sha256:test")
+
+
+def contents(value: object) -> object:
+    """All that a table holds as plain values that `==` compares to the last bit."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if dataclasses.is_dataclass(value):
+        return [contents(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        return {name: contents(own) for name, own in value.items()}
+    return [contents(own) for own in value] if isinstance(value, tuple | list) else value

@@ -89,3 +89,41 @@ def test_a_regular_expression_that_matches_nothing_is_refused(option: str) -> No
         find_weights(conv_net(), **{option: ["re:conv"]})  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="no regular expression"):
         find_weights(conv_net(), **{option: ["re:conv("]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", [
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("wq", "wk", "wv"),
+    ("to_q", "to_k", "to_v"), ("q", "k", "v"),
+])  # fmt: skip
+def test_queries_keys_and_values_are_a_family_under_their_usual_names(words: tuple[str, ...]) -> None:
+    names = [f"block.{n}.attn.{word}" for n in range(2) for word in (*words, "o_proj")]
+    found = families("qkv", ["embed", *names, "lone.q_proj"])
+    assert sorted(found.values()) == [tuple(f"block.{n}.attn.{word}" for word in words) for n in range(2)]
+
+
+@pytest.mark.parametrize("words", [("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1")])
+def test_gates_and_ups_are_a_family_under_their_usual_names(words: tuple[str, str]) -> None:
+    names = [f"block.{n}.mlp.{word}" for n in range(2) for word in (*words, "down_proj", "w2")]
+    found = families("gate_up", names)
+    assert sorted(found.values()) == [tuple(f"block.{n}.mlp.{word}" for word in words) for n in range(2)]
+
+
+def test_each_expert_is_a_family_of_its_own() -> None:
+    stacked = [f"mlp.experts.{word}.{n}" for word in ("gate_proj", "up_proj", "down_proj") for n in range(3)]
+    single = [f"moe.experts.{n}.{word}" for n in range(2) for word in ("w1", "w2", "w3")]
+    found = set(families("gate_up", stacked + single).values())
+    assert found == {(f"mlp.experts.gate_proj.{n}", f"mlp.experts.up_proj.{n}") for n in range(3)} | {
+        (f"moe.experts.{n}.w1", f"moe.experts.{n}.w3") for n in range(2)
+    }
+
+
+@given(st.lists(st.tuples(words, st.sampled_from([*"qkv", "q_proj", "k_proj", "to_q", "to_v", "wk", "out"]))))
+def test_no_layer_is_in_two_families_of_what_is_fused(parts: list[tuple[str, str]]) -> None:
+    names = list(dict.fromkeys(f"{head}.{word}" for head, word in parts))
+    found = families("qkv", names)
+    members = [name for own in found.values() for name in own]
+    assert len(members) == len(set(members))
+    for own in found.values():
+        assert len(own) > 1
+        assert len({name.partition(".")[0] for name in own}) == 1
+        assert not any(name.endswith(".out") for name in own)

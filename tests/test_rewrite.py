@@ -137,3 +137,60 @@ def test_a_directory_keeps_its_other_weights_and_is_not_written_into_itself(tmp_
     assert (tmp_path / "out" / "2_Dense" / "model.safetensors").exists()
     with pytest.raises(SettingError, match="lies inside the source"):
         rewrite(source, plan, source / "out")
+
+
+def experts_state(transposed: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    up, down = ((2, 8, 24), (2, 12, 8)) if transposed else ((2, 24, 8), (2, 8, 12))
+    return {
+        "model.embed_tokens.weight": torch.randn(5, 8, generator=draw).to(dtype),
+        "mlp.experts.gate_up_proj": torch.randn(up, generator=draw).to(dtype),
+        "mlp.experts.gate_up_proj_bias": torch.randn(2, 24, generator=draw).to(dtype),
+        "mlp.experts.down_proj": torch.randn(down, generator=draw).to(dtype),
+        "mlp.gate.weight": torch.randn(2, 8, generator=draw).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("scheme", [
+    Affine(granularity="per_channel"), Affine(), Affine(granularity="per_group", group_size=4)
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["file", "directory", "torch"])
+def test_each_of_stacked_experts_is_written_as_its_own_choice_leaves_it(
+    tmp_path: Path, scheme: Affine, dtype: torch.dtype, transposed: bool, kind: str
+) -> None:
+    state = experts_state(transposed, dtype)
+    source, target = (tmp_path / f"{end}.safetensors" for end in ("in", "out"))
+    if kind == "file":
+        save_file(state, source)
+    elif kind == "directory":
+        source, target = sharded(tmp_path / "in", state), tmp_path / "out"
+    else:
+        source, target = tmp_path / "in.pt", tmp_path / "out.pt"
+        torch.save({f"module.{name}": value for name, value in state.items()}, source)
+    skip = ["mlp.experts.down_proj.1", "role:routers"]
+    plan = MixQuant(qem=3)(measure(source, scheme, skip=skip))
+    rewrite(source, plan, target)
+    if kind == "torch":
+        after = {name.removeprefix("module."): value for name, value in load_torch(target).items()}
+    else:
+        files = [target] if kind == "file" else sorted(target.glob("*.safetensors"))
+        after = {name: value for file in files for name, value in load_file(file).items()}
+    expected = {name: value.clone() for name, value in state.items()}
+    for layer in plan.layers:
+        assert layer.bits is not None
+        name, _, expert = layer.name.rpartition(".")
+        if name not in state:
+            expected[f"{layer.name}.weight"] = fake_quantize(state[f"{layer.name}.weight"], layer.bits, layer.scheme)
+            continue
+        matrix = state[name][int(expert)]
+        expected[name][int(expert)] = fake_quantize(matrix, layer.bits, layer.scheme, channel_axis=int(transposed))
+    assert len(plan.layers) == 4
+    assert after.keys() == state.keys()
+    for name, value in expected.items():
+        assert after[name].equal(value)
+        assert after[name].dtype == dtype
+    assert not after["mlp.experts.gate_up_proj"].equal(state["mlp.experts.gate_up_proj"])
+    assert after["mlp.experts.down_proj"][1].equal(state["mlp.experts.down_proj"][1])
+    assert after["mlp.gate.weight"].equal(state["mlp.gate.weight"])

@@ -6,6 +6,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +37,7 @@ class Record:
         self.path = path
         self._head = MAGIC + job.encode() + b"\n"
         self._lock = threading.Lock()
-        self._entries: dict[str, tuple[int, int]] = {}  # where each unit's arrays lie, and how long they are
+        self._entries: dict[str, _Entry] = {}
         self._end = self._restored() if exists(path) else 0
 
     def __contains__(self, name: str) -> bool:
@@ -47,13 +48,16 @@ class Record:
 
     def take(self, name: str) -> Arrays:
         """A finished unit's arrays."""
-        start, length = self._entries[name]
+        entry = self._entries[name]
         try:
             with self.path.open("rb") as file:
-                file.seek(start)
-                return load(file.read(length))
-        except (OSError, SafetensorError) as error:
-            raise SourceError(f"{self.path}: was changed by somebody else while in use ({error}); run again") from error
+                file.seek(entry.start)
+                data = file.read(entry.length)
+        except OSError as error:
+            raise SourceError(f"{self.path}: cannot be read ({error.strerror}); run again") from error
+        if entry.checksum != zlib.crc32(data, zlib.crc32(name.encode())):
+            raise SourceError(f"{self.path}: was changed by somebody else while in use; run again")
+        return load(data)
 
     def add(self, name: str, arrays: Arrays) -> None:
         """Write a finished unit."""
@@ -92,8 +96,8 @@ class Record:
                 _warn(f"{self.path}: is {what}; measuring from the start")
             return 0
         end = len(head)
-        for name, start, length in _entries(file, end, size):
-            self._entries[name], end = (start, length), start + length
+        for name, entry in _entries(file, end, size):
+            self._entries[name], end = entry, entry.start + entry.length
         if end < size:
             _warn(
                 f"{self.path}: is damaged, or its last unit unfinished; going on from {len(self._entries)} units that "
@@ -102,8 +106,17 @@ class Record:
         return end
 
 
-def _entries(file: BinaryIO, start: int, size: int) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and length of each entry's arrays, up to the first that is not whole; one is in memory."""
+@dataclass(frozen=True)
+class _Entry:
+    """Where a unit's arrays lie, and the checksum of its name and them."""
+
+    start: int
+    length: int
+    checksum: int
+
+
+def _entries(file: BinaryIO, start: int, size: int) -> Iterator[tuple[str, _Entry]]:
+    """Each entry and its name, up to the first that is not whole; one at a time is in memory."""
     while start + ENTRY.size <= size:
         file.seek(start)
         key_length, length, checksum = ENTRY.unpack(file.read(ENTRY.size))
@@ -115,7 +128,7 @@ def _entries(file: BinaryIO, start: int, size: int) -> Iterator[tuple[str, int, 
             return
         try:
             load(data)
-            yield key.decode(), start, length
+            yield key.decode(), _Entry(start, length, checksum)
         except (SafetensorError, ValueError):
             return
         start += length

@@ -35,6 +35,7 @@ class Workers:
             )
         self._lock = threading.Lock()
         self._threads = threads
+        self._closed = False
         self._own = ThreadPoolExecutor(threads, "mpq-measure") if executor is None else None
         self._executor: Executor = executor or self._own  # type: ignore[assignment]  # one of them is there
 
@@ -42,6 +43,8 @@ class Workers:
         """Each call with its result, as they come. Raises what a call raises, and WorkerError for lost workers."""
         left = list(calls)
         while left:
+            if self._closed:  # one layer's error ends the passes over others
+                raise WorkerError("executor: the measurement was stopped")
             executor = self._executor
             futures, left = _submitted(executor, left)
             try:
@@ -60,7 +63,8 @@ class Workers:
                 self._replace(executor, len(left))
 
     def close(self) -> None:
-        """Wait for what own threads are at; an executor that was given stays open."""
+        """Take no more work, and wait for what own threads are at; an executor that was given stays open."""
+        self._closed = True
         if self._own is not None:
             self._own.shutdown(wait=True, cancel_futures=True)
 

@@ -150,7 +150,8 @@ def affine_grids(low: Floats, high: Floats, bits: NDArray[np.int64], symmetric: 
         scale = _float32_scale(np.maximum(-low, high) / np.maximum(2 ** (bits - 1) - 1, 1))
         return Grids(bits, symmetric, scale, np.zeros(scale.shape, np.int32))
     top = 2**bits - 1
-    scale = _float32_scale((high - low) / top)
+    with np.errstate(over="ignore"):  # at 1 bit, of the widest ranges
+        scale = _float32_scale((high - low) / top)
     # low is at most 0 and high at least 0, so this lies within the codes but for float32's rounding of the scale.
     zero_point = np.minimum(np.rint(-low / scale.astype(np.float64)), top).astype(np.int32)
     return Grids(bits, symmetric, scale, zero_point)

@@ -144,7 +144,8 @@ def row_table(rows: Stored) -> Floats:
     keys = rows.view(np.int32 if rows.itemsize == 4 else np.int16)
     extremes = np.empty((len(rows), 2), keys.dtype)
     _stats(rows, keys, table[:, 2:], extremes)
-    table[:, :2] = _from_keys(extremes)
+    with np.errstate(invalid="ignore"):  # a NaN stays one, whichever of them
+        table[:, :2] = _from_keys(extremes)
     return table
 
 

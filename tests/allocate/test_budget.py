@@ -420,6 +420,20 @@ def test_tied_layers_agree_and_are_best_so() -> None:
     assert budget.solve(table).objective > Budget(average_bits=4.4, bits=FEW, parts=False).solve(table).objective
 
 
+@pytest.mark.parametrize(("tie", "same"), [("qkv", "*.{query,key,value}"), ("gate_up", "*.{gate_proj,up_proj}")])
+def test_what_engines_fuse_is_tied_by_one_word(tie: str, same: str) -> None:
+    names = [f"{block}.{word}" for block in "01" for word in ("query", "key", "value", "gate_proj", "up_proj")]
+    table = seeded([(6, 5)] * len(names), names=names)
+    fused = Budget(average_bits=4, tie=(tie,)).solve(table)
+    assert fused.plan.layers == Budget(average_bits=4, tie=(same,)).solve(table).plan.layers
+    assert fused.objective > Budget(average_bits=4).solve(table).objective
+
+
+def test_what_is_fused_and_not_there_is_refused() -> None:
+    with pytest.raises(SettingError, match="gate_up"):
+        Budget(average_bits=4, tie=("gate_up",))(seeded([(6, 5)] * 8, names=NAMES))
+
+
 def test_layers_outside_a_tie_keep_their_parts() -> None:
     table = seeded([(6, 5)] * 8, names=NAMES)
     plan = Budget(average_bits=4, tie=("{0,1}.query", "0.{key,value}"))(table)

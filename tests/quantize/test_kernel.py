@@ -1,5 +1,7 @@
 """The compiled and the torch path against each other and against plain sums."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,11 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpq_plugins import Affine, Piecewise
 from mpq_plugins.quantize import kernel
+from mpq_plugins.quantize.calibrate import choose_grids
 from mpq_plugins.quantize.grid import Grids, minmax_grids
+from mpq_plugins.scheme import Scheme
 from tests.quantize import oracle
 
 # Lengths around the block size and around where float32 begins, where an off-by-one would show.
@@ -184,3 +189,102 @@ def test_a_numba_that_does_not_load_gives_a_warning_and_the_torch_path(monkeypat
             assert not kernel.numba_available()
     finally:
         kernel.numba_available.cache_clear()
+
+
+def every_bfloat16() -> Tensor:
+    """All 65536 of them, NaN and infinities included."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+
+
+def bfloat16_rows() -> dict[str, Tensor]:
+    normal = torch.randn(4, 1027, generator=torch.Generator().manual_seed(5))
+    zeros = normal.clone()
+    zeros[:, ::3], zeros[:, 1::3], zeros[3] = 0.0, -0.0, -0.0
+    patterns = every_bfloat16()
+    return {
+        "normal": normal.bfloat16(),
+        "zeros of both signs": zeros.bfloat16(),
+        "subnormal": (normal * 2.0**-130).bfloat16(),
+        "subnormal among normal": torch.where(normal > 1, normal * 2.0**-130, normal).bfloat16(),
+        "huge": (normal * 2.0**120).bfloat16(),
+        "all equal": torch.full((2, 65), -1.5, dtype=torch.bfloat16),
+        "one weight": torch.tensor([[3.0], [-0.0], [-7.0]], dtype=torch.bfloat16),
+        "every bit pattern": patterns[patterns.isfinite()][None],
+        "transposed": normal.bfloat16().T,
+    }
+
+
+@pytest.mark.parametrize("name", bfloat16_rows())
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bfloat16_has_the_sums_of_the_same_floats(route: str, name: str, shared: bool, symmetric: bool) -> None:
+    rows = bfloat16_rows()[name]
+    widths = range(2, 9) if name == "every bit pattern" else range(1, 9)  # of all floats the mean overflows
+    grids = grids_for(rows.float(), shared, symmetric, widths)
+    found = kernel.error_sums(rows, grids, largest=True)
+    np.testing.assert_array_equal(found, kernel.error_sums(rows.float(), grids, largest=True))
+    if shared:
+        found = kernel.error_totals(rows, grids)
+        np.testing.assert_array_equal(found, kernel.error_totals(rows.float(), grids))
+
+
+@pytest.mark.parametrize("name", [name for name in bfloat16_rows() if name != "every bit pattern"])
+@pytest.mark.parametrize("scheme", [
+    Piecewise(), Piecewise(granularity="per_channel"), Affine(granularity="per_channel", range="mse"),
+    Affine(range="mse", symmetric=True),
+], ids=str)  # fmt: skip
+def test_bfloat16_has_the_searched_grids_and_sums_of_the_same_floats(route: str, name: str, scheme: Scheme) -> None:
+    rows = bfloat16_rows()[name]
+
+    def of(own: Tensor) -> NDArray[np.float64]:
+        stats = kernel.row_stats(own)
+        regions = stats.merged() if scheme.granularity == "per_tensor" else stats
+        return kernel.error_sums(own, choose_grids(lambda op: op(own), regions, (2, 4, 8), scheme), largest=True)
+
+    np.testing.assert_array_equal(of(rows), of(rows.float()))
+
+
+@pytest.mark.parametrize("name", bfloat16_rows())
+def test_bfloat16_has_the_statistics_of_the_same_floats(route: str, name: str) -> None:
+    rows = bfloat16_rows()[name]
+    found, plain = kernel.row_stats(rows), rows.double()
+    assert found.low.tolist() == plain.amin(1).tolist()
+    assert found.high.tolist() == plain.amax(1).tolist()
+    np.testing.assert_allclose(found.absolute, plain.abs().sum(1), rtol=1e-12)
+    np.testing.assert_allclose(found.squared, plain.square().sum(1), rtol=1e-12)
+
+
+def test_any_bfloat16_is_its_own_least_and_greatest(route: str) -> None:
+    patterns = every_bfloat16()
+    patterns = patterns[patterns.isfinite()]
+    alone = kernel.row_stats(patterns[:, None])
+    assert alone.low.tolist() == alone.high.tolist() == patterns.double().tolist()
+    # Each beside zero and beside its neighbour in the order of bits, where a wrong sign would show.
+    for other in (torch.zeros_like(patterns), patterns.roll(1)):
+        both = torch.stack((patterns, other), dim=1)
+        stats = kernel.row_stats(both)
+        assert stats.low.tolist() == both.double().amin(1).tolist()
+        assert stats.high.tolist() == both.double().amax(1).tolist()
+
+
+def test_every_nan_and_infinity_of_bfloat16_shows(route: str) -> None:
+    patterns = every_bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of NaN that signal
+        shown = np.isfinite(kernel.row_stats(patterns[:, None]).squared)
+    assert shown.tolist() == patterns.isfinite().tolist()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("position", [0, 1023, 1024, 2049])
+def test_bfloat16_row_stats_show_what_is_not_finite(route: str, bad: float, position: int) -> None:
+    rows = torch.ones(3, 2050, dtype=torch.bfloat16)
+    rows[1, position] = bad
+    assert np.isfinite(kernel.row_stats(rows).squared).tolist() == [True, False, True]
+
+
+def test_bfloat16_is_not_copied_to_be_read() -> None:
+    rows = torch.randn(3, 70).bfloat16()
+    read = kernel._values(rows)
+    assert read.dtype == np.uint16
+    assert read.ctypes.data == rows.data_ptr()

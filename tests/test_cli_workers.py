@@ -1,0 +1,129 @@
+"""Who measures, as the command line asks for it."""
+
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpq_plugins import cli_workers
+from tests.conftest import Ran
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "net.safetensors"
+    save_file({f"layer{n}.weight": torch.randn(8, 8) for n in range(3)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A scheduler and one worker in threads of this process."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50,
+        protocol="tcp://",
+    ) as made:  # fmt: skip
+        yield made
+
+
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def refused(ran: Ran, *words: str) -> None:
+    """In one line, with nothing on stdout."""
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("mpq: error: ") <= 1
+    assert "Traceback" not in ran.err
+    for word in words:
+        assert word in " ".join(ran.err.split())
+
+
+def test_the_table_is_the_same_bytes_with_any_number_of_threads(
+    source: Path, tmp_path: Path, mpq: Callable[..., Ran]
+) -> None:
+    tables = [tmp_path / f"{workers}.mpqt" for workers in ("default", 1, 3)]
+    assert mpq("measure", source, "-o", tables[0]).code == 0
+    for table in tables[1:]:
+        assert mpq("measure", source, "--workers", table.stem, "-o", table).code == 0
+    assert len({table.read_bytes() for table in tables}) == 1
+    assert sorted(tmp_path.iterdir()) == sorted([source, *tables])
+
+
+def test_the_workers_of_a_cluster_measure_the_same_bytes(
+    source: Path, tmp_path: Path, mpq: Callable[..., Ran], cluster: Any
+) -> None:
+    tables = [tmp_path / "dask.mpqt", tmp_path / "here.mpqt"]
+    ran = mpq("measure", source, "--dask", cluster.scheduler_address, "-o", tables[0])
+    assert ran.code == 0, ran.err
+    assert mpq("measure", source, "-o", tables[1]).code == 0
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+
+
+def test_threads_and_a_cluster_are_one_too_many(source: Path, tmp_path: Path, mpq: Callable[..., Ran]) -> None:
+    ran = mpq("measure", source, "--workers", 2, "--dask", "tcp://127.0.0.1:1", "-o", tmp_path / "t.mpqt")
+    refused(ran, "--workers", "--dask", "give one")
+    assert not (tmp_path / "t.mpqt").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "many", "1.5", "1000000"])
+def test_a_number_of_threads_that_is_none(source: Path, workers: str, mpq: Callable[..., Ran]) -> None:
+    refused(mpq("measure", source, "--workers", workers), "--workers", workers)
+
+
+def test_a_cluster_that_does_not_answer(
+    source: Path, tmp_path: Path, mpq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(cli_workers, "CONNECT", 1)
+    address = f"tcp://127.0.0.1:{closed_port()}"
+    ran = mpq("measure", source, "--dask", address, "-o", tmp_path / "t.mpqt")
+    refused(ran, "mpq: error: dask: no scheduler answers at", address, "`dask scheduler`")
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "tcp://", "tcp://host:port", "nope://127.0.0.1:8786"])
+def test_an_address_that_is_none(
+    source: Path, address: str, mpq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(cli_workers, "CONNECT", 1)
+    refused(mpq("measure", source, "--dask", address), "mpq: error: dask: no scheduler answers at", repr(address))
+
+
+def test_without_dask_it_is_said_how_to_get_it(
+    source: Path, mpq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    refused(mpq("measure", source, "--dask", "tcp://127.0.0.1:1"), "dask: is not installed; pip install")
+
+
+def test_a_device_that_is_none(source: Path, tmp_path: Path, mpq: Callable[..., Ran]) -> None:
+    ran = mpq("measure", source, "--device", "nonsense", "-o", tmp_path / "t.mpqt")
+    refused(ran, "mpq: error: device: 'nonsense' cannot be used")
+    assert ran.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_a_partial_file_of_another_measurement_is_said_and_the_table_is_right(
+    source: Path, tmp_path: Path, mpq: Callable[..., Ran]
+) -> None:
+    assert mpq("measure", source, "-o", tmp_path / "plain.mpqt").code == 0
+    (tmp_path / "t.mpqt.partial").write_text("mpq-partial 1\nof something else\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as where the command is run
+        ran = mpq("measure", source, "-o", tmp_path / "t.mpqt")
+    assert ran.code == 0
+    assert "t.mpqt.partial: is of another measurement" in " ".join(ran.err.split())
+    assert (tmp_path / "t.mpqt").read_bytes() == (tmp_path / "plain.mpqt").read_bytes()
+    assert not (tmp_path / "t.mpqt.partial").exists()
