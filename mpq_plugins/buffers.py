@@ -26,7 +26,7 @@ class Scratch:
 
     def take(self, purpose: Hashable, size: int) -> memoryview:
         """`size` bytes that hold anything; what was taken before for the same purpose is written over."""
-        if len(self._buffers.get(purpose, b"")) < size:
+        if purpose not in self._buffers or len(self._buffers[purpose]) < size:
             self._buffers.pop(purpose, None)
             self._buffers[purpose] = self._allocate(size)
         return memoryview(self._buffers[purpose])[:size]

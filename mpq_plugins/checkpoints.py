@@ -108,7 +108,7 @@ def _strip(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def layer_name(parameter: str) -> str:
     """`conv1.weight` -> `conv1`."""
-    return parameter.removesuffix("weight").removesuffix(".")
+    return "" if parameter == "weight" else parameter.removesuffix(".weight")
 
 
 def _has_tensors(mapping: Mapping[Any, Any]) -> bool:

@@ -114,8 +114,8 @@ def measure(
 ) -> None:
     """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs.
 
-    With -o, what is finished is kept in FILE.partial until the table is written: interrupted or killed, the same
-    command goes on from there.
+    With -o, what is finished is kept in FILE.measure.partial until the table is written: interrupted or killed, the
+    same command goes on from there.
     """
     from .allocate.base import Needs
     from .cli_calibrate import check_sensitivities, with_sensitivities
@@ -125,6 +125,9 @@ def measure(
 
     check_output(output, source)
     journal = partial_file(output)
+    check_output(journal, source)
+    if output is not None and output.is_dir():
+        raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
     resolved = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):

@@ -143,6 +143,7 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
             return table
         say(f"measuring again: {cache} {reason}")
     journal = partial_file(cache)
+    check_output(journal, source if isinstance(source, str) else None)
     table = measure_now(resolved, needs, request, None, journal=journal)
     if cache is not None and journal is not None:
         table.save(cache)
@@ -152,7 +153,7 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
 
 def partial_file(output: Path | None) -> Path | None:
     """Where finished units are kept beside a table that is to be written."""
-    return None if output is None else output.with_name(f"{output.name}.partial")
+    return None if output is None else output.with_name(f"{output.name}.measure.partial")
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:

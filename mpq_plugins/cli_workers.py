@@ -56,8 +56,9 @@ def _dask(address: str) -> Iterator[Executor]:
         from distributed.comm.addressing import parse_address, parse_host_port
     except ImportError as error:
         raise SettingError("dask: is not installed; pip install 'mpq-plugins[dask]'") from error
-    for name in ("distributed.comm", "distributed.core", "distributed.client", "tornado.application"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what it says of a lost scheduler, our error says
+    for name in [*logging.root.manager.loggerDict, "tornado.application"]:
+        if name.startswith(("distributed", "tornado")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say of a lost scheduler, our error says
     try:
         parse_host_port(parse_address(address)[1])  # or a client half made would complain of itself
         client = Client(address, timeout=CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ role; a tensor of stacked experts is a layer for each expert.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,23 @@ from .errors import SettingError, SourceError
 if TYPE_CHECKING:
     from .weights import Weight
 
+Config = Callable[[], Mapping[str, Any]]
+"""The checkpoint's configuration, read when it is asked for: most plans need none."""
+
 PREFIX = "role:"
 EMBEDDINGS, HEAD, ROUTERS = ROLES = ("embeddings", "lm_head", "routers")
 HEAD_NAMES = (
     "lm_head", "*.lm_head", "embed_out", "*.embed_out", "output", "head", "*.output_layer", "*.predictions.decoder",
-    "*.output_projection",
+    "*.output_projection", "proj_out",
 )  # fmt: skip
-INPUT_EMBEDDINGS = ("*embed_tokens", "*wte", "*word_embeddings", "*embed_in", "*tok_embeddings", "shared", "*.shared")
+INPUT_EMBEDDINGS = (
+    "*embed_tokens", "*wte", "*word_embeddings", "*embed_in", "*tok_embeddings", "shared", "*.shared", "*.embeddings",
+)  # fmt: skip
 ROUTER_NAMES = ("*.gate", "*.router", "*.router.*", "*.wg", "*_expert_gate")
-EXPERTS = re.compile(r"(^|[._])(experts?|moe|block_sparse_moe)([._]|$)")
+EXPERTS = re.compile(r"(^|\.)((\w+_)?experts?|(\w+_)?moe)(?=\.|$)")
+NUMBERED = re.compile(r"experts?\.(\d+)\.")
+NO_MATRICES = re.compile(r"(^|_)(scales?|scale_inv|bias|norm|zero_points?|zeros|lora_\w+)$")
+COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Projections out of and back into the hidden state, by the last words of their names.
 READS_HIDDEN = re.compile(r"(gate|up|w1|w3|wi|fc1|input)")
 WRITES_HIDDEN = re.compile(r"(down|w2|wo|fc2|output)")
@@ -48,25 +56,45 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return merged
 
 
-def in_role(role: str, weights: Sequence["Weight"], config: Mapping[str, Any]) -> set[str]:
-    """Names of the layers that have the role. Raises SettingError for a role there is none of."""
+def in_role(role: str, weights: Sequence["Weight"], config: Config) -> set[str]:
+    """Names of the layers that have the role, or none. Raises SettingError for a role there is not."""
     if role not in ROLES:
         raise SettingError(f"{PREFIX}{role}: no such role; {', '.join(PREFIX + known for known in ROLES)}")
     if role == EMBEDDINGS:
         return {weight.name for weight in weights if weight.kind == "embedding"}
     if role == ROUTERS:
-        if not any(EXPERTS.search(name) for weight in weights for name in weight.names):
-            return set()
-        return {weight.name for weight in weights if _named(weight, ROUTER_NAMES)}
+        return _routers(weights, config)
     heads = {weight.name for weight in weights if _named(weight, HEAD_NAMES)}
-    if heads or not _ties_its_head(config):
+    if not _ties_its_head(config(), bool(heads)):
         return heads
-    return {weight.name for weight in weights if _named(weight, INPUT_EMBEDDINGS)}
+    return heads | {weight.name for weight in weights if _named(weight, INPUT_EMBEDDINGS)}
+
+
+def _routers(weights: Sequence["Weight"], config: Config) -> set[str]:
+    """One output for each expert, or a gate of one for shared ones."""
+    names = [name for weight in weights for name in weight.names]
+    numbers = [int(match[1]) for name in names if (match := NUMBERED.search(f"{name}."))]
+    numbers += [int(end) for name in names if EXPERTS.search(name) and (end := name.rpartition(".")[2]).isdigit()]
+    if not numbers:
+        return set()
+    outputs = {1, max(numbers) + 1, *(config().get(key) for key in COUNTS)}
+    return {
+        weight.name
+        for weight in weights
+        if _named(weight, ROUTER_NAMES) and weight.shape[0] in outputs and not NUMBERED.search(weight.name)
+    }
 
 
 def are_experts(parameter: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is a stack of experts' matrices, experts first."""
-    return len(shape) == 3 and EXPERTS.search(parameter) is not None
+    """Whether a parameter is a stack of experts' matrices, experts first: by its shape, its path and its own name."""
+    if len(shape) != 3 or min(shape[1:]) < 2:
+        return False
+    path = parameter.removesuffix(".weight")
+    return (
+        EXPERTS.search(path) is not None
+        and NUMBERED.search(f"{path}.") is None
+        and NO_MATRICES.search(path.rpartition(".")[2]) is None
+    )
 
 
 def inputs_first(parameter: str, shape: Sequence[int], hidden: int | None, config: Mapping[str, Any]) -> bool:
@@ -100,11 +128,15 @@ def _named(weight: "Weight", patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in weight.names for pattern in patterns)
 
 
-def _ties_its_head(config: Mapping[str, Any]) -> bool:
+def _ties_its_head(config: Mapping[str, Any], stored: bool) -> bool:
     """Whether the input embedding is the output head too: as the configuration says, or by transformers' default."""
+    said = config.get("tie_word_embeddings")
+    if isinstance(said, bool):
+        return said
+    names = config.get("architectures")
     makes_text = any(
         word in str(name)
-        for name in config.get("architectures") or ()
+        for name in (names if isinstance(names, list) else ())
         for word in ("CausalLM", "LMHead", "ForConditionalGeneration", "MaskedLM")
     )
-    return bool(config.get("tie_word_embeddings", makes_text))
+    return makes_text and not stored

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from .errors import SourceError, first_few
+from .files import exists
 from .tensor_files import StoredTensor, safetensors_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,8 +29,8 @@ def shard_files(directory: Path) -> dict[str, list[str]]:
         # Judged by its words: hubs' caches link shards elsewhere on purpose, but never name a path outside.
         if parts.is_absolute() or ".." in parts.parts or "\\" in shard:
             raise SourceError(f"{index}: tensor {name!r} is mapped to {shard!r}, outside its directory; refused")
-        shards.setdefault(shard, []).append(name)
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
+        shards.setdefault(str(parts), []).append(name)
+    missing = [shard for shard in shards if not exists(directory / shard)]
     if missing:
         raise SourceError(
             f"{index}: tensor {shards[missing[0]][0]!r} is mapped to {missing[0]!r}, and there is no such file; "

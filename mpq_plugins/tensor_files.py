@@ -56,7 +56,7 @@ class RowReader(Protocol):
         ...
 
     def signature(self) -> str:
-        """What tells its values from others': a file's name, size and time, or the values' own digest."""
+        """What tells its values from others': a file's path, size and times, or the values' own digest."""
         ...
 
 
@@ -249,7 +249,8 @@ def _file_signature(path: Path) -> str:
         status = path.stat()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
-    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"  # the second is not put back by tools that keep the first
+    return f"{path.resolve()} {status.st_ino} {status.st_size} {times}"
 
 
 def _cut_short(path: Path, name: str) -> SourceError:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .fold import conv_bn_pairs, folded_weight
 from .patterns import matches
 from .quantize.regions import from_channel_rows
 from .quantize.weight import WEIGHT_DTYPES
-from .roles import PREFIX, are_experts, hidden_size, in_role, inputs_first, read_config
+from .roles import PREFIX, Config, are_experts, hidden_size, in_role, inputs_first, read_config
 from .tensor_files import Allocate, MemoryRows, RowReader, StoredTensor
 
 KINDS: dict[type[nn.Module], str] = {
@@ -131,7 +132,7 @@ def find_weights(
     if isinstance(source, nn.Module):
         pairs = conv_bn_pairs(source) if fold_bn else {}
         found, left_alone = _module_weights(source, pairs)
-        config: Mapping[str, Any] = {}
+        config: Config = dict
         folded = bool(pairs)
         where = type(source).__name__
     else:
@@ -140,8 +141,8 @@ def find_weights(
                 f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
                 "layer. Pass the module itself, or fold_bn=False."
             )
-        stored, config = open_checkpoint(Path(source)), read_config(Path(source))
-        found, left_alone = _stored_weights(stored, config)
+        config = cache(partial(read_config, Path(source)))
+        found, left_alone = _stored_weights(open_checkpoint(Path(source)), config)
         folded = False
         where = str(source)
     kept = _select(found, skip, only, where, config)
@@ -229,12 +230,10 @@ def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterabl
         yield f"{name}.{own}" if name else own, reason
 
 
-def _stored_weights(
-    stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
-) -> tuple[list[Weight], list[tuple[str, str]]]:
+def _stored_weights(stored: Mapping[str, StoredTensor], config: Config) -> tuple[list[Weight], list[tuple[str, str]]]:
     found: dict[object, Weight] = {}
     left_alone: list[tuple[str, str]] = []
-    hidden = hidden_size(((parameter, tensor.shape) for parameter, tensor in stored.items()), config)
+    shapes = {parameter: tensor.shape for parameter, tensor in stored.items()}
     for parameter, tensor in stored.items():
         experts = are_experts(parameter, tensor.shape)
         reason = _why_left_alone(parameter, tensor, experts)
@@ -242,12 +241,22 @@ def _stored_weights(
             if len(tensor.shape) >= 2:
                 left_alone.append((parameter, reason))
             continue
-        made = _experts(parameter, tensor, hidden, config) if experts else [_stored_weight(parameter, tensor)]
+        made = _experts(parameter, tensor, shapes, config()) if experts else [_stored_weight(parameter, tensor)]
         for position, weight in enumerate(made):
             identity = (tensor.identity, position)
             known = found.get(identity)
             found[identity] = weight if known is None else replace(known, tied=(*known.tied, weight.name))
+    _check_names(found.values())
     return list(found.values()), left_alone
+
+
+def _check_names(weights: Iterable[Weight]) -> None:
+    """Raise SourceError where two tensors would be layers of one name."""
+    seen: set[str] = set()
+    for name in (name for weight in weights for name in weight.names):
+        if name in seen:
+            raise SourceError(f"layer {name!r}: two tensors of the checkpoint would be called so; rename one")
+        seen.add(name)
 
 
 def _stored_weight(parameter: str, tensor: StoredTensor) -> Weight:
@@ -256,8 +265,10 @@ def _stored_weight(parameter: str, tensor: StoredTensor) -> Weight:
     return Weight(name, kind, tensor.shape, tensor.dtype, 0, tensor.read_rows, refusal=refusal)
 
 
-def _experts(parameter: str, tensor: StoredTensor, hidden: int | None, config: Mapping[str, Any]) -> list[Weight]:
-    transposed = inputs_first(parameter, tensor.shape, hidden, config)
+def _experts(
+    parameter: str, tensor: StoredTensor, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
+) -> list[Weight]:
+    transposed = inputs_first(parameter, tensor.shape, hidden_size(shapes.items(), config), config)
     return [
         Weight(
             f"{layer_name(parameter)}.{expert}",
@@ -275,6 +286,8 @@ def _experts(parameter: str, tensor: StoredTensor, hidden: int | None, config: M
 def _why_left_alone(parameter: str, tensor: StoredTensor, experts: bool) -> str | None:
     if len(tensor.shape) not in KIND_BY_DIMENSIONS:
         return f"{len(tensor.shape)} dimensions"
+    if len(tensor.shape) == 3 and not tensor.shape[0]:
+        return "a stack of nothing"
     if not tensor.dtype.is_floating_point:
         return f"dtype {tensor.dtype}"
     if not experts and parameter != "weight" and not parameter.endswith(".weight"):
@@ -299,7 +312,7 @@ def _shape(weight: Tensor) -> tuple[int, ...]:
 
 
 def _select(
-    found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str, config: Mapping[str, Any]
+    found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str, config: Config
 ) -> list[Weight]:
     names = [name for weight in found for name in weight.names]
     chosen: dict[str, set[str]] = {"skip": set(), "only": set()}
@@ -315,7 +328,7 @@ def _select(
     return [w for w in found if (not only or w.name in chosen["only"]) and w.name not in chosen["skip"]]
 
 
-def _chosen(pattern: str, found: Sequence[Weight], config: Mapping[str, Any]) -> set[str]:
+def _chosen(pattern: str, found: Sequence[Weight], config: Config) -> set[str]:
     """By any of its names: a tied weight cannot be skipped under one and quantized under another."""
     if pattern.startswith(PREFIX):
         return in_role(pattern.removeprefix(PREFIX), found, config)

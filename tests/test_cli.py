@@ -340,5 +340,5 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     assert "what is finished is kept in" in kept
     assert said == "mpq: interrupted; nothing half written"
     assert (tmp_path / "out.mpqt").read_text() == "old"
-    names = ["net.safetensors", "out.mpqt", "out.mpqt.partial"]
+    names = ["net.safetensors", "out.mpqt", "out.mpqt.measure.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -119,11 +119,11 @@ def test_a_partial_file_of_another_measurement_is_said_and_the_table_is_right(
     source: Path, tmp_path: Path, mpq: Callable[..., Ran]
 ) -> None:
     assert mpq("measure", source, "-o", tmp_path / "plain.mpqt").code == 0
-    (tmp_path / "t.mpqt.partial").write_text("mpq-partial 1\nof something else\n")
+    (tmp_path / "t.mpqt.measure.partial").write_text("mpq-partial 1\nof something else\n")
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # as where the command is run
         ran = mpq("measure", source, "-o", tmp_path / "t.mpqt")
     assert ran.code == 0
-    assert "t.mpqt.partial: is of another measurement" in " ".join(ran.err.split())
+    assert "t.mpqt.measure.partial: is of another measurement" in " ".join(ran.err.split())
     assert (tmp_path / "t.mpqt").read_bytes() == (tmp_path / "plain.mpqt").read_bytes()
-    assert not (tmp_path / "t.mpqt.partial").exists()
+    assert not (tmp_path / "t.mpqt.measure.partial").exists()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise, find_weights, measure
 from mpq_plugins.errors import SettingError, SourceError
-from mpq_plugins.roles import hidden_size, inputs_first
+from mpq_plugins.roles import are_experts, hidden_size, inputs_first
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.table import METRICS
 
@@ -156,9 +156,9 @@ def test_the_text_models_part_of_a_configuration_counts(tmp_path: Path) -> None:
 
 
 def state_of_a_language_model() -> dict[str, Tensor]:
-    layers = ("model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.0.gate_proj",
+    layers = ("model.embed_tokens", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.5.gate_proj",
               "model.layers.0.mlp.shared_expert_gate", "model.layers.0.self_attn.q_proj")  # fmt: skip
-    return {f"{name}.weight": torch.randn(6, 4) for name in layers}
+    return {f"{name}.weight": torch.randn(1 if "shared" in name else 6, 4) for name in layers}
 
 
 def test_roles_are_left_alone_on_request(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_roles_are_left_alone_on_request(tmp_path: Path) -> None:
         assert {weight.name for weight in found} == every - own
         assert set(found.skipped) == own
     assert names(source, skip=list(of_role)) == [
-        "model.layers.0.mlp.experts.0.gate_proj", "model.layers.0.self_attn.q_proj"
+        "model.layers.0.mlp.experts.5.gate_proj", "model.layers.0.self_attn.q_proj"
     ]  # fmt: skip
 
 
@@ -203,10 +203,50 @@ def test_the_head_is_the_input_embedding_where_the_configuration_ties_them(
             find_weights(source, only=["role:lm_head"])
 
 
-def test_a_head_of_its_own_counts_before_a_tied_one(tmp_path: Path) -> None:
+def test_a_head_that_is_stored_beside_what_it_is_tied_to_is_both(tmp_path: Path) -> None:
     state = state_of_a_language_model() | {"lm_head.weight": torch.randn(6, 4)}
     source = saved(tmp_path / "model", state, {"tie_word_embeddings": True})
-    assert names(source, only=["role:lm_head"]) == ["lm_head"]
+    assert set(names(source, only=["role:lm_head"])) == {"model.embed_tokens", "lm_head"}
+
+
+def test_a_head_of_its_own_counts_before_what_transformers_would_tie(tmp_path: Path) -> None:
+    state = state_of_a_language_model() | {"lm_head.weight": torch.randn(6, 4)}
+    for config in ({"architectures": ["SomeForCausalLM"]}, {"tie_word_embeddings": "yes"}, {"architectures": 5}):
+        source = saved(tmp_path / str(len(str(config))), state, config)
+        assert names(source, only=["role:lm_head"]) == ["lm_head"]
+
+
+def test_gates_that_are_no_routers(tmp_path: Path) -> None:
+    gates = {"attn.gate.weight": torch.randn(7, 4), "moe.experts.0.gate.weight": torch.randn(1, 4)}
+    source = saved(tmp_path / "model", state_of_a_language_model() | gates)
+    assert names(source, only=["role:routers"]) == ["model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shape"),
+    [
+        ("blocks.0.experts.0.conv.weight", (16, 8, 3)),
+        ("moe_asr.encoder.conv1.weight", (16, 8, 3)),
+        ("m.experts.gate_up_proj_scale", (2, 1, 64)),
+        ("m.experts.gate_up_proj_scale_inv", (2, 4, 64)),
+        ("m.experts.norm", (2, 4, 64)),
+        ("m.experts.w1.bias", (2, 4, 64)),
+        ("m.experts.w1.lora_A", (2, 4, 64)),
+    ],
+)
+def test_what_is_no_stack_of_matrices(parameter: str, shape: tuple[int, ...]) -> None:
+    assert not are_experts(parameter, shape)
+
+
+def test_two_tensors_of_one_layer_name_are_refused(tmp_path: Path) -> None:
+    state = {"m.experts.w1": torch.randn(2, 4, 4), "m.experts.w1.0.weight": torch.randn(4, 4)}
+    with pytest.raises(SourceError, match=r"'m\.experts\.w1\.0': two tensors of the checkpoint would be called so"):
+        find_weights(saved(tmp_path / "model", state))
+
+
+def test_a_stack_of_nothing_is_listed(tmp_path: Path) -> None:
+    state = {"m.experts.w1": torch.randn(0, 4, 4), "fc.weight": torch.randn(4, 4)}
+    assert find_weights(saved(tmp_path / "model", state)).left_alone == (("m.experts.w1", "a stack of nothing"),)
 
 
 @pytest.mark.parametrize("name", ["output", "embed_out", "transformer.output_layer", "cls.predictions.decoder"])
@@ -231,5 +271,6 @@ def test_a_role_that_is_not_known_is_refused_with_those_that_are(tmp_path: Path)
 def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     source = saved(tmp_path / "model", state_of_a_language_model())
     (source / "config.json").write_text(text)
+    assert len(find_weights(source)) == 5  # nothing is asked of it
     with pytest.raises(SourceError, match=r"config\.json: not a model's configuration .*repair or remove it"):
-        find_weights(source)
+        find_weights(source, skip=["role:lm_head"])

@@ -47,11 +47,11 @@ def measure(
 
     executor: a concurrent.futures.Executor that measures units of at most 64 MiB (one output channel at least, and
     a layer with one scale up to 256 MiB): threads, processes, or dask's `client.get_executor()`, whose machines need
-    the files under the same paths; a module's weights travel to them. As many threads as torch uses by default. The
-    table is the same to the last bit whoever measures. Each worker needs 20 MiB, beside libraries and the table
-    itself, whatever the model. journal: a file where finished units are kept, so that an interrupted measurement goes
-    on; it stays, to be removed once the table is saved. Another job's is written anew, with a MeasureWarning. device:
-    where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
+    the files under the same paths, and the same processors and packages; a module's weights travel to them. As many
+    threads as torch uses by default. The table is the same to the last bit whoever measures. Each worker needs 20 MiB,
+    beside libraries and the table itself, whatever the model. journal: a file where finished units are kept, so that
+    an interrupted measurement goes on; it stays, to be removed once the table is saved. Another job's is written anew,
+    with a MeasureWarning. device: where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
 
     Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
     executor's workers fail.

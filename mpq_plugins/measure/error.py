@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import WeightError
+from ..errors import WeightError, WorkerError
 from ..fingerprint import fingerprint, layer_digest
 from ..quantize.calibrate import choose_grids
 from ..quantize.grid import AnyGrids, RegionStats
-from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, row_stats
+from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, kernel_name, row_stats
 from ..quantize.regions import region_rows
 from ..scheme import Scheme
 from ..table import LayerStats
@@ -37,12 +37,16 @@ LARGEST_METRIC = "max_abs"
 
 @dataclass(frozen=True)
 class Request:
-    """What is measured of every layer; device: where, None for where the weights are."""
+    """What is measured of every layer.
+
+    kernel: what does the arithmetic, which every worker must have; device: where, None for where the weights are.
+    """
 
     scheme: Scheme
     bits: tuple[int, ...]
     metrics: tuple[str, ...]
     per_channel: bool
+    kernel: str
     device: torch.device | None = None
 
     @property
@@ -61,6 +65,7 @@ def unit_sums(pieces: Sequence[Weight], request: Request) -> Sums:
 
     Raises WeightError for NaN or infinity, SourceError where it cannot be read.
     """
+    _check_kernel(request)
     with own_stream(request.device):
         if request.one_region:
             return _joined([whole_sums(piece, request) for piece in pieces])
@@ -126,10 +131,20 @@ def layer_stats(weight: Weight, parts: Sequence[Sums], request: Request) -> Laye
     )
 
 
-def answers(piece: Weight, op: Op, device: torch.device | None) -> Sums:
+def answers(piece: Weight, op: Op, request: Request) -> Sums:
     """What the chunks of a piece answer, joined under `values`: a unit of work of its own."""
-    with own_stream(device):
-        return {"values": over_chunks(piece, device)(op)}
+    _check_kernel(request)
+    with own_stream(request.device):
+        return {"values": over_chunks(piece, request.device)(op)}
+
+
+def _check_kernel(request: Request) -> None:
+    """Raise WorkerError where this worker would add up in another order than the others."""
+    if kernel_name() != request.kernel:
+        raise WorkerError(
+            f"executor: a worker measures with {kernel_name()}, and this process with {request.kernel}: the last bits "
+            "would depend on who measured what. Use workers with the same processors and packages"
+        )
 
 
 def weights_fingerprint(weights: Iterable[Weight]) -> str:

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from ..errors import SettingError
+from ..files import exists
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm
-from ..quantize.kernel import numba_available
+from ..quantize.kernel import kernel_name
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
+from ..tensor_files import FileColumns, FileRows
 from ..weights import Weight, find_weights
 from . import Progress
 from .chunks import Array, Op, chunks
@@ -50,12 +52,14 @@ def run(
 ) -> LayerTable:
     """What `measure` promises."""
     widths = checked_bits(bits, scheme)
-    request = Request(scheme, widths, checked_metrics(metrics), per_channel, checked_device(device))
+    request = Request(scheme, widths, checked_metrics(metrics), per_channel, kernel_name(), checked_device(device))
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     weights = find_weights(source, skip=skip, only=only, fold_bn=resolve_fold(source, scheme, fold_bn))
     for weight in weights:  # a group size that does not fit is found before the first layer is measured
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
+    if journal is not None:
+        _check_journal(Path(journal), source, weights)
     layers = _measured(list(weights), request, executor, journal, progress)
     table = LayerTable(
         tuple(layers),
@@ -82,15 +86,15 @@ def _measured(
 ) -> list[LayerStats]:
     """Every layer's numbers, in the layers' order."""
     work = cut(weights, request.scheme)
-    record = Record(Path(journal), _job(weights, request, work)) if journal is not None else None
     on_cuda = request.device is not None and request.device.type == "cuda"
     workers = Workers(executor, max(CUDA_THREADS if on_cuda else 1, torch.get_num_threads()))
+    record = Record(Path(journal), _job(weights, request, work)) if journal is not None else None
     layers: dict[int, LayerStats] = {}
     total, done = sum(weight.numel for weight in weights), 0
-    if progress is not None:
-        progress(weights[0].name, 0, total)
     coordinators = ThreadPoolExecutor(SHARED_AT_ONCE, "mpq-shared")
     try:
+        if progress is not None:
+            progress(weights[0].name, 0, total)
         shared = {
             position: coordinators.submit(_shared, position, weights[position], request, work.size, workers, record)
             for position in work.shared
@@ -106,8 +110,10 @@ def _measured(
             layers[position] = future.result()
             done += weights[position].numel
     finally:  # an error in one layer, or Ctrl-C, must not wait for all the others
-        coordinators.shutdown(wait=False, cancel_futures=True)
         workers.close()
+        coordinators.shutdown(cancel_futures=True)
+        if record is not None:
+            record.close()
     if progress is not None:
         progress("", total, total)
     return [layers[position] for position in range(len(weights))]
@@ -148,9 +154,7 @@ def _shared(
 
     def each(op: Op) -> Array:
         own = f"{position}.{next(passes)}"
-        calls = [
-            Call(f"{own}.{k}", answers, (piece, op, request.device), weight.name) for k, piece in enumerate(pieces)
-        ]
+        calls = [Call(f"{own}.{k}", answers, (piece, op, request), weight.name) for k, piece in enumerate(pieces)]
         found = {call.name: result["values"] for call, result in _finished(calls, workers, record)}
         return np.concatenate([found[call.name] for call in calls])
 
@@ -179,6 +183,16 @@ def _split(unit: Unit, sums: Sums) -> list[Sums]:
     return [{name: own[k] for name, own in parts.items()} for k in range(len(unit.pieces))]
 
 
+def _check_journal(path: Path, source: nn.Module | str | Path, weights: Iterable[Weight]) -> None:
+    """Raise SettingError where finished units would be written over what is measured."""
+    readers = [weight.read_rows for weight in weights]
+    files = {reader.path for reader in readers if isinstance(reader, FileRows | FileColumns)}
+    if not isinstance(source, nn.Module):
+        files.add(Path(source))
+    if exists(path) and any(path.samefile(file) for file in files):
+        raise SettingError(f"journal: {path} is what is measured; name another file")
+
+
 def _job(weights: Sequence[Weight], request: Request, work: Work) -> str:
     """What a record is told apart by: weights, to the byte or by their files' times and sizes, and every setting."""
     digest = hashlib.sha256()
@@ -189,7 +203,7 @@ def _job(weights: Sequence[Weight], request: Request, work: Work) -> str:
         {
             "mpq-plugins": version("mpq-plugins"), "weights": digest.hexdigest(), "scheme": repr(request.scheme),
             "bits": request.bits, "metrics": request.metrics, "per_channel": request.per_channel,
-            "device": str(request.device), "compiled": numba_available(), "unit": work.size,
+            "device": str(request.device), "kernel": request.kernel, "unit": work.size,
         }
     )  # fmt: skip
 

@@ -1,13 +1,18 @@
 """Work handed to an executor and taken back as it finishes; what a lost worker was at is done again."""
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MeasureWarning, MPQError, SettingError, WorkerError, what_it_said
+
+LOOK = 5.0  # seconds between two looks at whether there is still something to wait for
+QUIET = 60.0  # seconds without a result after which that is said; a unit takes one, or ten where ranges are searched
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class Workers:
             )
         self._lock = threading.Lock()
         self._threads = threads
-        self._closed = False
+        self._closed = self._said_quiet = False
+        self._heard = time.monotonic()
+        self._waiting: set[Future[Any]] = set()
         self._own = ThreadPoolExecutor(threads, "mpq-measure") if executor is None else None
         self._executor: Executor = executor or self._own  # type: ignore[assignment]  # one of them is there
 
@@ -47,9 +54,11 @@ class Workers:
                 raise WorkerError("executor: the measurement was stopped")
             executor = self._executor
             futures, left = _submitted(executor, left)
+            self._waiting.update(futures)
             try:
-                for future in as_completed(list(futures)):
+                for future in self._as_completed(futures):
                     call = futures.pop(future)
+                    self._waiting.discard(future)
                     try:
                         result = self._result(future, call, executor)
                     except BrokenExecutor:
@@ -65,8 +74,25 @@ class Workers:
     def close(self) -> None:
         """Take no more work, and wait for what own threads are at; an executor that was given stays open."""
         self._closed = True
+        for future in list(self._waiting):
+            future.cancel()
         if self._own is not None:
-            self._own.shutdown(wait=True, cancel_futures=True)
+            # Not cancel_futures, which would not wake whoever waits for them.
+            self._own.shutdown(wait=True)
+
+    def _as_completed(self, futures: dict[Future[Any], Call]) -> Iterator[Future[Any]]:
+        """As they complete; in between, whether the measurement was stopped, and a word where nothing comes back."""
+        while futures:
+            with suppress(TimeoutError):
+                for future in as_completed(list(futures), timeout=LOOK):
+                    self._heard = time.monotonic()
+                    yield future
+            if self._closed and futures:
+                raise WorkerError("executor: the measurement was stopped")
+            if time.monotonic() - self._heard > QUIET and not self._said_quiet:
+                self._said_quiet = True
+                text = f"executor: nothing has come back for {QUIET:.0f} seconds; are its workers alive?"
+                warnings.warn(MeasureWarning(text), stacklevel=2)
 
     def _result(self, future: Future[Any], call: Call, executor: Executor) -> Any:
         try:

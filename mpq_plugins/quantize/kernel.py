@@ -88,6 +88,18 @@ def numba_available() -> bool:
     return True
 
 
+@cache
+def kernel_name() -> str:
+    """What does the arithmetic here: sums of one kernel on one kind of processor are the same to the last bit."""
+    if not numba_available():
+        return f"torch {torch.__version__}"
+    import llvmlite.binding
+    import numba
+
+    processor = os.environ.get("NUMBA_CPU_NAME") or llvmlite.binding.get_host_cpu_name()
+    return f"numba {numba.__version__} on {processor}"
+
+
 def _numba_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
     from .kernel_numba import sums
 

@@ -46,7 +46,7 @@ def test_a_measurement_killed_goes_on_to_the_same_bytes(
 ) -> None:
     whole, table = tmp_path / "whole.mpqt", tmp_path / "killed.mpqt"
     assert mpq("measure", checkpoint, *OPTIONS, "-o", whole).code == 0
-    partial = tmp_path / "killed.mpqt.partial"
+    partial = tmp_path / "killed.mpqt.measure.partial"
     killed_in_the_middle(command(checkpoint, *OPTIONS, "-o", table, "--workers", 1), partial)
     assert partial.exists()
     assert not table.exists()

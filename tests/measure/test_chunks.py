@@ -1,5 +1,6 @@
 """Chunks are the weight, whoever reads them ahead, in whatever dtype and memory."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def weights_in(path: Path, tensors: dict[str, Tensor]) -> list[Weight]:
 
 
 @given(
-    st.integers(1, 40), st.integers(1, 9), st.integers(1, 60),
+    st.integers(2, 40), st.integers(2, 9), st.integers(1, 60),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_chunks_in_turn_are_the_rows_of_the_weight(
@@ -68,6 +69,15 @@ def test_an_empty_weight_is_one_empty_chunk(tmp_path: Path) -> None:
     assert part == (weight, 0, 0)
     (rows,) = chunks.read([part])
     assert rows.shape == (0, 4)
+
+
+def test_an_empty_weight_may_come_first(tmp_path: Path) -> None:
+    state = {"a.weight": torch.ones(0, 4), "b.weight": torch.randn(3, 4), "c.weight": torch.ones(4, 0)}
+    weights = weights_in(tmp_path / "model.safetensors", state)
+    with ThreadPoolExecutor(1) as fresh:  # a thread that has no buffers yet
+        table = measure(tmp_path / "model.safetensors", bits=(4,), executor=fresh)
+    assert [layer.numel for layer in table.layers] == [weight.numel for weight in weights]
+    assert table.error(table.layers[0], "mse", 4) == 0
 
 
 @given(st.integers(1, 300), st.integers(1, 50), st.integers(1, 500), st.data())

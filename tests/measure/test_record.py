@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from mpq_plugins import Affine, LayerTable, Piecewise, measure
-from mpq_plugins.errors import MeasureWarning, SourceError
+from mpq_plugins.errors import MeasureWarning, SettingError, SourceError
 from mpq_plugins.measure import chunks, run, units
 from mpq_plugins.measure.record import MAGIC, Record
 from mpq_plugins.scheme import Scheme
@@ -93,7 +93,7 @@ def test_what_is_recorded_is_not_measured_again(
     with pytest.raises(KeyboardInterrupt):
         table_of(checkpoint, scheme, journal, progress=interrupt)
     first = counted.calls
-    kept = len(Record(journal, job_of(journal)))
+    kept = recorded(journal, job_of(journal))
     assert 0 < kept <= first
     counted.calls = 0
     assert contents(table_of(checkpoint, scheme, journal)) == whole
@@ -101,6 +101,12 @@ def test_what_is_recorded_is_not_measured_again(
     counted.calls = 0
     assert contents(table_of(checkpoint, scheme, journal)) == whole
     assert counted.calls == 0
+
+
+def recorded(journal: Path, job: str) -> int:
+    record = Record(journal, job)
+    record.close()
+    return len(record)
 
 
 def job_of(journal: Path) -> str:
@@ -169,6 +175,7 @@ def test_a_record_gives_back_the_entries_before_a_cut_and_no_other(
     if not written:
         assert not path.exists()
         return
+    record.close()
     cut %= ends[-1] + 1
     path.write_bytes(path.read_bytes()[:cut])
     head = len(MAGIC + b"job\n")
@@ -182,18 +189,68 @@ def test_a_record_gives_back_the_entries_before_a_cut_and_no_other(
         assert {part: array.tobytes() for part, array in arrays.items()} == {
             part: array.tobytes() for part, array in written[name].items()
         }
+    again.close()
 
 
 def test_a_record_that_somebody_else_cut_while_it_is_in_use(tmp_path: Path) -> None:
     record = Record(tmp_path / "partial", "job")
     for name in "ab":
         record.add(name, {"values": np.arange(4.0)})
+    record.close()
     again = Record(tmp_path / "partial", "job")
     whole = record.path.read_bytes()
     record.path.write_bytes(whole[:-1])
     assert again.take("a")["values"].tolist() == [0, 1, 2, 3]
     with pytest.raises(SourceError, match=r"partial: was changed by somebody else while in use; run again"):
         again.take("b")
+    again.close()
+
+
+def test_two_measurements_do_not_write_one_file(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    first = Record(tmp_path / "partial", "job")
+    first.add("a", {"values": np.arange(4.0)})
+    for job in ("job", "other"):
+        with pytest.raises(SettingError, match=r"partial: another measurement is writing it; wait for that, or name"):
+            Record(tmp_path / "partial", job)
+    first.close()
+    assert recorded(tmp_path / "partial", "job") == 1
+
+
+def test_entries_of_another_job_are_not_believed_under_this_ones_line(tmp_path: Path) -> None:
+    for job in ("one", "two"):
+        record = Record(tmp_path / job, job)
+        record.add("a", {"values": np.arange(4.0)})
+        record.close()
+    head = len(MAGIC + b"one\n")
+    mixed = (tmp_path / "one").read_bytes()[:head] + (tmp_path / "two").read_bytes()[head:]
+    (tmp_path / "one").write_bytes(mixed)
+    with pytest.warns(MeasureWarning, match="from 0 units"):
+        assert recorded(tmp_path / "one", "one") == 0
+
+
+def test_what_is_no_partial_file_is_set_aside_and_not_written_over(checkpoint: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "notes"
+    journal.write_text("dear diary")
+    known = contents(table_of(checkpoint, SCHEMES[1], None))
+    with pytest.warns(MeasureWarning, match=r"notes: is damaged, or no partial file of ours; moved to .*notes\.old"):
+        assert contents(table_of(checkpoint, SCHEMES[1], journal)) == known
+    assert (tmp_path / "notes.old").read_text() == "dear diary"
+    assert contents(table_of(checkpoint, SCHEMES[1], journal)) == known
+    journal.write_text("dear diary, again")
+    with pytest.raises(SettingError, match=r"notes\.old: remove them"):
+        table_of(checkpoint, SCHEMES[1], journal)
+    assert journal.read_text() == "dear diary, again"
+
+
+def test_what_is_measured_is_no_place_for_what_is_finished(checkpoint: Path, tmp_path: Path) -> None:
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    torch.save({"a.weight": torch.randn(4, 4)}, tmp_path / "model.pt")
+    for source, journal in ((checkpoint, shard), (shard, shard), (tmp_path / "model.pt", tmp_path / "model.pt")):
+        before = journal.read_bytes()
+        with pytest.raises(SettingError, match="is what is measured; name another file"):
+            table_of(source, SCHEMES[1], journal)
+        assert journal.read_bytes() == before
 
 
 @given(st.binary(max_size=200))
@@ -204,7 +261,7 @@ def test_any_bytes_below_the_right_line_are_believed_by_their_checksum_alone(
     path = tmp_path_factory.mktemp("rubbish") / "partial"
     path.write_bytes(MAGIC + b"job\n" + rubbish)
     with warned(bool(rubbish)):
-        assert len(Record(path, "job")) == 0
+        assert recorded(path, "job") == 0
 
 
 @pytest.mark.parametrize("change", ["bits", "metrics", "scheme", "per_channel", "weights", "skip"])
@@ -291,13 +348,12 @@ def test_a_full_disk_is_said_and_what_was_written_before_is_used(
     counted = Counted(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MeasureWarning)  # of the entry that did not fit
-        kept = len(Record(journal, whole.splitlines()[1].decode()))
+        kept = recorded(journal, whole.splitlines()[1].decode())
         assert contents(table_of(checkpoint, scheme, journal)) == known
-    recorded = len(Record(journal, job_of(journal)))
-    assert counted.calls == recorded - kept
+    assert counted.calls == recorded(journal, job_of(journal)) - kept
     assert (kept > 0) == (share >= 0.5)
 
 
 def test_a_folder_in_the_way_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"is in the way .*remove it"):
+    with pytest.raises(SourceError, match="is in the way, and no ordinary file; remove it"):
         table_of(checkpoint, SCHEMES[0], tmp_path)

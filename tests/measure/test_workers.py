@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cache, partial
@@ -11,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from mpq_plugins import Affine, LayerTable, Piecewise, measure
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WeightError, WorkerError
 from mpq_plugins.measure import chunks, run, units
-from mpq_plugins.measure.error import unit_sums
+from mpq_plugins.measure import workers as workers_module
+from mpq_plugins.measure.error import Request, unit_sums
 from mpq_plugins.measure.units import cut
 from mpq_plugins.measure.workers import Call, Workers
 from mpq_plugins.scheme import Scheme
@@ -263,3 +267,47 @@ def test_ctrl_c_does_not_wait_for_the_rest(checkpoint: Path, monkeypatch: pytest
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
         table_of(checkpoint, scheme, pool, progress=interrupt)
     assert 1 <= len(begun) < len(cut(tuple(find_weights(checkpoint)), scheme).units) // 2
+
+
+def shared_and_broken(path: Path) -> Path:
+    """Layers that are handed out pass by pass, and one that cannot be measured."""
+    state = {f"{n}.weight": torch.randn(2048, 512) for n in range(4)}
+    state["z.weight"] = torch.full((4, 4), float("nan"))
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_error_in_one_layer_ends_the_passes_over_others(
+    tmp_path: Path, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 16)
+    source = shared_and_broken(tmp_path / "model.safetensors")
+    assert cut(list(find_weights(source)), Affine(range="mse")).shared == (0, 1, 2, 3)
+    executor = ThreadPoolExecutor(1) if given else None
+    before = set(threading.enumerate())
+    with pytest.raises(WeightError, match="layer 'z'"):
+        measure(source, Affine(range="mse"), executor=executor)
+    left = {thread.name for thread in set(threading.enumerate()) - before if thread.is_alive()}
+    assert not any(name.startswith(("mpq-shared", "mpq-measure")) for name in left)
+    if executor is not None:  # it is not ours to close, and has nothing more to do
+        assert executor.submit(lambda: 3).result(timeout=30) == 3
+        executor.shutdown()
+
+
+def test_workers_that_say_nothing_are_asked_after_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "LOOK", 0.05)
+    monkeypatch.setattr(workers_module, "QUIET", 0.2)
+    crew = Workers(None, 1)
+    with pytest.warns(MeasureWarning, match="nothing has come back for 0 seconds; are its workers alive") as said:
+        found = [result for _, result in crew.finished([Call("slow", time.sleep, (1.0,))])]
+    crew.close()
+    assert found == [None]
+    assert len(said) == 1
+
+
+def test_a_worker_with_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (weight,) = find_weights(torch.nn.Linear(4, 4))
+    request = Request(Affine(), (4,), ("mse",), False, "numba 0.1 on another processor")
+    with pytest.raises(WorkerError, match=r"a worker measures with .*, and this process with numba 0\.1 on another"):
+        unit_sums([weight], request)
