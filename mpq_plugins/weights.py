@@ -286,8 +286,8 @@ def _experts(
 def _why_left_alone(parameter: str, tensor: StoredTensor, experts: bool) -> str | None:
     if len(tensor.shape) not in KIND_BY_DIMENSIONS:
         return f"{len(tensor.shape)} dimensions"
-    if len(tensor.shape) == 3 and not tensor.shape[0]:
-        return "a stack of nothing"
+    if experts and not tensor.shape[0]:
+        return "a stack of no experts"
     if not tensor.dtype.is_floating_point:
         return f"dtype {tensor.dtype}"
     if not experts and parameter != "weight" and not parameter.endswith(".weight"):

@@ -246,7 +246,7 @@ def test_two_tensors_of_one_layer_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_stack_of_nothing_is_listed(tmp_path: Path) -> None:
     state = {"m.experts.w1": torch.randn(0, 4, 4), "fc.weight": torch.randn(4, 4)}
-    assert find_weights(saved(tmp_path / "model", state)).left_alone == (("m.experts.w1", "a stack of nothing"),)
+    assert find_weights(saved(tmp_path / "model", state)).left_alone == (("m.experts.w1", "a stack of no experts"),)
 
 
 @pytest.mark.parametrize("name", ["output", "embed_out", "transformer.output_layer", "cls.predictions.decoder"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import WeightError, WorkerError
 from ..fingerprint import fingerprint, layer_digest
 from ..quantize.calibrate import choose_grids
-from ..quantize.grid import AnyGrids, RegionStats
+from ..quantize.grid import RegionStats
 from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, kernel_name, row_stats
 from ..quantize.regions import region_rows
 from ..scheme import Scheme
@@ -85,7 +85,7 @@ def whole_sums(weight: Weight, request: Request, each: Callable[[Op], Array] | N
     grids = choose_grids(each, stats.merged(), request.bits, request.scheme)
     found = {"magnitudes": table[:, 2:], "extremes": table[:, :2]}
     if not request.per_channel:
-        return found | {"totals": each(partial(_totals, grids=grids, largest=request.largest))}
+        return found | {"totals": each(partial(error_totals, grids=grids, largest=request.largest))}
     by_channel = each(partial(error_sums, grids=grids, largest=request.largest))
     return found | {
         "totals": np.stack([add_sums(by_channel[a:b]) for _, a, b in chunks(weight)]),
@@ -175,10 +175,6 @@ def _stats(table: Array, weight: Weight, regions: int = 1) -> RegionStats:
         )
     low, high, absolute, squared = np.ascontiguousarray(table.T)
     return RegionStats(low, high, absolute, squared, weight.numel // max(1, weight.channels * regions))
-
-
-def _totals(rows: Tensor, grids: AnyGrids, largest: bool) -> Array:
-    return error_totals(rows, grids, largest)[None]
 
 
 def _metrics(sums: Array, squares: Array, numel: int, metrics: tuple[str, ...]) -> dict[str, Array]:

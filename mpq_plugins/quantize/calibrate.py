@@ -36,16 +36,12 @@ def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Sc
     one_region = scheme.granularity == "per_tensor"
 
     def squared_errors(grids: AnyGrids) -> Floats:
-        sums = each(partial(_whole_sums if one_region else error_sums, grids=grids))[..., SQUARED]
+        sums = each(partial(error_totals if one_region else error_sums, grids=grids))[..., SQUARED]
         return sums.sum(axis=0, keepdims=True) if one_region else sums
 
     if isinstance(scheme, Piecewise):
         return choose_breakpoints(stats, bits, scheme, squared_errors)
     return choose_affine_grids(stats, bits, scheme, squared_errors)
-
-
-def _whole_sums(block: Tensor, grids: AnyGrids) -> Floats:
-    return error_totals(block, grids)[None]
 
 
 def choose_affine_grids(

@@ -39,9 +39,8 @@ def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
 
 
 def error_totals(values: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
-    """As error_sums, over all of `values` taken as one region: float64 (K, 3)."""
-    totals: Floats = error_sums(values.reshape(1, -1), grids, largest)[0]
-    return totals
+    """As error_sums, over all of `values` taken as one region: float64 (1, K, 3)."""
+    return error_sums(values.reshape(1, -1), grids, largest)
 
 
 def row_stats(rows: Tensor) -> RegionStats:

@@ -59,6 +59,7 @@ class Llama:
 
 MODELS = {
     "1b": Llama(22, 2048, 5632, 32, 4, 32000),
+    "7b-8blocks": Llama(8, 4096, 11008, 32, 32, 32000),  # as wide as 7b, and a quarter as deep
     "7b": Llama(32, 4096, 11008, 32, 32, 32000),
     "8x7b-2blocks": Llama(2, 4096, 14336, 32, 8, 32000, experts=8),
     "small": Llama(2, 256, 704, 4, 4, 512),

@@ -120,7 +120,7 @@ def test_totals_are_the_sums_of_all_rows(route: str, length: int) -> None:
     grids = grids_for(values, shared=True)
     by_row = kernel.error_sums(values, grids, largest=True)
     np.testing.assert_allclose(
-        kernel.error_totals(values, grids, largest=True), kernel.add_sums(by_row), rtol=AGREEMENT
+        kernel.error_totals(values, grids, largest=True)[0], kernel.add_sums(by_row), rtol=AGREEMENT
     )
 
 
