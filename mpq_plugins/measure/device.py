@@ -11,13 +11,17 @@ from ..errors import SettingError, first_sentence
 _OWN = threading.local()
 
 
-def checked_device(device: object) -> torch.device | None:
-    """A device that can compute here; None stays None. Raises SettingError."""
+def checked_device(device: object, here: bool = True) -> torch.device | None:
+    """A device that can compute here, or if not `here` that there is such a kind of; None stays None.
+
+    Raises SettingError.
+    """
     if device is None:
         return None
     try:
         found: torch.device = torch.device(device)  # type: ignore[call-overload]  # checks it
-        torch.zeros(1, device=found, dtype=torch.float64).sum().cpu()
+        if here:
+            torch.zeros(1, device=found, dtype=torch.float64).sum().cpu()
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         raise SettingError(
             f"device: {device!r} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"

@@ -52,7 +52,8 @@ def run(
 ) -> LayerTable:
     """What `measure` promises."""
     widths = checked_bits(bits, scheme)
-    request = Request(scheme, widths, checked_metrics(metrics), per_channel, kernel_name(), checked_device(device))
+    found_device = checked_device(device, here=executor is None)  # its workers may have what this process lacks
+    request = Request(scheme, widths, checked_metrics(metrics), per_channel, kernel_name(), found_device)
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     weights = find_weights(source, skip=skip, only=only, fold_bn=resolve_fold(source, scheme, fold_bn))

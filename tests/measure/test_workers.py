@@ -311,3 +311,13 @@ def test_a_worker_with_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
     request = Request(Affine(), (4,), ("mse",), False, "numba 0.1 on another processor")
     with pytest.raises(WorkerError, match=r"a worker measures with .*, and this process with numba 0\.1 on another"):
         unit_sums([weight], request)
+
+
+def test_a_device_is_looked_for_where_the_work_is_done(processes: Executor) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is such a device here")
+    net = nn.Linear(4, 4)
+    with pytest.raises(SettingError, match="device: 'cuda' cannot be used"):
+        measure(net, device="cuda")
+    with pytest.raises(WorkerError, match=r"measuring '' failed on a worker \(.*CUDA"):
+        measure(net, device="cuda", executor=processes)
