@@ -95,7 +95,8 @@ def whole_sums(weight: Weight, request: Request, each: Callable[[Op], Array] | N
 
 def _chunk_sums(weight: Weight, rows: Tensor, request: Request) -> Sums:
     """Of one chunk, whose regions are complete."""
-    regions = request.scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
+    # A layer without inputs has no group in a channel, and its rows are its channels.
+    regions = max(1, request.scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name))
     finer = region_rows(rows, request.scheme, regions)
     table = _stats_table(finer)
     grids = choose_grids(lambda op: op(finer), _stats(table, weight, regions), request.bits, request.scheme)
