@@ -332,7 +332,9 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mpq_plugins.cli", "measure", str(tmp_path / "net.safetensors"), "--range", "mse",
                "-o", str(tmp_path / "out.mpqt")]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(6)  # well after start-up, well before the end of some 100 million weights
+    end = time.monotonic() + 60
+    while not (tmp_path / "out.mpqt.measure.partial").exists() and time.monotonic() < end:
+        time.sleep(0.05)  # a first unit is finished: well before the end of some 100 million weights
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
