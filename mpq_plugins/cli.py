@@ -119,7 +119,8 @@ def measure(
     """
     from .allocate.base import Needs
     from .cli_calibrate import check_sensitivities, with_sensitivities
-    from .cli_sources import Request, check_output, measure_now, partial_file, resolve_source
+    from .cli_partial import partial_file, save_measured
+    from .cli_sources import Request, check_output, measure_now, resolve_source
     from .cli_workers import chosen_executor
     from .report.tables import console, measurement_table
 
@@ -142,9 +143,7 @@ def measure(
         )
     if calibration is not None:
         table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)
-    if output is not None and journal is not None:
-        table.save(output)
-        journal.unlink(missing_ok=True)
+    save_measured(table, output)
     if as_json:
         print_json(
             {

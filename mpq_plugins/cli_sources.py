@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .allocate.base import Needs
+from .cli_partial import kept_at, partial_file, save_measured
 from .errors import SettingError, SourceError
 from .files import exists
 from .report.progress import progress_bar, say
@@ -145,15 +146,8 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
     journal = partial_file(cache)
     check_output(journal, source if isinstance(source, str) else None)
     table = measure_now(resolved, needs, request, None, journal=journal)
-    if cache is not None and journal is not None:
-        table.save(cache)
-        journal.unlink(missing_ok=True)
+    save_measured(table, cache)
     return table
-
-
-def partial_file(output: Path | None) -> Path | None:
-    """Where finished units are kept beside a table that is to be written."""
-    return None if output is None else output.with_name(f"{output.name}.measure.partial")
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
@@ -180,7 +174,6 @@ def measure_now(
 ) -> LayerTable:
     """Measure with a progress bar."""
     from . import measure
-    from .cli_workers import kept_at
 
     example = None
     if input_shape is not None:

@@ -4,12 +4,10 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import click
 
 from .errors import SettingError, WorkerError, what_it_said
-from .report.progress import say
 
 CONNECT = 10  # seconds for a scheduler to answer
 FIRST_WORKER = 60  # seconds for a cluster that is just starting
@@ -29,24 +27,6 @@ def chosen_executor(workers: int | None, address: str | None) -> Iterator[Execut
         return
     with ThreadPoolExecutor(workers, "mpq-measure") as pool:
         yield pool
-
-
-@contextmanager
-def kept_at(journal: Path | None) -> Iterator[None]:
-    """Say where finished units are when a measurement goes on from them, or is interrupted."""
-    before = _last_written(journal)
-    if before is not None:
-        say(f"an earlier run left {journal}: what it finished of this measurement is used")
-    try:
-        yield
-    except BaseException:
-        if _last_written(journal) != before:
-            say(f"what is finished is kept in {journal}: the same command goes on from there")
-        raise
-
-
-def _last_written(path: Path | None) -> int | None:
-    return path.stat().st_mtime_ns if path is not None and path.is_file() else None
 
 
 @contextmanager

@@ -39,6 +39,7 @@ FLOW = (
         "cli_calibrate",
         "cli_options",
         "cli_pareto",
+        "cli_partial",
         "cli_plans",
         "cli_reconstruct",
         "cli_runs",

@@ -1,7 +1,5 @@
 """What a long measurement has finished, kept in a file beside its result, so that the next run goes on from there."""
 
-import contextlib
-import json
 import os
 import struct
 import threading
@@ -179,15 +177,9 @@ def _entries(file: BinaryIO, start: int, size: int, seed: int) -> Iterator[tuple
             found, left = zlib.crc32(block, found), left - len(block)
         if left or found != checksum:
             return
-        with contextlib.suppress(UnicodeDecodeError):
-            yield key.decode(), _Entry(start, length, checksum)
+        yield key.decode(errors="replace"), _Entry(start, length, checksum)
         start += length
 
 
 def _warn(text: str) -> None:
     warnings.warn(MeasureWarning(text), stacklevel=8)  # at the call of measure
-
-
-def job_line(facts: Mapping[str, object]) -> str:
-    """What a job is told apart by, on one line."""
-    return json.dumps(facts, sort_keys=True)

@@ -1,6 +1,7 @@
 """One measurement: check the request, cut the work, hand it out, build the table from what comes back."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from .chunks import Array, Op, chunks
 from .device import checked_device
 from .error import Request, Sums, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
-from .record import Arrays, Record, job_line
+from .record import Arrays, Record
 from .units import Unit, Work, cut, cut_layer
 from .workers import Call, Workers
 
@@ -200,12 +201,13 @@ def _job(weights: Sequence[Weight], request: Request, work: Work) -> str:
     for weight in weights:
         facts = (weight.name, weight.kind, weight.shape, str(weight.dtype), weight.channel_axis)
         digest.update(f"{facts} {weight.read_rows.signature()}".encode())
-    return job_line(
+    return json.dumps(
         {
             "mpq-plugins": version("mpq-plugins"), "weights": digest.hexdigest(), "scheme": repr(request.scheme),
             "bits": request.bits, "metrics": request.metrics, "per_channel": request.per_channel,
             "device": str(request.device), "kernel": request.kernel, "unit": work.size,
-        }
+        },
+        sort_keys=True,
     )  # fmt: skip
 
 
