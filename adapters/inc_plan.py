@@ -16,17 +16,18 @@ from mpq_plugins.allocate.base import Allocator
 from mpq_plugins.errors import SettingError, what_it_said
 from mpq_plugins.legalise import Capabilities
 from mpq_plugins.plan import Plan
-from mpq_plugins.scheme import NamedScheme, Scheme
+from mpq_plugins.scheme import SCHEMES, NamedScheme, Scheme
 from mpq_plugins.validation import first_problem
 from mpq_plugins.weights import KINDS
 
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
+GIVE = "Affine(...), Piecewise(...), Codebook(...) or None"
 
 CAPABILITIES = Capabilities(
     backend="Neural Compressor",
     bits=tuple(range(1, 9)),
     kinds=tuple(KINDS.values()),
-    schemes=("affine", "piecewise"),
+    schemes=tuple(SCHEMES),
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     float_parts=True,
@@ -59,11 +60,11 @@ def as_scheme(value: Any) -> Scheme | None:
     if value is None or isinstance(value, Scheme):
         return value
     if not isinstance(value, dict):
-        raise SettingError(f"scheme: {value!r:.60} is not allowed; Affine(...), Piecewise(...) or None")
+        raise SettingError(f"scheme: {value!r:.60} is not allowed; {GIVE}")
     try:
         return SCHEME.validate_python(value)
     except ValidationError as error:
-        raise SettingError(f"scheme: {first_problem(error)}; give Affine(...), Piecewise(...) or None") from error
+        raise SettingError(f"scheme: {first_problem(error)}; give {GIVE}") from error
 
 
 def as_globs(value: Any) -> tuple[str, ...]:

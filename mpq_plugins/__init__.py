@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .guard import Comparison, compare
     from .plan import LayerChoice, Part, Plan
     from .reconstruct import BlockReport
-    from .scheme import Affine, Piecewise
+    from .scheme import Affine, Codebook, Piecewise
     from .size import PlanSize
     from .synthetic import synthetic_batches
     from .table import LayerStats, LayerTable
@@ -56,6 +56,7 @@ __all__ = [
     "Allocator",
     "BlockReport",
     "Budget",
+    "Codebook",
     "Comparison",
     "FormatError",
     "InputRange",
@@ -99,6 +100,7 @@ _HOMES = {
     "Allocator": "allocate.base",
     "BlockReport": "reconstruct",
     "Budget": "allocate.budget",
+    "Codebook": "scheme",
     "Comparison": "guard",
     "FormatError": "errors",
     "InputRange": "activation_ranges",

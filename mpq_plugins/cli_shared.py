@@ -23,7 +23,7 @@ def scheme_options(command: Command) -> Command:
             click.option(
                 "--scheme",
                 "scheme_name",
-                help="affine, or piecewise: two regions (default: the allocator's, or affine).",
+                help="affine, piecewise (two regions), codebook (shared weights); default: the allocator's, or affine.",
             ),
             click.option(
                 "--granularity", help="per_tensor (default: the allocator's, or this), per_channel or per_group."
@@ -39,6 +39,7 @@ def scheme_options(command: Command) -> Command:
                 help="Of two regions: search (default), gaussian, laplacian, gaussian_root or laplacian_root.",
             ),
             click.option("--storage", help="Of two regions: region_bit (default, b + 1 bits a weight) or shared (b)."),
+            click.option("--init", help="Of a codebook: optimal (default), linear, density or forgy."),
             click.option(
                 "--skip",
                 multiple=True,
@@ -59,8 +60,8 @@ def scheme_options(command: Command) -> Command:
 
 
 SCHEME_NAMES = (
-    "scheme_name", "symmetric", "granularity", "group_size", "range_name", "breakpoint_rule", "storage", "skip",
-    "only", "fold_bn",
+    "scheme_name", "symmetric", "granularity", "group_size", "range_name", "breakpoint_rule", "storage", "init",
+    "skip", "only", "fold_bn",
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Request:
     range_name: str | None = None
     breakpoint_rule: str | None = None
     storage: str | None = None
+    init: str | None = None
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     fold_bn: str | None = None
@@ -66,7 +67,7 @@ class Request:
     def _scheme_fields(self) -> dict[str, Any]:
         return {
             "symmetric": self.symmetric, "range": self.range_name, "breakpoint": self.breakpoint_rule,
-            "storage": self.storage,
+            "storage": self.storage, "init": self.init,
         }  # fmt: skip
 
     @property

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .errors import PlanWarning
 from .objective import check, layer_curve, predicted
 from .plan import Plan
-from .scheme import Affine
+from .scheme import Piecewise
 from .size import layer_size
 from .table import LayerTable
 
@@ -122,7 +122,7 @@ class _Whole:
             from .allocate.base import layer_choice
 
             # Those of the table that its scheme has codes of.
-            widths = [b for b in table.bits if b > 1 or isinstance(table.scheme, Affine)]
+            widths = [b for b in table.bits if b > 1 or not isinstance(table.scheme, Piecewise)]
             sizes = [[layer_size(layer_choice(layer, b, table.scheme)).total for b in widths] for layer in table.layers]
             costs = [layer_curve(table, layer, name, widths) for layer in table.layers]
             known[name] = cls(

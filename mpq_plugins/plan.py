@@ -117,9 +117,10 @@ class LayerChoice(BaseModel):
                 raise ValueError(
                     f"{where}: parts must cover channels 0 to {self.channels - 1} once each, ascending, none empty"
                 )
-        for bits in [self.bits] if self.bits is not None else [part.bits for part in self.parts or ()]:
+        for bits, channels in self.widths:
             if bits not in FLOAT_BITS:
                 self.scheme.check_bits(bits, f"{where}: bits")
+                self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
         self.scheme.regions_per_channel(self.shape, self.channel_axis, self.name)
         return self
 

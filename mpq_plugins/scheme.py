@@ -13,11 +13,13 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 RangeName = Literal["minmax", "mse"]
 BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "laplacian_root"]
 StorageName = Literal["region_bit", "shared"]
+InitName = Literal["optimal", "linear", "density", "forgy"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "mse")
 BREAKPOINTS = ("search", "gaussian", "laplacian", "gaussian_root", "laplacian_root")
 STORAGES = ("region_bit", "shared")
+INITS: tuple[InitName, ...] = ("optimal", "linear", "density", "forgy")
 INTEGER_BITS = range(1, 9)
 FLOAT_BITS = (16, 32)  # a layer left in floating point
 
@@ -38,6 +40,17 @@ class Granular:
 
     granularity: Granularity
     group_size: int | None
+    sorts: ClassVar[bool] = False  # whether a region's grid needs all of its weights at once
+
+    def codebook_entries(self, bits: int) -> int:
+        """Values that a region keeps in a table of its own."""
+        return 0
+
+    def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
+        """Raise SettingError, naming `layer`, if `channels` of this weight's channels cannot have that width.
+
+        `shape` is the weight's; the width is one of the scheme's.
+        """
 
     def regions_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
         """How many regions one output channel has by itself (0 where a region spans channels).
@@ -186,17 +199,83 @@ class Piecewise(Granular):
         return 0
 
 
-Scheme = Affine | Piecewise
+@dataclass(frozen=True, kw_only=True)
+class Codebook(Granular):
+    """Shared weights: every weight is one of a region's 2^b centroids, and its code says which.
+
+    Deep Compression (arXiv 1510.00149, sec. 3). Centroids are those of least squared error, `optimal`, or what Lloyd's
+    iteration makes of the paper's starts: `linear` (between the extremes), `density` (of equal shares) or `forgy`
+    (drawn from the weights). Where some weights are exactly 0, as pruned ones are, 0 is one of the 2^b and stays it.
+
+    Bits are 1 to 8; a region of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
+    listed.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    scales_per_region: ClassVar[int] = 0
+    sorts: ClassVar[bool] = True
+
+    name: Literal["codebook"] = "codebook"
+    granularity: Granularity = "per_tensor"
+    group_size: int | None = None
+    init: InitName = "optimal"
+
+    def __post_init__(self) -> None:
+        self._check_granularity()
+        _allow("init", self.init, INITS)
+        _allow("scheme", self.name, ("codebook",))
+
+    def __str__(self) -> str:
+        return f"codebook {self._grain} {self.init}"
+
+    @property
+    def searches(self) -> bool:
+        """Whether each region's centroids are found by trying many."""
+        return True
+
+    def check_bits(self, bits: int, name: str = "bits") -> int:
+        """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
+        return check_bits(bits, name)
+
+    def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
+        """Raise SettingError where there are more centroids than weights in a region."""
+        regions = self.region_count(shape, channel_axis, channels, layer)
+        weights = channels * (math.prod(shape) // shape[channel_axis]) // regions if regions else 2**bits
+        if 2**bits > weights:
+            remedy = f"at most {weights.bit_length() - 1} bits" if weights > 1 else "another scheme"
+            raise SettingError(
+                f"layer {layer!r}: {bits} bits are {2**bits} centroids, more than the {weights} weights that share "
+                f"them ({self._grain}). Use {remedy}, or leave the layer out (skip)."
+            )
+
+    def levels(self, bits: int) -> int:
+        """The most different values a region can hold."""
+        return int(2**bits)
+
+    def region_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+        return 0
+
+    def zero_point_bits(self, bits: int) -> int:
+        """None: centroids are values."""
+        return 0
+
+    def codebook_entries(self, bits: int) -> int:
+        """Centroids of a region."""
+        return int(2**bits)
+
+
+Scheme = Affine | Piecewise | Codebook
 NamedScheme = Annotated[
-    Annotated[Affine, Tag("affine")] | Annotated[Piecewise, Tag("piecewise")],
+    Annotated[Affine, Tag("affine")] | Annotated[Piecewise, Tag("piecewise")] | Annotated[Codebook, Tag("codebook")],
     Discriminator(
         lambda value: value.get("name", "affine") if isinstance(value, dict) else getattr(value, "name", None),
         custom_error_type="scheme",
-        custom_error_message="is not allowed; a scheme named affine or piecewise",
+        custom_error_message="is not allowed; a scheme named affine, piecewise or codebook",
     ),
 ]
 """A scheme in a file, told apart by its name; affine where it has none."""
-SCHEMES: dict[str, type[Scheme]] = {"affine": Affine, "piecewise": Piecewise}
+SCHEMES: dict[str, type[Scheme]] = {"affine": Affine, "piecewise": Piecewise, "codebook": Codebook}
 
 
 def _allow(field: str, value: object, allowed: Sequence[str]) -> None:

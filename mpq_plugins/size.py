@@ -20,12 +20,13 @@ class LayerSize:
     regions: int
     scales: int
     zero_points: int
+    codebooks: int
     part_map: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.codes + self.regions + self.scales + self.zero_points + self.part_map
+        return self.codes + self.regions + self.scales + self.zero_points + self.codebooks + self.part_map
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PlanSize:
 
     @property
     def total_bits(self) -> int:
-        """Bits of codes, region bits, scales, zero points and channel-to-part maps."""
+        """Bits of codes, region bits, scales, zero points, codebooks and channel-to-part maps."""
         return sum(layer.total for layer in self.layers.values())
 
     @property
@@ -81,9 +82,10 @@ class PlanSize:
 
 
 def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
-    """Size of every layer: codes numel x b, region bits, scales, zero points (asymmetric), the channel-to-part map.
+    """Size of every layer: codes numel x b, region bits, scales, zero points (asymmetric), codebooks of 2^b centroids,
+    the channel-to-part map.
 
-    scale_bits: 32 or 16. Raises SettingError on another.
+    scale_bits: of a scale or centroid, 32 or 16. Raises SettingError on another.
     """
     if scale_bits not in FLOAT_BITS:
         raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32")
@@ -92,7 +94,7 @@ def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
 
 def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:
     """Size of one layer; see plan_size."""
-    regions = scales = zero_points = 0
+    regions = scales = zero_points = codebooks = 0
     scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
     for bits, channels in layer.widths:
         if bits in FLOAT_BITS:
@@ -101,8 +103,9 @@ def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:
         regions += channels * per_channel * scheme.region_bits(bits)
         scales += count * scheme.scales_per_region * scale_bits
         zero_points += count * scheme.zero_point_bits(bits)
+        codebooks += count * scheme.codebook_entries(bits) * scale_bits
     part_map = map_bits(layer.channels, len(layer.widths))
-    return LayerSize(layer.numel, layer.code_bits, regions, scales, zero_points, part_map)
+    return LayerSize(layer.numel, layer.code_bits, regions, scales, zero_points, codebooks, part_map)
 
 
 def map_bits(channels: int, parts: int) -> int:

@@ -1,8 +1,9 @@
 """Plans for tests, plain and with parts."""
 
 from hypothesis import strategies as st
+from torch import nn
 
-from mpq_plugins import Affine, LayerChoice, Part, Piecewise, Plan
+from mpq_plugins import Affine, Codebook, LayerChoice, Part, Piecewise, Plan, SettingError, find_weights
 from mpq_plugins.plan import AllocatorRecord
 from mpq_plugins.scheme import Scheme
 
@@ -15,6 +16,8 @@ SCHEMES: list[Scheme] = [
     Piecewise(),
     Piecewise(granularity="per_channel", storage="shared", breakpoint="gaussian"),
     Piecewise(granularity="per_group", group_size=2, breakpoint="laplacian_root"),
+    Codebook(),
+    Codebook(granularity="per_channel", init="linear"),
 ]
 
 
@@ -42,9 +45,29 @@ def linear(name: str, out: int, inputs: int, scheme: Scheme, bits: int | dict[in
     )  # fmt: skip
 
 
-def narrowest(scheme: Scheme) -> list[int]:
-    """One bit, where the scheme has such codes."""
-    return [1] if isinstance(scheme, Affine) else []
+def possible(scheme: Scheme, out: int, inputs: int, channels: int) -> list[int]:
+    """The widths that so many channels of a linear layer can have."""
+
+    def fits(bits: int) -> bool:
+        try:
+            scheme.check_bits(bits)
+            scheme.check_part(bits, (out, inputs), 0, channels, "fc")
+        except SettingError:
+            return False
+        return True
+
+    return [*(bits for bits in (1, 2, 3, 4, 8) if fits(bits)), 16, 32]
+
+
+def fits(net: nn.Module, scheme: Scheme, bits: int) -> bool:
+    """Whether every layer can have that width."""
+    try:
+        scheme.check_bits(bits)
+        for weight in find_weights(net):
+            scheme.check_part(bits, weight.shape, weight.channel_axis, weight.channels, weight.name)
+    except SettingError:
+        return False
+    return True
 
 
 @st.composite
@@ -53,8 +76,8 @@ def layers(draw: st.DrawFn, name: str = "fc") -> LayerChoice:
     out, inputs = draw(st.integers(1, 12)), draw(st.sampled_from([2, 4, 6]))
     scheme = draw(st.sampled_from(SCHEMES))
     if draw(st.booleans()):
-        return linear(name, out, inputs, scheme, draw(st.sampled_from([*narrowest(scheme), 2, 4, 8, 16, 32])))
-    widths = draw(st.lists(st.sampled_from([*narrowest(scheme), 2, 3, 8, 16]), min_size=out, max_size=out))
+        return linear(name, out, inputs, scheme, draw(st.sampled_from(possible(scheme, out, inputs, out))))
+    widths = draw(st.lists(st.sampled_from(possible(scheme, out, inputs, 1)), min_size=out, max_size=out))
     return linear(name, out, inputs, scheme, {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)})
 
 

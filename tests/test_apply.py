@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins import Affine, LayerTable, Part, Plan, Uniform, apply, measure, verify
+from mpq_plugins import Affine, Codebook, LayerTable, Part, Plan, Uniform, apply, measure, verify
 from mpq_plugins.errors import MismatchError, VerifyError, WeightError
 from mpq_plugins.quantize.fake import fake_quantize
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.table import METRICS
 from tests.nets import conv_net, tied_net
-from tests.plans import SCHEMES, narrowest, with_layer
+from tests.plans import SCHEMES, fits, with_layer
 
 PER_CHANNEL = Affine(granularity="per_channel")
 
@@ -24,9 +24,9 @@ def weight_of(net: nn.Module, name: str) -> Tensor:
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.group_size is None])
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 def test_weights_are_the_fake_quantized_ones_and_nothing_else_changes(scheme: Scheme, bits: int) -> None:
-    if bits == 1 and not narrowest(scheme):
-        return
     net = conv_net()
+    if not fits(net, scheme, bits):
+        return
     plan = Uniform(bits=bits)(measure(net, scheme, (bits,), fold_bn=False))
     quantized = apply(net, plan)
     for name, tensor in quantized.state_dict().items():
@@ -46,12 +46,16 @@ def allowed(scheme: Scheme, bits: int) -> int:
     """Counted by hand: two regions of b bits share zero and both breakpoints."""
     if isinstance(scheme, Affine):
         return [2, 4, 8, 256][[1, 2, 3, 8].index(bits)] - (scheme.symmetric and bits > 1)
+    if isinstance(scheme, Codebook):
+        return int(2**bits)
     return {2: 5, 3: 13, 8: 509}[bits] if scheme.storage == "region_bit" else {2: 4, 3: 8, 8: 256}[bits]
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.group_size is None])
 def test_parts_are_quantized_each_at_their_own_bits(scheme: Scheme) -> None:
     net = conv_net()
+    if not fits(net, scheme, 4):
+        return
     plan = Uniform(bits=4)(measure(net, scheme, (4,), fold_bn=False))
     parts = (Part(bits=2, channels=(0, 3, 5)), Part(bits=6, channels=(1, 2)), Part(bits=16, channels=(4,)))
     plan = with_layer(plan, "up", bits=None, parts=parts)  # a transposed convolution: channels on axis 1
@@ -82,7 +86,7 @@ def test_parts_of_a_wide_half_precision_layer_keep_their_channels() -> None:
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_empty_and_tiny_layers_go_all_the_way(scheme: Scheme, shape: tuple[int, int], tmp_path: Path) -> None:
     net = nn.Linear(*shape)
-    for bits in (*narrowest(scheme), 2, 8):
+    for bits in [bits for bits in (1, 2, 8) if fits(net, scheme, bits)]:
         table = measure(net, scheme, (bits,), METRICS, per_channel=True)
         table.save(tmp_path / "net.mpqt")
         plan = Uniform(bits=bits)(LayerTable.load(tmp_path / "net.mpqt"))

@@ -12,7 +12,7 @@ from mpq_plugins.legalise import Capabilities, Policy, legalise, require_legal
 from tests.plans import linear, plan_of, plans
 
 ANYTHING = Capabilities(
-    backend="anything", bits=tuple(range(1, 9)), kinds=("linear",), schemes=("affine", "piecewise"),
+    backend="anything", bits=tuple(range(1, 9)), kinds=("linear",), schemes=("affine", "piecewise", "codebook"),
     granularities=("per_tensor", "per_channel", "per_group"), parts=True, float_parts=True, activation_bits=(None, 8),
 )  # fmt: skip
 INT8 = Capabilities(backend="int8", bits=(8,), kinds=("linear",), granularities=("per_channel",), activation_bits=(8,))

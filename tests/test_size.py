@@ -28,7 +28,7 @@ def test_size_is_what_a_file_would_hold(plan: Plan) -> None:
                 "per_group": len(part.channels) * inputs // 2,
             }
             for _ in range(regions[layer.scheme.granularity]):
-                total += 64 if isinstance(layer.scheme, Piecewise) else 32
+                total += {"affine": 32, "piecewise": 64, "codebook": 32 * 2**part.bits}[layer.scheme.name]
                 if isinstance(layer.scheme, Affine) and not layer.scheme.symmetric and part.bits > 1:
                     total += part.bits
         if len(layer.groups) > 1:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import SettingError
 from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
-from ..scheme import FLOAT_BITS, Affine, Piecewise, Scheme
+from ..scheme import FLOAT_BITS, Scheme
 from ..table import LayerStats, LayerTable
 
 Widths = int | Sequence[int] | NDArray[np.int64]
@@ -84,8 +84,8 @@ def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice
     if len(distinct) <= 1:  # a layer without channels has any width
         return _whole(layer, distinct[0] if distinct else 8, scheme)
     parts = tuple(
-        Part.model_construct(bits=_checked(layer, b, scheme), channels=tuple(np.flatnonzero(widths == b).tolist()))
-        for b in distinct
+        Part.model_construct(bits=_checked(layer, b, scheme, len(channels)), channels=tuple(channels.tolist()))
+        for b, channels in ((b, np.flatnonzero(widths == b)) for b in distinct)
     )
     return _construct(layer, scheme, parts=parts)
 
@@ -99,7 +99,7 @@ def _whole(layer: LayerStats, bits: int, scheme: Scheme) -> LayerChoice:
     made = _CHOICES.setdefault(layer, {})
     key = (bits, scheme)
     if key not in made:
-        made[key] = _construct(layer, scheme, bits=_checked(layer, bits, scheme))
+        made[key] = _construct(layer, scheme, bits=_checked(layer, bits, scheme, layer.channels))
     return made[key]
 
 
@@ -110,10 +110,13 @@ def _construct(layer: LayerStats, scheme: Scheme, **bits: Any) -> LayerChoice:
     )  # fmt: skip
 
 
-def _checked(layer: LayerStats, bits: int, scheme: Scheme) -> int:
+def _checked(layer: LayerStats, bits: int, scheme: Scheme, channels: int) -> int:
     if type(bits) is not int or bits not in ALLOWED_BITS:
         raise SettingError(f"layer {layer.name!r}: {bits!r} bits are not allowed; 1 to 8, or 16 or 32 for float")
-    return bits if bits in FLOAT_BITS else scheme.check_bits(bits, f"layer {layer.name!r}: bits")
+    if bits not in FLOAT_BITS:
+        scheme.check_bits(bits, f"layer {layer.name!r}: bits")
+        scheme.check_part(bits, layer.shape, layer.channel_axis, channels, layer.name)
+    return bits
 
 
 @cache
@@ -131,6 +134,6 @@ def _plain(value: Any) -> Any:
     """As JSON has it: a scheme by its fields, any other value of its own kind by what it says of itself."""
     if isinstance(value, tuple | list):
         return [_plain(inner) for inner in value]
-    if isinstance(value, Affine | Piecewise):
+    if isinstance(value, Scheme):
         return asdict(value)
     return value if isinstance(value, str | int | float | bool | dict) else str(value)

@@ -58,8 +58,9 @@ def run(
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     weights = find_weights(source, skip=skip, only=only, fold_bn=resolve_fold(source, scheme, fold_bn))
-    for weight in weights:  # a group size that does not fit is found before the first layer is measured
+    for weight in weights:  # what does not fit a layer is found before the first one is measured
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
+        scheme.check_part(max(widths), weight.shape, weight.channel_axis, weight.channels, weight.name)
     if journal is not None:
         _check_journal(Path(journal), source, weights)
     layers = _measured(list(weights), request, executor, journal, progress)

@@ -45,7 +45,7 @@ def cut(weights: Sequence[Weight], scheme: Scheme) -> Work:
     shared = tuple(
         position
         for position, weight in enumerate(weights)
-        if one_region and stored_bytes(weight) > WHOLE * size and len(chunks(weight)) > 1
+        if one_region and not scheme.sorts and stored_bytes(weight) > WHOLE * size and len(chunks(weight)) > 1
     )
     pieces: list[tuple[int, Weight]] = []
     for position, weight in enumerate(weights):

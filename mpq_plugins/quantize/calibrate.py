@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..scheme import Affine, Piecewise, Scheme
+from ..scheme import Affine, Codebook, Piecewise, Scheme
 from .breakpoint import choose_breakpoints
-from .grid import AnyGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
+from .grid import AnyGrids, CodebookGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
 from .kernel import SQUARED, error_sums, error_totals, row_stats
+from .kmeans import centroids
 from .regions import channel_rows, region_rows
 from .weight import check_weight
 
@@ -34,6 +35,9 @@ def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Sc
     Raises SettingError for a bit-width that the scheme does not have.
     """
     one_region = scheme.granularity == "per_tensor"
+    if isinstance(scheme, Codebook):
+        values = each(_values)
+        return choose_codebooks(values.reshape(1, -1) if one_region else values, bits, scheme)
 
     def squared_errors(grids: AnyGrids) -> Floats:
         sums = each(partial(error_totals if one_region else error_sums, grids=grids))[..., SQUARED]
@@ -42,6 +46,20 @@ def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Sc
     if isinstance(scheme, Piecewise):
         return choose_breakpoints(stats, bits, scheme, squared_errors)
     return choose_affine_grids(stats, bits, scheme, squared_errors)
+
+
+def _values(rows: Tensor) -> Floats:
+    return rows.detach().double().cpu().numpy()
+
+
+def choose_codebooks(rows: Floats, bits: Sequence[int], scheme: Codebook) -> CodebookGrids:
+    """The codebooks of each region's weights, float32 values in (R, n), at these bit-widths."""
+    widths = [scheme.check_bits(b) for b in bits]
+    books = tuple(np.zeros((len(rows), 2**b), np.float32) for b in widths)
+    for r, row in enumerate(rows if rows.size else ()):
+        for book, own in zip(books, centroids(row.astype(np.float32), widths, scheme.init), strict=True):
+            book[r] = own
+    return CodebookGrids(np.array(widths, np.int64), books)
 
 
 def choose_affine_grids(

@@ -91,7 +91,18 @@ class PiecewiseGrids:
         return product
 
 
-AnyGrids = Grids | PiecewiseGrids
+@dataclass(frozen=True)
+class CodebookGrids:
+    """K codebooks for each of R regions: levels centroids[k][r, code], ascending.
+
+    bits: int (K,); centroids: K times float32 (R, 2^bits), in the weights' units.
+    """
+
+    bits: NDArray[np.int64]
+    centroids: tuple[NDArray[np.float32], ...]
+
+
+AnyGrids = Grids | PiecewiseGrids | CodebookGrids
 
 SquaredErrors = Callable[[AnyGrids], Floats]
 """Grids of K candidates -> sums of (w - w')^2, (regions, K)."""

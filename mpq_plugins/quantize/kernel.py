@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .grid import AnyGrids, Floats, Grids, PiecewiseGrids, RegionStats
+from .grid import AnyGrids, CodebookGrids, Floats, Grids, PiecewiseGrids, RegionStats
+from .kmeans import edges
 
 RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
 
@@ -24,6 +25,8 @@ def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
     if rows.numel() == 0:
         return np.zeros((rows.shape[0], len(grids.bits), 3))
     compiled = rows.device.type == "cpu" and numba_available()
+    if isinstance(grids, CodebookGrids):
+        return _codebook_sums(rows, grids, largest)
     if isinstance(grids, PiecewiseGrids):
         return (_numba_piecewise if compiled else _torch_piecewise)(rows, grids, largest)
     route = _numba_sums if compiled else _torch_sums
@@ -145,6 +148,21 @@ def _torch_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floa
         j = torch.round((steps - grids.offset) / grids.stride).clamp(0, top)
         level = base + (grids.stride * j + grids.offset) * unit
         sums[:, k] = _reduce((magnitude - level).abs(), reciprocal, largest)
+    return sums
+
+
+def _codebook_sums(rows: Tensor, grids: CodebookGrids, largest: bool) -> Floats:
+    """On any device: what takes time is finding the centroids."""
+    plain = rows.detach().float().contiguous()
+    values = plain.double()
+    reciprocal = _reciprocal(values.abs())
+    sums = np.empty((rows.shape[0], len(grids.bits), 3))
+    for k, book in enumerate(grids.centroids):
+        levels, between = (torch.from_numpy(array).to(rows.device) for array in (book, edges(book)))
+        # One book for all rows, or one each.
+        codes = torch.searchsorted(between.expand(rows.shape[0], -1).contiguous(), plain)
+        found = levels.double().expand(rows.shape[0], -1).gather(1, codes)
+        sums[:, k] = _reduce((values - found).abs(), reciprocal, largest)
     return sums
 
 

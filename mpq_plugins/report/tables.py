@@ -57,11 +57,13 @@ def bits_summary(plan: Plan, size: PlanSize) -> Table:
 def size_lines(size: PlanSize) -> list[str]:
     """The two accountings, in words."""
     regions = sum(layer.regions for layer in size.layers.values())
+    books = ", codebooks" if any(layer.codebooks for layer in size.layers.values()) else ""
     share = f", {regions / max(1, size.numel):.3f} of it telling the region" if regions else ""
+    smaller = f"{size.against_fp32:.2f}x smaller than fp32, {size.against_int8:.2f}x than int8"
     return [
         f"weights only  {bytes_text(size.weights_only_bytes)}, {size.average_bits:.3f} bits a weight{share}",
         f"in total      {bytes_text(size.total_bytes)}, {size.total_average_bits:.3f} bits a weight, with scales, zero "
-        f"points and channel maps: {size.against_fp32:.2f}x smaller than fp32, {size.against_int8:.2f}x than int8",
+        f"points{books} and channel maps: {smaller}",
     ]
 
 

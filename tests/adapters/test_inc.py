@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, measure
+from mpq_plugins import PTILMPQ, Affine, Codebook, MixQuant, Plan, Uniform, measure
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import FormatError, MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
 from mpq_plugins.match import match
@@ -81,6 +81,14 @@ def test_uniform_weights_to_the_bit(scheme: Affine, bits: int) -> None:
     assert same(quantized, simulated(model, plan))
     assert inc.plan_of(quantized) == plan
     assert [check.bits for check in inc.verify(quantized, plan, model)] == [layer.widths for layer in plan.layers]
+
+
+def test_shared_weights_to_the_bit() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=3)(measure(model, Codebook(), (3,)))
+    quantized = inc.apply(model, plan)
+    assert same(quantized, simulated(model, plan))
+    inc.verify(quantized, plan, model)
 
 
 @pytest.mark.parametrize("scheme", [None, PER_CHANNEL], ids=str)
