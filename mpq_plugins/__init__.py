@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 # These share their names with the modules they live in, so they are bound here before anything else
 # can bind the module; each imports torch only when called.
 from .apply import apply, verify
+from .compress import compress, decompress
 from .correct import correct
 from .measure import measure, sensitivity
 from .reconstruct import reconstruct
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from .allocate.ptilmpq import PTILMPQ
     from .allocate.sqnr import SQNR
     from .allocate.uniform import Uniform
+    from .compress.container import Container
+    from .compress.parametrized import finish
+    from .compress.prune import Deviations, GlobalSparsity, Sparsity, prune
+    from .compress.share import share
     from .errors import (
         FormatError,
         MismatchError,
@@ -58,7 +63,10 @@ __all__ = [
     "Budget",
     "Codebook",
     "Comparison",
+    "Container",
+    "Deviations",
     "FormatError",
+    "GlobalSparsity",
     "InputRange",
     "LatencyTable",
     "LayerChoice",
@@ -75,19 +83,25 @@ __all__ = [
     "PluginError",
     "SettingError",
     "SourceError",
+    "Sparsity",
     "TuningError",
     "Uniform",
     "VerifyError",
     "WeightError",
     "apply",
     "compare",
+    "compress",
     "correct",
+    "decompress",
     "find_weights",
+    "finish",
     "input_ranges",
     "iter_weights",
     "measure",
+    "prune",
     "reconstruct",
     "sensitivity",
+    "share",
     "synthetic_batches",
     "verify",
     "with_input_ranges",
@@ -102,7 +116,10 @@ _HOMES = {
     "Budget": "allocate.budget",
     "Codebook": "scheme",
     "Comparison": "guard",
+    "Container": "compress.container",
+    "Deviations": "compress.prune",
     "FormatError": "errors",
+    "GlobalSparsity": "compress.prune",
     "InputRange": "activation_ranges",
     "LatencyTable": "allocate.latency",
     "LayerChoice": "plan",
@@ -121,14 +138,18 @@ _HOMES = {
     "SQNR": "allocate.sqnr",
     "SettingError": "errors",
     "SourceError": "errors",
+    "Sparsity": "compress.prune",
     "TuningError": "errors",
     "Uniform": "allocate.uniform",
     "VerifyError": "errors",
     "WeightError": "errors",
     "compare": "guard",
     "find_weights": "weights",
+    "finish": "compress.parametrized",
     "input_ranges": "activation_ranges",
     "iter_weights": "weights",
+    "prune": "compress.prune",
+    "share": "compress.share",
     "synthetic_batches": "synthetic",
     "with_input_ranges": "activation_ranges",
     "without_input_ranges": "activation_ranges",

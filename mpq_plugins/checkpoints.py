@@ -13,6 +13,10 @@ from .files import exists
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
 
+CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
+"""How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
+eighth bit, changes it."""
+
 # Where training scripts put the weights, most specific first.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")
 
@@ -26,9 +30,20 @@ def open_checkpoint(path: Path) -> Mapping[str, StoredTensor]:
         )
     if path.is_dir():
         return _strip(directory_tensors(path))
+    if is_container(path):
+        raise SourceError(f"{path}: is a compressed model, not a checkpoint; `mpq decompress` makes one of it")
     if path.suffix == ".safetensors":
         return _strip(safetensors_tensors(path))
-    return _strip(_torch_tensors(find_state_dict(load_torch(path), path)))
+    return _strip(stored_tensors(find_state_dict(load_torch(path), path)))
+
+
+def is_container(path: Path) -> bool:
+    """Whether a file begins as compressed models do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(CONTAINER_MAGIC)) == CONTAINER_MAGIC
+    except OSError:
+        return False
 
 
 def load_torch(path: Path) -> Any:
@@ -81,7 +96,8 @@ def common_prefix(names: Iterable[str]) -> str:
     return prefix
 
 
-def _torch_tensors(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
+def stored_tensors(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors of a state dict by name; what is no tensor is left out. Raises SourceError for sparse ones."""
     plain = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     for name, value in plain.items():
         if value.layout != torch.strided or value.is_nested:

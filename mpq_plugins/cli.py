@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import click
 
+from .cli_compress import compress, decompress, inspect
 from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
 from .cli_pareto import pareto
 from .cli_reconstruct import reconstruct
@@ -307,6 +308,9 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
         )
 
 
+cli.add_command(compress)
+cli.add_command(decompress)
+cli.add_command(inspect)
 cli.add_command(pareto)
 cli.add_command(reconstruct)
 cli.add_command(sweep)

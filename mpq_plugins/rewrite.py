@@ -15,7 +15,7 @@ from .errors import SettingError, SourceError
 from .files import atomic_path
 from .match import match
 from .plan import LayerChoice, Plan
-from .roles import are_experts
+from .roles import are_experts, stacks_of
 from .shards import INDEX_NAME, SINGLE_NAME, shard_files
 from .simulate import simulate
 
@@ -63,7 +63,7 @@ class _Quantizer:
     ) -> None:
         self.choices, self.total, self.progress, self.done = choices, total, progress, 0
         self.corrected = corrected
-        self.stacks = {name.rpartition(".")[0] for name in choices if name.rpartition(".")[2].isdigit()}
+        self.stacks = stacks_of(choices)
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
         if not self.plans(parameter, tensor):

@@ -97,6 +97,11 @@ def are_experts(parameter: str, shape: Sequence[int]) -> bool:
     )
 
 
+def stacks_of(names: Iterable[str]) -> set[str]:
+    """The stacks of experts that layers of these names, NAME.0, NAME.1 ..., may be matrices of."""
+    return {name.rpartition(".")[0] for name in names if name.rpartition(".")[2].isdigit()}
+
+
 def inputs_first(parameter: str, shape: Sequence[int], hidden: int | None, config: Mapping[str, Any]) -> bool:
     """Whether the matrices of stacked experts (experts, ., .) are (inputs, outputs), not F.linear's (outputs, inputs).
 

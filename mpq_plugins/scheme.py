@@ -46,6 +46,10 @@ class Granular:
         """Values that a region keeps in a table of its own."""
         return 0
 
+    def has_zero(self, bits: int) -> bool:
+        """Whether a weight of 0 stays 0 at that width."""
+        return True
+
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
         """Raise SettingError, naming `layer`, if `channels` of this weight's channels cannot have that width.
 
@@ -134,6 +138,10 @@ class Affine(Granular):
         """Bits a weight costs beyond its b-bit code."""
         return 0
 
+    def has_zero(self, bits: int) -> bool:
+        """Whether a weight of 0 stays 0 at that width: binary weights are +-scale."""
+        return bits > 1
+
     def zero_point_bits(self, bits: int) -> int:
         """Bits of a region's zero point: a code. Binary weights are +-scale, with nothing to offset."""
         return 0 if self.symmetric or bits == 1 else bits
@@ -193,6 +201,10 @@ class Piecewise(Granular):
     def region_bits(self, bits: int) -> int:
         """Bits a weight costs beyond its b-bit code."""
         return int(self.storage == "region_bit")
+
+    def has_zero(self, bits: int) -> bool:
+        """Whether a weight of 0 stays 0: of 2^b levels in all, none is 0."""
+        return self.storage == "region_bit"
 
     def zero_point_bits(self, bits: int) -> int:
         """None: codes are signs and magnitudes."""

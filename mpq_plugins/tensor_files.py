@@ -175,7 +175,8 @@ class MemoryRows:
 
     def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
         """See RowReader; a view where that can be."""
-        return channel_rows(self.tensor.narrow(self.axis, start, stop - start), self.axis)
+        own = self.tensor.narrow(self.axis, start, stop - start) if self.tensor.dim() else self.tensor
+        return channel_rows(own, self.axis)
 
     def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor:
         """See RowReader."""
@@ -209,6 +210,10 @@ class StoredTensor:
     dtype: torch.dtype
     read_rows: RowReader
     identity: object
+
+    def tensor(self) -> Tensor:
+        """All of it, in its own shape. Raises SourceError where it cannot be read."""
+        return self.read_rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
 
 def safetensors_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -30,6 +30,7 @@ FLOW = (
     ("activation_ranges", "lower", "match", "simulate"),
     ("apply", "correct", "correction", "rewrite", "synthetic"),
     ("reconstruct",),
+    ("compress",),
     ("scores",),
     ("pareto", "sweep", "tuning"),
     ("adapters",),
@@ -37,6 +38,7 @@ FLOW = (
     (
         "demo",
         "cli_calibrate",
+        "cli_compress",
         "cli_options",
         "cli_pareto",
         "cli_partial",

@@ -1,14 +1,8 @@
-"""The compiled loops of one-dimensional k-means. Importing this module imports numba.
+"""The compiled loops of one-dimensional k-means. Importing this module imports numba."""
 
-Compiled without fast-math, so that the same weights give the same centroids on every processor.
-"""
-
-from typing import Any
-
-import numba
 import numpy as np
 
-exactly: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
+from .exactly import exactly
 
 
 @exactly

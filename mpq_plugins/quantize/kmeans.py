@@ -6,13 +6,11 @@
 start, by Lloyd's iteration, to a local one. Memory is a few numbers a weight, whatever k is.
 """
 
-import importlib.util
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SettingError
 from ..scheme import InitName
 
 Floats = NDArray[np.float64]
@@ -52,8 +50,6 @@ def _searched(
     values: NDArray[np.float32], starts: NDArray[np.int64], counts: Sequence[int], init: InitName
 ) -> list[NDArray[np.float32]]:
     """The centroids for each of these counts, of ascending values with more different ones than that."""
-    if importlib.util.find_spec("numba") is None:
-        raise SettingError("scheme codebook: its k-means needs numba, which is not installed; pip install numba")
     from .kernel_kmeans import lloyd
 
     total = _prefix_sums(values)

@@ -108,7 +108,9 @@ def encode(rows: Tensor, grid: PiecewiseGrids) -> tuple[Tensor, Tensor]:
     unit = torch.where(outside, tail, dense)
     steps = torch.where(unit > 0, (magnitude - torch.where(outside, split, 0)) / unit, 0)
     j = torch.round((steps - grid.offset) / grid.stride).clamp(0, int(grid.top[0])).to(torch.int16)
-    return (rows < 0).to(torch.int16).bitwise_left_shift(int(grid.magnitude_bits[0])) | j, outside
+    # There is one zero: a code for -0 would be one more to tell apart.
+    negative = (rows < 0) if grid.offset else (rows < 0) & (outside | (j > 0))
+    return negative.to(torch.int16).bitwise_left_shift(int(grid.magnitude_bits[0])) | j, outside
 
 
 def decode(codes: Tensor, tail: Tensor, grid: PiecewiseGrids) -> Tensor:

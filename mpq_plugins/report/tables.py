@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from ..legalise import Change
@@ -14,6 +14,7 @@ from ..registry import Plugin
 from ..size import PlanSize
 from ..table import LayerTable
 
+MOST_NAME = 40  # columns of a name that are not folded
 PIPE_WIDTH = 120  # columns when stdout is a file or pipe, where rich would otherwise cut at 80
 
 
@@ -25,10 +26,14 @@ def console() -> Console:
 def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are numbers."""
     table = Table(title=title or None, title_justify="left")
+    cells = [tuple(map(str, row)) for row in rows]
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
+        # A layer is found by its name: other columns give way first.
+        whole = position == 0 and max((len(row[0]) for row in cells), default=0) <= MOST_NAME
+        justify: JustifyMethod = "left" if position < left else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
+    for row in cells:
+        table.add_row(*row)
     return table
 
 

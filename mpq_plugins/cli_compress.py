@@ -1,0 +1,164 @@
+"""`mpq compress`, `mpq decompress` and `mpq inspect`: a model in one small file, back again, and what is in it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli_shared import json_option, print_json
+from .errors import SettingError
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from .compress.container import Container
+    from .compress.prune import Pruning
+    from .compress.stages import Stages
+
+
+@click.command(
+    epilog="Examples: mpq compress model.safetensors plan.json -o model.mpq. Pruned first: --prune 0.9, or by layer: "
+    "--prune 'conv*=0.6' --prune 'fc*=0.9'"
+)
+@click.argument("source")
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Container to write (.mpq).")
+@click.option(
+    "--prune", "amounts", multiple=True, metavar="[GLOB=]AMOUNT",
+    help="First set weights of least magnitude to 0: this share of each layer (0.9), or of those a glob names; "
+    "repeatable.",
+)  # fmt: skip
+@click.option(
+    "--prune-by", type=click.Choice(["layer", "network", "deviations"]), default="layer", show_default=True,
+    help="What AMOUNT counts: a share of each layer, a share of the whole network, or standard deviations of each "
+    "layer, below which weights go.",
+)  # fmt: skip
+@click.option(
+    "--coding", type=click.Choice(["smallest", "packed"]), default="smallest", show_default=True,
+    help="packed: no entropy coding, so that sizes are the plan's.",
+)  # fmt: skip
+@json_option
+def compress(
+    source: str,
+    plan_file: Path,
+    output: Path,
+    amounts: tuple[str, ...],
+    prune_by: str,
+    coding: Any,
+    as_json: bool,
+) -> None:
+    """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
+    from .cli_sources import check_output, resolve_source
+    from .compress import compress as write
+    from .compress.write import beside
+    from .plan import Plan
+    from .report.progress import progress_bar, say
+
+    check_output(output, plan_file, source)
+    pruning = _pruning(amounts, prune_by)
+    plan = Plan.load(plan_file)
+    resolved = resolve_source(source)
+    with progress_bar("compressing") as progress:
+        container = write(resolved, plan, output, prune=pruning, coding=coding, progress=progress)
+    left = beside(resolved) if isinstance(resolved, Path) else ()
+    if left:
+        say(f"left out, no tensors of the model: {', '.join(left)}")
+    if plan.activation_bits is not None:
+        say(f"note: the plan's {plan.activation_bits}-bit activations are not in a container; weights only")
+    _print(container, as_json, layers=False)
+    if not as_json:
+        click.echo(f"wrote {output}")
+
+
+@click.command(epilog="Example: mpq decompress model.mpq -o model.safetensors")
+@click.argument("container_file", metavar="CONTAINER", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors)."
+)
+@json_option
+def decompress(container_file: Path, output: Path, as_json: bool) -> None:
+    """Write CONTAINER's tensors, dequantized, as a checkpoint."""
+    from .cli_sources import check_output
+    from .compress import decompress as read
+    from .compress.write import save_tensors
+    from .report.progress import progress_bar
+
+    if output.suffix != ".safetensors":
+        raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
+    check_output(output, container_file)
+    with progress_bar("decompressing") as progress:
+        tensors = read(container_file, progress=progress)
+    save_tensors(tensors, output)
+    if as_json:
+        print_json({"checkpoint": str(output), "tensors": len(tensors)})
+    else:
+        click.echo(f"wrote {output}: {len(tensors)} tensors")
+
+
+@click.command(epilog="Examples: mpq inspect model.mpq. The plan inside: mpq inspect model.mpq --plan plan.json")
+@click.argument("container_file", metavar="CONTAINER", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write the plan inside to this file.")
+@json_option
+def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None:
+    """Show what a container holds, layer by layer: bits, zeros, entropy, and bytes after each stage.
+
+    Every tensor is read and its checksum compared.
+    """
+    from .cli_sources import check_output
+    from .compress.container import Container
+
+    check_output(plan_file, container_file)
+    container = Container.open(container_file)
+    container.check()
+    _print(container, as_json, layers=True)
+    if plan_file is not None:
+        container.plan.save(plan_file)
+        if not as_json:
+            click.echo(f"wrote {plan_file}")
+
+
+def _print(container: "Container", as_json: bool, layers: bool) -> None:
+    from .compress.stages import layer_stages, planned
+    from .report.container import container_json, layers_table, summary_lines, totals_table
+    from .report.tables import console, plan_head
+
+    stages: dict[str, Stages] = {name: layer_stages(container, name) for name in planned(container)}
+    if as_json:
+        print_json(container_json(container, stages))
+        return
+    out = console()
+    out.print(plan_head(container.plan), soft_wrap=True)
+    if "pruning" in container.header.made_with:
+        out.print(f"pruned by {container.header.made_with['pruning']}", soft_wrap=True)
+    out.print(layers_table(container, stages) if layers else totals_table(stages))
+    for line in summary_lines(container, stages):
+        out.print(line, soft_wrap=True)
+
+
+def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
+    """The pruning that was asked for. Raises SettingError."""
+    from .compress.prune import Deviations, GlobalSparsity, Sparsity
+
+    if not amounts:
+        if by != "layer":
+            raise SettingError("prune-by: says what --prune counts; give --prune too")
+        return None
+    parsed = [_amount(entry) for entry in amounts]
+    plain = [amount for pattern, amount in parsed if pattern is None]
+    if len(plain) != (0 if all(pattern for pattern, _ in parsed) else len(parsed)) or len(plain) > 1:
+        raise SettingError("prune: give one amount for all layers, or one for each glob")
+    if by == "network":
+        if not plain:
+            raise SettingError("prune: a share of the whole network is one amount, without globs")
+        return GlobalSparsity(plain[0])
+    given = plain[0] if plain else {str(pattern): amount for pattern, amount in parsed}
+    return Deviations(given) if by == "deviations" else Sparsity(given)
+
+
+def _amount(entry: str) -> tuple[str | None, float]:
+    """'fc*=0.9' -> ('fc*', 0.9); '0.9' -> (None, 0.9)."""
+    pattern, equals, number = entry.rpartition("=")
+    try:
+        return (pattern.strip() if equals else None), float(number)
+    except ValueError as error:
+        raise SettingError(
+            f"prune: {entry!r} is not allowed; an amount such as 0.9, or a layer's name or glob and one, 'fc*=0.9'"
+        ) from error

@@ -1,0 +1,54 @@
+"""Deep Compression (arXiv 1510.00149): prune, share or quantize by a plan, entropy code; one file that is that small.
+
+torch is imported when a function runs, not with the package.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..plan import Plan
+    from .container import Container
+    from .prune import Pruning
+    from .streams import Choice
+
+Progress = Callable[[str, int, int], None]
+"""Called with a layer's name, weights done and weights in all."""
+
+
+def compress(
+    source: "nn.Module | str | Path",
+    plan: "Plan",
+    path: str | Path,
+    *,
+    prune: "Pruning | None" = None,
+    coding: "Choice" = "smallest",
+    progress: Progress | None = None,
+) -> "Container":
+    """Write a model to one file as the plan has it: codes, scales and centroids, all other tensors, and the plan.
+
+    source: a module, or a checkpoint; a plan measured with BatchNorm folded in folds a module's. prune: which weights
+    of the quantized layers become 0 first. coding: `smallest` packs or entropy codes every tensor, whichever is
+    smaller; `packed` packs all, so that sizes are the plan's to the bit. What comes back by `decompress` is, to the
+    bit, what `apply` makes of the (pruned) weights. Returns the container, opened. Raises MismatchError (a plan for
+    another model), SettingError (pruning everything, or weights whose scheme has no 0), WeightError (NaN), SourceError
+    (unreadable, unwritable); nothing is left half written.
+    """
+    from .write import write
+
+    return write(source, plan, Path(path), prune=prune, coding=coding, progress=progress)
+
+
+def decompress(path: "str | Path | Container", *, progress: Progress | None = None) -> "dict[str, Tensor]":
+    """All tensors of a container by name, dequantized: a state dict. Tied ones are the same tensor.
+
+    Names are the source's, without the `module.` that DataParallel puts before them. Raises FormatError for a file that
+    is no container, damaged, or newer than this version.
+    """
+    from .container import Container
+
+    container = path if isinstance(path, Container) else Container.open(path)
+    return container.tensors(progress)

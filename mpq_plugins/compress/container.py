@@ -1,0 +1,189 @@
+"""A compressed model in one file: codes, scales and centroids of planned layers, all other tensors, and the plan.
+
+Layout, numbers little-endian:
+
+    prologue   magic (8 bytes), version (uint32), where the header begins (uint64), its bytes (uint64), its bytes when
+               decompressed (uint64), its CRC-32, and the CRC-32 of the prologue up to here
+    blocks     one for each tensor, in the header's order: its streams one after the other, then their CRC-32
+    header     LZMA of a JSON document (header.py): the plan, and for each tensor its name, dtype, and how each of its
+               streams is coded and how long it is
+
+The header comes last so that tensors are written as they are encoded; where blocks begin follows from their lengths.
+Every byte is under a checksum, which finds any damage to up to four bytes in a row, and other damage but for 1 in 2^32.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints import layer_name
+from ..errors import FormatError
+from ..plan import LayerChoice, Part, Plan
+from ..tensor_files import DTYPES
+from . import Progress
+from .codes import PartCodes, PartShape, decode
+from .header import CHECKSUM, PROLOGUE, Header, PartRecord, TensorRecord, check_records, choice_of, read_header
+from .sparse import RelativeIndex, from_relative, index_bits
+from .streams import Stream, read_codes, read_values
+
+
+class Container:
+    """A container that was opened: its header is whole and agrees with its length; tensors are read one at a time."""
+
+    def __init__(self, path: Path, header: Header, plan: Plan, size: int) -> None:
+        self.path, self.header, self.plan, self.size = path, header, plan, size
+        lengths = [record.block_bytes for record in header.tensors]
+        starts = accumulate([PROLOGUE, *lengths])
+        self._starts = {record.name: start for record, start in zip(header.tensors, starts, strict=False)}
+        self.records = {record.name: record for record in header.tensors}
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Container":
+        """Read and check prologue and header. Raises FormatError naming the file, and what is wrong with it."""
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header, blocks = read_header(file, size, path)
+        except OSError as error:
+            raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a container file.") from error
+        plan = Plan.from_document(header.plan, f"{path}: its plan")
+        check_records(header, plan, blocks, path)
+        return cls(path, header, plan, size)
+
+    def choice(self, record: TensorRecord) -> LayerChoice | None:
+        """The plan's choice for a tensor, or None for one that is kept as it is."""
+        return choice_of(self.plan, record) if record.parts is not None else None
+
+    def tensors(self, progress: Progress | None = None) -> dict[str, Tensor]:
+        """All of them by name, stacks put together, tied ones the same tensor. Raises FormatError where one is damaged.
+
+        progress: called with a name, values done and values in all.
+        """
+        sizes = {name: self.values(record) for name, record in self.records.items()}
+        found: dict[str, Tensor] = {}
+        done, total = 0, sum(sizes.values())
+        for name, record in self.records.items():
+            if progress is not None:
+                progress(name, done, total)
+            if record.same is None:
+                found[name] = self.tensor(name)
+            done += sizes[name]
+        for name, count in self.header.stacks.items():
+            found[name] = torch.stack([found.pop(f"{layer_name(name)}.{k}") for k in range(count)])
+        found |= {name: found[record.same] for name, record in self.records.items() if record.same is not None}
+        if progress is not None:
+            progress("", total, total)
+        return found
+
+    def check(self) -> None:
+        """Read every tensor. Raises FormatError, naming it, where one is damaged."""
+        for record in self.header.tensors:
+            self.tensor(record.name)
+
+    def values(self, record: TensorRecord) -> int:
+        """How many values a tensor has, by itself."""
+        choice = self.choice(record)
+        return math.prod(record.shape if choice is None else choice.shape) if record.same is None else 0
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, dequantized. Raises FormatError where its bytes are damaged."""
+        if name in self.header.stacks:
+            own = f"{layer_name(name)}."
+            return torch.stack([self.tensor(f"{own}{k}") for k in range(self.header.stacks[name])])
+        record = self.records[name]
+        if record.same is not None:
+            return self.tensor(record.same)
+        choice, dtype = self.choice(record), DTYPES[record.dtype]
+        if choice is None:
+            assert record.data is not None
+            return _plain(self._streams(record)[0], record.shape, dtype, self._where(record))
+        values = [
+            own if isinstance(own, Tensor) else decode(own, part_shape(choice, part), dtype)
+            for part, own in zip(choice.groups, self.parts(name), strict=True)
+        ]
+        if len(values) == 1:
+            return values[0]
+        index = torch.tensor([channel for part in choice.groups for channel in part.channels])
+        return torch.cat(values, choice.channel_axis).index_select(choice.channel_axis, index.argsort())
+
+    def parts(self, name: str) -> list[PartCodes | Tensor]:
+        """A planned layer's codes part by part; weights where a part is in floating point. Raises FormatError."""
+        record = self.records[name]
+        choice = self.choice(record)
+        assert choice is not None, "the caller asks for a planned layer"
+        assert record.parts is not None
+        streams = iter(self._streams(record))
+        where = self._where(record)
+        found: list[PartCodes | Tensor] = []
+        for part, own in zip(choice.groups, record.parts, strict=True):
+            shape = part_shape(choice, part)
+            if isinstance(own, PartRecord):
+                found.append(read_part(own, shape, streams, index_bits(choice.kind), where))
+            else:
+                found.append(_plain(next(streams), shape.shape, DTYPES[record.dtype], where))
+        return found
+
+    def _where(self, record: TensorRecord) -> str:
+        return f"{self.path}: tensor {record.name!r}"
+
+    def _streams(self, record: TensorRecord) -> list[Stream]:
+        """The streams of a block whose checksum is right."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._starts[record.name])
+                block = file.read(record.block_bytes)
+        except OSError as error:
+            raise FormatError(f"{self.path}: cannot read it ({error.strerror})") from error
+        data, checksum = block[: -CHECKSUM.size], block[-CHECKSUM.size :]
+        if len(block) != record.block_bytes or CHECKSUM.pack(zlib.crc32(data)) != checksum:
+            raise FormatError(f"{self._where(record)}: is damaged, its checksum differs; write or fetch the file again")
+        ends = list(accumulate(length for _, length in record.streams))
+        pairs = zip(record.streams, ends, strict=True)
+        return [Stream(coding, data[end - length : end]) for (coding, length), end in pairs]
+
+
+def part_shape(choice: LayerChoice, part: Part) -> PartShape:
+    """What the codes of a part of a layer are the codes of."""
+    axis = choice.channel_axis
+    shape = (*choice.shape[:axis], len(part.channels), *choice.shape[axis + 1 :])
+    return PartShape(shape, axis, part.bits, choice.scheme, choice.name)
+
+
+def _plain(stream: Stream, shape: Sequence[int], dtype: torch.dtype, where: str) -> Tensor:
+    values = read_values(stream, numpy_dtype(dtype), math.prod(shape), where)
+    return torch.from_numpy(values.view(np.uint8)).view(dtype).reshape(tuple(shape))
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What a tensor's values are stored as: themselves, or unsigned integers where numpy has no such type."""
+    if dtype in (torch.bfloat16, torch.bool) or dtype.itemsize == 1:
+        return np.dtype(f"u{dtype.itemsize}")
+    return np.dtype(str(dtype).removeprefix("torch."))
+
+
+def read_part(record: PartRecord, part: PartShape, streams: Iterator[Stream], gap_bits: int, where: str) -> PartCodes:
+    """The codes of a part from its streams. Raises FormatError, beginning with `where`, for what is damaged."""
+    tables = read_values(next(streams), np.dtype(np.float32), part.table_entries, f"{where}: tables")
+    zero_points = np.zeros(0, np.uint8)
+    if (record.zero_points is not None) != bool(part.zero_points):
+        raise FormatError(f"{where}: has zero points where its scheme has none, or lacks them; the file is damaged")
+    if record.zero_points is not None:
+        zero_points = read_codes(next(streams), part.bits, part.zero_points, f"{where}: zero points").astype(np.uint8)
+    if record.gaps is None:
+        symbols = read_codes(next(streams), part.width, part.weights, f"{where}: codes")
+        return PartCodes(symbols, tables, zero_points)
+    entries = record.entries or 0
+    gaps = read_codes(next(streams), gap_bits, entries, f"{where}: gaps").astype(np.uint8)
+    values = read_codes(next(streams), part.width, entries, f"{where}: codes")
+    whole = from_relative(RelativeIndex(gaps, values), part.weights)
+    if whole is None:
+        raise FormatError(f"{where}: has entries beyond its end; the file is damaged")
+    return PartCodes(whole, tables, zero_points)

@@ -1,0 +1,194 @@
+"""The header of a container: what is in the file, where, and how it is coded; read only if it holds together."""
+
+import json
+import lzma
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..checkpoints import CONTAINER_MAGIC, layer_name
+from ..errors import FormatError, first_few
+from ..plan import LayerChoice, Plan
+from ..scheme import FLOAT_BITS
+from ..tensor_files import DTYPES
+from ..validation import first_problem
+from .streams import Coding, Stream, possible
+
+VERSION = 1
+FIELDS = struct.Struct("<8sIQQQI")
+CHECKSUM = struct.Struct("<I")
+PROLOGUE = FIELDS.size + CHECKSUM.size
+LARGEST_HEADER = 1 << 28  # bytes of JSON
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
+
+Length = Annotated[int, Field(ge=0, le=1 << 62)]
+StreamRecord = tuple[Coding, Length]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PartRecord(_Record):
+    """Streams of one part of a layer, in this order; `gaps` and `entries`, their number, where zeros are left out."""
+
+    tables: StreamRecord
+    zero_points: StreamRecord | None = None
+    gaps: StreamRecord | None = None
+    entries: Length | None = None
+    codes: StreamRecord
+
+    @property
+    def streams(self) -> list[StreamRecord]:
+        """Those that there are, in the file's order."""
+        return [own for own in (self.tables, self.zero_points, self.gaps, self.codes) if own is not None]
+
+
+class TensorRecord(_Record):
+    """One tensor: `parts` where it is a planned layer's (a float part being a `StreamRecord`), `data` where it is kept
+    as it is, or `same` as another by name."""
+
+    name: str
+    dtype: str = "F32"
+    shape: tuple[Length, ...] = ()
+    parts: tuple[PartRecord | StreamRecord, ...] | None = None
+    data: StreamRecord | None = None
+    same: str | None = None
+
+    @property
+    def streams(self) -> list[StreamRecord]:
+        """All of its streams, in the file's order."""
+        own = [self.data] if self.data is not None else []
+        for part in self.parts or ():
+            own += part.streams if isinstance(part, PartRecord) else [part]
+        return own
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of its block, checksum included; none for one that is the same as another."""
+        return sum(length for _, length in self.streams) + CHECKSUM.size if self.same is None else 0
+
+
+class Header(_Record):
+    """made_with: versions, and what was done to the weights; stacks: tensors that stack others, called by their layer's
+    name and .0, .1 ..., and how many."""
+
+    made_with: dict[str, str]
+    stacks: dict[str, int] = {}
+    plan: dict[str, Any]
+    tensors: tuple[TensorRecord, ...]
+
+
+def write_block(file: BinaryIO, streams: Sequence[Stream]) -> None:
+    """A tensor's streams, and their checksum."""
+    checksum = 0
+    for stream in streams:
+        file.write(stream.data)
+        checksum = zlib.crc32(stream.data, checksum)
+    file.write(CHECKSUM.pack(checksum))
+
+
+def write_header(file: BinaryIO, header: Header) -> None:
+    """The header where the file is at, and the prologue at its start."""
+    document = json.dumps(header.model_dump(mode="json", exclude_defaults=True), separators=(",", ":")).encode()
+    packed = lzma.compress(document, lzma.FORMAT_RAW, filters=FILTERS)
+    fields = FIELDS.pack(CONTAINER_MAGIC, VERSION, file.tell(), len(packed), len(document), zlib.crc32(packed))
+    file.write(packed)
+    file.seek(0)
+    file.write(fields + CHECKSUM.pack(zlib.crc32(fields)))
+
+
+def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
+    """The header, and the bytes of all blocks."""
+    prologue = file.read(PROLOGUE)
+    if prologue[: len(CONTAINER_MAGIC)] != CONTAINER_MAGIC[: len(prologue)] or not prologue:
+        raise FormatError(f"{path}: is no container, or its first bytes are damaged; `mpq compress` writes containers")
+    if len(prologue) < PROLOGUE:
+        raise FormatError(f"{path}: is cut short: {len(prologue)} bytes; write or fetch it again")
+    _, version, start, length, document_length, checksum = FIELDS.unpack(prologue[: FIELDS.size])
+    intact = CHECKSUM.pack(zlib.crc32(prologue[: FIELDS.size])) == prologue[FIELDS.size :]
+    if version != VERSION:
+        hint = "Upgrade mpq-plugins" if intact else "The file is damaged: write or fetch it again"
+        raise FormatError(f"{path}: container version {version}, and this mpq-plugins reads {VERSION}. {hint}.")
+    if not intact:
+        raise FormatError(f"{path}: its prologue is damaged; write or fetch the file again")
+    if start + length != size or start < PROLOGUE:
+        raise FormatError(f"{path}: has {size} bytes, and should have {start + length}; it is cut short or damaged")
+    if document_length > LARGEST_HEADER:
+        raise FormatError(f"{path}: its header claims {document_length} bytes; {LARGEST_HEADER} is the most")
+    file.seek(start)
+    packed = file.read(length)
+    if zlib.crc32(packed) != checksum:
+        raise FormatError(f"{path}: its header is damaged, the checksum differs; write or fetch the file again")
+    return _parse_header(packed, document_length, path), start - PROLOGUE
+
+
+def _parse_header(packed: bytes, length: int, path: Path) -> Header:
+    try:
+        unpacked = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(packed, max_length=length + 1)
+        document = json.loads(unpacked)
+    except (lzma.LZMAError, ValueError, RecursionError, EOFError) as error:
+        raise FormatError(f"{path}: its header is none ({error}); write the file again") from error
+    if len(unpacked) != length:
+        raise FormatError(f"{path}: its header is not as long as it says; write the file again")
+    try:
+        return Header.model_validate(document)
+    except ValidationError as error:
+        raise FormatError(f"{path}: header: {first_problem(error)}") from error
+
+
+def check_records(header: Header, plan: Plan, blocks: int, path: Path) -> None:
+    """Everything that can be known before a tensor is read: names, dtypes, sizes, and that the plan is all there."""
+    names = [record.name for record in header.tensors]
+    if len(set(names)) < len(names):
+        raise FormatError(f"{path}: two tensors have the same name; the file is damaged")
+    if sum(record.block_bytes for record in header.tensors) != blocks:
+        raise FormatError(f"{path}: its tensors do not add up to its length; the file is damaged")
+    own = {record.name for record in header.tensors if record.same is None}
+    for record in header.tensors:
+        problem = _record_problem(record, plan, own.union(header.stacks))
+        if problem is not None:
+            raise FormatError(f"{path}: tensor {record.name!r}: {problem}; the file is damaged")
+    for name, count in header.stacks.items():
+        if not 0 < count <= len(names) or any(f"{layer_name(name)}.{k}" not in own for k in range(count)):
+            raise FormatError(f"{path}: tensor {name!r}: stacks {count} others, which are not all there")
+    held = {layer_name(record.name) for record in header.tensors if record.parts is not None}
+    missing = [repr(layer.name) for layer in plan.layers if held.isdisjoint(layer.names)]
+    if missing:
+        raise FormatError(f"{path}: lacks layers that its plan has: {first_few(missing, ', ')}")
+
+
+def _record_problem(record: TensorRecord, plan: Plan, own: set[str]) -> str | None:
+    if (record.parts is not None) + (record.data is not None) + (record.same is not None) != 1:
+        return "is neither a layer, nor plain, nor the same as another"
+    if record.same is not None:
+        return None if record.same in own else f"is the same as {record.same!r}, which is not there"
+    if record.dtype not in DTYPES:
+        return f"dtype {record.dtype!r} is not allowed; {', '.join(DTYPES)}"
+    choice = choice_of(plan, record)
+    if record.parts is None:
+        count, given = math.prod(record.shape), record.streams[0][1]
+        return _size_problem(count, given)
+    if choice is None:
+        return "is coded, and its plan has no such layer"
+    count, given = choice.numel, record.block_bytes
+    if len(choice.widths) != len(record.parts):
+        return f"has {len(record.parts)} parts, and {len(choice.widths)} in its plan"
+    pairs = zip(choice.widths, record.parts, strict=True)
+    if any((bits in FLOAT_BITS) == isinstance(part, PartRecord) for (bits, _), part in pairs):
+        return "has codes where its plan has floating point, or the other way round"
+    return _size_problem(count, given)
+
+
+def _size_problem(count: int, given: int) -> str | None:
+    return None if possible(count, given) else f"claims {count} values, which cannot come out of {given} bytes"
+
+
+def choice_of(plan: Plan, record: TensorRecord) -> LayerChoice | None:
+    """The plan's choice for the layer that a tensor would be the weight of."""
+    return plan.by_any_name.get(layer_name(record.name))

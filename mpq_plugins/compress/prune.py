@@ -1,0 +1,203 @@
+"""Magnitude pruning: which weights go, and a model that is trained on without them.
+
+Deep Compression (arXiv 1510.00149), sec. 2, and Han et al. (arXiv 1506.02626): a weight goes where its magnitude is
+below a threshold. Three ways to one are here: a share of each layer, a share of the whole network, standard deviations
+of each layer. What is 0 already counts as gone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..duplicate import duplicate
+from ..errors import SettingError, WeightError
+from ..measure.chunks import over_chunks
+from ..patterns import matches
+from ..weights import Weight, find_weights
+from .parametrized import Mask, put
+
+Array = NDArray[np.float64]
+Amounts = float | Mapping[str, float]
+"""One for every layer, or by globs (or `re:` expressions) on their names; a layer that none names is not pruned."""
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """This share of every layer's weights is 0 afterwards: those of least magnitude, fewer where some are alike.
+
+    Raises SettingError outside 0 to below 1.
+    """
+
+    share: Amounts
+
+    def __post_init__(self) -> None:
+        for amount in _values(self.share):
+            _check_share(amount)
+
+    def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
+        """Layer -> the least magnitude that stays."""
+        shares = _by_layer(self.share, weights)
+        return {w.name: _smallest_kept([w], shares[w.name]) for w in weights if w.name in shares}
+
+
+@dataclass(frozen=True)
+class GlobalSparsity:
+    """This share of all weights together is 0 afterwards: one threshold for all layers.
+
+    Raises SettingError outside 0 to below 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
+        """Layer -> the least magnitude that stays, the same for all."""
+        return dict.fromkeys((weight.name for weight in weights), _smallest_kept(weights, self.share))
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """Weights below this many standard deviations of their layer go. Raises SettingError below 0."""
+
+    count: Amounts
+
+    def __post_init__(self) -> None:
+        for amount in _values(self.count):
+            if not (isinstance(amount, int | float) and 0 <= amount < float("inf")):
+                raise SettingError(f"deviations: {amount!r} is not allowed; 0 or more")
+
+    def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
+        """Layer -> the least magnitude that stays."""
+        counts = _by_layer(self.count, weights)
+        return {w.name: counts[w.name] * _deviation(w) for w in weights if w.name in counts}
+
+
+Pruning = Sparsity | GlobalSparsity | Deviations
+
+
+def checked_thresholds(pruning: Pruning, weights: Sequence[Weight]) -> dict[str, float]:
+    """Layer -> the least magnitude that stays. Raises SettingError where none would in a layer, WeightError on NaN."""
+    largest = {weight.name: _largest(weight) for weight in weights}
+    found = pruning.thresholds(weights)
+    for name, threshold in found.items():
+        if 0 < largest[name] < threshold:
+            raise SettingError(
+                f"layer {name!r}: {pruning} would prune all of it, for its largest weight is {largest[name]:.4g} and "
+                f"the threshold {threshold:.4g}. Prune less, or leave the layer out."
+            )
+    return found
+
+
+def kept(weight: Tensor, threshold: float) -> Tensor:
+    """True where a weight stays."""
+    return (weight.detach().abs() >= threshold) & (weight.detach() != 0)
+
+
+def pruned(weight: Tensor, threshold: float) -> Tensor:
+    """The weight with 0 in place of what goes."""
+    return weight.detach().where(kept(weight, threshold), 0)
+
+
+def prune(model: nn.Module, pruning: Pruning, *, skip: Sequence[str] = (), only: Sequence[str] = ()) -> nn.Module:
+    """A copy whose weights are masked, and stay so while it is trained; `finish` makes them plain again.
+
+    skip, only: as in find_weights. Raises SettingError and WeightError as checked_thresholds and find_weights do, and
+    SettingError for tied weights.
+    """
+    masked = duplicate(model)
+    weights = list(find_weights(masked, skip=skip, only=only))
+    thresholds = checked_thresholds(pruning, weights)
+    for weight in weights:
+        if weight.name in thresholds:
+            values = masked.get_submodule(weight.name).weight
+            assert isinstance(values, Tensor)
+            put(masked, weight, Mask(kept(values, thresholds[weight.name])))
+    return masked
+
+
+def _values(amounts: Amounts) -> Iterable[float]:
+    return amounts.values() if isinstance(amounts, Mapping) else (amounts,)
+
+
+def _check_share(share: float) -> None:
+    if not (isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < 1):
+        raise SettingError(f"sparsity: {share!r} is not allowed; from 0 up to, but not, 1, where nothing would be left")
+
+
+def _by_layer(amounts: Amounts, weights: Sequence[Weight]) -> dict[str, float]:
+    if not isinstance(amounts, Mapping):
+        return dict.fromkeys((weight.name for weight in weights), amounts)
+    found: dict[str, float] = {}
+    for pattern, amount in amounts.items():
+        names = [weight.name for weight in weights if any(matches(pattern, name) for name in weight.names)]
+        if not names:
+            some = ", ".join(repr(weight.name) for weight in weights[:3])
+            raise SettingError(f"prune: {pattern!r} matches no layer; names look like {some}")
+        for name in names:
+            if found.setdefault(name, amount) != amount:
+                raise SettingError(f"prune: layer {name!r} is given both {found[name]} and {amount}; give one")
+    return found
+
+
+def _smallest_kept(weights: Sequence[Weight], share: float) -> float:
+    """The magnitude that is next when this share of all weights is gone, exactly: by the bits of float32, which are in
+    the order of what they say; first the upper half of them, then the lower among those alike."""
+    going = round(share * sum(weight.numel for weight in weights))
+    if not going:
+        return 0.0
+    upper = _histogram(weights, _upper_bits)
+    high = int(np.searchsorted(np.cumsum(upper), min(going, upper.sum() - 1), "right"))
+    left = min(going, int(upper.sum()) - 1) - int(upper[:high].sum())
+    low = int(np.searchsorted(np.cumsum(_histogram(weights, partial(_lower_bits, high=high))), left, "right"))
+    return float(np.uint32(high << 16 | low).view(np.float32))
+
+
+def _histogram(weights: Sequence[Weight], count: Callable[[Tensor], Array]) -> NDArray[np.int64]:
+    total = np.zeros(1 << 16)
+    for weight in weights:
+        total += over_chunks(weight)(count).sum(axis=0)
+    return total.astype(np.int64)
+
+
+def _upper_bits(rows: Tensor) -> Array:
+    return np.bincount(_bits(rows) >> 16, minlength=1 << 16).astype(np.float64)[None]
+
+
+def _lower_bits(rows: Tensor, high: int) -> Array:
+    bits = _bits(rows)
+    return np.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=1 << 16).astype(np.float64)[None]
+
+
+def _bits(rows: Tensor) -> NDArray[np.uint32]:
+    found: NDArray[np.uint32] = rows.detach().float().abs().contiguous().cpu().numpy().view(np.uint32).reshape(-1)
+    return found
+
+
+def _largest(weight: Weight) -> float:
+    found = float(over_chunks(weight)(_largest_of).max(initial=0.0))
+    if not np.isfinite(found):
+        raise WeightError(f"layer {weight.name!r}: holds NaN or infinite weights. Repair it, or leave the layer out.")
+    return found
+
+
+def _largest_of(rows: Tensor) -> Array:
+    return np.array([rows.detach().float().abs().max().item() if rows.numel() else 0.0])
+
+
+def _deviation(weight: Weight) -> float:
+    """Standard deviation of a layer's weights."""
+    total, squares = over_chunks(weight)(_moments).sum(axis=0)
+    count = max(1, weight.numel)
+    return float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))
+
+
+def _moments(rows: Tensor) -> Array:
+    values = rows.detach().double()
+    return torch.stack((values.sum(), values.square().sum()))[None].cpu().numpy()

@@ -1,0 +1,85 @@
+"""Trained quantization: the centroids of shared weights as parameters.
+
+    dL / dc_k = sum over the weights w_ij of cluster k of dL / dw_ij            (arXiv 1510.00149, sec. 3.3, eq. 3)
+
+which is what differentiating w_ij = c[code_ij] gives.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..duplicate import duplicate
+from ..errors import SettingError
+from ..fold import fold_batch_norm
+from ..match import match
+from ..plan import LayerChoice, Plan
+from ..quantize.codebook import quantize
+from ..quantize.regions import channel_rows, from_channel_rows
+from ..scheme import FLOAT_BITS, Codebook
+from ..weights import find_weights
+from .parametrized import WeightMaker, put
+
+
+class SharedWeight(WeightMaker):
+    """A weight by its centroids (k,), those of all regions one after the other; what is 0 stays 0."""
+
+    index: Tensor
+    pruned: Tensor
+
+    def __init__(self, centroids: Tensor, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index.int())
+        self.register_buffer("pruned", centroids == 0)
+        self._first = centroids
+
+    def forward(self, centroids: Tensor) -> Tensor:
+        """The weight, in its own shape."""
+        free = centroids.masked_fill(self.pruned, 0)
+        return free.index_select(0, self.index.reshape(-1)).reshape(self.index.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The centroids that training begins at."""
+        return self._first
+
+
+def share(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy whose planned weights are shared as `apply` shares them, and whose centroids are what is trained.
+
+    Every planned layer's parameter is its centroids; all else is trained as before. `finish` makes plain weights of
+    them, in which the plan finds the same codes and the trained centroids. Raises MismatchError for a plan made for
+    another model, SettingError for a layer under another scheme, partly in floating point, or with a tied weight.
+    """
+    match(plan, model).require(type(model).__name__)
+    shared = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    for weight in find_weights(shared, refuse=False):
+        choice = next((plan.by_any_name[name] for name in weight.names if name in plan.by_any_name), None)
+        if choice is not None and not choice.in_float:
+            values = shared.get_submodule(weight.name).weight
+            assert isinstance(values, Tensor)
+            put(shared, weight, _shared(values.detach(), choice))
+    return shared
+
+
+def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
+    scheme, axis = choice.scheme, choice.channel_axis
+    if not isinstance(scheme, Codebook) or any(part.bits in FLOAT_BITS for part in choice.groups):
+        found = f"is planned {scheme}" if not isinstance(scheme, Codebook) else "is partly in floating point"
+        raise SettingError(
+            f"layer {choice.name!r}: {found}, and only codebooks have centroids to train. Measure under Codebook(), or "
+            "leave the layer out (skip)."
+        )
+    index = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
+    books: list[Tensor] = []
+    known = 0
+    for part in choice.groups:
+        channels = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
+        own = quantize(weight.index_select(axis, channels), part.bits, scheme, channel_axis=axis, layer=choice.name)
+        regions, entries = own.centroids.shape
+        rows = channel_rows(own.codes.int(), axis)
+        if rows.numel():
+            first = known + entries * torch.arange(regions, dtype=torch.int32, device=weight.device)
+            rows = (rows.reshape(regions, -1) + first[:, None]).reshape(rows.shape)
+        index.index_copy_(axis, channels, from_channel_rows(rows, own.codes.shape, axis))
+        books.append(own.centroids.reshape(-1))
+        known += regions * entries
+    return SharedWeight(torch.cat(books).to(weight), index)

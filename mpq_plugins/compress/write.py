@@ -1,0 +1,245 @@
+"""From weights to a container: quantized as the plan says, coded in the fewest bytes, read back before it is kept."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..checkpoints import find_state_dict, layer_name, load_torch, open_checkpoint, stored_tensors
+from ..errors import SettingError, SourceError, VerifyError
+from ..files import atomic_path
+from ..fold import fold_batch_norm
+from ..match import match
+from ..plan import LayerChoice, Part, Plan
+from ..roles import are_experts, stacks_of
+from ..scheme import FLOAT_BITS
+from ..tensor_files import DTYPES, StoredTensor
+from ..weights import find_weights
+from . import Progress
+from .bitpack import Codes
+from .codes import PartCodes, PartShape, encode
+from .container import Container, numpy_dtype, part_shape, read_part
+from .header import PROLOGUE, Header, PartRecord, StreamRecord, TensorRecord, write_block, write_header
+from .prune import Pruning, checked_thresholds, pruned
+from .sparse import index_bits, to_relative
+from .streams import CHOICES, Choice, Stream, code_stream, possible, value_stream
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is to be written: tensors by name, and the module or path that they are of."""
+
+    tensors: Mapping[str, StoredTensor]
+    of: nn.Module | Path
+
+
+def write(
+    source: nn.Module | str | Path,
+    plan: Plan,
+    path: Path,
+    *,
+    prune: Pruning | None,
+    coding: Choice,
+    progress: Progress | None,
+) -> Container:
+    """What `compress` promises."""
+    if coding not in CHOICES:
+        raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
+    own = _opened(source, plan)
+    thresholds = _thresholds(prune, plan, own) if prune is not None else {}
+    made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(bytes(PROLOGUE))
+        writer = _Writer(file, plan, thresholds, coding, progress)
+        for name, stored in own.tensors.items():
+            writer.add(name, stored)
+        writer.finish(made_with)
+    return Container.open(path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file, in which tied ones are copies. Raises SourceError where that fails."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    with atomic_path(path) as temporary:
+        save_file(apart, temporary, {"format": "pt"})
+
+
+def beside(source: Path) -> tuple[str, ...]:
+    """What a torch checkpoint holds beside the tensors of its state dict, which containers do not keep."""
+    if source.is_dir() or source.suffix == ".safetensors":
+        return ()
+    content = load_torch(source)
+    state = find_state_dict(content, source)
+    others = [str(key) for key in content if content is not state and content[key] is not state]
+    return (*others, *(name for name, value in state.items() if not isinstance(value, Tensor)))
+
+
+def _opened(source: nn.Module | str | Path, plan: Plan) -> _Source:
+    if isinstance(source, nn.Module):
+        match(plan, source).require(type(source).__name__)
+        model = fold_batch_norm(source) if plan.fold_bn else source
+        return _Source(stored_tensors(model.state_dict()), model)
+    match(plan, source).require(str(source))
+    return _Source(open_checkpoint(Path(source)), Path(source))
+
+
+def _thresholds(prune: Pruning, plan: Plan, source: _Source) -> dict[str, float]:
+    """Layer -> the least magnitude that stays, of the layers that are quantized. Raises SettingError."""
+    choices = plan.by_any_name
+    weights = [
+        weight
+        for weight in find_weights(source.of, refuse=False)
+        if any(name in choices and not choices[name].in_float for name in weight.names)
+    ]
+    found = checked_thresholds(prune, weights)
+    for name, threshold in found.items():
+        choice = next(choices[own] for own in next(w.names for w in weights if w.name == name) if own in choices)
+        without = [part.bits for part in choice.groups if part.bits not in FLOAT_BITS and not _has_zero(choice, part)]
+        if threshold and without:
+            raise SettingError(
+                f"layer {name!r}: {choice.scheme} has no 0 at {without[0]} bits, so pruned weights would come back. "
+                "Give it another width or scheme, or leave it out of the pruning."
+            )
+    return {other: found[w.name] for w in weights if w.name in found for other in w.names}
+
+
+def _has_zero(choice: LayerChoice, part: Part) -> bool:
+    return choice.scheme.has_zero(part.bits)
+
+
+class _Writer:
+    """Writes one tensor after another, and what is known of them at the end."""
+
+    def __init__(
+        self, file: BinaryIO, plan: Plan, thresholds: Mapping[str, float], coding: Choice, progress: Progress | None
+    ) -> None:
+        self.file, self.plan, self.thresholds, self.coding, self.progress = file, plan, thresholds, coding, progress
+        self.records: list[TensorRecord] = []
+        self.stacks: dict[str, int] = {}
+        self.known: dict[object, str] = {}
+        self.stacked = stacks_of(plan.by_any_name)
+        self.done, self.total = 0, sum(layer.numel for layer in plan.layers)
+
+    def add(self, name: str, stored: StoredTensor) -> None:
+        """A tensor of the source: a layer's weight, a stack of experts', or any other."""
+        if stored.dtype not in DTYPE_NAMES:
+            raise SourceError(f"tensor {name!r}: dtype {stored.dtype} has no place in safetensors files; convert it")
+        if stored.identity in self.known:
+            self.records.append(TensorRecord(name=name, same=self.known[stored.identity]))
+            return
+        self.known[stored.identity] = name
+        choices = self.plan.by_any_name
+        if layer_name(name) in choices and (name == "weight" or name.endswith(".weight")):
+            self._layer(name, choices[layer_name(name)], stored.tensor())
+        elif layer_name(name) in self.stacked and are_experts(name, stored.shape):
+            self.stacks[name] = stored.shape[0]
+            for position, matrix in enumerate(stored.tensor()):
+                own = f"{layer_name(name)}.{position}"
+                if own in choices:
+                    self._layer(own, choices[own], matrix)
+                else:
+                    self._plain(own, matrix)
+        else:
+            self._plain(name, stored.tensor())
+
+    def finish(self, made_with: Mapping[str, str]) -> None:
+        """The header."""
+        assert self.done == self.total, "a planned layer was not written"
+        plan = json.loads(self.plan.to_json())
+        header = Header(made_with=dict(made_with), stacks=self.stacks, plan=plan, tensors=tuple(self.records))
+        write_header(self.file, header)
+        if self.progress is not None:
+            self.progress("", self.total, self.total)
+
+    def _plain(self, name: str, tensor: Tensor) -> None:
+        stream = _values(tensor, self.coding)
+        self._write(TensorRecord(
+            name=name, dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), data=_record(stream)
+        ), [stream])  # fmt: skip
+
+    def _layer(self, name: str, choice: LayerChoice, tensor: Tensor) -> None:
+        if self.progress is not None:
+            self.progress(choice.name, self.done, self.total)
+        weight = pruned(tensor, self.thresholds[choice.name]) if choice.name in self.thresholds else tensor
+        records: list[PartRecord | StreamRecord] = []
+        streams: list[Stream] = []
+        for part in choice.groups:
+            record, own = _part(weight, choice, part, self.coding)
+            records.append(record)
+            streams += own
+        self._write(TensorRecord(name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records)), streams)
+        self.done += choice.numel
+
+    def _write(self, record: TensorRecord, streams: Sequence[Stream]) -> None:
+        write_block(self.file, streams)
+        self.records.append(record)
+
+
+def _part(
+    weight: Tensor, choice: LayerChoice, part: Part, coding: Choice
+) -> tuple[PartRecord | StreamRecord, list[Stream]]:
+    """How a part of a layer is stored, and its streams; read back, and compared with what was encoded."""
+    import torch
+
+    axis = choice.channel_axis
+    own = weight if choice.bits is not None else weight.index_select(axis, torch.tensor(part.channels))
+    if part.bits in FLOAT_BITS:
+        stream = _values(own, coding)
+        return _record(stream), [stream]
+    shape = part_shape(choice, part)
+    codes = encode(own, shape)
+    record, streams = _smallest(codes, shape, index_bits(choice.kind), coding)
+    if not read_part(record, shape, iter(streams), index_bits(choice.kind), f"layer {choice.name!r}").equals(codes):
+        raise VerifyError(f"layer {choice.name!r}: what was written reads back otherwise; please report this")
+    return record, streams
+
+
+def _smallest(codes: PartCodes, part: PartShape, gap_bits: int, coding: Choice) -> tuple[PartRecord, list[Stream]]:
+    """All codes, or those that are not 0 and the gaps between them."""
+    tables = value_stream(codes.tables, coding)
+    zero_points = code_stream(codes.zero_points, part.bits, coding) if part.zero_points else None
+    around = [tables, *([] if zero_points is None else [zero_points])]
+    known: dict[str, Any] = {
+        "tables": _record(tables),
+        "zero_points": None if zero_points is None else _record(zero_points),
+    }
+    dense = code_stream(codes.symbols, part.width, coding)
+    sparse = _sparse(codes.symbols, part.width, gap_bits, coding)
+    if sparse is not None and possible(part.weights, sum(len(stream.data) for stream in sparse[1])):
+        entries, (gaps, values) = sparse
+        if len(gaps.data) + len(values.data) < len(dense.data):
+            record = PartRecord(**known, gaps=_record(gaps), entries=entries, codes=_record(values))
+            return record, [*around, gaps, values]
+    return PartRecord(**known, codes=_record(dense)), [*around, dense]
+
+
+def _sparse(symbols: Codes, width: int, gap_bits: int, coding: Choice) -> tuple[int, tuple[Stream, Stream]] | None:
+    """The relative index, where half of the codes or more are 0."""
+    if 2 * int((symbols != 0).sum()) > len(symbols):
+        return None
+    index = to_relative(symbols, gap_bits)
+    return len(index.gaps), (code_stream(index.gaps, gap_bits, coding), code_stream(index.values, width, coding))
+
+
+def _values(tensor: Tensor, coding: Choice) -> Stream:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride() != (1,):
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return value_stream(flat.view(torch.uint8).numpy().view(numpy_dtype(tensor.dtype)), coding)
+
+
+def _record(stream: Stream) -> StreamRecord:
+    return (stream.coding, len(stream.data))

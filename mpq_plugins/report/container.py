@@ -1,0 +1,90 @@
+"""Containers as tables: each layer stage by stage, and what the whole file takes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from ..compress.container import Container
+from ..compress.stages import Stages, total
+from .tables import bits_text, bytes_text, grid
+
+
+def layers_table(container: Container, stages: Mapping[str, Stages]) -> Table:
+    """Every layer of the plan, by stage."""
+    rows = [(_layer(container, name), _bits(container, name), *_numbers(own)) for name, own in stages.items()]
+    rows.append(("all", "", *_numbers(total(stages.values()))))
+    columns = ("layer", "bits", "weights", "zeros", "entropy", "original", "sparse", "packed", "Huffman", "stored")
+    return grid("", columns, rows, left=2)
+
+
+def totals_table(stages: Mapping[str, Stages]) -> Table:
+    """All layers together after each stage, and how many times smaller they are."""
+    whole = total(stages.values())
+    sparse = f"without zeros, {whole.sparsity:.1%} of {whole.weights:,} weights"
+    sizes = [
+        ("original", whole.original), (sparse, whole.sparse), ("codes, packed", whole.packed),
+        ("codes, Huffman", whole.huffman), ("codes, in the file", whole.stored),
+    ]  # fmt: skip
+    rows = [(stage, bytes_text(size), f"{whole.original / max(1, size):.2f}x") for stage, size in sizes]
+    return grid("", ("layers", "size", "smaller"), rows)
+
+
+def summary_lines(container: Container, stages: Mapping[str, Stages]) -> list[str]:
+    """What the file takes, beside what its plan promised and what the source took."""
+    whole = total(stages.values())
+    promised = container.plan.size().total_bytes
+    others = sum(record.block_bytes for record in container.header.tensors if record.parts is None)
+    around = container.size - whole.stored - others
+    source = whole.original + _others_original(container)
+    return [
+        f"layers        {bytes_text(whole.stored)} in the file, {8 * whole.stored / max(1, whole.weights):.3f} bits a "
+        f"weight, {whole.original / max(1, whole.stored):.2f}x smaller; their plan promised {bytes_text(promised)}",
+        f"other tensors {bytes_text(others)}",
+        f"plan, header  {bytes_text(around)}",
+        f"in total      {bytes_text(container.size)}, {source / container.size:.2f}x smaller than the source's "
+        f"{bytes_text(source)}",
+    ]
+
+
+def container_json(container: Container, stages: Mapping[str, Stages]) -> dict[str, Any]:
+    """Every figure."""
+    whole = total(stages.values())
+    others = sum(record.block_bytes for record in container.header.tensors if record.parts is None)
+    return {
+        "container": str(container.path),
+        "made_with": container.header.made_with,
+        "bytes": container.size,
+        "source_bytes": whole.original + _others_original(container),
+        "planned_bytes": container.plan.size().total_bytes,
+        "other_tensors_bytes": others,
+        "plan_and_header_bytes": container.size - whole.stored - others,
+        "layers": {_layer(container, name): _json(own) for name, own in stages.items()},
+        "all": _json(whole),
+    }
+
+
+def _others_original(container: Container) -> int:
+    from ..tensor_files import DTYPES
+
+    others = [record for record in container.header.tensors if record.parts is None and record.same is None]
+    return sum(container.values(record) * DTYPES[record.dtype].itemsize for record in others)
+
+
+def _layer(container: Container, name: str) -> str:
+    choice = container.choice(container.records[name])
+    return name if choice is None else choice.name
+
+
+def _bits(container: Container, name: str) -> str:
+    return bits_text(container.choice(container.records[name]))
+
+
+def _numbers(own: Stages) -> tuple[str, ...]:
+    sizes = (own.original, own.sparse, own.packed, own.huffman, own.stored)
+    return (f"{own.weights:,}", f"{own.sparsity:.1%}", f"{own.entropy_per_weight:.3f}", *map(bytes_text, sizes))
+
+
+def _json(own: Stages) -> dict[str, Any]:
+    derived = ("packed", "huffman", "sparsity", "entropy_per_weight")
+    return {**vars(own), **{name: getattr(own, name) for name in derived}}
