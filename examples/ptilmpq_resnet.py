@@ -22,6 +22,7 @@ from rich.console import Console
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import ResNet, evaluate, images, need_networks, resnet, score
+from mpq_plugins.compress.bitpack import pack
 from mpq_plugins.plan import LayerChoice, Part
 from mpq_plugins.quantize.piecewise import PiecewiseTensor, quantize
 from mpq_plugins.report.sweep import sweep_notes, sweep_table
@@ -117,12 +118,12 @@ def on_disk(net: ResNet, plan: mpq.Plan) -> tuple[int, float]:
                 for part in layer.groups:
                     tensor = quantized_part(weights[layer.name], layer, part)
                     saved += tensor.region_bits - tensor.region_entropy_bits
-                    file.write(packed(tensor.codes.numpy(), part.bits))
-                    file.write(packed(tensor.tail.numpy(), 1))
+                    file.write(pack(_flat(tensor.codes), part.bits))
+                    file.write(pack(_flat(tensor.tail), 1))
                     file.write(tensor.grid.dense.tobytes() + tensor.grid.tail.tobytes())
                 if layer.parts is not None:
                     high = set(layer.groups[-1].channels)
-                    file.write(packed(np.array([channel in high for channel in range(layer.channels)]), 1))
+                    file.write(pack(np.array([channel in high for channel in range(layer.channels)], np.uint8), 1))
         size = path.stat().st_size
     return size, plan.size().total_bits - saved
 
@@ -133,10 +134,9 @@ def quantized_part(weight: torch.Tensor, layer: LayerChoice, part: Part) -> Piec
     return quantize(weight.detach()[list(part.channels)], part.bits, layer.scheme, layer=layer.name)
 
 
-def packed(codes: NDArray[np.generic], bits: int) -> bytes:
-    """Codes of `bits` bits each, one after the other."""
-    planes = (codes.astype(np.uint8).reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(planes.astype(np.uint8)).tobytes()
+def _flat(codes: torch.Tensor) -> NDArray[np.uint8]:
+    values: NDArray[np.uint8] = codes.reshape(-1).to(torch.uint8).numpy()
+    return values
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def storage_identity(name: str, tensor: Tensor) -> object:
     """A key that two names share when they are the same storage, seen the same way; empty tensors are never tied."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.numel() == 0:
         return name
-    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _strip(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -1,12 +1,13 @@
 """`mpq compress`, `mpq decompress` and `mpq inspect`: a model in one small file, back again, and what is in it."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_shared import json_option, print_json
-from .errors import SettingError
+from .errors import CompressWarning, SettingError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .compress.container import Container
@@ -48,7 +49,6 @@ def compress(
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
     from .cli_sources import check_output, resolve_source
     from .compress import compress as write
-    from .compress.write import beside
     from .plan import Plan
     from .report.progress import progress_bar, say
 
@@ -56,11 +56,11 @@ def compress(
     pruning = _pruning(amounts, prune_by)
     plan = Plan.load(plan_file)
     resolved = resolve_source(source)
-    with progress_bar("compressing") as progress:
+    with progress_bar("compressing") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressWarning)  # said below
         container = write(resolved, plan, output, prune=pruning, coding=coding, progress=progress)
-    left = beside(resolved) if isinstance(resolved, Path) else ()
-    if left:
-        say(f"left out, no tensors of the model: {', '.join(left)}")
+    if container.header.left_out:
+        say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
     if plan.activation_bits is not None:
         say(f"note: the plan's {plan.activation_bits}-bit activations are not in a container; weights only")
     _print(container, as_json, layers=False)
@@ -149,7 +149,11 @@ def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
         if not plain:
             raise SettingError("prune: a share of the whole network is one amount, without globs")
         return GlobalSparsity(plain[0])
-    given = plain[0] if plain else {str(pattern): amount for pattern, amount in parsed}
+    patterns = [str(pattern) for pattern, _ in parsed]
+    twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
+    if not plain and twice is not None:
+        raise SettingError(f"prune: {twice!r} is given twice; give one amount for it")
+    given = plain[0] if plain else dict(zip(patterns, (amount for _, amount in parsed), strict=True))
     return Deviations(given) if by == "deviations" else Sparsity(given)
 
 

@@ -39,7 +39,7 @@ def scheme_options(command: Command) -> Command:
                 help="Of two regions: search (default), gaussian, laplacian, gaussian_root or laplacian_root.",
             ),
             click.option("--storage", help="Of two regions: region_bit (default, b + 1 bits a weight) or shared (b)."),
-            click.option("--init", help="Of a codebook: optimal (default), linear, density or forgy."),
+            click.option("--init", help="Of a codebook: linear (default), optimal, density or forgy."),
             click.option(
                 "--skip",
                 multiple=True,

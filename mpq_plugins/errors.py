@@ -45,6 +45,10 @@ class MeasureWarning(UserWarning):
     """A measurement that goes another way than it was asked to: its partial file is damaged, its workers are gone."""
 
 
+class CompressWarning(UserWarning):
+    """Something of the source that a container does not keep."""
+
+
 class MPQError(Exception):
     """Anything this package refuses, in one sentence: what, where, what is allowed, what to do."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,6 +31,8 @@ PLAN_VERSION = 1
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Version -> a function from that version's document to the next one's."""
 
+LARGEST_SIDE, LARGEST_SHAPE = 1 << 40, 1 << 62
+DEEPEST = 32  # of parameters in one another
 MOST_CHANNELS = 1 << 24  # no layer has more; a run of billions would only fill the memory
 ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
 
@@ -43,7 +46,10 @@ def _parse_channels(value: object) -> object:
         first, dash, last = run.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) >= MOST_CHANNELS:
             raise ValueError(f"{run[:40]!r} is no channel or run of channels below {MOST_CHANNELS}; write '0-2,5'")
-        channels.extend(range(int(first), int(last if dash else first) + 1))
+        own = range(int(first), int(last if dash else first) + 1)
+        if len(channels) + len(own) > MOST_CHANNELS:
+            raise ValueError(f"more than {MOST_CHANNELS} channels; no layer has so many")
+        channels.extend(own)
     return tuple(channels)
 
 
@@ -77,6 +83,15 @@ Channels = Annotated[
 ]
 
 
+def _check_depth(value: Any, most: int = DEEPEST) -> Any:
+    """Refuse what is nested so deeply that it could be read but not written again."""
+    if not most:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _check_depth(inner, most - 1)
+    return value
+
+
 class Part(BaseModel):
     """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
 
@@ -104,10 +119,14 @@ class LayerChoice(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         where = f"layer {self.name!r}"
+        if max(self.shape) > LARGEST_SIDE or math.prod(side for side in self.shape if side) > LARGEST_SHAPE:
+            raise ValueError(f"{where}: shape {self.shape} is beyond any memory")
         if math.prod(self.shape) != self.numel or self.channel_axis >= len(self.shape):
             raise ValueError(
                 f"{where}: numel {self.numel} and channel_axis {self.channel_axis} do not fit shape {self.shape}"
             )
+        if self.channels > MOST_CHANNELS:
+            raise ValueError(f"{where}: {self.channels} output channels; {MOST_CHANNELS} is the most")
         if (self.bits is None) == (self.parts is None):
             raise ValueError(f"{where}: give either bits or parts")
         if self.parts is not None:
@@ -174,7 +193,7 @@ class AllocatorRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    parameters: dict[str, Any]
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_depth)]
 
 
 class Plan(BaseModel):

@@ -13,13 +13,13 @@ Granularity = Literal["per_tensor", "per_channel", "per_group"]
 RangeName = Literal["minmax", "mse"]
 BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "laplacian_root"]
 StorageName = Literal["region_bit", "shared"]
-InitName = Literal["optimal", "linear", "density", "forgy"]
+InitName = Literal["linear", "optimal", "density", "forgy"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "mse")
 BREAKPOINTS = ("search", "gaussian", "laplacian", "gaussian_root", "laplacian_root")
 STORAGES = ("region_bit", "shared")
-INITS: tuple[InitName, ...] = ("optimal", "linear", "density", "forgy")
+INITS: tuple[InitName, ...] = ("linear", "optimal", "density", "forgy")
 INTEGER_BITS = range(1, 9)
 FLOAT_BITS = (16, 32)  # a layer left in floating point
 
@@ -215,9 +215,10 @@ class Piecewise(Granular):
 class Codebook(Granular):
     """Shared weights: every weight is one of a region's 2^b centroids, and its code says which.
 
-    Deep Compression (arXiv 1510.00149, sec. 3). Centroids are those of least squared error, `optimal`, or what Lloyd's
-    iteration makes of the paper's starts: `linear` (between the extremes), `density` (of equal shares) or `forgy`
-    (drawn from the weights). Where some weights are exactly 0, as pruned ones are, 0 is one of the 2^b and stays it.
+    Deep Compression (arXiv 1510.00149, sec. 3). Centroids are what Lloyd's iteration makes of the paper's starts,
+    `linear` (between the extremes, which large weights profit from), `density` (of equal shares) or `forgy` (drawn from
+    the weights), or those of least squared error, `optimal`. Where some weights are exactly 0, as pruned ones are, 0 is
+    one of the 2^b and stays it.
 
     Bits are 1 to 8; a region of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
     listed.
@@ -230,7 +231,7 @@ class Codebook(Granular):
     name: Literal["codebook"] = "codebook"
     granularity: Granularity = "per_tensor"
     group_size: int | None = None
-    init: InitName = "optimal"
+    init: InitName = "linear"
 
     def __post_init__(self) -> None:
         self._check_granularity()

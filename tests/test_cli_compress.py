@@ -144,6 +144,10 @@ def test_what_a_checkpoint_holds_beside_its_weights_is_said(mpq: Mpq, folder: Pa
             ["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "0.5", "--prune", "fc=0.6"],
             "give one",
         ),
+        (
+            ["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "fc=.5", "--prune", "fc=.9"],
+            "given twice",
+        ),
         (["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune-by", "network"], "give --prune too"),
         (
             ["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "fc=0.5", "--prune-by", "network"],

@@ -3,9 +3,12 @@
 torch is imported when a function runs, not with the package.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..errors import CompressWarning
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,21 +35,28 @@ def compress(
 
     source: a module, or a checkpoint; a plan measured with BatchNorm folded in folds a module's. prune: which weights
     of the quantized layers become 0 first. coding: `smallest` packs or entropy codes every tensor, whichever is
-    smaller; `packed` packs all, so that sizes are the plan's to the bit. What comes back by `decompress` is, to the
-    bit, what `apply` makes of the (pruned) weights. Returns the container, opened. Raises MismatchError (a plan for
-    another model), SettingError (pruning everything, or weights whose scheme has no 0), WeightError (NaN), SourceError
-    (unreadable, unwritable); nothing is left half written.
+    smaller; `packed` packs all, so that sizes are the plan's. What comes back by `decompress` is, to the bit, what
+    `apply` makes of the (pruned) weights. What the source holds beside tensors is left out, with a CompressWarning, and
+    named in the container's `header.left_out`.
+
+    Returns the container, opened. Raises MismatchError (a plan for another model), SettingError (pruning everything, or
+    weights whose scheme has no 0), WeightError (NaN), SourceError (unreadable, unwritable); nothing is left half
+    written.
     """
     from .write import write
 
-    return write(source, plan, Path(path), prune=prune, coding=coding, progress=progress)
+    container = write(source, plan, Path(path), prune=prune, coding=coding, progress=progress)
+    if container.header.left_out:
+        text = f"left out, no tensors of the model: {', '.join(container.header.left_out)}"
+        warnings.warn(CompressWarning(text), stacklevel=2)
+    return container
 
 
 def decompress(path: "str | Path | Container", *, progress: Progress | None = None) -> "dict[str, Tensor]":
     """All tensors of a container by name, dequantized: a state dict. Tied ones are the same tensor.
 
-    Names are the source's, without the `module.` that DataParallel puts before them. Raises FormatError for a file that
-    is no container, damaged, or newer than this version.
+    Names are the source's; of a checkpoint, without the `module.` that DataParallel puts before them. Raises
+    FormatError for a file that is no container, damaged, or newer than this version.
     """
     from .container import Container
 

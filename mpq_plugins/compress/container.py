@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import layer_name
-from ..errors import FormatError
+from ..errors import FormatError, first_sentence
+from ..files import exists
 from ..plan import LayerChoice, Part, Plan
 from ..tensor_files import DTYPES
 from . import Progress
@@ -48,6 +49,8 @@ class Container:
     def open(cls, path: str | Path) -> "Container":
         """Read and check prologue and header. Raises FormatError naming the file, and what is wrong with it."""
         path = Path(path)
+        if exists(path) and not path.is_file():
+            raise FormatError(f"{path}: cannot read it (no ordinary file). Give a container file.")
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -94,13 +97,19 @@ class Container:
         return math.prod(record.shape if choice is None else choice.shape) if record.same is None else 0
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, dequantized. Raises FormatError where its bytes are damaged."""
+        """One tensor, dequantized. Raises FormatError where its bytes are damaged, or say more than memory holds."""
+        try:
+            return self._tensor(name)
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's
+            raise FormatError(f"{self.path}: tensor {name!r}: cannot be read ({first_sentence(error)})") from error
+
+    def _tensor(self, name: str) -> Tensor:
         if name in self.header.stacks:
             own = f"{layer_name(name)}."
-            return torch.stack([self.tensor(f"{own}{k}") for k in range(self.header.stacks[name])])
+            return torch.stack([self._tensor(f"{own}{k}") for k in range(self.header.stacks[name])])
         record = self.records[name]
         if record.same is not None:
-            return self.tensor(record.same)
+            return self._tensor(record.same)
         choice, dtype = self.choice(record), DTYPES[record.dtype]
         if choice is None:
             assert record.data is not None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..checkpoints import CONTAINER_MAGIC, layer_name
 from ..errors import FormatError, first_few
 from ..plan import LayerChoice, Plan
+from ..quantize.weight import WEIGHT_DTYPES
 from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES
 from ..validation import first_problem
@@ -23,7 +24,10 @@ VERSION = 1
 FIELDS = struct.Struct("<8sIQQQI")
 CHECKSUM = struct.Struct("<I")
 PROLOGUE = FIELDS.size + CHECKSUM.size
-LARGEST_HEADER = 1 << 28  # bytes of JSON
+LARGEST_HEADER = 1 << 26  # bytes of JSON
+MOST_TIMES, ANYWAY = 200, 1 << 20  # as large as it is compressed, or this many bytes
+LARGEST_SHAPE = 1 << 62
+RESERVED = "__metadata__"  # in safetensors files
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
 
 Length = Annotated[int, Field(ge=0, le=1 << 62)]
@@ -75,10 +79,12 @@ class TensorRecord(_Record):
 
 
 class Header(_Record):
-    """made_with: versions, and what was done to the weights; stacks: tensors that stack others, called by their layer's
-    name and .0, .1 ..., and how many."""
+    """made_with: versions, and what was done to the weights; left_out: of the source, what is no tensor; stacks: which
+    tensors stack others, called by their layer's name and .0, .1 ..., and how many.
+    """
 
     made_with: dict[str, str]
+    left_out: tuple[str, ...] = ()
     stacks: dict[str, int] = {}
     plan: dict[str, Any]
     tensors: tuple[TensorRecord, ...]
@@ -119,8 +125,9 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
         raise FormatError(f"{path}: its prologue is damaged; write or fetch the file again")
     if start + length != size or start < PROLOGUE:
         raise FormatError(f"{path}: has {size} bytes, and should have {start + length}; it is cut short or damaged")
-    if document_length > LARGEST_HEADER:
-        raise FormatError(f"{path}: its header claims {document_length} bytes; {LARGEST_HEADER} is the most")
+    most = min(LARGEST_HEADER, max(ANYWAY, MOST_TIMES * length))
+    if document_length > most:
+        raise FormatError(f"{path}: its header claims {document_length} bytes; {most} is the most that it may have")
     file.seek(start)
     packed = file.read(length)
     if zlib.crc32(packed) != checksum:
@@ -132,7 +139,7 @@ def _parse_header(packed: bytes, length: int, path: Path) -> Header:
     try:
         unpacked = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(packed, max_length=length + 1)
         document = json.loads(unpacked)
-    except (lzma.LZMAError, ValueError, RecursionError, EOFError) as error:
+    except (lzma.LZMAError, ValueError, RecursionError, EOFError, MemoryError) as error:
         raise FormatError(f"{path}: its header is none ({error}); write the file again") from error
     if len(unpacked) != length:
         raise FormatError(f"{path}: its header is not as long as it says; write the file again")
@@ -143,46 +150,98 @@ def _parse_header(packed: bytes, length: int, path: Path) -> Header:
 
 
 def check_records(header: Header, plan: Plan, blocks: int, path: Path) -> None:
-    """Everything that can be known before a tensor is read: names, dtypes, sizes, and that the plan is all there."""
-    names = [record.name for record in header.tensors]
-    if len(set(names)) < len(names):
+    """Everything that can be known before a tensor is read: names, dtypes, sizes, and that the plan is all there.
+
+    Raises FormatError.
+    """
+    records = {record.name: record for record in header.tensors}
+    if len(records) < len(header.tensors):
         raise FormatError(f"{path}: two tensors have the same name; the file is damaged")
     if sum(record.block_bytes for record in header.tensors) != blocks:
         raise FormatError(f"{path}: its tensors do not add up to its length; the file is damaged")
-    own = {record.name for record in header.tensors if record.same is None}
+    stacked: set[str] = set()
+    for name, count in header.stacks.items():
+        problem = _stack_problem(name, count, records, stacked, plan)
+        if problem is not None:
+            raise FormatError(f"{path}: tensor {name!r}: {problem}; the file is damaged")
+        stacked |= {f"{layer_name(name)}.{k}" for k in range(count)}
+    whole = {name for name, record in records.items() if record.same is None and name not in stacked}
+    whole |= header.stacks.keys()
     for record in header.tensors:
-        problem = _record_problem(record, plan, own.union(header.stacks))
+        problem = _record_problem(record, plan, whole)
         if problem is not None:
             raise FormatError(f"{path}: tensor {record.name!r}: {problem}; the file is damaged")
-    for name, count in header.stacks.items():
-        if not 0 < count <= len(names) or any(f"{layer_name(name)}.{k}" not in own for k in range(count)):
-            raise FormatError(f"{path}: tensor {name!r}: stacks {count} others, which are not all there")
     held = {layer_name(record.name) for record in header.tensors if record.parts is not None}
     missing = [repr(layer.name) for layer in plan.layers if held.isdisjoint(layer.names)]
     if missing:
         raise FormatError(f"{path}: lacks layers that its plan has: {first_few(missing, ', ')}")
 
 
-def _record_problem(record: TensorRecord, plan: Plan, own: set[str]) -> str | None:
+def name_problem(name: str) -> str | None:
+    """Why a tensor cannot be called so, in words."""
+    if name == RESERVED:
+        return "safetensors files keep that name for themselves"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is no text"
+    return None
+
+
+def _stack_problem(
+    name: str, count: int, records: dict[str, TensorRecord], stacked: set[str], plan: Plan
+) -> str | None:
+    members = [f"{layer_name(name)}.{k}" for k in range(count if 0 < count <= len(records) else 0)]
+    own = [records[member] for member in members if member in records and member not in stacked]
+    if not members or len(own) < count or any(record.same is not None for record in own):
+        return f"stacks {count} others, which are not all there"
+    if name in records or name_problem(name) is not None:
+        return "is not alone in having its name, or has none"
+    if len({(record.dtype, _shape(record, plan)) for record in own}) > 1:
+        return "stacks tensors of different shapes or dtypes"
+    return None
+
+
+def _shape(record: TensorRecord, plan: Plan) -> tuple[int, ...]:
+    choice = choice_of(plan, record) if record.parts is not None else None
+    return record.shape if choice is None else choice.shape
+
+
+def _record_problem(record: TensorRecord, plan: Plan, whole: set[str]) -> str | None:
+    """What is wrong with a tensor's record, in words; `same` may name one of `whole`."""
     if (record.parts is not None) + (record.data is not None) + (record.same is not None) != 1:
         return "is neither a layer, nor plain, nor the same as another"
+    if (record.same or record.parts) and record.shape:
+        return "has a shape that others say"
+    if name_problem(record.name) is not None:
+        return name_problem(record.name)
     if record.same is not None:
-        return None if record.same in own else f"is the same as {record.same!r}, which is not there"
+        return None if record.same in whole else f"is the same as {record.same!r}, which is not there"
+    return _plain_problem(record) if record.parts is None else _layer_problem(record, record.parts, plan)
+
+
+def _plain_problem(record: TensorRecord) -> str | None:
     if record.dtype not in DTYPES:
         return f"dtype {record.dtype!r} is not allowed; {', '.join(DTYPES)}"
+    if math.prod(side for side in record.shape if side) > LARGEST_SHAPE:
+        return "has a shape beyond any memory"
+    return _size_problem(math.prod(record.shape), record.streams[0][1])
+
+
+def _layer_problem(record: TensorRecord, parts: Sequence[PartRecord | StreamRecord], plan: Plan) -> str | None:
     choice = choice_of(plan, record)
-    if record.parts is None:
-        count, given = math.prod(record.shape), record.streams[0][1]
-        return _size_problem(count, given)
     if choice is None:
         return "is coded, and its plan has no such layer"
-    count, given = choice.numel, record.block_bytes
-    if len(choice.widths) != len(record.parts):
-        return f"has {len(record.parts)} parts, and {len(choice.widths)} in its plan"
-    pairs = zip(choice.widths, record.parts, strict=True)
+    if DTYPES.get(record.dtype) not in WEIGHT_DTYPES:
+        return f"dtype {record.dtype!r} is not allowed for a layer; F32, F16, BF16"
+    if len(choice.widths) != len(parts):
+        return f"has {len(parts)} parts, and {len(choice.widths)} in its plan"
+    pairs = list(zip(choice.widths, parts, strict=True))
     if any((bits in FLOAT_BITS) == isinstance(part, PartRecord) for (bits, _), part in pairs):
         return "has codes where its plan has floating point, or the other way round"
-    return _size_problem(count, given)
+    if any(isinstance(part, PartRecord) and (part.gaps is None) != (part.entries is None) for part in parts):
+        return "has gaps without entries, or entries without gaps"
+    return _size_problem(choice.numel, record.block_bytes)
 
 
 def _size_problem(count: int, given: int) -> str | None:

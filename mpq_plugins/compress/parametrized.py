@@ -1,5 +1,7 @@
 """Weights made of something else while a model is trained: torch's parametrizations, put on and taken off."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -11,7 +13,12 @@ WEIGHT = "weight"
 
 
 class WeightMaker(nn.Module):
-    """What makes a layer's weight here: a mask, or shared values. `finish` takes these off, and no others."""
+    """What makes a layer's weight here: a mask, or shared values. `finish` takes these off, and no others.
+
+    order: of the layer's parameters before, for whoever goes by position, as optimizers do.
+    """
+
+    order: tuple[str, ...] = ()
 
 
 def put(model: nn.Module, weight: Weight, maker: WeightMaker) -> None:
@@ -22,16 +29,32 @@ def put(model: nn.Module, weight: Weight, maker: WeightMaker) -> None:
             f"layer {weight.name!r}: its weight is that of {first_few([repr(n) for n in weight.tied], ', ')} too, and "
             "would no longer be. Untie them, or leave the layer out (skip)."
         )
-    parametrize.register_parametrization(model.get_submodule(weight.name), WEIGHT, maker)
+    module = model.get_submodule(weight.name)
+    maker.order = tuple(module._parameters)
+    if parametrize.is_parametrized(module):
+        _give_own_class(module)
+    parametrize.register_parametrization(module, WEIGHT, maker)
 
 
 def finish(model: nn.Module) -> nn.Module:
-    """A copy in which every weight that `prune` or `share` made is a plain parameter again, with the values it has."""
+    """A copy in which every weight that `prune` or `share` made is a plain parameter again, with the values it has.
+
+    Raises SettingError where something else has been put on such a weight since.
+    """
     plain = duplicate(model)
-    for module in plain.modules():
-        if parametrize.is_parametrized(module, WEIGHT) and _is_ours(module):
-            _give_own_class(module)
-            parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=True)
+    for name, module in plain.named_modules():
+        makers = _makers(module)
+        if not any(isinstance(maker, WeightMaker) for maker in makers):
+            continue
+        if len(makers) > 1:
+            raise SettingError(
+                f"layer {name!r}: its weight has another parametrization beside what prune() or share() put on; remove "
+                "that first"
+            )
+        order = makers[0].order
+        _give_own_class(module)
+        parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=True)
+        module._parameters = {own: module._parameters[own] for own in order}
     return plain
 
 
@@ -43,9 +66,11 @@ def _give_own_class(module: nn.Module) -> None:
     module.__class__ = type(shared.__name__, shared.__bases__, inner)
 
 
-def _is_ours(module: nn.Module) -> bool:
-    makers = module.parametrizations[WEIGHT]  # type: ignore[index]
-    return all(isinstance(maker, WeightMaker) for maker in makers)
+def _makers(module: nn.Module) -> list[Any]:
+    """The parametrizations of its weight."""
+    if not parametrize.is_parametrized(module, WEIGHT):
+        return []
+    return list(module.parametrizations[WEIGHT])  # type: ignore[index]
 
 
 class Mask(WeightMaker):

@@ -8,6 +8,7 @@ of each layer. What is 0 already counts as gone.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class Deviations:
 
     def __post_init__(self) -> None:
         for amount in _values(self.count):
-            if not (isinstance(amount, int | float) and 0 <= amount < float("inf")):
+            if not (_is_number(amount) and 0 <= amount < float("inf")):
                 raise SettingError(f"deviations: {amount!r} is not allowed; 0 or more")
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
@@ -97,7 +98,8 @@ def checked_thresholds(pruning: Pruning, weights: Sequence[Weight]) -> dict[str,
 
 def kept(weight: Tensor, threshold: float) -> Tensor:
     """True where a weight stays."""
-    return (weight.detach().abs() >= threshold) & (weight.detach() != 0)
+    magnitude = weight.detach().float().abs()  # in half precision the threshold would be rounded
+    return (magnitude >= threshold) & (magnitude != 0)
 
 
 def pruned(weight: Tensor, threshold: float) -> Tensor:
@@ -108,8 +110,9 @@ def pruned(weight: Tensor, threshold: float) -> Tensor:
 def prune(model: nn.Module, pruning: Pruning, *, skip: Sequence[str] = (), only: Sequence[str] = ()) -> nn.Module:
     """A copy whose weights are masked, and stay so while it is trained; `finish` makes them plain again.
 
-    skip, only: as in find_weights. Raises SettingError and WeightError as checked_thresholds and find_weights do, and
-    SettingError for tied weights.
+    skip, only: as in find_weights. To store it, save its state_dict or `finish` it: torch pickles no parametrized
+    modules. Raises SettingError and WeightError as checked_thresholds and find_weights do, and SettingError for tied
+    weights.
     """
     masked = duplicate(model)
     weights = list(find_weights(masked, skip=skip, only=only))
@@ -127,8 +130,12 @@ def _values(amounts: Amounts) -> Iterable[float]:
 
 
 def _check_share(share: float) -> None:
-    if not (isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < 1):
+    if not (_is_number(share) and 0 <= share < 1):
         raise SettingError(f"sparsity: {share!r} is not allowed; from 0 up to, but not, 1, where nothing would be left")
+
+
+def _is_number(amount: object) -> bool:
+    return isinstance(amount, Real) and not isinstance(amount, bool)
 
 
 def _by_layer(amounts: Amounts, weights: Sequence[Weight]) -> dict[str, float]:

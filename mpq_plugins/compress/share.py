@@ -30,23 +30,28 @@ class SharedWeight(WeightMaker):
         super().__init__()
         self.register_buffer("index", index.int())
         self.register_buffer("pruned", centroids == 0)
-        self._first = centroids
+        self._first: Tensor | None = centroids.clone()
 
     def forward(self, centroids: Tensor) -> Tensor:
         """The weight, in its own shape."""
         free = centroids.masked_fill(self.pruned, 0)
-        return free.index_select(0, self.index.reshape(-1)).reshape(self.index.shape)
+        # Gradients of a million weights add up to one of a centroid, which half precision could not hold.
+        wide = free.float() if free.dtype.itemsize < 4 else free
+        return wide.index_select(0, self.index.reshape(-1)).to(free.dtype).reshape(self.index.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The centroids that training begins at."""
-        return self._first
+        """The centroids that training begins at. Raises SettingError where somebody assigns another weight later."""
+        if self._first is None:
+            raise SettingError("a shared weight is made of its centroids, and cannot be assigned; finish() first")
+        first, self._first = self._first, None
+        return first
 
 
 def share(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy whose planned weights are shared as `apply` shares them, and whose centroids are what is trained.
 
     Every planned layer's parameter is its centroids; all else is trained as before. `finish` makes plain weights of
-    them, in which the plan finds the same codes and the trained centroids. Raises MismatchError for a plan made for
+    them, in which the plan finds the trained centroids. Raises MismatchError for a plan made for
     another model, SettingError for a layer under another scheme, partly in floating point, or with a tied weight.
     """
     match(plan, model).require(type(model).__name__)
@@ -63,10 +68,12 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
 def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
     scheme, axis = choice.scheme, choice.channel_axis
     if not isinstance(scheme, Codebook) or any(part.bits in FLOAT_BITS for part in choice.groups):
-        found = f"is planned {scheme}" if not isinstance(scheme, Codebook) else "is partly in floating point"
+        shared = isinstance(scheme, Codebook)
+        found = "is partly in floating point" if shared else f"is planned {scheme}"
+        remedy = "Give all of it bits" if shared else "Measure under Codebook()"
         raise SettingError(
-            f"layer {choice.name!r}: {found}, and only codebooks have centroids to train. Measure under Codebook(), or "
-            "leave the layer out (skip)."
+            f"layer {choice.name!r}: {found}, and only codebooks have centroids to train. {remedy}, or leave the layer "
+            "out (skip)."
         )
     index = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     books: list[Tensor] = []

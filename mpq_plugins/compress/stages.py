@@ -24,15 +24,16 @@ from .sparse import index_bits, to_relative
 class Stages:
     """One layer, or several together; sizes in bytes.
 
-    zeros: weights that are 0; entropy: bits of the codes, zeros included, at the least, those in float left out;
-    original: as in the source; sparse: the weights that are not 0 and the gaps between them, or all weights where that
-    is less; tables: scales, zero points and centroids; packed_codes, packed_gaps, huffman_codes, huffman_gaps: the
-    codes of entries and the gaps between them (0 where all codes are kept), whichever arrangement is smaller; stored:
-    the layer's block in the file.
+    zeros: weights that are 0; entries: codes that are kept, fillers included, where zeros are left out; entropy: bits
+    of the codes, zeros included, at the least, and of weights in float as they are; original: as in the source; sparse:
+    the weights that are not 0 and the gaps between them, or all weights where that is less; tables: scales, zero points
+    and centroids; packed_codes, packed_gaps, huffman_codes, huffman_gaps: the codes of entries and the gaps between
+    them (0 where all codes are kept), whichever arrangement is smaller; stored: the layer's block in the file.
     """
 
     weights: int
     zeros: int
+    entries: int
     entropy: float
     original: int
     sparse: int
@@ -67,7 +68,7 @@ class Stages:
 def total(stages: Iterable[Stages]) -> Stages:
     """All of them together."""
     rows = [list(vars(own).values()) for own in stages]
-    return Stages(*map(sum, zip(*rows, strict=True))) if rows else Stages(0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return Stages(*map(sum, zip(*rows, strict=True))) if rows else Stages(0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def layer_stages(container: Container, name: str) -> Stages:
@@ -92,11 +93,12 @@ def _part(shape: PartShape, own: PartCodes | Tensor, choice: LayerChoice, itemsi
     if isinstance(own, Tensor):
         assert shape.bits in FLOAT_BITS
         zeros, original = int((own == 0).sum()), weights * itemsize
-        return Stages(weights, zeros, 0.0, original, original, original, 0, 0, 0, 0, 0)
+        return Stages(weights, zeros, weights, 8.0 * original, original, original, 0, original, 0, original, 0, 0)
     symbols, width = own.symbols, shape.width
     index = to_relative(symbols, gap_bits)
     kept = len(index.values)
-    packed = _smaller((packed_bytes(weights, width), 0), (packed_bytes(kept, width), packed_bytes(kept, gap_bits)))
+    dense, sparser = (packed_bytes(weights, width), 0), (packed_bytes(kept, width), packed_bytes(kept, gap_bits))
+    packed = _smaller(dense, sparser)
     coded = _smaller((_huffman(symbols, width), 0), (_huffman(index.values, width), _huffman(index.gaps, gap_bits)))
     zero = are_zero(own, shape)
     in_float = len(to_relative((~zero).astype(np.uint8), gap_bits).gaps)
@@ -104,7 +106,10 @@ def _part(shape: PartShape, own: PartCodes | Tensor, choice: LayerChoice, itemsi
     original = weights * itemsize
     sparse = min(original, in_float * itemsize + packed_bytes(in_float, gap_bits))
     zeros = int(zero.sum())
-    return Stages(weights, zeros, entropy_bits(np.bincount(symbols)), original, sparse, tables, *packed, *coded, 0)
+    entries = weights if packed is dense else kept
+    return Stages(
+        weights, zeros, entries, entropy_bits(np.bincount(symbols)), original, sparse, tables, *packed, *coded, 0
+    )
 
 
 def _huffman(codes: Codes, bits: int) -> int:

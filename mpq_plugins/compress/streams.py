@@ -55,7 +55,9 @@ def _smaller(plain: Stream, values: NDArray[Any], config: ChunkConfig) -> Stream
     if not len(values):
         return plain
     coded = bytes(standalone.simple_compress(np.ascontiguousarray(values), config))
-    return Stream("pcodec", coded) if len(coded) < len(plain.data) and possible(len(values), len(coded)) else plain
+    # What is all alike takes a few bytes; padded, for no reader believes so few (see possible).
+    coded = coded.ljust(-(-len(values) // MOST_A_BYTE), b"\0")
+    return Stream("pcodec", coded) if len(coded) < len(plain.data) else plain
 
 
 def read_codes(stream: Stream, bits: int, count: int, where: str) -> Codes:

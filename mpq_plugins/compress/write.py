@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import find_state_dict, layer_name, load_torch, open_checkpoint, stored_tensors
-from ..errors import SettingError, SourceError, VerifyError
-from ..files import atomic_path
+from ..errors import SettingError, SourceError, VerifyError, first_few
+from ..files import atomic_path, exists
 from ..fold import fold_batch_norm
 from ..match import match
 from ..plan import LayerChoice, Part, Plan
+from ..quantize.weight import check_weight
 from ..roles import are_experts, stacks_of
 from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES, StoredTensor
@@ -24,7 +25,7 @@ from . import Progress
 from .bitpack import Codes
 from .codes import PartCodes, PartShape, encode
 from .container import Container, numpy_dtype, part_shape, read_part
-from .header import PROLOGUE, Header, PartRecord, StreamRecord, TensorRecord, write_block, write_header
+from .header import PROLOGUE, Header, PartRecord, StreamRecord, TensorRecord, name_problem, write_block, write_header
 from .prune import Pruning, checked_thresholds, pruned
 from .sparse import index_bits, to_relative
 from .streams import CHOICES, Choice, Stream, code_stream, possible, value_stream
@@ -34,10 +35,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Source:
-    """What is to be written: tensors by name, and the module or path that they are of."""
+    """What is to be written: tensors by name, the module or path that they are of, and names of what is no tensor."""
 
     tensors: Mapping[str, StoredTensor]
     of: nn.Module | Path
+    left_out: tuple[str, ...]
 
 
 def write(
@@ -53,14 +55,16 @@ def write(
     if coding not in CHOICES:
         raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
     own = _opened(source, plan)
+    _check_target(own.of, path)
     thresholds = _thresholds(prune, plan, own) if prune is not None else {}
     made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(bytes(PROLOGUE))
-        writer = _Writer(file, plan, thresholds, coding, progress)
-        for name, stored in own.tensors.items():
-            writer.add(name, stored)
-        writer.finish(made_with)
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(bytes(PROLOGUE))
+            writer = _Writer(file, plan, thresholds, coding, progress)
+            writer.add_all(own.tensors)
+            writer.finish(made_with, own.left_out)
+        Container.open(temporary)  # before it takes the place of another
     return Container.open(path)
 
 
@@ -75,23 +79,49 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(apart, temporary, {"format": "pt"})
 
 
-def beside(source: Path) -> tuple[str, ...]:
-    """What a torch checkpoint holds beside the tensors of its state dict, which containers do not keep."""
-    if source.is_dir() or source.suffix == ".safetensors":
-        return ()
-    content = load_torch(source)
-    state = find_state_dict(content, source)
-    others = [str(key) for key in content if content is not state and content[key] is not state]
-    return (*others, *(name for name, value in state.items() if not isinstance(value, Tensor)))
-
-
 def _opened(source: nn.Module | str | Path, plan: Plan) -> _Source:
     if isinstance(source, nn.Module):
         match(plan, source).require(type(source).__name__)
         model = fold_batch_norm(source) if plan.fold_bn else source
-        return _Source(stored_tensors(model.state_dict()), model)
+        state = model.state_dict()
+        return _Source(stored_tensors(state), model, _no_tensors(state))
     match(plan, source).require(str(source))
-    return _Source(open_checkpoint(Path(source)), Path(source))
+    path = Path(source)
+    return _Source(open_checkpoint(path), path, _beside(path))
+
+
+def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, value in state.items() if not isinstance(value, Tensor))
+
+
+def _beside(source: Path) -> tuple[str, ...]:
+    """What a torch checkpoint holds beside the tensors of its state dict."""
+    if source.is_dir() or source.suffix == ".safetensors":
+        return ()
+    content = load_torch(source)
+    state = find_state_dict(content, source)
+    found: list[str] = []
+    prefix = ""
+    while content is not state:  # on the way to it
+        way = next(key for key, value in content.items() if value is state or _holds(value, state))
+        found += [f"{prefix}{key}" for key in content if key != way]
+        prefix, content = f"{prefix}{way}.", content[way]
+    return (*found, *(prefix + name for name in _no_tensors(state)))
+
+
+def _holds(content: Any, state: object) -> bool:
+    values = content.values() if isinstance(content, Mapping) else ()
+    return any(value is state or _holds(value, state) for value in values)
+
+
+def _check_target(source: nn.Module | Path, target: Path) -> None:
+    """Refuse to write over what is read."""
+    if isinstance(source, nn.Module):
+        return
+    if source.is_dir() and source.resolve() in target.resolve().parents:
+        raise SettingError(f"output: {target} lies inside the source; name a file beside it")
+    if exists(target) and source.samefile(target):
+        raise SettingError(f"output: {target} is the source itself; name another file")
 
 
 def _thresholds(prune: Pruning, plan: Plan, source: _Source) -> dict[str, float]:
@@ -126,23 +156,55 @@ class _Writer:
     ) -> None:
         self.file, self.plan, self.thresholds, self.coding, self.progress = file, plan, thresholds, coding, progress
         self.records: list[TensorRecord] = []
+        self.names: set[str] = set()
         self.stacks: dict[str, int] = {}
-        self.known: dict[object, str] = {}
         self.stacked = stacks_of(plan.by_any_name)
-        self.done, self.total = 0, sum(layer.numel for layer in plan.layers)
+        self.done: dict[str, int] = {}  # weights, by layer
+        self.total = sum(layer.numel for layer in plan.layers)
 
-    def add(self, name: str, stored: StoredTensor) -> None:
-        """A tensor of the source: a layer's weight, a stack of experts', or any other."""
+    def add_all(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """The tensors of the source, one for each storage: under a planned name if it has one."""
+        chosen: dict[object, str] = {}
+        for name, stored in tensors.items():
+            known = chosen.setdefault(stored.identity, name)
+            if self._is_planned(name, stored) and not self._is_planned(known, tensors[known]):
+                chosen[stored.identity] = name
+        for name, stored in tensors.items():
+            if chosen[stored.identity] == name:
+                self._add(name, stored)
+            else:
+                self._keep(TensorRecord(name=name, same=chosen[stored.identity]))
+
+    def finish(self, made_with: Mapping[str, str], left_out: tuple[str, ...]) -> None:
+        """The header. Raises SourceError where a planned layer's weight was not among the tensors."""
+        missing = [repr(name) for name in self.plan.by_name if name not in self.done]
+        if missing:
+            raise SourceError(f"no tensor is the weight of {first_few(missing, ', ')}; does a hook rename state dicts?")
+        header = Header(
+            made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=json.loads(self.plan.to_json()),
+            tensors=tuple(self.records),
+        )  # fmt: skip
+        write_header(self.file, header)
+        if self.progress is not None:
+            self.progress("", self.total, self.total)
+
+    def _is_planned(self, name: str, stored: StoredTensor) -> bool:
+        return self._is_layer(name) or self._is_stack(name, stored)
+
+    def _is_layer(self, name: str) -> bool:
+        return layer_name(name) in self.plan.by_any_name and (name == "weight" or name.endswith(".weight"))
+
+    def _is_stack(self, name: str, stored: StoredTensor) -> bool:
+        return layer_name(name) in self.stacked and are_experts(name, stored.shape)
+
+    def _add(self, name: str, stored: StoredTensor) -> None:
+        """A layer's weight, a stack of experts', or any other."""
         if stored.dtype not in DTYPE_NAMES:
             raise SourceError(f"tensor {name!r}: dtype {stored.dtype} has no place in safetensors files; convert it")
-        if stored.identity in self.known:
-            self.records.append(TensorRecord(name=name, same=self.known[stored.identity]))
-            return
-        self.known[stored.identity] = name
         choices = self.plan.by_any_name
-        if layer_name(name) in choices and (name == "weight" or name.endswith(".weight")):
+        if self._is_layer(name):
             self._layer(name, choices[layer_name(name)], stored.tensor())
-        elif layer_name(name) in self.stacked and are_experts(name, stored.shape):
+        elif self._is_stack(name, stored):
             self.stacks[name] = stored.shape[0]
             for position, matrix in enumerate(stored.tensor()):
                 own = f"{layer_name(name)}.{position}"
@@ -153,15 +215,6 @@ class _Writer:
         else:
             self._plain(name, stored.tensor())
 
-    def finish(self, made_with: Mapping[str, str]) -> None:
-        """The header."""
-        assert self.done == self.total, "a planned layer was not written"
-        plan = json.loads(self.plan.to_json())
-        header = Header(made_with=dict(made_with), stacks=self.stacks, plan=plan, tensors=tuple(self.records))
-        write_header(self.file, header)
-        if self.progress is not None:
-            self.progress("", self.total, self.total)
-
     def _plain(self, name: str, tensor: Tensor) -> None:
         stream = _values(tensor, self.coding)
         self._write(TensorRecord(
@@ -170,7 +223,8 @@ class _Writer:
 
     def _layer(self, name: str, choice: LayerChoice, tensor: Tensor) -> None:
         if self.progress is not None:
-            self.progress(choice.name, self.done, self.total)
+            self.progress(choice.name, sum(self.done.values()), self.total)
+        check_weight(tensor, choice.name)
         weight = pruned(tensor, self.thresholds[choice.name]) if choice.name in self.thresholds else tensor
         records: list[PartRecord | StreamRecord] = []
         streams: list[Stream] = []
@@ -179,10 +233,19 @@ class _Writer:
             records.append(record)
             streams += own
         self._write(TensorRecord(name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records)), streams)
-        self.done += choice.numel
+        self.done[choice.name] = choice.numel
 
     def _write(self, record: TensorRecord, streams: Sequence[Stream]) -> None:
         write_block(self.file, streams)
+        self._keep(record)
+
+    def _keep(self, record: TensorRecord) -> None:
+        problem = name_problem(record.name)
+        if record.name in self.names:
+            problem = "another is called so too: a stack of experts, and one of them apart?"
+        if problem is not None:
+            raise SourceError(f"tensor {record.name!r}: {problem}; rename it")
+        self.names.add(record.name)
         self.records.append(record)
 
 
@@ -193,7 +256,8 @@ def _part(
     import torch
 
     axis = choice.channel_axis
-    own = weight if choice.bits is not None else weight.index_select(axis, torch.tensor(part.channels))
+    channels = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
+    own = weight if choice.bits is not None else weight.index_select(axis, channels)
     if part.bits in FLOAT_BITS:
         stream = _values(own, coding)
         return _record(stream), [stream]

@@ -6,13 +6,14 @@ from .exactly import exactly
 
 
 @exactly
-def last_splits(count, total, square, zero, most):  # type: ignore[no-untyped-def]
+def last_splits(count, total, square, alone, zero, most):  # type: ignore[no-untyped-def]
     """Where the last cluster begins in the best clustering of the first i cells in j + 1 clusters, (most, cells + 1).
 
     Divide and conquer over i, whose best split never moves left: most x cells x log(cells) steps. count, total and
-    square are prefix sums, (cells + 1,), of the cells' weights, sums and sums of squares. A cluster that holds cell
-    `zero` (-1 for none) has its centroid at 0, any other at its mean; either way the cost is concave (it satisfies the
-    quadrangle inequality), which is what keeps the splits in order.
+    square are prefix sums, (cells + 1,), of the cells' weights, sums and sums of squares; alone: what each cell costs
+    as a cluster, (cells,), for there the sums cancel most. A cluster that holds cell `zero` (-1 for none) has its
+    centroid at 0, any other at its mean; either way the cost is concave (it satisfies the quadrangle inequality), which
+    is what keeps the splits in order.
     """
     cells = len(count) - 1
     splits = np.zeros((most, cells + 1), np.int32)
@@ -31,10 +32,13 @@ def last_splits(count, total, square, zero, most):  # type: ignore[no-untyped-de
             i = (low + high) >> 1
             best, split = np.inf, first
             for m in range(first, min(last, i - 1) + 1):
-                cost = square[i] - square[m]
-                if not m <= zero < i:
-                    own = total[i] - total[m]
-                    cost -= own * own / (count[i] - count[m])
+                if m + 1 == i:
+                    cost = alone[m]
+                else:
+                    cost = square[i] - square[m]
+                    if not m <= zero < i:
+                        own = total[i] - total[m]
+                        cost = max(cost - own * own / (count[i] - count[m]), 0.0)
                 if before[m] + cost < best:
                     best, split = before[m] + cost, m
             after[i], splits[j, i] = best, split

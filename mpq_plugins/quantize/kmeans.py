@@ -2,8 +2,10 @@
 
     minimise   sum over clusters i, weights w in i, of (w - c_i)^2          (arXiv 1510.00149, sec. 3, eq. 2)
 
-`optimal` finds the global minimum by dynamic programming; the paper's initialisations (sec. 3.2) go on from where they
-start, by Lloyd's iteration, to a local one. Memory is a few numbers a weight, whatever k is.
+`optimal` finds the global minimum by dynamic programming: exactly where there are at most CELLS different weights; of
+more, the minimum over clusters of whole cells, from which Lloyd's iteration goes on (within 1e-4 of the minimum at 8
+bits on every distribution tried). The paper's initialisations (sec. 3.2) go on from where they start to a local
+minimum. Memory is a few numbers a weight, whatever k is.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ from ..scheme import InitName
 
 Floats = NDArray[np.float64]
 
-CELLS = 1 << 14  # of equal width, into which more different weights than that are gathered before the search
+CELLS = 1 << 14  # into which more different weights than that are gathered before the search
+WATER_LEVELS = 8  # rounds of levelling the gaps between them
 ROUNDS = 1000  # of Lloyd's iteration at the most
 SEED = 0  # of the observations that Forgy's method draws
 
@@ -52,12 +55,13 @@ def _searched(
     """The centroids for each of these counts, of ascending values with more different ones than that."""
     from .kernel_kmeans import lloyd
 
-    total = _prefix_sums(values)
     first, end = _zeros(values)
+    middle = first if end > first else len(values) // 2
+    total = _sums_from(values.astype(np.float64), middle)
     begin = _optimal(values, starts, counts) if init == "optimal" else [_initial(values, k, init) for k in counts]
     for own in begin:
         lloyd(values, total, own, int(np.argmin(np.abs(own))) if end > first else -1, ROUNDS)
-    return [own.astype(np.float32) for own in begin]
+    return [np.sort(own.astype(np.float32)) for own in begin]
 
 
 def _optimal(values: NDArray[np.float32], starts: NDArray[np.int64], counts: Sequence[int]) -> list[Floats]:
@@ -68,34 +72,59 @@ def _optimal(values: NDArray[np.float32], starts: NDArray[np.int64], counts: Seq
     cuts = starts if len(starts) <= CELLS else _cell_starts(values, starts)
     bounds = np.append(cuts, len(values))
     zero = int(np.searchsorted(cuts, first)) if end > first else -1
-    # Squares of what is far from zero would cancel.
-    origin = 0.0 if zero >= 0 else float(values[0]) / 2 + float(values[-1]) / 2
+    # Far from the middle squares would cancel, and so would sums that came by an outlier.
+    origin = 0.0 if zero >= 0 else float(values[len(values) // 2])
+    middle = first if zero >= 0 else len(values) // 2
     shifted = values.astype(np.float64) - origin
-    count, total, square = bounds.astype(np.float64), _prefix_sums(shifted)[bounds], _prefix_sums(shifted**2)[bounds]
-    splits = last_splits(count, total, square, zero, max(counts))
+    total, square = _sums_from(shifted, middle)[bounds], _sums_from(shifted**2, middle)[bounds]
+    alone = _own_costs(shifted, cuts, zero)
+    splits = last_splits(bounds.astype(np.float64), total, square, alone, zero, max(counts))
     found = []
     for k in counts:
         ends = np.empty(k + 1, np.int64)
         ends[k] = len(cuts)
         for j in range(k - 1, -1, -1):
             ends[j] = splits[j, ends[j + 1]]
-        own = np.diff(total[ends]) / np.diff(count[ends]) + origin
+        own = np.diff(total[ends]) / np.diff(bounds[ends]) + origin
         if zero >= 0:
             own[np.searchsorted(ends, zero, "right") - 1] = 0.0
         found.append(own)
     return found
 
 
+def _own_costs(shifted: Floats, cuts: NDArray[np.int64], zero: int) -> Floats:
+    """What each cell costs as a cluster of its own: nothing, where it is one value."""
+    sizes = np.diff(np.append(cuts, len(shifted)))
+    means = np.add.reduceat(shifted, cuts) / sizes
+    if zero >= 0:
+        means[zero] = 0.0
+    costs: Floats = np.add.reduceat((shifted - np.repeat(means, sizes)) ** 2, cuts)
+    costs[shifted[cuts] == shifted[cuts + sizes - 1]] = 0.0
+    return costs
+
+
 def _cell_starts(values: NDArray[np.float32], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where cells begin: half of them of equal width, half of as many different values, zeros in one of their own."""
-    wide = np.searchsorted(values, np.linspace(values[0], values[-1], CELLS // 2, dtype=np.float64).astype(np.float32))
-    even = starts[np.linspace(0, len(starts) - 1, CELLS // 2).astype(np.int64)]
-    cuts: NDArray[np.int64] = np.unique(np.concatenate((wide, even, _zeros(values))))
+    """Where cells begin, close together where centroids will be; zeros have one of their own.
+
+    Many centroids lie as the cube root of the density does (Panter and Dite, Proc. IRE 39(1), 1951), whose integral
+    over the gap d between two values is about d^(2/3). Each cell gets the same share of that; a gap so wide that it
+    would get several gets one cut.
+    """
+    steps = np.diff(values[starts].astype(np.float64)) ** (2 / 3)
+    for _ in range(WATER_LEVELS):
+        steps = np.minimum(steps, steps.sum() / CELLS)
+    along = np.concatenate((np.zeros(1), np.cumsum(steps)))
+    even = starts[np.searchsorted(along, np.linspace(0.0, along[-1], CELLS))]
+    cuts: NDArray[np.int64] = np.unique(np.concatenate((even, _zeros(values))))
     return cuts[cuts < len(values)]
 
 
-def _prefix_sums(values: NDArray[np.generic]) -> Floats:
-    return np.concatenate((np.zeros(1), np.cumsum(values, dtype=np.float64)))
+def _sums_from(values: Floats, middle: int) -> Floats:
+    """Prefix sums (n + 1,), 0 at `middle`: what lies far out at one end is in no difference but its own."""
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values[middle:], out=sums[middle + 1 :])
+    sums[:middle] = -np.cumsum(values[:middle][::-1])[::-1]
+    return sums
 
 
 def _zeros(values: NDArray[np.float32]) -> tuple[int, int]:
@@ -110,7 +139,7 @@ def _initial(values: NDArray[np.float32], k: int, init: InitName) -> Floats:
     free = k - (zeros > 0)
     others = len(values) - zeros
     if init == "linear":
-        spread = np.linspace(values[0], values[-1], free, dtype=np.float64)
+        spread = np.linspace(float(values[0]), float(values[-1]), free)
     else:
         shares = (np.arange(free) + 0.5) / free if init == "density" else np.random.default_rng(SEED).random(free)
         ranks = (shares * others).astype(np.int64)

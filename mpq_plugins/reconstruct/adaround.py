@@ -110,8 +110,8 @@ def require_affine(weight: Tensor, choice: LayerChoice) -> None:
     """Raise SettingError, naming the layer, where its rounding cannot be learned."""
     if not isinstance(choice.scheme, Affine):
         raise SettingError(
-            f"layer {choice.name!r}: rounding is learned between the levels of one grid, and {choice.scheme} has two; "
-            "plan it under the affine scheme"
+            f"layer {choice.name!r}: rounding is learned between the levels of one grid, which {choice.scheme} has "
+            "not; plan it under the affine scheme"
         )
     if weight.dtype != torch.float32:
         raise SettingError(

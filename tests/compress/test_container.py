@@ -2,6 +2,8 @@
 
 import json
 import lzma
+import math
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, Codebook, Container, Plan, compress, decompress
+from mpq_plugins.compress import container
 from mpq_plugins.compress.header import CHECKSUM, FIELDS, FILTERS, PROLOGUE, VERSION
 from mpq_plugins.errors import FormatError
 from tests.plans import with_layer
@@ -66,9 +69,9 @@ def with_prologue(path: Path, **changes: int) -> Path:
 
 def read(path: Path) -> None:
     """All there is to read."""
-    container = Container.open(path)
-    container.check()
-    container.tensors()
+    opened = Container.open(path)
+    opened.check()
+    opened.tensors()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,35 @@ def plan_of(document: Document) -> Document:
     return plan
 
 
+def layer_shape(document: Document, shape: list[int], parts: bool = False, channels: str = "") -> None:
+    layer = plan_of(document)["layers"][0]
+    layer.update(shape=shape, numel=math.prod(shape))
+    if parts or channels:
+        del layer["bits"]
+        layer["parts"] = [{"bits": 3, "channels": channels or "0"}]
+
+
+def deep(levels: int) -> Document:
+    found: Document = {}
+    for _ in range(levels):
+        found = {"x": found}
+    return found
+
+
+def stacked(document: Document, *members: str, same: bool = False) -> None:
+    """Some tensors renamed to be a stack's."""
+    for position, name in enumerate(members):
+        next(t for t in document["tensors"] if t["name"] == name)["name"] = f"e.{position}"
+    document["stacks"] = {"e": len(members)}
+    if same:
+        document["tensors"].append({"name": "z", "same": "e.0"})
+
+
+def part_of(document: Document) -> Document:
+    part: Document = document["tensors"][0]["parts"][0]
+    return part
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -158,11 +190,37 @@ def plan_of(document: Document) -> Document:
         (lambda d: d.update(stacks={"e": 3}), "tensor 'e': stacks 3 others, which are not all there"),
         (lambda d: d.update(stacks={"e": 10**15}), "tensor 'e': stacks"),
         (lambda d: d.update(extra=1), "header: extra"),
+        (set_tensor("0.weight", dtype="I64"), "dtype 'I64' is not allowed for a layer"),
+        (set_tensor("0.weight", dtype="F64"), "dtype 'F64' is not allowed for a layer"),
+        (set_tensor("0.weight", shape=[6, 40]), "has a shape that others say"),
+        (set_tensor("0.bias", name="__metadata__"), "safetensors files keep that name"),
+        (set_tensor("0.bias", name="\ud800"), "its name is no text|header is none"),
+        (set_tensor("0.bias", shape=[0, 10**12, 10**12]), "has a shape beyond any memory"),
+        (lambda d: layer_shape(d, [10**12, 0]), "output channels"),
+        (lambda d: layer_shape(d, [0, 10**12, 10**12]), "is beyond any memory"),
+        (lambda d: layer_shape(d, [0, 10**30]), "is beyond any memory"),
+        (lambda d: layer_shape(d, [10**12, 0], parts=True), "output channels"),
+        (lambda d: layer_shape(d, [6, 40], channels=",".join(["0-16777214"] * 300)), "more than 16777216 channels"),
+        (lambda d: plan_of(d)["allocator"].update(parameters=deep(400)), "its plan: allocator.parameters: .*nested"),
+        (lambda d: d.update(stacks={"0": 1}), "stacks 1 others, which are not all there"),
+        (lambda d: stacked(d, "1.weight", "1.running_mean"), None),
+        (lambda d: stacked(d, "1.weight", "1.num_batches_tracked"), "stacks tensors of different shapes or dtypes"),
+        (lambda d: d["tensors"].append({"name": "z", "same": "z"}), "is the same as 'z', which is not there"),
+        (lambda d: d["tensors"].append({"name": "z", "same": "0.bias", "shape": [6]}), "has a shape that others say"),
+        (lambda d: stacked(d, "1.weight", "1.bias", same=True), "is the same as 'e.0', which is not there"),
+        (lambda d: part_of(d).pop("entries"), "has gaps without entries"),
+        (lambda d: part_of(d).update(entries=3), "gaps: |codes: "),
+        (lambda d: part_of(d).update(entries=10**15), "gaps: "),
         (lambda d: d.pop("tensors"), "header: tensors"),
     ],
 )
-def test_headers_that_lie_are_refused(tmp_path: Path, change: Callable[[Document], object], message: str) -> None:
+def test_headers_that_lie_are_refused(
+    tmp_path: Path, change: Callable[[Document], object], message: str | None
+) -> None:
     path = with_header(small(tmp_path), change)
+    if message is None:  # odd, and true
+        read(path)
+        return
     with pytest.raises(FormatError, match=message):
         read(path)
 
@@ -190,11 +248,26 @@ def test_a_header_that_would_fill_the_memory_is_cut_off(tmp_path: Path) -> None:
     path = small(tmp_path)
     data = path.read_bytes()
     start = FIELDS.unpack(data[: FIELDS.size])[2]
-    bomb = lzma.compress(bytes(1 << 26), lzma.FORMAT_RAW, filters=FILTERS)  # 64 MiB in 10 kB
-    fields = FIELDS.pack(data[:8], VERSION, start, len(bomb), 1000, zlib.crc32(bomb))
-    path.write_bytes(fields + CHECKSUM.pack(zlib.crc32(fields)) + data[PROLOGUE:start] + bomb)
-    with pytest.raises(FormatError, match="its header is none"):
-        Container.open(path)
+    bomb = lzma.compress(b"[" * (1 << 26), lzma.FORMAT_RAW, filters=FILTERS)  # 64 MiB in 10 kB
+    for claimed, message in (
+        (1000, "its header is none"),
+        (1 << 26, "its header claims 67108864 bytes; [12][0-9]{6} is the most"),
+    ):
+        fields = FIELDS.pack(data[:8], VERSION, start, len(bomb), claimed, zlib.crc32(bomb))
+        path.write_bytes(fields + CHECKSUM.pack(zlib.crc32(fields)) + data[PROLOGUE:start] + bomb)
+        with pytest.raises(FormatError, match=message):
+            Container.open(path)
+
+
+def test_more_than_memory_holds_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small(tmp_path)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(container, "decode", full)
+    with pytest.raises(FormatError, match=r"tensor '0.weight': cannot be read .*not enough memory"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +279,11 @@ def test_other_files_are_no_containers(tmp_path: Path, content: bytes) -> None:
         Container.open(tmp_path / "x")
     with pytest.raises(FormatError, match="cannot read it"):
         Container.open(tmp_path / "nowhere")
-    with pytest.raises(FormatError, match="cannot read it"):
+    with pytest.raises(FormatError, match=r"cannot read it .no ordinary file."):
         Container.open(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match=r"cannot read it .no ordinary file."):
+        Container.open(tmp_path / "pipe")
 
 
 def test_what_the_documentation_says_of_the_layout(tmp_path: Path) -> None:

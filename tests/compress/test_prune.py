@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
 import mpq_plugins as mpq
@@ -88,6 +89,7 @@ def test_layers_of_many_chunks_are_pruned_as_one(
 
 def test_layers_have_amounts_by_name() -> None:
     net = conv_net()
+    assert Sparsity(np.float32(0.5)).thresholds(list(find_weights(net))).keys() == {"conv1", "conv2", "up", "fc"}  # type: ignore[arg-type]
     masked = prune(net, Sparsity({"conv*": 0.5, "re:f.": 0.9}))
     found = {name: round(float((weight_of(masked, name) == 0).float().mean()), 2) for name in ("conv1", "up", "fc")}
     assert found == {"conv1": 0.5, "up": 0.0, "fc": 0.9}
@@ -125,6 +127,53 @@ def test_masks_last_through_training_and_the_model_given_is_never_changed() -> N
     assert masked(x).equal(masked(x))
 
 
+class Same(nn.Module):
+    """A parametrization that changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_copies_and_originals_do_not_disturb_each_other() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    net = conv_net()
+    parametrize.register_parametrization(net.fc, "bias", Same())  # gives fc a class of its own, which copies share
+    before = net(x)
+    masked = prune(net, Sparsity(0.5))
+    twin = copy.deepcopy(masked)
+    after = masked(x)
+    assert net(x).equal(before)
+    finish(twin)
+    finish(masked)
+    assert masked(x).equal(after)
+    assert twin(x).equal(after)
+    assert net(x).equal(before)
+
+
+def test_parameters_keep_their_order() -> None:
+    net = conv_net()
+    names = [name for name, _ in net.named_parameters()]
+    assert [name for name, _ in finish(prune(net, Sparsity(0.5))).named_parameters()] == names
+    assert list(finish(prune(net, Sparsity(0.5))).state_dict()) == list(net.state_dict())
+
+
+def test_what_is_put_on_top_of_a_mask_is_named() -> None:
+    masked = prune(conv_net(), Sparsity(0.5))
+    parametrize.register_parametrization(masked.get_submodule("fc"), "weight", Same())
+    with pytest.raises(SettingError, match="layer 'fc': its weight has another parametrization beside"):
+        finish(masked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pruning", [Deviations(0.83), GlobalSparsity(0.7)], ids=str)
+def test_thresholds_are_not_rounded_to_half_precision(dtype: torch.dtype, pruning: Pruning) -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(100, 100, dtype=dtype), nn.Linear(100, 100))
+    exact = prune(copy.deepcopy(net).float(), pruning)
+    for name in ("0", "1"):
+        assert (weight_of(prune(net, pruning), name) == 0).equal(weight_of(exact, name) == 0)
+
+
 def test_foreign_parametrizations_are_left_alone() -> None:
     net = conv_net()
     torch.nn.utils.parametrizations.weight_norm(net.fc)
@@ -149,6 +198,7 @@ def test_tied_weights_would_come_apart() -> None:
         (lambda: Sparsity({"fc": float("nan")}), "sparsity: nan"),
         (lambda: Sparsity("0.5"), "sparsity: '0.5'"),  # type: ignore[arg-type]
         (lambda: GlobalSparsity(1), "sparsity: 1 is"),
+        (lambda: GlobalSparsity(True), "sparsity: True is"),
         (lambda: Deviations(-1), "deviations: -1 is not allowed; 0 or more"),
         (lambda: Deviations(float("inf")), "deviations: inf"),
         (

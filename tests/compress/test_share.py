@@ -99,7 +99,7 @@ def test_what_has_no_centroids_is_refused_by_name() -> None:
     ):
         share(net, affine)
     parts = (Part(bits=2, channels=(0, 1, 2, 3, 4)), Part(bits=16, channels=(5,)))
-    with pytest.raises(SettingError, match="layer 'up': is partly in floating point"):
+    with pytest.raises(SettingError, match=r"layer 'up': is partly in floating point, .* Give all of it bits"):
         share(net, with_layer(planned(net), "up", bits=None, parts=parts))
     with pytest.raises(SettingError, match="layer 'embed': its weight is that of 'lm_head' too"):
         share(tied_net(), planned(tied_net()))
@@ -112,3 +112,21 @@ def test_half_precision_stays_itself() -> None:
     shared = share(net, planned(net))
     assert weight_of(shared, "0").dtype == torch.bfloat16
     assert weight_of(shared, "0").equal(weight_of(mpq.apply(net, planned(net)), "0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_many_weights_add_up_in_half_precision(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(200, 200, bias=False)).to(dtype)
+    shared = share(net, planned(net))
+    shared(torch.ones(1, 200, dtype=dtype)).sum().backward()
+    (centroids,) = shared.parameters()
+    assert centroids.grad is not None
+    counts = torch.unique(weight_of(shared, "0"), return_counts=True)[1]
+    assert centroids.grad.equal(counts.to(dtype))  # every weight's gradient is 1
+
+
+def test_a_shared_weight_cannot_be_assigned_in_silence() -> None:
+    net = conv_net()
+    shared = share(net, planned(net))
+    with pytest.raises(SettingError, match="is made of its centroids, and cannot be assigned"):
+        shared.get_submodule("fc").weight = torch.zeros(10, 6)

@@ -62,8 +62,18 @@ def test_layers_in_float_and_totals(tmp_path: Path) -> None:
     container = compress(model, plan, tmp_path / "x.mpq")
     assert planned(container) == ["0.weight", "1.weight"]
     first, second = (layer_stages(container, name) for name in planned(container))
-    assert (second.original, second.packed, second.huffman, second.entropy) == (8000, 8000, 8000, 0)
+    assert (second.original, second.packed, second.huffman, second.tables) == (8000, 8000, 8000, 0)
+    assert second.entropy_per_weight == 32
     both = total([first, second])
     assert both.weights == 7000
     assert both.stored == first.stored + second.stored
     assert total([]).sparsity == total([]).entropy_per_weight == 0
+
+
+def test_a_layer_of_zeros_has_no_entries(tmp_path: Path) -> None:
+    model = net()
+    with torch.no_grad():
+        model[0].weight.zero_()  # type: ignore[operator]
+    plan = mpq.Uniform(bits=4)(mpq.measure(model, Codebook(), bits=(4,)))
+    found = layer_stages(compress(model, plan, tmp_path / "x.mpq"), "0.weight")
+    assert (found.zeros, found.entries, found.packed, found.sparse) == (5000, 0, 64, 0)

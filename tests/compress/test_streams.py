@@ -71,12 +71,16 @@ def test_few_codes_take_the_smallest_table() -> None:
     assert flat.coding == "packed"  # nothing to gain
 
 
-def test_no_byte_stands_for_more_than_it_may() -> None:
+def test_no_byte_stands_for_more_than_it_may_and_what_is_all_alike_is_small_all_the_same() -> None:
     many = np.zeros(4_000_000, np.uint8)
     stream = code_stream(many, 4)
-    assert possible(len(many), len(stream.data))
-    assert len(stream.data) * MOST_A_BYTE >= len(many)
+    assert stream.coding == "pcodec"
+    assert len(stream.data) == -(-len(many) // MOST_A_BYTE)
     np.testing.assert_array_equal(read_codes(stream, 4, len(many), "here"), many)
+    steps = np.arange(1_000_000)
+    assert possible(len(steps), len(value_stream(steps).data))
+    assert len(value_stream(steps).data) < 1000
+    np.testing.assert_array_equal(read_values(value_stream(steps), steps.dtype, len(steps), "here"), steps)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ from mpq_plugins import (
 from mpq_plugins.compress.codes import PartCodes, encode
 from mpq_plugins.compress.container import part_shape
 from mpq_plugins.compress.prune import Pruning
-from mpq_plugins.compress.write import beside, save_tensors
-from mpq_plugins.errors import MismatchError, SettingError, SourceError, WeightError
+from mpq_plugins.compress.write import save_tensors
+from mpq_plugins.errors import CompressWarning, MismatchError, SettingError, SourceError, WeightError
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.simulate import simulate
 from tests.checkpoints import sharded
@@ -143,12 +143,13 @@ def test_from_a_torch_checkpoint_without_what_is_no_tensor(tmp_path: Path, legac
     content = {"epoch": 7, "state_dict": state, "best": 0.5}
     torch.save(content, tmp_path / "in.pth", _use_new_zipfile_serialization=not legacy)
     plan = uniform(tmp_path / "in.pth")
-    container = compress(tmp_path / "in.pth", plan, tmp_path / "x.mpq")
+    with pytest.warns(CompressWarning, match="left out, no tensors of the model: epoch, best"):
+        container = compress(tmp_path / "in.pth", plan, tmp_path / "x.mpq")
+    assert container.header.left_out == ("epoch", "best")
     found = decompress(container)
     assert same(found, mpq.apply(net, uniform(net)).state_dict())
     assert found["lm_head.weight"] is found["embed.weight"]
     assert container.records["lm_head.weight"].same == "embed.weight"
-    assert beside(tmp_path / "in.pth") == ("epoch", "best")
     save_tensors(found, tmp_path / "out.safetensors")  # which has no ties
     net.load_state_dict(load_file(tmp_path / "out.safetensors"))
 
@@ -181,6 +182,90 @@ def test_pruned_on_the_way(tmp_path: Path, pruning: Pruning, scheme: Scheme) -> 
     expected = mpq.apply(finish(prune(net, pruning)), plan).state_dict()
     assert all(tensor.equal(expected[name]) for name, tensor in decompress(container).items())
     assert container.header.made_with["pruning"] == str(pruning)
+
+
+class Extra(nn.Module):
+    """A layer whose weight has another name first, and state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)))
+        self.fc = nn.Linear(8, 20, bias=False)
+        self.fc.weight = self.table
+
+    def get_extra_state(self) -> int:
+        return 7
+
+    def set_extra_state(self, state: int) -> None:
+        pass
+
+
+def test_a_weight_that_has_another_name_first(tmp_path: Path) -> None:
+    net = Extra()
+    plan = uniform(net)
+    with pytest.warns(CompressWarning, match="left out, no tensors of the model: _extra_state"):
+        container = compress(net, plan, tmp_path / "x.mpq")
+    assert container.records["table"].same == "fc.weight"
+    found = decompress(container)
+    assert found["table"] is found["fc.weight"]
+    assert found["table"].equal(simulate(net.table, plan.by_name["fc"]))
+    torch.save({name: t for name, t in net.state_dict().items() if isinstance(t, Tensor)}, tmp_path / "x.pt")
+    assert decompress(compress(tmp_path / "x.pt", plan, tmp_path / "y.mpq")).keys() == {"table", "fc.weight"}
+
+
+def test_a_weight_that_has_no_name_is_said(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 4))
+    net.register_state_dict_post_hook(lambda module, state, *_: state.update(renamed=state.pop("0.weight")))
+    with pytest.raises(SourceError, match="no tensor is the weight of '0'; does a hook rename"):
+        compress(net, uniform(net), tmp_path / "x.mpq")
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_of_one_storage_as_other_numbers_are_not_the_same(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 4, bias=False))
+    values = torch.randn(6)
+    net.register_buffer("real", values)
+    net.register_buffer("bits", values.view(torch.int32))
+    found = decompress(compress(net, uniform(net), tmp_path / "x.mpq"))
+    assert found["bits"].dtype == torch.int32
+    assert found["bits"].equal(values.view(torch.int32))
+
+
+def test_what_a_nested_checkpoint_holds_beside_is_named_by_where_it_is(tmp_path: Path) -> None:
+    state = {"fc.weight": torch.randn(4, 8), "fc.note": "no tensor"}
+    torch.save({"model": {"state_dict": state, "ema": 1}, "epoch": 1}, tmp_path / "x.pt")
+    with pytest.warns(CompressWarning):
+        container = compress(tmp_path / "x.pt", uniform(tmp_path / "x.pt"), tmp_path / "x.mpq")
+    assert container.header.left_out == ("epoch", "model.ema", "model.state_dict.fc.note")
+
+
+def test_nothing_is_written_over_what_is_read(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "in", {f"layers.{i}.weight": torch.randn(8, 4) for i in range(4)})
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    plan = uniform(source)
+    for name in ("model-00001-of-00002.safetensors", "new.mpq"):
+        with pytest.raises(SettingError, match="lies inside the source"):
+            compress(source, plan, source / name)
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+    save_file({"fc.weight": torch.randn(4, 4)}, tmp_path / "one.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "one.safetensors")
+    with pytest.raises(SettingError, match="is the source itself"):
+        compress(tmp_path / "one.safetensors", uniform(tmp_path / "one.safetensors"), tmp_path / "link")
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    stack = "experts"
+    state = {stack: torch.randn(2, 4, 4), f"{stack}.0": torch.randn(3)}
+    torch.save(state, tmp_path / "x.pt")
+    target = tmp_path / "x.mpq"
+    target.write_bytes(b"precious")
+    with pytest.raises(SourceError, match=r"tensor 'experts.0': another is called so too"):
+        compress(tmp_path / "x.pt", uniform(tmp_path / "x.pt"), target)
+    net = nn.Sequential(nn.Linear(8, 4))
+    net.register_buffer("__metadata__", torch.zeros(2))
+    with pytest.raises(SourceError, match="'__metadata__': safetensors files keep that name"):
+        compress(net, uniform(net), target)
+    assert target.read_bytes() == b"precious"
 
 
 def test_only_what_is_quantized_is_pruned(tmp_path: Path) -> None:
@@ -245,6 +330,8 @@ def test_what_is_refused_leaves_no_file_and_changes_none(tmp_path: Path) -> None
     broken.fc.weight.data[0, 0] = float("nan")
     with pytest.raises(WeightError, match="layer 'fc'"):
         compress(broken, plan, target)
+    with pytest.raises(WeightError, match="layer 'fc'"):  # in float too, as `apply` has it
+        compress(broken, with_layer(plan, "fc", bits=32), target)
     broken = conv_net()
     broken.register_buffer("spectrum", torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(SourceError, match=r"tensor 'spectrum': dtype torch.complex64"):

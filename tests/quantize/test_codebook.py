@@ -151,7 +151,7 @@ def test_more_centroids_than_weights_are_refused_wherever_they_are_asked_for() -
 def test_bad_weights_and_settings_are_refused() -> None:
     with pytest.raises(WeightError, match="layer 'fc': 1 of 4 weights"):
         quantize(torch.tensor([[1.0, 2.0], [3.0, float("nan")]]), 1, layer="fc")
-    with pytest.raises(SettingError, match="init: 'random' is not allowed; optimal, linear, density, forgy"):
+    with pytest.raises(SettingError, match="init: 'random' is not allowed; linear, optimal, density, forgy"):
         Codebook(init="random")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="scheme: 'affine' is not allowed; codebook"):
         Codebook(name="affine")  # type: ignore[arg-type]

@@ -17,11 +17,16 @@ from mpq_plugins.scheme import INITS, InitName
 Values = NDArray[np.float32]
 
 VALUES = hnp.arrays(np.float32, st.integers(4, 11), elements=st.floats(-100, 100, width=32))
+STARTS: tuple[InitName, ...] = ("linear", "density", "forgy")
 BELL = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
 
 
 def cost(values: Values, book: Values) -> float:
-    return math.fsum(min((float(w) - float(c)) ** 2 for c in book) for w in values)
+    """Of every value going to its nearest centroid."""
+    wide, ascending = values.astype(np.float64), np.sort(book).astype(np.float64)
+    right = np.clip(np.searchsorted(ascending, wide), 1, len(book) - 1)
+    nearest = np.minimum((wide - ascending[right]) ** 2, (wide - ascending[right - 1]) ** 2)
+    return math.fsum(nearest.tolist())
 
 
 def interval_cost(values: list[float], pinned: bool) -> float:
@@ -64,21 +69,65 @@ def test_optimal_is_the_best_of_all_clusterings(values: Values, bits: int, zeros
     assert cost(values, book) <= least * (1 + 1e-5) + 1e-6 * float(np.abs(values).max()) ** 2
 
 
+def dynamic(values: Values, k: int) -> float:
+    """The least cost again, one cluster more at a time, every cost summed afresh about its own mean."""
+    ordered = np.sort(values).astype(np.float64)
+    n, pinned = len(ordered), bool((ordered == 0).any())
+    cost = np.array(
+        [[interval_cost(ordered[a:b].tolist(), pinned) if b > a else 0 for b in range(n + 1)] for a in range(n)]
+    )
+    best = np.where(np.arange(n + 1) == 0, 0.0, np.inf)
+    for _ in range(k):
+        best = np.array([np.inf, *(min(best[a] + cost[a, b] for a in range(b)) for b in range(1, n + 1))])
+    return float(best[n])
+
+
+@pytest.mark.parametrize("outlier", [1e3, -1e6, 1e8, 1e15, -1e30])
+@pytest.mark.parametrize("zeros", [0, 8])
+def test_an_outlier_hides_nothing_of_the_rest(outlier: float, zeros: int) -> None:
+    values = np.concatenate((BELL[:40], np.zeros(zeros), [outlier])).astype(np.float32)
+    for bits in (2, 3, 4):
+        (book,) = centroids(values, [bits], "optimal")
+        assert (np.diff(book) >= 0).all()
+        assert cost(values, book) <= dynamic(values, 2**bits) * 1.001
+        others = [centroids(values, [bits], init)[0] for init in STARTS]
+        assert all(np.isfinite(other).all() and (np.diff(other) >= 0).all() for other in others)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_the_widest_ranges(init: InitName) -> None:
+    values = np.concatenate((BELL, [3.4e38, -3.4e38])).astype(np.float32)
+    for book in centroids(values, range(1, 9), init):
+        assert np.isfinite(book).all()
+        assert (np.diff(book) >= 0).all()
+
+
 @pytest.mark.parametrize("zeros", [0, 2000])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_optimal_is_never_worse_than_any_start(bits: int, zeros: int) -> None:
     values = np.concatenate((BELL, np.zeros(zeros, np.float32)))
-    best, *others = [cost(values, centroids(values, [bits], init)[0]) for init in INITS]
+    best, *others = [cost(values, centroids(values, [bits], init)[0]) for init in ("optimal", *STARTS)]
     assert best <= min(others) * (1 + 1e-6)
 
 
-def test_gathered_into_cells_it_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.concatenate((BELL, 40 * BELL[:30], np.zeros(900, np.float32)))
-    exact = [cost(values, book) for book in centroids(values, range(1, 7), "optimal")]
-    monkeypatch.setattr(kmeans, "CELLS", 2048)
-    gathered = [cost(values, book) for book in centroids(values, range(1, 7), "optimal")]
-    assert all(a <= b * (1 + 1e-9) for a, b in zip(exact, gathered, strict=True))
-    assert all(b <= a * 1.001 for a, b in zip(exact, gathered, strict=True))
+def samples() -> dict[str, Values]:
+    rng = np.random.default_rng(1)
+    found = {
+        "normal": rng.standard_normal(20_000), "heavy": rng.standard_t(2, 20_000),
+        "lognormal": np.exp(2 * rng.standard_normal(20_000)), "two scales": np.outer([1, 1e-3], BELL).ravel(),
+        "outlier": np.append(BELL, 1e6), "zeros": np.concatenate((BELL, 40 * BELL[:30], np.zeros(900))),
+    }  # fmt: skip
+    return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("name", samples())
+def test_gathered_into_cells_it_is_nearly_as_good(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = samples()[name]
+    monkeypatch.setattr(kmeans, "CELLS", 1 << 20)
+    exact = [cost(values, book) for book in centroids(values, range(1, 8), "optimal")]
+    monkeypatch.setattr(kmeans, "CELLS", 1 << 13)
+    gathered = [cost(values, book) for book in centroids(values, range(1, 8), "optimal")]
+    assert all(b <= a * 1.003 for a, b in zip(exact, gathered, strict=True))
 
 
 def test_one_search_serves_all_widths() -> None:
@@ -87,7 +136,7 @@ def test_one_search_serves_all_widths() -> None:
     assert all(a.tobytes() == b.tobytes() for a, b in zip(together, alone, strict=True))
 
 
-@given(st.sampled_from(INITS[1:3]), st.integers(1, 5), st.booleans())
+@given(st.sampled_from(STARTS[:2]), st.integers(1, 5), st.booleans())
 def test_the_papers_starts_go_on_as_lloyds_iteration_does(init: InitName, bits: int, zeros: bool) -> None:
     values = BELL[:150] if not zeros else np.concatenate((BELL[:150], np.zeros(40, np.float32)))
     free = 2**bits - zeros
