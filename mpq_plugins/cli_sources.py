@@ -16,7 +16,7 @@ from .cli_partial import kept_at, partial_file, save_measured
 from .errors import SettingError, SourceError
 from .files import exists
 from .report.progress import progress_bar, say
-from .scheme import SCHEMES, Affine, Scheme
+from .scheme import SCHEMES, Affine, Codebook, Scheme
 from .table import LayerTable, is_table
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class Request:
         if self.scheme_name not in (None, base.name):
             if self.scheme_name not in SCHEMES:
                 raise SettingError(f"scheme: {self.scheme_name!r} is not allowed; {', '.join(SCHEMES)}")
-            base = SCHEMES[self.scheme_name](granularity=base.granularity, group_size=base.group_size)
+            chosen = SCHEMES[self.scheme_name]
+            # A codebook for each channel would take more than its codes, so that is only done where it is asked for.
+            base = chosen() if chosen is Codebook else chosen(granularity=base.granularity, group_size=base.group_size)
         own = _field_names(base)
         said = {name: value for name, value in self._scheme_fields.items() if value is not None}
         for name in said:

@@ -184,6 +184,18 @@ def test_more_centroids_than_weights(mpq: Mpq, folder: Path) -> None:
     assert "layer 'conv1': 8 bits are 256 centroids, more than the 216 weights that share them" in ran.err
 
 
+def test_codebooks_are_of_whole_layers_unless_asked_otherwise(mpq: Mpq, folder: Path) -> None:
+    words = ["-a", "budget", "--average-bits", 2, "--bits", "1-3", "--scheme", "codebook", "--no-parts"]
+    source, plan_file = folder / "net.safetensors", folder / "budget.json"
+    assert mpq("plan", source, *words, "-o", plan_file).code == 0
+    assert {layer.scheme for layer in Plan.load(plan_file).layers} == {Codebook()}
+    words = [*words, "--granularity", "per_channel", "--init", "optimal", "--skip", "fc", "-o", plan_file]
+    ran = mpq("plan", source, *words)
+    assert ran.code == 0, ran.err
+    schemes = {layer.scheme for layer in Plan.load(plan_file).layers}
+    assert schemes == {Codebook(granularity="per_channel", init="optimal")}
+
+
 def test_a_damaged_file_is_said_by_both_and_nothing_is_written(mpq: Mpq, folder: Path) -> None:
     mpq("compress", folder / "net.safetensors", folder / "plan.json", "-o", folder / "net.mpq")
     data = bytearray((folder / "net.mpq").read_bytes())

@@ -7,12 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import find_state_dict, layer_name, load_torch, open_checkpoint, stored_tensors
 from ..errors import SettingError, SourceError, VerifyError, first_few
 from ..files import atomic_path, exists
+from ..fingerprint import tensor_bytes
 from ..fold import fold_batch_norm
 from ..match import match
 from ..plan import LayerChoice, Part, Plan
@@ -125,27 +127,24 @@ def _check_target(source: nn.Module | Path, target: Path) -> None:
 
 
 def _thresholds(prune: Pruning, plan: Plan, source: _Source) -> dict[str, float]:
-    """Layer -> the least magnitude that stays, of the layers that are quantized. Raises SettingError."""
-    choices = plan.by_any_name
-    weights = [
-        weight
-        for weight in find_weights(source.of, refuse=False)
-        if any(name in choices and not choices[name].in_float for name in weight.names)
-    ]
-    found = checked_thresholds(prune, weights)
+    """Planned layer -> the least magnitude that stays, of those that are quantized. Raises SettingError."""
+    choices, weights = plan.by_any_name, list(find_weights(source.of, refuse=False))
+    planned = {
+        weight.name: choices[name]
+        for weight in weights
+        for name in weight.names
+        if name in choices and not choices[name].in_float
+    }
+    found = checked_thresholds(prune, [weight for weight in weights if weight.name in planned])
     for name, threshold in found.items():
-        choice = next(choices[own] for own in next(w.names for w in weights if w.name == name) if own in choices)
-        without = [part.bits for part in choice.groups if part.bits not in FLOAT_BITS and not _has_zero(choice, part)]
+        scheme, widths = planned[name].scheme, [part.bits for part in planned[name].groups]
+        without = [bits for bits in widths if bits not in FLOAT_BITS and not scheme.has_zero(bits)]
         if threshold and without:
             raise SettingError(
-                f"layer {name!r}: {choice.scheme} has no 0 at {without[0]} bits, so pruned weights would come back. "
-                "Give it another width or scheme, or leave it out of the pruning."
+                f"layer {name!r}: {scheme} has no 0 at {without[0]} bits, so pruned weights would come back. Give it "
+                "another width or scheme, or leave it out of the pruning."
             )
-    return {other: found[w.name] for w in weights if w.name in found for other in w.names}
-
-
-def _has_zero(choice: LayerChoice, part: Part) -> bool:
-    return choice.scheme.has_zero(part.bits)
+    return {planned[name].name: threshold for name, threshold in found.items()}
 
 
 class _Writer:
@@ -159,8 +158,8 @@ class _Writer:
         self.names: set[str] = set()
         self.stacks: dict[str, int] = {}
         self.stacked = stacks_of(plan.by_any_name)
-        self.done: dict[str, int] = {}  # weights, by layer
-        self.total = sum(layer.numel for layer in plan.layers)
+        self.written: set[str] = set()  # layers
+        self.done, self.total = 0, sum(layer.numel for layer in plan.layers)
 
     def add_all(self, tensors: Mapping[str, StoredTensor]) -> None:
         """The tensors of the source, one for each storage: under a planned name if it has one."""
@@ -177,7 +176,7 @@ class _Writer:
 
     def finish(self, made_with: Mapping[str, str], left_out: tuple[str, ...]) -> None:
         """The header. Raises SourceError where a planned layer's weight was not among the tensors."""
-        missing = [repr(name) for name in self.plan.by_name if name not in self.done]
+        missing = [repr(name) for name in self.plan.by_name if name not in self.written]
         if missing:
             raise SourceError(f"no tensor is the weight of {first_few(missing, ', ')}; does a hook rename state dicts?")
         header = Header(
@@ -223,7 +222,7 @@ class _Writer:
 
     def _layer(self, name: str, choice: LayerChoice, tensor: Tensor) -> None:
         if self.progress is not None:
-            self.progress(choice.name, sum(self.done.values()), self.total)
+            self.progress(choice.name, self.done, self.total)
         check_weight(tensor, choice.name)
         weight = pruned(tensor, self.thresholds[choice.name]) if choice.name in self.thresholds else tensor
         records: list[PartRecord | StreamRecord] = []
@@ -233,7 +232,8 @@ class _Writer:
             records.append(record)
             streams += own
         self._write(TensorRecord(name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records)), streams)
-        self.done[choice.name] = choice.numel
+        self.written.add(choice.name)
+        self.done += choice.numel
 
     def _write(self, record: TensorRecord, streams: Sequence[Stream]) -> None:
         write_block(self.file, streams)
@@ -253,8 +253,6 @@ def _part(
     weight: Tensor, choice: LayerChoice, part: Part, coding: Choice
 ) -> tuple[PartRecord | StreamRecord, list[Stream]]:
     """How a part of a layer is stored, and its streams; read back, and compared with what was encoded."""
-    import torch
-
     axis = choice.channel_axis
     channels = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
     own = weight if choice.bits is not None else weight.index_select(axis, channels)
@@ -297,12 +295,7 @@ def _sparse(symbols: Codes, width: int, gap_bits: int, coding: Choice) -> tuple[
 
 
 def _values(tensor: Tensor, coding: Choice) -> Stream:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.stride() != (1,):
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return value_stream(flat.view(torch.uint8).numpy().view(numpy_dtype(tensor.dtype)), coding)
+    return value_stream(tensor_bytes(tensor).view(numpy_dtype(tensor.dtype)), coding)
 
 
 def _record(stream: Stream) -> StreamRecord:
