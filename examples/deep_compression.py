@@ -32,7 +32,6 @@ from mpq_plugins.report.plots import check_plot
 from mpq_plugins.report.tables import bytes_text, grid
 from mpq_plugins.scheme import INITS, InitName
 
-CURVE_SHARES = (0.6, 0.9, 1.0, 1.03, 1.05, 1.07)  # of each layer's sparsity
 CURVE_BITS = (1, 2, 3, 4, 5, 6)
 DISTILLED_BATCH = 64
 
@@ -58,7 +57,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its data, and how it is compressed; epochs: of training after a step of pruning, of centroids half."""
+    """A network, its data, and how it is compressed.
+
+    epochs: of training after a step of pruning, of centroids half; shares: of the first setting's sparsity, where the
+    curves have a point.
+    """
 
     name: str
     net: nn.Module
@@ -67,6 +70,7 @@ class Task:
     settings: tuple[Setting, ...]
     epochs: float
     lr: float = 1e-3
+    shares: tuple[float, ...] = (0.6, 0.9, 1.0, 1.03, 1.05, 1.07)
 
 
 def pinned(*pins: str) -> Callable[[nn.Module], mpq.Plan]:
@@ -115,7 +119,7 @@ def resnet20(scale: float) -> Task:
     )
     tune = partial(distilled, resnet(20), images("calib_1024.npz")[0])
     score = partial(evaluate, inputs=inputs, labels=labels)
-    return Task("ResNet-20", resnet(20), tune, score, settings, 16 * scale)
+    return Task("ResNet-20", resnet(20), tune, score, settings, 16 * scale, shares=(0.5, 1.0, 1.3, 1.5, 1.7))
 
 
 TASKS: dict[str, Callable[[float], Task]] = {"lenet300": lenet300, "lenet5": lenet5, "resnet20": resnet20}
@@ -236,11 +240,11 @@ def init_table(task: Task, small: nn.Module) -> Table:
 def curves_of(task: Task) -> Iterator[tuple[str, float, float]]:
     """Method, size as a share of float's, top-1 lost: the paper's figure 6, retrained each."""
     best = task.score(task.net)[0]
-    for share in CURVE_SHARES:
+    for share in task.shares:
         net = pruned(task, task.settings[0], share)
         whole = total(in_a_file(net, mpq.Uniform(bits=8)(measured(net, (8,))))[0])
         yield "pruning", whole.sparse / whole.original, best - task.score(net)[0]
-        if share in (1.0, CURVE_SHARES[-2]):
+        if share in (1.0, task.shares[-2]):
             yield from (("both", size, best - top1) for size, top1 in shared_points(task, net))
     yield from (("sharing", size, best - top1) for size, top1 in shared_points(task, task.net))
 
@@ -282,12 +286,15 @@ def tuned(data: Digits, net: nn.Module, epochs: float, lr: float) -> nn.Module:
 
 
 def distilled(teacher: nn.Module, inputs: Tensor, net: nn.Module, epochs: float, lr: float) -> nn.Module:
-    """Trained on what the float network says of images, flipped and moved by up to four pixels, without labels."""
+    """Trained on what the float network says of images, flipped and moved by up to four pixels, without labels.
+
+    BatchNorm's statistics stay as they are: on so few images their estimates alone cost the float network a point.
+    """
     torch.manual_seed(0)
     steps = max(1, round(epochs * len(inputs) / DISTILLED_BATCH))
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    net.train()
+    net.eval()
     for _ in range(steps):
         batch = inputs[torch.randint(len(inputs), (DISTILLED_BATCH,))]
         batch = batch.flip(3) if torch.rand(()) < 0.5 else batch
@@ -299,7 +306,7 @@ def distilled(teacher: nn.Module, inputs: Tensor, net: nn.Module, epochs: float,
         F.cross_entropy(net(batch), wanted).backward()
         optimizer.step()
         schedule.step()
-    return net.eval()
+    return net
 
 
 if __name__ == "__main__":
