@@ -1,6 +1,7 @@
 """`mpq compress`, `mpq decompress` and `mpq inspect`: a model in one small file, back again, and what is in it."""
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 )  # fmt: skip
 @click.option(
     "--coding", type=click.Choice(["smallest", "packed"]), default="smallest", show_default=True,
-    help="packed: no entropy coding, so that sizes are the plan's.",
+    help="packed: no entropy coding, so that sizes are the plan's (of what is not pruned).",
 )  # fmt: skip
 @json_option
 def compress(
@@ -53,6 +54,8 @@ def compress(
     from .report.progress import progress_bar, say
 
     check_output(output, plan_file, source)
+    if output.suffix != ".mpq":  # another file may be a checkpoint, and would be gone
+        raise click.UsageError(f"-o {output}: the result is a container; name a file that ends in .mpq")
     pruning = _pruning(amounts, prune_by)
     plan = Plan.load(plan_file)
     resolved = resolve_source(source)
@@ -100,7 +103,9 @@ def decompress(container_file: Path, output: Path, as_json: bool) -> None:
 def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None:
     """Show what a container holds, layer by layer: bits, zeros, entropy, and bytes after each stage.
 
-    Every tensor is read and its checksum compared.
+    Stages: sparse (float weights that are not 0, and the gaps between them), packed and Huffman (codes and gaps, scales
+    and centroids, as Deep Compression has them), stored (the layer in this file). Every tensor is read and its checksum
+    compared.
     """
     from .cli_sources import check_output
     from .compress.container import Container
@@ -144,7 +149,7 @@ def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
     parsed = [_amount(entry) for entry in amounts]
     plain = [amount for pattern, amount in parsed if pattern is None]
     if len(plain) != (0 if all(pattern for pattern, _ in parsed) else len(parsed)) or len(plain) > 1:
-        raise SettingError("prune: give one amount for all layers, or one for each glob")
+        raise SettingError("prune: give one amount for all layers (0.9), or one for each glob ('fc*=0.9'), not both")
     if by == "network":
         if not plain:
             raise SettingError("prune: a share of the whole network is one amount, without globs")
@@ -160,9 +165,10 @@ def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
 def _amount(entry: str) -> tuple[str | None, float]:
     """'fc*=0.9' -> ('fc*', 0.9); '0.9' -> (None, 0.9)."""
     pattern, equals, number = entry.rpartition("=")
-    try:
-        return (pattern.strip() if equals else None), float(number)
-    except ValueError as error:
-        raise SettingError(
-            f"prune: {entry!r} is not allowed; an amount such as 0.9, or a layer's name or glob and one, 'fc*=0.9'"
-        ) from error
+    named = pattern.strip() if equals else None
+    with suppress(ValueError):
+        if named != "":
+            return named, float(number)
+    raise SettingError(
+        f"prune: {entry!r} is not allowed; an amount such as 0.9, or a layer's name or glob and one, 'fc*=0.9'"
+    )

@@ -264,7 +264,10 @@ class Plan(BaseModel):
         except OSError as error:
             raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a plan file.") from error
         except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: not JSON ({error}); a plan is a JSON file that `mpq plan` writes") from error
+            raise FormatError(
+                f"{path}: not JSON ({error}); a plan is a JSON file that `mpq plan` writes, or that `mpq inspect "
+                "CONTAINER --plan` takes out of a container"
+            ) from error
         return cls.from_document(document, str(path))
 
     @classmethod

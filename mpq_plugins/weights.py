@@ -212,7 +212,7 @@ def _refusal(weight: Tensor) -> str:
     if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
         return (
             "its weight is parametrized, lazy or on the meta device, so there is no stored value to quantize. Remove "
-            "the parametrization or materialise the weight first"
+            "the parametrization (mpq_plugins.finish does after prune and share) or materialise the weight first"
         )
     return _dtype_refusal(weight.dtype)
 

@@ -106,6 +106,8 @@ def test_from_a_factory_as_json(mpq: Mpq, folder: Path) -> None:
     document = json.loads(made.out)
     assert document["bytes"] == Container.open(folder / "x.mpq").size
     assert document["container"] == str(folder / "x.mpq")
+    assert document["left_out"] == []
+    assert 0 < document["all"]["entropy_bits"] <= 4 * document["all"]["weights"]
     back = json.loads(mpq("decompress", folder / "x.mpq", "-o", folder / "x.safetensors", "--json").out)
     assert back == {"checkpoint": str(folder / "x.safetensors"), "tensors": len(conv_net().state_dict())}
 
@@ -127,14 +129,16 @@ def test_what_a_checkpoint_holds_beside_its_weights_is_said(mpq: Mpq, folder: Pa
         (["compress", "net.safetensors", "plan.json", "-o", "net.safetensors"], "is the source itself"),
         (["compress", "net.safetensors", "plan.json", "-o", "plan.json"], "is the source itself"),
         (["compress", "net.safetensors", "plan.json", "-o", "no/x.mpq"], "there is no folder"),
-        (["compress", "net.safetensors", "plan.json", "-o", "."], "is a directory|is the source"),
+        (["compress", "net.safetensors", "plan.json", "-o", "."], "ends in .mpq"),
+        (["compress", "net.safetensors", "plan.json", "-o", "other.th"], "ends in .mpq"),
         (["compress", "nowhere.safetensors", "plan.json", "-o", "x.mpq"], "no such file"),
         (["compress", "net.safetensors", "net.safetensors", "-o", "x.mpq"], "not JSON"),
-        (["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "1"], "sparsity: 1.0 is not allowed"),
+        (["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "1"], "prune: 1.0 is not allowed"),
         (
             ["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "most"],
             "prune: 'most' is not allowed",
         ),
+        (["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "=0.5"], "prune: '=0.5' is not"),
         (["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "x=0.5"], "'x' matches no layer"),
         (
             ["compress", "net.safetensors", "plan.json", "-o", "x.mpq", "--prune", "0.5", "--prune", "0.6"],

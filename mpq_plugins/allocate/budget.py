@@ -137,7 +137,7 @@ class Budget:
         if self.parts and table.scheme.granularity == "per_tensor":
             raise SettingError(
                 "parts: under per_tensor each part would have a scale of its own, whose error no table knows; measure "
-                "per_channel, or give each layer one width (parts=False)"
+                "per_channel, or give each layer one width (parts=False, --no-parts)"
             )
         for b in self.bits:
             table.scheme.check_bits(b, "bits")

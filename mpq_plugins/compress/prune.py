@@ -72,7 +72,7 @@ class Deviations:
     def __post_init__(self) -> None:
         for amount in _values(self.count):
             if not (_is_number(amount) and 0 <= amount < float("inf")):
-                raise SettingError(f"deviations: {amount!r} is not allowed; 0 or more")
+                raise SettingError(f"prune: {amount!r} is not allowed; standard deviations, 0 or more")
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
         """Layer -> the least magnitude that stays."""
@@ -84,7 +84,12 @@ Pruning = Sparsity | GlobalSparsity | Deviations
 
 
 def checked_thresholds(pruning: Pruning, weights: Sequence[Weight]) -> dict[str, float]:
-    """Layer -> the least magnitude that stays. Raises SettingError where none would in a layer, WeightError on NaN."""
+    """Layer -> the least magnitude that stays.
+
+    Raises SettingError for what is no Pruning and where none would stay in a layer, WeightError on NaN.
+    """
+    if not isinstance(pruning, Pruning):
+        raise SettingError(f"prune: {pruning!r} is not allowed; Sparsity(0.9), GlobalSparsity(0.9) or Deviations(1.0)")
     largest = {weight.name: _largest(weight) for weight in weights}
     found = pruning.thresholds(weights)
     for name, threshold in found.items():
@@ -131,7 +136,10 @@ def _values(amounts: Amounts) -> Iterable[float]:
 
 def _check_share(share: float) -> None:
     if not (_is_number(share) and 0 <= share < 1):
-        raise SettingError(f"sparsity: {share!r} is not allowed; from 0 up to, but not, 1, where nothing would be left")
+        raise SettingError(
+            f"prune: {share!r} is not allowed; a share from 0 up to, but not, 1, where nothing would be left (0.9 for "
+            "nine tenths)"
+        )
 
 
 def _is_number(amount: object) -> bool:

@@ -136,15 +136,20 @@ def _thresholds(prune: Pruning, plan: Plan, source: _Source) -> dict[str, float]
         if name in choices and not choices[name].in_float
     }
     found = checked_thresholds(prune, [weight for weight in weights if weight.name in planned])
-    for name, threshold in found.items():
-        scheme, widths = planned[name].scheme, [part.bits for part in planned[name].groups]
-        without = [bits for bits in widths if bits not in FLOAT_BITS and not scheme.has_zero(bits)]
-        if threshold and without:
-            raise SettingError(
-                f"layer {name!r}: {scheme} has no 0 at {without[0]} bits, so pruned weights would come back. Give it "
-                "another width or scheme, or leave it out of the pruning."
-            )
+    without = {name: _without_zero(planned[name]) for name, threshold in found.items() if threshold}
+    lacking = [f"{name!r} ({planned[name].scheme}, {bits} bits)" for name, bits in without.items() if bits is not None]
+    if lacking:
+        raise SettingError(
+            "prune: there is no 0 at some widths, so pruned weights would come back: layers "
+            f"{first_few(lacking, ', ')}. Plan without these widths (bits), with another scheme, or prune other layers."
+        )
     return {planned[name].name: threshold for name, threshold in found.items()}
+
+
+def _without_zero(choice: LayerChoice) -> int | None:
+    """A width of the layer's, or of a part's, at which no weight is 0."""
+    widths = (part.bits for part in choice.groups if part.bits not in FLOAT_BITS)
+    return next((bits for bits in widths if not choice.scheme.has_zero(bits)), None)
 
 
 class _Writer:

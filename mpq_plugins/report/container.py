@@ -21,11 +21,14 @@ def layers_table(container: Container, stages: Mapping[str, Stages]) -> Table:
 def totals_table(stages: Mapping[str, Stages]) -> Table:
     """All layers together after each stage, and how many times smaller they are."""
     whole = total(stages.values())
-    sparse = f"without zeros, {whole.sparsity:.1%} of {whole.weights:,} weights"
+    sparse = f"in float without {whole.sparsity:.1%} zeros, with gaps"
     sizes = [
-        ("original", whole.original), (sparse, whole.sparse), ("codes, packed", whole.packed),
-        ("codes, Huffman", whole.huffman), ("codes, in the file", whole.stored),
-    ]  # fmt: skip
+        (f"original, {whole.weights:,} weights", whole.original),
+        (sparse, whole.sparse),
+        ("codes, packed", whole.packed),
+        ("codes, Huffman", whole.huffman),
+        ("codes, in the file", whole.stored),
+    ]
     rows = [(stage, bytes_text(size), f"{whole.original / max(1, size):.2f}x") for stage, size in sizes]
     return grid("", ("layers", "size", "smaller"), rows)
 
@@ -43,7 +46,7 @@ def summary_lines(container: Container, stages: Mapping[str, Stages]) -> list[st
         f"other tensors {bytes_text(others)}",
         f"plan, header  {bytes_text(around)}",
         f"in total      {bytes_text(container.size)}, {source / container.size:.2f}x smaller than the source's "
-        f"{bytes_text(source)}",
+        f"tensors, {bytes_text(source)}",
     ]
 
 
@@ -54,6 +57,7 @@ def container_json(container: Container, stages: Mapping[str, Stages]) -> dict[s
     return {
         "container": str(container.path),
         "made_with": container.header.made_with,
+        "left_out": container.header.left_out,
         "bytes": container.size,
         "source_bytes": whole.original + _others_original(container),
         "planned_bytes": container.plan.size().total_bytes,
@@ -87,4 +91,5 @@ def _numbers(own: Stages) -> tuple[str, ...]:
 
 def _json(own: Stages) -> dict[str, Any]:
     derived = ("packed", "huffman", "sparsity", "entropy_per_weight")
-    return {**vars(own), **{name: getattr(own, name) for name in derived}}
+    figures = {("entropy_bits" if name == "entropy" else name): value for name, value in vars(own).items()}
+    return {**figures, **{name: getattr(own, name) for name in derived}}

@@ -575,7 +575,9 @@ def test_maps_alone_never_put_a_limit_out_of_reach() -> None:
 
 def test_parts_are_refused_where_each_would_have_a_scale_of_its_own() -> None:
     table = seeded(SHAPES, scheme=Affine(range="mse"))
-    with pytest.raises(SettingError, match=r"parts: under per_tensor .*measure per_channel, or .*\(parts=False\)"):
+    with pytest.raises(
+        SettingError, match=r"parts: under per_tensor .*measure per_channel, or .*\(parts=False, --no-parts\)"
+    ):
         Budget(average_bits=3)(table)
     plan = Budget(average_bits=3, parts=False)(table)
     assert plan.size().average_bits <= 3

@@ -193,14 +193,15 @@ def test_tied_weights_would_come_apart() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sparsity(1.0), r"sparsity: 1.0 is not allowed; from 0 up to, but not, 1"),
-        (lambda: Sparsity(-0.1), "sparsity: -0.1"),
-        (lambda: Sparsity({"fc": float("nan")}), "sparsity: nan"),
-        (lambda: Sparsity("0.5"), "sparsity: '0.5'"),  # type: ignore[arg-type]
-        (lambda: GlobalSparsity(1), "sparsity: 1 is"),
-        (lambda: GlobalSparsity(True), "sparsity: True is"),
-        (lambda: Deviations(-1), "deviations: -1 is not allowed; 0 or more"),
-        (lambda: Deviations(float("inf")), "deviations: inf"),
+        (lambda: Sparsity(1.0), r"prune: 1.0 is not allowed; a share from 0 up to, but not, 1"),
+        (lambda: Sparsity(-0.1), "prune: -0.1"),
+        (lambda: Sparsity({"fc": float("nan")}), "prune: nan"),
+        (lambda: Sparsity("0.5"), "prune: '0.5'"),  # type: ignore[arg-type]
+        (lambda: GlobalSparsity(1), "prune: 1 is"),
+        (lambda: GlobalSparsity(True), "prune: True is"),
+        (lambda: Deviations(-1), "prune: -1 is not allowed; standard deviations, 0 or more"),
+        (lambda: Deviations(float("inf")), "prune: inf"),
+        (lambda: prune(conv_net(), 0.5), r"prune: 0.5 is not allowed; Sparsity\(0.9\)"),  # type: ignore[arg-type]
         (
             lambda: prune(conv_net(), Sparsity({"fcc": 0.5})),
             r"'fcc' matches no layer; names look like 'conv1', 'conv2'",

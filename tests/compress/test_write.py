@@ -299,12 +299,8 @@ def test_sizes_are_what_the_plan_promised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "bits", "message"),
     [
-        (
-            Affine(),
-            1,
-            "layer 'conv1': asymmetric per_tensor minmax has no 0 at 1 bits, so pruned weights would come back",
-        ),
-        (Piecewise(storage="shared"), 4, "layer 'conv1': two-region .* has no 0 at 4 bits"),
+        (Affine(), 1, r"layers 'conv1' \(asymmetric per_tensor minmax, 1 bits\), 'conv2' .* 'fc' .*, 1 bits\)\. Plan"),
+        (Piecewise(storage="shared"), 4, r"there is no 0 .*: layers 'conv1' \(two-region .*, 4 bits\), "),
     ],
 )
 def test_schemes_without_a_zero_cannot_be_pruned(tmp_path: Path, scheme: Scheme, bits: int, message: str) -> None:
