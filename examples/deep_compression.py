@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ class Setting:
     plan: Callable[[nn.Module], mpq.Plan]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A network, its data, and how it is compressed.
 
@@ -154,11 +154,16 @@ def main() -> None:
 
 def pruned(task: Task, setting: Setting, share: float = 1.0) -> nn.Module:
     """Pruned step by step, and trained after each; share: of every layer's sparsity."""
+    sparsity = tuple((layer, min(own * share, 0.99)) for layer, own in setting.sparsity.items())
+    return _pruned(task, sparsity, setting.steps)
+
+
+@cache  # tables and curves begin at the same networks
+def _pruned(task: Task, sparsity: tuple[tuple[str, float], ...], steps: tuple[float, ...]) -> nn.Module:
     net = task.net
-    for step in setting.steps:
+    for step in steps:
         # What is left goes down by the same factor each time.
-        sparsity = {layer: 1 - (1 - min(own * share, 0.99)) ** step for layer, own in setting.sparsity.items()}
-        masked = mpq.prune(net, mpq.Sparsity(sparsity))
+        masked = mpq.prune(net, mpq.Sparsity({layer: 1 - (1 - own) ** step for layer, own in sparsity}))
         net = mpq.finish(task.tune(masked, task.epochs, task.lr))
     return net.eval()
 

@@ -1,6 +1,5 @@
 """`mpq compress`, `mpq decompress` and `mpq inspect`: a model in one small file, back again, and what is in it."""
 
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_shared import json_option, print_json
-from .errors import CompressWarning, SettingError
+from .errors import SettingError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .compress.container import Container
@@ -49,7 +48,7 @@ def compress(
 ) -> None:
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
     from .cli_sources import check_output, resolve_source
-    from .compress import compress as write
+    from .compress.write import write  # which leaves it to its caller to say what was left out
     from .plan import Plan
     from .report.progress import progress_bar, say
 
@@ -59,8 +58,7 @@ def compress(
     pruning = _pruning(amounts, prune_by)
     plan = Plan.load(plan_file)
     resolved = resolve_source(source)
-    with progress_bar("compressing") as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore", CompressWarning)  # said below
+    with progress_bar("compressing") as progress:
         container = write(resolved, plan, output, prune=pruning, coding=coding, progress=progress)
     if container.header.left_out:
         say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
@@ -147,18 +145,18 @@ def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
             raise SettingError("prune-by: says what --prune counts; give --prune too")
         return None
     parsed = [_amount(entry) for entry in amounts]
-    plain = [amount for pattern, amount in parsed if pattern is None]
-    if len(plain) != (0 if all(pattern for pattern, _ in parsed) else len(parsed)) or len(plain) > 1:
+    patterns = [pattern for pattern, _ in parsed]
+    plain = patterns == [None]
+    if None in patterns and not plain:
         raise SettingError("prune: give one amount for all layers (0.9), or one for each glob ('fc*=0.9'), not both")
     if by == "network":
         if not plain:
             raise SettingError("prune: a share of the whole network is one amount, without globs")
-        return GlobalSparsity(plain[0])
-    patterns = [str(pattern) for pattern, _ in parsed]
+        return GlobalSparsity(parsed[0][1])
     twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
-    if not plain and twice is not None:
+    if twice is not None:
         raise SettingError(f"prune: {twice!r} is given twice; give one amount for it")
-    given = plain[0] if plain else dict(zip(patterns, (amount for _, amount in parsed), strict=True))
+    given = parsed[0][1] if plain else {str(pattern): amount for pattern, amount in parsed}
     return Deviations(given) if by == "deviations" else Sparsity(given)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -83,6 +83,11 @@ Channels = Annotated[
 ]
 
 
+def beyond_memory(shape: Sequence[int]) -> bool:
+    """Whether no memory holds a tensor of these sides, those of 0 left out."""
+    return math.prod(side for side in shape if side) > LARGEST_SHAPE
+
+
 def _check_depth(value: Any, most: int = DEEPEST) -> Any:
     """Refuse what is nested so deeply that it could be read but not written again."""
     if not most:
@@ -119,7 +124,7 @@ class LayerChoice(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         where = f"layer {self.name!r}"
-        if max(self.shape) > LARGEST_SIDE or math.prod(side for side in self.shape if side) > LARGEST_SHAPE:
+        if max(self.shape) > LARGEST_SIDE or beyond_memory(self.shape):
             raise ValueError(f"{where}: shape {self.shape} is beyond any memory")
         if math.prod(self.shape) != self.numel or self.channel_axis >= len(self.shape):
             raise ValueError(

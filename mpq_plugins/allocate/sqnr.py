@@ -12,7 +12,6 @@ a layer with four times the weights gets one bit less. A cheap reference: it loo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..errors import SettingError
 from ..plan import Plan
 from ..scheme import check_bits
 from ..table import LayerTable
+from ..validation import is_number
 from .base import Needs, make_plan
 from .limits import code_limit
 
@@ -75,7 +75,6 @@ class SQNR:
 
 
 def _average(value: Any) -> float:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value <= 64:
+    if not is_number(value) or not 0 < value <= 64:
         raise SettingError(f"average_bits: {value!r:.60} is not allowed; a number above 0, at most 64")
     return float(value)  # 4 and 4.0 make the same plan, to the byte

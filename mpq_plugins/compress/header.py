@@ -5,7 +5,7 @@ import lzma
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..checkpoints import CONTAINER_MAGIC, layer_name
 from ..errors import FormatError, first_few
-from ..plan import LayerChoice, Plan
+from ..plan import LayerChoice, Plan, beyond_memory
 from ..quantize.weight import WEIGHT_DTYPES
 from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES
@@ -26,7 +26,6 @@ CHECKSUM = struct.Struct("<I")
 PROLOGUE = FIELDS.size + CHECKSUM.size
 LARGEST_HEADER = 1 << 26  # bytes of JSON
 MOST_TIMES, ANYWAY = 200, 1 << 20  # as large as it is compressed, or this many bytes
-LARGEST_SHAPE = 1 << 62
 RESERVED = "__metadata__"  # in safetensors files
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
 
@@ -171,10 +170,15 @@ def check_records(header: Header, plan: Plan, blocks: int, path: Path) -> None:
         problem = _record_problem(record, plan, whole)
         if problem is not None:
             raise FormatError(f"{path}: tensor {record.name!r}: {problem}; the file is damaged")
-    held = {layer_name(record.name) for record in header.tensors if record.parts is not None}
-    missing = [repr(layer.name) for layer in plan.layers if held.isdisjoint(layer.names)]
+    missing = missing_layers(header.tensors, plan)
     if missing:
         raise FormatError(f"{path}: lacks layers that its plan has: {first_few(missing, ', ')}")
+
+
+def missing_layers(records: Iterable[TensorRecord], plan: Plan) -> list[str]:
+    """The plan's layers, in quotes, that no record is coded as."""
+    held = {layer_name(record.name) for record in records if record.parts is not None}
+    return [repr(layer.name) for layer in plan.layers if held.isdisjoint(layer.names)]
 
 
 def name_problem(name: str) -> str | None:
@@ -213,8 +217,9 @@ def _record_problem(record: TensorRecord, plan: Plan, whole: set[str]) -> str | 
         return "is neither a layer, nor plain, nor the same as another"
     if (record.same or record.parts) and record.shape:
         return "has a shape that others say"
-    if name_problem(record.name) is not None:
-        return name_problem(record.name)
+    problem = name_problem(record.name)
+    if problem is not None:
+        return problem
     if record.same is not None:
         return None if record.same in whole else f"is the same as {record.same!r}, which is not there"
     return _plain_problem(record) if record.parts is None else _layer_problem(record, record.parts, plan)
@@ -223,7 +228,7 @@ def _record_problem(record: TensorRecord, plan: Plan, whole: set[str]) -> str | 
 def _plain_problem(record: TensorRecord) -> str | None:
     if record.dtype not in DTYPES:
         return f"dtype {record.dtype!r} is not allowed; {', '.join(DTYPES)}"
-    if math.prod(side for side in record.shape if side) > LARGEST_SHAPE:
+    if beyond_memory(record.shape):
         return "has a shape beyond any memory"
     return _size_problem(math.prod(record.shape), record.streams[0][1])
 

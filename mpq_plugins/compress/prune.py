@@ -8,7 +8,6 @@ of each layer. What is 0 already counts as gone.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from ..duplicate import duplicate
 from ..errors import SettingError, WeightError
 from ..measure.chunks import over_chunks
 from ..patterns import matches
+from ..validation import is_number
 from ..weights import Weight, find_weights
 from .parametrized import Mask, put
 
@@ -71,7 +71,7 @@ class Deviations:
 
     def __post_init__(self) -> None:
         for amount in _values(self.count):
-            if not (_is_number(amount) and 0 <= amount < float("inf")):
+            if not (is_number(amount) and 0 <= amount < float("inf")):
                 raise SettingError(f"prune: {amount!r} is not allowed; standard deviations, 0 or more")
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
@@ -135,15 +135,11 @@ def _values(amounts: Amounts) -> Iterable[float]:
 
 
 def _check_share(share: float) -> None:
-    if not (_is_number(share) and 0 <= share < 1):
+    if not (is_number(share) and 0 <= share < 1):
         raise SettingError(
             f"prune: {share!r} is not allowed; a share from 0 up to, but not, 1, where nothing would be left (0.9 for "
             "nine tenths)"
         )
-
-
-def _is_number(amount: object) -> bool:
-    return isinstance(amount, Real) and not isinstance(amount, bool)
 
 
 def _by_layer(amounts: Amounts, weights: Sequence[Weight]) -> dict[str, float]:

@@ -5,7 +5,7 @@ Huffman coded (P+Q+H); and what the file really takes.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +24,7 @@ from .sparse import index_bits, to_relative
 class Stages:
     """One layer, or several together; sizes in bytes.
 
-    zeros: weights that are 0; entries: codes that are kept, fillers included, where zeros are left out; entropy: bits
+    zeros: weights that are 0; entries: codes that are kept, fillers included, where zeros are left out; entropy_bits:
     of the codes, zeros included, at the least, and of weights in float as they are; original: as in the source; sparse:
     the weights that are not 0 and the gaps between them, or all weights where that is less; tables: scales, zero points
     and centroids; packed_codes, packed_gaps, huffman_codes, huffman_gaps: the codes of entries and the gaps between
@@ -34,7 +34,7 @@ class Stages:
     weights: int
     zeros: int
     entries: int
-    entropy: float
+    entropy_bits: float
     original: int
     sparse: int
     tables: int
@@ -62,13 +62,13 @@ class Stages:
     @property
     def entropy_per_weight(self) -> float:
         """Bits."""
-        return self.entropy / max(1, self.weights)
+        return self.entropy_bits / max(1, self.weights)
 
 
 def total(stages: Iterable[Stages]) -> Stages:
     """All of them together."""
-    rows = [list(vars(own).values()) for own in stages]
-    return Stages(*map(sum, zip(*rows, strict=True))) if rows else Stages(0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0)
+    rows = list(stages)
+    return Stages(**{field.name: sum(getattr(own, field.name) for own in rows) for field in fields(Stages)})
 
 
 def layer_stages(container: Container, name: str) -> Stages:
@@ -79,8 +79,7 @@ def layer_stages(container: Container, name: str) -> Stages:
     itemsize = DTYPES[record.dtype].itemsize
     parts = zip(choice.groups, container.parts(name), strict=True)
     stages = [_part(part_shape(choice, part), own, choice, itemsize) for part, own in parts]
-    whole = total(stages)
-    return Stages(**{**vars(whole), "stored": record.block_bytes})
+    return replace(total(stages), stored=record.block_bytes)
 
 
 def planned(container: Container) -> list[str]:

@@ -24,6 +24,8 @@ MOST_A_BYTE = 1024
 """Values that a byte may stand for: what a damaged or malicious file can make of its own size."""
 
 LEVEL = 8  # at which 256 different codes have a bin each
+CODES = ChunkConfig(LEVEL, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op(), enable_8_bit=True)
+VALUES = ChunkConfig(LEVEL, enable_8_bit=True)
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ def code_stream(codes: Codes, bits: int, choice: Choice = "smallest") -> Stream:
     packed = Stream("packed", pack(codes, bits))
     if choice == "packed":
         return packed
-    config = ChunkConfig(LEVEL, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op(), enable_8_bit=True)
-    best = _smaller(packed, codes, config)
+    best = _smaller(packed, codes, CODES)
     counts = np.bincount(codes, minlength=2**bits)
     return Stream("huffman", encode(codes, 2**bits)) if coded_bytes(counts) < len(best.data) else best
 
@@ -48,7 +49,7 @@ def code_stream(codes: Codes, bits: int, choice: Choice = "smallest") -> Stream:
 def value_stream(values: NDArray[Any], choice: Choice = "smallest") -> Stream:
     """Numbers of any dtype (n,), as they are or entropy coded."""
     raw = Stream("raw", values.tobytes())
-    return raw if choice == "packed" else _smaller(raw, values, ChunkConfig(LEVEL, enable_8_bit=True))
+    return raw if choice == "packed" else _smaller(raw, values, VALUES)
 
 
 def _smaller(plain: Stream, values: NDArray[Any], config: ChunkConfig) -> Stream:

@@ -27,7 +27,17 @@ from . import Progress
 from .bitpack import Codes
 from .codes import PartCodes, PartShape, encode
 from .container import Container, numpy_dtype, part_shape, read_part
-from .header import PROLOGUE, Header, PartRecord, StreamRecord, TensorRecord, name_problem, write_block, write_header
+from .header import (
+    PROLOGUE,
+    Header,
+    PartRecord,
+    StreamRecord,
+    TensorRecord,
+    missing_layers,
+    name_problem,
+    write_block,
+    write_header,
+)
 from .prune import Pruning, checked_thresholds, pruned
 from .sparse import index_bits, to_relative
 from .streams import CHOICES, Choice, Stream, code_stream, possible, value_stream
@@ -159,11 +169,9 @@ class _Writer:
         self, file: BinaryIO, plan: Plan, thresholds: Mapping[str, float], coding: Choice, progress: Progress | None
     ) -> None:
         self.file, self.plan, self.thresholds, self.coding, self.progress = file, plan, thresholds, coding, progress
-        self.records: list[TensorRecord] = []
-        self.names: set[str] = set()
+        self.records: dict[str, TensorRecord] = {}
         self.stacks: dict[str, int] = {}
         self.stacked = stacks_of(plan.by_any_name)
-        self.written: set[str] = set()  # layers
         self.done, self.total = 0, sum(layer.numel for layer in plan.layers)
 
     def add_all(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -181,12 +189,12 @@ class _Writer:
 
     def finish(self, made_with: Mapping[str, str], left_out: tuple[str, ...]) -> None:
         """The header. Raises SourceError where a planned layer's weight was not among the tensors."""
-        missing = [repr(name) for name in self.plan.by_name if name not in self.written]
+        missing = missing_layers(self.records.values(), self.plan)
         if missing:
             raise SourceError(f"no tensor is the weight of {first_few(missing, ', ')}; does a hook rename state dicts?")
         header = Header(
             made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=json.loads(self.plan.to_json()),
-            tensors=tuple(self.records),
+            tensors=tuple(self.records.values()),
         )  # fmt: skip
         write_header(self.file, header)
         if self.progress is not None:
@@ -237,7 +245,6 @@ class _Writer:
             records.append(record)
             streams += own
         self._write(TensorRecord(name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records)), streams)
-        self.written.add(choice.name)
         self.done += choice.numel
 
     def _write(self, record: TensorRecord, streams: Sequence[Stream]) -> None:
@@ -246,12 +253,11 @@ class _Writer:
 
     def _keep(self, record: TensorRecord) -> None:
         problem = name_problem(record.name)
-        if record.name in self.names:
+        if record.name in self.records:
             problem = "another is called so too: a stack of experts, and one of them apart?"
         if problem is not None:
             raise SourceError(f"tensor {record.name!r}: {problem}; rename it")
-        self.names.add(record.name)
-        self.records.append(record)
+        self.records[record.name] = record
 
 
 def _part(

@@ -56,8 +56,7 @@ def _searched(
     from .kernel_kmeans import lloyd
 
     first, end = _zeros(values)
-    middle = first if end > first else len(values) // 2
-    total = _sums_from(values.astype(np.float64), middle)
+    total = _sums_from(values.astype(np.float64), _middle(values))
     begin = _optimal(values, starts, counts) if init == "optimal" else [_initial(values, k, init) for k in counts]
     for own in begin:
         lloyd(values, total, own, int(np.argmin(np.abs(own))) if end > first else -1, ROUNDS)
@@ -73,8 +72,8 @@ def _optimal(values: NDArray[np.float32], starts: NDArray[np.int64], counts: Seq
     bounds = np.append(cuts, len(values))
     zero = int(np.searchsorted(cuts, first)) if end > first else -1
     # Far from the middle squares would cancel, and so would sums that came by an outlier.
-    origin = 0.0 if zero >= 0 else float(values[len(values) // 2])
-    middle = first if zero >= 0 else len(values) // 2
+    middle = _middle(values)
+    origin = float(values[middle])
     shifted = values.astype(np.float64) - origin
     total, square = _sums_from(shifted, middle)[bounds], _sums_from(shifted**2, middle)[bounds]
     alone = _own_costs(shifted, cuts, zero)
@@ -125,6 +124,12 @@ def _sums_from(values: Floats, middle: int) -> Floats:
     np.cumsum(values[middle:], out=sums[middle + 1 :])
     sums[:middle] = -np.cumsum(values[:middle][::-1])[::-1]
     return sums
+
+
+def _middle(values: NDArray[np.float32]) -> int:
+    """Where the zeros begin, or else the median."""
+    first, end = _zeros(values)
+    return first if end > first else len(values) // 2
 
 
 def _zeros(values: NDArray[np.float32]) -> tuple[int, int]:

@@ -36,35 +36,40 @@ def totals_table(stages: Mapping[str, Stages]) -> Table:
 def summary_lines(container: Container, stages: Mapping[str, Stages]) -> list[str]:
     """What the file takes, beside what its plan promised and what the source took."""
     whole = total(stages.values())
-    promised = container.plan.size().total_bytes
-    others = sum(record.block_bytes for record in container.header.tensors if record.parts is None)
-    around = container.size - whole.stored - others
-    source = whole.original + _others_original(container)
+    sizes = _sizes(container, whole)
+    text = {name: bytes_text(size) for name, size in sizes.items()}
     return [
         f"layers        {bytes_text(whole.stored)} in the file, {8 * whole.stored / max(1, whole.weights):.3f} bits a "
-        f"weight, {whole.original / max(1, whole.stored):.2f}x smaller; their plan promised {bytes_text(promised)}",
-        f"other tensors {bytes_text(others)}",
-        f"plan, header  {bytes_text(around)}",
-        f"in total      {bytes_text(container.size)}, {source / container.size:.2f}x smaller than the source's "
-        f"tensors, {bytes_text(source)}",
+        f"weight, {whole.original / max(1, whole.stored):.2f}x smaller; their plan promised {text['planned_bytes']}",
+        f"other tensors {text['other_tensors_bytes']}",
+        f"plan, header  {text['plan_and_header_bytes']}",
+        f"in total      {text['bytes']}, {sizes['source_bytes'] / container.size:.2f}x smaller than the source's "
+        f"tensors, {text['source_bytes']}",
     ]
 
 
 def container_json(container: Container, stages: Mapping[str, Stages]) -> dict[str, Any]:
     """Every figure."""
     whole = total(stages.values())
-    others = sum(record.block_bytes for record in container.header.tensors if record.parts is None)
     return {
         "container": str(container.path),
         "made_with": container.header.made_with,
         "left_out": container.header.left_out,
+        **_sizes(container, whole),
+        "layers": {_layer(container, name): _json(own) for name, own in stages.items()},
+        "all": _json(whole),
+    }
+
+
+def _sizes(container: Container, whole: Stages) -> dict[str, int]:
+    """Bytes of the file and of its pieces, and what the source and the plan have for them."""
+    others = sum(record.block_bytes for record in container.header.tensors if record.parts is None)
+    return {
         "bytes": container.size,
         "source_bytes": whole.original + _others_original(container),
         "planned_bytes": container.plan.size().total_bytes,
         "other_tensors_bytes": others,
         "plan_and_header_bytes": container.size - whole.stored - others,
-        "layers": {_layer(container, name): _json(own) for name, own in stages.items()},
-        "all": _json(whole),
     }
 
 
@@ -91,5 +96,4 @@ def _numbers(own: Stages) -> tuple[str, ...]:
 
 def _json(own: Stages) -> dict[str, Any]:
     derived = ("packed", "huffman", "sparsity", "entropy_per_weight")
-    figures = {("entropy_bits" if name == "entropy" else name): value for name, value in vars(own).items()}
-    return {**figures, **{name: getattr(own, name) for name in derived}}
+    return {**vars(own), **{name: getattr(own, name) for name in derived}}

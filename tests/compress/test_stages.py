@@ -38,8 +38,8 @@ def test_a_pruned_and_shared_layer(tmp_path: Path) -> None:
     assert found.huffman_codes + found.huffman_gaps < found.packed_codes + found.packed_gaps
     assert found.huffman == found.tables + found.huffman_codes + found.huffman_gaps
     counts = np.unique(weight, return_counts=True)[1]
-    assert found.entropy == pytest.approx(-sum(n * math.log2(n / 5000) for n in counts))
-    assert found.entropy / 8 < found.stored == container.records["0.weight"].block_bytes <= found.huffman + 4 + 4
+    assert found.entropy_bits == pytest.approx(-sum(n * math.log2(n / 5000) for n in counts))
+    assert found.entropy_bits / 8 < found.stored == container.records["0.weight"].block_bytes <= found.huffman + 4 + 4
 
 
 def test_an_unpruned_layer_keeps_all_codes(tmp_path: Path) -> None:
