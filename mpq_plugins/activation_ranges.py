@@ -127,6 +127,11 @@ def refuse_input_ranges(model: nn.Module) -> None:
         )
 
 
+def is_input_quantizer(hook: object) -> bool:
+    """Whether a forward pre-hook is the one that quantizes a layer's input in the range it carries."""
+    return hook is _quantize
+
+
 def _quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
     found = {name: getattr(module, NAME, None) for name, module in model.named_modules()}
     return {name: own for name, own in found.items() if isinstance(own, InputQuantizer)}

@@ -20,14 +20,26 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Left to right, as data flows; a part imports only its own layer and those before it.
 FLOW = (
-    ("buffers", "duplicate", "errors", "files", "fingerprint", "journal", "patterns", "scheme", "validation"),
+    (
+        "activation_ranges",
+        "buffers",
+        "duplicate",
+        "errors",
+        "files",
+        "fingerprint",
+        "journal",
+        "patterns",
+        "plain",
+        "scheme",
+        "validation",
+    ),
     ("quantize",),
     ("batches", "checkpoints", "fold", "registry", "roles", "shards", "tensor_files", "weights"),
     ("table",),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),
     ("allocate", "guard", "legalise"),
-    ("activation_ranges", "lower", "match", "simulate"),
+    ("lower", "match", "simulate"),
     ("apply", "correct", "correction", "rewrite", "synthetic"),
     ("reconstruct",),
     ("compress",),
