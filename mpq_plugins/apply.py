@@ -40,8 +40,7 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     """
     import torch
 
-    from .duplicate import duplicate
-    from .fold import fold_batch_norm
+    from .fold import folded_copy
     from .match import match
     from .simulate import simulate
     from .weights import quantizable_weights
@@ -56,7 +55,7 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
         )
-    quantized = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    quantized = folded_copy(model, plan)
     choices = plan.by_any_name
     with torch.no_grad():
         for name, weight in quantizable_weights(quantized).items():

@@ -98,7 +98,7 @@ def reconstruct(
         raise SettingError(f"output: {output} is no file; name another")
     score = named_function(evaluation) if evaluation is not None else None
     plan = Plan.load(plan_file)
-    model = make_module(source).eval()
+    model = make_module(source)
     partial = output.with_name(f"{output.name}.partial")
     batches = calibration_batches(calibration)
     _require_same_names(model, plan, batches, settings["correct"])
@@ -127,13 +127,13 @@ def _bytes(gibibytes: float) -> int:
 def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any]", correcting: bool) -> None:
     """Refuse, before the work, a result that the factory's model could not load. Raises SettingError."""
     from .correct import correct
-    from .fold import fold_batch_norm
+    from .fold import folded_copy
 
     if correcting:
         with redirect_stdout(sys.stderr):
             made = correct(model, plan, batches)
     elif plan.fold_bn:
-        made = fold_batch_norm(model)
+        made = folded_copy(model, plan)
     else:
         return
     own, others = model.state_dict().keys(), made.state_dict().keys()

@@ -96,7 +96,7 @@ def resolve_source(text: str) -> "Path | nn.Module":
 
 
 def make_module(text: str) -> "nn.Module":
-    """The module that `package.module:factory` returns. Raises SourceError."""
+    """The module that `package.module:factory` returns, in evaluation mode, as it will run. Raises SourceError."""
     from torch import nn
 
     try:
@@ -108,7 +108,7 @@ def make_module(text: str) -> "nn.Module":
         raise SourceError(f"{text}: the factory cannot be called ({type(error).__name__}: {error})") from error
     if not isinstance(made, nn.Module):
         raise SourceError(f"{text}: returned a {type(made).__name__}; a torch.nn.Module is needed")
-    return made
+    return made.eval()
 
 
 def named_function(text: str) -> Callable[..., Any]:

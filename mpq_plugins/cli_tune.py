@@ -67,7 +67,7 @@ def tune(
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     run = _tuner(backend)
     evaluate = silenced(named_function(evaluation)) if as_json else named_function(evaluation)
-    model: nn.Module = make_module(source).eval()
+    model: nn.Module = make_module(source)
     table = measure_now(model, joint_needs(allocators), request, None)
     with progress_bar("tuning") as progress:
         plans = [made(table) for made in allocators]

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from .apply import apply
 from .batches import checked_batches, evaluating, first_input, run_model
 from .correct import Progress
-from .duplicate import duplicate
 from .errors import SettingError, first_few
-from .fold import BATCH_NORMS, CONVOLUTIONS, fold_batch_norm, is_plain
+from .fold import BATCH_NORMS, CONVOLUTIONS, folded_copy, is_plain
 from .match import match
 from .measure.moments import second_moments, weight_users
 from .plan import Plan
@@ -39,7 +38,7 @@ def corrected(
         raise SettingError(f"shrinkage: {shrinkage!r} is not allowed; a number from 0 to 2")
     match(plan, model).require(type(model).__name__)
     given = checked_batches(batches)
-    copied = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    copied = folded_copy(model, plan)
     exact = copy.deepcopy(copied) if fit_ranges else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)

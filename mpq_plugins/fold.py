@@ -1,50 +1,37 @@
-"""Folding BatchNorm into the convolution before it, through torch's own fusion utilities."""
+"""Folding BatchNorm into the convolution before it, the way backends do before they quantize.
+
+    y = gamma (W x - mu) / sqrt(var + eps) + beta  =  (gamma / sqrt(var + eps)) W x + beta'
+
+Only layers and norms that compute as torch's own (plain.py) are folded, and norms that normalise by stored statistics.
+"""
 
 from collections import Counter
-from collections.abc import Callable
-from threading import Lock, get_ident
-from typing import Any
+from collections.abc import Collection
+from typing import Protocol
 
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .duplicate import duplicate
-from .errors import SourceError, what_it_said
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# While it traces, torch.fx replaces nn.Module.__call__ for the whole process: one trace at a time.
-_TRACING = Lock()
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from .errors import SettingError, SourceError, first_few
+from .plain import is_plain, standard_class
+from .tracing import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, borrowed_parameters, memory, trace
 
 
-class _Tracer(torch.fx.Tracer):
-    """Takes a user's own subclass of a layer or BatchNorm for what it is, not for code to look into.
+class Folded(Protocol):
+    """What says whether BatchNorm was folded in when its layers were measured: a LayerTable or a Plan."""
 
-    torch.fx patches nn.Module for the whole process while it traces; other threads get what they would without it.
-    """
+    @property
+    def fold_bn(self) -> bool:
+        """Whether it was."""
+        ...
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.thread = get_ident()
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if get_ident() != self.thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *BATCH_NORMS)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Layers left alone on request."""
+        ...
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -52,85 +39,85 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
-def conv_bn_pairs(model: nn.Module) -> dict[str, str]:
-    """Convolution name -> the BatchNorm that alone consumes its output.
+def conv_bn_pairs(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str]:
+    """Convolution name -> the BatchNorm that alone consumes its output and can be folded into it.
 
-    A convolution with several consumers or a shared weight, and either module when called more than once, stays
-    unfolded: the result would be another function. Raises SourceError where torch.fx cannot trace the model.
+    A convolution with several consumers or a shared weight, either module when called more than once, computing in its
+    own way or lending a parameter to a functional call, a BatchNorm that normalises by its batch, and a skipped
+    convolution stay unfolded: the result would be another function. Raises SourceError where torch.fx cannot trace the
+    model.
     """
     if not has_batch_norm(model):
         return {}
-    return _pairs(_trace(model), model)
+    return _pairs(trace(model), model, skip)
 
 
 def unfolded_norms(model: nn.Module) -> dict[str, str]:
     """Convolution or linear layer -> a BatchNorm that it feeds and that is not folded into it.
 
-    Backends that fold by themselves take them for a pair all the same. Raises SourceError as conv_bn_pairs.
+    Backends that fold by themselves, by torch's exact classes, parametrized or not, take them for a pair all the same.
+    Raises SourceError as conv_bn_pairs.
     """
     if not has_batch_norm(model):
         return {}
-    graph = _trace(model)
-    pairs, modules = _pairs(graph, model), dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, str] = {}
-    for node in graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(source, torch.fx.Node) or source.op != "call_module":
-            continue
-        layer, norm = str(source.target), str(node.target)
-        feeds = isinstance(modules[layer], (nn.Linear, *CONVOLUTIONS)) and isinstance(modules[norm], BATCH_NORMS)
-        if feeds and pairs.get(layer) != norm:
-            found[layer] = norm
-    return found
+    graph = trace(model)
+    pairs = _pairs(graph, model, ())
+    fed = [(str(layer.target), norm) for layer, norm in _fed_norms(graph, model, (nn.Linear, *CONVOLUTIONS))]
+    return {layer: norm for layer, norm in fed if pairs.get(layer) != norm and _is_torchs(model, layer)}
 
 
 def borrowed_weights(model: nn.Module) -> set[str]:
-    """Names of the layers' parameters that functional calls use, as far as torch.fx can see; none where it cannot."""
+    """Names of parameters that functional calls use, as far as torch.fx can see; none where it cannot."""
     try:
-        graph = _trace(model)
+        return borrowed_parameters(model)
     except SourceError:
         return set()
-    return {str(node.target) for node in graph.nodes if node.op == "get_attr"}
 
 
-def _pairs(graph: torch.fx.Graph, model: nn.Module) -> dict[str, str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
-    sharers = Counter(id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS))
-    pairs: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or not node.args:
-            continue
-        source = node.args[0]
-        if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) > 1:
-            continue
-        conv, norm = modules[str(source.target)], modules[str(node.target)]
-        if not isinstance(conv, CONVOLUTIONS) or not isinstance(norm, BATCH_NORMS):
-            continue
-        if isinstance(conv, TRANSPOSED) and conv.groups > 1:
-            continue  # torch's fusion does not know how their channels are spread over groups
-        if sharers[id(conv.weight)] > 1:
-            continue
-        if is_plain(norm) and calls[id(conv)] == 1 and calls[id(norm)] == 1 and norm.running_mean is not None:
-            pairs[str(source.target)] = str(node.target)
-    return pairs
+def training_norms(model: nn.Module) -> list[str]:
+    """BatchNorms that normalise by their batch although they have statistics: those in training mode."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BATCH_NORMS) and module.training and module.running_mean is not None
+    ]
 
 
-def is_plain(norm: nn.Module) -> bool:
-    """Whether a BatchNorm's forward is torch's own; a subclass with its own does more than normalise."""
-    return any(type(norm).forward is kind.forward for kind in BATCH_NORMS)
+def folded_copy(model: nn.Module, measured: Folded) -> nn.Module:
+    """A copy of the model as it was when a table or plan was measured: with BatchNorm folded into its layers, or not.
+
+    Raises SettingError for a model that cannot be copied, or whose BatchNorms, folded then, are in training mode now.
+    """
+    if not measured.fold_bn:
+        return duplicate(model)
+    trained = training_norms(model)
+    if trained and not conv_bn_pairs(model, measured.skipped):
+        raise SettingError(
+            f"{type(model).__name__}: BatchNorm was folded in when its layers were measured, and "
+            f"{first_few([repr(name) for name in trained], ', ')} are in training mode now, where they normalise by "
+            "their batch; call model.eval()"
+        )
+    return fold_batch_norm(model, measured.skipped)
 
 
-def _trace(model: nn.Module) -> torch.fx.Graph:
-    try:
-        with _TRACING:
-            return _Tracer().trace(model)
-    except Exception as error:  # a user's forward may raise anything while being traced
-        raise SourceError(
-            f"{type(model).__name__}: cannot be traced to find which BatchNorm follows which convolution "
-            f"({what_it_said(error)}). "
-            "Measure with fold_bn=False, or per_channel, where folding changes no code."
-        ) from error
+def fold_batch_norm(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
+    """A copy of the model with every foldable BatchNorm folded and replaced by Identity; same layer names.
+
+    skip: convolutions that keep their BatchNorm.
+    """
+    model = duplicate(model)
+    fold_in_place(model, skip)
+    return model
+
+
+def fold_in_place(model: nn.Module, skip: Collection[str] = ()) -> None:
+    """Fold the model itself. Raises SourceError where torch.fx cannot trace it."""
+    for conv_name, norm_name in conv_bn_pairs(model, skip).items():
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv.weight, conv.bias = _fold(conv, norm)
+        for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
+            parent, _, own = alias.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Identity().train(norm.training))
 
 
 def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
@@ -138,21 +125,66 @@ def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
     return _fold(conv, norm)[0].detach()
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of the model with every foldable BatchNorm folded and replaced by Identity; same layer names."""
-    model = duplicate(model)
-    fold_in_place(model)
-    return model
+def normalises_by_statistics(norm: nn.Module) -> bool:
+    """Whether a BatchNorm is torch's own and gives the same for a sample whatever batch it is in."""
+    if not isinstance(norm, BATCH_NORMS) or norm.training or not is_plain(norm):
+        return False
+    return norm.running_mean is not None and norm.running_var is not None
 
 
-def fold_in_place(model: nn.Module) -> None:
-    """Fold the model itself. Raises SourceError where torch.fx cannot trace it."""
-    for conv_name, norm_name in conv_bn_pairs(model).items():
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        conv.weight, conv.bias = _fold(conv, norm)
-        for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
-            parent, _, own = alias.rpartition(".")
-            setattr(model.get_submodule(parent), own, nn.Identity().train(norm.training))
+def _is_torchs(model: nn.Module, layer: str) -> bool:
+    module = model.get_submodule(layer)
+    return type_before_parametrizations(module) is standard_class(module)
+
+
+def _pairs(graph: torch.fx.Graph, model: nn.Module, skip: Collection[str]) -> dict[str, str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    weights = Counter(memory(weight) for weight in {id(p): p for p in model.parameters()}.values())
+    shared = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    skipped = {id(modules[name]) for name in skip if name in modules}
+
+    def alone(conv: nn.Module, norm: nn.Module) -> bool:
+        weight = conv.weight
+        assert isinstance(weight, Tensor)
+        return calls[id(conv)] == calls[id(norm)] == shared[id(weight)] == weights[memory(weight)] == 1
+
+    candidates = {}
+    for layer, name in _fed_norms(graph, model, CONVOLUTIONS):
+        conv, norm = modules[str(layer.target)], modules[name]
+        if len(layer.users) == 1 and id(conv) not in skipped and _can_fold(conv, norm) and alone(conv, norm):
+            candidates[str(layer.target)] = name
+    if not candidates:
+        return {}
+    lenders = {id(modules[name.rpartition(".")[0]]) for name in borrowed_parameters(model)}
+    return {c: n for c, n in candidates.items() if not lenders & {id(modules[c]), id(modules[n])}}
+
+
+def _fed_norms(
+    graph: torch.fx.Graph, model: nn.Module, kinds: tuple[type[nn.Module], ...]
+) -> list[tuple[torch.fx.Node, str]]:
+    """Calls of layers of these kinds, and the BatchNorms that take what they give."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    pairs = [(module_input(node), node) for node in graph.nodes]
+    return [
+        (layer, str(norm.target))
+        for layer, norm in pairs
+        if isinstance(layer, torch.fx.Node) and layer.op == "call_module"
+        and isinstance(modules[str(layer.target)], kinds) and isinstance(modules[str(norm.target)], BATCH_NORMS)
+    ]  # fmt: skip
+
+
+def module_input(node: torch.fx.Node) -> object:
+    """What a module is called on, by position or by name; None for other nodes."""
+    if node.op != "call_module":
+        return None
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:
+    if isinstance(conv, TRANSPOSED) and conv.groups > 1:
+        return False  # torch's fusion does not know how their channels are spread over groups
+    return is_plain(conv) and normalises_by_statistics(norm)
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

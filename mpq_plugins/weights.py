@@ -133,7 +133,6 @@ def find_weights(
         pairs = conv_bn_pairs(source) if fold_bn else {}
         found, left_alone = _module_weights(source, pairs)
         config: Config = dict
-        folded = bool(pairs)
         where = type(source).__name__
     else:
         if fold_bn:
@@ -143,7 +142,7 @@ def find_weights(
             )
         config = cache(partial(read_config, Path(source)))
         found, left_alone = _stored_weights(open_checkpoint(Path(source)), config)
-        folded = False
+        pairs = {}
         where = str(source)
     kept = _select(found, skip, only, where, config)
     if not kept:
@@ -153,7 +152,7 @@ def find_weights(
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in found if weight.name not in names)
-    return Weights(tuple(kept), skipped, tuple(left_alone), folded)
+    return Weights(tuple(kept), skipped, tuple(left_alone), folded=any(weight.name in pairs for weight in kept))
 
 
 def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:

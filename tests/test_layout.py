@@ -34,7 +34,7 @@ FLOW = (
         "validation",
     ),
     ("quantize",),
-    ("batches", "checkpoints", "fold", "registry", "roles", "shards", "tensor_files", "weights"),
+    ("batches", "checkpoints", "fold", "registry", "roles", "shards", "tensor_files", "tracing", "weights"),
     ("table",),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),

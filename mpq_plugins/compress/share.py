@@ -8,9 +8,8 @@ which is what differentiating w_ij = c[code_ij] gives.
 import torch
 from torch import Tensor, nn
 
-from ..duplicate import duplicate
 from ..errors import SettingError
-from ..fold import fold_batch_norm
+from ..fold import folded_copy
 from ..match import match
 from ..plan import LayerChoice, Plan
 from ..quantize.codebook import quantize
@@ -55,7 +54,7 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
     another model, SettingError for a layer under another scheme, partly in floating point, or with a tied weight.
     """
     match(plan, model).require(type(model).__name__)
-    shared = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    shared = folded_copy(model, plan)
     for weight in find_weights(shared, refuse=False):
         choice = next((plan.by_any_name[name] for name in weight.names if name in plan.by_any_name), None)
         if choice is not None and not choice.in_float:

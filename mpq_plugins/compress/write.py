@@ -15,7 +15,7 @@ from ..checkpoints import find_state_dict, layer_name, load_torch, open_checkpoi
 from ..errors import SettingError, SourceError, VerifyError, first_few
 from ..files import atomic_path, exists
 from ..fingerprint import tensor_bytes
-from ..fold import fold_batch_norm
+from ..fold import folded_copy
 from ..match import match
 from ..plan import LayerChoice, Part, Plan
 from ..quantize.weight import check_weight
@@ -94,7 +94,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _opened(source: nn.Module | str | Path, plan: Plan) -> _Source:
     if isinstance(source, nn.Module):
         match(plan, source).require(type(source).__name__)
-        model = fold_batch_norm(source) if plan.fold_bn else source
+        model = folded_copy(source, plan) if plan.fold_bn else source
         state = model.state_dict()
         return _Source(stored_tensors(state), model, _no_tensors(state))
     match(plan, source).require(str(source))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import SettingError
+from ..errors import MeasureWarning, SettingError, first_few
 from ..files import exists
 from ..fingerprint import fingerprint
-from ..fold import has_batch_norm
+from ..fold import has_batch_norm, training_norms
 from ..quantize.kernel import kernel_name
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
@@ -57,7 +58,10 @@ def run(
     request = Request(scheme, widths, checked_metrics(metrics), per_channel, kernel_name(), found_device)
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
-    weights = find_weights(source, skip=skip, only=only, fold_bn=resolve_fold(source, scheme, fold_bn))
+    fold = resolve_fold(source, scheme, fold_bn)
+    if fold:
+        _check_norms(source, fold_bn)
+    weights = find_weights(source, skip=skip, only=only, fold_bn=fold)
     for weight in weights:  # what does not fit a layer is found before the first one is measured
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(widths), weight.shape, weight.channel_axis, weight.channels, weight.name)
@@ -219,6 +223,20 @@ def resolve_fold(source: nn.Module | str | Path, scheme: Scheme, fold_bn: bool |
     if not isinstance(fold_bn, bool):
         raise SettingError(f"fold_bn: {fold_bn!r} is not allowed; True, False or 'auto'")
     return fold_bn
+
+
+def _check_norms(source: nn.Module | str | Path, fold_bn: bool | Literal["auto"]) -> None:
+    """Say that norms in training mode are not folded; raise SettingError where that was asked for."""
+    trained = training_norms(source) if isinstance(source, nn.Module) else []
+    if not trained:
+        return
+    text = (
+        f"fold_bn: BatchNorm is in training mode ({first_few([repr(name) for name in trained], ', ')}), where it "
+        "normalises by its batch and cannot be folded"
+    )
+    if fold_bn is True:
+        raise SettingError(f"{text}; call model.eval(), or measure with fold_bn=False")
+    warnings.warn(MeasureWarning(f"{text}; call model.eval() first to have it folded"), stacklevel=4)
 
 
 def checked_bits(bits: Sequence[int], scheme: Scheme) -> tuple[int, ...]:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from .. import registry
 from ..batches import call_model, checked_batches, evaluating, own_copy
-from ..duplicate import duplicate
 from ..errors import MismatchError, SettingError, first_few
 from ..fingerprint import batches_digest, model_digest, source_digest
-from ..fold import fold_batch_norm
+from ..fold import folded_copy
 from ..journal import Journal
 from ..quantize.fake import fake_quantize
 from ..quantize.fitted import check_fits, fitted
@@ -166,7 +165,7 @@ def run(
     given = checked_batches(batches)
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
-    copied = fold_batch_norm(model) if table.fold_bn else duplicate(model)
+    copied = folded_copy(model, table)
     weights = _weights(copied, table)
     kept = None
     if journal is not None:

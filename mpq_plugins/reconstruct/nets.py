@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_map
 from ..activation_ranges import quantize_input
 from ..batches import evaluating
 from ..correct import correct
-from ..duplicate import duplicate
 from ..errors import SettingError
-from ..fold import fold_batch_norm
+from ..fold import folded_copy
 from ..plan import Plan
 from ..weights import quantizable_weights
 from .adaround import nearest, require_affine
@@ -45,7 +44,7 @@ class Nets:
         cls, model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Settings, device: torch.device
     ) -> "Nets":
         """Copies of the model. Raises SettingError for blocks that cannot be found or captured."""
-        exact = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+        exact = folded_copy(model, plan)
         rough = correct(model, plan, batches) if settings.correct else copy.deepcopy(exact)
         for net in (exact, rough):
             net.to(device).requires_grad_(False)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpq_plugins import Affine, LayerTable, measure
-from mpq_plugins.errors import SettingError
+from mpq_plugins.errors import MeasureWarning, SettingError
 from mpq_plugins.measure import chunks
 from mpq_plugins.quantize import kernel
 from mpq_plugins.quantize.affine import fake_quantize, quantize
@@ -111,7 +111,11 @@ def test_counting_macs_leaves_the_model_as_it_was() -> None:
     mean = net.bn1.running_mean
     assert mean is not None
     before = mean.clone()
-    measure(net, example_input=torch.ones(2, 3, 8, 8))
+    with pytest.warns(MeasureWarning, match=r"in training mode \('bn1'\)"):
+        table = measure(net, example_input=torch.ones(2, 3, 8, 8))
+    assert table.fold_bn  # by bn2, which is in evaluation mode
+    with pytest.raises(SettingError, match="call model.eval"):
+        measure(net, fold_bn=True)
     assert net.training
     assert not net.bn2.training
     assert mean.equal(before)
