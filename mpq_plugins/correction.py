@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from .apply import apply
 from .batches import checked_batches, evaluating, first_input, run_model
+from .behaviour import adds_its_bias, follows_its_statistics
 from .correct import Progress
 from .errors import SettingError, first_few
-from .fold import BATCH_NORMS, CONVOLUTIONS, folded_copy, is_plain
+from .fold import borrowed_weights, folded_copy
 from .match import match
 from .measure.moments import second_moments, weight_users
+from .measure.own_output import watching
+from .plain import is_plain
 from .plan import Plan
 from .quantize.fitted import check_fits, fitted
 from .quantize.weight import check_weight
 from .scheme import FLOAT_BITS
+from .tracing import BATCH_NORMS, CONVOLUTIONS
 from .weights import layer_kind, quantizable_weights
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
@@ -141,6 +145,35 @@ def _targets(model: nn.Module, plan: Plan) -> list[str]:
     ]
 
 
+def _correctable(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> list[str]:
+    """Those whose bias or statistics do what they do in torch's classes; the others are named in a warning.
+
+    A bias or statistics that a functional call uses too are left as they are.
+    """
+    modules = dict(model.named_modules())
+    odd = {modules[name]: name for name in names if not is_plain(modules[name])}
+    follows: dict[str, bool] = {}
+
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        name = odd[module]
+        if isinstance(module, BATCH_NORMS):
+            follows[name] = follows.get(name, True) and follows_its_statistics(module, args, kwargs)
+        elif isinstance(output, Tensor):
+            axis = _channel_axis(module, output)
+            follows[name] = follows.get(name, True) and adds_its_bias(module, axis, args, kwargs)
+
+    with watching(list(odd), seen):
+        for batch in batches[: 1 if odd else 0]:
+            run_model(model, batch)
+    corrected = {f"{name}.{own}": name for name in names for own in ("bias", "running_mean", "running_var")}
+    lent = {corrected[parameter] for parameter in borrowed_weights(model) if parameter in corrected}
+    left = [name for name in names if name in lent or not follows.get(name, modules[name] not in odd)]
+    if left:
+        named = first_few([repr(name) for name in left], ", ")
+        warnings.warn(f"not corrected, for they compute in their own way or lend what would be: {named}", stacklevel=4)
+    return [name for name in names if name not in left]
+
+
 def _measure(
     exact: nn.Module, rough: nn.Module, plan: Plan, batches: Sequence[Any], progress: Progress | None
 ) -> tuple[dict[str, _Shift], list[str]]:
@@ -148,7 +181,7 @@ def _measure(
 
     Layers that feed a BatchNorm leave the correction to it.
     """
-    names = _targets(exact, plan)
+    names = _correctable(exact, _targets(exact, plan), batches)
     shifts: dict[str, _Shift] = {}
     feeders: set[str] = set()
     for position, batch in enumerate(batches):
@@ -238,11 +271,11 @@ def _hooked(
 
     def before(name: str, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         norm(name, module, first_input(args, kwargs))
-        if not is_plain(module):  # its forward does more, so it is its own that runs, in training without learning
+        if name not in plain:  # its forward does more, so it is its own that runs, in training without learning
             module.training, module.momentum, module.kept_momentum = True, 0.0, module.momentum
 
-    def after_norm(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
-        if is_plain(module):
+    def after_norm(name: str, module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+        if name in plain:
             return _by_batch(module, first_input(args, kwargs))
         module.training, module.momentum = False, module.kept_momentum
         del module.kept_momentum
@@ -257,11 +290,12 @@ def _hooked(
 
     handles = []
     modules = dict(net.named_modules())
+    plain = {name for name in names if is_plain(modules[name])}
     for name in names:
         module = modules[name]
         if isinstance(module, BATCH_NORMS):
             handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after_norm, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(after_norm, name), with_kwargs=True))
         else:
             handles.append(module.register_forward_hook(lambda m, _, o, name=name: after_layer(name, m, o)))
     try:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Protocol
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -192,7 +193,8 @@ def _fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]
     assert isinstance(norm, BATCH_NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    return fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
-        transpose=isinstance(conv, TRANSPOSED),
-    )  # fmt: skip
+    with torch.no_grad():  # weights made in inference mode cannot be kept for a gradient
+        return fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias,
+            transpose=isinstance(conv, TRANSPOSED),
+        )  # fmt: skip

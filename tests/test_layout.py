@@ -40,7 +40,7 @@ FLOW = (
     ("plan", "objective", "plan_error", "size"),
     ("allocate", "guard", "legalise"),
     ("lower", "match", "simulate"),
-    ("apply", "correct", "correction", "rewrite", "synthetic"),
+    ("apply", "behaviour", "correct", "correction", "rewrite", "synthetic"),
     ("reconstruct",),
     ("compress",),
     ("scores",),

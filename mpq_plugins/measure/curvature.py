@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batches import one_sample, sample_count
-from ..errors import SettingError
+from ..errors import SettingError, first_sentence
 from .sensitivities import Curves, Job, unreached
 
 
@@ -33,7 +34,7 @@ class Fisher:
         reached: set[str] = set()
         for done, sample in enumerate(_samples(job.batches)):
             job.said(done, total)
-            gradients = torch.autograd.grad(_loss(job, sample), weights, allow_unused=True)
+            gradients = _slopes([_loss(job, sample)], weights)
             for name, square, gradient in zip(names, squares, gradients, strict=True):
                 if gradient is not None:
                     reached.add(name)
@@ -66,15 +67,17 @@ class Hessian:
         samples = 0
         reached: set[str] = set()
         for position, batch in enumerate(job.batches):
-            gradients = torch.autograd.grad(_loss(job, batch), weights, create_graph=True, allow_unused=True)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+                loss = _loss(job, batch)
+            gradients = _slopes([loss], weights, create_graph=True)
             pairs = [(k, g) for k, g in enumerate(gradients) if g is not None and g.requires_grad]
             reached |= {names[k] for k, _ in pairs}
             for probe in range(self.probes if pairs else 0):
                 job.said(position * self.probes + probe, total)
                 vectors = [torch.randint_like(weights[k], 2) * 2 - 1 for k, _ in pairs]
-                products = torch.autograd.grad(
+                products = _slopes(
                     [g for _, g in pairs], [weights[k] for k, _ in pairs], vectors,
-                    retain_graph=probe + 1 < self.probes, allow_unused=True,
+                    retain_graph=probe + 1 < self.probes,
                 )  # fmt: skip
                 for (k, _), vector, product in zip(pairs, vectors, products, strict=True):
                     traces[k] += 0.0 if product is None else float((vector * product).sum()) / self.probes
@@ -92,6 +95,19 @@ class Hessian:
 
 def _curves(channels: Any) -> Curves:
     return Curves(channels.sum(1), channels)
+
+
+def _slopes(
+    outputs: Sequence[Tensor], weights: Sequence[Tensor], vectors: Sequence[Tensor] | None = None, **options: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients on the weights, None where there is none. Raises SettingError where torch has no derivative."""
+    try:
+        return torch.autograd.grad(outputs, weights, vectors, allow_unused=True, **options)
+    except RuntimeError as error:
+        raise SettingError(
+            f"output: torch cannot differentiate the model ({first_sentence(error)}); use kl, distance or output_mse, "
+            "which need no derivative"
+        ) from error
 
 
 def _trainable(job: Job) -> tuple[list[str], list[Tensor]]:

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from ..batches import call_model, first_input, sample_count
 from ..errors import SettingError
+from ..fold import borrowed_weights
+from ..plain import is_plain
 from ..weights import layer_kind
+from .own_output import squared_slopes, watching
 
 TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.ConvTranspose1d: F.conv_transpose1d,
@@ -25,29 +28,29 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """h_j = 1/N sum_n,p x_npj^2 over samples n and output positions p, by layer, in the weight's shape, float32.
 
-    modules: those that use a layer's weight, by layer. Raises SettingError, naming the layer, where no batch reaches
-    it.
+    modules: those that use a layer's weight, by layer. For modules that are not torch's own, h is the squared slope of
+    their own output (own_output.py). Raises SettingError, naming the layer, where no batch reaches it, or where
+    something else uses its weight too.
     """
+    _refuse_borrowed(model, modules)
     sums: dict[str, Tensor] = {}
-    handles = []
-    for name, users in modules.items():
-        for module in users:
+    names = {module: name for name, users in modules.items() for module in users}
+    plain = {module: is_plain(module) for module in names}
 
-            def hook(own: nn.Module, args: tuple[Any, ...], kwargs: Any, _: Any, name: str = name) -> None:
-                sums[name] = sums.get(name, 0) + _squares_seen(own, first_input(args, kwargs))
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        own = (
+            _squares_seen(module, first_input(args, kwargs)) if plain[module] else squared_slopes(module, args, kwargs)
+        )
+        sums[names[module]] = sums.get(names[module], 0) + own
 
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
     samples = 0
-    try:
+    with watching(list(names), seen):
         for position, batch in enumerate(batches):
             if said is not None:
                 said(position, len(batches))
             with torch.no_grad():
                 call_model(model, batch)
             samples += sample_count(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     if said is not None:
         said(len(batches), len(batches))
     for name in modules:
@@ -56,6 +59,17 @@ def second_moments(
                 f"layer {name!r}: no batch reaches it, so its inputs are not known; give some that do, or skip it"
             )
     return {name: total / samples for name, total in sums.items()}
+
+
+def _refuse_borrowed(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> None:
+    borrowed = borrowed_weights(model)
+    users = {id(module): name for name, users in modules.items() for module in users}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in users and (f"{path}.weight" if path else "weight") in borrowed:
+            raise SettingError(
+                f"layer {users[id(module)]!r}: a functional call uses its weight too, so its own inputs do not tell "
+                "what an error in it does; use a sensitivity of the whole network (kl, distance, fisher), or skip it"
+            )
 
 
 def weight_users(model: nn.Module, weight: Tensor) -> list[nn.Module]:

@@ -3,15 +3,22 @@
     S_c(b) = 1/N sum_np (sum_j (w_cj - w'_cj) x_npj)^2  ~  sum_j (w_cj - w'_cj)^2 h_j,    h_j = 1/N sum_np x_npj^2
 
 over samples n and output positions p, taking errors of different weights to be independent of each other: the diagonal
-of the second moments that GPTQ and its kin use in full.
+of the second moments that GPTQ and its kin use in full. A layer that is not torch's own is run with its quantized
+weights instead, and its error measured (own_output.py).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+import torch
+
+from ..plain import is_plain
+from ..table import LayerStats
 from .moments import second_moments
-from .sensitivities import Curves, Job
+from .own_output import output_errors
+from .sensitivities import Array, Curves, Job
 
 
 @dataclass(frozen=True)
@@ -26,5 +33,20 @@ class OutputMSE:
         found = {}
         for layer in job.table.layers:
             channels = job.squared_errors(layer, moments[layer.name])
+            if not all(is_plain(module) for module in job.modules[layer.name]):
+                channels = _scaled(channels, _at_own_output(job, layer), job.squared_errors(layer, torch.ones(())))
             found[layer.name] = Curves(channels.sum(1), channels)
         return found
+
+
+def _at_own_output(job: Job, layer: LayerStats) -> Array:
+    """The squared error at the layer's own output at each bit-width, (bits,), by running it."""
+    users = job.modules[layer.name]
+    return np.array(output_errors(job.model, users, lambda: job.quantized(layer), job.batches))
+
+
+def _scaled(channels: Array, totals: Array, errors: Array) -> Array:
+    """Channels' shares (bits, channels) that add up to what was measured, (bits,); by their errors where they are 0."""
+    shares = np.where(channels.sum(1, keepdims=True) > 0, channels, errors)
+    sums = shares.sum(1, keepdims=True)
+    return np.divide(shares * totals[:, None], sums, out=np.zeros_like(shares), where=sums > 0)

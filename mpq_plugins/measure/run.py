@@ -59,9 +59,9 @@ def run(
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     fold = resolve_fold(source, scheme, fold_bn)
+    weights = find_weights(source, skip=skip, only=only, fold_bn=fold)
     if fold:
         _check_norms(source, fold_bn)
-    weights = find_weights(source, skip=skip, only=only, fold_bn=fold)
     for weight in weights:  # what does not fit a layer is found before the first one is measured
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(widths), weight.shape, weight.channel_axis, weight.channels, weight.name)

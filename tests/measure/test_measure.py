@@ -114,7 +114,7 @@ def test_counting_macs_leaves_the_model_as_it_was() -> None:
     with pytest.warns(MeasureWarning, match=r"in training mode \('bn1'\)"):
         table = measure(net, example_input=torch.ones(2, 3, 8, 8))
     assert table.fold_bn  # by bn2, which is in evaluation mode
-    with pytest.raises(SettingError, match="call model.eval"):
+    with pytest.raises(SettingError, match=r"call model\.eval"):
         measure(net, fold_bn=True)
     assert net.training
     assert not net.bn2.training

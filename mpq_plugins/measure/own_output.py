@@ -1,0 +1,114 @@
+"""Layers that compute in their own way, measured by running them: nothing is known of them but what they do.
+
+    S(b) = 1/N sum_n ||f(x_n; w) - f(x_n; w'_b)||^2          at the layer's own output f
+    h_j  = 1/N sum_no (d f_o(x_n; w) / d w_j)^2              estimated by Hutchinson's probes, E (J' v)_j^2, v = +-1
+
+For torch's own layers, which are linear in w, h is the second moment of the weight's input (moments.py). It spreads S
+over channels, and says which weights count where ranges are fitted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from ..batches import call_model, own_copy, sample_count
+from ..errors import SettingError
+
+PROBES = 16
+SEED = 0
+
+Seen = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+def squared_slopes(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """sum_no (d f_o / d w_j)^2 for one call, in the weight's shape, float32; all 1 where f has no slope."""
+    weight = _weight(layer).detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = _outputs(layer, weight, args, kwargs)
+        total = [leaf for leaf in output if leaf.requires_grad]
+    generator = torch.Generator().manual_seed(SEED)
+    squares = torch.zeros_like(weight, dtype=torch.float32)
+    for _ in range(PROBES if total else 0):
+        signs = [(torch.randint(0, 2, leaf.shape, generator=generator) * 2 - 1).to(leaf) for leaf in total]
+        slope = _slope(total, weight, signs)
+        squares += 0 if slope is None else slope.float().square() / PROBES
+    return squares if squares.any() else torch.ones_like(squares)
+
+
+def output_errors(
+    model: nn.Module,
+    users: Sequence[nn.Module],
+    weights: Callable[[], Iterator[Tensor]],
+    batches: Sequence[Any],
+) -> list[float]:
+    """S of one layer, for each of the weights that `weights()` gives, summed over the modules that use it."""
+    sums: list[float] = []
+    samples = 0
+
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        exact = _outputs(module, _weight(module), args, kwargs)
+        own = [_distance(exact, _outputs(module, weight, args, kwargs)) for weight in weights()]
+        sums[:] = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
+
+    with watching(users, seen):
+        for batch in batches:
+            with torch.no_grad():
+                call_model(model, batch)
+            samples += sample_count(batch)
+    return [total / samples for total in sums]
+
+
+def _slope(outputs: Sequence[Tensor], weight: Tensor, signs: Sequence[Tensor]) -> Tensor | None:
+    try:
+        return torch.autograd.grad(outputs, weight, signs, retain_graph=True, allow_unused=True)[0]
+    except RuntimeError:  # an operation without a derivative: then it has no slope to go by
+        return None
+
+
+@contextmanager
+def watching(modules: Sequence[nn.Module], seen: Seen) -> Iterator[None]:
+    """Show each call of the modules to `seen`, but for the calls that it makes itself."""
+    busy: list[bool] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if busy:
+            return
+        busy.append(True)
+        try:
+            seen(module, args, kwargs, output)
+        finally:
+            busy.clear()
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _outputs(layer: nn.Module, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """What the layer gives with this weight: its floating tensors. A random layer draws the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        given = own_copy(dict(kwargs))
+        output = functional_call(layer, {"weight": weight}, own_copy(args), given)
+    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not found:
+        raise SettingError(f"{type(layer).__name__}: gives no floating tensor to measure an error at; skip the layer")
+    return found
+
+
+def _distance(exact: Sequence[Tensor], rough: Sequence[Tensor]) -> float:
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(exact, rough, strict=True))
