@@ -31,7 +31,7 @@ def adds_its_bias(layer: nn.Module, axis: int, args: tuple[Any, ...], kwargs: Ma
 
 
 def follows_its_statistics(norm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a norm's output stays the same when its statistics move and its input with them."""
+    """Whether a norm's output moves with its statistics, and stays the same when its input moves with them."""
     x = first_input(args, kwargs)
     if not isinstance(x, Tensor) or x.dim() < 2 or norm.running_mean is None or norm.running_var is None:
         return False
@@ -39,12 +39,14 @@ def follows_its_statistics(norm: Any, args: tuple[Any, ...], kwargs: Mapping[str
     shape = [1, -1] + [1] * (x.dim() - 2)
     other_mean, other_var = mean + var.sqrt(), 2 * var + norm.eps  # so that var + eps doubles
     moved = (x - mean.view(shape)) * 2**0.5 + other_mean.view(shape)
+    other = {"running_mean": other_mean, "running_var": other_var}
     before = _output(norm, {"running_mean": mean, "running_var": var}, args, kwargs)
-    given = (moved, *args[1:]), kwargs
-    if not args:
-        given = args, {**kwargs, next(iter(kwargs)): moved}
-    after = _output(norm, {"running_mean": other_mean, "running_var": other_var}, *given)
-    return before is not None and after is not None and _equal(before, after)
+    alone = _output(norm, other, args, kwargs)
+    first = {} if args else {next(iter(kwargs)): moved}
+    together = _output(norm, other, (moved, *args[1:]) if args else (), {**kwargs, **first})
+    if before is None or alone is None or together is None:
+        return False
+    return _equal(before, together) and not _equal(before, alone)
 
 
 def _output(

@@ -50,7 +50,7 @@ def conv_bn_pairs(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str
     """
     if not has_batch_norm(model):
         return {}
-    return _pairs(trace(model), model, skip)
+    return {conv: norm for conv, norm in _pairs(trace(model), model, skip).items() if not _trains(model, norm)}
 
 
 def unfolded_norms(model: nn.Module) -> dict[str, str]:
@@ -62,7 +62,7 @@ def unfolded_norms(model: nn.Module) -> dict[str, str]:
     if not has_batch_norm(model):
         return {}
     graph = trace(model)
-    pairs = _pairs(graph, model, ())
+    pairs = {conv: norm for conv, norm in _pairs(graph, model, ()).items() if not _trains(model, norm)}
     fed = [(str(layer.target), norm) for layer, norm in _fed_norms(graph, model, (nn.Linear, *CONVOLUTIONS))]
     return {layer: norm for layer, norm in fed if pairs.get(layer) != norm and _is_torchs(model, layer)}
 
@@ -91,12 +91,12 @@ def folded_copy(model: nn.Module, measured: Folded) -> nn.Module:
     """
     if not measured.fold_bn:
         return duplicate(model)
-    trained = training_norms(model)
-    if trained and not conv_bn_pairs(model, measured.skipped):
+    trained = _only_for_training(model, measured.skipped)
+    if trained:
         raise SettingError(
-            f"{type(model).__name__}: BatchNorm was folded in when its layers were measured, and "
-            f"{first_few([repr(name) for name in trained], ', ')} are in training mode now, where they normalise by "
-            "their batch; call model.eval()"
+            f"{type(model).__name__}: BatchNorm was folded in when its layers were measured, and is in training mode "
+            f"now ({first_few([repr(name) for name in trained], ', ')}), where it normalises by its batch; call "
+            "model.eval()"
         )
     return fold_batch_norm(model, measured.skipped)
 
@@ -116,21 +116,19 @@ def fold_in_place(model: nn.Module, skip: Collection[str] = ()) -> None:
     for conv_name, norm_name in conv_bn_pairs(model, skip).items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         conv.weight, conv.bias = _fold(conv, norm)
-        for alias in [name for name, module in model.named_modules(remove_duplicate=False) if module is norm]:
-            parent, _, own = alias.rpartition(".")
-            setattr(model.get_submodule(parent), own, nn.Identity().train(norm.training))
+        _make_identity(norm)
+
+
+def _make_identity(norm: nn.Module) -> None:
+    """The norm itself becomes an Identity, for it may be held in a list or an attribute besides its names."""
+    norm.__class__ = nn.Identity
+    norm._parameters.clear()
+    norm._buffers.clear()
 
 
 def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
     """The convolution's weight with the BatchNorm's scale in it."""
     return _fold(conv, norm)[0].detach()
-
-
-def normalises_by_statistics(norm: nn.Module) -> bool:
-    """Whether a BatchNorm is torch's own and gives the same for a sample whatever batch it is in."""
-    if not isinstance(norm, BATCH_NORMS) or norm.training or not is_plain(norm):
-        return False
-    return norm.running_mean is not None and norm.running_var is not None
 
 
 def _is_torchs(model: nn.Module, layer: str) -> bool:
@@ -139,6 +137,7 @@ def _is_torchs(model: nn.Module, layer: str) -> bool:
 
 
 def _pairs(graph: torch.fx.Graph, model: nn.Module, skip: Collection[str]) -> dict[str, str]:
+    """What can be folded once the model is in evaluation mode."""
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
     weights = Counter(memory(weight) for weight in {id(p): p for p in model.parameters()}.values())
@@ -182,10 +181,25 @@ def module_input(node: torch.fx.Node) -> object:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
+def _trains(model: nn.Module, norm: str) -> bool:
+    return model.get_submodule(norm).training
+
+
+def _only_for_training(model: nn.Module, skip: Collection[str]) -> list[str]:
+    """Of a model in training mode: the BatchNorms that this alone keeps from being folded, where it is all of them.
+
+    A norm that stays in training mode within a model in evaluation mode does so on purpose.
+    """
+    if not model.training or not training_norms(model):
+        return []
+    norms = _pairs(trace(model), model, skip).values()
+    return [] if any(not _trains(model, norm) for norm in norms) else list(norms)
+
+
 def _can_fold(conv: nn.Module, norm: nn.Module) -> bool:
     if isinstance(conv, TRANSPOSED) and conv.groups > 1:
         return False  # torch's fusion does not know how their channels are spread over groups
-    return is_plain(conv) and normalises_by_statistics(norm)
+    return is_plain(conv) and is_plain(norm) and norm.running_mean is not None and norm.running_var is not None
 
 
 def _fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:

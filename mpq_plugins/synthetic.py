@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .batches import call_model, evaluating
 from .duplicate import duplicate
 from .errors import SettingError
-from .fold import BATCH_NORMS
+from .tracing import BATCH_NORMS
 
 Progress = Callable[[str, int, int], None]
 

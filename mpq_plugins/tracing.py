@@ -3,14 +3,16 @@
 Layers and norms of torch.nn, subclasses included, are nodes of the graph, not code to look into.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Collection, Iterator
 from threading import Lock, get_ident
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .errors import SourceError, what_it_said
 from .plain import is_plain
@@ -22,14 +24,12 @@ LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 
 # What is read of a tensor without its values.
 METADATA = {
-    "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "itemsize", "nbytes", "size", "dim",
-    "numel", "nelement", "element_size", "stride", "is_floating_point", "is_contiguous", "get_device", "new_zeros",
-    "new_ones", "new_empty", "new_full", "new_tensor", "type_as", "to", "zeros_like", "ones_like", "empty_like",
+    "__get__", "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "itemsize", "nbytes", "size",
+    "dim", "numel", "nelement", "element_size", "stride", "is_floating_point", "is_contiguous", "get_device",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "zeros_like", "ones_like", "empty_like",
     "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 VALUES_OF_FIRST = {"to", "type_as"}  # x.to(y) gives x's values, in y's dtype
-
-CONSTANT = "mpq_plugins_constant"
 
 # While it traces, torch.fx replaces nn.Module.__call__ for the whole process: one trace at a time.
 _TRACING = Lock()
@@ -64,9 +64,10 @@ class _Tracer(torch.fx.Tracer):
 
 
 def trace(model: nn.Module) -> torch.fx.Graph:
-    """The model's graph. Raises SourceError where torch.fx cannot trace it."""
+    """The model's graph, which leaves the model as it was. Raises SourceError where torch.fx cannot trace it."""
     try:
-        return _traced(model, ())
+        with _TRACING:
+            return _Tracer().trace(_shadow(model))
     except Exception as error:  # a user's forward may raise anything while being traced
         raise SourceError(
             f"{type(model).__name__}: cannot be traced to find which BatchNorm follows which convolution "
@@ -79,93 +80,16 @@ def borrowed_parameters(model: nn.Module) -> set[str]:
     """Names of parameters and buffers whose values the model uses outside their own module, as torch.fx sees it.
 
     Layers that compute in their own way are looked into; where torch.fx cannot do that, whatever such a layer could
-    reach counts. Raises SourceError where the model cannot be traced at all.
+    reach counts. A plain layer without a bias lends it where it is asked for, for folding and correcting make one. Of
+    norms, which folding takes away, everything that is read counts. Raises SourceError where the model cannot be
+    traced at all.
     """
-    odd = [module for module in model.modules() if isinstance(module, (*LAYERS, *BATCH_NORMS)) and not is_plain(module)]
     try:
-        return _used(_traced(model, odd), model)
+        return _lent(model, looks_inside=True)
     except Exception:  # noqa: BLE001  # a user's layer may not be traceable; then it stays closed
-        return _used(trace(model), model) | _named(model, [tensor for layer in odd for tensor in _within_reach(layer)])
-
-
-def _traced(model: nn.Module, inside: Collection[nn.Module]) -> torch.fx.Graph:
-    """The graph; tensors that no module holds, which torch.fx puts on the model, are in their nodes' `meta` instead."""
-    before = {*vars(model)}
-    with _TRACING, _unchanged(model):
-        graph = _Tracer(inside).trace(model)
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target not in before and node.target in vars(model):
-                node.meta[CONSTANT] = vars(model)[node.target]
-    return graph
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward or a hook sets on its module: while torch.fx traces, that is no value but a proxy."""
-    kept = [(state, dict(state)) for module in model.modules() for state in _state(module)]
-    lists = [(held, list(held)) for state, _ in kept for held in state.values() if type(held) is list]
-    try:
-        yield
-    finally:
-        for state, values in kept:
-            _restore(state, values)
-        for held, items in lists:
-            held[:] = items
-
-
-def _restore(state: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Change no more than differs: another thread may be running the model."""
-    for name in state.keys() - values.keys():
-        del state[name]
-    if state.keys() != values.keys():  # what was taken away comes back in its old place
-        state.clear()
-    state.update({name: value for name, value in values.items() if state.get(name, state) is not value})
-
-
-def _state(module: nn.Module) -> list[dict[str, Any]]:
-    """The dicts that hold a module's attributes, parameters and buffers, and those that it keeps itself."""
-    own = vars(module)
-    return [own, *(held for held in own.values() if type(held) is dict)]
-
-
-def _used(graph: torch.fx.Graph, model: nn.Module) -> set[str]:
-    """What the graph's calls take the values of, but for a module's own within it; under all its names."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    reads = [node for node in graph.nodes if node.op == "get_attr"]
-    lent = [node for node in reads if any(_borrows(user, node, modules) for user in node.users)]
-    return _named(model, [_tensor(node, model) for node in lent])
-
-
-def _borrows(user: torch.fx.Node, node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a call takes the values of a tensor outside the module that holds it."""
-    if not _takes_values(user, node):
-        return False
-    stack = list(user.meta.get("nn_module_stack", {}).values())
-    scope = modules.get(str(stack[-1][0]) if stack else "")
-    return CONSTANT in node.meta or modules.get(str(node.target).rpartition(".")[0]) is not scope
-
-
-def _takes_values(user: torch.fx.Node, node: torch.fx.Node) -> bool:
-    if user.target is getattr:
-        return str(user.args[1]) not in METADATA
-    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    if name in VALUES_OF_FIRST and user.op == "call_method":
-        return bool(user.args) and user.args[0] is node
-    return name not in METADATA
-
-
-def _tensor(node: torch.fx.Node, model: nn.Module) -> object:
-    found: object = model
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return node.meta.get(CONSTANT, found)
-
-
-def _named(model: nn.Module, tensors: Collection[object]) -> set[str]:
-    """The names, all of them, under which the model has these tensors, or others in the same memory."""
-    wanted = {memory(tensor) for tensor in tensors if isinstance(tensor, Tensor)}
-    state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name for name, tensor in state if memory(tensor) in wanted}
+        trace(model)  # which says why, where the model is not traceable either
+        reach = [tensor for module in model.modules() if _is_odd(module) for tensor in _within_reach(module)]
+        return _lent(model, looks_inside=False) | _named(model, {memory(tensor) for tensor in reach})
 
 
 def memory(tensor: Tensor) -> int:
@@ -178,11 +102,105 @@ def memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy that shares all tensors: what a forward or a hook sets while it is traced, it sets there."""
+    tensors = [tensor for module in model.modules() for tensor in _held(vars(module))]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _lent(model: nn.Module, looks_inside: bool) -> set[str]:
+    shadow = _shadow(model)
+    for module in shadow.modules():
+        if isinstance(module, LAYERS) and is_plain(module) and module._parameters.get("bias", module) is None:
+            module._parameters["bias"] = nn.Parameter(torch.zeros(1))
+    tracer = _Tracer([module for module in shadow.modules() if looks_inside and _is_odd(module)])
+    eager = _EagerReads(tracer)
+    with _TRACING, eager:
+        graph = tracer.trace(shadow)
+    owners = _Owners(shadow)
+    reads = [(owners.tensor(node), user) for node in graph.nodes if node.op == "get_attr" for user in node.users]
+    lent = {
+        memory(tensor)
+        for tensor, user in reads
+        if (_takes_values(user) or owners.is_norms(tensor)) and not owners.owns(_scope(user), tensor)
+    } | {memory(tensor) for tensor, scope in eager.reads if not owners.owns(scope, tensor)}
+    return _named(shadow, lent)
+
+
+def _is_odd(module: nn.Module) -> bool:
+    return isinstance(module, (*LAYERS, *BATCH_NORMS)) and not is_plain(module)
+
+
+class _EagerReads(TorchFunctionMode):
+    """Tensors whose values are worked with while a model is traced, so that the graph knows the results alone."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer, self.reads = tracer, list[tuple[Tensor, str]]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in METADATA:
+            scope = next((str(path) for path, _ in reversed(self.tracer.module_stack.values())), "")
+            self.reads += [(leaf, scope) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+class _Owners:
+    """Which modules hold a tensor as their own parameter or buffer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+
+    def tensor(self, node: torch.fx.Node) -> Tensor:
+        """What a node that reads an attribute reads."""
+        found: Any = self.model
+        for part in str(node.target).split("."):
+            found = getattr(found, part, None)
+        return found if isinstance(found, Tensor) else torch.empty(0)
+
+    def owns(self, path: str, tensor: Tensor) -> bool:
+        """Whether the module at the path has this very memory as its own."""
+        module = self.modules.get(path)
+        return module is not None and memory(tensor) in {memory(own) for own in _own(module)}
+
+    def is_norms(self, tensor: Tensor) -> bool:
+        """Whether a BatchNorm has it."""
+        return any(isinstance(m, BATCH_NORMS) and self.owns(path, tensor) for path, m in self.modules.items())
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _scope(node: torch.fx.Node) -> str:
+    """The path of the module in whose forward a node came about."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
+
+
+def _takes_values(user: torch.fx.Node) -> bool:
+    if user.target is getattr:
+        return str(user.args[1]) not in METADATA
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    if name in VALUES_OF_FIRST and user.op == "call_method":
+        first = user.args[0] if user.args else None
+        return isinstance(first, torch.fx.Node) and first.op == "get_attr"
+    return name not in METADATA
+
+
+def _named(model: nn.Module, memories: Collection[int]) -> set[str]:
+    """The names, all of them, under which the model has tensors in these memories."""
+    state = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name for name, tensor in state if memory(tensor) in memories}
+
+
 def _within_reach(layer: nn.Module) -> Iterator[Tensor]:
     """Tensors that a layer's forward could use: those of modules in it or held in its attributes."""
     for module in layer.modules():
         if module is not layer:
-            yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            yield from _own(module)
     for name, value in vars(layer).items():
         if name not in ("_modules", "_parameters", "_buffers"):
             yield from _held(value)

@@ -196,14 +196,15 @@ def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> tuple[list[We
             continue
         weight = module.weight
         assert isinstance(weight, Tensor)
-        known = found.get(id(weight))
-        if known is not None:
-            found[id(weight)] = replace(known, tied=(*known.tied, name))
-            continue
         refusal = _refusal(weight)
+        identity = id(module) if refusal else id(weight)  # a computed weight is another tensor each time
+        known = found.get(identity)
+        if known is not None:
+            found[identity] = replace(known, tied=(*known.tied, name))
+            continue
         if name in pairs and not refusal:
             weight = folded_weight(module, model.get_submodule(pairs[name]))
-        found[id(module.weight)] = _from_tensor(name, kind, weight if refusal else weight.detach(), refusal)
+        found[identity] = _from_tensor(name, kind, weight if refusal else weight.detach(), refusal)
     return list(found.values()), list(dict.fromkeys(left_alone))
 
 

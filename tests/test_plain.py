@@ -53,7 +53,8 @@ class Scaled(nn.Embedding):
 
 class Standardised(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, weight - weight.mean(), bias)
+        y: Tensor = super()._conv_forward(x, weight - weight.mean(), bias)
+        return y
 
 
 class Computed(nn.Linear):
@@ -63,7 +64,7 @@ class Computed(nn.Linear):
 
 
 class Called(nn.Linear):
-    def __call__(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, x: Tensor) -> Tensor:
         return F.relu(super().__call__(x))
 
 
@@ -83,7 +84,7 @@ def computed() -> nn.Module:
 
 def patched() -> nn.Module:
     layer = nn.Linear(3, 2)
-    layer.forward = lambda x: F.relu(F.linear(x, layer.weight))  # type: ignore[method-assign]
+    layer.forward = lambda input: F.relu(F.linear(input, layer.weight))  # type: ignore[method-assign]
     return layer
 
 

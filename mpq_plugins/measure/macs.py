@@ -1,5 +1,6 @@
 """Multiply-accumulates per layer for one example input, counted by torch."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..batches import evaluating
 from ..errors import SettingError
+from ..weights import layer_kind
 
 
 def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
@@ -28,7 +30,19 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
         ) from error
     root = type(model).__name__
     # torch counts a multiplication and an addition as two operations.
-    return {
+    counted = {
         path.removeprefix(root).removeprefix("."): sum(operations.values()) // 2
         for path, operations in counter.get_flop_counts().items()
     }
+    return {name: macs - _of_layers_inside(name, model, counted) for name, macs in counted.items()}
+
+
+def _of_layers_inside(name: str, model: nn.Module, counted: Mapping[str, int]) -> int:
+    """What a layer's count holds of layers inside it, such as a subclass's low-rank branch, which count themselves."""
+    module = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if module is None or layer_kind(module) is None:
+        return 0
+    prefix = f"{name}." if name else ""
+    inside = [own for own, layer in module.named_modules() if own and layer_kind(layer) is not None]
+    outermost = [own for own in inside if not any(own.startswith(f"{other}.") for other in inside)]
+    return sum(counted.get(f"{prefix}{own}", 0) for own in outermost)

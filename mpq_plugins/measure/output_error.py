@@ -49,4 +49,5 @@ def _scaled(channels: Array, totals: Array, errors: Array) -> Array:
     """Channels' shares (bits, channels) that add up to what was measured, (bits,); by their errors where they are 0."""
     shares = np.where(channels.sum(1, keepdims=True) > 0, channels, errors)
     sums = shares.sum(1, keepdims=True)
-    return np.divide(shares * totals[:, None], sums, out=np.zeros_like(shares), where=sums > 0)
+    scaled: Array = np.divide(shares * totals[:, None], sums, out=np.zeros_like(shares), where=sums > 0)
+    return scaled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MPQError, SettingError, what_it_said
-from ..fold import CONVOLUTIONS
+from ..tracing import CONVOLUTIONS
 from .activations import ActivationRange
 from .adaround import Rounding, beta_at, soft_weights, undecided
 from .capture import first_tensor

@@ -220,3 +220,20 @@ def test_the_table_does_not_depend_on_the_number_of_threads(scheme: Affine, monk
             assert ours.name == theirs.name
             assert ours.errors["mse"].tolist() == theirs.errors["mse"].tolist()
             assert ours.channel_errors["relative"].tolist() == theirs.channel_errors["relative"].tolist()
+
+
+class LowRank(nn.Linear):
+    """A layer with a low-rank branch of layers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) + self.up(self.down(x))
+        return y
+
+
+def test_a_layer_does_not_count_what_layers_inside_it_multiply() -> None:
+    table = measure(nn.Sequential(LowRank()), example_input=torch.ones(1, 8))
+    assert {layer.name: layer.macs for layer in table.layers} == {"0": 48, "0.down": 16, "0.up": 12}

@@ -1,0 +1,114 @@
+"""Which parameters a model uses outside their own layer, and that tracing it leaves it as it was."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpq_plugins.errors import SourceError
+from mpq_plugins.tracing import borrowed_parameters, trace
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+
+
+def net(body: Callable[[Pair, Tensor], Tensor]) -> Pair:
+    cls = type("Net", (Pair,), {"forward": body})
+    made: Pair = cls()
+    return made
+
+
+BODIES: dict[str, tuple[Callable[[Pair, Tensor], Tensor], set[str]]] = {
+    "called": (lambda s, x: s.b(s.a(x)), set()),
+    "functional": (lambda s, x: F.linear(s.a(x), s.a.weight), {"a.weight"}),
+    "transposed": (lambda s, x: F.linear(s.a(x), s.a.weight.t()), {"a.weight"}),
+    "data": (lambda s, x: s.a(x) @ s.a.weight.data, {"a.weight"}),
+    "bias": (lambda s, x: s.a(x) + s.a.bias, {"a.bias"}),
+    "a bias that is not there": (lambda s, x: s.b(x) if s.b.bias is None else s.b(x) + s.b.bias, {"b.bias"}),
+    "dtype": (lambda s, x: s.b(s.a(x.to(s.a.weight.dtype))), set()),
+    "device of both": (lambda s, x: s.b(s.a(x.to(s.a.weight.device)).to(s.b.weight)), set()),
+    "size": (lambda s, x: s.b(s.a(x)).view(-1, s.a.weight.size(0)), set()),
+    "as one of many": (lambda s, x: torch.stack([p.sum() for p in s.a.parameters()]).sum() + s.b(x),
+                       {"a.weight", "a.bias"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "expected"), BODIES.values(), ids=BODIES.keys())
+def test_what_is_used_outside_its_layer(body: Callable[[Pair, Tensor], Tensor], expected: set[str]) -> None:
+    assert borrowed_parameters(net(body)) == expected
+
+
+class Own(nn.Linear):
+    """Uses its weight itself, which is no borrowing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+class Holding(nn.Linear):
+    """Uses another layer's weight, which it holds in a list."""
+
+    def __init__(self, other: nn.Module, traceable: bool) -> None:
+        super().__init__(4, 4)
+        self.others, self.traceable = [other], traceable
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traceable and bool(x.sum() > 1e9):
+            return x
+        return super().forward(x) + F.linear(x, self.others[0].weight)  # type: ignore[arg-type]
+
+
+def test_a_layers_own_use_is_none() -> None:
+    assert borrowed_parameters(nn.Sequential(Own(4, 4), nn.Linear(4, 4))) == set()
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_layers_that_compute_in_their_own_way_are_looked_into(traceable: bool) -> None:
+    first = nn.Linear(4, 4)
+    found = borrowed_parameters(nn.Sequential(first, Holding(first, traceable)))
+    assert found == ({"0.weight"} if traceable else {"0.weight", "0.bias"})
+
+
+def test_a_view_of_the_same_memory_is_the_weight() -> None:
+    model = net(lambda s, x: F.linear(s.a(x), vars(s)["view"]))
+    vars(model)["view"] = model.a.weight.detach()
+    assert borrowed_parameters(model) == {"a.weight"}
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.seen: list[Tensor] = []
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.a(x)
+        self.seen.append(self.last)
+        self.count += 1
+        y: Tensor = self.last + torch.ones(4)
+        return y
+
+
+def test_tracing_leaves_the_model_as_it_was() -> None:
+    model = Keeps()
+    names = list(vars(model))
+    trace(model)
+    borrowed_parameters(model)
+    assert list(vars(model)) == names
+    assert model.seen == []
+    assert model.count == 0
+    assert model.a.bias is not None
+    bare = nn.Sequential(nn.Linear(4, 4, bias=False))
+    borrowed_parameters(bare)
+    assert bare[0].bias is None
+
+
+def test_a_model_that_cannot_be_traced_says_so() -> None:
+    with pytest.raises(SourceError, match="Net: cannot be traced"):
+        borrowed_parameters(net(lambda s, x: s.a(x) if bool(x.sum() > 0) else s.b(x)))
