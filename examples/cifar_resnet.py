@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins.checkpoints import common_prefix, find_state_dict, load_torch
+from mpq_plugins.checkpoints import open_checkpoint
 
 ZOO = Path(os.environ.get("MPQ_ZOO", "../shared/zoo")) / "cifar10"
 CHECKPOINTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
@@ -77,10 +77,8 @@ def need_networks(parser: argparse.ArgumentParser) -> None:
 def resnet(depth: int) -> ResNet:
     """The pretrained network, in evaluation mode."""
     net = ResNet((depth - 2) // 6)
-    path = checkpoint(depth)
-    state = find_state_dict(load_torch(path), path)
-    prefix = common_prefix(state)
-    net.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+    stored = open_checkpoint(checkpoint(depth))  # names without DataParallel's `module.`
+    net.load_state_dict({name: tensor.tensor() for name, tensor in stored.items()})
     return net.eval()
 
 

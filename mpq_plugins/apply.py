@@ -45,7 +45,7 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     from .simulate import simulate
     from .weights import quantizable_weights
 
-    match(plan, model).require(type(model).__name__)
+    plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     if calibrate is not None:
         from .correct import correct
 
@@ -74,13 +74,15 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
     Returns one check per part; raises VerifyError listing what is wrong.
     """
     from .activation_ranges import input_ranges
+    from .match import as_called
     from .weights import quantizable_weights
 
     weights = quantizable_weights(model)
+    plan = as_called(plan, weights)
     choices = plan.by_any_name
     present = {choices[name].name for name in weights if name in choices}
     problems = [f"{layer.name!r} is missing" for layer in plan.layers if layer.name not in present]
-    expected = _expected(original, plan) if original is not None else {}
+    expected = _expected(original, plan, weights) if original is not None else {}
     checks: list[PartCheck] = []
     for name, weight in weights.items():
         if name not in choices:
@@ -115,13 +117,17 @@ def _simulates_activations(model: "nn.Module", plan: "Plan") -> bool:
     return all(any(bits.get(name) == plan.activation_bits for name in layer.names) for layer in wanted)
 
 
-def _expected(original: "nn.Module", plan: "Plan") -> "dict[str, Tensor]":
+def _expected(original: "nn.Module", plan: "Plan", present: "Iterable[str]") -> "dict[str, Tensor]":
+    """What the plan makes of the float model's weights, by the names that the model in hand has for them."""
     from .weights import quantizable_weights
+    from .wrappers import renaming
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about activations, which are not compared here
         simulated = apply(original, plan)
-    return quantizable_weights(simulated)
+    found = quantizable_weights(simulated)
+    names = renaming([(name,) for name in found], (), present)
+    return {names.get(name, name): weight for name, weight in found.items()}
 
 
 def _check_part(weight: "Tensor", choice: "LayerChoice", part: "Part") -> PartCheck:

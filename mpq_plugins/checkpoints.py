@@ -1,40 +1,76 @@
 """Tensors in files: safetensors, sharded safetensors, torch checkpoints. No pickle is ever executed."""
 
 import pickle
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import SourceError, first_sentence
+from .errors import SourceError, first_few, first_sentence
+from .file_kinds import other_kind, pickled_objects
 from .files import exists
-from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors
+from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
+from .state_dicts import TOP, beside, chosen_state_dict
+from .state_dicts import find_state_dict as find_state_dict
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
+from .wrappers import bare_names
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
 """How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
 eighth bit, changes it."""
 
-# Where training scripts put the weights, most specific first.
-STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds, by the names that its model has.
+
+    tensors: by name; key: where in a torch checkpoint the weights were found, dots between keys, or None for the top;
+    beside: what a torch checkpoint holds beside them.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    key: str | None = None
+    beside: tuple[str, ...] = ()
 
 
-def open_checkpoint(path: Path) -> Mapping[str, StoredTensor]:
-    """The tensors of a checkpoint by name, `module.` prefixes stripped. Raises SourceError."""
+def open_checkpoint(path: Path, weights: str | None = None) -> Mapping[str, StoredTensor]:
+    """The tensors of a checkpoint by name, without what wraps a model. Raises SourceError as read_checkpoint."""
+    return read_checkpoint(path, weights).tensors
+
+
+def read_checkpoint(path: Path, weights: str | None = None, *, prefer: str | None = None) -> Checkpoint:
+    """A checkpoint's tensors, which stay where they are until they are read.
+
+    weights: the key of the set that is meant, in a torch checkpoint with several (see chosen_state_dict); prefer: the
+    key to take, if it is there, where nothing is meant. Raises SourceError.
+    """
     if not exists(path):
         raise SourceError(
             f"{path}: no such file. Give a .safetensors file, a directory with {INDEX_NAME} or {SINGLE_NAME}, "
             "or a torch checkpoint."
         )
     if path.is_dir():
-        return _strip(directory_tensors(path))
+        return _from_directory(path, weights)
     if is_container(path):
         raise SourceError(f"{path}: is a compressed model, not a checkpoint; `mpq decompress` makes one of it")
+    refuse_other_kinds(path)
     if path.suffix == ".safetensors":
-        return _strip(safetensors_tensors(path))
-    return _strip(stored_tensors(find_state_dict(load_torch(path), path)))
+        _check_one_set(path, weights)
+        return Checkpoint(_bare(safetensors_tensors(path)))
+    content = load_torch(path)
+    chosen = chosen_state_dict(content, path, weights, prefer=prefer)
+    key = None if chosen.key == TOP else chosen.key
+    return Checkpoint(_bare(stored_tensors(chosen.state)), key, beside=beside(content, chosen))
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Raise SourceError, saying what it is, for a file that begins as no checkpoint does."""
+    what = other_kind(path)
+    if what is not None:
+        raise SourceError(f"{path}: is {what}")
 
 
 def is_container(path: Path) -> bool:
@@ -54,46 +90,16 @@ def load_torch(path: Path) -> Any:
         except RuntimeError:  # the format before torch 1.6 cannot
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = first_sentence(error)
-        if "WeightsUnpickler" not in str(error) and "GLOBAL" not in str(error) and "weights_only" not in reason:
-            raise SourceError(f"{path}: not a readable torch checkpoint ({reason})") from error
+        objects = pickled_objects(path, str(error))
+        if not objects and "WeightsUnpickler" not in str(error) and "GLOBAL" not in str(error):
+            raise SourceError(f"{path}: not a readable torch checkpoint ({first_sentence(error)})") from error
+        named = first_few(objects, ", ") or "which torch does not name"
         raise SourceError(
-            f"{path}: refused, for reading it would execute code or build objects other than tensors ({reason}). "
-            "Save model.state_dict() instead, or convert the file to safetensors."
+            f"{path}: refused, for reading it would execute code or build objects other than tensors ({named}). "
+            "Save model.state_dict() by itself, or convert the file to safetensors."
         ) from error
     except Exception as error:  # damaged bytes make torch raise whatever they lead it to
         raise SourceError(f"{path}: not a readable torch checkpoint ({first_sentence(error)})") from error
-
-
-def find_state_dict(content: Any, path: Path) -> MutableMapping[str, Any]:
-    """The mapping that holds a checkpoint's tensors by name: at its top, or nested. Raises SourceError.
-
-    Nested, it is looked for under the usual keys, or is the only candidate. The mapping is the checkpoint's
-    own, so that replacing a tensor in it replaces the checkpoint's.
-    """
-    if not isinstance(content, MutableMapping):
-        raise SourceError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    nested = {key: value for key, value in content.items() if isinstance(value, MutableMapping)}
-    # A checkpoint may keep its best accuracy as a tensor beside its weights, so the usual keys come first.
-    for key in STATE_KEYS:
-        if key in nested and _holds_tensors(nested[key]):
-            return nested[key] if _has_tensors(nested[key]) else find_state_dict(nested[key], path)
-    if _has_tensors(content):
-        return content
-    candidates = [key for key, value in nested.items() if _has_tensors(value)]
-    if len(candidates) != 1:
-        which = f"several state dicts ({', '.join(map(str, candidates))})" if candidates else "no tensors"
-        raise SourceError(f"{path}: holds {which}; the weights are expected at the top or under {STATE_KEYS[0]!r}")
-    chosen: MutableMapping[str, Any] = nested[candidates[0]]
-    return chosen
-
-
-def common_prefix(names: Iterable[str]) -> str:
-    """`module.`, as often as DataParallel put it before every name, or nothing."""
-    prefix, names = "", tuple(names)
-    while names and all(name.startswith(f"{prefix}module.") for name in names):
-        prefix += "module."
-    return prefix
 
 
 def stored_tensors(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
@@ -117,21 +123,32 @@ def storage_identity(name: str, tensor: Tensor) -> object:
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _strip(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    prefix = common_prefix(stored)
-    return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+def _from_directory(directory: Path, weights: str | None) -> Checkpoint:
+    files = weight_files(directory)
+    if all(path.suffix == ".safetensors" for path in files.paths):
+        _check_one_set(directory, weights)
+    tensors = directory_tensors(files, lambda path: _file_tensors(path, weights))
+    return Checkpoint(_bare(tensors))
+
+
+def _file_tensors(path: Path, weights: str | None) -> Mapping[str, StoredTensor]:
+    """Of one file of a directory, by the names it has there."""
+    refuse_other_kinds(path)
+    if path.suffix == ".safetensors":
+        return safetensors_tensors(path)
+    return stored_tensors(chosen_state_dict(load_torch(path), path, weights).state)
+
+
+def _check_one_set(path: Path, weights: str | None) -> None:
+    if weights is not None:
+        raise SourceError(f"{path}: weights: {weights!r} is a torch checkpoint's key; safetensors hold one set")
+
+
+def _bare(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    names = bare_names({name: tensor.shape for name, tensor in stored.items()})
+    return {names[name]: tensor for name, tensor in stored.items()}
 
 
 def layer_name(parameter: str) -> str:
     """`conv1.weight` -> `conv1`."""
     return "" if parameter == "weight" else parameter.removesuffix(".weight")
-
-
-def _has_tensors(mapping: Mapping[Any, Any]) -> bool:
-    return any(isinstance(key, str) and isinstance(value, Tensor) for key, value in mapping.items())
-
-
-def _holds_tensors(mapping: Mapping[Any, Any]) -> bool:
-    """At its top, or under one of the usual keys."""
-    inner = (mapping.get(key) for key in STATE_KEYS)
-    return _has_tensors(mapping) or any(isinstance(value, Mapping) and _has_tensors(value) for value in inner)

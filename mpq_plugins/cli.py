@@ -11,7 +11,16 @@ from .cli_compress import compress, decompress, inspect
 from .cli_options import NAME_KEY, AllocatorCommand, IntegerList, allocators_from
 from .cli_pareto import pareto
 from .cli_reconstruct import reconstruct
-from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options
+from .cli_shared import (
+    SCHEME_NAMES,
+    json_option,
+    model_option,
+    print_json,
+    say_left_alone,
+    say_written,
+    scheme_options,
+    weights_option,
+)
 from .cli_sweep import sweep
 from .cli_tune import tune
 from .errors import MeasureWarning, MPQError, PlanWarning
@@ -197,7 +206,7 @@ def plan(
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
-    from .cli_plans import joint_needs, plan_files
+    from .cli_plans import joint_needs, plan_files, untied
     from .cli_sources import Request, check_output, measured
     from .guard import compare, worse_text
     from .report.progress import say
@@ -215,6 +224,8 @@ def plan(
     table = measured(source, needs, request, cache)
     plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
     files = plan_files(plans, output)
+    for note in untied(allocators, table):
+        say(f"note: {note}")
     comparisons = [compare(table, made) for made in plans]
     for made, file in zip(plans, files, strict=True):
         if file is not None:
@@ -229,6 +240,9 @@ def plan(
                 "allocator": made.allocator.model_dump(),
                 "layers": {layer.name: layer_json(layer) for layer in made.layers},
                 "size": size_json(made.size()),
+                "skipped": table.skipped,
+                "left_alone": dict(table.left_alone),
+                "weights": table.weights,
                 "predicted": None if comparison is None else {**vars(comparison), "worse": comparison.worse},
             }
             for made, file, comparison in zip(plans, files, comparisons, strict=True)
@@ -325,10 +339,21 @@ cli.add_command(tune)
 @click.option("--backend", help="Also list what this backend would have to change; `mpq plugins` lists adapters.")
 @click.option("--policy", default="up", show_default=True, help="Where a width is missing: up, nearest, or error.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write as the backend can run it.")
+@model_option
+@weights_option
 @json_option
-def check(plan_file: Path, source: str, backend: str | None, policy: str, output: Path | None, as_json: bool) -> None:
+def check(
+    plan_file: Path,
+    source: str,
+    backend: str | None,
+    policy: str,
+    output: Path | None,
+    model_factory: str | None,
+    weights: str | None,
+    as_json: bool,
+) -> None:
     """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
-    from .cli_sources import check_output, resolve_source
+    from .cli_sources import check_output, make_module, resolve_source
     from .match import match
     from .plan import Plan
     from .report.progress import say
@@ -337,7 +362,11 @@ def check(plan_file: Path, source: str, backend: str | None, policy: str, output
         raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
     check_output(output, plan_file, source)
     plan = Plan.load(plan_file)
-    found = match(plan, resolve_source(source), weights=True)
+    resolved = resolve_source(source)
+    if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
+        raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
+    model = make_module(model_factory) if model_factory is not None else None
+    found = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
     legal = _legalised(plan, backend, policy) if backend is not None else None
     if as_json:
         changes = {} if legal is None else {"backend": backend, "changes": [vars(change) for change in legal[1]]}
@@ -391,8 +420,10 @@ def _print_changes(plan: Any, legal: Any, backend: str) -> None:
     "the BatchNorm statistics.",
 )  # fmt: skip
 @click.option(
-    "--model", "model_factory", metavar="MODULE:FACTORY", help="The checkpoint's model, which a correction runs."
-)
+    "--model", "model_factory", metavar="MODULE:FACTORY",
+    help="The checkpoint's model, which a correction runs; it also says what of the file are layers.",
+)  # fmt: skip
+@weights_option
 @json_option
 def apply(
     checkpoint: Path,
@@ -401,11 +432,12 @@ def apply(
     calibration: str | None,
     synthetic: tuple[int, ...] | None,
     model_factory: str | None,
+    weights: str | None,
     as_json: bool,
 ) -> None:
     """Write CHECKPOINT with fake-quantized weights, in its own format."""
     from .cli_calibrate import corrected_tensors
-    from .cli_sources import check_output
+    from .cli_sources import check_output, make_module
     from .plan import Plan
     from .report.progress import progress_bar, say
     from .rewrite import rewrite
@@ -415,13 +447,16 @@ def apply(
     if calibration is not None and synthetic is not None:
         raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")
     inputs = calibration or synthetic
-    if (inputs is None) != (model_factory is None):
-        raise click.UsageError("a correction runs the checkpoint's model: give --calibrate or --synthetic, and --model")
+    if inputs is not None and model_factory is None:
+        raise click.UsageError("a correction runs the checkpoint's model: give --model too")
+    model = make_module(model_factory) if model_factory is not None else None
     corrected = {}
-    if inputs is not None and model_factory is not None:
-        corrected = dict(corrected_tensors(checkpoint, loaded, model_factory, inputs))
+    if inputs is not None and model is not None:
+        corrected = dict(corrected_tensors(checkpoint, loaded, model, str(model_factory), inputs, weights))
     with progress_bar("quantizing") as progress:
-        rewrite(checkpoint, loaded, output, progress, corrected=corrected)
+        fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, weights=weights)
+    if fit.found.key is not None:
+        say(f"weights: those under {fit.found.key!r}; others in the file are as they were")
     if loaded.activation_bits is not None:
         say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
     if as_json:

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_sources import make_module, named_function
+from .cli_sources import named_function
 from .errors import SettingError, SourceError, what_it_said
 from .report.progress import progress_bar
 
@@ -45,16 +45,24 @@ def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
 
 
 def corrected_tensors(
-    checkpoint: Path, plan: "Plan", model_factory: str, calibration: str | Sequence[int]
+    checkpoint: Path,
+    plan: "Plan",
+    model: "nn.Module",
+    factory: str,
+    calibration: str | Sequence[int],
+    weights: str | None,
 ) -> Mapping[str, "Tensor"]:
-    """Biases and statistics that calibration changes, by name; on a function's batches, or synthetic ones of a shape.
+    """Biases and statistics that calibration changes, by the names that they have in the checkpoint.
 
+    calibration: a function that returns batches, or the shape of synthetic ones. factory: what made the model, whose
+    weights become the checkpoint's; weights: the key of those in a torch checkpoint, where it is not the plan's.
     Raises as `correct`, or SourceError.
     """
     from .correct import correct
+    from .match import match
 
-    model = make_module(model_factory)
-    _load(model, checkpoint, model_factory)
+    names = _load(model, checkpoint, factory, weights, plan.weights)
+    plan = match(plan, model, rewrapped=True).require(factory)
     named = isinstance(calibration, str)
     batches = calibration_batches(str(calibration)) if named else synthetic(model, [int(n) for n in calibration])
     with progress_bar("correcting") as progress, redirect_stdout(sys.stderr):
@@ -67,7 +75,7 @@ def corrected_tensors(
             "has no bias and no BatchNorm to take the correction, and the checkpoint no place for it. Use "
             "mpq_plugins.apply(model, plan, calibrate=batches) and save the module"
         )
-    return {name: value for name, value in after.items() if not value.equal(before[name])}
+    return {names.get(name, name): value for name, value in after.items() if not value.equal(before[name])}
 
 
 def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None:
@@ -100,21 +108,23 @@ def with_sensitivities(
     return table
 
 
-def _load(model: "nn.Module", checkpoint: Path, factory: str) -> None:
-    """Put the checkpoint's tensors into the model."""
-    from .checkpoints import open_checkpoint
+def _load(
+    model: "nn.Module", checkpoint: Path, factory: str, weights: str | None, prefer: str | None
+) -> Mapping[str, str]:
+    """Put the checkpoint's tensors into the model; what its tensors are called there."""
+    from .checkpoints import read_checkpoint
+    from .wrappers import renaming
 
-    stored = open_checkpoint(checkpoint)
+    stored = read_checkpoint(checkpoint, weights, prefer=prefer).tensors
     state = model.state_dict()
-    missing = [name for name, value in state.items() if value.dim() and name not in stored]
+    wanted = [name for name, value in state.items() if value.dim()]
+    names = renaming([(name,) for name in wanted], (), stored) or {name: name for name in wanted}
+    missing = [name for name in wanted if names[name] not in stored]
     if missing:
         raise SourceError(f"{factory}: has {missing[0]!r}, which {checkpoint} lacks; name the checkpoint's own model")
-    given = {
-        name: stored[name].read_rows(0, stored[name].shape[0]).reshape(stored[name].shape)
-        for name, value in state.items()
-        if value.dim()
-    }
+    given = {name: stored[names[name]].tensor() for name in wanted}
     try:
         model.load_state_dict({**state, **given})
     except RuntimeError as error:
         raise SourceError(f"{factory}: does not take {checkpoint} ({what_it_said(error)})") from error
+    return names

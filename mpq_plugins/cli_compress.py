@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import json_option, print_json
+from .cli_shared import json_option, model_option, print_json, weights_option
 from .errors import SettingError
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -36,18 +36,22 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     "--coding", type=click.Choice(["smallest", "packed"]), default="smallest", show_default=True,
     help="packed: no entropy coding, so that sizes are the plan's (of what is not pruned).",
 )  # fmt: skip
+@model_option
+@weights_option
 @json_option
 def compress(
     source: str,
     plan_file: Path,
     output: Path,
+    model_factory: str | None,
+    weights: str | None,
     amounts: tuple[str, ...],
     prune_by: str,
     coding: Any,
     as_json: bool,
 ) -> None:
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
-    from .cli_sources import check_output, resolve_source
+    from .cli_sources import check_output, make_module, resolve_source
     from .compress.write import write  # which leaves it to its caller to say what was left out
     from .plan import Plan
     from .report.progress import progress_bar, say
@@ -58,8 +62,13 @@ def compress(
     pruning = _pruning(amounts, prune_by)
     plan = Plan.load(plan_file)
     resolved = resolve_source(source)
+    if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
+        raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
+    model = make_module(model_factory) if model_factory is not None else None
     with progress_bar("compressing") as progress:
-        container = write(resolved, plan, output, prune=pruning, coding=coding, progress=progress)
+        container = write(
+            resolved, plan, output, prune=pruning, coding=coding, progress=progress, model=model, weights=weights
+        )
     if container.header.left_out:
         say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
     if plan.activation_bits is not None:

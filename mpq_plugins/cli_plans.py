@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from .allocate.base import Allocator, Needs
+from .allocate.layout import nothing_to_tie
 from .errors import SettingError, SourceError
+from .patterns import FUSED, families
 from .plan import Plan
+from .table import LayerTable
 
 ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
 
@@ -20,6 +23,13 @@ def joint_needs(allocators: Sequence[Allocator]) -> Needs:
         any(need.channel_errors for need in needs),
         next((need.scheme for need in needs if need.scheme is not None), None),
     )
+
+
+def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:
+    """What to say of families that were to be tied and that the model does not have."""
+    names = [layer.name for layer in table.layers]
+    asked = dict.fromkeys(pattern for own in allocators for pattern in getattr(own, "tie", ()) if pattern in FUSED)
+    return [nothing_to_tie(pattern) for pattern in asked if not families(pattern, names)]
 
 
 def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:

@@ -16,6 +16,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
+model_option = click.option(
+    "--model", "model_factory", metavar="MODULE:FACTORY",
+    help="The checkpoint's model: it says what of the file are layers, where the plan does not.",
+)  # fmt: skip
+weights_option = click.option(
+    "--weights", metavar="KEY",
+    help="Of a torch checkpoint with several sets of weights, the one that is meant: state_dict_ema, or ema.model.",
+)  # fmt: skip
+
+
 def scheme_options(command: Command) -> Command:
     """The options that say what is measured, and under which scheme."""
     for option in reversed(
@@ -47,7 +57,20 @@ def scheme_options(command: Command) -> Command:
                 help="Leave these layers alone; repeatable. A glob, re:REGEX, or in language models role:embeddings, "
                 "role:lm_head or role:routers.",
             ),
-            click.option("--only", multiple=True, metavar="GLOB", help="Take only these layers; repeatable."),
+            click.option(
+                "--only",
+                multiple=True,
+                metavar="GLOB",
+                help="Take only these layers; repeatable. Also those that checkpoints' plans leave alone: role:lora, "
+                "role:fragile.",
+            ),
+            weights_option,
+            click.option(
+                "--already-quantized",
+                is_flag=True,
+                default=None,
+                help="Of a checkpoint whose layers are packed already, plan what is left in floating point.",
+            ),
             click.option(
                 "--fold-bn",
                 type=click.Choice(["auto", "yes", "no"]),
@@ -61,7 +84,7 @@ def scheme_options(command: Command) -> Command:
 
 SCHEME_NAMES = (
     "scheme_name", "symmetric", "granularity", "group_size", "range_name", "breakpoint_rule", "storage", "init",
-    "skip", "only", "fold_bn",
+    "skip", "only", "fold_bn", "weights", "already_quantized",
 )  # fmt: skip
 
 
@@ -96,16 +119,19 @@ def say_written(file: Path | None, what: str) -> None:
 
 
 def say_left_alone(table: Any) -> None:
-    """What the plan does not cover, on stderr."""
+    """What the plan does not cover, and which weights it was made from where a file holds others, on stderr."""
+    from .errors import first_few
     from .report.progress import say
+    from .roles import PREFIX
 
-    if table.skipped:
-        say(f"skipped on request: {len(table.skipped)} layers")
-    if table.left_alone:
-        name, reason = table.left_alone[0]
-        more = (
-            f", and {len(table.left_alone) - 1} more (--json with `mpq measure` lists them)"
-            if len(table.left_alone) > 1
-            else ""
-        )
-        say(f"left alone, no quantizable layer: {name} ({reason}){more}")
+    if table.weights is not None:
+        say(f"weights: those under {table.weights!r}")
+    by_default = {name for name, reason in table.left_alone if reason.startswith(PREFIX)}
+    asked = len(table.skipped) - len(by_default)
+    if asked:
+        say(f"skipped on request: {asked} layers")
+    reasons = dict.fromkeys(reason for _, reason in table.left_alone)
+    for reason in reasons:
+        names = [name for name, own in table.left_alone if own == reason]
+        head = "left alone by default" if reason.startswith(PREFIX) else "left alone, no quantizable layer"
+        say(f"{head}: {first_few(names, ', ')} ({reason})")

@@ -40,6 +40,8 @@ class Request:
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     fold_bn: str | None = None
+    weights: str | None = None
+    already_quantized: bool | None = None
 
     def scheme(self, default: Scheme | None) -> Scheme:
         """The scheme that was asked for: what was not said is the default's, or the library's.
@@ -178,6 +180,7 @@ def measure_now(
     """Measure with a progress bar."""
     from . import measure
 
+    _say_file(source)
     example = None
     if input_shape is not None:
         import torch
@@ -187,8 +190,19 @@ def measure_now(
         return measure(
             source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
             skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
+            weights=request.weights, already_quantized=bool(request.already_quantized),
             example_input=example, journal=journal, executor=executor, device=device, progress=progress,
         )  # fmt: skip
+
+
+def _say_file(source: "Path | nn.Module") -> None:
+    """Which file of a directory is read, where it has another name than weights have."""
+    from .shards import USUAL, weight_files
+
+    if isinstance(source, Path) and exists(source) and source.is_dir():
+        file = weight_files(source).chosen
+        if file.name not in USUAL:
+            say(f"weights: {file.name}, the only ones in {source}")
 
 
 def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None) -> LayerTable:
@@ -219,7 +233,10 @@ def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, requ
     if not table.covers(needs.bits, needs.metrics, needs.channel_errors):
         return "lacks bit-widths or metrics"
     fold = resolve_fold(source, scheme, request.fold)  # type: ignore[arg-type]  # checked there
-    found = find_weights(source, skip=request.skip, only=request.only, fold_bn=fold)
+    found = find_weights(
+        source, skip=request.skip, only=request.only, fold_bn=fold, weights=request.weights,
+        already_quantized=bool(request.already_quantized),
+    )  # fmt: skip
     if found.folded != table.fold_bn:
         return "was measured with another BatchNorm folding"
     if weights_fingerprint(found) != table.fingerprint or found.skipped != table.skipped:

@@ -38,7 +38,7 @@ def first_sentence(error: Exception) -> str:
 
 
 class PlanWarning(UserWarning):
-    """A plan that is predicted to be worse than uniform widths of its own size."""
+    """A plan that may not be what was wanted: predicted to be worse than uniform widths of its own size, or untied."""
 
 
 class MeasureWarning(UserWarning):

@@ -1,72 +1,128 @@
 """Does a plan fit a source: the same layers, the same shapes, the same weights."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
+from .checkpoints import Checkpoint, read_checkpoint
 from .errors import MismatchError, WeightError, first_few
 from .measure.error import weights_fingerprint
 from .plan import LayerChoice, Plan
-from .weights import Weight, Weights, find_weights
+from .stored_weights import Known, KnownLayer
+from .weights import Weight, Weights, checkpoint_weights, could_be_layers, find_weights, known_by
+from .wrappers import renaming
 
 
 @dataclass(frozen=True)
 class Match:
-    """problems: why the plan cannot be used here; notes: what a careful user wants to know all the same."""
+    """problems: why the plan cannot be used here; notes: what a careful user wants to know all the same.
+
+    plan: with the names that its layers have here; found: all layers that are here; checkpoint: what the source holds,
+    where it is one.
+    """
 
     layers: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    plan: Plan
+    found: Weights
+    checkpoint: Checkpoint | None = None
 
-    def require(self, where: str) -> None:
-        """Raise MismatchError where there are problems."""
+    def require(self, where: str) -> Plan:
+        """The plan, as it is called here. Raises MismatchError where there are problems."""
         if self.problems:
             raise MismatchError(f"{where}: the plan was made for another model. {' '.join(self.problems)}")
+        return self.plan
 
 
-def match(plan: Plan, source: nn.Module | str | Path, *, weights: bool = False) -> Match:
+def match(
+    plan: Plan,
+    source: nn.Module | str | Path,
+    *,
+    weights: bool = False,
+    rewrapped: bool = False,
+    key: str | None = None,
+    model: nn.Module | None = None,
+) -> Match:
     """Compare a plan with the layers of a module or checkpoint, and on request with its weights (read once).
 
+    rewrapped: whether a module may be wrapped otherwise than the plan's was (DataParallel, torch.compile), so that the
+    plan to use is the match's; of a checkpoint that is always so. key: of a torch checkpoint, the weights that are
+    meant, where they are not those the plan was made from. model: the module whose checkpoint the source is.
     Raises SourceError where the source cannot be read.
     """
-    module = isinstance(source, nn.Module)
-    found = _found(plan, source, plan.fold_bn and module)
-    problems = _problems(plan, found)
-    if plan.fold_bn and not module:
+    checkpoint = None
+    if isinstance(source, nn.Module):
+        found = find_weights(source, fold_bn=plan.fold_bn, refuse=False)
+        everything = [name for name, _ in source.named_modules(remove_duplicate=False)]
+        own = as_called(plan, [name for weight in found for name in weight.names]) if rewrapped else plan
+        remedy = ""
+    else:
+        checkpoint = read_checkpoint(Path(source), key, prefer=plan.weights)
+        own = as_called(plan, could_be_layers(checkpoint))
+        known = _known(own)
+        if model is not None:
+            told = known_by(model, checkpoint)
+            known = replace(told, layers={**known.layers, **told.layers}, none=known.none, tied=known.tied + told.tied)
+        found = checkpoint_weights(checkpoint, Path(source), known, refuse=False, already_quantized=True)
+        everything = list(checkpoint.tensors)
+        remedy = "" if model is not None else _REMEDY
+    _refuse(own, found)
+    problems = _problems(own, found, everything, remedy)
+    if plan.fold_bn and not isinstance(source, nn.Module):
         problems.append(
             "It was measured with BatchNorm folded in, and a checkpoint file cannot be folded: use the module, "
-            "or measure the file itself."
+            "measure the file itself, or plan with fold_bn=False (--fold-bn no)."
         )
-    notes = _notes(plan, found) if weights and not problems else []
-    return Match(len(plan.layers), tuple(problems), tuple(notes))
+    notes = _notes(plan, own, found) if weights and not problems else []
+    return Match(len(plan.layers), tuple(problems), tuple(notes), own, found, checkpoint)
 
 
-def _found(plan: Plan, source: nn.Module | str | Path, fold_bn: bool) -> Weights:
-    """All layers but the skipped: those may hold what cannot be quantized."""
-    everything = find_weights(source, fold_bn=fold_bn, refuse=False)
-    refused = next((w for w in everything if w.refusal and w.name not in plan.skipped), None)
+_REMEDY = (
+    " A bare file does not say what is no layer: name the model that it is of (--model package.module:factory, "
+    "model=), or measure again."
+)
+
+
+def as_called(plan: Plan, present: Iterable[str]) -> Plan:
+    """The plan with the names that its layers have in a model that may be wrapped otherwise."""
+    others = [*plan.skipped, *(parameter.removesuffix(".weight") for parameter in plan.left_alone)]
+    return plan.renamed(renaming([layer.names for layer in plan.layers], others, present))
+
+
+def _known(plan: Plan) -> Known:
+    """What a plan says of its model's checkpoint."""
+    layers = {name: KnownLayer(layer.kind, layer.channel_axis, layer.shape) for name, layer in plan.by_any_name.items()}
+    return Known(layers, frozenset(plan.left_alone), tuple(layer.names for layer in plan.layers if layer.tied))
+
+
+def _refuse(plan: Plan, found: Weights) -> None:
+    """All layers but the skipped must be such as can be quantized."""
+    refused = next((w for w in found if w.refusal and w.name not in plan.skipped), None)
     if refused is not None:
         raise WeightError(f"layer {refused.name!r}: {refused.refusal}, or skip the layer.")
-    return everything
 
 
-def _problems(plan: Plan, found: Weights) -> list[str]:
+def _problems(plan: Plan, found: Weights, everything: list[str], remedy: str) -> list[str]:
     present = {name: weight for weight in found for name in weight.names}
     planned = set(plan.by_any_name)
-    missing = [name for name in (*plan.by_name, *plan.skipped) if name not in present]
+    missing = [layer.name for layer in plan.layers if present.keys().isdisjoint(layer.names)]
+    missing += [name for name in plan.skipped if name not in present and not _is_there(name, everything)]
     extra = [w.name for w in found if not planned.intersection(w.names) and w.name not in plan.skipped]
+    pairs = [(name, layer, present[name]) for name, layer in plan.by_any_name.items() if name in present]
     shapes = [
-        f"{name!r} {list(layer.shape)} in the plan, {list(present[name].shape)} here"
-        for name, layer in plan.by_name.items()
-        if name in present and layer.shape != present[name].shape
+        f"{name!r} {list(layer.shape)} in the plan, {list(weight.shape)} here"
+        for name, layer, weight in pairs
+        if layer.shape != weight.shape
     ]
-    axes = [name for name, layer in plan.by_name.items() if name in present and not _same_axis(layer, present[name])]
+    axes = [name for name, layer, weight in pairs if not _same_axis(layer, weight)]
     problems = []
     if missing:
         problems.append(f"Missing here: {first_few([repr(name) for name in missing], ', ')}.")
     if extra:
-        problems.append(f"Here but not in the plan: {first_few([repr(name) for name in extra], ', ')}.")
+        problems.append(f"Here but not in the plan: {first_few([repr(name) for name in extra], ', ')}.{remedy}")
     if shapes:
         problems.append(f"Other shapes: {first_few(shapes, ', ')}.")
     if axes:
@@ -74,7 +130,36 @@ def _problems(plan: Plan, found: Weights) -> list[str]:
             f"Planned along another channel axis: {first_few([repr(name) for name in axes], ', ')}; a bare file does "
             "not say that a convolution is transposed, so measure the module."
         )
+    return problems + _tie_problems(plan, present)
+
+
+def _is_there(name: str, everything: list[str]) -> bool:
+    """Whether a skipped layer has anything here: what cannot be quantized need not be a weight."""
+    return any(own == name or own.startswith(f"{name}.") or (not name and own) for own in everything)
+
+
+def _tie_problems(plan: Plan, present: Mapping[str, Weight]) -> list[str]:
+    """Names that are one weight in the plan and two here, or the other way round with different widths."""
+    problems = []
+    for layer in plan.layers:
+        apart = {present[name].name: name for name in layer.names if name in present}
+        if len(apart) > 1:
+            names = first_few([repr(name) for name in apart.values()], ", ")
+            problems.append(f"One weight in the plan, and different ones here: {names}.")
+    seen: dict[str, LayerChoice] = {}
+    for layer in plan.layers:
+        own = next((present[name].name for name in layer.names if name in present), layer.name)
+        first = seen.setdefault(own, layer)
+        if first is not layer and not _same_choice(first, layer):
+            problems.append(
+                f"One weight here, and planned apart with different widths: {first.name!r}, {layer.name!r}; measure "
+                "again, or pin both to one width."
+            )
     return problems
+
+
+def _same_choice(one: LayerChoice, other: LayerChoice) -> bool:
+    return (one.bits, one.parts, one.scheme) == (other.bits, other.parts, other.scheme)
 
 
 def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
@@ -83,8 +168,11 @@ def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
     return layer.scheme.granularity == "per_tensor" and layer.parts is None
 
 
-def _notes(plan: Plan, found: Weights) -> list[str]:
-    if weights_fingerprint(weight for weight in found if weight.name in plan.by_any_name) == plan.model:
+def _notes(plan: Plan, own: Plan, found: Weights) -> list[str]:
+    """own: the plan with the names that are here; fingerprints are of the plan's."""
+    planned = {name: first.name for first, here in zip(plan.layers, own.layers, strict=True) for name in here.names}
+    here = (replace(weight, name=planned[weight.name]) for weight in found if weight.name in planned)
+    if weights_fingerprint(here) == plan.model:
         return []
     return [
         "The layers are the plan's, their weights are not those it was made from: trained further, quantized, or "

@@ -206,7 +206,9 @@ class Plan(BaseModel):
 
     activation_bits: for all layers' inputs, or None for floating point. model: fingerprint of the weights the
     plan was made for. fold_bn: whether BatchNorm was folded when they were measured. skipped: quantizable
-    layers left in floating point on request. made_with: versions.
+    layers left in floating point on request, or by default. weights: of a torch checkpoint with several sets of
+    weights, the key of those it was made from, None where nothing had to be said. left_alone: parameters that a bare
+    file's reader could take for layers' weights, and that are none. made_with: versions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -219,6 +221,8 @@ class Plan(BaseModel):
     fold_bn: bool
     activation_bits: Annotated[int, Field(ge=1, le=16)] | None = None
     skipped: tuple[str, ...] = ()
+    weights: str | None = None
+    left_alone: tuple[str, ...] = ()
     layers: tuple[LayerChoice, ...]
 
     @model_validator(mode="after")
@@ -248,9 +252,27 @@ class Plan(BaseModel):
                 vars(copied).pop(name, None)
         return copied
 
+    def renamed(self, names: Mapping[str, str]) -> "Plan":
+        """The same plan for a model that calls its layers otherwise; what `names` does not have keeps its name."""
+        if all(name == own for name, own in names.items()):
+            return self
+
+        def new(name: str) -> str:
+            return names.get(name, name)
+
+        layers = tuple(
+            layer.model_copy(update={"name": new(layer.name), "tied": tuple(map(new, layer.tied))})
+            for layer in self.layers
+        )
+        left_alone = tuple(_with_layer_name(parameter, new) for parameter in self.left_alone)
+        skipped = tuple(map(new, self.skipped))
+        return self.model_copy(update={"layers": layers, "skipped": skipped, "left_alone": left_alone})
+
     def to_json(self) -> str:
         """Readable JSON in a stable order, one line per layer; equal plans give equal bytes."""
         document = self.model_dump(mode="json", exclude_none=True)
+        if not self.left_alone:  # as plans were before there was such a field
+            del document["left_alone"]
         layers = [{key: value for key, value in layer.items() if value != []} for layer in document.pop("layers")]
         head = "".join(f"  {_one_line(key)}: {_one_line(value)},\n" for key, value in document.items())
         lines = ",\n".join(f"    {_one_line(layer)}" for layer in layers)
@@ -311,6 +333,14 @@ class Plan(BaseModel):
         if bits is not None and (type(bits) is not int or bits not in range(1, 17)):
             raise SettingError(f"activation_bits: {bits!r} is not allowed; 1 to 16, or none for floating point")
         return self.model_copy(update={"activation_bits": bits})
+
+
+def _with_layer_name(parameter: str, new: Callable[[str], str]) -> str:
+    """A parameter of a layer that is called otherwise."""
+    if parameter == "weight" or parameter.endswith(".weight"):
+        renamed = new(parameter.removesuffix("weight").removesuffix("."))
+        return f"{renamed}.weight" if renamed else "weight"
+    return new(parameter)
 
 
 def _one_line(value: Any) -> str:

@@ -2,22 +2,24 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .checkpoints import common_prefix, find_state_dict, layer_name, load_torch, storage_identity
-from .errors import SettingError, SourceError
+from .checkpoints import layer_name, load_torch, storage_identity
+from .errors import SettingError, SourceError, first_sentence
 from .files import atomic_path
-from .match import match
+from .match import Match, match
 from .plan import LayerChoice, Plan
 from .roles import are_experts, stacks_of
-from .shards import INDEX_NAME, SINGLE_NAME, shard_files
+from .shards import weight_files
 from .simulate import simulate
+from .state_dicts import TOP, chosen_state_dict
+from .wrappers import bare_names
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,26 +31,46 @@ def rewrite(
     progress: Progress | None = None,
     *,
     corrected: Mapping[str, Tensor] | None = None,
-) -> None:
+    model: nn.Module | None = None,
+    weights: str | None = None,
+) -> Match:
     """Write `source` with the plan's weights to `target`: a file as a file, a sharded directory as a directory.
 
-    Everything else in the checkpoint (biases, norms, skipped layers, metadata, a directory's other files) is
-    carried over, but for what `corrected` replaces by name (see correct.py). Raises MismatchError for a plan made for
-    another model, SettingError for a target of another
-    format, SourceError where reading or writing fails; nothing is left half written.
+    Everything else in the checkpoint (biases, norms, skipped layers, other sets of weights, metadata, a directory's
+    other files) is carried over, but for what `corrected` replaces by name (see correct.py). model: the module whose
+    checkpoint it is, which says what of it are layers where the plan does not; weights: the key of the set that is
+    meant, where it is not the one the plan was made from. Returns how the plan fits. Raises MismatchError for a plan
+    made for another model, SettingError for a target of another format or weights that cannot be written as they are
+    stored, SourceError where reading or writing fails; nothing is left half written.
     """
-    match(plan, source).require(str(source))
+    fit = match(plan, source, model=model, key=weights)
+    own = fit.require(str(source))
+    require_unscaled(fit)
     _check_target(source, target)
-    total = sum(layer.numel for layer in plan.layers)
-    quantizer = _Quantizer(plan.by_any_name, total, corrected or {}, progress)
+    total = sum(layer.numel for layer in own.layers)
+    quantizer = _Quantizer(own.by_any_name, total, corrected or {}, progress)
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
     elif source.suffix == ".safetensors":
         with atomic_path(target) as temporary:
-            _rewrite_safetensors(source, temporary, quantizer, _prefix([source]))
+            _rewrite_safetensors(source, temporary, quantizer, bare_names(_shapes([source])))
     else:
-        _rewrite_torch(source, target, quantizer)
+        with atomic_path(target) as temporary:
+            _rewrite_torch(source, temporary, quantizer, fit.found.key or TOP)
     quantizer.finish()
+    return fit
+
+
+def require_unscaled(fit: Match) -> None:
+    """Raise SettingError where planned weights are stored as codes of 8-bit floating point, which hold no others."""
+    planned = fit.plan.by_any_name
+    scaled = [weight for weight in fit.found if weight.scale and weight.name in planned]
+    if scaled:
+        raise SettingError(
+            f"layer {scaled[0].name!r}, one of {len(scaled)} such, is stored in 8-bit floating point and scaled by "
+            f"{scaled[0].scale!r}: that can be planned from, and cannot hold what the plan makes of it. Convert the "
+            "checkpoint to bfloat16 first"
+        )
 
 
 class _Quantizer:
@@ -61,8 +83,10 @@ class _Quantizer:
         corrected: Mapping[str, Tensor],
         progress: Progress | None,
     ) -> None:
-        self.choices, self.total, self.progress, self.done = choices, total, progress, 0
+        self.choices, self.total, self.progress = choices, total, progress
         self.corrected = corrected
+        self.seen: set[str] = set()
+        self.done = 0
         self.stacks = stacks_of(choices)
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
@@ -81,7 +105,9 @@ class _Quantizer:
     def _simulated(self, choice: LayerChoice, tensor: Tensor) -> Tensor:
         if self.progress is not None:
             self.progress(choice.name, self.done, self.total)
-        self.done += choice.numel
+        if choice.name not in self.seen:  # a file may hold copies of one weight
+            self.done += choice.numel
+        self.seen.add(choice.name)
         return simulate(tensor, choice)
 
     def plans(self, parameter: str, tensor: Tensor) -> bool:
@@ -116,38 +142,40 @@ def _check_target(source: Path, target: Path) -> None:
         raise SettingError(f"output: {target} should end in {source.suffix}, the format of the source")
 
 
-def _rewrite_safetensors(source: Path, target: Path, quantizer: _Quantizer, prefix: str) -> None:
-    with safe_open(source, framework="pt") as file:
-        tensors = {
-            name: quantizer(name.removeprefix(prefix), file.get_tensor(name)).contiguous()
-            for name in file.offset_keys()
-        }
-        save_file(tensors, target, file.metadata())
+def _rewrite_safetensors(source: Path, target: Path, quantizer: _Quantizer, names: Mapping[str, str]) -> None:
+    """names: what the file calls its tensors -> what the model does."""
+    try:
+        with safe_open(source, framework="pt") as file:
+            tensors = {name: quantizer(names[name], file.get_tensor(name)).contiguous() for name in file.offset_keys()}
+            save_file(tensors, target, file.metadata())
+    except SafetensorError as error:
+        raise SourceError(f"{source}: cannot be written again ({first_sentence(error)}); convert it first") from error
 
 
-def _rewrite_torch(source: Path, target: Path, quantizer: _Quantizer) -> None:
+def _rewrite_torch(
+    source: Path, target: Path, quantizer: _Quantizer, key: str | None, names: Mapping[str, str] | None = None
+) -> None:
+    """key: of the set of weights, where one is meant; names: what the model calls tensors, of a shard."""
     content = load_torch(source)
-    state = find_state_dict(content, source)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    prefix = common_prefix(tensors)
+    chosen = chosen_state_dict(content, source, key)
+    state, tensors = chosen.state, chosen.tensors
+    names = names or bare_names({name: tensor.shape for name, tensor in tensors.items()})
     identities = {name: storage_identity(name, tensor) for name, tensor in tensors.items()}
     written: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
-        if identities[name] not in written and quantizer.changes(name.removeprefix(prefix), tensor):
-            written[identities[name]] = quantizer(name.removeprefix(prefix), tensor)
+        if identities[name] not in written and quantizer.changes(names[name], tensor):
+            written[identities[name]] = quantizer(names[name], tensor)
     for name in tensors:  # other names of the same storage, planned or not, stay tied to it
         state[name] = written.get(identities[name], tensors[name])
-    with atomic_path(target) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise OSError(str(error).splitlines()[0]) from error
+    try:
+        torch.save(content, target)
+    except RuntimeError as error:  # torch's way to say that the disk is full
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
-    indexed = (source / INDEX_NAME).is_file()
-    shards = list(shard_files(source)) if indexed else [SINGLE_NAME]
-    prefix = _prefix([source / shard for shard in shards])
+    shards = list(weight_files(source).shards)
+    names = bare_names(_shapes([source / shard for shard in shards]))
     try:
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
@@ -155,7 +183,10 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
     try:
         for shard in shards:
             (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
-            _rewrite_safetensors(source / shard, temporary / shard, quantizer, prefix)
+            if shard.endswith(".safetensors"):
+                _rewrite_safetensors(source / shard, temporary / shard, quantizer, names)
+            else:
+                _rewrite_torch(source / shard, temporary / shard, quantizer, None, names)
         _copy_others(source, temporary, {*shards})
         temporary.chmod(source.stat().st_mode & 0o777)
         temporary.replace(target)
@@ -174,9 +205,14 @@ def _copy_others(source: Path, target: Path, written: set[str]) -> None:
             shutil.copyfile(path, target / relative)
 
 
-def _prefix(files: Iterable[Path]) -> str:
-    names: list[str] = []
+def _shapes(files: Iterable[Path]) -> dict[str, Sequence[int]]:
+    """Of all tensors in the files, by the names they have there."""
+    found: dict[str, Sequence[int]] = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            names += file.keys()
-    return common_prefix(names)
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        else:
+            tensors = chosen_state_dict(load_torch(path), path).tensors
+            found |= {name: tensor.shape for name, tensor in tensors.items()}
+    return found

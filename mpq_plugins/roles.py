@@ -1,7 +1,8 @@
 """What layers of a language model are, by the names and the configuration that transformers checkpoints have.
 
-Norms and biases are no layers (weights.py); embeddings, output heads and routers can be left alone by name of their
-role; a tensor of stacked experts is a layer for each expert.
+Norms and biases are no layers (not_layers.py); embeddings, output heads and routers can be left alone by name of their
+role; low-rank adapters, and small tables and gates, are left alone by default where a bare file has them; a tensor of
+stacked experts is a layer for each expert.
 """
 
 import json
@@ -14,16 +15,21 @@ from typing import TYPE_CHECKING, Any
 from .errors import SettingError, SourceError
 
 if TYPE_CHECKING:
-    from .weights import Weight
+    from .handles import Weight
 
 Config = Callable[[], Mapping[str, Any]]
 """The checkpoint's configuration, read when it is asked for: most plans need none."""
 
 PREFIX = "role:"
-EMBEDDINGS, HEAD, ROUTERS = ROLES = ("embeddings", "lm_head", "routers")
+EMBEDDINGS, HEAD, ROUTERS, LORA, FRAGILE = ROLES = ("embeddings", "lm_head", "routers", "lora", "fragile")
+BY_DEFAULT = {
+    LORA: "a low-rank adapter beside the weights; merge it into them, or take it with --only",
+    FRAGILE: "a small table or gate, which inference engines keep in floating point; take it with --only",
+}
+"""Roles that a checkpoint's plan leaves alone unless `only` names them, and why."""
 HEAD_NAMES = (
     "lm_head", "*.lm_head", "embed_out", "*.embed_out", "output", "head", "*.output_layer", "*.predictions.decoder",
-    "*.output_projection", "proj_out",
+    "*.output_projection", "proj_out", "unembed", "*.unembed",
 )  # fmt: skip
 INPUT_EMBEDDINGS = (
     "*embed_tokens", "*wte", "*word_embeddings", "*embed_in", "*tok_embeddings", "shared", "*.shared", "*.embeddings",
@@ -36,6 +42,18 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 # Projections out of and back into the hidden state, by the last words of their names.
 READS_HIDDEN = re.compile(r"(gate|up|w1|w3|wi|fc1|input)")
 WRITES_HIDDEN = re.compile(r"(down|w2|wo|fc2|output)")
+LORA_NAMES = re.compile(r"(^|\.)lora(_\w+)?(\.|$)")
+# Gemma 3n's (some are 4 x 4), T5's and DeBERTa's biases of relative positions, Qwen3-Next's pairs of gates.
+SMALL = re.compile(
+    r"(^|\.)(altup|laurel)\.|(^|\.)(modality_router|in_proj_(ba|a|b)|rel(ative)?_(attention|attn|position|pos)_?\w*"
+    r"|rel_embeddings)$"
+)
+VISION = re.compile(r"(^|[._])(vision|visual|image|img|vit|clip|siglip)\w*\.")
+POSITIONS = re.compile(r"(^|\.)(pos(ition(al)?)?_?(embed(ding)?s?|emb)|embed_positions)$")
+LONGEST_SHORT_CONV = 8
+# Whose layers are transformers' Conv1D, which keeps (inputs, outputs): model types, and what such layers are called.
+CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 # Whose stacked experts are (inputs, outputs), as F.linear does not take them: transformers' model types.
 INPUTS_FIRST = ("llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
@@ -64,10 +82,80 @@ def in_role(role: str, weights: Sequence["Weight"], config: Config) -> set[str]:
         return {weight.name for weight in weights if weight.kind == "embedding"}
     if role == ROUTERS:
         return _routers(weights, config)
+    if role in BY_DEFAULT:
+        return {name for name, own in left_by_default(weights).items() if own == role}
     heads = {weight.name for weight in weights if _named(weight, HEAD_NAMES)}
     if not _ties_its_head(config(), bool(heads)):
         return heads
     return heads | {weight.name for weight in weights if _named(weight, INPUT_EMBEDDINGS)}
+
+
+def left_by_default(weights: Sequence["Weight"]) -> dict[str, str]:
+    """Layer -> its role, of those that are left alone unless they are asked for."""
+    names = {name for weight in weights for name in weight.names}
+    found: dict[str, str] = {}
+    for weight in weights:
+        if any(LORA_NAMES.search(name) for name in weight.names):
+            found[weight.name] = LORA
+        elif any(_is_fragile(name, weight.shape, names) for name in weight.names):
+            found[weight.name] = FRAGILE
+    return found
+
+
+def _is_fragile(name: str, shape: Sequence[int], names: set[str]) -> bool:
+    if name.endswith("_expert_gate"):
+        return shape[0] == 1
+    if VISION.search(name) and POSITIONS.search(name):
+        return True
+    return SMALL.search(name) is not None or _is_short_convolution(name, shape, names)
+
+
+def _is_short_convolution(name: str, shape: Sequence[int], names: set[str]) -> bool:
+    """A few steps of each channel's own, beside projections: what state-space and linear attention layers have."""
+    if len(shape) != 3 or shape[1] != 1 or shape[2] > LONGEST_SHORT_CONV:
+        return False
+    block, _, last = name.rpartition(".")
+    beside = ("in_proj", "out_proj", "q_proj", "in_proj_qkvz", "in_proj_qkv", "linear_out")
+    return "conv" in last and any(f"{block}.{own}" in names for own in beside)
+
+
+def keeps_inputs_first(name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]], config: Config) -> bool:
+    """Whether a matrix is (inputs, outputs), as transformers' Conv1D keeps it, not (outputs, inputs).
+
+    Its bias says so, for that has a value for each output; or the model's type and the layer's name.
+    """
+    bias = shapes.get(f"{name}.bias" if name else "bias")
+    if len(shape) != 2 or (bias is not None and len(bias) != 1):
+        return False
+    if bias is not None and shape[0] != shape[1] and bias[0] in shape:
+        return bias[0] == shape[1]
+    if name.rpartition(".")[2] not in CONV1D_NAMES:
+        return False
+    return config().get("model_type") in CONV1D_TYPES or _others_keep_inputs_first(shapes)
+
+
+def _others_keep_inputs_first(shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether biases say so of other layers that are called as Conv1D's."""
+    for parameter, shape in shapes.items():
+        name = parameter.removesuffix(".weight")
+        bias = shapes.get(f"{name}.bias")
+        named = name.rpartition(".")[2] in CONV1D_NAMES and len(shape) == 2 and shape[0] != shape[1]
+        if named and bias is not None and tuple(bias) == (shape[1],):
+            return True
+    return False
+
+
+def tied_by_configuration(shapes: Mapping[str, Sequence[int]], config: Config) -> tuple[str, ...]:
+    """Parameters that the configuration ties where they are stored apart: the head and the input embedding.
+
+    Only those of one shape; whether their values are the same is for the caller to see.
+    """
+    heads = [p for p in shapes if _is_named(p.removesuffix(".weight"), HEAD_NAMES)]
+    inputs = [p for p in shapes if _is_named(p.removesuffix(".weight"), INPUT_EMBEDDINGS)]
+    alike = [p for p in dict.fromkeys([*inputs, *heads]) if p.endswith(".weight") and len(shapes[p]) == 2]
+    if not any(tuple(shapes[h]) == tuple(shapes[i]) for h in heads for i in inputs if h != i):
+        return ()
+    return tuple(alike) if _ties_its_head(config(), stored=False) else ()
 
 
 def _routers(weights: Sequence["Weight"], config: Config) -> set[str]:
@@ -129,8 +217,17 @@ def hidden_size(shapes: Iterable[tuple[str, Sequence[int]]], config: Mapping[str
     return None
 
 
+def is_head(name: str) -> bool:
+    """Whether a layer is called as output heads are."""
+    return _is_named(name, HEAD_NAMES)
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _named(weight: "Weight", patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in weight.names for pattern in patterns)
+    return any(_is_named(name, patterns) for name in weight.names)
 
 
 def _ties_its_head(config: Mapping[str, Any], stored: bool) -> bool:

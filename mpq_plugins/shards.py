@@ -1,28 +1,92 @@
-"""A checkpoint in several safetensors files and the index that says which tensor is where: they must agree."""
+"""A directory of weights: one file, or several and the index that says which tensor is where, which must agree."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import SourceError, first_few
+from .file_kinds import other_kind
 from .files import exists
-from .tensor_files import StoredTensor, safetensors_tensors
+from .tensor_files import StoredTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+TORCH_SINGLE_NAME = "pytorch_model.bin"
+USUAL = (INDEX_NAME, SINGLE_NAME, TORCH_INDEX_NAME, TORCH_SINGLE_NAME)
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+INDEX_SUFFIX = ".index.json"
 
 
-def shard_files(directory: Path) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class WeightFiles:
+    """Which files of a directory hold its weights: shard -> the tensors that the index puts there.
+
+    index: the index's file, or None where one file holds all.
+    """
+
+    directory: Path
+    index: Path | None
+    shards: Mapping[str, list[str]]
+
+    @property
+    def chosen(self) -> Path:
+        """What was found in the directory first."""
+        return self.index or self.paths[0]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
+        return [self.directory / shard for shard in self.shards]
+
+
+def weight_files(directory: Path) -> WeightFiles:
+    """The weights of a directory: under the usual names, or the only ones there under another.
+
+    safetensors come before torch checkpoints, and an index before a single file. Raises SourceError where there are
+    none, or several and nothing says which; and as `shard_files`.
+    """
+    chosen = next((directory / name for name in USUAL if (directory / name).is_file()), None) or _only(directory)
+    if chosen.name.endswith(INDEX_SUFFIX):
+        return WeightFiles(directory, chosen, shard_files(directory, chosen.name))
+    return WeightFiles(directory, None, {chosen.name: []})
+
+
+def _only(directory: Path) -> Path:
+    """The one index or weight file under a name of its own."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    for kind in (
+        [path for path in files if path.name.endswith(f".safetensors{INDEX_SUFFIX}")],
+        [path for path in files if path.suffix == ".safetensors"],
+        [path for path in files if path.name.endswith(f".bin{INDEX_SUFFIX}")],
+        [path for path in files if path.suffix in TORCH_SUFFIXES and path.name not in _NO_WEIGHTS],
+    ):
+        if len(kind) == 1:
+            return kind[0]
+        if kind:
+            named = first_few([path.name for path in kind], ", ")
+            raise SourceError(f"{directory}: holds {len(kind)} files that may be meant: {named}. Give one of them")
+    others = [f"{path.name} is {what}" for path in files if (what := other_kind(path)) is not None]
+    there = f". {others[0]}" if others else ""
+    raise SourceError(f"{directory}: no weights there; a directory needs {', '.join(USUAL[:-1])} or {USUAL[-1]}{there}")
+
+
+_NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin", "scaler.pt")
+
+
+def shard_files(directory: Path, index_name: str = INDEX_NAME) -> dict[str, list[str]]:
     """Shard file -> tensor names, from the directory's index.
 
     Raises SourceError on an index that is none, a path that leaves the directory, and a shard that is not there.
     """
-    index = directory / INDEX_NAME
+    index = directory / index_name
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)["weight_map"]
         items = [(str(name), str(shard)) for name, shard in weight_map.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{index}: not a safetensors index ({error!r}); it needs a 'weight_map' object") from error
+        kind = "safetensors" if ".safetensors" in index_name else "checkpoint's"
+        raise SourceError(f"{index}: not a {kind} index ({error!r}); it needs a 'weight_map' object") from error
     shards: dict[str, list[str]] = {}
     for name, shard in items:
         parts = PurePosixPath(shard)
@@ -39,22 +103,25 @@ def shard_files(directory: Path) -> dict[str, list[str]]:
     return shards
 
 
-def directory_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a directory by name, in the index's order. Raises SourceError where index and shards disagree."""
-    if not (directory / INDEX_NAME).is_file():
-        if (directory / SINGLE_NAME).is_file():
-            return safetensors_tensors(directory / SINGLE_NAME)
-        raise SourceError(f"{directory}: no weights there; a directory needs {INDEX_NAME} or {SINGLE_NAME}")
-    shards = shard_files(directory)
-    held = {shard: safetensors_tensors(directory / shard) for shard in shards}
-    _check_agreement(directory, shards, held)
-    return {name: held[shard][name] for shard, names in shards.items() for name in names}
+def directory_tensors(
+    files: WeightFiles, opened: Callable[[Path], Mapping[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """The tensors of a directory by name, in the index's order; `opened` gives a file's.
+
+    Raises SourceError where index and shards disagree.
+    """
+    held = {shard: opened(files.directory / shard) for shard in files.shards}
+    if files.index is None:
+        (only,) = held.values()
+        return dict(only)
+    _check_agreement(files, held)
+    return {name: held[shard][name] for shard, names in files.shards.items() for name in names}
 
 
-def _check_agreement(
-    directory: Path, shards: Mapping[str, list[str]], held: Mapping[str, Mapping[str, StoredTensor]]
-) -> None:
+def _check_agreement(files: WeightFiles, held: Mapping[str, Mapping[str, StoredTensor]]) -> None:
     """Every tensor in one shard, the one that the index names, and no tensor beside."""
+    directory, shards = files.directory, files.shards
+    index_name = files.index.name if files.index is not None else ""
     first: dict[str, str] = {}
     for shard, tensors in held.items():
         for name in tensors:
@@ -69,14 +136,14 @@ def _check_agreement(
             if name not in held[shard]:
                 where = f"; it is in {first[name]}" if name in first else ""
                 raise SourceError(
-                    f"{directory / shard}: lacks tensor {name!r}, which {INDEX_NAME} puts there{where}. Index and "
+                    f"{directory / shard}: lacks tensor {name!r}, which {index_name} puts there{where}. Index and "
                     "shards are of different checkpoints: fetch them again"
                 )
     indexed = {name for names in shards.values() for name in names}
     extra = [name for name in first if name not in indexed]
     if extra:
         raise SourceError(
-            f"{directory / first[extra[0]]}: holds tensor {extra[0]!r}, of which {INDEX_NAME} knows nothing "
+            f"{directory / first[extra[0]]}: holds tensor {extra[0]!r}, of which {index_name} knows nothing "
             f"({len(extra)} such in all). Index and shards are of different checkpoints: fetch them again"
         )
 

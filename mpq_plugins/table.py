@@ -74,6 +74,7 @@ class LayerTable:
     fingerprint: str
     skipped: tuple[str, ...] = ()
     left_alone: tuple[tuple[str, str], ...] = ()
+    weights: str | None = None  # the key of those in a torch checkpoint (see weights.Weights.key)
 
     @property
     def sensitivities(self) -> tuple[str, ...]:
@@ -120,7 +121,7 @@ class LayerTable:
         with atomic_path(Path(path)) as temporary:
             # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
             packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            data = save(packed, {"format": TABLE_FORMAT, "table": description.model_dump_json()})
+            data = save(packed, {"format": TABLE_FORMAT, "table": _text(description)})
             with temporary.open("wb") as file:
                 file.writelines(_in_order(data))
 
@@ -199,6 +200,7 @@ class _Description(BaseModel):
     fingerprint: str
     skipped: tuple[str, ...]
     left_alone: tuple[tuple[str, str], ...]
+    weights: str | None = None
     layers: tuple[_Layer, ...]
 
 
@@ -228,9 +230,15 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
         version=TABLE_VERSION, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
-        skipped=table.skipped, left_alone=table.left_alone, layers=layers,
+        skipped=table.skipped, left_alone=table.left_alone, weights=table.weights,
+        layers=layers,
     )  # fmt: skip
     return arrays, description
+
+
+def _text(description: _Description) -> str:
+    """As JSON; as tables were before there was a key, where there is none."""
+    return description.model_dump_json(exclude={"weights"} if description.weights is None else None)
 
 
 def _describe(path: Path, text: str) -> _Description:
@@ -292,7 +300,7 @@ def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[
     )  # fmt: skip
     return LayerTable(
         layers, description.scheme, description.bits, description.metrics, description.fold_bn,
-        description.fingerprint, description.skipped, description.left_alone,
+        description.fingerprint, description.skipped, description.left_alone, description.weights,
     )  # fmt: skip
 
 

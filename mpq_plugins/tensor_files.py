@@ -51,6 +51,10 @@ class RowReader(Protocol):
         """Of a three-dimensional tensor, one matrix: its rows, or if `transposed` its columns."""
         ...
 
+    def along(self, axis: int) -> "RowReader":
+        """Of a whole tensor: rows of this axis, 0 or 1, each as the others lie in memory."""
+        ...
+
     def cut(self, start: int, stop: int) -> "RowReader":
         """A reader whose row 0 is this one's row `start`, and that carries no more than rows up to `stop`."""
         ...
@@ -113,7 +117,14 @@ class FileRows:
         whole = replace(self, offset=self.span(index, index + 1)[0], shape=self.shape[1:])
         if not transposed:
             return whole
-        return FileColumns(whole.path, whole.name, whole.offset, (self.shape[1], self.shape[2]), self.dtype, 0)
+        return whole.along(1)
+
+    def along(self, axis: int) -> "FileRows | FileColumns":
+        """See RowReader."""
+        if not axis:
+            return self
+        inputs, outputs, *inner = self.shape
+        return FileColumns(self.path, self.name, self.offset, (inputs, outputs), self.dtype, 0, math.prod(inner))
 
     def cut(self, start: int, stop: int) -> "FileRows":
         """See RowReader."""
@@ -126,7 +137,10 @@ class FileRows:
 
 @dataclass(frozen=True)
 class FileColumns:
-    """Columns in a file as rows: of a matrix (inputs, outputs) that starts at byte `offset`, from column `first`."""
+    """Columns in a file as rows: of a matrix (inputs, outputs) that starts at byte `offset`, from column `first`.
+
+    cell: elements that stand at each place of the matrix, as a transposed convolution's kernels do.
+    """
 
     path: Path
     name: str
@@ -134,11 +148,12 @@ class FileColumns:
     shape: tuple[int, int]
     dtype: torch.dtype
     first: int
+    cell: int = 1
 
     def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
         """See RowReader: one read for each input, a memory's worth of columns at a time."""
         inputs, outputs = self.shape
-        size = self.dtype.itemsize
+        size = self.dtype.itemsize * self.cell
         length = (stop - start) * size
         buffer = memoryview(allocate(inputs * length))
         begin = self.offset + (self.first + start) * size
@@ -147,7 +162,10 @@ class FileColumns:
                 file.seek(begin + row * outputs * size)
                 if file.readinto(buffer[row * length : (row + 1) * length]) != length:
                     raise _cut_short(self.path, self.name)
-        return _as_matrix(buffer, self.dtype, inputs, stop - start).T
+        if self.cell == 1:
+            return _as_matrix(buffer, self.dtype, inputs, stop - start).T
+        cells = _as_matrix(buffer, self.dtype, inputs, (stop - start) * self.cell)
+        return cells.view(inputs, stop - start, self.cell).transpose(0, 1).reshape(stop - start, inputs * self.cell)
 
     def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor | None:
         """See RowReader; so many reads are not."""
@@ -155,6 +173,10 @@ class FileColumns:
 
     def part(self, index: int, transposed: bool) -> RowReader:
         """Of a matrix there are none."""
+        raise NotImplementedError
+
+    def along(self, axis: int) -> RowReader:
+        """They are along one already."""
         raise NotImplementedError
 
     def cut(self, start: int, stop: int) -> "FileColumns":
@@ -186,6 +208,10 @@ class MemoryRows:
         """See RowReader."""
         return MemoryRows(self.tensor[index], int(transposed))
 
+    def along(self, axis: int) -> "MemoryRows":
+        """See RowReader."""
+        return MemoryRows(self.tensor, axis)
+
     def cut(self, start: int, stop: int) -> "MemoryRows":
         """See RowReader."""
         return MemoryRows(self.tensor.narrow(self.axis, start, stop - start), self.axis)
@@ -203,17 +229,66 @@ class MemoryRows:
 class StoredTensor:
     """A tensor that is somewhere: read_rows(start, stop) gives rows of its first axis, (stop - start, rest).
 
-    identity is equal for two names of the same storage.
+    identity is equal for two names of the same storage; foreign: what the file calls a dtype that we do not read, in
+    whose place `dtype` has bytes.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read_rows: RowReader
     identity: object
+    foreign: str = ""
 
     def tensor(self) -> Tensor:
         """All of it, in its own shape. Raises SourceError where it cannot be read."""
         return self.read_rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class NoRows:
+    """Rows of a dtype that we do not read: of such a tensor nobody should ask for any."""
+
+    path: Path
+    name: str
+    dtype: str
+
+    def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """Raise SourceError."""
+        raise SourceError(f"{self.path}: tensor {self.name!r} has dtype {self.dtype}, which is not supported")
+
+    def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor | None:
+        """Raise SourceError."""
+        return self(start, stop, allocate)
+
+    def part(self, index: int, transposed: bool) -> RowReader:
+        """See RowReader."""
+        return self
+
+    def along(self, axis: int) -> RowReader:
+        """See RowReader."""
+        return self
+
+    def cut(self, start: int, stop: int) -> RowReader:
+        """See RowReader."""
+        return self
+
+    def signature(self) -> str:
+        """See RowReader."""
+        return f"{_file_signature(self.path)} {self.name}"
+
+
+COMPARED = 1 << 21  # elements at a time
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors have the same shape, dtype and values, to the bit but for NaN. Raises SourceError."""
+    if one.identity == other.identity:
+        return True
+    if (one.shape, one.dtype, one.foreign) != (other.shape, other.dtype, other.foreign) or not one.shape:
+        return False
+    step = max(1, COMPARED // max(1, math.prod(one.shape[1:])))
+    spans = [(start, min(start + step, one.shape[0])) for start in range(0, one.shape[0], step)]
+    return all(torch.equal(one.read_rows(*span), other.read_rows(*span)) for span in spans)
 
 
 def safetensors_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -232,9 +307,9 @@ def safetensors_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise SourceError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which is not supported")
-    shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+    shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
+    if dtype is None:
+        return StoredTensor(shape, torch.uint8, NoRows(path, name, entry["dtype"]), (path, name), entry["dtype"])
     # Absolute, for another process may work in another folder.
     reader = FileRows(path.absolute(), name, data_start + entry["data_offsets"][0], shape, dtype)
     return StoredTensor(shape, dtype, reader, (path, name))

@@ -1,32 +1,27 @@
 """Named quantizable weights of a model, a checkpoint or its shards: handles first, values one chunk at a time.
 
-From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, subclasses included.
-From a bare file, where no class can be asked: floating tensors of 2 to 5 dimensions whose name ends in
-`.weight` (so no bias, norm or statistic); 2-D is an embedding where the last part of its name says so and a
-linear layer otherwise; 3-D, 4-D and 5-D are convolutions, but for stacked experts (roles.py), whose name need not end
-so, and whose layers are called NAME.0, NAME.1 ... Whatever is left alone is listed with its reason.
+From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, subclasses included. From a
+checkpoint, where no class can be asked: see stored_weights.py. Whatever is left alone is listed with its reason.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .buffers import chunk_buffer
-from .checkpoints import layer_name, open_checkpoint
+from .checkpoints import Checkpoint, layer_name, read_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
+from .handles import Weight as Weight
+from .handles import Weights as Weights
+from .packed import refuse_packed
 from .patterns import matches
-from .quantize.regions import from_channel_rows
-from .quantize.weight import WEIGHT_DTYPES
-from .roles import PREFIX, Config, are_experts, hidden_size, in_role, inputs_first, read_config
-from .tensor_files import Allocate, MemoryRows, RowReader, StoredTensor
+from .roles import BY_DEFAULT, PREFIX, Config, are_experts, in_role, left_by_default, read_config
+from .stored_weights import Found, Known, KnownLayer, dtype_refusal, stored_weights
+from .tensor_files import MemoryRows
+from .wrappers import renaming
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -38,78 +33,6 @@ KINDS: dict[type[nn.Module], str] = {
     nn.ConvTranspose3d: "conv_transpose3d",
     nn.Embedding: "embedding",
 }
-KIND_BY_DIMENSIONS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
-EMBEDDING_NAMES = ("*embed*", "wte", "wpe", "shared")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A handle on one layer's weight. Reading happens in `rows` and `tensor`, not before.
-
-    name: the layer's, without `.weight`; channel_axis: the output axis (1 for ConvTranspose, else 0);
-    tied: other names of the same storage.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    channel_axis: int
-    read_rows: RowReader
-    tied: tuple[str, ...] = ()
-    refusal: str = ""  # why it cannot be quantized, for a layer that must be skipped
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its name, then its tied ones."""
-        return (self.name, *self.tied)
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def channels(self) -> int:
-        """Number of output channels."""
-        return self.shape[self.channel_axis]
-
-    def rows(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
-        """Output channels start..stop as a matrix (stop - start, numel / channels), in the stored dtype.
-
-        They may lie in what `allocate(bytes)` gives. Raises SourceError where they cannot be read.
-        """
-        return self.read_rows(start, stop, allocate)
-
-    def cut(self, start: int, stop: int) -> "Weight":
-        """Output channels start..stop as a weight of their own."""
-        axis = self.channel_axis
-        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
-        return replace(self, shape=shape, read_rows=self.read_rows.cut(start, stop), tied=())
-
-    def tensor(self) -> Tensor:
-        """The whole weight in its own shape."""
-        return from_channel_rows(self.rows(0, self.channels), self.shape, self.channel_axis)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a source holds: iterate for the quantizable weights, in the source's order.
-
-    skipped: quantizable layers left out on request; left_alone: (parameter name, why) of tensors with two or
-    more dimensions that are no quantizable layer.
-    """
-
-    weights: tuple[Weight, ...]
-    skipped: tuple[str, ...]
-    left_alone: tuple[tuple[str, str], ...]
-    folded: bool
-
-    def __iter__(self) -> Iterator[Weight]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
 
 def find_weights(
@@ -119,32 +42,122 @@ def find_weights(
     only: Sequence[str] = (),
     fold_bn: bool = False,
     refuse: bool = True,
+    weights: str | None = None,
+    model: nn.Module | None = None,
+    already_quantized: bool = False,
 ) -> Weights:
-    """List the quantizable weights of a module, a `.safetensors` file, a sharded directory or a torch checkpoint.
+    """List the quantizable weights of a module, a `.safetensors` file, a directory of them or a torch checkpoint.
 
     skip, only: globs on layer names, tied ones included, `re:` and a regular expression, or a role in a language model:
-    `role:embeddings`, `role:lm_head` (the input embedding where that is tied), `role:routers`. fold_bn: give conv
-    weights with their BatchNorm folded in (modules only). refuse: raise for a weight that cannot be quantized, rather
-    than list it with its `refusal`.
-    Raises SourceError (unreadable, or nothing quantizable), WeightError (a dtype we do not quantize),
-    SettingError (a glob that matches nothing, or folding asked of a bare file).
+    `role:embeddings`, `role:lm_head` (the input embedding where that is tied), `role:routers`, `role:lora` (low-rank
+    adapters), `role:fragile` (small tables and gates). Of a checkpoint the last two are skipped unless `only` matches
+    them. fold_bn: give conv weights with their BatchNorm folded in (modules only). refuse: raise for a weight that
+    cannot be quantized, rather than list it with its `refusal`. weights: the key of the weights that are meant in a
+    torch checkpoint with several sets, such as `state_dict_ema`. model: the module whose checkpoint the source is; it
+    says which tensors are layers, and which of them are transposed. already_quantized: list what is left in floating
+    point of a checkpoint whose other weights are packed, rather than refuse it.
+    Raises SourceError (unreadable, packed, or nothing quantizable), WeightError (a dtype we do not quantize),
+    SettingError (a glob that matches nothing, or an option that means nothing with such a source).
     """
     if isinstance(source, nn.Module):
+        if weights is not None or model is not None:
+            raise SettingError("weights, model: they say what a checkpoint holds, and the source is a module itself")
         pairs = conv_bn_pairs(source) if fold_bn else {}
         found, left_alone = _module_weights(source, pairs)
-        config: Config = dict
-        where = type(source).__name__
-    else:
-        if fold_bn:
-            raise SettingError(
-                f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
-                "layer. Pass the module itself, or fold_bn=False."
+        return _chosen_weights(found, left_alone, skip, only, refuse, type(source).__name__, pairs=pairs)
+    if fold_bn:
+        raise SettingError(
+            f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
+            "layer. Pass the module itself, or fold_bn=False."
+        )
+    checkpoint = read_checkpoint(Path(source), weights)
+    known = known_by(model, checkpoint) if model is not None else Known()
+    return checkpoint_weights(
+        checkpoint, Path(source), known, skip=skip, only=only, refuse=refuse, already_quantized=already_quantized
+    )
+
+
+def checkpoint_weights(
+    checkpoint: Checkpoint,
+    path: Path,
+    known: Known,
+    *,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    refuse: bool = True,
+    already_quantized: bool = False,
+) -> Weights:
+    """The weights of a checkpoint that is open, with what is known of it. See find_weights."""
+    config = cache(partial(read_config, path))
+    if not already_quantized:
+        refuse_packed(checkpoint.tensors, config, str(path))
+    found, left_alone = stored_weights(checkpoint.tensors, config, known)
+    by_default = {name: role for name, role in left_by_default(found).items() if name not in known.layers}
+    made = _chosen_weights(found, left_alone, skip, only, refuse, str(path), config=config, by_default=by_default)
+    return replace(made, key=checkpoint.key)
+
+
+def known_by(model: nn.Module, checkpoint: Checkpoint) -> Known:
+    """What a module says of its checkpoint's tensors, by the names that they have there.
+
+    Raises SourceError, naming a layer, where the checkpoint is not the module's.
+    """
+    found, _ = _module_weights(model, {})
+    names = renaming([weight.names for weight in found], (), could_be_layers(checkpoint))
+    where = f"model: {type(model).__name__}"
+    for weight in found:
+        there = [names.get(name, name) for name in weight.names]
+        held = next((checkpoint.tensors[own] for own in map(_parameter, there) if own in checkpoint.tensors), None)
+        if held is None and not weight.refusal:
+            raise SourceError(f"{where} has a layer {weight.name!r}, which the checkpoint lacks; name its own model")
+        if held is not None and held.shape != weight.shape:
+            raise SourceError(
+                f"{where} has {list(weight.shape)} for layer {weight.name!r}, and the checkpoint {list(held.shape)}; "
+                "name its own model"
             )
-        config = cache(partial(read_config, Path(source)))
-        found, left_alone = _stored_weights(open_checkpoint(Path(source)), config)
-        pairs = {}
-        where = str(source)
+    return Known(
+        {
+            names.get(name, name): KnownLayer(weight.kind, weight.channel_axis, weight.shape)
+            for weight in found
+            for name in weight.names
+        },
+        tied=tuple(tuple(names.get(name, name) for name in weight.names) for weight in found if weight.tied),
+        all=True,
+    )
+
+
+def could_be_layers(checkpoint: Checkpoint) -> list[str]:
+    """Names of layers that the tensors of a checkpoint could be, those of stacks of experts as well."""
+    found: list[str] = []
+    for parameter, tensor in checkpoint.tensors.items():
+        name = layer_name(parameter)
+        if len(tensor.shape) >= 2 and (parameter == "weight" or parameter.endswith(".weight")):
+            found.append(name)
+        if are_experts(parameter, tensor.shape):
+            found += [f"{name}.{expert}" for expert in range(tensor.shape[0])]
+    return list(dict.fromkeys(found))
+
+
+def _chosen_weights(
+    found: list[Weight],
+    left_alone: list[tuple[str, str]],
+    skip: Sequence[str],
+    only: Sequence[str],
+    refuse: bool,
+    where: str,
+    *,
+    config: Config = dict,
+    by_default: Mapping[str, str] | None = None,
+    pairs: Mapping[str, str] | None = None,
+) -> Weights:
     kept = _select(found, skip, only, where, config)
+    by_default = {} if only else by_default or {}
+    left_alone = left_alone + [
+        (_parameter(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
+        for weight in kept
+        if weight.name in by_default
+    ]
+    kept = [weight for weight in kept if weight.name not in by_default]
     if not kept:
         raise SourceError(f"{where}: no quantizable weights. {_why_none(found, left_alone)}")
     for weight in kept:
@@ -152,7 +165,12 @@ def find_weights(
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in found if weight.name not in names)
-    return Weights(tuple(kept), skipped, tuple(left_alone), folded=any(weight.name in pairs for weight in kept))
+    folded = any(weight.name in (pairs or {}) for weight in kept)
+    return Weights(tuple(kept), skipped, tuple(left_alone), folded)
+
+
+def _parameter(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
 
 
 def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -186,7 +204,7 @@ def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> tuple[list[Weight], list[tuple[str, str]]]:
+def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> Found:
     found: dict[int, Weight] = {}
     left_alone: list[tuple[str, str]] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -214,92 +232,18 @@ def _refusal(weight: Tensor) -> str:
             "its weight is parametrized, lazy or on the meta device, so there is no stored value to quantize. Remove "
             "the parametrization (mpq_plugins.finish does after prune and share) or materialise the weight first"
         )
-    return _dtype_refusal(weight.dtype)
-
-
-def _dtype_refusal(dtype: torch.dtype) -> str:
-    allowed = "float32, float16 or bfloat16. Convert the weight"
-    return "" if dtype in WEIGHT_DTYPES else f"dtype {dtype} is not allowed; {allowed}"
+    return dtype_refusal(weight.dtype)
 
 
 def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterable[tuple[str, str]]:
+    for own, buffer in module.named_buffers(recurse=False):
+        if buffer.dim() >= 2 and own not in module._non_persistent_buffers_set:
+            yield f"{name}.{own}" if name else own, "a buffer"
     for own, parameter in module.named_parameters(recurse=False):
         if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() < 2 or (kind and own == "weight"):
             continue
         reason = f"{type(module).__name__} is no layer kind we quantize" if kind is None else "not the layer's weight"
         yield f"{name}.{own}" if name else own, reason
-
-
-def _stored_weights(stored: Mapping[str, StoredTensor], config: Config) -> tuple[list[Weight], list[tuple[str, str]]]:
-    found: dict[object, Weight] = {}
-    left_alone: list[tuple[str, str]] = []
-    shapes = {parameter: tensor.shape for parameter, tensor in stored.items()}
-    for parameter, tensor in stored.items():
-        experts = are_experts(parameter, tensor.shape)
-        reason = _why_left_alone(parameter, tensor, experts)
-        if reason is not None:
-            if len(tensor.shape) >= 2:
-                left_alone.append((parameter, reason))
-            continue
-        made = _experts(parameter, tensor, shapes, config()) if experts else [_stored_weight(parameter, tensor)]
-        for position, weight in enumerate(made):
-            identity = (tensor.identity, position)
-            known = found.get(identity)
-            found[identity] = weight if known is None else replace(known, tied=(*known.tied, weight.name))
-    _check_names(found.values())
-    return list(found.values()), left_alone
-
-
-def _check_names(weights: Iterable[Weight]) -> None:
-    """Raise SourceError where two tensors would be layers of one name."""
-    seen: set[str] = set()
-    for name in (name for weight in weights for name in weight.names):
-        if name in seen:
-            raise SourceError(f"layer {name!r}: two tensors of the checkpoint would be called so; rename one")
-        seen.add(name)
-
-
-def _stored_weight(parameter: str, tensor: StoredTensor) -> Weight:
-    name = layer_name(parameter)
-    kind, refusal = _kind_by_name(name, len(tensor.shape)), _dtype_refusal(tensor.dtype)
-    return Weight(name, kind, tensor.shape, tensor.dtype, 0, tensor.read_rows, refusal=refusal)
-
-
-def _experts(
-    parameter: str, tensor: StoredTensor, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]
-) -> list[Weight]:
-    transposed = inputs_first(parameter, tensor.shape, hidden_size(shapes.items(), config), config)
-    return [
-        Weight(
-            f"{layer_name(parameter)}.{expert}",
-            "linear",
-            tensor.shape[1:],
-            tensor.dtype,
-            int(transposed),
-            tensor.read_rows.part(expert, transposed),
-            refusal=_dtype_refusal(tensor.dtype),
-        )
-        for expert in range(tensor.shape[0])
-    ]
-
-
-def _why_left_alone(parameter: str, tensor: StoredTensor, experts: bool) -> str | None:
-    if len(tensor.shape) not in KIND_BY_DIMENSIONS:
-        return f"{len(tensor.shape)} dimensions"
-    if experts and not tensor.shape[0]:
-        return "a stack of no experts"
-    if not tensor.dtype.is_floating_point:
-        return f"dtype {tensor.dtype}"
-    if not experts and parameter != "weight" and not parameter.endswith(".weight"):
-        return "its name does not end in .weight"
-    return None
-
-
-def _kind_by_name(name: str, dimensions: int) -> str:
-    last = name.rpartition(".")[2]
-    if dimensions == 2 and any(fnmatchcase(last, pattern) for pattern in EMBEDDING_NAMES):
-        return "embedding"
-    return KIND_BY_DIMENSIONS[dimensions]
 
 
 def _from_tensor(name: str, kind: str, weight: Tensor, refusal: str) -> Weight:
@@ -336,7 +280,7 @@ def _chosen(pattern: str, found: Sequence[Weight], config: Config) -> set[str]:
 
 
 def _why_none(found: Sequence[Weight], left_alone: Sequence[tuple[str, str]]) -> str:
-    if found:
+    if found and not any(reason.startswith(PREFIX) for _, reason in left_alone):
         return f"All {len(found)} layers are skipped; relax skip or only."
     if left_alone:
         name, reason = left_alone[0]

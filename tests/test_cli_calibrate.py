@@ -185,7 +185,7 @@ def test_half_precision_checkpoints_stay_so(mpq: Mpq, plan_file: Path, tmp_path:
 Words = list[str]
 BAD_APPLIES: list[tuple[Words, str]] = [
     (["--calibrate", NAMES[1]], "a correction runs the checkpoint's model"),
-    (["--model", NAMES[0]], "a correction runs the checkpoint's model"),
+    (["--model", f"{ME}:other_net"], "name its own model"),
     (["--model", NAMES[0], "--calibrate", "batches"], "batches: names no function; write package.module:function"),
     (["--model", NAMES[0], "--calibrate", f"{ME}:missing"], ":missing: the function cannot be found"),
     (["--model", NAMES[0], "--calibrate", "no.such.module:f"], "no.such.module:f: the function cannot be found"),

@@ -178,11 +178,17 @@ def test_a_file_that_is_gone_or_cut_short_is_named(tmp_path: Path, transposed: b
             read()
 
 
-def test_a_dtype_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    header = json.dumps({"t": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(SourceError, match=r"F8_E8M0, which is not supported|not a safetensors file"):
-        safetensors_tensors(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "C64", "F4", "F6_E2M3"])
+def test_a_tensor_of_a_dtype_that_is_not_read_is_there_and_refused_when_it_is_asked_for(
+    tmp_path: Path, dtype: str
+) -> None:
+    size = {"F8_E8M0": 8, "C64": 64, "F4": 4, "F6_E2M3": 6}[dtype]
+    header = json.dumps({"t": {"dtype": dtype, "shape": [2, 4], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    tensor = safetensors_tensors(tmp_path / "model.safetensors")["t"]
+    assert (tensor.shape, tensor.foreign) == ((2, 4), dtype)
+    with pytest.raises(SourceError, match=rf"'t' has dtype {dtype}, which is not supported"):
+        tensor.tensor()
 
 
 def test_a_reader_finds_its_file_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

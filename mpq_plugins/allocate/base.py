@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
+from ..not_layers import may_be_layer
 from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
 from ..scheme import FLOAT_BITS, Scheme
 from ..table import LayerStats, LayerTable
@@ -65,6 +66,8 @@ def make_plan(
         model=table.fingerprint,
         fold_bn=table.fold_bn,
         skipped=table.skipped,
+        weights=table.weights,
+        left_alone=_taken_for_layers(table),
         layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
     )
     from ..guard import warn_if_worse  # which compares with what allocators make
@@ -117,6 +120,12 @@ def _checked(layer: LayerStats, bits: int, scheme: Scheme, channels: int) -> int
         scheme.check_bits(bits, f"layer {layer.name!r}: bits")
         scheme.check_part(bits, layer.shape, layer.channel_axis, channels, layer.name)
     return bits
+
+
+def _taken_for_layers(table: LayerTable) -> tuple[str, ...]:
+    """What a module said is no layer, and a bare file could not tell."""
+    skipped = {f"{name}.weight" if name else "weight" for name in table.skipped}
+    return tuple(name for name, _ in table.left_alone if may_be_layer(name) and name not in skipped)
 
 
 @cache

@@ -1,6 +1,7 @@
 """One table's layers as a knapsack: which are pinned, which are decided together, what each takes of every limit."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import SettingError, first_few
+from ..errors import PlanWarning, SettingError, first_few
 from ..objective import channel_curves, layer_curve
-from ..patterns import families, matches
+from ..patterns import FUSED, families, matches
 from ..plan import ALLOWED_BITS
 from ..scheme import FLOAT_BITS
 from ..size import map_bits
@@ -239,9 +240,11 @@ def _items(budget: "Budget", table: LayerTable, pinned: Mapping[str, int]) -> It
     for pattern in budget.tie:
         found = families(pattern, layers)
         if not any(len(own) > 1 for own in found.values()):
-            raise SettingError(
-                f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(layers)[:3], ', ')}"
-            )
+            if pattern not in FUSED:
+                raise SettingError(
+                    f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(layers)[:3], ', ')}"
+                )
+            warnings.warn(PlanWarning(nothing_to_tie(pattern)), stacklevel=2)
         for own in found.values():
             for name in own:
                 if group.setdefault(name, own) != own:
@@ -257,6 +260,11 @@ def _items(budget: "Budget", table: LayerTable, pinned: Mapping[str, int]) -> It
         if layer.name in pinned or own[0] != layer.name:
             continue
         yield _Item(tuple(layers[name] for name in own), budget.parts and len(own) == 1 and layer.channels > 1)
+
+
+def nothing_to_tie(pattern: str) -> str:
+    """What to say of a family that is usually fused, in a model that has none of it, or has it fused already."""
+    return f"tie: {pattern} finds no layers to tie in this model; they may be one layer already"
 
 
 def pinned_width(entry: Any) -> tuple[str, int]:

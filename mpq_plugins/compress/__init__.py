@@ -30,6 +30,8 @@ def compress(
     prune: "Pruning | None" = None,
     coding: "Choice" = "smallest",
     progress: Progress | None = None,
+    model: "nn.Module | None" = None,
+    weights: str | None = None,
 ) -> "Container":
     """Write a model to one file as the plan has it: codes, scales and centroids, all other tensors, and the plan.
 
@@ -37,7 +39,9 @@ def compress(
     of the quantized layers become 0 first. coding: `smallest` packs or entropy codes every tensor, whichever is
     smaller; `packed` packs all, so that sizes are the plan's. What comes back by `decompress` is, to the bit, what
     `apply` makes of the (pruned) weights. What the source holds beside tensors is left out, with a CompressWarning, and
-    named in the container's `header.left_out`.
+    named in the container's `header.left_out`. model: of a checkpoint, the module it is of, which says what of it are
+    layers where the plan does not; weights: of a torch checkpoint with several sets of weights, the key of those that
+    are meant, where they are not those the plan was made from.
 
     Returns the container, opened. Raises MismatchError (a plan for another model), SettingError (pruning everything, or
     weights whose scheme has no 0), WeightError (NaN), SourceError (unreadable, unwritable); nothing is left half
@@ -45,7 +49,9 @@ def compress(
     """
     from .write import write
 
-    container = write(source, plan, Path(path), prune=prune, coding=coding, progress=progress)
+    container = write(
+        source, plan, Path(path), prune=prune, coding=coding, progress=progress, model=model, weights=weights
+    )
     if container.header.left_out:
         text = f"left out, no tensors of the model: {', '.join(container.header.left_out)}"
         warnings.warn(CompressWarning(text), stacklevel=2)

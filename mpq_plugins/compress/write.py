@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints import find_state_dict, layer_name, load_torch, open_checkpoint, stored_tensors
+from ..checkpoints import layer_name, stored_tensors
 from ..errors import SettingError, SourceError, VerifyError, first_few
 from ..files import atomic_path, exists
 from ..fingerprint import tensor_bytes
@@ -19,10 +19,11 @@ from ..fold import folded_copy
 from ..match import match
 from ..plan import LayerChoice, Part, Plan
 from ..quantize.weight import check_weight
+from ..rewrite import require_unscaled
 from ..roles import are_experts, stacks_of
 from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES, StoredTensor
-from ..weights import find_weights
+from ..weights import Weight
 from . import Progress
 from .bitpack import Codes
 from .codes import PartCodes, PartShape, encode
@@ -47,11 +48,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Source:
-    """What is to be written: tensors by name, the module or path that they are of, and names of what is no tensor."""
+    """What is to be written: tensors by name, layers' weights among them, and names of what is no tensor.
+
+    plan: with the names that the layers have here.
+    """
 
     tensors: Mapping[str, StoredTensor]
-    of: nn.Module | Path
+    weights: tuple[Weight, ...]
     left_out: tuple[str, ...]
+    plan: Plan
 
 
 def write(
@@ -62,18 +67,23 @@ def write(
     prune: Pruning | None,
     coding: Choice,
     progress: Progress | None,
+    model: nn.Module | None = None,
+    weights: str | None = None,
 ) -> Container:
     """What `compress` promises."""
     if coding not in CHOICES:
         raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
-    own = _opened(source, plan)
-    _check_target(own.of, path)
-    thresholds = _thresholds(prune, plan, own) if prune is not None else {}
+    if isinstance(source, nn.Module):
+        own = _of_module(source, plan)
+    else:
+        own = _of_checkpoint(Path(source), plan, model, weights)
+        _check_target(Path(source), path)
+    thresholds = _thresholds(prune, own) if prune is not None else {}
     made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file:
             file.write(bytes(PROLOGUE))
-            writer = _Writer(file, plan, thresholds, coding, progress)
+            writer = _Writer(file, own.plan, thresholds, coding, progress)
             writer.add_all(own.tensors)
             writer.finish(made_with, own.left_out)
         Container.open(temporary)  # before it takes the place of another
@@ -91,54 +101,46 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(apart, temporary, {"format": "pt"})
 
 
-def _opened(source: nn.Module | str | Path, plan: Plan) -> _Source:
-    if isinstance(source, nn.Module):
-        match(plan, source).require(type(source).__name__)
-        model = folded_copy(source, plan) if plan.fold_bn else source
-        state = model.state_dict()
-        return _Source(stored_tensors(state), model, _no_tensors(state))
-    match(plan, source).require(str(source))
-    path = Path(source)
-    return _Source(open_checkpoint(path), path, _beside(path))
+def _of_module(source: nn.Module, plan: Plan) -> _Source:
+    fit = match(plan, source, rewrapped=True)
+    own = fit.require(type(source).__name__)
+    state = (folded_copy(source, own) if plan.fold_bn else source).state_dict()
+    return _Source(stored_tensors(state), fit.found.weights, _no_tensors(state), own)
+
+
+def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str | None) -> _Source:
+    fit = match(plan, source, key=key, model=model)
+    own = fit.require(str(source))
+    require_unscaled(fit)
+    assert fit.checkpoint is not None
+    tensors = dict(fit.checkpoint.tensors)
+    for weight in fit.found:
+        for name in weight.tied:  # a copy, perhaps, which is written once
+            first, other = _parameter(weight.name), _parameter(name)
+            if first in tensors and other in tensors:
+                tensors[other] = replace(tensors[other], identity=tensors[first].identity)
+    return _Source(tensors, fit.found.weights, fit.checkpoint.beside, own)
+
+
+def _parameter(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
 
 
 def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, value in state.items() if not isinstance(value, Tensor))
 
 
-def _beside(source: Path) -> tuple[str, ...]:
-    """What a torch checkpoint holds beside the tensors of its state dict."""
-    if source.is_dir() or source.suffix == ".safetensors":
-        return ()
-    content = load_torch(source)
-    state = find_state_dict(content, source)
-    found: list[str] = []
-    prefix = ""
-    while content is not state:  # on the way to it
-        way = next(key for key, value in content.items() if value is state or _holds(value, state))
-        found += [f"{prefix}{key}" for key in content if key != way]
-        prefix, content = f"{prefix}{way}.", content[way]
-    return (*found, *(prefix + name for name in _no_tensors(state)))
-
-
-def _holds(content: Any, state: object) -> bool:
-    values = content.values() if isinstance(content, Mapping) else ()
-    return any(value is state or _holds(value, state) for value in values)
-
-
-def _check_target(source: nn.Module | Path, target: Path) -> None:
+def _check_target(source: Path, target: Path) -> None:
     """Refuse to write over what is read."""
-    if isinstance(source, nn.Module):
-        return
     if source.is_dir() and source.resolve() in target.resolve().parents:
         raise SettingError(f"output: {target} lies inside the source; name a file beside it")
     if exists(target) and source.samefile(target):
         raise SettingError(f"output: {target} is the source itself; name another file")
 
 
-def _thresholds(prune: Pruning, plan: Plan, source: _Source) -> dict[str, float]:
+def _thresholds(prune: Pruning, source: _Source) -> dict[str, float]:
     """Planned layer -> the least magnitude that stays, of those that are quantized. Raises SettingError."""
-    choices, weights = plan.by_any_name, list(find_weights(source.of, refuse=False))
+    choices, weights = source.plan.by_any_name, source.weights
     planned = {
         weight.name: choices[name]
         for weight in weights

@@ -29,6 +29,9 @@ def measure(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     fold_bn: bool | Literal["auto"] = "auto",
+    weights: str | None = None,
+    model: "nn.Module | None" = None,
+    already_quantized: bool = False,
     example_input: Any = None,
     executor: "Executor | None" = None,
     journal: str | Path | None = None,
@@ -42,7 +45,8 @@ def measure(
     bits: any of 1..8. metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`,
     `max_abs`. per_channel: the errors of each output channel too. skip, only: globs on layer names.
     fold_bn: whether conv weights are measured with their BatchNorm folded in; "auto" folds a module's for
-    per_tensor, where folding changes the codes, and not otherwise. example_input: a module's input (a tensor,
+    per_tensor, where folding changes the codes, and not otherwise. weights, model, already_quantized: which weights of
+    a checkpoint are meant, and what is known of it, as in find_weights. example_input: a module's input (a tensor,
     or a tuple of arguments), to count multiply-accumulates.
 
     executor: a concurrent.futures.Executor that measures units of at most 64 MiB (one output channel at least, and
@@ -60,8 +64,8 @@ def measure(
 
     return run(
         source, scheme or Affine(), bits, metrics, per_channel=per_channel, skip=skip, only=only,
-        fold_bn=fold_bn, example_input=example_input, executor=executor, journal=journal, device=device,
-        progress=progress,
+        fold_bn=fold_bn, weights=weights, model=model, already_quantized=already_quantized,
+        example_input=example_input, executor=executor, journal=journal, device=device, progress=progress,
     )  # fmt: skip
 
 

@@ -46,6 +46,9 @@ def run(
     skip: Sequence[str],
     only: Sequence[str],
     fold_bn: bool | Literal["auto"],
+    weights: str | None,
+    model: nn.Module | None,
+    already_quantized: bool,
     example_input: Any,
     executor: Executor | None,
     journal: str | Path | None,
@@ -59,24 +62,27 @@ def run(
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     fold = resolve_fold(source, scheme, fold_bn)
-    weights = find_weights(source, skip=skip, only=only, fold_bn=fold)
+    found = find_weights(
+        source, skip=skip, only=only, fold_bn=fold, weights=weights, model=model, already_quantized=already_quantized
+    )
     if fold:
         _check_norms(source, fold_bn)
-    for weight in weights:  # what does not fit a layer is found before the first one is measured
+    for weight in found:  # what does not fit a layer is found before the first one is measured
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(widths), weight.shape, weight.channel_axis, weight.channels, weight.name)
     if journal is not None:
-        _check_journal(Path(journal), source, weights)
-    layers = _measured(list(weights), request, executor, journal, progress)
+        _check_journal(Path(journal), source, found)
+    layers = _measured(list(found), request, executor, journal, progress)
     table = LayerTable(
         tuple(layers),
         scheme,
         widths,
         request.metrics,
-        weights.folded,
+        found.folded,
         fingerprint(layer.digest for layer in layers),
-        weights.skipped,
-        weights.left_alone,
+        found.skipped,
+        found.left_alone,
+        found.key,
     )
     if example_input is None:
         return table

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Budget, LatencyTable, LayerStats, LayerTable, Piecewise, Plan, Uniform
-from mpq_plugins.errors import FormatError, SettingError
+from mpq_plugins.errors import FormatError, PlanWarning, SettingError
 from mpq_plugins.objective import predicted
 from mpq_plugins.scheme import Scheme
 from tests.tables import BITS, norms_table
@@ -429,9 +429,11 @@ def test_what_engines_fuse_is_tied_by_one_word(tie: str, same: str) -> None:
     assert fused.objective > Budget(average_bits=4).solve(table).objective
 
 
-def test_what_is_fused_and_not_there_is_refused() -> None:
-    with pytest.raises(SettingError, match="gate_up"):
-        Budget(average_bits=4, tie=("gate_up",))(seeded([(6, 5)] * 8, names=NAMES))
+def test_what_is_fused_already_is_said_and_no_error() -> None:
+    table = seeded([(6, 5)] * 8, names=NAMES)
+    with pytest.warns(PlanWarning, match="tie: gate_up finds no layers to tie in this model"):
+        plan = Budget(average_bits=4, tie=("gate_up",))(table)
+    assert plan.layers == Budget(average_bits=4)(table).layers
 
 
 def test_layers_outside_a_tie_keep_their_parts() -> None:

@@ -1,0 +1,107 @@
+"""Weights stored in 8-bit floating point with scales beside: read as the weights they mean, w = code x scale.
+
+DeepSeek's checkpoints have a scale for each block of 128 x 128 (NAME.weight_scale_inv, which multiplies all the same),
+compressed-tensors and FBGEMM one for each output (NAME.weight_scale), others one for all. Products are float32's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buffers import chunk_buffer
+from .tensor_files import Allocate, RowReader, StoredTensor
+
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale_weight")
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+USUAL_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """Rows of codes (outputs, inputs) times their scales, in float32. See tensor_files.RowReader.
+
+    scales: of the scale's tensor, (block rows, block columns); block: rows and columns that share a scale; first: the
+    row of the whole matrix that is this reader's row 0.
+    """
+
+    codes: RowReader
+    scales: RowReader
+    scale_rows: int
+    block: tuple[int, int]
+    first: int = 0
+
+    def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
+        """See RowReader."""
+        return self._scaled(self.codes(start, stop, allocate), start, stop)
+
+    def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor | None:
+        """See RowReader."""
+        codes = self.codes.at_once(start, stop, allocate)
+        return None if codes is None else self._scaled(codes, start, stop)
+
+    def part(self, index: int, transposed: bool) -> RowReader:
+        """Of a matrix there are none."""
+        raise NotImplementedError
+
+    def along(self, axis: int) -> RowReader:
+        """They are along one already."""
+        raise NotImplementedError
+
+    def cut(self, start: int, stop: int) -> "ScaledRows":
+        """See RowReader."""
+        return replace(self, codes=self.codes.cut(start, stop), first=self.first + start)
+
+    def signature(self) -> str:
+        """See RowReader."""
+        return f"{self.codes.signature()} {self.scales.signature()} {self.block}"
+
+    def _scaled(self, codes: Tensor, start: int, stop: int) -> Tensor:
+        rows, columns = self.block
+        scales = self.scales(0, self.scale_rows).float().reshape(self.scale_rows, -1)
+        own = scales[torch.arange(self.first + start, self.first + stop) // rows]
+        if own.shape[1] > 1:
+            own = own.repeat_interleave(columns, dim=1)[:, : codes.shape[1]]
+        return codes.float() * own
+
+
+def scale_name(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
+    """The tensor that scales a layer's codes, or None."""
+    names = (f"{name}.{own}" if name else own for own in SCALE_NAMES)
+    return next((own for own in names if own in stored), None)
+
+
+def scaled_reader(tensor: StoredTensor, name: str, scale: StoredTensor, config: Mapping[str, Any]) -> ScaledRows | None:
+    """A reader of codes times scales, or None where shapes or dtypes do not say what scales what."""
+    if len(tensor.shape) != 2 or scale.dtype not in SCALE_DTYPES:
+        return None
+    shape = scale.shape if len(scale.shape) == 2 else (scale.shape[0], 1) if len(scale.shape) == 1 else (1, 1)
+    if len(scale.shape) > 2:
+        return None
+    said = _said_block(config) if name.endswith("weight_scale_inv") else (None, None)
+    usual = USUAL_BLOCK if name.endswith("weight_scale_inv") else None
+    sides = [_side(n, m, own or usual) for n, m, own in zip(tensor.shape, shape, said, strict=True)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    return ScaledRows(tensor.read_rows, scale.read_rows, scale.shape[0] if scale.shape else 1, (sides[0], sides[1]))
+
+
+def _said_block(config: Mapping[str, Any]) -> Sequence[int | None]:
+    said = config.get("quantization_config")
+    block = said.get("weight_block_size") if isinstance(said, Mapping) else None
+    right = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    return block if right and block is not None else (None, None)
+
+
+def _side(length: int, scales: int, block: int | None) -> int | None:
+    """How many of `length` share one of `scales`: all, one, a block's, or as many as divide them evenly."""
+    if scales == 1:
+        return max(1, length)
+    if scales == length:
+        return 1
+    if block is not None:
+        return block if -(-length // block) == scales else None
+    return length // scales if scales and length % scales == 0 else None

@@ -1,0 +1,145 @@
+"""Where a torch checkpoint keeps its weights: which of the mappings in it, and which of several."""
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import SourceError, first_few
+from .roles import are_experts
+from .wrappers import without_holders
+
+# Where training scripts put the weights, most specific first.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")
+TOP = "."
+DEEPEST = 16  # of mappings in one another
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """One set of weights: the mapping itself, and the keys that lead to it, joined by dots (`.` for the top).
+
+    It is the checkpoint's own mapping, so that replacing a tensor in it replaces the checkpoint's.
+    """
+
+    key: str
+    state: MutableMapping[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What of it is a tensor, by name."""
+        return {
+            name: value for name, value in self.state.items() if isinstance(name, str) and isinstance(value, Tensor)
+        }
+
+
+def chosen_state_dict(content: Any, path: Path, weights: str | None = None, *, prefer: str | None = None) -> StateDict:
+    """The weights of a torch checkpoint's content: those under the key `weights`, or the only ones there.
+
+    prefer: the key to take, if it is there, where `weights` says nothing. What optimizers keep is no weights, and a
+    tensor or a number beside mappings does not make the top of a file one. One of the usual keys is taken before
+    others, unless their layers have the same names, as averaged weights do. Raises SourceError, listing the keys.
+    """
+    if not isinstance(content, MutableMapping | list | tuple):
+        raise SourceError(f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict()")
+    everything = {found.key: found for found in _walk(content, TOP, DEEPEST, set()) if found.tensors}
+    wanted = weights if weights is not None else prefer if prefer in everything else None
+    if wanted is not None:
+        if wanted not in everything:
+            raise SourceError(f"{path}: weights: there are none under {wanted!r}; {_listed(everything)}")
+        return everything[wanted]
+    found = {key: own for key, own in everything.items() if _layer_names(own)} or everything
+    if not found:
+        raise SourceError(f"{path}: holds no tensors; the weights are expected at the top or under {STATE_KEYS[0]!r}")
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return _usual(found, path)
+
+
+def find_state_dict(content: Any, path: Path, weights: str | None = None) -> MutableMapping[str, Any]:
+    """The mapping that chosen_state_dict chooses. Raises SourceError."""
+    return chosen_state_dict(content, path, weights).state
+
+
+def beside(content: Any, chosen: StateDict) -> tuple[str, ...]:
+    """Keys of what a checkpoint holds beside the tensors of the chosen state dict: those on the way to it, then its."""
+    if content is chosen.state:
+        return tuple(str(key) for key, value in chosen.state.items() if not isinstance(value, Tensor))
+    found: list[str] = []
+    inner: list[str] = []
+    for key, value in _items(content):
+        if value is chosen.state or chosen.key.startswith(f"{key}."):
+            way = StateDict(chosen.key.removeprefix(f"{key}."), chosen.state)
+            inner += [f"{key}.{name}" for name in beside(value, way)]
+        else:
+            found.append(str(key))
+    return (*found, *inner)
+
+
+def _usual(found: Mapping[str, StateDict], path: Path) -> StateDict:
+    """The one that is where weights usually are. Raises SourceError where that may not be the one that is meant."""
+    ranked = sorted((rank, key) for key in found if (rank := _rank(key)) is not None)
+    if ranked:
+        chosen = found[ranked[0][1]]
+        own = _layer_names(chosen)
+        twins = [key for key, other in found.items() if other is not chosen and own & _layer_names(other)]
+        if not twins:
+            return chosen
+        found = {key: found[key] for key in (chosen.key, *twins)}
+        same = " whose layers have the same names"
+    else:
+        same = ""
+    keys, example = first_few([repr(key) for key in found], ", "), list(found)[-1]
+    raise SourceError(
+        f"{path}: holds several state dicts{same}: {keys}. Say which is meant: "
+        f"weights={example!r}, or --weights {example} on the command line"
+    )
+
+
+def _rank(key: str) -> tuple[int, ...] | None:
+    """How usual a place is, less being more; None for one that is not."""
+    if key == TOP:
+        return (len(STATE_KEYS),)
+    words = key.split(".")
+    return tuple(STATE_KEYS.index(word) for word in words) if all(word in STATE_KEYS for word in words) else None
+
+
+def _layer_names(found: StateDict) -> set[str]:
+    """Its tensors that could be layers' weights, without what wraps the model."""
+    names = [
+        name
+        for name, tensor in found.tensors.items()
+        if tensor.dim() >= 2 and (name == "weight" or name.endswith(".weight") or are_experts(name, tensor.shape))
+    ]
+    return set(without_holders(names).values())
+
+
+def _walk(value: Any, key: str, depth: int, seen: set[int]) -> Iterator[StateDict]:
+    """Every mapping with names in it, but for what optimizers keep."""
+    if id(value) in seen or not depth:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys():
+        return
+    if isinstance(value, MutableMapping):
+        yield StateDict(key, value)
+    for name, inner in _items(value):
+        if isinstance(inner, Mapping | list | tuple) and "optim" not in str(name).lower():
+            yield from _walk(inner, _joined("" if key == TOP else key, str(name)), depth - 1, seen)
+
+
+def _items(value: Any) -> list[tuple[object, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list | tuple) else []
+
+
+def _joined(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _listed(everything: Mapping[str, StateDict]) -> str:
+    keys = first_few([repr(key) for key in everything], ", ")
+    return f"there are sets of tensors under {keys}" if everything else "it holds no tensors"
