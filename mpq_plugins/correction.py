@@ -40,7 +40,7 @@ def corrected(
     """What `correct` promises."""
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage <= 2:
         raise SettingError(f"shrinkage: {shrinkage!r} is not allowed; a number from 0 to 2")
-    match(plan, model).require(type(model).__name__)
+    plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     given = checked_batches(batches)
     copied = folded_copy(model, plan)
     exact = copy.deepcopy(copied) if fit_ranges else copied

@@ -158,7 +158,7 @@ def _chosen_weights(
         if weight.name in by_default
     ]
     kept = [weight for weight in kept if weight.name not in by_default]
-    if not kept:
+    if not kept and refuse:
         raise SourceError(f"{where}: no quantizable weights. {_why_none(found, left_alone)}")
     for weight in kept:
         if weight.refusal and refuse:

@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mpq_plugins import Uniform, compress, decompress, measure
 from mpq_plugins.checkpoints import open_checkpoint
 from mpq_plugins.errors import SourceError
-from mpq_plugins.shards import INDEX_NAME
+from mpq_plugins.rewrite import rewrite
+from mpq_plugins.shards import INDEX_NAME, TORCH_INDEX_NAME
+from mpq_plugins.simulate import simulate
 from tests.checkpoints import sharded
 from tests.conftest import Ran
 
@@ -134,3 +137,88 @@ def test_a_checkpoint_is_read_exactly_where_index_and_shards_agree(
     assert sorted(found) == sorted(index)
     for name, number in index.items():
         assert found[name].read_rows(0, 2).equal(load_file(directory / f"{number}.safetensors")[name])
+
+
+def halves() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return {"a.weight": torch.randn(4, 4), "a.bias": torch.ones(4)}, {"b.weight": torch.randn(4, 4)}
+
+
+def torch_shards(directory: Path) -> dict[str, torch.Tensor]:
+    """As transformers saved models for years."""
+    directory.mkdir()
+    files = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    for file, own in zip(files, halves(), strict=True):
+        torch.save(own, directory / file)
+    weight_map = {name: file for file, own in zip(files, halves(), strict=True) for name in own}
+    (directory / TORCH_INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "training_args.bin").write_bytes(b"anything")
+    return {name: value for file in files for name, value in torch.load(directory / file, weights_only=True).items()}
+
+
+def test_torch_shards_in_torch_shards_out(tmp_path: Path) -> None:
+    state = torch_shards(tmp_path / "in")
+    stored = open_checkpoint(tmp_path / "in")
+    assert {name: tensor.shape for name, tensor in stored.items()} == {n: tuple(v.shape) for n, v in state.items()}
+    plan = Uniform(bits=2)(measure(tmp_path / "in", bits=(2,)))
+    rewrite(tmp_path / "in", plan, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in (tmp_path / "in").iterdir())
+    written = {name: tensor.tensor() for name, tensor in open_checkpoint(tmp_path / "out").items()}
+    assert written["a.bias"].equal(state["a.bias"])
+    for layer in plan.layers:
+        assert written[f"{layer.name}.weight"].equal(simulate(state[f"{layer.name}.weight"], layer))
+    compress(tmp_path / "in", plan, tmp_path / "x.mpq")
+    assert all(value.equal(written[name]) for name, value in decompress(tmp_path / "x.mpq").items())
+
+
+def test_torch_shards_that_disagree_with_their_index(tmp_path: Path) -> None:
+    torch_shards(tmp_path / "in")
+    torch.save({"c.weight": torch.ones(2, 2)}, tmp_path / "in" / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(
+        SourceError, match=r"00002\.bin: lacks tensor 'b\.weight', which pytorch_model\.bin\.index\.json"
+    ):
+        open_checkpoint(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "net.pth"],
+)
+def test_a_directorys_only_weights_are_taken_whatever_they_are_called(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_args.bin").write_bytes(b"anything")
+    own = halves()[0]
+    if name.endswith(".safetensors"):
+        save_file(own, tmp_path / name)
+    else:
+        torch.save(own, tmp_path / name)
+    assert open_checkpoint(tmp_path)["a.weight"].tensor().equal(own["a.weight"])
+    plan = Uniform(bits=2)(measure(tmp_path, bits=(2,)))
+    target = tmp_path.with_name(f"{tmp_path.name}-out")
+    rewrite(tmp_path, plan, target)
+    assert open_checkpoint(target)["a.weight"].tensor().equal(simulate(own["a.weight"], plan.layers[0]))
+
+
+def test_an_index_of_a_variant_is_followed(tmp_path: Path) -> None:
+    directory = two_shards(tmp_path / "model")
+    (directory / INDEX_NAME).rename(directory / "diffusion_pytorch_model.safetensors.index.json")
+    assert set(open_checkpoint(directory)) == {"a.weight", "b.weight"}
+
+
+def test_several_files_that_may_be_meant_are_named(tmp_path: Path) -> None:
+    for name in ("model.fp16.safetensors", "model.non_ema.safetensors"):
+        save_file(halves()[0], tmp_path / name)
+    with pytest.raises(
+        SourceError, match=r"2 files .*: model\.fp16\.safetensors, model\.non_ema\.safetensors\. Give one"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_a_directory_of_another_kind_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF" + bytes(50))
+    with pytest.raises(SourceError, match=r"no weights there.* model-Q4_K_M\.gguf is a GGUF file"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_command_says_which_file_it_took(tmp_path: Path, mpq: Callable[..., Ran]) -> None:
+    save_file(halves()[0], tmp_path / "consolidated.safetensors")
+    assert "weights: consolidated.safetensors, the only ones" in mpq("plan", tmp_path, "-a", "uniform", "--bits", 4).err

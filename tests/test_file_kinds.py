@@ -1,0 +1,126 @@
+"""What a file is that is no checkpoint: named by how it begins, in one sentence without torch's own."""
+
+import argparse
+import datetime
+import fractions
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+from torch import nn
+
+from mpq_plugins.checkpoints import open_checkpoint
+from mpq_plugins.errors import SourceError
+from mpq_plugins.file_kinds import other_kind, pickled_objects
+
+STATE = {"fc.weight": torch.randn(4, 4)}
+
+
+def zipped(**files: bytes) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def torch_bytes(content: Any) -> bytes:
+    made = io.BytesIO()
+    torch.save(content, made)
+    return made.getvalue()
+
+
+def scripted() -> bytes:
+    made = io.BytesIO()
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), made)
+    return made.getvalue()
+
+
+FILES: list[tuple[str, bytes, str]] = [
+    ("x.gguf", b"GGUF" + bytes(99), "a GGUF file"),
+    ("x.bin", b"GGUF" + bytes(99), "a GGUF file"),
+    ("x.safetensors", b"GGUF" + bytes(99), "a GGUF file"),
+    ("ggml.bin", b"lmgg"[::-1] + bytes(99), "a GGML file"),
+    ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+    ("x.npy", b"\x93NUMPY\x01\x00" + bytes(99), "a NumPy array"),
+    ("x.npz", zipped(**{"a.npy": b"", "b.npy": b""}), "an archive of NumPy arrays"),
+    ("x.keras", zipped(**{"config.json": b"{}", "model.weights.h5": b""}), "a Keras model"),
+    ("x.zip", zipped(**{"readme.txt": b""}), "a zip archive, and no torch checkpoint"),
+    ("x.pt2", zipped(**{"x/archive_format": b"pt2"}), "an exported program"),
+    ("x.pt.gz", b"\x1f\x8b\x08" + bytes(99), "a gzip archive"),
+    ("x.tflite", bytes(4) + b"TFL3" + bytes(99), "a TensorFlow Lite model"),
+    ("x.onnx", b"\x08\x07" + bytes(99), "an ONNX model"),
+    ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+    ("x.pt", b"\n <!DOCTYPE html><html>", "a web page"),
+    ("x.bin", save(STATE), "a safetensors file under another name"),
+    ("x.safetensors", torch_bytes(STATE), "a torch checkpoint under another name"),
+    ("x.safetensors", pickle.dumps([1, 2]), "a pickle under another name"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what"), FILES, ids=[f"{own[0]}-{own[2]}" for own in FILES])
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=f"{name}: is {what}") as caught:
+        open_checkpoint(tmp_path / name)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_torchscript_archive_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(scripted())
+    with pytest.raises(SourceError, match=r"x\.pt: is a TorchScript archive.*torch\.jit\.load") as caught:
+        open_checkpoint(tmp_path / "x.pt")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("value", "name"), [
+    (argparse.Namespace(lr=1), "argparse.Namespace"),
+    (datetime.date(2000, 1, 1), "datetime.date"),
+    (fractions.Fraction(1, 3), "fractions.Fraction"),
+    (np.float64(1), "multiarray.scalar"),
+    (Path("/"), "pathlib.PosixPath"),
+    (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+], ids=range(6))  # fmt: skip
+def test_what_a_pickle_would_build_is_named(tmp_path: Path, value: Any, name: str, legacy: bool) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": STATE, "extra": value}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(SourceError, match=r"refused, for reading it would .*Save model\.state_dict\(\)") as caught:
+        open_checkpoint(path)
+    assert name in str(caught.value)
+    assert "trust the source" not in str(caught.value)
+    assert "OrderedDict" not in str(caught.value)
+
+
+def test_a_plain_state_dict_names_nothing_else(tmp_path: Path) -> None:
+    every = {str(dtype): torch.ones(2).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.bool)}
+    torch.save(nn.Linear(2, 2).state_dict() | every | {"p": nn.Parameter(torch.ones(2))}, tmp_path / "x.pt")
+    assert pickled_objects(tmp_path / "x.pt", "") == []
+    assert other_kind(tmp_path / "x.pt") is None
+
+
+@given(st.binary(max_size=64), st.sampled_from(["pt", "safetensors", "bin", "onnx"]))
+def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    path = tmp_path_factory.mktemp("any") / f"x.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"x\."):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("length", [0x685A42, 0x80, 0x480, 0x8B1F])
+def test_a_safetensors_file_may_begin_with_any_length(tmp_path: Path, length: int) -> None:
+    save_file(STATE, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    now = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + now] + b" " * (length - now)
+    (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + header + content[8 + now :])
+    assert open_checkpoint(tmp_path / "x.safetensors")["fc.weight"].tensor().equal(STATE["fc.weight"])
