@@ -44,9 +44,9 @@ def may_be_layer(parameter: str) -> bool:
 def is_embedding(name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> bool:
     """Whether a matrix is looked up, and not multiplied by: its name says so, and it has no bias."""
     last = name.rpartition(".")[2]
-    if len(shape) != 2 or f"{name}.bias" in shapes or is_head(name):
+    if len(shape) != 2 or EMBEDDING.search(last) is None or f"{name}.bias" in shapes:
         return False
-    return EMBEDDING.search(last) is not None and not {"proj", "projection", "linear", "out"} & set(last.split("_"))
+    return not is_head(name) and not {"proj", "projection", "linear", "out"} & set(last.split("_"))
 
 
 def _words(name: str) -> list[str]:

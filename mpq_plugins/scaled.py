@@ -75,33 +75,35 @@ def scale_name(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
 
 
 def scaled_reader(tensor: StoredTensor, name: str, scale: StoredTensor, config: Mapping[str, Any]) -> ScaledRows | None:
-    """A reader of codes times scales, or None where shapes or dtypes do not say what scales what."""
-    if len(tensor.shape) != 2 or scale.dtype not in SCALE_DTYPES:
+    """A reader of codes times scales, or None where shapes or dtypes do not say for certain what scales what."""
+    if len(tensor.shape) != 2 or len(scale.shape) > 2 or scale.dtype not in SCALE_DTYPES:
         return None
-    shape = scale.shape if len(scale.shape) == 2 else (scale.shape[0], 1) if len(scale.shape) == 1 else (1, 1)
-    if len(scale.shape) > 2:
+    rows = scale.shape[0] if scale.shape else 1
+    blocks = _blocks(tensor.shape, (rows, *scale.shape[1:], 1)[:2], _said_block(config))
+    if name.endswith("weight_scale_inv"):  # which is by blocks wherever it can be
+        blocks = blocks[:1]
+    if len(set(blocks)) != 1:
         return None
-    said = _said_block(config) if name.endswith("weight_scale_inv") else (None, None)
-    usual = USUAL_BLOCK if name.endswith("weight_scale_inv") else None
-    sides = [_side(n, m, own or usual) for n, m, own in zip(tensor.shape, shape, said, strict=True)]
-    if sides[0] is None or sides[1] is None:
-        return None
-    return ScaledRows(tensor.read_rows, scale.read_rows, scale.shape[0] if scale.shape else 1, (sides[0], sides[1]))
+    return ScaledRows(tensor.read_rows, scale.read_rows, rows, blocks[0])
 
 
-def _said_block(config: Mapping[str, Any]) -> Sequence[int | None]:
+def _blocks(codes: Sequence[int], scales: Sequence[int], block: tuple[int, int]) -> list[tuple[int, int]]:
+    """Rows and columns that may share a scale, by how many scales there are: squares, a tensor, parts of each row."""
+    (outputs, inputs), (rows, columns) = codes, scales
+    found = []
+    if rows == -(-outputs // block[0]) and columns == -(-inputs // block[1]):
+        found.append(block)
+    if rows == columns == 1:  # and then a square holds all of it
+        found = [(max(1, outputs), max(1, inputs))]
+    elif rows == outputs and columns and inputs % columns == 0:
+        found.append((1, inputs // columns))
+    return found
+
+
+def _said_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """By the configuration, or DeepSeek's."""
     said = config.get("quantization_config")
     block = said.get("weight_block_size") if isinstance(said, Mapping) else None
-    right = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    return block if right and block is not None else (None, None)
-
-
-def _side(length: int, scales: int, block: int | None) -> int | None:
-    """How many of `length` share one of `scales`: all, one, a block's, or as many as divide them evenly."""
-    if scales == 1:
-        return max(1, length)
-    if scales == length:
-        return 1
-    if block is not None:
-        return block if -(-length // block) == scales else None
-    return length // scales if scales and length % scales == 0 else None
+    if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
+        return block[0], block[1]
+    return USUAL_BLOCK, USUAL_BLOCK

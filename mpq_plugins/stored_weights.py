@@ -182,7 +182,8 @@ def _of_eight_bits(
     if scale is None:
         why = f"{dtype_refusal(tensor.dtype)}: no tensor scales it, such as {name}.weight_scale"
     else:
-        sizes = f"{list(stored[scale].shape)} for {list(tensor.shape)}, {stored[scale].dtype}"
+        dtype = stored[scale].foreign or stored[scale].dtype
+        sizes = f"{list(stored[scale].shape)} for {list(tensor.shape)}, {dtype}"
         why = f"{dtype_refusal(tensor.dtype)}: how {scale!r} scales it is not known ({sizes})"
     return Weight(name, kind, tensor.shape, tensor.dtype, 0, tensor.read_rows, refusal=why)
 

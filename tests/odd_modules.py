@@ -58,14 +58,11 @@ def odd_modules(draw: st.DrawFn) -> nn.Module:
     names = draw(st.lists(st.sampled_from(NAMES), min_size=len(kinds), max_size=len(kinds), unique=True))
     seed = draw(st.integers(0, 2**16))
     torch.manual_seed(seed)
-    root = nn.Module()
+    root, inner = nn.Module(), nn.Module()
     for kind, name in zip(kinds, names, strict=True):
-        parent = root
-        if draw(st.booleans()):
-            if not hasattr(root, "inner"):
-                root.inner = nn.Module()
-            parent = root.inner
+        parent = inner if draw(st.booleans()) else root
         parent.add_module(name, LAYERS[kind]())
+    root.add_module("inner", inner)
     with torch.no_grad():
         for tensor in root.state_dict().values():
             if tensor.is_floating_point():  # norms of ones would be quantized to themselves

@@ -1,6 +1,7 @@
 """What the layers of language models are: stacked experts, embeddings, heads and routers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from mpq_plugins import Affine, Piecewise, find_weights, measure
+from mpq_plugins import Affine, Piecewise, Uniform, find_weights, measure
 from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.match import match
 from mpq_plugins.roles import are_experts, hidden_size, inputs_first
 from mpq_plugins.scheme import Scheme
 from mpq_plugins.table import METRICS
+from tests.conftest import Ran
 
 HIDDEN, INNER, EXPERTS = 12, 20, 3
 STACK = "model.layers.0.mlp.experts"
@@ -275,3 +278,76 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: str) -> None:
     assert len(find_weights(source)) == 4  # nothing is asked of it
     with pytest.raises(SourceError, match=r"config\.json: not a model's configuration .*repair or remove it"):
         find_weights(source, skip=["role:lm_head"])
+
+
+def small_model() -> dict[str, Tensor]:
+    """Of each kind that is left alone by default, one; and what stands beside it."""
+    shapes = {
+        "encoder.block.0.SelfAttention.relative_attention_bias": (32, 4), "encoder.rel_embeddings": (16, 8),
+        "language_model.layers.0.altup.correction_coefs": (4, 4), "language_model.layers.0.laurel.linear_left": (2, 8),
+        "language_model.layers.0.altup.modality_router": (4, 8), "backbone.layers.0.mixer.conv1d": (8, 1, 4),
+        "layers.0.linear_attn.conv1d": (8, 1, 4), "layers.0.linear_attn.in_proj_ba": (4, 8),
+        "layers.0.self_attn.q_conv1d": (8, 1, 4), "mlp.shared_expert_gate": (1, 8),
+        "vision_tower.vision_model.embeddings.position_embedding": (17, 8), "visual.pos_embed": (17, 8),
+    }  # fmt: skip
+    beside = {
+        "backbone.layers.0.mixer.in_proj": (8, 8), "layers.0.linear_attn.out_proj": (8, 8),
+        "layers.0.self_attn.q_proj": (8, 8), "embeddings.position_embeddings": (17, 8), "wpe": (17, 8),
+        "features.conv1d": (8, 1, 4), "mixer.in_proj": (8, 8), "position_mlp": (8, 8), "mlp.gate": (4, 8),
+    }  # fmt: skip
+    return {f"{name}.weight": torch.randn(shape) for name, shape in (shapes | beside).items()} | {
+        "fragile": torch.tensor(len(shapes))
+    }
+
+
+def test_small_tables_and_gates_are_left_alone_unless_they_are_asked_for(tmp_path: Path) -> None:
+    state = small_model()
+    count = int(state.pop("fragile"))
+    source = saved(tmp_path / "model", state)
+    fragile = [name.removesuffix(".weight") for name in list(state)[:count]]
+    found = find_weights(source)
+    assert set(found.skipped) == set(fragile)
+    assert {name for name, reason in found.left_alone if reason.startswith("role:fragile, ")} == set(
+        list(state)[:count]
+    )
+    assert names(source, only=["role:fragile"]) == sorted(fragile)
+    assert names(source, only=["*"]) == sorted(name.removesuffix(".weight") for name in state)
+
+
+@pytest.mark.parametrize("middle", ["lora_A.default", "lora_B", "lora_down", "lora.up", "lora_embedding_A"])
+def test_adapters_are_left_alone_and_by_themselves_no_model(tmp_path: Path, middle: str) -> None:
+    adapter = {f"model.q_proj.{middle}.weight": torch.randn(8, 2)}
+    state = {"model.q_proj.base_layer.weight": torch.randn(8, 8)} | adapter
+    found = find_weights(saved(tmp_path / "both", state))
+    assert [weight.name for weight in found] == ["model.q_proj.base_layer"]
+    assert found.skipped == (f"model.q_proj.{middle}",)
+    assert names(tmp_path / "both", only=["role:lora"]) == [f"model.q_proj.{middle}"]
+    with pytest.raises(SourceError, match=rf"'model\.q_proj\.{middle}\.weight': role:lora, .*merge it"):
+        find_weights(saved(tmp_path / "adapter", adapter))
+
+
+def test_what_is_left_alone_by_default_is_no_layer_that_a_plan_lacks(tmp_path: Path) -> None:
+    state = {"relative_attention_bias.weight": torch.randn(32, 4), "q.weight": torch.randn(4, 4)}
+    module = nn.ModuleDict({"relative_attention_bias": nn.Embedding(32, 4), "q": nn.Linear(4, 4, bias=False)})
+    module.load_state_dict(state)
+    source = saved(tmp_path / "model", state)
+    of_file, of_module = (Uniform(bits=4)(measure(own, bits=(4,))) for own in (source, module))
+    assert [layer.name for layer in of_file.layers] == ["q"]
+    assert len(of_module.layers) == 2
+    for plan in (of_file, of_module):
+        for where in (source, module):
+            assert match(plan, where, weights=True).problems == ()
+
+
+def test_the_command_lists_what_was_left_alone(tmp_path: Path, mpq: Callable[..., Ran]) -> None:
+    state = {"q.weight": torch.randn(4, 4), "q.lora_A.weight": torch.randn(2, 4), "norm.weight": torch.randn(2, 2)}
+    source = saved(tmp_path / "model", state)
+    ran = mpq("plan", source, "-a", "uniform", "--bits", 4)
+    assert "left alone by default: q.lora_A.weight (role:lora, " in ran.err
+    assert "left alone, no quantizable layer: norm.weight (a norm, by its name)" in ran.err
+    assert "skipped on request" not in ran.err
+    made = json.loads(mpq("plan", source, "-a", "uniform", "--bits", 4, "--json").out)
+    assert made["skipped"] == ["q.lora_A"]
+    assert set(made["left_alone"]) == {"q.lora_A.weight", "norm.weight"}
+    ran = mpq("plan", source, "-a", "uniform", "--bits", 4, "--skip", "role:lora")
+    assert "skipped on request: 1 layers" in ran.err

@@ -61,7 +61,6 @@ def test_blocks_of_deepseeks(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "block"), [
     ((6, 1), (1, 8)), ((6,), (1, 8)), ((1,), (6, 8)), ((), (6, 8)), ((1, 1), (6, 8)), ((6, 2), (1, 4)),
-    ((3, 2), (2, 4)),
 ])  # fmt: skip
 def test_scales_of_outputs_groups_and_whole_tensors(
     tmp_path: Path, shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype
@@ -97,6 +96,8 @@ def test_what_a_plan_makes_of_it_cannot_be_written_into_eight_bits(tmp_path: Pat
 @pytest.mark.parametrize(("scale", "name", "message"), [
     (torch.ones(3, 5), "weight_scale", r"how 'a\.fc\.weight_scale' scales it is not known \(\[3, 5\] for \[4, 8\]"),
     (torch.ones(2, 2), "weight_scale_inv", "is not known"),
+    (torch.ones(2), "weight_scale", "is not known"),  # of parts that were fused, of whatever sizes
+    (torch.ones(2, 1), "weight_scale", "is not known"),
     (torch.ones(4, 1, dtype=torch.uint8), "weight_scale", "is not known.*torch.uint8"),
     (torch.ones(4, 1, 1), "weight_scale", "is not known"),
     (torch.ones(4, 1), "input_scale", r"no tensor scales it, such as a\.fc\.weight_scale"),
