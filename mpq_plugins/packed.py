@@ -19,7 +19,7 @@ PACKED = re.compile(
     r"|(^|\.)_packed_params\."
 )
 BLOCKS = "_blocks"  # microscaling formats, as gpt-oss has them, with NAME_scales beside
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.qint8, torch.quint8, torch.qint32)
+INTEGERS = (torch.uint8, torch.int8, torch.qint8, torch.quint8)  # wider ones are indices, where nothing else says so
 
 
 def refuse_packed(stored: Mapping[str, StoredTensor], config: Config, where: str) -> None:
@@ -39,7 +39,7 @@ def is_packed(name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor
     """Whether a tensor holds a quantized layer's codes, or what goes with them and with nothing else."""
     if PACKED.search(name):
         return True
-    if tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
+    if tensor.foreign or tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
         return False
     if name.endswith(BLOCKS):
         return f"{name.removesuffix(BLOCKS)}_scales" in stored

@@ -54,10 +54,11 @@ def rewrite(
     elif source.suffix == ".safetensors":
         with atomic_path(target) as temporary:
             _rewrite_safetensors(source, temporary, quantizer, bare_names(_shapes([source])))
+            quantizer.finish()
     else:
         with atomic_path(target) as temporary:
             _rewrite_torch(source, temporary, quantizer, fit.found.key or TOP)
-    quantizer.finish()
+            quantizer.finish()
     return fit
 
 
@@ -122,6 +123,7 @@ class _Quantizer:
         return self.plans(parameter, tensor) or parameter in self.corrected
 
     def finish(self) -> None:
+        """Called before what was written takes its place."""
         assert self.done == self.total, "a planned layer was not quantized"
         if self.progress is not None:
             self.progress("", self.total, self.total)
@@ -187,6 +189,7 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
                 _rewrite_safetensors(source / shard, temporary / shard, quantizer, names)
             else:
                 _rewrite_torch(source / shard, temporary / shard, quantizer, None, names)
+        quantizer.finish()
         _copy_others(source, temporary, {*shards})
         temporary.chmod(source.stat().st_mode & 0o777)
         temporary.replace(target)

@@ -69,8 +69,33 @@ def test_what_is_left_in_floating_point_is_planned_where_that_is_wanted(tmp_path
 def test_integers_that_are_no_weights_pack_nothing(tmp_path: Path) -> None:
     state = {
         "fc.weight": torch.randn(4, 4), "position_ids": torch.arange(6).reshape(1, 6),
-        "index.weight": torch.ones(2, 2, dtype=torch.int64), "mask.weight": torch.ones(2, 2).bool(),
+        "index.weight": torch.ones(2, 2, dtype=torch.int64), "table.weight": torch.ones(2, 2, dtype=torch.int32),
+        "mask.weight": torch.ones(2, 2).bool(),
         "token_blocks": torch.ones(2, 2, dtype=torch.uint8),
     }  # fmt: skip
     save_file(state, tmp_path / "in.safetensors")
-    assert [weight.name for weight in find_weights(tmp_path / "in.safetensors")] == ["fc"]
+    found = find_weights(tmp_path / "in.safetensors")
+    assert [weight.name for weight in found] == ["fc"]
+    assert {name for name, _ in found.left_alone} == set(state) - {"fc.weight"}
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E8M0", 16), ("F4", 8), ("F6_E2M3", 12), ("C64", 128)])
+@pytest.mark.parametrize("name", ["fc.scale", "x.weight"])
+def test_a_dtype_that_is_not_known_is_left_alone_and_listed(tmp_path: Path, dtype: str, size: int, name: str) -> None:
+    weight = torch.randn(4, 4)
+    header = json.dumps({
+        "fc.weight": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]},
+        name: {"dtype": dtype, "shape": [4, 4], "data_offsets": [64, 64 + size]},
+    }).encode()  # fmt: skip
+    data = len(header).to_bytes(8, "little") + header + weight.numpy().tobytes() + bytes(size)
+    (tmp_path / "in.safetensors").write_bytes(data)
+    found = find_weights(tmp_path / "in.safetensors")
+    assert [own.name for own in found] == ["fc"]
+    assert found.left_alone == ((name, f"dtype {dtype}"),)
+    plan = Uniform(bits=4)(measure(tmp_path / "in.safetensors", bits=(4,)))
+    if dtype.startswith("F6"):  # which the library cannot write again
+        with pytest.raises(SourceError, match=r"in\.safetensors: cannot be written again"):
+            rewrite(tmp_path / "in.safetensors", plan, tmp_path / "out.safetensors")
+        return
+    rewrite(tmp_path / "in.safetensors", plan, tmp_path / "out.safetensors")
+    assert find_weights(tmp_path / "out.safetensors").left_alone == found.left_alone

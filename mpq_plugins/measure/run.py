@@ -19,6 +19,7 @@ from ..files import exists
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm, training_norms
 from ..quantize.kernel import kernel_name
+from ..scaled import ScaledRows
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
 from ..tensor_files import FileColumns, FileRows
@@ -198,7 +199,7 @@ def _split(unit: Unit, sums: Sums) -> list[Sums]:
 
 def _check_journal(path: Path, source: nn.Module | str | Path, weights: Iterable[Weight]) -> None:
     """Raise SettingError where finished units would be written over what is measured."""
-    readers = [weight.read_rows for weight in weights]
+    readers = [own.codes if isinstance(own, ScaledRows) else own for own in (weight.read_rows for weight in weights)]
     files = {reader.path for reader in readers if isinstance(reader, FileRows | FileColumns)}
     if not isinstance(source, nn.Module):
         files.add(Path(source))

@@ -45,7 +45,7 @@ def test_chunks_in_turn_are_the_rows_of_the_weight(
     state = {"experts.down_proj": tensor.mT if transposed else tensor, "embed_tokens.weight": torch.ones(2, 99)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK", chunk)
-        patch.setattr("mpq_plugins.weights.inputs_first", lambda *_: transposed)
+        patch.setattr("mpq_plugins.stored_weights.inputs_first", lambda *_: transposed)
         if waiting:
             patch.setattr(FileRows, "at_once", lambda *_: None)
         path = tmp_path_factory.mktemp("chunks") / "model.safetensors"
