@@ -180,19 +180,20 @@ def measure_now(
     """Measure with a progress bar."""
     from . import measure
 
-    _say_file(source)
     example = None
     if input_shape is not None:
         import torch
 
         example = torch.zeros(input_shape)
     with kept_at(journal), progress_bar("measuring") as progress:
-        return measure(
+        table = measure(
             source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
             skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
             weights=request.weights, already_quantized=bool(request.already_quantized),
             example_input=example, journal=journal, executor=executor, device=device, progress=progress,
         )  # fmt: skip
+    _say_file(source)
+    return table
 
 
 def _say_file(source: "Path | nn.Module") -> None:

@@ -351,3 +351,11 @@ def test_the_command_lists_what_was_left_alone(tmp_path: Path, mpq: Callable[...
     assert set(made["left_alone"]) == {"q.lora_A.weight", "norm.weight"}
     ran = mpq("plan", source, "-a", "uniform", "--bits", 4, "--skip", "role:lora")
     assert "skipped on request: 1 layers" in ran.err
+
+
+def test_an_adapter_alone_is_refused_in_one_line(tmp_path: Path, mpq: Callable[..., Ran]) -> None:
+    (tmp_path / "adapter").mkdir()
+    save_file({"q.lora_A.weight": torch.randn(2, 4)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    ran = mpq("plan", tmp_path / "adapter", "-a", "uniform", "--bits", 4)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "role:lora" in ran.err
