@@ -11,6 +11,9 @@ from typing import Any, TypeVar
 
 import click
 
+from .files import claimed
+from .report.progress import echo, echo_lines, say
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -65,9 +68,18 @@ SCHEME_NAMES = (
 )  # fmt: skip
 
 
+def claim(*outputs: Path | None) -> None:
+    """Hold the files that a command writes until it ends. Raises SettingError where another run holds one."""
+    context = click.get_current_context()
+    for output in outputs:
+        if output is not None:
+            context.with_resource(claimed(output))
+            context.ensure_object(list).append(output)
+
+
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    """One JSON document on stdout, in ASCII: the same bytes in every locale, and nothing a terminal would obey."""
+    echo_lines(json.dumps(_finite(document), indent=2, allow_nan=False, default=str))
 
 
 def _finite(value: Any) -> Any:
@@ -92,13 +104,11 @@ def silenced(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 
 def say_written(file: Path | None, what: str) -> None:
     """Where the result is, or how to keep it."""
-    click.echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
+    echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
 
 
 def say_left_alone(table: Any) -> None:
     """What the plan does not cover, on stderr."""
-    from .report.progress import say
-
     if table.skipped:
         say(f"skipped on request: {len(table.skipped)} layers")
     if table.left_alone:

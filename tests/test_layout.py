@@ -27,10 +27,13 @@ FLOW = (
         "errors",
         "files",
         "fingerprint",
+        "interrupts",
         "journal",
         "patterns",
         "plain",
         "scheme",
+        "terminal",
+        "text",
         "validation",
     ),
     ("quantize",),
@@ -63,6 +66,7 @@ FLOW = (
         "cli_tune",
         "cli_workers",
         "cli",
+        "__main__",
     ),
 )
 
