@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +16,7 @@ from .cli_reconstruct import reconstruct
 from .cli_shared import SCHEME_NAMES, claim, json_option, print_json, say_left_alone, say_written, scheme_options
 from .cli_sweep import sweep
 from .cli_tune import tune
-from .errors import MeasureWarning, MPQError, PlanWarning, what_it_said
+from .errors import MeasureWarning, MPQError, PlanWarning, PluginError, SourceError, what_it_said
 from .interrupts import Interrupted, Interrupts
 from .report.progress import echo, echo_lines, say
 from .terminal import lasting_streams
@@ -65,19 +66,16 @@ def _run(files: list[Path]) -> int:
         return BAD_INPUT
     except click.ClickException as error:
         return _fail(error.format_message())
-    except click.Abort:
+    except (KeyboardInterrupt, Interrupted, click.Abort):
         raise
-    except SystemExit as stop:
-        return _fail(f"code that was called ended the program (SystemExit: {stop}); it should return instead")
     except MemoryError as error:
         return _fail(f"not enough memory ({error or 'MemoryError'}); free some, or give less at once")
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
-    except Exception as error:  # the last net: a fault of ours is one line too
-        if os.environ.get("MPQ_DEBUG"):
-            raise
-        say(f"internal error: {what_it_said(error)}; please report this. MPQ_DEBUG=1 shows where it was")
-        return INTERNAL
+    except Exception as error:  # noqa: BLE001  # the last net: a fault of ours is one line too
+        return _internal(error)
+    except BaseException as stop:  # noqa: BLE001
+        return _fail(f"code that was called ended the program ({what_it_said(stop)}); it should return instead")
 
 
 def _say_warning(
@@ -99,6 +97,13 @@ def _say_warning(
 def _fail(message: str) -> int:
     say(f"error: {' '.join(message.split())}")
     return BAD_INPUT
+
+
+def _internal(error: Exception) -> int:
+    if os.environ.get("MPQ_DEBUG"):
+        sys.stderr.write(f"{printable_lines(''.join(traceback.format_exception(error)))}\n")
+    say(f"internal error: {what_it_said(error)}; please report this. MPQ_DEBUG=1 shows where it was")
+    return INTERNAL
 
 
 def _say_interrupted(stop: Interrupted) -> int:
@@ -125,6 +130,10 @@ def cli() -> None:
     SOURCE is a .safetensors file, a directory with model.safetensors.index.json, a torch checkpoint, or
     package.module:factory, a function that returns a torch module.
     """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise SourceError(f"the working directory cannot be found ({error.strerror}); change to another") from error
 
 
 @cli.command(epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt")
@@ -252,7 +261,7 @@ def plan(
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
-    from .cli_plans import joint_needs, plan_files
+    from .cli_plans import joint_needs, plan_files, plans_by
     from .cli_sources import Request, check_output, measured
     from .guard import compare, worse_text
     from .report.console import console
@@ -269,7 +278,7 @@ def plan(
     if request.scheme(needs.scheme).granularity != "per_tensor" and not is_table(Path(source)):
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
     table = measured(source, needs, request, cache)
-    plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
+    plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
     files = plan_files(plans, output)
     comparisons = [compare(table, made) for made in plans]
     for made, file in zip(plans, files, strict=True):
@@ -415,10 +424,12 @@ def check(plan_file: Path, source: str, backend: str | None, policy: str, output
 
 def _legalised(plan: Any, backend: str, policy: str) -> Any:
     from . import registry
-    from .legalise import legalise
+    from .legalise import Capabilities, legalise
 
-    adapter = registry.load("adapters", backend)
-    return legalise(plan, adapter.CAPABILITIES, policy)  # type: ignore[arg-type]  # checked there
+    capabilities = getattr(registry.load("adapters", backend), "CAPABILITIES", None)
+    if not isinstance(capabilities, Capabilities):
+        raise PluginError(f"adapters: {backend!r} states no CAPABILITIES, so that no plan can be checked for it")
+    return legalise(plan, capabilities, policy)  # type: ignore[arg-type]  # checked there
 
 
 def _print_changes(plan: Any, legal: Any, backend: str) -> None:

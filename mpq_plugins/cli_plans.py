@@ -1,25 +1,53 @@
 """Several plans from one measurement: what to measure for all, and where each is written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .allocate.base import Allocator, Needs
-from .errors import SettingError, SourceError
+from .errors import PluginError, SettingError, SourceError
+from .outsiders import outsiders
 from .plan import Plan
+from .table import LayerTable
 
 ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
 
 
 def joint_needs(allocators: Sequence[Allocator]) -> Needs:
     """What all of them need, in one measurement."""
-    needs = [allocator.needs for allocator in allocators]
+    needs = []
+    for allocator in allocators:
+        with _called(allocator):
+            needs.append(allocator.needs)
     return Needs(
         tuple(sorted({b for need in needs for b in need.bits})),
         tuple(dict.fromkeys([*ALWAYS, *(metric for need in needs for metric in need.metrics)])),
         any(need.channel_errors for need in needs),
         next((need.scheme for need in needs if need.scheme is not None), None),
     )
+
+
+def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
+    """The plan of each, in their order. Raises as they do; PluginError naming one of another package that fails."""
+    plans = []
+    for allocator in allocators:
+        with _called(allocator):
+            plans.append(allocator(table))
+            if not isinstance(plans[-1], Plan):
+                raise PluginError(f"allocators: {allocator.name!r} returned a {type(plans[-1]).__name__} and no plan")
+    return plans
+
+
+@contextmanager
+def _called(allocator: Allocator) -> Iterator[None]:
+    """What an allocator of another package raises is its own fault; what ours do is ours."""
+    if type(allocator).__module__.startswith(f"{__package__}."):
+        yield
+        return
+    name = getattr(allocator, "name", type(allocator).__name__)
+    with outsiders(lambda said: PluginError(f"allocators: {name!r} failed ({said})")):
+        yield
 
 
 def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:

@@ -4,9 +4,9 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from .allocate.base import Needs
 from .cli_partial import kept_at, partial_file, save_measured
 from .errors import SettingError, SourceError
 from .files import exists
+from .outsiders import contained, outsiders
 from .report.progress import progress_bar, say
 from .scheme import SCHEMES, Affine, Codebook, Scheme
 from .table import LayerTable, is_table
@@ -99,13 +100,9 @@ def make_module(text: str) -> "nn.Module":
     """The module that `package.module:factory` returns, in evaluation mode, as it will run. Raises SourceError."""
     from torch import nn
 
-    try:
-        with redirect_stdout(sys.stderr):  # stdout is the result's
-            made = named_function(text)()
-    except SourceError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{text}: the factory cannot be called ({type(error).__name__}: {error})") from error
+    factory = named_function(text)
+    with outsiders(lambda said: SourceError(f"{text}: the factory cannot be called ({said})")):
+        made = factory()
     if not isinstance(made, nn.Module):
         raise SourceError(f"{text}: returned a {type(made).__name__}; a torch.nn.Module is needed")
     return made.eval()
@@ -119,17 +116,23 @@ def named_function(text: str) -> Callable[..., Any]:
             "score in mine.py here"
         )
     module_name, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that a user's own file is found
-    try:
+    with outsiders(lambda said: SourceError(f"{text}: the function cannot be found ({said})")), _importing_from_here():
         found = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{text}: the function cannot be found ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.pop(0)
     if not callable(found):
         raise SourceError(f"{text}: is a {type(found).__name__}; a function is needed")
-    function: Callable[..., Any] = found
-    return function
+    return contained(found)
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """As `python -m` does, so that a user's own file is found."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # what was imported may have changed the path, too
+            sys.path.remove(here)
 
 
 def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, cache: Path | None) -> LayerTable:

@@ -51,6 +51,7 @@ def sweep(
     Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a row; without
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
+    from .cli_plans import plans_by
     from .cli_sources import Request, measured, named_function, resolve_source
     from .report.progress import progress_bar
     from .sweep import sweep as run
@@ -67,7 +68,7 @@ def sweep(
     needs = _needs(allocators, request, uniform, measure=not isinstance(given, str))
     with resumable(files, model, evaluation, evaluate) as journal:
         table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
-        plans = [allocator(table) for allocator in allocators]
+        plans = plans_by(allocators, table)
         plans += _uniform_beside(plans, table) if uniform else []
         if model is not None:
             check_fit(plans[0], model, model_factory or source)

@@ -66,7 +66,7 @@ def tune(
     any, the allocator's own grid is tried. The trials run in Intel Neural Compressor, quietly; where no plan is good
     enough, that is an error that names the best.
     """
-    from .cli_plans import joint_needs
+    from .cli_plans import joint_needs, plans_by
     from .cli_sources import Request, check_output, make_module, measure_now, named_function
     from .tuning import Criterion
 
@@ -80,7 +80,7 @@ def tune(
     model: nn.Module = make_module(source)
     table = measure_now(model, joint_needs(allocators), request, None)
     with progress_bar("tuning") as progress:
-        plans = [made(table) for made in allocators]
+        plans = plans_by(allocators, table)
         _say_merged(plans)
         try:
             tuning = run(model, plans, evaluate, tolerable_loss, progress=progress)

@@ -1,7 +1,6 @@
 """A checkpoint in, the same checkpoint with fake-quantized weights out, in the same format."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints import common_prefix, find_state_dict, layer_name, load_torch, storage_identity
-from .errors import SettingError, SourceError
-from .files import atomic_path
+from .errors import SettingError
+from .files import atomic_directory, atomic_path
 from .match import match
 from .plan import LayerChoice, Plan
 from .roles import are_experts, stacks_of
@@ -148,21 +147,12 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
     indexed = (source / INDEX_NAME).is_file()
     shards = list(shard_files(source)) if indexed else [SINGLE_NAME]
     prefix = _prefix([source / shard for shard in shards])
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise SourceError(f"{target}: cannot write there ({error.strerror}). Choose another path.") from error
-    try:
+    with atomic_directory(target) as temporary:
         for shard in shards:
             (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
             _rewrite_safetensors(source / shard, temporary / shard, quantizer, prefix)
         _copy_others(source, temporary, {*shards})
         temporary.chmod(source.stat().st_mode & 0o777)
-        temporary.replace(target)
-    except OSError as error:
-        raise SourceError(f"{target}: cannot write it ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy_others(source: Path, target: Path, written: set[str]) -> None:

@@ -29,6 +29,7 @@ FLOW = (
         "fingerprint",
         "interrupts",
         "journal",
+        "outsiders",
         "patterns",
         "plain",
         "scheme",
