@@ -66,9 +66,9 @@ def claimed(target: Path) -> Iterator[None]:
     Raises SettingError where another run holds it, SourceError where nothing can be written beside it. A process that
     was killed holds nothing.
     """
-    lock = target.parent / f".mpq-{_mark(target)}.lock"
     with _placing(target):
         _sweep(target)
+        lock = target.parent / f".mpq-{_mark(target)}.lock"
         handle = _locked_file(lock)
     if handle is None:
         raise SettingError(f"{target}: another run is writing it; wait for that, or name another output")
