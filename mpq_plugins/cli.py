@@ -188,11 +188,11 @@ def measure(
     from .report.console import console
     from .report.tables import measurement_table
 
+    if output is not None and output.is_dir():
+        raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     check_output(output, source)
     journal = partial_file(output)
     check_output(journal, source)
-    if output is not None and output.is_dir():
-        raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     claim(output)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
     resolved = resolve_source(source)
@@ -261,7 +261,7 @@ def plan(
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
-    from .cli_plans import joint_needs, plan_files, plans_by
+    from .cli_plans import joint_needs, plans_by, save_plans
     from .cli_sources import Request, check_output, measured
     from .guard import compare, worse_text
     from .report.console import console
@@ -279,11 +279,8 @@ def plan(
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
     table = measured(source, needs, request, cache)
     plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
-    files = plan_files(plans, output)
     comparisons = [compare(table, made) for made in plans]
-    for made, file in zip(plans, files, strict=True):
-        if file is not None:
-            made.save(file)
+    files = save_plans(plans, output)
     for made, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
             say(f"warning: {worse_text(made, comparison)}")

@@ -1,12 +1,13 @@
 """Several plans from one measurement: what to measure for all, and where each is written."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from .allocate.base import Allocator, Needs
-from .errors import PluginError, SettingError, SourceError
+from .errors import PluginError, SettingError
+from .files import atomic_directory, exists
 from .outsiders import outsiders
 from .plan import Plan
 from .table import LayerTable
@@ -50,24 +51,32 @@ def _called(allocator: Allocator) -> Iterator[None]:
         yield
 
 
-def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
-    """A file for one plan; for several a directory, with files named by the parameters that vary."""
+def save_plans(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
+    """Where each was written: a file for one plan; for several a directory, with files named by what varies.
+
+    A new directory appears with all of them or not at all.
+    """
     if output is None:
         return [None] * len(plans)
     if len(plans) == 1:
+        plans[0].save(output)
         return [output]
-    if output.exists() and not output.is_dir():
+    names = _names(plans)
+    if exists(output) and not output.is_dir():
         raise SettingError(f"output: {output} is a file, and there are {len(plans)} plans; name a directory")
-    try:
-        output.mkdir(exist_ok=True)
-    except OSError as error:
-        raise SourceError(f"{output}: cannot make this directory ({error.strerror})") from error
+    with nullcontext(output) if output.is_dir() else atomic_directory(output) as folder:
+        for plan, name in zip(plans, names, strict=True):
+            plan.save(folder / name)
+    return [output / name for name in names]
+
+
+def _names(plans: Sequence[Plan]) -> list[str]:
     varying = [
         name
         for name in plans[0].allocator.parameters
         if len({str(plan.allocator.parameters.get(name)) for plan in plans}) > 1
     ]
-    return [output / f"{'-'.join([plan.allocator.name, *_labels(plan, varying)])}.json" for plan in plans]
+    return [f"{'-'.join([plan.allocator.name, *_labels(plan, varying)])}.json" for plan in plans]
 
 
 def _labels(plan: Plan, varying: Sequence[str]) -> list[str]:

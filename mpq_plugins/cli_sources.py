@@ -2,11 +2,12 @@
 
 import dataclasses
 import importlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from .allocate.base import Needs
 from .cli_partial import kept_at, partial_file, save_measured
 from .errors import SettingError, SourceError
-from .files import exists
+from .files import claimed, exists
 from .outsiders import contained, outsiders
 from .report.progress import progress_bar, say
 from .scheme import SCHEMES, Affine, Codebook, Scheme
 from .table import LayerTable, is_table
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+MOST_VALUES = 1 << 28  # of an input whose multiply-accumulates are counted: a gibibyte in float
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -151,8 +153,9 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
         say(f"measuring again: {cache} {reason}")
     journal = partial_file(cache)
     check_output(journal, source if isinstance(source, str) else None)
-    table = measure_now(resolved, needs, request, None, journal=journal)
-    save_measured(table, cache)
+    with nullcontext() if cache is None else claimed(cache):
+        table = measure_now(resolved, needs, request, None, journal=journal)
+        save_measured(table, cache)
     return table
 
 
@@ -181,17 +184,22 @@ def measure_now(
     """Measure with a progress bar."""
     from . import measure
 
-    example = None
-    if input_shape is not None:
-        import torch
-
-        example = torch.zeros(input_shape)
+    example = _zeros(input_shape) if input_shape is not None else None
     with kept_at(journal), progress_bar("measuring") as progress:
         return measure(
             source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
             skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
             example_input=example, journal=journal, executor=executor, device=device, progress=progress,
         )  # fmt: skip
+
+
+def _zeros(shape: tuple[int, ...]) -> "Tensor":
+    """An input of this shape."""
+    import torch
+
+    if math.prod(shape) > MOST_VALUES:
+        raise SettingError(f"input-shape: {list(shape)} has {math.prod(shape):,} values; at most {MOST_VALUES:,}")
+    return torch.zeros(shape)
 
 
 def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None) -> LayerTable:

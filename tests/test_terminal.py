@@ -28,7 +28,7 @@ def test_what_cannot_be_written_is_dropped_and_remembered() -> None:
 def test_what_can_be_written_is() -> None:
     inside = io.StringIO()
     stream = Lasting(inside)
-    print("kept", file=stream)  # type: ignore[call-overload]
+    print("kept", file=stream)
     assert (inside.getvalue(), stream.failure) == ("kept\n", None)
 
 

@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,15 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from mpq_plugins import registry
-
-from .case import Case, make_case
-from .judge import Ran, faults
-from .seeds import make
+from .place import one, workplace
 
 BLOCK = 2000  # inputs a child process runs
 SILENCE = 120  # seconds without a finished input after which a child is ended
@@ -47,8 +44,8 @@ def main() -> int:
                 found[what].append(where)
             print(f"{min(done * BLOCK, options.inputs):,} inputs, {time.monotonic() - started:.0f} s", file=sys.stderr)
     print(f"\n{options.inputs:,} inputs of seed {options.seed}: {len(found)} kinds of faults")
-    for what, where in sorted(found.items(), key=lambda pair: -len(pair[1])):
-        print(f"{len(where):6} {what}; --only {' '.join(where[:3])}")
+    for what, places in sorted(found.items(), key=lambda pair: -len(pair[1])):
+        print(f"{len(places):6} {what}; --only {' '.join(places[:3])}")
     return 1 if found else 0
 
 
@@ -101,19 +98,19 @@ def _watched(seed: int, first: int, last: int) -> tuple[int, list[str], str | No
 
 
 def _child(seed: int, first: int, last: int) -> int:
-    with _workplace() as (seeds, folder):
+    with _bounded_workplace() as (seeds, folder):
         for number in range(first, last):
             print(f">{number}", flush=True)
-            for what in _one(f"{seed}:{number}", seeds, folder)[0]:
+            for what in one(f"{seed}:{number}", seeds, folder)[0]:
                 print(f"{seed}:{number}\t{what}", flush=True)
     return 0
 
 
 def _again(seeds_given: Sequence[str]) -> int:
     worst = 0
-    with _workplace() as (seeds, folder):
+    with _bounded_workplace() as (seeds, folder):
         for seed in seeds_given:
-            found, case, ran = _one(seed, seeds, folder)
+            found, case, ran = one(seed, seeds, folder)
             print(
                 f"{seed}: mpq {' '.join(map(repr, case.arguments))}\n{ran.code}\n{ran.out[-1500:]}\n{ran.err[-3000:]}"
             )
@@ -122,29 +119,16 @@ def _again(seeds_given: Sequence[str]) -> int:
     return worst
 
 
-def _one(seed: str, seeds: Path, folder: Path) -> tuple[list[str], Case, Ran]:
-    own = folder / seed.replace(":", "-")
-    own.mkdir()
-    case = make_case(seed, seeds, own)
-    found, ran = faults(case, own)
-    shutil.rmtree(own)
-    return found, case, ran
-
-
 @contextmanager
-def _workplace() -> Iterator[tuple[Path, Path]]:
-    """A folder of whole files and one for the cases, in a process whose memory is bounded."""
+def _bounded_workplace() -> Iterator[tuple[Path, Path]]:
+    """In a process whose memory is bounded, and that shows where a fault of ours was."""
     torch.set_num_threads(1)
     os.environ["MPQ_DEBUG"] = "1"
-    registry.entry_points = functools.cache(registry.entry_points)  # it reads the metadata of all that is installed
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        seeds, folder = Path(name, "seeds"), Path(name, "cases")
-        seeds.mkdir()
-        folder.mkdir()
-        make(seeds)
+    cached = functools.cache(entry_points)  # it reads the metadata of all that is installed
+    with patch("mpq_plugins.registry.entry_points", cached), workplace() as place:
         limit = ADDRESS_SPACE + _address_space()
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        yield seeds, folder
+        yield place
 
 
 def _address_space() -> int:

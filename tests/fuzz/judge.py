@@ -51,7 +51,7 @@ def faults(case: Case, folder: Path) -> tuple[list[str], Ran]:
     changed = [name for name in case.inputs if _under(before, name) != _under(after, name)]
     changed = [name for name in changed if not (ran.code == 0 and _is_output(case.arguments, name))]
     found += [f"input changed: {name}" for name in changed]
-    found += _left(before, after, ran)
+    found += _left(before, after, ran, case.arguments)
     if _peak() - memory > MOST_GROWTH:
         found.append(f"memory: {(_peak() - memory) >> 10} MB more")
     return found, ran
@@ -133,13 +133,14 @@ def _no_json(text: str) -> bool:
     return False
 
 
-def _left(before: dict[str, str], after: dict[str, str], ran: Ran) -> Iterator[str]:
+def _left(before: dict[str, str], after: dict[str, str], ran: Ran, arguments: tuple[str, ...]) -> Iterator[str]:
     new = sorted(name for name in after.keys() - before.keys())
     ours = [name for name in new if "/.mpq-" in f"/{name}"]
     if ours:
         yield f"temporary left behind: {ours[0][-8:]}"
     if ran.code == 2:
         kept = [name for name in new if ".partial" in name and ("kept in" in ran.err or "table" in ran.err)]
+        kept += [table for word, table in itertools.pairwise(arguments) if word == "--table"]  # a result by itself
         others = [name for name in new if name not in kept and name not in ours]
         if others:
             yield f"left behind after an error: {others[0][:60]!r}"
