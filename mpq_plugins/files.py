@@ -66,6 +66,9 @@ def claimed(target: Path) -> Iterator[None]:
     Raises SettingError where another run holds it, SourceError where nothing can be written beside it. A process that
     was killed holds nothing.
     """
+    if not CAN_LOCK:
+        yield
+        return
     with _placing(target):
         _sweep(target)
         lock = target.parent / f".mpq-{_mark(target)}.lock"
@@ -130,12 +133,15 @@ def _workplace(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
-def _made(target: Path) -> tuple[Path, int]:
+def _made(target: Path) -> tuple[Path, int | None]:
     for _ in range(ATTEMPTS):
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".mpq-{_mark(target)}-", suffix=".tmp"))
+        if not CAN_LOCK:
+            return folder, None
         with suppress(FileNotFoundError):  # swept away before it was locked
             lock = os.open(folder, os.O_RDONLY)
             if _locked(lock, folder) is not False:
@@ -171,14 +177,12 @@ def _locked_file(path: Path) -> int | None:
 
 
 def _locked(handle: int, path: Path) -> bool | None:
-    """Whether the lock is ours and still that of what lies at `path`; None where the system has no locks."""
-    if not CAN_LOCK:
-        return None
+    """Whether the lock is ours and still that of what lies at `path`; None where the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:
         return None
     return _is_at(handle, path)
 

@@ -27,7 +27,6 @@ CHECKPOINTS = ("net.safetensors", "net.pt", "net")
 PLANS = ("plan.json", "channel.json", "group.json", "parts.json", "book.json")
 CONTAINERS = ("plan.mpq", "parts.mpq", "book.mpq")
 OUTPUTS = ("out.json", "out.mpqt", "out.safetensors", "out.pt", "out.mpq", "out.csv", "out")
-LEARNED = ("tests.fuzz.users:batches", "tests.fuzz.users:score")
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,29 @@ def _command(rng: random.Random) -> tuple[str, ...]:
         ("sweep", _one(rng, SOURCES), "--qem", "2,3", "-o", "out.csv"),
         ("sweep", "tests.fuzz.users:net", "--eval", "tests.fuzz.users:score", "--qem", "2,3", "-o", "out.csv"),
         ("pareto", _one(rng, SOURCES), "--budgets", "3,4", "-o", "out.csv"),
+        ("measure", "tests.fuzz.users:net", "--sensitivity", "output_mse", "--calibrate", "tests.fuzz.users:batches"),
+        (
+            "apply",
+            source,
+            _one(rng, PLANS),
+            "-o",
+            f"out{Path(source).suffix}",
+            "--model",
+            "tests.fuzz.users:net",
+            "--calibrate",
+            "tests.fuzz.users:batches",
+        ),
+        (
+            "reconstruct",
+            "tests.fuzz.users:net",
+            _one(rng, PLANS),
+            "--calibrate",
+            "tests.fuzz.users:batches",
+            "--steps",
+            "1",
+            "-o",
+            "out.safetensors",
+        ),
         ("plugins",),
         (_one(rng, ("measure", "plan", "show", "tune", "reconstruct", "nothing", "--help", "--version", "")),),
     )
