@@ -261,7 +261,7 @@ def plan(
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
-    from .cli_plans import joint_needs, plans_by, save_plans
+    from .cli_plans import joint_needs, plan_files, plans_by, save_plans
     from .cli_sources import Request, check_output, measured
     from .guard import compare, worse_text
     from .report.console import console
@@ -279,8 +279,9 @@ def plan(
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
     table = measured(source, needs, request, cache)
     plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
+    files = plan_files(plans, output)
     comparisons = [compare(table, made) for made in plans]
-    files = save_plans(plans, output)
+    save_plans(plans, files, output)
     for made, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
             say(f"warning: {worse_text(made, comparison)}")

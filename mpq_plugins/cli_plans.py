@@ -51,32 +51,33 @@ def _called(allocator: Allocator) -> Iterator[None]:
         yield
 
 
-def save_plans(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
-    """Where each was written: a file for one plan; for several a directory, with files named by what varies.
-
-    A new directory appears with all of them or not at all.
-    """
+def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
+    """Where each goes: a file for one plan; for several a directory, with files named by the parameters that vary."""
     if output is None:
         return [None] * len(plans)
     if len(plans) == 1:
-        plans[0].save(output)
         return [output]
-    names = _names(plans)
     if exists(output) and not output.is_dir():
         raise SettingError(f"output: {output} is a file, and there are {len(plans)} plans; name a directory")
-    with nullcontext(output) if output.is_dir() else atomic_directory(output) as folder:
-        for plan, name in zip(plans, names, strict=True):
-            plan.save(folder / name)
-    return [output / name for name in names]
-
-
-def _names(plans: Sequence[Plan]) -> list[str]:
     varying = [
         name
         for name in plans[0].allocator.parameters
         if len({str(plan.allocator.parameters.get(name)) for plan in plans}) > 1
     ]
-    return [f"{'-'.join([plan.allocator.name, *_labels(plan, varying)])}.json" for plan in plans]
+    return [output / f"{'-'.join([plan.allocator.name, *_labels(plan, varying)])}.json" for plan in plans]
+
+
+def save_plans(plans: Sequence[Plan], files: Sequence[Path | None], output: Path | None) -> None:
+    """Write each to its file; a directory that is new appears with all of them, or not at all."""
+    if output is None:
+        return
+    if len(plans) == 1:
+        plans[0].save(output)
+        return
+    with nullcontext(output) if output.is_dir() else atomic_directory(output) as folder:
+        for plan, file in zip(plans, files, strict=True):
+            assert file is not None, "a directory without files"
+            plan.save(folder / file.name)
 
 
 def _labels(plan: Plan, varying: Sequence[str]) -> list[str]:
