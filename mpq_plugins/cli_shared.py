@@ -1,6 +1,5 @@
 """What several commands share: the options that describe a measurement, and how results are printed."""
 
-import functools
 import json
 import math
 import sys
@@ -16,7 +15,20 @@ from .report.progress import echo, echo_lines, say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+RESULT_KEY = "mpq_plugins.result"
+
+
+def _keep_stdout(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    """Whatever else is printed, by a model's forward or an evaluation, goes to stderr: stdout is one document's."""
+    if as_json:
+        context.meta[RESULT_KEY] = sys.stdout
+        context.with_resource(redirect_stdout(sys.stderr))
+    return as_json
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_keep_stdout, help="Print the result as JSON, and nothing else."
+)
 
 
 def scheme_options(command: Command) -> Command:
@@ -79,7 +91,8 @@ def claim(*outputs: Path | None) -> None:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout, in ASCII: the same bytes in every locale, and nothing a terminal would obey."""
-    echo_lines(json.dumps(_finite(document), indent=2, allow_nan=False, default=str))
+    with redirect_stdout(click.get_current_context().meta[RESULT_KEY]):
+        echo_lines(json.dumps(_finite(document), indent=2, allow_nan=False, default=str))
 
 
 def _finite(value: Any) -> Any:
@@ -89,17 +102,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def silenced(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """What an evaluation prints goes to stderr, for stdout is the JSON's."""
-
-    @functools.wraps(evaluate)
-    def quiet(model: Any) -> Any:
-        with redirect_stdout(sys.stderr):
-            return evaluate(model)
-
-    return quiet
 
 
 def say_written(file: Path | None, what: str) -> None:

@@ -107,7 +107,10 @@ def make_module(text: str) -> "nn.Module":
         made = factory()
     if not isinstance(made, nn.Module):
         raise SourceError(f"{text}: returned a {type(made).__name__}; a torch.nn.Module is needed")
-    return made.eval()
+    with outsiders(lambda said: SourceError(f"{text}: returned a module that cannot be looked into ({said})")):
+        made.eval().state_dict()  # one that contains itself ends here
+        list(made.named_modules())
+    return made
 
 
 def named_function(text: str) -> Callable[..., Any]:

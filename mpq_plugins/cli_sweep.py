@@ -9,7 +9,7 @@ import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from .cli_shared import SCHEME_NAMES, json_option, scheme_options, silenced
+from .cli_shared import SCHEME_NAMES, json_option, scheme_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .allocate.base import Allocator, Needs
@@ -61,8 +61,6 @@ def sweep(
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
-    if evaluate is not None and as_json:
-        evaluate = silenced(evaluate)
     given = source if is_table(Path(source)) else resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
     needs = _needs(allocators, request, uniform, measure=not isinstance(given, str))

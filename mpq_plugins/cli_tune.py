@@ -16,7 +16,6 @@ from .cli_shared import (
     say_left_alone,
     say_written,
     scheme_options,
-    silenced,
 )
 from .errors import PluginError, SettingError, TuningError
 from .report.progress import echo, progress_bar, say
@@ -76,7 +75,7 @@ def tune(
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     run = _tuner(backend)
-    evaluate = silenced(named_function(evaluation)) if as_json else named_function(evaluation)
+    evaluate = named_function(evaluation)
     model: nn.Module = make_module(source)
     table = measure_now(model, joint_needs(allocators), request, None)
     with progress_bar("tuning") as progress:

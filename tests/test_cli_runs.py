@@ -1,5 +1,6 @@
 """One run of a command among others: what it holds, what stops it, and where it is."""
 
+import json
 import os
 import resource
 import signal
@@ -138,6 +139,49 @@ def test_a_factory_that_prints_and_leaves_the_directory_changes_no_result(mpq: M
     assert ran.out.startswith("{")
     assert len(Plan.load(folder / "out.json").layers) == 2
     assert Path.cwd() == folder
+
+
+class Prints(torch.nn.Linear):
+    """A layer that prints when it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("in forward")
+        return super().forward(x)
+
+
+def printing() -> torch.nn.Module:
+    """A module that prints when it runs."""
+    return torch.nn.Sequential(torch.nn.Linear(6, 4), Prints(4, 3))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "measure HERE:printing --input-shape 1,6",
+        "measure HERE:printing --sensitivity output_mse --calibrate USERS:batches",
+        "pareto HERE:printing --eval USERS:score --calibrate USERS:batches --budgets 3",
+        "sweep HERE:printing --eval USERS:runs --qem 2",
+    ],
+)
+def test_json_is_all_that_is_on_stdout(mpq: Mpq, folder: Path, command: str) -> None:
+    ran = mpq(*command.replace("HERE", "tests.test_cli_runs").replace("USERS", USERS).split(), "--json")
+    assert ran.code == 0, ran.err
+    json.loads(ran.out)
+    assert "in forward" in ran.err
+
+
+def cyclic() -> torch.nn.Module:
+    """A module that contains itself."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    net.add_module("again", net)
+    return net
+
+
+def test_a_module_that_contains_itself_is_named(mpq: Mpq, folder: Path) -> None:
+    ran = mpq("plan", "tests.test_cli_runs:cyclic")
+    assert (ran.code, ran.out) == (2, "")
+    assert "returned a module that cannot be looked into (RecursionError: " in ran.err
+    assert ran.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["plan net.safetensors -o out.json", "show plan.json", "demo"])
