@@ -56,6 +56,9 @@ def run_files(source: str, output: Path | None, plot: Path | None, cache: Path |
     from .files import exists
     from .report.plots import check_plot
 
+    for path in (output, plot, cache):
+        if path is not None and exists(path) and path.is_dir():  # some, such as / and ., have not even a name
+            raise SettingError(f"{path}: is no file; name another output")
     files = RunFiles.beside(output, plot, cache)
     check_plot(files.plot)
     taken: list[str | Path | None] = [source]

@@ -72,6 +72,16 @@ def test_a_second_run_on_one_output_is_refused_before_anything_else(mpq: Mpq, fo
     assert names(folder) == before
 
 
+@pytest.mark.parametrize("place", ["/", ".", "..", "gone/..", ""])
+@pytest.mark.parametrize("command", ["measure", "plan", "sweep", "pareto"])
+def test_a_place_that_has_no_name_is_no_output(mpq: Mpq, folder: Path, command: str, place: str) -> None:
+    before = names(folder)
+    ran = mpq(command, "net.safetensors", "-o", place)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.count("\n") == 1
+    assert names(folder) == before
+
+
 RUN = "import mpq_plugins.interrupts; print('up', flush=True); from mpq_plugins.__main__ import main; main()"
 
 

@@ -139,7 +139,7 @@ def _left(before: dict[str, str], after: dict[str, str], ran: Ran, arguments: tu
     if ours:
         yield f"temporary left behind: {ours[0][-8:]}"
     if ran.code == 2:
-        kept = [name for name in new if ".partial" in name and ("kept in" in ran.err or "table" in ran.err)]
+        kept = [name for name in new if name.endswith(".partial")]  # what is finished, for the next run
         kept += [table for word, table in itertools.pairwise(arguments) if word == "--table"]  # a result by itself
         others = [name for name in new if name not in kept and name not in ours]
         if others:
