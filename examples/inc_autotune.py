@@ -17,8 +17,8 @@ import torch
 import mpq_plugins as mpq
 from examples.cifar_resnet import evaluate, images, need_networks, resnet
 from mpq_plugins.adapters import inc
+from mpq_plugins.report.console import console
 from mpq_plugins.report.progress import progress_bar
-from mpq_plugins.report.tables import console
 from mpq_plugins.report.tuning import tuning_table
 
 PER_CHANNEL = mpq.Affine(granularity="per_channel")

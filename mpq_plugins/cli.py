@@ -1,6 +1,8 @@
 """`mpq`: the only place where words become objects, results are printed and the process exits."""
 
+import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +15,7 @@ from .cli_pareto import pareto
 from .cli_reconstruct import reconstruct
 from .cli_shared import (
     SCHEME_NAMES,
+    claim,
     json_option,
     model_option,
     print_json,
@@ -23,32 +26,66 @@ from .cli_shared import (
 )
 from .cli_sweep import sweep
 from .cli_tune import tune
-from .errors import MeasureWarning, MPQError, PlanWarning
+from .errors import MeasureWarning, MPQError, PlanWarning, PluginError, SourceError, what_it_said
+from .interrupts import Interrupted, Interrupts
+from .report.progress import echo, echo_lines, say
+from .terminal import lasting_streams
+from .text import printable_lines
 
 BAD_INPUT = 2
-INTERRUPTED = 130
+INTERNAL = 70  # as sysexits.h has it
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
 
 def main() -> None:
-    """Run `mpq`: exit 0, 2 with one line on stderr for anything refused, or 130 when interrupted."""
+    """Run `mpq`: exit 0, 2 with one line on stderr for anything refused, or 130 when interrupted.
+
+    What stdout and stderr can take changes neither files nor the exit, but for one case: a result that was to be
+    printed, and went into no file, is lost on a full disk; that is an error. A reader that leaves, as `| head` does,
+    and a closed stdout have asked for no more.
+    """
     warnings.simplefilter("ignore", PlanWarning)  # the commands say it in their own way
     warnings.showwarning = _say_warning
+    interrupts = Interrupts()
+    files: list[Path] = []
+    with lasting_streams() as (out, _):
+        try:
+            with interrupts.raised():
+                code = _run(files)
+                out.flush()
+        except (KeyboardInterrupt, click.Abort):
+            code = _say_interrupted(interrupts.seen or Interrupted())
+        except Interrupted as stop:
+            code = _say_interrupted(stop)
+        else:
+            if interrupts.seen is not None:  # by what swallowed it
+                code = _say_interrupted(interrupts.seen)
+        if isinstance(out.failure, OSError) and not isinstance(out.failure, BrokenPipeError) and not code:
+            code = _lost(out.failure, files)
+    sys.exit(code)
+
+
+def _run(files: list[Path]) -> int:
+    """The exit code of the command line; `files` gets what it claims to write."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        return int(cli.main(standalone_mode=False, obj=files) or 0)
     except MPQError as error:
-        _fail(str(error))
+        return _fail(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        sys.exit(BAD_INPUT)
+        echo_lines(error.format_message())
+        return BAD_INPUT
     except click.ClickException as error:
-        _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("mpq: interrupted; nothing half written\n")
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
-        sys.exit(0)
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, Interrupted, click.Abort):
+        raise
+    except MemoryError as error:
+        return _fail(f"not enough memory ({error or 'MemoryError'}); free some, or give less at once")
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except Exception as error:  # noqa: BLE001  # the last net: a fault of ours is one line too
+        return _internal(error)
+    except BaseException as stop:  # noqa: BLE001
+        return _fail(f"code that was called ended the program ({what_it_said(stop)}); it should return instead")
 
 
 def _say_warning(
@@ -60,14 +97,36 @@ def _say_warning(
     line: str | None = None,
 ) -> None:
     """Our own in the commands' voice, others' as Python does."""
-    ours = issubclass(category, MeasureWarning)
-    text = f"mpq: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(text)
+    if issubclass(category, MeasureWarning):
+        say(f"warning: {message}")
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        (file or sys.stderr).write(printable_lines(text))
 
 
-def _fail(message: str) -> None:
-    sys.stderr.write(f"mpq: error: {' '.join(message.split())}\n")
-    sys.exit(BAD_INPUT)
+def _fail(message: str) -> int:
+    say(f"error: {' '.join(message.split())}")
+    return BAD_INPUT
+
+
+def _internal(error: Exception) -> int:
+    if os.environ.get("MPQ_DEBUG"):
+        sys.stderr.write(f"{printable_lines(''.join(traceback.format_exception(error)))}\n")
+    say(f"internal error: {what_it_said(error)}; please report this. MPQ_DEBUG=1 shows where it was")
+    return INTERNAL
+
+
+def _say_interrupted(stop: Interrupted) -> int:
+    say(str(stop))
+    return stop.code
+
+
+def _lost(failure: OSError, files: list[Path]) -> int:
+    """What could not be printed is an error where it is nowhere else."""
+    if files:
+        say(f"warning: stdout cannot be written ({failure.strerror}); {', '.join(map(str, files))} is whole")
+        return 0
+    return _fail(f"stdout cannot be written ({failure.strerror}); what was to be printed is lost")
 
 
 @click.group(
@@ -81,6 +140,10 @@ def cli() -> None:
     SOURCE is a .safetensors file, a directory with model.safetensors.index.json, a torch checkpoint, or
     package.module:factory, a function that returns a torch module.
     """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise SourceError(f"the working directory cannot be found ({error.strerror}); change to another") from error
 
 
 @cli.command(epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt")
@@ -132,13 +195,15 @@ def measure(
     from .cli_partial import partial_file, save_measured
     from .cli_sources import Request, check_output, measure_now, resolve_source
     from .cli_workers import chosen_executor
-    from .report.tables import console, measurement_table
+    from .report.console import console
+    from .report.tables import measurement_table
 
+    if output is not None and output.is_dir():
+        raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     check_output(output, source)
     journal = partial_file(output)
     check_output(journal, source)
-    if output is not None and output.is_dir():
-        raise click.UsageError(f"-o: {output} is a directory; name a file to write")
+    claim(output)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
     resolved = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):
@@ -206,15 +271,16 @@ def plan(
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
-    from .cli_plans import joint_needs, plan_files, untied
+    from .cli_plans import joint_needs, plan_files, plans_by, save_plans, untied
     from .cli_sources import Request, check_output, measured
     from .guard import compare, worse_text
-    from .report.progress import say
-    from .report.tables import bits_summary, console, layer_json, plan_head, size_json, size_lines
+    from .report.console import console
+    from .report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
     from .table import is_table
 
     check_output(output, source, cache)
     check_output(cache, source)
+    claim(output)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
@@ -222,14 +288,12 @@ def plan(
     if request.scheme(needs.scheme).granularity != "per_tensor" and not is_table(Path(source)):
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
     table = measured(source, needs, request, cache)
-    plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
+    plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
     files = plan_files(plans, output)
     for note in untied(allocators, table):
         say(f"note: {note}")
     comparisons = [compare(table, made) for made in plans]
-    for made, file in zip(plans, files, strict=True):
-        if file is not None:
-            made.save(file)
+    save_plans(plans, files, output)
     for made, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
             say(f"warning: {worse_text(made, comparison)}")
@@ -266,8 +330,8 @@ def plan(
 def show(file: Path, as_json: bool) -> None:
     """Show a plan layer by layer with its true size, or a table's errors."""
     from .plan import Plan
+    from .report.console import console
     from .report.tables import (
-        console,
         layer_json,
         measurement_table,
         plan_head,
@@ -302,7 +366,8 @@ def show(file: Path, as_json: bool) -> None:
 def diff(before: Path, after: Path, as_json: bool) -> None:
     """Show the layers in which two plans differ, and what that costs."""
     from .plan import Plan
-    from .report.tables import bytes_text, console, diff_table, layer_json, size_json
+    from .report.console import console
+    from .report.tables import bytes_text, diff_table, layer_json, size_json
 
     first, second = Plan.load(before), Plan.load(after)
     differences = first.diff(second)
@@ -351,16 +416,16 @@ def check(
     model_factory: str | None,
     weights: str | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
     from .cli_sources import check_output, make_module, resolve_source
     from .match import match
     from .plan import Plan
-    from .report.progress import say
 
     if output is not None and backend is None:
         raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
     check_output(output, plan_file, source)
+    claim(output)
     plan = Plan.load(plan_file)
     resolved = resolve_source(source)
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
@@ -368,39 +433,44 @@ def check(
     model = make_module(model_factory) if model_factory is not None else None
     found = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
     legal = _legalised(plan, backend, policy) if backend is not None else None
+    if legal is not None and output is not None and not found.problems:
+        legal[0].save(output)
     if as_json:
         changes = {} if legal is None else {"backend": backend, "changes": [vars(change) for change in legal[1]]}
         print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes, **changes})
-        sys.exit(BAD_INPUT if found.problems else 0)
+        return BAD_INPUT if found.problems else 0
     found.require(source)
-    click.echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
+    echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
     for note in found.notes:
         say(f"note: {note}")
     if legal is not None:
         _print_changes(plan, legal, str(backend))
-        if output is not None:
-            legal[0].save(output)
-            click.echo(f"wrote {output}")
+    if output is not None:
+        echo(f"wrote {output}")
+    return 0
 
 
 def _legalised(plan: Any, backend: str, policy: str) -> Any:
     from . import registry
-    from .legalise import legalise
+    from .legalise import Capabilities, legalise
 
-    adapter = registry.load("adapters", backend)
-    return legalise(plan, adapter.CAPABILITIES, policy)  # type: ignore[arg-type]  # checked there
+    capabilities = getattr(registry.load("adapters", backend), "CAPABILITIES", None)
+    if not isinstance(capabilities, Capabilities):
+        raise PluginError(f"adapters: {backend!r} states no CAPABILITIES, so that no plan can be checked for it")
+    return legalise(plan, capabilities, policy)  # type: ignore[arg-type]  # checked there
 
 
 def _print_changes(plan: Any, legal: Any, backend: str) -> None:
-    from .report.tables import bytes_text, changes_table, console
+    from .report.console import console
+    from .report.tables import bytes_text, changes_table
 
     legal_plan, changes = legal
     if not changes:
-        click.echo(f"{backend} runs it as it is")
+        echo(f"{backend} runs it as it is")
         return
     console().print(changes_table(changes))
     before, after = plan.size().total_bytes, legal_plan.size().total_bytes
-    click.echo(f"{backend}: {len(changes)} changes, {bytes_text(before)} -> {bytes_text(after)} in total")
+    echo(f"{backend}: {len(changes)} changes, {bytes_text(before)} -> {bytes_text(after)} in total")
 
 
 @cli.command(
@@ -439,10 +509,11 @@ def apply(
     from .cli_calibrate import corrected_tensors
     from .cli_sources import check_output, make_module
     from .plan import Plan
-    from .report.progress import progress_bar, say
+    from .report.progress import progress_bar
     from .rewrite import rewrite
 
     check_output(output, plan_file)
+    claim(output)
     loaded = Plan.load(plan_file)
     if calibration is not None and synthetic is not None:
         raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")
@@ -463,7 +534,7 @@ def apply(
         print_json({"checkpoint": str(output), "layers": len(loaded.layers), "corrected": sorted(corrected)})
     else:
         others = f"{len(corrected)} biases and statistics corrected, all else" if corrected else "everything else"
-        click.echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, {others} as it was")
+        echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, {others} as it was")
 
 
 @cli.command()
@@ -471,7 +542,8 @@ def apply(
 def plugins(as_json: bool) -> None:
     """List what is installed, importing none of it."""
     from .registry import installed
-    from .report.tables import console, plugins_table
+    from .report.console import console
+    from .report.tables import plugins_table
 
     found = installed()
     if as_json:
@@ -486,9 +558,10 @@ def plugins(as_json: bool) -> None:
 def demo(output: Path, as_json: bool) -> None:
     """Quantize a small trained network of handwritten digits every way there is, and write a plan."""
     from .demo.run import demo_json, demo_report, run_demo
+    from .report.console import console
     from .report.progress import progress_bar
-    from .report.tables import console
 
+    claim(output)
     with progress_bar("demo") as progress:
         result = run_demo(progress)
     result.plan.save(output)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli_sources import named_function
 from .errors import SettingError, SourceError, what_it_said
+from .outsiders import outsiders
 from .report.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -24,15 +25,11 @@ def calibration_batches(text: str) -> list[Any]:
     """What `package.module:function` returns, as a list of batches. Raises SourceError or SettingError."""
     from .batches import checked_batches
 
-    try:
-        with redirect_stdout(sys.stderr):  # stdout is the result's
-            given = named_function(text)()
-            # A generator that never ends should not fill the memory.
-            found = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
-    except SourceError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{text}: the function cannot be called ({type(error).__name__}: {error})") from error
+    function = named_function(text)
+    with outsiders(lambda said: SourceError(f"{text}: the function cannot be called ({said})")):
+        given = function()
+        # A generator that never ends should not fill the memory.
+        found = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
     return checked_batches(found, text)
 
 

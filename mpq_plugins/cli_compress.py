@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import json_option, model_option, print_json, weights_option
+from .cli_shared import claim, json_option, model_option, print_json, weights_option
 from .errors import SettingError
+from .report.progress import echo, progress_bar, say
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .compress.container import Container
@@ -54,11 +55,11 @@ def compress(
     from .cli_sources import check_output, make_module, resolve_source
     from .compress.write import write  # which leaves it to its caller to say what was left out
     from .plan import Plan
-    from .report.progress import progress_bar, say
 
     check_output(output, plan_file, source)
     if output.suffix != ".mpq":  # another file may be a checkpoint, and would be gone
         raise click.UsageError(f"-o {output}: the result is a container; name a file that ends in .mpq")
+    claim(output)
     pruning = _pruning(amounts, prune_by)
     plan = Plan.load(plan_file)
     resolved = resolve_source(source)
@@ -75,7 +76,7 @@ def compress(
         say(f"note: the plan's {plan.activation_bits}-bit activations are not in a container; weights only")
     _print(container, as_json, layers=False)
     if not as_json:
-        click.echo(f"wrote {output}")
+        echo(f"wrote {output}")
 
 
 @click.command(epilog="Example: mpq decompress model.mpq -o model.safetensors")
@@ -89,18 +90,18 @@ def decompress(container_file: Path, output: Path, as_json: bool) -> None:
     from .cli_sources import check_output
     from .compress import decompress as read
     from .compress.write import save_tensors
-    from .report.progress import progress_bar
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
     check_output(output, container_file)
+    claim(output)
     with progress_bar("decompressing") as progress:
         tensors = read(container_file, progress=progress)
     save_tensors(tensors, output)
     if as_json:
         print_json({"checkpoint": str(output), "tensors": len(tensors)})
     else:
-        click.echo(f"wrote {output}: {len(tensors)} tensors")
+        echo(f"wrote {output}: {len(tensors)} tensors")
 
 
 @click.command(epilog="Examples: mpq inspect model.mpq. The plan inside: mpq inspect model.mpq --plan plan.json")
@@ -118,19 +119,21 @@ def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None
     from .compress.container import Container
 
     check_output(plan_file, container_file)
+    claim(plan_file)
     container = Container.open(container_file)
     container.check()
-    _print(container, as_json, layers=True)
     if plan_file is not None:
         container.plan.save(plan_file)
-        if not as_json:
-            click.echo(f"wrote {plan_file}")
+    _print(container, as_json, layers=True)
+    if plan_file is not None and not as_json:
+        echo(f"wrote {plan_file}")
 
 
 def _print(container: "Container", as_json: bool, layers: bool) -> None:
     from .compress.stages import layer_stages, planned
+    from .report.console import console
     from .report.container import container_json, layers_table, summary_lines, totals_table
-    from .report.tables import console, plan_head
+    from .report.tables import plan_head
 
     stages: dict[str, Stages] = {name: layer_stages(container, name) for name in planned(container)}
     if as_json:

@@ -13,6 +13,8 @@ import click
 
 from . import registry
 from .errors import PluginError, SettingError
+from .outsiders import outsiders
+from .text import printable
 
 DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
@@ -79,7 +81,8 @@ class AllocatorCommand(click.Command):
         allocator = registry.load("allocators", name)
         ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = allocator, name
         taken = {option for parameter in self.params for option in parameter.opts}
-        ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+        with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
+            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -222,11 +225,11 @@ def _describe(hint: Any) -> tuple[Any, str]:
         hint = inner[0] if len(inner) == 1 else str if str in inner else None
     if typing.get_origin(hint) is tuple:
         inside = set(typing.get_args(hint)) - {...}
-        return (tuple if inside == {int} else list if inside == {str} else None), text
-    return (hint if hint in (bool, int, float, str) else None), text
+        return (tuple if inside == {int} else list if inside == {str} else None), printable(text)
+    return (hint if hint in (bool, int, float, str) else None), printable(text)
 
 
 def _shown(default: Any) -> str:
     if isinstance(default, tuple):
-        return ",".join(map(str, default))
-    return str(default)
+        return printable(",".join(map(str, default)))
+    return printable(default)

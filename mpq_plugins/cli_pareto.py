@@ -1,7 +1,5 @@
 """`mpq pareto`: plans across budgets, every allocator at the same sizes, as a table, CSV and picture."""
 
-import sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import click
 
 from .cli_options import IntegerList, NumberList
 from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from .cli_shared import SCHEME_NAMES, json_option, scheme_options, silenced
+from .cli_shared import SCHEME_NAMES, json_option, scheme_options
 
 BUDGETS = "2,2.5,3,4"
 
@@ -70,8 +68,6 @@ def pareto(
     files = run_files(source, output, plot, cache)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     evaluate = named_function(evaluation) if evaluation is not None else None
-    if evaluate is not None and as_json:
-        evaluate = silenced(evaluate)
     if calibration is not None and evaluate is None:
         raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")
     given = source if is_table(Path(source)) else resolve_source(source)
@@ -89,8 +85,7 @@ def pareto(
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
-        aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # what a forward prints
-        with progress_bar("evaluating") as progress, aside:
+        with progress_bar("evaluating") as progress:
             rows = run(
                 table,
                 plans,

@@ -1,12 +1,15 @@
 """Several plans from one measurement: what to measure for all, and where each is written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from .allocate.base import Allocator, Needs
 from .allocate.layout import nothing_to_tie
-from .errors import SettingError, SourceError
+from .errors import PluginError, SettingError
+from .files import atomic_directory, exists
+from .outsiders import outsiders
 from .patterns import FUSED, families
 from .plan import Plan
 from .table import LayerTable
@@ -16,13 +19,38 @@ ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report 
 
 def joint_needs(allocators: Sequence[Allocator]) -> Needs:
     """What all of them need, in one measurement."""
-    needs = [allocator.needs for allocator in allocators]
+    needs = []
+    for allocator in allocators:
+        with _called(allocator):
+            needs.append(allocator.needs)
     return Needs(
         tuple(sorted({b for need in needs for b in need.bits})),
         tuple(dict.fromkeys([*ALWAYS, *(metric for need in needs for metric in need.metrics)])),
         any(need.channel_errors for need in needs),
         next((need.scheme for need in needs if need.scheme is not None), None),
     )
+
+
+def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
+    """The plan of each, in their order. Raises as they do; PluginError naming one of another package that fails."""
+    plans = []
+    for allocator in allocators:
+        with _called(allocator):
+            plans.append(allocator(table))
+            if not isinstance(plans[-1], Plan):
+                raise PluginError(f"allocators: {allocator.name!r} returned a {type(plans[-1]).__name__} and no plan")
+    return plans
+
+
+@contextmanager
+def _called(allocator: Allocator) -> Iterator[None]:
+    """What an allocator of another package raises is its own fault; what ours do is ours."""
+    if type(allocator).__module__.startswith(f"{__package__}."):
+        yield
+        return
+    name = getattr(allocator, "name", type(allocator).__name__)
+    with outsiders(lambda said: PluginError(f"allocators: {name!r} failed ({said})")):
+        yield
 
 
 def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:
@@ -33,23 +61,32 @@ def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:
 
 
 def plan_files(plans: Sequence[Plan], output: Path | None) -> list[Path | None]:
-    """A file for one plan; for several a directory, with files named by the parameters that vary."""
+    """Where each goes: a file for one plan; for several a directory, with files named by the parameters that vary."""
     if output is None:
         return [None] * len(plans)
     if len(plans) == 1:
         return [output]
-    if output.exists() and not output.is_dir():
+    if exists(output) and not output.is_dir():
         raise SettingError(f"output: {output} is a file, and there are {len(plans)} plans; name a directory")
-    try:
-        output.mkdir(exist_ok=True)
-    except OSError as error:
-        raise SourceError(f"{output}: cannot make this directory ({error.strerror})") from error
     varying = [
         name
         for name in plans[0].allocator.parameters
         if len({str(plan.allocator.parameters.get(name)) for plan in plans}) > 1
     ]
     return [output / f"{'-'.join([plan.allocator.name, *_labels(plan, varying)])}.json" for plan in plans]
+
+
+def save_plans(plans: Sequence[Plan], files: Sequence[Path | None], output: Path | None) -> None:
+    """Write each to its file; a directory that is new appears with all of them, or not at all."""
+    if output is None:
+        return
+    if len(plans) == 1:
+        plans[0].save(output)
+        return
+    with nullcontext(output) if output.is_dir() else atomic_directory(output) as folder:
+        for plan, file in zip(plans, files, strict=True):
+            assert file is not None, "a directory without files"
+            plan.save(folder / file.name)
 
 
 def _labels(plan: Plan, varying: Sequence[str]) -> list[str]:

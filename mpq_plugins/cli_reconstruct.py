@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import json_option, print_json
+from .cli_shared import claim, json_option, print_json
 from .errors import SettingError
 from .files import exists
+from .report.progress import echo, progress_bar, say
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -88,7 +89,6 @@ def reconstruct(
     from .plan import Plan
     from .reconstruct import reconstruct as learn
     from .reconstruct.checkpoint import JOB
-    from .report.progress import progress_bar
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
@@ -96,6 +96,7 @@ def reconstruct(
     check_output(output, plan_file)
     if exists(output) and not output.is_file():
         raise SettingError(f"output: {output} is no file; name another")
+    claim(output)
     score = named_function(evaluation) if evaluation is not None else None
     plan = Plan.load(plan_file)
     model = make_module(source)
@@ -147,8 +148,6 @@ def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any
 
 
 def _finished(report: "BlockReport", reports: "list[BlockReport]") -> None:
-    from .report.progress import say
-
     if report.resumed and not reports:
         say("going on after the blocks that are finished")
     reports.append(report)
@@ -178,13 +177,13 @@ def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: An
 
 
 def _print(reports: "Sequence[BlockReport]", plan: "Plan", scores: dict[str, Any], output: Path, as_json: bool) -> None:
+    from .report.console import console
     from .report.reconstruction import reconstruction_json, reconstruction_table
-    from .report.tables import console
 
     if as_json:
         print_json({**reconstruction_json(reports, plan), "scores": scores, "checkpoint": str(output)})
         return
     console().print(reconstruction_table(reports, plan))
     for name, values in scores.items():
-        click.echo(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
-    click.echo(f"wrote {output}")
+        echo(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+    echo(f"wrote {output}")

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import Command, print_json, say_left_alone, say_written
+from .cli_shared import Command, claim, print_json, say_left_alone, say_written
 from .errors import SettingError
+from .report.progress import echo, say
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -55,6 +56,9 @@ def run_files(source: str, output: Path | None, plot: Path | None, cache: Path |
     from .files import exists
     from .report.plots import check_plot
 
+    for path in (output, plot, cache):
+        if path is not None and exists(path) and path.is_dir():  # some, such as / and ., have not even a name
+            raise SettingError(f"{path}: is no file; name another output")
     files = RunFiles.beside(output, plot, cache)
     check_plot(files.plot)
     taken: list[str | Path | None] = [source]
@@ -63,6 +67,7 @@ def run_files(source: str, output: Path | None, plot: Path | None, cache: Path |
         if path is not None and exists(path) and not path.is_file():
             raise SettingError(f"{path}: is no file; name another output")
         taken.append(path)
+    claim(files.output, files.plot)
     return files
 
 
@@ -104,18 +109,18 @@ def print_rows(
     rows: "Sequence[SweepRow]", table: "LayerTable", title: str, as_json: bool, output: Path | None, plot: Path | None
 ) -> None:
     """On stdout: a table with its notes, or JSON."""
+    from .report.console import console
     from .report.sweep import sweep_json, sweep_notes, sweep_table
-    from .report.tables import console
 
     if as_json:
         print_json(sweep_json(rows, table))
         return
     console().print(sweep_table(rows, title))
     for note in sweep_notes(rows):
-        click.echo(note)
+        echo(note)
     say_written(output, "rows as CSV")
     if plot is not None:
-        click.echo(f"wrote {plot}")
+        echo(f"wrote {plot}")
     say_left_alone(table)
 
 
@@ -142,7 +147,6 @@ def model_to_evaluate(
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
     """Refuse another model before the first evaluation, and say where its weights are not those measured."""
     from .match import match
-    from .report.progress import say
 
     found = match(plan, model, weights=True)
     found.require(where)
@@ -160,7 +164,6 @@ def resumable(
     """
     from .fingerprint import model_digest, source_digest
     from .journal import Journal
-    from .report.progress import say
     from .table import is_table
 
     journal = None

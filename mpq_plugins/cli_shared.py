@@ -1,6 +1,5 @@
 """What several commands share: the options that describe a measurement, and how results are printed."""
 
-import functools
 import json
 import math
 import sys
@@ -11,9 +10,25 @@ from typing import Any, TypeVar
 
 import click
 
+from .files import claimed
+from .report.progress import echo, echo_lines, say
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+RESULT_KEY = "mpq_plugins.result"
+
+
+def _keep_stdout(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    """Whatever else is printed, by a model's forward or an evaluation, goes to stderr: stdout is one document's."""
+    if as_json:
+        context.meta[RESULT_KEY] = sys.stdout
+        context.with_resource(redirect_stdout(sys.stderr))
+    return as_json
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_keep_stdout, help="Print the result as JSON, and nothing else."
+)
 
 
 model_option = click.option(
@@ -88,9 +103,19 @@ SCHEME_NAMES = (
 )  # fmt: skip
 
 
+def claim(*outputs: Path | None) -> None:
+    """Hold the files that a command writes until it ends. Raises SettingError where another run holds one."""
+    context = click.get_current_context()
+    for output in outputs:
+        if output is not None:
+            context.with_resource(claimed(output))
+            context.ensure_object(list).append(output)
+
+
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    """One JSON document on stdout, in ASCII: the same bytes in every locale, and nothing a terminal would obey."""
+    with redirect_stdout(click.get_current_context().meta[RESULT_KEY]):
+        echo_lines(json.dumps(_finite(document), indent=2, allow_nan=False, default=str))
 
 
 def _finite(value: Any) -> Any:
@@ -102,26 +127,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def silenced(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """What an evaluation prints goes to stderr, for stdout is the JSON's."""
-
-    @functools.wraps(evaluate)
-    def quiet(model: Any) -> Any:
-        with redirect_stdout(sys.stderr):
-            return evaluate(model)
-
-    return quiet
-
-
 def say_written(file: Path | None, what: str) -> None:
     """Where the result is, or how to keep it."""
-    click.echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
+    echo(f"wrote {file}" if file else f"not saved; -o FILE writes the {what}")
 
 
 def say_left_alone(table: Any) -> None:
     """What the plan does not cover, and which weights it was made from where a file holds others, on stderr."""
     from .errors import first_few
-    from .report.progress import say
     from .roles import PREFIX
 
     if table.weights is not None:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import importlib
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from .allocate.base import Needs
 from .cli_partial import kept_at, partial_file, save_measured
 from .errors import SettingError, SourceError
-from .files import exists
+from .files import claimed, exists
+from .outsiders import contained, outsiders
 from .report.progress import progress_bar, say
 from .scheme import SCHEMES, Affine, Codebook, Scheme
 from .table import LayerTable, is_table
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+MOST_VALUES = 1 << 28  # of an input whose multiply-accumulates are counted: a gibibyte in float
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -101,16 +104,15 @@ def make_module(text: str) -> "nn.Module":
     """The module that `package.module:factory` returns, in evaluation mode, as it will run. Raises SourceError."""
     from torch import nn
 
-    try:
-        with redirect_stdout(sys.stderr):  # stdout is the result's
-            made = named_function(text)()
-    except SourceError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{text}: the factory cannot be called ({type(error).__name__}: {error})") from error
+    factory = named_function(text)
+    with outsiders(lambda said: SourceError(f"{text}: the factory cannot be called ({said})")):
+        made = factory()
     if not isinstance(made, nn.Module):
         raise SourceError(f"{text}: returned a {type(made).__name__}; a torch.nn.Module is needed")
-    return made.eval()
+    with outsiders(lambda said: SourceError(f"{text}: returned a module that cannot be looked into ({said})")):
+        made.eval().state_dict()  # one that contains itself ends here
+        list(made.named_modules())
+    return made
 
 
 def named_function(text: str) -> Callable[..., Any]:
@@ -121,17 +123,23 @@ def named_function(text: str) -> Callable[..., Any]:
             "score in mine.py here"
         )
     module_name, _, name = text.partition(":")
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, so that a user's own file is found
-    try:
+    with outsiders(lambda said: SourceError(f"{text}: the function cannot be found ({said})")), _importing_from_here():
         found = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:
-        raise SourceError(f"{text}: the function cannot be found ({type(error).__name__}: {error})") from error
-    finally:
-        sys.path.pop(0)
     if not callable(found):
         raise SourceError(f"{text}: is a {type(found).__name__}; a function is needed")
-    function: Callable[..., Any] = found
-    return function
+    return contained(found)
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """As `python -m` does, so that a user's own file is found."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # what was imported may have changed the path, too
+            sys.path.remove(here)
 
 
 def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, cache: Path | None) -> LayerTable:
@@ -150,8 +158,9 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
         say(f"measuring again: {cache} {reason}")
     journal = partial_file(cache)
     check_output(journal, source if isinstance(source, str) else None)
-    table = measure_now(resolved, needs, request, None, journal=journal)
-    save_measured(table, cache)
+    with nullcontext() if cache is None else claimed(cache):
+        table = measure_now(resolved, needs, request, None, journal=journal)
+        save_measured(table, cache)
     return table
 
 
@@ -180,11 +189,7 @@ def measure_now(
     """Measure with a progress bar."""
     from . import measure
 
-    example = None
-    if input_shape is not None:
-        import torch
-
-        example = torch.zeros(input_shape)
+    example = _zeros(input_shape) if input_shape is not None else None
     with kept_at(journal), progress_bar("measuring") as progress:
         table = measure(
             source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
@@ -204,6 +209,15 @@ def _say_file(source: "Path | nn.Module") -> None:
         file = weight_files(source).chosen
         if file.name not in USUAL:
             say(f"weights: {file.name}, the only ones in {source}")
+
+
+def _zeros(shape: tuple[int, ...]) -> "Tensor":
+    """An input of this shape."""
+    import torch
+
+    if math.prod(shape) > MOST_VALUES:
+        raise SettingError(f"input-shape: {list(shape)} has {math.prod(shape):,} values; at most {MOST_VALUES:,}")
+    return torch.zeros(shape)
 
 
 def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None) -> LayerTable:

@@ -9,7 +9,7 @@ import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from .cli_shared import SCHEME_NAMES, json_option, scheme_options, silenced
+from .cli_shared import SCHEME_NAMES, json_option, scheme_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .allocate.base import Allocator, Needs
@@ -51,6 +51,7 @@ def sweep(
     Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a row; without
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
+    from .cli_plans import plans_by
     from .cli_sources import Request, measured, named_function, resolve_source
     from .report.progress import progress_bar
     from .sweep import sweep as run
@@ -60,14 +61,12 @@ def sweep(
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
-    if evaluate is not None and as_json:
-        evaluate = silenced(evaluate)
     given = source if is_table(Path(source)) else resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
     needs = _needs(allocators, request, uniform, measure=not isinstance(given, str))
     with resumable(files, model, evaluation, evaluate) as journal:
         table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
-        plans = [allocator(table) for allocator in allocators]
+        plans = plans_by(allocators, table)
         plans += _uniform_beside(plans, table) if uniform else []
         if model is not None:
             check_fit(plans[0], model, model_factory or source)

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
-from .cli_shared import SCHEME_NAMES, json_option, print_json, say_left_alone, say_written, scheme_options, silenced
+from .cli_shared import (
+    SCHEME_NAMES,
+    claim,
+    json_option,
+    print_json,
+    say_left_alone,
+    say_written,
+    scheme_options,
+)
 from .errors import PluginError, SettingError, TuningError
+from .report.progress import echo, progress_bar, say
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -56,21 +65,21 @@ def tune(
     any, the allocator's own grid is tried. The trials run in Intel Neural Compressor, quietly; where no plan is good
     enough, that is an error that names the best.
     """
-    from .cli_plans import joint_needs
+    from .cli_plans import joint_needs, plans_by
     from .cli_sources import Request, check_output, make_module, measure_now, named_function
-    from .report.progress import progress_bar
     from .tuning import Criterion
 
     check_output(output)
+    claim(output)
     Criterion(tolerable_loss)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     run = _tuner(backend)
-    evaluate = silenced(named_function(evaluation)) if as_json else named_function(evaluation)
+    evaluate = named_function(evaluation)
     model: nn.Module = make_module(source)
     table = measure_now(model, joint_needs(allocators), request, None)
     with progress_bar("tuning") as progress:
-        plans = [made(table) for made in allocators]
+        plans = plans_by(allocators, table)
         _say_merged(plans)
         try:
             tuning = run(model, plans, evaluate, tolerable_loss, progress=progress)
@@ -101,7 +110,6 @@ def _tuner(backend: str | None) -> Any:
 
 def _say_merged(plans: "Sequence[Plan]") -> None:
     """Say where settings make the same plan, which is one trial."""
-    from .report.progress import say
     from .tuning import smallest_first
 
     distinct = len(smallest_first(plans))
@@ -110,13 +118,13 @@ def _say_merged(plans: "Sequence[Plan]") -> None:
 
 
 def _print(tuning: "Tuning", source: str, as_json: bool, output: Path | None) -> None:
-    from .report.tables import console
+    from .report.console import console
     from .report.tuning import tuning_json, tuning_table
 
     if as_json:
         print_json({**tuning_json(tuning), "plan": str(output) if output else None})
         return
     console().print(tuning_table(tuning, source))
-    click.echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
+    echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
     if tuning.met:
         say_written(output, "plan")

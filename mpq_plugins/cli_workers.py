@@ -1,5 +1,6 @@
 """Who measures: threads of this process, or the workers of a dask cluster."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -33,16 +34,15 @@ def chosen_executor(workers: int | None, address: str | None) -> Iterator[Execut
 def _dask(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client
-        from distributed.comm.addressing import parse_address, parse_host_port
     except ImportError as error:
         raise SettingError("dask: is not installed; pip install 'mpq-plugins[dask]'") from error
     for name in [*logging.root.manager.loggerDict, "tornado.application"]:
         if name.startswith(("distributed", "tornado")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say of a lost scheduler, our error says
     try:
-        parse_host_port(parse_address(address)[1])  # or a client half made would complain of itself
+        asyncio.run(_greeted(address))
         client = Client(address, timeout=CONNECT, set_as_default=False)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # what answers may be anything, and so is what dask makes of it
         raise WorkerError(
             f"dask: no scheduler answers at {address!r} ({what_it_said(error)}). Start one with `dask scheduler`, and "
             "workers with `dask worker ADDRESS` where the files are under the same paths"
@@ -55,3 +55,14 @@ def _dask(address: str) -> Iterator[Executor]:
                 f"dask: the scheduler at {address!r} has no workers; start some with `dask worker {address}`"
             ) from error
         yield client.get_executor()  # type: ignore[no-untyped-call]
+
+
+async def _greeted(address: str) -> None:
+    """Whether dask answers there at all: its client would wait without end for one that is silent. Raises anything."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+    from distributed.comm.core import connect
+
+    parse_host_port(parse_address(address)[1])  # or a client half made would complain of itself
+    async with asyncio.timeout(CONNECT + 1):  # `connect` itself only counts until somebody takes the call
+        greeting = await connect(address, timeout=CONNECT)  # type: ignore[no-untyped-call]
+    greeting.abort()

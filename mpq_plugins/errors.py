@@ -25,9 +25,13 @@ def first_few(items: Sequence[str], separator: str = "; ") -> str:
     return separator.join(items[:SHOWN]) + more
 
 
-def what_it_said(error: Exception) -> str:
+def what_it_said(error: BaseException) -> str:
     """`TypeError: its first line`, of an exception that a user's code or a library raised."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    try:
+        lines = str(error).splitlines()
+    except Exception:  # noqa: BLE001  # an outsider's exception may not even be printable
+        lines = []
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def first_sentence(error: Exception) -> str:

@@ -5,6 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .errors import PluginError
+from .outsiders import outsiders
 
 GROUPS = ("allocators", "adapters", "sensitivities")
 
@@ -30,13 +31,9 @@ def load(group: str, name: str) -> Any:
     if name not in known:
         raise PluginError(f"{group}: {name!r} is not installed; there are {', '.join(known) or 'none'}")
     plugin = known[name]
-    try:
+    where = f"{group}: {name!r} of {plugin.distribution}"
+    with outsiders(lambda said: PluginError(f"{where} cannot be imported from {plugin.target} ({said})")):
         return EntryPoint(plugin.name, plugin.target, f"mpq_plugins.{group}").load()
-    except Exception as error:  # importing an outsider's module may raise anything
-        raise PluginError(
-            f"{group}: {name!r} of {plugin.distribution} cannot be imported from {plugin.target} "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def _sorted(group: str) -> tuple[Plugin, ...]:

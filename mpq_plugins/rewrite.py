@@ -1,7 +1,6 @@
 """A checkpoint in, the same checkpoint with fake-quantized weights out, in the same format."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoints import layer_name, load_torch, storage_identity
 from .errors import SettingError, SourceError, first_sentence
-from .files import atomic_path
+from .files import atomic_directory, atomic_path
 from .match import Match, match
 from .plan import LayerChoice, Plan
 from .roles import are_experts, stacks_of
@@ -178,11 +177,7 @@ def _rewrite_torch(
 def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
     shards = list(weight_files(source).shards)
     names = bare_names(_shapes([source / shard for shard in shards]))
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise SourceError(f"{target}: cannot write there ({error.strerror}). Choose another path.") from error
-    try:
+    with atomic_directory(target) as temporary:
         for shard in shards:
             (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
             if shard.endswith(".safetensors"):
@@ -192,11 +187,6 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
         quantizer.finish()
         _copy_others(source, temporary, {*shards})
         temporary.chmod(source.stat().st_mode & 0o777)
-        temporary.replace(target)
-    except OSError as error:
-        raise SourceError(f"{target}: cannot write it ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy_others(source: Path, target: Path, written: set[str]) -> None:

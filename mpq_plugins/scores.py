@@ -5,7 +5,8 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from .errors import SourceError
+from .errors import SourceError, what_it_said
+from .interrupts import Interrupted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +21,12 @@ def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[st
     name = f"{getattr(evaluate, '__qualname__', repr(evaluate))} of {what}"
     try:
         returned = evaluate(model)
-    except (Exception, SystemExit) as error:  # a user's function may raise anything
+    except (KeyboardInterrupt, Interrupted):
+        raise
+    except BaseException as error:  # a user's function may raise anything, and may try to end the program
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise SourceError(
-            f"{name}: the evaluation failed ({type(error).__name__}: {error}; {where.filename}, line {where.lineno})"
+            f"{name}: the evaluation failed ({what_it_said(error)}; {where.filename}, line {where.lineno})"
         ) from error
     scores = returned if isinstance(returned, Mapping) else {"score": returned}
     try:

@@ -2,8 +2,11 @@
 
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,48 @@ def test_a_cluster_that_does_not_answer(
     address = f"tcp://127.0.0.1:{closed_port()}"
     ran = mpq("measure", source, "--dask", address, "-o", tmp_path / "t.mpqt")
     refused(ran, "mpq: error: dask: no scheduler answers at", address, "`dask scheduler`")
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+ANSWERS = {
+    "HTTP": b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
+    "another greeting": b"SSH-2.0-OpenSSH_9.7\r\n",
+    "zeros": bytes(4096),
+    "nothing": b"",
+}
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of somebody who is no scheduler: who calls gets this answer, and then waits."""
+    calls: list[socket.socket] = []
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                calls.append(server.accept()[0])
+                calls[-1].sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+    for call in calls:
+        call.close()
+
+
+@pytest.mark.parametrize("what", list(ANSWERS))
+def test_an_address_where_something_else_answers(
+    source: Path, tmp_path: Path, what: str, mpq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(cli_workers, "CONNECT", 1)
+    with answering(ANSWERS[what]) as address:
+        began = time.monotonic()
+        ran = mpq("measure", source, "--dask", address, "-o", tmp_path / "t.mpqt")
+        assert time.monotonic() - began < 10
+    refused(ran, "mpq: error: dask: no scheduler answers at", address)
+    assert ran.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == [source]
 
 

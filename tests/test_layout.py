@@ -27,10 +27,14 @@ FLOW = (
         "errors",
         "files",
         "fingerprint",
+        "interrupts",
         "journal",
+        "outsiders",
         "patterns",
         "plain",
         "scheme",
+        "terminal",
+        "text",
         "validation",
         "wrappers",
     ),
@@ -81,6 +85,7 @@ FLOW = (
         "cli_tune",
         "cli_workers",
         "cli",
+        "__main__",
     ),
 )
 

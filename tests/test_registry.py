@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,38 @@ def declare(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str, str]) -> 
         return [SimpleNamespace(name=n, value=v, dist=SimpleNamespace(name=d)) for n, v, d in wanted]
 
     monkeypatch.setattr(registry, "entry_points", found)
+
+
+BAD_MODULES = {
+    "leaves": ("import sys; sys.exit(0)", "SystemExit: 0"),
+    "raises": ("raise ValueError('why')", "ValueError: why"),
+    "strange": ("class Strange(BaseException): pass\nraise Strange('odd')", "Strange: odd"),
+    "silent": ("class Silent(BaseException):\n  def __str__(self): raise ValueError\nraise Silent", "Silent"),
+    "deep": ("def f(): f()\nf()", "RecursionError"),
+    "empty": ("", "AttributeError: module"),
+    "damaged": ("def", "SyntaxError"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_MODULES))
+def test_whatever_a_plugin_does_on_import_is_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    code, said = BAD_MODULES[name]
+    (tmp_path / f"plugin_{name}.py").write_text(f"print('on stdout')\n{code}\n" if name != "damaged" else code)
+    monkeypatch.syspath_prepend(tmp_path)
+    declare(monkeypatch, ("best", f"plugin_{name}:A", "some-dist"))
+    with pytest.raises(PluginError, match=rf"'best' of some-dist cannot be imported from plugin_{name}:A \({said}"):
+        registry.load("allocators", "best")
+    assert capsys.readouterr().out == ""  # which is for results
+
+
+def test_an_interrupt_while_a_plugin_is_imported_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "plugin_stopped.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(tmp_path)
+    declare(monkeypatch, ("best", "plugin_stopped:A", "some-dist"))
+    with pytest.raises(KeyboardInterrupt):
+        registry.load("allocators", "best")
 
 
 def test_two_owners_of_one_name_are_an_error_naming_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..scheme import Affine, Scheme
-
 if TYPE_CHECKING:  # importing the package must not import torch
     from concurrent.futures import Executor
 
     import torch
     from torch import Tensor, nn
 
+    from ..scheme import Scheme
     from ..table import LayerTable
     from .sensitivities import Sensitivity
 
@@ -21,7 +20,7 @@ Progress = Callable[[str, int, int], None]
 
 def measure(
     source: "nn.Module | str | Path",
-    scheme: Scheme | None = None,
+    scheme: "Scheme | None" = None,
     bits: Sequence[int] = range(2, 9),
     metrics: Sequence[str] = ("relative", "mse"),
     *,
@@ -60,6 +59,7 @@ def measure(
     Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
     executor's workers fail.
     """
+    from ..scheme import Affine
     from .run import run
 
     return run(

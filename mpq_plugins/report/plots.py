@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import SettingError
 from ..files import atomic_path
 from ..sweep import SweepRow
+from ..text import printable
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -33,7 +34,7 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
         own = [row for row in plans if row.name == series]
         marker = "s" if series == "uniform" else "o"
         line = "-" if any(row.series for row in own) else ""  # named series are curves over the same budgets
-        axes.plot(*_points(own, name), f"{marker}{line}", label=series, alpha=0.8)
+        axes.plot(*_points(own, name), f"{marker}{line}", label=printable(series), alpha=0.8)
     front = sorted((row for row in plans if row.pareto), key=lambda row: row.total_bytes)
     axes.plot(
         *_points(front, name), "-", drawstyle="steps-post", color="0.5", linewidth=1, label="Pareto front", zorder=0
@@ -43,12 +44,14 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
             axes.axhline(row.score, linestyle="--", color="0.7", linewidth=1, label="float")
     axes.set_xlabel("bits a weight in total: codes, scales, zero points, part maps")
     error = next(iter(rows[0].errors), "")
-    axes.set_ylabel(name or (f"predicted {error}" if rows[-1].series else f"mean {error} error"), parse_math=False)
+    predicted = f"predicted {error}" if rows[-1].series else f"mean {error} error"
+    axes.set_ylabel(printable(name or predicted), parse_math=False)
     if name is None and plans:
         axes.set_yscale("log")
-    axes.set_title(title, fontsize="medium", parse_math=False)
+    axes.set_title(printable(title), fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
 

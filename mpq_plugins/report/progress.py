@@ -1,8 +1,25 @@
-"""Progress and remarks on stderr: a bar with a total on a terminal, silence elsewhere."""
+"""What reaches a terminal: results on stdout, remarks on stderr, progress where stderr is a terminal; all printable."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from ..text import printable, printable_lines
+
+
+def echo(text: str) -> None:
+    """One line of a result."""
+    sys.stdout.write(f"{printable(text)}\n")
+
+
+def echo_lines(text: str) -> None:
+    """Several lines of a result."""
+    sys.stdout.write(f"{printable_lines(text)}\n")
+
+
+def say(text: str) -> None:
+    """A remark for the person at the terminal; stdout stays for results."""
+    sys.stderr.write(f"mpq: {printable(text)}\n")
 
 
 @contextmanager
@@ -11,18 +28,14 @@ def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None] |
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    from .console import console
+
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[name]}", markup=False),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None, name="")
-        yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
-
-
-def say(text: str) -> None:
-    """A remark for the person at the terminal; stdout stays for results."""
-    sys.stderr.write(f"mpq: {text}\n")
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(printable(description), total=None, name="")
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, name=printable(name))

@@ -1,11 +1,10 @@
 """Plans, sizes, differences and measurements as rich tables."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from ..legalise import Change
@@ -13,25 +12,20 @@ from ..plan import Difference, LayerChoice, Plan
 from ..registry import Plugin
 from ..size import PlanSize
 from ..table import LayerTable
+from ..text import printable
 
 MOST_NAME = 40  # columns of a name that are not folded
-PIPE_WIDTH = 120  # columns when stdout is a file or pipe, where rich would otherwise cut at 80
-
-
-def console() -> Console:
-    """The console results are printed on."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False)
 
 
 def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose others are numbers."""
-    table = Table(title=title or None, title_justify="left")
-    cells = [tuple(map(str, row)) for row in rows]
+    table = Table(title=printable(title) or None, title_justify="left")
+    cells = [tuple(map(printable, row)) for row in rows]
     for position, column in enumerate(columns):
         # A layer is found by its name: other columns give way first.
         whole = position == 0 and max((len(row[0]) for row in cells), default=0) <= MOST_NAME
         justify: JustifyMethod = "left" if position < left else "right"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=whole)
+        table.add_column(printable(column), justify=justify, overflow="fold", no_wrap=whole)
     for row in cells:
         table.add_row(*row)
     return table
