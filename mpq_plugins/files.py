@@ -1,10 +1,13 @@
-"""Writing files so that an interruption leaves the old one whole."""
+"""Reading files that end, and writing them so that an interruption leaves the old one whole."""
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -46,6 +49,32 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open an ordinary file to read. Raises OSError, which says what it is, for a pipe or a device: those may never
+    begin, or never end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "no file can be called so", str(path)) from error
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is a directory" if stat.S_ISDIR(mode) else "it is no ordinary file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All of an ordinary file. Raises OSError, which says why, where it is none or has more than `most` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and {most} is the most", str(path))
+        data = file.read(size + 1)  # never without end, whatever the system says of its size
+    if len(data) != size:
+        raise OSError(errno.EIO, "it changed while it was read", str(path))
+    return data
 
 
 def write_text(target: Path, text: str) -> None:

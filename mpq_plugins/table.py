@@ -2,22 +2,30 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from .errors import FormatError, SettingError
-from .files import atomic_path
-from .scheme import NamedScheme, Scheme
+from .checksum import checksum_text, is_damaged, sealed, unsealed
+from .documents import LARGEST_DOCUMENT, Strict, parse_json
+from .errors import FormatError, MeasureWarning, SettingError
+from .files import atomic_path, open_regular
+from .layer import LayerDocument, check_once
+from .scheme import INTEGER_BITS, NamedScheme, Scheme
 from .validation import first_problem
 
 TABLE_FORMAT = "mpq-table"
-TABLE_VERSION = 1
+TABLE_VERSION = 2
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda old: {**old, "version": 2}}
+"""Version -> a function from that version's description, without its checksum, to the next one's. Version 1 had none,
+and none of arrays."""
 
 METRICS = ("relative", "mse", "rmse", "sqnr_db", "max_abs")
 
@@ -118,28 +126,26 @@ class LayerTable:
 
         arrays, description = _pack(self)
         with atomic_path(Path(path)) as temporary:
-            # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
-            packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            data = save(packed, {"format": TABLE_FORMAT, "table": description.model_dump_json()})
+            text = json.dumps(sealed(description.model_dump(mode="json")), separators=(",", ":"), ensure_ascii=False)
+            data = save(arrays, {"format": TABLE_FORMAT, "table": text})
             with temporary.open("wb") as file:
                 file.writelines(_in_order(data))
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerTable":
         """Read a table. Raises FormatError naming file, field and value."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                names = sorted(file.keys()) if metadata.get("format") == TABLE_FORMAT else []
-                arrays = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path}: not a readable table ({error})") from error
-        if metadata.get("format") != TABLE_FORMAT:
-            raise FormatError(f"{path}: not a table; `mpq measure` writes one")
-        return _unpack(path, _describe(path, metadata.get("table", "")), arrays)
+            with open_regular(path) as file:
+                header = _header(file)
+                if not _is_header(header):
+                    raise FormatError(f"{path}: not a table; `mpq measure` writes one")
+                description = _describe(path, header["__metadata__"].get("table", ""))
+                arrays = _arrays(path, file, header, description)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise FormatError(f"{path}: not a readable table ({reason})") from error
+        return _unpack(description, arrays)
 
     def _check_metric(self, metric: str) -> str:
         if metric not in self.metrics:
@@ -156,14 +162,24 @@ class LayerTable:
 def is_table(path: Path) -> bool:
     """Whether the file is a table rather than weights; looks at the header only."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(path.stat().st_size, 1 << 27):
-                return False
-            header: Any = json.loads(file.read(length))
-            return bool(header.get("__metadata__", {}).get("format") == TABLE_FORMAT)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        with open_regular(path) as file:
+            return _is_header(_header(file))
+    except (OSError, ValueError):
         return False
+
+
+def _header(file: BinaryIO) -> Any:
+    """The header of a safetensors file, after which its data begin. Raises ValueError."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, LARGEST_DOCUMENT):
+        raise ValueError(f"its header would have {length} bytes, and the file has {size}")
+    return parse_json(file.read(length))
+
+
+def _is_header(header: Any) -> bool:
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and metadata.get("format") == TABLE_FORMAT
 
 
 def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
@@ -175,23 +191,18 @@ def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
     yield memoryview(data)[end:]
 
 
-class _Layer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    kind: str
-    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    channel_axis: Annotated[int, Field(ge=0, le=1)]
-    macs: int | None
-    tied: tuple[str, ...]
+class _Layer(LayerDocument):
+    macs: Annotated[int, Field(ge=0)] | None
     digest: str
 
 
-class _Description(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int
+class _Description(Strict):
+    """checksums: of each array's bytes, in a table that has them."""
+
+    version: Literal[2]
     scheme: NamedScheme
-    bits: tuple[int, ...]
-    metrics: tuple[str, ...]
+    bits: Annotated[tuple[int, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)]
     channel_errors: bool
     sensitivities: tuple[str, ...] = ()
     channel_sensitivities: tuple[str, ...] = ()
@@ -200,13 +211,52 @@ class _Description(BaseModel):
     skipped: tuple[str, ...]
     left_alone: tuple[tuple[str, str], ...]
     layers: tuple[_Layer, ...]
+    checksums: Mapping[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ascending = list(self.bits) == sorted(set(self.bits))
+        if not ascending or not set(self.bits) <= set(INTEGER_BITS):
+            raise ValueError(f"bits: {list(self.bits)} is not allowed; some of 1 to 8, ascending, each once")
+        for name, own in (("metrics", self.metrics), ("sensitivities", self.sensitivities),
+                          ("channel_sensitivities", self.channel_sensitivities)):  # fmt: skip
+            if len(set(own)) < len(own):
+                raise ValueError(f"{name}: {list(own)} has one twice")
+        unknown = [metric for metric in self.metrics if metric not in METRICS]
+        if unknown:
+            raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
+        check_once(self.layers, self.skipped)
+        return self
+
+    @property
+    def channels(self) -> list[int]:
+        """Output channels of each layer."""
+        return [layer.channels for layer in self.layers]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays that it describes."""
+        layers, total = len(self.layers), sum(self.channels)
+        widths, metrics = len(self.bits), len(self.metrics)
+        shapes: dict[str, tuple[int, ...]] = {
+            "importance": (layers,),
+            "channel_importance": (total,),
+            "errors": (layers, metrics, widths),
+        }
+        if self.channel_errors:
+            shapes["channel_errors"] = (metrics, widths, total)
+        if self.sensitivities:
+            shapes["sensitivities"] = (layers, len(self.sensitivities), widths)
+        if self.channel_sensitivities:
+            shapes["channel_sensitivities"] = (len(self.channel_sensitivities), widths, total)
+        return shapes
 
 
 def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
     per_channel = bool(table.layers) and all(layer.channel_errors for layer in table.layers)
     arrays: dict[str, NDArray[Any]] = {
         "importance": np.array([layer.importance for layer in table.layers], np.float64),
-        "channel_importance": np.concatenate([layer.channel_importance for layer in table.layers]),
+        "channel_importance": np.concatenate([np.empty(0), *(layer.channel_importance for layer in table.layers)]),
         "errors": np.array([[layer.errors[m] for m in table.metrics] for layer in table.layers], np.float64),
     }
     if per_channel:
@@ -217,6 +267,8 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
     if names := table.channel_sensitivities:
         own = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
         arrays["channel_sensitivities"] = np.concatenate(own, axis=2)
+    # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
+    arrays = {name: np.ascontiguousarray(array, np.float64) for name, array in arrays.items()}
     layers = tuple(
         _Layer(
             name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
@@ -229,47 +281,90 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
         skipped=table.skipped, left_alone=table.left_alone, layers=layers,
+        checksums={name: checksum_text(array.tobytes()) for name, array in arrays.items()},
     )  # fmt: skip
     return arrays, description
 
 
-def _describe(path: Path, text: str) -> _Description:
+def _describe(path: Path, text: Any) -> _Description:
     try:
-        version = json.loads(text)["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{path}: the table's description is damaged ({error!r}); measure again") from error
-    if version != TABLE_VERSION:
+        document = parse_json(text)
+        version = document["version"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: the table's description is damaged ({error}); measure again") from error
+    if type(version) is not int or not 1 <= version <= TABLE_VERSION:
         raise FormatError(
-            f"{path}: table version {version!r}, and this mpq-plugins reads {TABLE_VERSION}; measure again"
+            f"{path}: table version {version!r:.40}, and this mpq-plugins reads 1 to {TABLE_VERSION}; measure again"
         )
+    if is_damaged(document) or (version > 1 and document == unsealed(document)):
+        raise FormatError(f"{path}: the table's description is damaged, its checksum is another's; measure again")
+    if version == 1:
+        warnings.warn(MeasureWarning(
+            f"{path}: is of a version that had no checksums, so damage to it cannot be seen; measure again to be sure"
+        ), stacklevel=4)  # fmt: skip
+    plain = unsealed(document)
+    for step in range(version, TABLE_VERSION):
+        plain = MIGRATIONS[step](plain)
     try:
-        return TypeAdapter(_Description).validate_json(text)
+        description = _Description.model_validate_json(json.dumps(plain))
     except ValidationError as error:
         raise FormatError(f"{path}: {first_problem(error)}") from error
+    if version > 1 and description.checksums.keys() != description.shapes.keys():
+        raise FormatError(f"{path}: has checksums of other arrays than its own; measure again")
+    return description
 
 
-def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[Any]]) -> LayerTable:
-    names = [layer.name for layer in description.layers]
-    if len(set(names)) < len(names) or any(layer.channel_axis >= len(layer.shape) for layer in description.layers):
-        raise FormatError(f"{path}: a layer appears twice, or has a channel axis outside its shape; measure again")
-    channels = [layer.shape[layer.channel_axis] for layer in description.layers]
-    total, widths, metrics = sum(channels), len(description.bits), len(description.metrics)
-    expected = {
-        "importance": (len(channels),),
-        "channel_importance": (total,),
-        "errors": (len(channels), metrics, widths),
-    }
-    if description.channel_errors:
-        expected["channel_errors"] = (metrics, widths, total)
-    if description.sensitivities:
-        expected["sensitivities"] = (len(channels), len(description.sensitivities), widths)
-    if description.channel_sensitivities:
-        expected["channel_sensitivities"] = (len(description.channel_sensitivities), widths, total)
+def _arrays(path: Path, file: BinaryIO, header: dict[str, Any], description: _Description) -> dict[str, Array]:
+    """The arrays, if they are those that the description says, one after the other and nothing beside."""
+    expected = description.shapes
     for name, shape in expected.items():
-        got = arrays.get(name)
-        if got is None or got.shape != shape or got.dtype != np.float64 or np.isnan(got).any():
-            found = "nothing" if got is None else f"{got.dtype} {got.shape}{' with NaN' if np.isnan(got).any() else ''}"
-            raise FormatError(f"{path}: array {name!r} should be float64 {shape}, got {found}; measure again")
+        got = header.get(name)
+        if not isinstance(got, dict) or got.get("dtype") != "F64" or got.get("shape") != list(shape):
+            found = f"{got.get('dtype')} {got.get('shape')}" if isinstance(got, dict) else "nothing"
+            raise FormatError(f"{path}: array {name!r} should be F64 {list(shape)}, got {found:.80}; measure again")
+    place, size = 0, os.fstat(file.fileno()).st_size - file.tell()
+    names = sorted(expected, key=lambda name: _ends(header[name]))
+    for name in names:
+        length = 8 * math.prod(expected[name])
+        if header[name].get("data_offsets") != [place, place + length]:
+            raise FormatError(f"{path}: array {name!r} does not lie where it should; measure again")
+        place += length
+    if place != size or header.keys() != {*expected, "__metadata__"}:
+        raise FormatError(f"{path}: is cut short, or has more in it than its arrays; measure again")
+    return {name: _array(path, file, name, expected[name], description) for name in names}
+
+
+def _ends(entry: Any) -> tuple[int, ...]:
+    """Where an array lies, to sort by; nowhere for what is no place."""
+    offsets = entry.get("data_offsets")
+    return tuple(offsets) if isinstance(offsets, list) and all(type(end) is int for end in offsets) else ()
+
+
+def _array(path: Path, file: BinaryIO, name: str, shape: tuple[int, ...], description: _Description) -> Array:
+    array = np.empty(shape, np.float64)
+    if file.readinto(memoryview(array.reshape(-1)).cast("B")) != array.nbytes:  # type: ignore[attr-defined]
+        raise FormatError(f"{path}: array {name!r} is cut short; the file changed while being read")
+    if description.checksums and description.checksums[name] != checksum_text(array.tobytes()):
+        raise FormatError(f"{path}: array {name!r} is damaged, its checksum is another's; measure again")
+    if problem := _problem(name, array, description):
+        raise FormatError(f"{path}: array {name!r} {problem}; measure again")
+    return array
+
+
+def _problem(name: str, array: Array, description: _Description) -> str | None:
+    """Why these are no measurements, in words."""
+    if np.isnan(array).any():
+        return "holds NaN"
+    if "sensitivities" in name:
+        return "holds infinity" if np.isinf(array).any() else None
+    if "errors" in name:  # a ratio in decibels may have any sign, and is infinite where nothing is lost
+        axis = 1 if name == "errors" else 0
+        array = np.delete(array, [k for k, m in enumerate(description.metrics) if m == "sqnr_db"], axis)
+    return "holds negative or infinite values, and none can be" if not ((array >= 0) & (array < np.inf)).all() else None
+
+
+def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]]) -> LayerTable:
+    channels = description.channels
     cuts = np.cumsum(channels)[:-1]
     importances = np.split(arrays["channel_importance"], cuts)
 

@@ -23,6 +23,9 @@ FLOW = (
     (
         "activation_ranges",
         "buffers",
+        "channels",
+        "checksum",
+        "documents",
         "duplicate",
         "errors",
         "files",
@@ -30,6 +33,7 @@ FLOW = (
         "journal",
         "patterns",
         "plain",
+        "layer",
         "scheme",
         "validation",
     ),

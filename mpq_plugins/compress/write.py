@@ -1,6 +1,5 @@
 """From weights to a container: quantized as the plan says, coded in the fewest bytes, read back before it is kept."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -193,7 +192,7 @@ class _Writer:
         if missing:
             raise SourceError(f"no tensor is the weight of {first_few(missing, ', ')}; does a hook rename state dicts?")
         header = Header(
-            made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=json.loads(self.plan.to_json()),
+            made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=self.plan.document(),
             tensors=tuple(self.records.values()),
         )  # fmt: skip
         write_header(self.file, header)
@@ -265,7 +264,7 @@ def _part(
 ) -> tuple[PartRecord | StreamRecord, list[Stream]]:
     """How a part of a layer is stored, and its streams; read back, and compared with what was encoded."""
     axis = choice.channel_axis
-    channels = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
+    channels = torch.from_numpy(part.runs.array()).to(weight.device)
     own = weight if choice.bits is not None else weight.index_select(axis, channels)
     if part.bits in FLOAT_BITS:
         stream = _values(own, coding)
