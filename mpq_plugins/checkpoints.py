@@ -1,6 +1,7 @@
 """Tensors in files: safetensors, sharded safetensors, torch checkpoints. No pickle is ever executed."""
 
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .errors import SourceError, first_sentence
 from .files import exists
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
+from .torch_files import archive_places, in_file
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
 """How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
@@ -34,7 +36,7 @@ def open_checkpoint(path: Path) -> Mapping[str, StoredTensor]:
         raise SourceError(f"{path}: is a compressed model, not a checkpoint; `mpq decompress` makes one of it")
     if path.suffix == ".safetensors":
         return _strip(safetensors_tensors(path))
-    return _strip(stored_tensors(find_state_dict(load_torch(path), path)))
+    return _strip(stored_tensors(find_state_dict(load_lazily(path), path), path))
 
 
 def is_container(path: Path) -> bool:
@@ -46,13 +48,36 @@ def is_container(path: Path) -> bool:
         return False
 
 
-def load_torch(path: Path) -> Any:
-    """The content of a torch checkpoint, read with weights_only=True. Raises SourceError."""
+def load_lazily(path: Path) -> Any:
+    """The content of a torch checkpoint with tensors that have no values yet, for `stored_tensors`; with values where a
+    format cannot do that. Raises SourceError."""
+    if _places(path) is None:
+        return load_torch(path)
     try:
-        try:  # the current format can stay on disk until a tensor is read
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return _loaded(path, "meta")
+    except SourceError:  # some kinds of tensors need a device
+        return load_torch(path)
+
+
+def load_torch(path: Path) -> Any:
+    """The content of a torch checkpoint, all of it in memory, read with weights_only=True. Raises SourceError."""
+    _places(path)
+    return _loaded(path, "cpu")
+
+
+def _places(path: Path) -> dict[int, int] | None:
+    try:
+        return archive_places(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{path}: not a readable torch checkpoint ({reason})") from error
+
+
+def _loaded(path: Path, device: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch is about to raise an error for
+            return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = first_sentence(error)
         if "WeightsUnpickler" not in str(error) and "GLOBAL" not in str(error) and "weights_only" not in reason:
@@ -91,23 +116,45 @@ def find_state_dict(content: Any, path: Path) -> MutableMapping[str, Any]:
 def common_prefix(names: Iterable[str]) -> str:
     """`module.`, as often as DataParallel put it before every name, or nothing."""
     prefix, names = "", tuple(names)
-    while names and all(name.startswith(f"{prefix}module.") for name in names):
+    while names and all(str(name).startswith(f"{prefix}module.") for name in names):
         prefix += "module."
     return prefix
 
 
-def stored_tensors(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """The tensors of a state dict by name; what is no tensor is left out. Raises SourceError for sparse ones."""
-    plain = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+def stored_tensors(state: Mapping[str, Any], path: Path | None = None) -> dict[str, StoredTensor]:
+    """The tensors of a state dict by name; what is no tensor, or has no name, is left out.
+
+    path: the file that they were loaded from lazily. Raises SourceError, naming it, for a tensor without values, a
+    sparse one, and a name that is no text.
+    """
+    plain = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    where = "" if path is None else f"{path}: "
     for name, value in plain.items():
         if value.layout != torch.strided or value.is_nested:
             raise SourceError(
-                f"tensor {name!r} is {value.layout}, nested or sparse; convert it to a dense tensor first"
+                f"{where}tensor {name!r} is {value.layout}, nested or sparse; convert it to a dense tensor first"
             )
-    return {
-        name: StoredTensor(tuple(value.shape), value.dtype, MemoryRows(value), storage_identity(name, value))
-        for name, value in plain.items()
-    }
+        if not _is_text(name):
+            raise SourceError(f"{where}tensor {name!r} has a name that is no text; rename it")
+    places = (_places(path) or {}) if path is not None else {}
+    return {name: _stored(name, value, path, places) for name, value in plain.items()}
+
+
+def _stored(name: str, value: Tensor, path: Path | None, places: Mapping[int, int]) -> StoredTensor:
+    if value.is_meta and path is not None:
+        return in_file(path, name, value, places)
+    if value.is_meta:
+        raise SourceError(f"tensor {name!r} is on the meta device and has no values; materialise it first")
+    return StoredTensor(tuple(value.shape), value.dtype, MemoryRows(value), storage_identity(name, value))
+
+
+def _is_text(name: str) -> bool:
+    """Whether files can hold the name: half a surrogate pair they cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def storage_identity(name: str, tensor: Tensor) -> object:

@@ -38,7 +38,7 @@ FLOW = (
         "validation",
     ),
     ("quantize",),
-    ("batches", "checkpoints", "fold", "registry", "roles", "shards", "tensor_files", "tracing", "weights"),
+    ("batches", "checkpoints", "fold", "registry", "roles", "shards", "tensor_files", "torch_files", "tracing", "weights"),
     ("table",),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),
