@@ -1,6 +1,5 @@
 """A safetensors file that carries the plan its weights were quantized by."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from mpq_plugins.documents import parse_json
 from mpq_plugins.errors import FormatError, SettingError, first_few
 from mpq_plugins.files import atomic_path
 from mpq_plugins.plan import Plan
@@ -40,6 +40,6 @@ def read_carried(path: Path, format_name: str, writer: str, *more: str) -> tuple
 def carried_json(path: Path, text: str) -> Any:
     """What a piece of the file's own text says. Raises FormatError."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise FormatError(f"{path}: carries a plan that is no JSON ({error}): the file is damaged") from error

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .errors import SourceError, first_sentence
-from .files import exists
+from .files import exists, open_regular
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
-from .torch_files import archive_places, in_file
+from .torch_files import archive_places, expanded, expands, in_file
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
 """How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
@@ -42,7 +42,7 @@ def open_checkpoint(path: Path) -> Mapping[str, StoredTensor]:
 def is_container(path: Path) -> bool:
     """Whether a file begins as compressed models do."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(CONTAINER_MAGIC)) == CONTAINER_MAGIC
     except OSError:
         return False
@@ -145,6 +145,8 @@ def _stored(name: str, value: Tensor, path: Path | None, places: Mapping[int, in
         return in_file(path, name, value, places)
     if value.is_meta:
         raise SourceError(f"tensor {name!r} is on the meta device and has no values; materialise it first")
+    if path is not None and expands(value):
+        return StoredTensor(tuple(value.shape), value.dtype, expanded(path, name, value), name)
     return StoredTensor(tuple(value.shape), value.dtype, MemoryRows(value), storage_identity(name, value))
 
 

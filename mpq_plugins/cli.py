@@ -125,9 +125,10 @@ def measure(
     from .cli_workers import chosen_executor
     from .report.tables import console, measurement_table
 
-    check_output(output, source)
+    inputs = (source, calibration, output_function)
+    check_output(output, *inputs)
     journal = partial_file(output)
-    check_output(journal, source)
+    check_output(journal, *inputs)
     if output is not None and output.is_dir():
         raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
@@ -198,15 +199,16 @@ def plan(
     from dataclasses import replace
 
     from .cli_plans import joint_needs, plan_files
-    from .cli_sources import Request, check_output, measured
+    from .cli_sources import Request, check_output, measured, named_files
     from .guard import compare, worse_text
     from .report.progress import say
     from .report.tables import bits_summary, console, layer_json, plan_head, size_json, size_lines
     from .table import is_table
 
-    check_output(output, source, cache)
-    check_output(cache, source)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    inputs = (source, *named_files(options))
+    check_output(output, *inputs, cache)
+    check_output(cache, *inputs)
     assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
     needs = joint_needs(allocators)
@@ -215,6 +217,8 @@ def plan(
     table = measured(source, needs, request, cache)
     plans = [made(table).with_activation_bits(activation_bits) for made in allocators]
     files = plan_files(plans, output)
+    for file in files:
+        check_output(file, *inputs, cache)
     comparisons = [compare(table, made) for made in plans]
     for made, file in zip(plans, files, strict=True):
         if file is not None:
@@ -410,7 +414,7 @@ def apply(
     from .report.progress import progress_bar, say
     from .rewrite import rewrite
 
-    check_output(output, plan_file)
+    check_output(output, checkpoint, plan_file, calibration, model_factory)
     loaded = Plan.load(plan_file)
     if calibration is not None and synthetic is not None:
         raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")

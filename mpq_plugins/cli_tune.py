@@ -57,11 +57,11 @@ def tune(
     enough, that is an error that names the best.
     """
     from .cli_plans import joint_needs
-    from .cli_sources import Request, check_output, make_module, measure_now, named_function
+    from .cli_sources import Request, check_output, make_module, measure_now, named_files, named_function
     from .report.progress import progress_bar
     from .tuning import Criterion
 
-    check_output(output)
+    check_output(output, source, evaluation, *named_files(options))
     Criterion(tolerable_loss)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))

@@ -5,7 +5,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,6 +75,45 @@ def read_regular(path: Path, most: int) -> bytes:
     if len(data) != size:
         raise OSError(errno.EIO, "it changed while it was read", str(path))
     return data
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+CONFIG_NAME = "config.json"
+
+
+def source_files(source: Path) -> list[Path]:
+    """The files that reading weights from a file or a directory reads: weights, indexes, the configuration."""
+    if not (exists(source) and source.is_dir()):
+        return [source, source.parent / CONFIG_NAME]
+    indexed = any(source.glob("*.index.json"))  # shards may lie deeper
+    inside = source.rglob("*") if indexed else source.glob("*")
+    return [path for path in inside if path.name.endswith(WEIGHT_SUFFIXES) or path.name == CONFIG_NAME]
+
+
+@contextmanager
+def unchanged(source: object) -> Iterator[None]:
+    """Raise SourceError at the end where a file of a source is another than at the start, or was written to.
+
+    What was made of it meanwhile would be of two models. A source that is no path has no files.
+    """
+    before = _identities(source)
+    yield
+    after = _identities(source)
+    for path in before | after:
+        if before.get(path) != after.get(path):
+            raise SourceError(
+                f"{path}: changed while it was read, so the result would be of two models; run again, and write new "
+                "checkpoints beside old ones"
+            )
+
+
+def _identities(source: object) -> dict[Path, tuple[int, ...]]:
+    found: dict[Path, tuple[int, ...]] = {}
+    for path in source_files(Path(source)) if isinstance(source, str | Path) else ():
+        with suppress(OSError, ValueError):  # gone, which its absence here says
+            status = path.stat()
+            found[path] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def write_text(target: Path, text: str) -> None:

@@ -2,27 +2,28 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from .channels import MOST_CHANNELS
 from .documents import Strict
 
-Kind = Literal[
-    "linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "embedding",
-]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS = (
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
+)  # fmt: skip
 LARGEST_SIDE, LARGEST_SHAPE = 1 << 40, 1 << 62
 
 Side = Annotated[int, Field(ge=0)]
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind[:60]!r} is not allowed; {', '.join(KINDS)}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_check_kind), Field(json_schema_extra={"enum": list(KINDS)})]
 
 
 class LayerDocument(Strict):

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoints import common_prefix, find_state_dict, layer_name, load_torch, storage_identity
 from .errors import SettingError, SourceError
-from .files import atomic_path
+from .files import atomic_path, unchanged
 from .match import match
 from .plan import LayerChoice, Plan
 from .roles import are_experts, stacks_of
 from .shards import INDEX_NAME, SINGLE_NAME, shard_files
 from .simulate import simulate
+from .tensor_files import read_header, safetensors_tensors
+from .torch_files import refuse_expanded
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,11 +44,10 @@ def rewrite(
     quantizer = _Quantizer(plan.by_any_name, total, corrected or {}, progress)
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
-    elif source.suffix == ".safetensors":
-        with atomic_path(target) as temporary:
-            _rewrite_safetensors(source, temporary, quantizer, _prefix([source]))
     else:
-        _rewrite_torch(source, target, quantizer)
+        write = _rewrite_file if source.suffix == ".safetensors" else _rewrite_torch
+        with atomic_path(target) as temporary, unchanged(source):
+            write(source, temporary, quantizer)
     quantizer.finish()
 
 
@@ -61,7 +61,8 @@ class _Quantizer:
         corrected: Mapping[str, Tensor],
         progress: Progress | None,
     ) -> None:
-        self.choices, self.total, self.progress, self.done = choices, total, progress, 0
+        self.choices, self.total, self.progress = choices, total, progress
+        self.done: dict[str, int] = {}  # layer -> weights; a tied one is quantized under each name that stands apart
         self.corrected = corrected
         self.stacks = stacks_of(choices)
 
@@ -80,8 +81,8 @@ class _Quantizer:
 
     def _simulated(self, choice: LayerChoice, tensor: Tensor) -> Tensor:
         if self.progress is not None:
-            self.progress(choice.name, self.done, self.total)
-        self.done += choice.numel
+            self.progress(choice.name, sum(self.done.values()), self.total)
+        self.done[choice.name] = choice.numel
         return simulate(tensor, choice)
 
     def plans(self, parameter: str, tensor: Tensor) -> bool:
@@ -96,7 +97,7 @@ class _Quantizer:
         return self.plans(parameter, tensor) or parameter in self.corrected
 
     def finish(self) -> None:
-        assert self.done == self.total, "a planned layer was not quantized"
+        assert sum(self.done.values()) == self.total, "a planned layer was not quantized"
         if self.progress is not None:
             self.progress("", self.total, self.total)
 
@@ -117,31 +118,35 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _rewrite_safetensors(source: Path, target: Path, quantizer: _Quantizer, prefix: str) -> None:
-    with safe_open(source, framework="pt") as file:
-        tensors = {
-            name: quantizer(name.removeprefix(prefix), file.get_tensor(name)).contiguous()
-            for name in file.offset_keys()
-        }
-        save_file(tensors, target, file.metadata())
+    """By plain reads: a file that is cut short under a memory map would end the process."""
+    tensors = {
+        name: quantizer(name.removeprefix(prefix), stored.tensor()).contiguous()
+        for name, stored in safetensors_tensors(source).items()
+    }
+    save_file(tensors, target, read_header(source).get("__metadata__"))
+
+
+def _rewrite_file(source: Path, target: Path, quantizer: _Quantizer) -> None:
+    _rewrite_safetensors(source, target, quantizer, _prefix([source]))
 
 
 def _rewrite_torch(source: Path, target: Path, quantizer: _Quantizer) -> None:
     content = load_torch(source)
     state = find_state_dict(content, source)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     prefix = common_prefix(tensors)
     identities = {name: storage_identity(name, tensor) for name, tensor in tensors.items()}
     written: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
         if identities[name] not in written and quantizer.changes(name.removeprefix(prefix), tensor):
+            refuse_expanded(source, name, tensor)
             written[identities[name]] = quantizer(name.removeprefix(prefix), tensor)
     for name in tensors:  # other names of the same storage, planned or not, stay tied to it
         state[name] = written.get(identities[name], tensors[name])
-    with atomic_path(target) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise OSError(str(error).splitlines()[0]) from error
+    try:
+        torch.save(content, target)
+    except RuntimeError as error:  # torch's way to say that the disk is full
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
@@ -153,10 +158,11 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
     except OSError as error:
         raise SourceError(f"{target}: cannot write there ({error.strerror}). Choose another path.") from error
     try:
-        for shard in shards:
-            (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
-            _rewrite_safetensors(source / shard, temporary / shard, quantizer, prefix)
-        _copy_others(source, temporary, {*shards})
+        with unchanged(source):
+            for shard in shards:
+                (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
+                _rewrite_safetensors(source / shard, temporary / shard, quantizer, prefix)
+            _copy_others(source, temporary, {*shards})
         temporary.chmod(source.stat().st_mode & 0o777)
         temporary.replace(target)
     except OSError as error:
@@ -177,6 +183,5 @@ def _copy_others(source: Path, target: Path, written: set[str]) -> None:
 def _prefix(files: Iterable[Path]) -> str:
     names: list[str] = []
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            names += file.keys()
+        names += safetensors_tensors(path)
     return common_prefix(names)

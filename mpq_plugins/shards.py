@@ -1,9 +1,9 @@
 """A checkpoint in several safetensors files and the index that says which tensor is where: they must agree."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from .documents import load_json
 from .errors import SourceError, first_few
 from .files import exists
 from .tensor_files import StoredTensor, safetensors_tensors
@@ -19,10 +19,12 @@ def shard_files(directory: Path) -> dict[str, list[str]]:
     """
     index = directory / INDEX_NAME
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)["weight_map"]
+        weight_map = load_json(index)["weight_map"]
         items = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{index}: not a safetensors index ({error!r}); it needs a 'weight_map' object") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"{index}: not a safetensors index ({error!r:.200}); it needs a 'weight_map' object"
+        ) from error
     shards: dict[str, list[str]] = {}
     for name, shard in items:
         parts = PurePosixPath(shard)
@@ -79,11 +81,3 @@ def _check_agreement(
             f"{directory / first[extra[0]]}: holds tensor {extra[0]!r}, of which {INDEX_NAME} knows nothing "
             f"({len(extra)} such in all). Index and shards are of different checkpoints: fetch them again"
         )
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return found

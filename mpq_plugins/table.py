@@ -277,7 +277,7 @@ def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
         for layer in table.layers
     )  # fmt: skip
     description = _Description(
-        version=TABLE_VERSION, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
+        version=2, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
         skipped=table.skipped, left_alone=table.left_alone, layers=layers,
@@ -341,11 +341,12 @@ def _ends(entry: Any) -> tuple[int, ...]:
 
 
 def _array(path: Path, file: BinaryIO, name: str, shape: tuple[int, ...], description: _Description) -> Array:
-    array = np.empty(shape, np.float64)
-    if file.readinto(memoryview(array.reshape(-1)).cast("B")) != array.nbytes:  # type: ignore[attr-defined]
+    data = bytearray(file.read(8 * math.prod(shape)))
+    if len(data) != 8 * math.prod(shape):
         raise FormatError(f"{path}: array {name!r} is cut short; the file changed while being read")
-    if description.checksums and description.checksums[name] != checksum_text(array.tobytes()):
+    if description.checksums and description.checksums[name] != checksum_text(data):
         raise FormatError(f"{path}: array {name!r} is damaged, its checksum is another's; measure again")
+    array: Array = np.frombuffer(data, np.float64).reshape(shape)
     if problem := _problem(name, array, description):
         raise FormatError(f"{path}: array {name!r} {problem}; measure again")
     return array

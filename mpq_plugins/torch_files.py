@@ -79,7 +79,7 @@ def in_file(path: Path, name: str, tensor: Tensor, places: Mapping[int, int]) ->
     whole = FileRows(path.absolute(), name, place, (last + 1,), tensor.dtype)
     reader: RowReader
     if expands(tensor):
-        reader = Expanded(path, name, tensor.numel(), storage.nbytes() // size)
+        reader = expanded(path, name, tensor)
     elif tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
         reader = FileRows(path.absolute(), name, place, shape, tensor.dtype)
     else:
@@ -94,10 +94,15 @@ def expands(tensor: Tensor) -> bool:
     return claimed > ANYWAY and claimed > stored
 
 
+def expanded(path: Path, name: str, tensor: Tensor) -> "Expanded":
+    """What stands for the rows of such a tensor."""
+    return Expanded(path, name, tensor.numel(), tensor.untyped_storage().nbytes() // tensor.dtype.itemsize)
+
+
 def refuse_expanded(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise SourceError for a tensor that would fill the memory if it were made."""
+    """Raise SourceError for such a tensor, which would fill the memory if it were made."""
     if expands(tensor):
-        raise Expanded(path, name, tensor.numel(), tensor.untyped_storage().nbytes() // tensor.dtype.itemsize).error
+        raise expanded(path, name, tensor).error
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def test_what_was_edited_says_so_until_the_checksum_is_taken_out() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"bits": 4', '"bits": 4, "bits": 4', "'bits' is there twice"),
+        ('"bits": 4', '"bits": 4, "bits": 4', "'bits' appears twice"),
         ('"bits": 4', '"bits": NaN', "NaN is no number"),
         ('"bits": 4', '"bits": 1e999', "1e999 is beyond all numbers here"),
         ('"bits": 4', '"bits": 4٣', "not JSON"),

@@ -12,6 +12,7 @@ from ..scheme import FLOAT_BITS, INTEGER_BITS
 from ..validation import is_number
 
 EXAMPLE = '{"conv1": {"4": 0.12, "8": 0.2}, ...}'
+WIDTHS: tuple[int, ...] = (*INTEGER_BITS, *FLOAT_BITS)
 LARGEST_COST = 1e300  # so that those of all layers can be added up
 
 
@@ -63,7 +64,7 @@ def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
 
 def _width(layer: str, bits: Any) -> int:
     """A width that a plan can have: an integer, or its text as JSON has it."""
-    for known in (*INTEGER_BITS, *FLOAT_BITS):
+    for known in WIDTHS:
         if bits == str(known) or (is_number(bits) and bits == known):
             return known
     raise SettingError(f"latency: {layer!r}: {bits!r:.60} bits are not allowed; 1 to 8, or 16 or 32")

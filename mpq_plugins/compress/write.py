@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints import find_state_dict, layer_name, load_torch, open_checkpoint, stored_tensors
+from ..checkpoints import find_state_dict, layer_name, load_lazily, open_checkpoint, stored_tensors
 from ..errors import SettingError, SourceError, VerifyError, first_few
-from ..files import atomic_path, exists
+from ..files import atomic_path, exists, unchanged
 from ..fingerprint import tensor_bytes
 from ..fold import folded_copy
 from ..match import match
@@ -70,7 +70,7 @@ def write(
     thresholds = _thresholds(prune, plan, own) if prune is not None else {}
     made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
     with atomic_path(path) as temporary:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, unchanged(own.of):
             file.write(bytes(PROLOGUE))
             writer = _Writer(file, plan, thresholds, coding, progress)
             writer.add_all(own.tensors)
@@ -102,14 +102,16 @@ def _opened(source: nn.Module | str | Path, plan: Plan) -> _Source:
 
 
 def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name, value in state.items() if not isinstance(value, Tensor))
+    return tuple(
+        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    )
 
 
 def _beside(source: Path) -> tuple[str, ...]:
     """What a torch checkpoint holds beside the tensors of its state dict."""
     if source.is_dir() or source.suffix == ".safetensors":
         return ()
-    content = load_torch(source)
+    content = load_lazily(source)
     state = find_state_dict(content, source)
     found: list[str] = []
     prefix = ""
