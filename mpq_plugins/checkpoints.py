@@ -3,6 +3,7 @@
 import pickle
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .errors import SourceError, first_sentence
 from .files import exists, open_regular
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
-from .torch_files import archive_places, expanded, expands, in_file
+from .torch_files import archive_places, expanded, expands, in_file, lie_there
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
 """How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
@@ -51,12 +52,13 @@ def is_container(path: Path) -> bool:
 def load_lazily(path: Path) -> Any:
     """The content of a torch checkpoint with tensors that have no values yet, for `stored_tensors`; with values where a
     format cannot do that. Raises SourceError."""
-    if _places(path) is None:
-        return load_torch(path)
-    try:
-        return _loaded(path, "meta")
-    except SourceError:  # some kinds of tensors need a device
-        return load_torch(path)
+    places = _places(path)
+    if places is not None:
+        with suppress(SourceError):  # some kinds of tensors need a device
+            content = _loaded(path, "meta")
+            if lie_there(content, places):
+                return content
+    return load_torch(path)
 
 
 def load_torch(path: Path) -> Any:

@@ -10,8 +10,9 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from .buffers import chunk_buffer
@@ -62,6 +63,32 @@ def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     return int(entry.header_offset + LENGTHS_AT + LENGTHS.size + name + extra)
 
 
+def lie_there(content: Any, places: Mapping[int, int]) -> bool:
+    """Whether every tensor of a content that was loaded without values lies where an archive has a record.
+
+    torch works the places out from those before, which is wrong in an archive that another program wrote.
+    """
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if not _lies_there(value, places):
+                return False
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, Mapping) else value
+    return True
+
+
+def _lies_there(tensor: Tensor, places: Mapping[int, int]) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return True  # refused by name, once it is known which are weights
+    storage = tensor.untyped_storage()
+    begin = getattr(storage, "_checkpoint_offset", None)
+    return begin is None or places.get(begin, -1) == storage.nbytes()
+
+
 def in_file(path: Path, name: str, tensor: Tensor, places: Mapping[int, int]) -> StoredTensor:
     """A tensor that was loaded without values; places: archive_places(path).
 
@@ -71,18 +98,18 @@ def in_file(path: Path, name: str, tensor: Tensor, places: Mapping[int, int]) ->
     begin = getattr(storage, "_checkpoint_offset", None)
     if begin is None:
         raise SourceError(f"{path}: tensor {name!r} is on the meta device and has no values; save it from another")
-    if places.get(begin, -1) < storage.nbytes():
+    if not _lies_there(tensor, places):
         raise SourceError(f"{path}: tensor {name!r} does not lie where its archive says; the file is damaged")
     shape, size = tuple(tensor.shape), tensor.dtype.itemsize
     place = begin + tensor.storage_offset() * size
-    last = sum((side - 1) * step for side, step in zip(shape, tensor.stride(), strict=True))
-    whole = FileRows(path.absolute(), name, place, (last + 1,), tensor.dtype)
     reader: RowReader
     if expands(tensor):
         reader = expanded(path, name, tensor)
-    elif tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
+    elif not tensor.numel() or (tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()):
         reader = FileRows(path.absolute(), name, place, shape, tensor.dtype)
     else:
+        last = sum((side - 1) * step for side, step in zip(shape, tensor.stride(), strict=True))
+        whole = FileRows(path.absolute(), name, place, (last + 1,), tensor.dtype)
         reader = Strided(whole, shape, tensor.stride(), tensor.is_neg())
     identity = (path, place, tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
     return StoredTensor(shape, tensor.dtype, reader, identity)

@@ -22,6 +22,7 @@ from ..quantize.kernel import kernel_name
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
 from ..tensor_files import FileColumns, FileRows
+from ..torch_files import Expanded
 from ..weights import Weight, Weights, find_weights
 from . import Progress
 from .chunks import Array, Op, chunks
@@ -91,6 +92,8 @@ def _checked_and_measured(
     """Every layer's numbers, once none of them is known to be impossible."""
     scheme = request.scheme
     for weight in weights:  # what does not fit a layer is found before the first one is measured
+        if isinstance(weight.read_rows, Expanded):
+            raise weight.read_rows.error
         scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(request.bits), weight.shape, weight.channel_axis, weight.channels, weight.name)
     if journal is not None:
