@@ -11,6 +11,7 @@ from .files import read_regular
 
 LARGEST_DOCUMENT = 1 << 27  # bytes; the plan of a network of 100,000 layers takes some 30 MB
 DEEPEST = 64
+MOST_INNER = 1 << 22  # lists and objects, which take many times the memory of their text
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
@@ -30,9 +31,11 @@ def parse_json(data: bytes | str) -> Any:
     """What a JSON text says.
 
     Raises ValueError for what is no JSON, and for what readers of JSON take differently or cannot write again: a name
-    twice, NaN and infinity, half a surrogate pair, and more than 64 levels.
+    twice, NaN and infinity, half a surrogate pair, more than 64 levels, and what would fill the memory.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
+    if text.count("[") + text.count("{") > MOST_INNER:
+        raise ValueError(f"holds more than {MOST_INNER} lists and objects")
     try:
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
     except RecursionError as error:

@@ -257,7 +257,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
 
 def _opened(path: Path) -> Any:
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
         raise SourceError(
             f"{path}: cannot be read ({error.strerror}); every process that measures needs the file under this path"

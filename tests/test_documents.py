@@ -54,6 +54,7 @@ def test_what_is_written_is_read_unless_it_is_no_number(value: Any) -> None:
         ("[٣]", "Expecting value"),
         ("[1,]", "Expecting value|trailing comma"),
         ("{} {}", "Extra data"),
+        ("[" + "[]," * (1 << 22) + "0]", "holds more than 4194304 lists and objects"),
     ],
 )
 def test_what_readers_take_differently_is_refused(text: str, message: str) -> None:

@@ -50,7 +50,7 @@ FLOW = (
         "tracing",
         "weights",
     ),
-    ("table",),
+    ("table", "table_file"),
     ("measure",),
     ("plan", "objective", "plan_error", "size"),
     ("allocate", "guard", "legalise"),
