@@ -14,7 +14,7 @@ from .errors import SourceError, first_sentence
 from .files import exists, open_regular
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
-from .torch_files import archive_places, expanded, expands, in_file, lie_there
+from .torch_files import archive_places, expanded, expands, in_file, lie_there, refuse_overlaps
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
 """How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
@@ -138,6 +138,8 @@ def stored_tensors(state: Mapping[str, Any], path: Path | None = None) -> dict[s
             )
         if not _is_text(name):
             raise SourceError(f"{where}tensor {name!r} has a name that is no text; rename it")
+    if path is not None:
+        refuse_overlaps(path, plain)
     places = (_places(path) or {}) if path is not None else {}
     return {name: _stored(name, value, path, places) for name, value in plain.items()}
 

@@ -3,7 +3,6 @@
 A reader is a small value that another process can be sent, so that whoever measures a chunk also reads it.
 """
 
-import json
 import math
 import os
 import struct
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .buffers import Buffer, chunk_buffer
+from .documents import parse_json
 from .errors import SourceError, first_sentence
 from .files import open_regular
 from .fingerprint import tensor_bytes, tensors_digest
@@ -241,9 +241,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with open_regular(path) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            return json.loads(file.read(length)), 8 + length
-    except (OSError, ValueError, struct.error, RecursionError) as error:
-        raise SourceError(f"{path}: its header cannot be read; the file changed while being read") from error
+            return parse_json(file.read(length)), 8 + length
+    except (OSError, ValueError, struct.error) as error:
+        raise SourceError(f"{path}: its header cannot be read ({error}); fetch or write it again") from error
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:

@@ -7,6 +7,7 @@ content is loaded without values, on torch's meta device, where each storage say
 import os
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,25 @@ def expands(tensor: Tensor) -> bool:
     """Whether a tensor has many times the values that are stored of it, and more than a little."""
     claimed, stored = tensor.numel() * tensor.dtype.itemsize, tensor.untyped_storage().nbytes()
     return claimed > ANYWAY and claimed > stored
+
+
+def refuse_overlaps(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise SourceError where tensors that lie on one another have together many times the values that are stored."""
+    seen: set[tuple[object, ...]] = set()
+    claimed: Counter[int] = Counter()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_nested or expands(tensor):
+            continue
+        storage = tensor.untyped_storage()
+        begin = getattr(storage, "_checkpoint_offset", storage.data_ptr())
+        key = (begin, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+        claimed[begin] += 0 if key in seen else tensor.numel() * tensor.dtype.itemsize
+        seen.add(key)
+        if claimed[begin] > MOST_TIMES * storage.nbytes() + ANYWAY:
+            raise SourceError(
+                f"{path}: tensor {name!r} lies with others in {storage.nbytes()} bytes, of which they would make more "
+                f"than {MOST_TIMES} times as many; save copies, tensor.clone()"
+            )
 
 
 def expanded(path: Path, name: str, tensor: Tensor) -> "Expanded":

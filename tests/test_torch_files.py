@@ -129,6 +129,15 @@ def test_expanded_tensors_are_refused_by_name_where_they_are_read(tmp_path: Path
     assert open_checkpoint(path)["mask"].tensor().equal(torch.ones(9, 9))
 
 
+def test_many_tensors_in_the_same_bytes_are_refused(tmp_path: Path) -> None:
+    values = torch.randn(1 << 18)
+    views = {f"{k}.weight": values[: 256 * (1000 - k)].view(1000 - k, 256) for k in range(40)}
+    with pytest.raises(SourceError, match=r"net.pt: tensor '\d+.weight' lies with others in 1048576 bytes"):
+        open_checkpoint(saved(tmp_path, views))
+    assert len(open_checkpoint(saved(tmp_path, dict(list(views.items())[:12])))) == 12
+    assert len(open_checkpoint(saved(tmp_path, {f"{k}.weight": values.view(512, 512) for k in range(99)}))) == 99
+
+
 def test_a_plan_of_an_expanded_layer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     plan = Uniform(bits=4)(measure(saved(tmp_path, {"fc.weight": torch.randn(1 << 10, 1 << 10)})))
     path = saved(tmp_path, {"fc.weight": torch.ones(1).expand(1 << 10, 1 << 10)})
