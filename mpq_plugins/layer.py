@@ -27,13 +27,12 @@ Kind = Annotated[str, AfterValidator(_check_kind), Field(json_schema_extra={"enu
 
 
 class LayerDocument(Strict):
-    """A layer's name, kind, shape and output axis, and the other names of its weight."""
+    """A layer's name, kind, shape and output axis."""
 
     name: str
     kind: Kind
     shape: Annotated[tuple[Side, ...], Field(min_length=1)]
     channel_axis: Annotated[int, Field(ge=0)]
-    tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -47,20 +46,15 @@ class LayerDocument(Strict):
         return self
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Its name, then its tied ones."""
-        return (self.name, *self.tied)
-
-    @property
     def channels(self) -> int:
         """Number of output channels."""
         return self.shape[self.channel_axis]
 
 
-def check_once(layers: Iterable[LayerDocument], skipped: Iterable[str]) -> None:
-    """Raise ValueError for a name that two layers have, or that is skipped as well."""
+def check_once(layers: Iterable[Sequence[str]], skipped: Iterable[str]) -> None:
+    """Raise ValueError for a name that two layers have, or that is skipped as well; layers: the names of each."""
     seen: set[str] = set()
-    for name in [name for layer in layers for name in layer.names]:
+    for name in [name for names in layers for name in names]:
         if name in seen:
             raise ValueError(f"layers: {name!r} appears more than once")
         seen.add(name)

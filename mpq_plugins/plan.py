@@ -93,6 +93,7 @@ class LayerChoice(LayerDocument):
     bits: Bits | None = None
     parts: tuple[Part, ...] | None = None
     scheme: NamedScheme
+    tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -113,6 +114,11 @@ class LayerChoice(LayerDocument):
                 self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
         self.scheme.regions_per_channel(self.shape, self.channel_axis, self.name)
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, then its tied ones."""
+        return (self.name, *self.tied)
 
     @property
     def groups(self) -> tuple[Part, ...]:
@@ -175,7 +181,7 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_once(self.layers, self.skipped)
+        check_once((layer.names for layer in self.layers), self.skipped)
         return self
 
     @cached_property

@@ -90,6 +90,7 @@ def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
 
 class _Layer(LayerDocument):
     macs: Annotated[int, Field(ge=0)] | None
+    tied: tuple[str, ...]
     digest: str
 
 
@@ -122,7 +123,7 @@ class _Description(Strict):
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown:
             raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
-        check_once(self.layers, self.skipped)
+        check_once(((layer.name, *layer.tied) for layer in self.layers), self.skipped)
         return self
 
     @property
