@@ -263,7 +263,7 @@ class Plan(Strict):
             plain = MIGRATIONS[step](plain)
         try:
             # As JSON, where a list may be a tuple, but nothing else may be what it is not.
-            return super().model_validate_json(json.dumps(plain))
+            return super().model_validate_json(json.dumps(plain, default=repr))
         except ValidationError as error:
             raise FormatError(f"{where}: {first_problem(error)}") from error
 
