@@ -4,7 +4,6 @@ A layer of one width from 2 to 8 bits, or of channels of several, is an IntQuant
 starts at the plan's; a layer of 1 bit is a BinaryQuant, and one of 2 symmetric bits a TernaryQuant where asked for.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -197,7 +196,7 @@ def channel_bits(layer: LayerChoice) -> Tensor:
     """The bits of each output channel, float (channels,)."""
     bits = torch.zeros(layer.channels)
     for part in layer.groups:
-        bits[list(part.channels)] = part.bits
+        bits[part.runs.array()] = part.bits
     return bits
 
 
@@ -238,5 +237,5 @@ def _view(integers: IntegerWeight, ndim: int, grouped: bool) -> Any:
 
 
 def _described(choice: Tensor) -> str:
-    found = LayerChoice.model_validate(json.loads(bytes(choice.tolist())))
+    found = LayerChoice.model_validate_json(bytes(choice.tolist()))
     return f"{found.bits_text} bits, {found.scheme}"

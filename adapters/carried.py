@@ -1,6 +1,6 @@
 """A safetensors file that carries the plan its weights were quantized by."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from mpq_plugins.checksum import FIELD, checksum_text, is_damaged, sealed
+from mpq_plugins.documents import parse_json
 from mpq_plugins.errors import FormatError, SettingError, first_few
 from mpq_plugins.files import atomic_path
+from mpq_plugins.fingerprint import tensor_bytes
 from mpq_plugins.plan import Plan
 
 
@@ -22,7 +25,8 @@ def write_carrying(model: nn.Module, plan: Plan, path: Path, format_name: str, *
     if odd:
         raise SettingError(f"save: {first_few(odd, ', ')} in the state dict are no tensors, which the file cannot hold")
     with atomic_path(path) as temporary:
-        save_model(model, str(temporary), {"format": format_name, "plan": plan.to_json(), **more})
+        metadata = {"format": format_name, "plan": plan.to_json(), "tensors": _digest(model.state_dict()), **more}
+        save_model(model, str(temporary), sealed(metadata))
 
 
 def read_carried(path: Path, format_name: str, writer: str, *more: str) -> tuple[Plan, dict[str, str]]:
@@ -30,16 +34,31 @@ def read_carried(path: Path, format_name: str, writer: str, *more: str) -> tuple
     try:
         with safe_open(str(path), framework="pt") as stored:
             metadata: dict[str, str] = stored.metadata() or {}
+            names = stored.keys() if FIELD in metadata else ()  # of older versions, which have none
+            digest = _digest({name: stored.get_tensor(name) for name in names})
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path}: cannot read it ({error}); give what {writer} wrote") from error
     if metadata.get("format") != format_name or not {"plan", *more} <= metadata.keys():
         raise FormatError(f"{path}: carries no plan; give what {writer} wrote")
+    # The library adds to the metadata which tensors are shared.
+    own = {name: metadata[name] for name in ("format", "plan", "tensors", *more, FIELD) if name in metadata}
+    if is_damaged(own) or (FIELD in own and digest != own.get("tensors")):
+        raise FormatError(f"{path}: is damaged, its checksum is another's; write or fetch it again")
     return Plan.from_document(carried_json(path, metadata["plan"]), str(path)), metadata
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of a model's tensors, shared ones once, whatever name the file has them under."""
+    found = {
+        checksum_text(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor_bytes(tensor).tobytes())
+        for tensor in tensors.values()
+    }
+    return checksum_text(" ".join(sorted(found)).encode())
 
 
 def carried_json(path: Path, text: str) -> Any:
     """What a piece of the file's own text says. Raises FormatError."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise FormatError(f"{path}: carries a plan that is no JSON ({error}): the file is damaged") from error

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -62,7 +63,7 @@ def as_scheme(value: Any) -> Scheme | None:
     if not isinstance(value, dict):
         raise SettingError(f"scheme: {value!r:.60} is not allowed; {GIVE}")
     try:
-        return SCHEME.validate_python(value)
+        return SCHEME.validate_json(json.dumps(value, default=repr))  # strict models take mappings from JSON alone
     except ValidationError as error:
         raise SettingError(f"scheme: {first_problem(error)}; give {GIVE}") from error
 

@@ -133,7 +133,7 @@ def _expected(original: "nn.Module", plan: "Plan", present: "Iterable[str]") -> 
 def _check_part(weight: "Tensor", choice: "LayerChoice", part: "Part") -> PartCheck:
     from .simulate import most_distinct_values
 
-    values = most_distinct_values(weight, choice, part.channels)
+    values = most_distinct_values(weight, choice, part.runs)
     return PartCheck(choice.name, part.bits, len(part.channels), values, choice.scheme.levels(part.bits))
 
 

@@ -1,5 +1,6 @@
 """A user's calibration inputs, and how a model is run on them."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -54,15 +55,48 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, without torch's fused attention, which calls none of the layers it is made of."""
     training = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
-        yield
+        with _WITHOUT_FAST_PATH:
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, flag in training.items():
             module.training = flag
+
+
+class _WithoutFastPath:
+    """Fused attention is off, for all of the process, from the first thread's entry to the last one's exit."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_WITHOUT_FAST_PATH = _WithoutFastPath()
+_ONE_SEEDS = threading.RLock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[torch.Generator]:
+    """Give a generator of one's own. torch's, which a model's forward may draw from, is seeded too and put back after.
+
+    That one is the process's: two that seed it would draw from one another's numbers, so the second waits.
+    """
+    with _ONE_SEEDS, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield torch.Generator().manual_seed(seed)
 
 
 def own_copy(batch: Any) -> Any:

@@ -1,7 +1,9 @@
 """Tensors in files: safetensors, sharded safetensors, torch checkpoints. No pickle is ever executed."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from .errors import SourceError, first_few, first_sentence
 from .file_kinds import other_kind, pickled_objects
-from .files import exists
+from .files import exists, open_regular
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
 from .state_dicts import TOP, beside, chosen_state_dict
 from .state_dicts import find_state_dict as find_state_dict
 from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
+from .torch_files import archive_places, expanded, expands, in_file, lie_there, refuse_overlaps
 from .wrappers import bare_names
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
@@ -60,10 +63,10 @@ def read_checkpoint(path: Path, weights: str | None = None, *, prefer: str | Non
     if path.suffix == ".safetensors":
         _check_one_set(path, weights)
         return Checkpoint(_bare(safetensors_tensors(path)))
-    content = load_torch(path)
+    content = load_lazily(path)
     chosen = chosen_state_dict(content, path, weights, prefer=prefer)
     key = None if chosen.key == TOP else chosen.key
-    return Checkpoint(_bare(stored_tensors(chosen.state)), key, beside=beside(content, chosen))
+    return Checkpoint(_bare(stored_tensors(chosen.state, path)), key, beside=beside(content, chosen))
 
 
 def refuse_other_kinds(path: Path) -> None:
@@ -76,19 +79,43 @@ def refuse_other_kinds(path: Path) -> None:
 def is_container(path: Path) -> bool:
     """Whether a file begins as compressed models do."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(CONTAINER_MAGIC)) == CONTAINER_MAGIC
     except OSError:
         return False
 
 
+def load_lazily(path: Path) -> Any:
+    """The content of a torch checkpoint with tensors that have no values yet, for `stored_tensors`; with values where a
+    format cannot do that. Raises SourceError."""
+    places = _places(path)
+    if places is not None:
+        with suppress(SourceError):  # some kinds of tensors need a device
+            content = _loaded(path, "meta")
+            if lie_there(content, places):
+                return content
+    return load_torch(path)
+
+
 def load_torch(path: Path) -> Any:
-    """The content of a torch checkpoint, read with weights_only=True. Raises SourceError."""
+    """The content of a torch checkpoint, all of it in memory, read with weights_only=True. Raises SourceError."""
+    _places(path)
+    return _loaded(path, "cpu")
+
+
+def _places(path: Path) -> dict[int, int] | None:
     try:
-        try:  # the current format can stay on disk until a tensor is read
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return archive_places(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{path}: not a readable torch checkpoint ({reason})") from error
+
+
+def _loaded(path: Path, device: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch is about to raise an error for
+            return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         objects = pickled_objects(path, str(error))
         if not objects and "WeightsUnpickler" not in str(error) and "GLOBAL" not in str(error):
@@ -102,18 +129,44 @@ def load_torch(path: Path) -> Any:
         raise SourceError(f"{path}: not a readable torch checkpoint ({first_sentence(error)})") from error
 
 
-def stored_tensors(state: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """The tensors of a state dict by name; what is no tensor is left out. Raises SourceError for sparse ones."""
-    plain = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+def stored_tensors(state: Mapping[str, Any], path: Path | None = None) -> dict[str, StoredTensor]:
+    """The tensors of a state dict by name; what is no tensor, or has no name, is left out.
+
+    path: the file that they were loaded from lazily. Raises SourceError, naming it, for a tensor without values, a
+    sparse one, and a name that is no text.
+    """
+    plain = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    where = "" if path is None else f"{path}: "
     for name, value in plain.items():
         if value.layout != torch.strided or value.is_nested:
             raise SourceError(
-                f"tensor {name!r} is {value.layout}, nested or sparse; convert it to a dense tensor first"
+                f"{where}tensor {name!r} is {value.layout}, nested or sparse; convert it to a dense tensor first"
             )
-    return {
-        name: StoredTensor(tuple(value.shape), value.dtype, MemoryRows(value), storage_identity(name, value))
-        for name, value in plain.items()
-    }
+        if not _is_text(name):
+            raise SourceError(f"{where}tensor {name!r} has a name that is no text; rename it")
+    if path is not None:
+        refuse_overlaps(path, plain)
+    places = (_places(path) or {}) if path is not None else {}
+    return {name: _stored(name, value, path, places) for name, value in plain.items()}
+
+
+def _stored(name: str, value: Tensor, path: Path | None, places: Mapping[int, int]) -> StoredTensor:
+    if value.is_meta and path is not None:
+        return in_file(path, name, value, places)
+    if value.is_meta:
+        raise SourceError(f"tensor {name!r} is on the meta device and has no values; materialise it first")
+    if path is not None and expands(value):
+        return StoredTensor(tuple(value.shape), value.dtype, expanded(path, name, value), name)
+    return StoredTensor(tuple(value.shape), value.dtype, MemoryRows(value), storage_identity(name, value))
+
+
+def _is_text(name: str) -> bool:
+    """Whether files can hold the name: half a surrogate pair they cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def storage_identity(name: str, tensor: Tensor) -> object:
@@ -136,7 +189,7 @@ def _file_tensors(path: Path, weights: str | None) -> Mapping[str, StoredTensor]
     refuse_other_kinds(path)
     if path.suffix == ".safetensors":
         return safetensors_tensors(path)
-    return stored_tensors(chosen_state_dict(load_torch(path), path, weights).state)
+    return stored_tensors(chosen_state_dict(load_lazily(path), path, weights).state, path)
 
 
 def _check_one_set(path: Path, weights: str | None) -> None:

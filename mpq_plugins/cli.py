@@ -200,9 +200,10 @@ def measure(
 
     if output is not None and output.is_dir():
         raise click.UsageError(f"-o: {output} is a directory; name a file to write")
-    check_output(output, source)
+    inputs = (source, calibration, output_function)
+    check_output(output, *inputs)
     journal = partial_file(output)
-    check_output(journal, source)
+    check_output(journal, *inputs)
     claim(output)
     needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
     resolved = resolve_source(source)
@@ -272,16 +273,17 @@ def plan(
     from dataclasses import replace
 
     from .cli_plans import joint_needs, plan_files, plans_by, save_plans, untied
-    from .cli_sources import Request, check_output, measured
+    from .cli_sources import Request, check_output, measured, named_files
     from .guard import compare, worse_text
     from .report.console import console
     from .report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
     from .table import is_table
 
-    check_output(output, source, cache)
-    check_output(cache, source)
-    claim(output)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    inputs = (source, *named_files(options))
+    check_output(output, *inputs, cache)
+    check_output(cache, *inputs)
+    claim(output)
     assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
     needs = joint_needs(allocators)
@@ -290,6 +292,9 @@ def plan(
     table = measured(source, needs, request, cache)
     plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
     files = plan_files(plans, output)
+    for file in files:
+        if output is not None and output.is_dir():
+            check_output(file, *inputs, cache)
     for note in untied(allocators, table):
         say(f"note: {note}")
     comparisons = [compare(table, made) for made in plans]
@@ -512,7 +517,7 @@ def apply(
     from .report.progress import progress_bar
     from .rewrite import rewrite
 
-    check_output(output, plan_file)
+    check_output(output, checkpoint, plan_file, calibration, model_factory)
     claim(output)
     loaded = Plan.load(plan_file)
     if calibration is not None and synthetic is not None:

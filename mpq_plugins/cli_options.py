@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,14 @@ from . import registry
 from .errors import PluginError, SettingError
 from .outsiders import outsiders
 from .text import printable
+from .validation import as_integer
 
 DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
 MOST_COMBINATIONS = 10_000
+DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
 LARGEST = 1 << 16  # in a list of integers; shapes of images and lists of widths end well before
 
 
@@ -36,11 +39,12 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
         numbers: list[int] = []
         for run in str(value).split(","):
             first, dash, last = run.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"{value!r} is no list of integers; write 2-8 or 4,8", param, ctx)
-            if int(last or first) > LARGEST:
-                self.fail(f"{value!r} goes beyond {LARGEST}", param, ctx)
-            numbers.extend(range(int(first), int(last if dash else first) + 1))
+            start, stop = as_integer(first), as_integer(last if dash else first)
+            if start is None or stop is None:
+                self.fail(f"{value!r:.60} is no list of integers; write 2-8 or 4,8", param, ctx)
+            if stop > LARGEST or len(numbers) > LARGEST:
+                self.fail(f"{value!r:.60} goes beyond {LARGEST}", param, ctx)
+            numbers.extend(range(start, stop + 1))
         return tuple(numbers)
 
 
@@ -56,20 +60,22 @@ class NumberList(click.ParamType[tuple[Any, ...]]):
         if isinstance(value, tuple):
             return value
         words = [word for item in str(value).split(",") for word in self._expand(item, param, ctx)]
+        for word in words:
+            if not word.isascii():  # Python reads digits of other scripts too
+                self.fail(f"{word!r:.60} is no number", param, ctx)
         return tuple(self.kind.convert(word, param, ctx) for word in words)
 
     def _expand(self, item: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
         if ":" not in item:
             return [item]
-        try:  # decimals, for 0.1 + 0.2 should be the 0.3 that was meant
-            first, last, step = (Decimal(word.strip()) for word in item.split(":"))
-            count = int((last - first) / step)
-            values = [str(first + step * position) for position in range(min(count, LARGEST) + 1)]
-        except (ArithmeticError, ValueError):
-            self.fail(f"{item!r} is no range; write first:last:step, as in 0.1:0.9:0.1", param, ctx)
+        ends = [word.strip() for word in item.split(":")]
+        if len(ends) != 3 or not all(DECIMAL.fullmatch(word) for word in ends):
+            self.fail(f"{item!r:.60} is no range; write first:last:step, as in 0.1:0.9:0.1", param, ctx)
+        first, last, step = map(Decimal, ends)  # decimals, for 0.1 + 0.2 should be the 0.3 that was meant
+        count = int((last - first) / step) if step else -1
         if not 0 <= count < LARGEST:
-            self.fail(f"{item!r} has no end; a positive step goes up, from first to last", param, ctx)
-        return values
+            self.fail(f"{item!r:.60} has no end; a positive step goes up, from first to last", param, ctx)
+        return [str(first + step * position) for position in range(count + 1)]
 
 
 class AllocatorCommand(click.Command):

@@ -65,7 +65,7 @@ def pareto(
     from .sweep import sweep as run
     from .table import METRICS, is_table
 
-    files = run_files(source, output, plot, cache)
+    files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     evaluate = named_function(evaluation) if evaluation is not None else None
     if calibration is not None and evaluate is None:

@@ -93,7 +93,7 @@ def reconstruct(
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
     output = output.absolute()  # a user's function may change directory
-    check_output(output, plan_file)
+    check_output(output, source, plan_file, calibration, evaluation)
     if exists(output) and not output.is_file():
         raise SettingError(f"output: {output} is no file; name another")
     claim(output)

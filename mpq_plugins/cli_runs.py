@@ -50,8 +50,13 @@ def run_options(command: Command) -> Command:
     return command
 
 
-def run_files(source: str, output: Path | None, plot: Path | None, cache: Path | None) -> "RunFiles":
-    """Refuse, before the work, what could not be written after it or would be written over something else."""
+def run_files(
+    source: str, output: Path | None, plot: Path | None, cache: Path | None, *inputs: str | None
+) -> "RunFiles":
+    """Refuse, before the work, what could not be written after it or would be written over something else.
+
+    inputs: what the run reads beside its source.
+    """
     from .cli_sources import check_output
     from .files import exists
     from .report.plots import check_plot
@@ -61,7 +66,7 @@ def run_files(source: str, output: Path | None, plot: Path | None, cache: Path |
             raise SettingError(f"{path}: is no file; name another output")
     files = RunFiles.beside(output, plot, cache)
     check_plot(files.plot)
-    taken: list[str | Path | None] = [source]
+    taken: list[str | Path | None] = [source, *inputs]
     for path in (files.measurement, files.output, files.plot, files.journal):
         check_output(path, *taken)
         if path is not None and exists(path) and not path.is_file():

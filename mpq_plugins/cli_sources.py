@@ -5,7 +5,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .allocate.base import Needs
 from .cli_partial import kept_at, partial_file, save_measured
 from .errors import SettingError, SourceError
-from .files import claimed, exists
+from .files import claimed, exists, source_files
 from .outsiders import contained, outsiders
 from .report.progress import progress_bar, say
 from .scheme import SCHEMES, Affine, Codebook, Scheme
@@ -165,15 +165,40 @@ def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, c
 
 
 def check_output(output: Path | None, *inputs: str | Path | None) -> None:
-    """Refuse to write a result over what it is made from or another result of the same run, or where it cannot be."""
+    """Refuse to write a result over what it is made from or another result of the same run, or where it cannot be.
+
+    inputs: files, directories of weights and what lies in them, and `package.module:function` in a file here. A text
+    that is none of these, such as an option's other values, protects nothing.
+    """
     if output is None:
         return
     if not output.absolute().parent.is_dir():  # found now, and not after the work
         raise SourceError(f"{output}: there is no folder {output.parent}. Make it, or choose another path.")
-    for path in (Path(path) for path in inputs if path is not None):
-        existing = exists(output) and exists(path)
-        if output.absolute() == path.absolute() or (existing and output.samefile(path)):
+    for given in inputs:
+        if given is None:
+            continue
+        if output.absolute() == Path(given).absolute() or _same(output, Path(given)):
             raise SettingError(f"output: {output} is the source itself, or another result; name another file")
+        if any(_same(output, path) for path in _files_of(given)):
+            raise SettingError(f"output: {output} is part of {given}, which is read; name another file")
+
+
+def _files_of(given: str | Path) -> list[Path]:
+    """What is read where this is given."""
+    if isinstance(given, str) and FACTORY.fullmatch(given):
+        return [Path(*given.partition(":")[0].split(".")).with_suffix(".py")]
+    return source_files(Path(given))
+
+
+def _same(output: Path, path: Path) -> bool:
+    """Whether both are one file, under whatever names."""
+    return exists(output) and exists(path) and output.samefile(path)
+
+
+def named_files(values: Mapping[str, Any]) -> list[str]:
+    """Of an allocator's options, those that name files that are there, such as a table of latencies."""
+    given = [value for own in values.values() for value in (own if isinstance(own, list | tuple) else (own,))]
+    return [value for value in given if isinstance(value, str) and exists(Path(value))]
 
 
 def measure_now(

@@ -52,13 +52,13 @@ def sweep(
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
     from .cli_plans import plans_by
-    from .cli_sources import Request, measured, named_function, resolve_source
+    from .cli_sources import Request, measured, named_files, named_function, resolve_source
     from .report.progress import progress_bar
     from .sweep import sweep as run
     from .table import is_table
 
-    files = run_files(source, output, plot, cache)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
     given = source if is_table(Path(source)) else resolve_source(source)

@@ -66,10 +66,10 @@ def tune(
     enough, that is an error that names the best.
     """
     from .cli_plans import joint_needs, plans_by
-    from .cli_sources import Request, check_output, make_module, measure_now, named_function
+    from .cli_sources import Request, check_output, make_module, measure_now, named_files, named_function
     from .tuning import Criterion
 
-    check_output(output)
+    check_output(output, source, evaluation, *named_files(options))
     claim(output)
     Criterion(tolerable_loss)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})

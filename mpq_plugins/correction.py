@@ -86,7 +86,7 @@ def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
             for part in choices[name].groups:
                 if part.bits in FLOAT_BITS:
                     continue
-                index = torch.tensor(part.channels, device=weight.device)
+                index = torch.from_numpy(part.runs.array()).to(weight.device)
                 own, h = weight.index_select(axis, index), moments[name].index_select(axis, index)
                 weight.index_copy_(axis, index, fitted(own, part.bits, schemes[name], h, axis))
 

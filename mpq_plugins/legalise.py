@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from .channels import joined
 from .errors import SettingError, first_few
 from .plan import LayerChoice, Part, Plan
 from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
@@ -132,10 +133,10 @@ def _legal(
     groups = layer.groups
     if len(groups) > 1 and not able.parts:
         whys.append(f"{able.backend} has one width per layer, so every channel goes up to the highest")
-        groups = (Part(bits=max(part.bits for part in groups), channels=tuple(range(layer.channels))),)
+        groups = (Part(bits=max(part.bits for part in groups), channels=range(layer.channels)),)
     # What the region bit paid for is one more bit of an ordinary code.
     extra = layer.scheme.region_bits(2) - scheme.region_bits(2)
-    by_width: dict[int, list[int]] = {}
+    by_width: dict[int, list[Part]] = {}
     for part in sorted(groups, key=lambda part: part.bits):
         wanted = part.bits if part.bits in FLOAT_BITS else min(part.bits + extra, max(INTEGER_BITS))
         if wanted in FLOAT_BITS:
@@ -144,7 +145,7 @@ def _legal(
             width = _legal_width(wanted, layer.name, able, policy)
         if width != wanted:
             whys.append(f"{able.backend} has no {wanted} bits, only {_listed(able.bits)}")
-        by_width.setdefault(width, []).extend(part.channels)
+        by_width.setdefault(width, []).append(part)
     return (_with(layer, scheme, by_width), whys) if whys else (layer, [])
 
 
@@ -188,10 +189,10 @@ def _legal_activation_bits(bits: int | None, able: Capabilities, policy: Policy)
     return _nearest(bits, allowed, policy, f"activations: {bits} bits", able.backend)
 
 
-def _with(layer: LayerChoice, scheme: Scheme, by_width: dict[int, list[int]]) -> LayerChoice:
+def _with(layer: LayerChoice, scheme: Scheme, by_width: dict[int, list[Part]]) -> LayerChoice:
     if len(by_width) == 1:
         return layer.model_copy(update={"scheme": scheme, "bits": next(iter(by_width)), "parts": None})
-    parts = tuple(Part(bits=b, channels=tuple(sorted(by_width[b]))) for b in sorted(by_width))
+    parts = tuple(Part(bits=b, channels=joined(part.runs for part in by_width[b])) for b in sorted(by_width))
     return layer.model_copy(update={"scheme": scheme, "bits": None, "parts": parts})
 
 

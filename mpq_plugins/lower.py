@@ -63,7 +63,7 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
         if part.bits in FLOAT_BITS:
             count = len(part.channels)
             raise SettingError(f"layer {choice.name!r}: {count} channels are in float; legalise the plan first")
-        index = torch.tensor(part.channels, dtype=torch.long)
+        index = torch.from_numpy(part.runs.array())
         own = weight.detach().cpu().index_select(axis, index)
         quantized = affine.quantize(own, part.bits, scheme, channel_axis=axis, layer=choice.name)
         # Asymmetric codes start at 0; signed ones at -2^(b-1).

@@ -8,11 +8,14 @@ from torch import nn
 
 from .checkpoints import Checkpoint, read_checkpoint
 from .errors import MismatchError, WeightError, first_few
+from .files import unchanged
 from .measure.error import weights_fingerprint
 from .plan import LayerChoice, Plan
 from .stored_weights import Known, KnownLayer
 from .weights import Weight, Weights, checkpoint_weights, could_be_layers, find_weights, known_by
 from .wrappers import renaming
+
+CHUNK = 1 << 20  # weights compared at a time
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ def match(
     meant, where they are not those the plan was made from. model: the module whose checkpoint the source is.
     Raises SourceError where the source cannot be read.
     """
+    with unchanged(source):
+        return _compared(plan, source, weights, rewrapped, key, model)
+
+
+def _compared(
+    plan: Plan, source: nn.Module | str | Path, weights: bool, rewrapped: bool, key: str | None, model: nn.Module | None
+) -> Match:
     checkpoint = None
     if isinstance(source, nn.Module):
         found = find_weights(source, fold_bn=plan.fold_bn, refuse=False)
@@ -139,13 +149,13 @@ def _is_there(name: str, everything: list[str]) -> bool:
 
 
 def _tie_problems(plan: Plan, present: Mapping[str, Weight]) -> list[str]:
-    """Names that are one weight in the plan and two here, or the other way round with different widths."""
+    """Names that are one weight in the plan and differ here, or the other way round with different widths."""
     problems = []
     for layer in plan.layers:
-        apart = {present[name].name: name for name in layer.names if name in present}
-        if len(apart) > 1:
-            names = first_few([repr(name) for name in apart.values()], ", ")
-            problems.append(f"One weight in the plan, and different ones here: {names}.")
+        names = [name for name in layer.names if name in present]
+        other = next((name for name in names if not _equal(present[names[0]], present[name])), None)
+        if other is not None:
+            problems.append(f"One weight in the plan, and with different values here: {names[0]!r} and {other!r}.")
     seen: dict[str, LayerChoice] = {}
     for layer in plan.layers:
         own = next((present[name].name for name in layer.names if name in present), layer.name)
@@ -160,6 +170,18 @@ def _tie_problems(plan: Plan, present: Mapping[str, Weight]) -> list[str]:
 
 def _same_choice(one: LayerChoice, other: LayerChoice) -> bool:
     return (one.bits, one.parts, one.scheme) == (other.bits, other.parts, other.scheme)
+
+
+def _equal(one: Weight, other: Weight) -> bool:
+    """Whether two weights have the same values, read a few rows at a time; of two shapes they do not."""
+    if one is other:
+        return True
+    if (one.shape, one.dtype, one.channel_axis) != (other.shape, other.dtype, other.channel_axis):
+        return False
+    step = max(1, CHUNK // max(1, one.numel // max(1, one.channels)))
+    starts = range(0, one.channels, step)
+    ends = [(start, min(start + step, one.channels)) for start in starts]
+    return all(one.rows(start, stop).clone().equal(other.rows(start, stop)) for start, stop in ends)
 
 
 def _same_axis(layer: LayerChoice, weight: Weight) -> bool:

@@ -109,7 +109,7 @@ def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name
         return None
     parts = [part for part in choice.groups if part.bits not in FLOAT_BITS]
     curves = channel_curves(table, layer, name, widths)
-    return sum(float(curves[k, list(part.channels)].sum()) for k, part in enumerate(parts))
+    return sum(float(curves[k, part.runs.array()].sum()) for k, part in enumerate(parts))
 
 
 def _curve(layer: LayerStats, name: str) -> Array:

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
+    PlainValidator,
     ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
 
+from .channels import Channels, cover
+from .checksum import is_damaged, sealed, unsealed
+from .documents import Strict, load_json, parse_json
 from .errors import FormatError, SettingError
 from .files import write_text
+from .layer import LayerDocument, check_once
 from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
 from .validation import first_problem
 
@@ -27,41 +32,12 @@ if TYPE_CHECKING:
     from .size import PlanSize
 
 PLAN_FORMAT = "mpq-plan"
-PLAN_VERSION = 1
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""Version -> a function from that version's document to the next one's."""
+PLAN_VERSION = 2
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda plan: {**plan, "version": 2}}
+"""Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none."""
 
-LARGEST_SIDE, LARGEST_SHAPE = 1 << 40, 1 << 62
 DEEPEST = 32  # of parameters in one another
-MOST_CHANNELS = 1 << 24  # no layer has more; a run of billions would only fill the memory
 ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
-
-
-def _parse_channels(value: object) -> object:
-    """'0-2,5' -> (0, 1, 2, 5)."""
-    if not isinstance(value, str):
-        return value
-    channels: list[int] = []
-    for run in value.split(","):
-        first, dash, last = run.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) >= MOST_CHANNELS:
-            raise ValueError(f"{run[:40]!r} is no channel or run of channels below {MOST_CHANNELS}; write '0-2,5'")
-        own = range(int(first), int(last if dash else first) + 1)
-        if len(channels) + len(own) > MOST_CHANNELS:
-            raise ValueError(f"more than {MOST_CHANNELS} channels; no layer has so many")
-        channels.extend(own)
-    return tuple(channels)
-
-
-def _format_channels(channels: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) -> '0-2,5'."""
-    runs: list[list[int]] = []
-    for channel in channels:
-        if runs and channel == runs[-1][1] + 1:
-            runs[-1][1] = channel
-        else:
-            runs.append([channel, channel])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _check_plan_bits(bits: int) -> int:
@@ -70,22 +46,23 @@ def _check_plan_bits(bits: int) -> int:
     return bits
 
 
+def _channels(value: Any, info: ValidationInfo) -> Channels:
+    if info.mode == "json" and not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no channel or run of channels; write '0-2,5'")
+    return Channels.of(value)
+
+
 Bits = Annotated[
     int,
-    Field(strict=True, json_schema_extra={"enum": list(ALLOWED_BITS)}),
+    Field(json_schema_extra={"enum": list(ALLOWED_BITS)}),
     BeforeValidator(lambda bits: _check_plan_bits(bits) if type(bits) is int else bits),
 ]
-Channels = Annotated[
-    tuple[int, ...],
-    BeforeValidator(_parse_channels, json_schema_input_type=str),
-    PlainSerializer(_format_channels, return_type=str),
-    Field(json_schema_extra={"pattern": r"^\d+(-\d+)?(,\d+(-\d+)?)*$"}),
+ChannelRuns = Annotated[
+    Sequence[int],
+    PlainValidator(_channels),
+    PlainSerializer(lambda channels: str(Channels.of(channels)), return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"}),
 ]
-
-
-def beyond_memory(shape: Sequence[int]) -> bool:
-    """Whether no memory holds a tensor of these sides, those of 0 left out."""
-    return math.prod(side for side in shape if side) > LARGEST_SHAPE
 
 
 def _check_depth(value: Any, most: int = DEEPEST) -> Any:
@@ -97,24 +74,21 @@ def _check_depth(value: Any, most: int = DEEPEST) -> Any:
     return value
 
 
-class Part(BaseModel):
+class Part(Strict):
     """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     bits: Bits
-    channels: Channels
+    channels: ChannelRuns
+
+    @property
+    def runs(self) -> Channels:
+        """The channels, as they are kept."""
+        return Channels.of(self.channels)
 
 
-class LayerChoice(BaseModel):
+class LayerChoice(LayerDocument):
     """What one layer gets: either `bits` for all of it or `parts` that cover its output channels once each."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    kind: str
-    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    channel_axis: Annotated[int, Field(ge=0)]
     numel: Annotated[int, Field(ge=0)]
     bits: Bits | None = None
     parts: tuple[Part, ...] | None = None
@@ -124,20 +98,13 @@ class LayerChoice(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         where = f"layer {self.name!r}"
-        if max(self.shape) > LARGEST_SIDE or beyond_memory(self.shape):
-            raise ValueError(f"{where}: shape {self.shape} is beyond any memory")
-        if math.prod(self.shape) != self.numel or self.channel_axis >= len(self.shape):
-            raise ValueError(
-                f"{where}: numel {self.numel} and channel_axis {self.channel_axis} do not fit shape {self.shape}"
-            )
-        if self.channels > MOST_CHANNELS:
-            raise ValueError(f"{where}: {self.channels} output channels; {MOST_CHANNELS} is the most")
+        if math.prod(self.shape) != self.numel:
+            raise ValueError(f"{where}: numel {self.numel} does not fit shape {self.shape}")
         if (self.bits is None) == (self.parts is None):
             raise ValueError(f"{where}: give either bits or parts")
         if self.parts is not None:
-            listed = [channel for part in self.parts for channel in part.channels]
-            ascending = all(list(part.channels) == sorted(part.channels) for part in self.parts)
-            if sorted(listed) != list(range(self.channels)) or not ascending or not all(p.channels for p in self.parts):
+            runs = [part.runs for part in self.parts]
+            if not all(map(len, runs)) or not runs or not cover(runs, self.channels):
                 raise ValueError(
                     f"{where}: parts must cover channels 0 to {self.channels - 1} once each, ascending, none empty"
                 )
@@ -154,17 +121,12 @@ class LayerChoice(BaseModel):
         return (self.name, *self.tied)
 
     @property
-    def channels(self) -> int:
-        """Number of output channels."""
-        return self.shape[self.channel_axis]
-
-    @property
     def groups(self) -> tuple[Part, ...]:
         """The parts, a layer without parts being one."""
         if self.parts is not None:
             return self.parts
         assert self.bits is not None
-        return (Part(bits=self.bits, channels=tuple(range(self.channels))),)
+        return (Part(bits=self.bits, channels=range(self.channels)),)
 
     @property
     def in_float(self) -> bool:
@@ -192,16 +154,14 @@ class LayerChoice(BaseModel):
         return sum(part.bits * len(part.channels) * per_channel for part in self.groups)
 
 
-class AllocatorRecord(BaseModel):
+class AllocatorRecord(Strict):
     """Which allocator made the plan, with which parameters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     parameters: Annotated[dict[str, Any], AfterValidator(_check_depth)]
 
 
-class Plan(BaseModel):
+class Plan(Strict):
     """Bits for every quantizable layer of one model.
 
     activation_bits: for all layers' inputs, or None for floating point. model: fingerprint of the weights the
@@ -211,10 +171,8 @@ class Plan(BaseModel):
     file's reader could take for layers' weights, and that are none. made_with: versions.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     format: Literal["mpq-plan"] = "mpq-plan"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     made_with: dict[str, str]
     allocator: AllocatorRecord
     model: str
@@ -227,11 +185,7 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        seen: set[str] = set()
-        for name in (name for layer in self.layers for name in layer.names):
-            if name in seen:
-                raise ValueError(f"layers: {name!r} appears more than once")
-            seen.add(name)
+        check_once((layer.names for layer in self.layers), self.skipped)
         return self
 
     @cached_property
@@ -268,12 +222,18 @@ class Plan(BaseModel):
         skipped = tuple(map(new, self.skipped))
         return self.model_copy(update={"layers": layers, "skipped": skipped, "left_alone": left_alone})
 
-    def to_json(self) -> str:
-        """Readable JSON in a stable order, one line per layer; equal plans give equal bytes."""
+    def document(self) -> dict[str, Any]:
+        """What its JSON says, without a checksum."""
         document = self.model_dump(mode="json", exclude_none=True)
         if not self.left_alone:  # as plans were before there was such a field
             del document["left_alone"]
-        layers = [{key: value for key, value in layer.items() if value != []} for layer in document.pop("layers")]
+        layers = [{key: value for key, value in layer.items() if value != []} for layer in document["layers"]]
+        return {**document, "layers": layers}
+
+    def to_json(self) -> str:
+        """Readable JSON in a stable order, one line per layer, with its checksum; equal plans give equal bytes."""
+        document = sealed(self.document())
+        layers = document.pop("layers")
         head = "".join(f"  {_one_line(key)}: {_one_line(value)},\n" for key, value in document.items())
         lines = ",\n".join(f"    {_one_line(layer)}" for layer in layers)
         return f'{{\n{head}  "layers": [\n{lines}\n  ]\n}}\n'
@@ -287,32 +247,45 @@ class Plan(BaseModel):
         """Read, migrate and validate a plan. Raises FormatError naming file, field and value."""
         path = Path(path)
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = load_json(path)
         except OSError as error:
             raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a plan file.") from error
-        except (ValueError, RecursionError) as error:
-            raise FormatError(
-                f"{path}: not JSON ({error}); a plan is a JSON file that `mpq plan` writes, or that `mpq inspect "
-                "CONTAINER --plan` takes out of a container"
-            ) from error
+        except ValueError as error:
+            raise FormatError(_no_json(str(path), error)) from error
         return cls.from_document(document, str(path))
 
     @classmethod
-    def from_document(cls, document: Any, where: str) -> "Plan":
-        """Migrate and validate a parsed plan; `where` names it in errors."""
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """A plan's text as `load` takes it. Raises FormatError."""
+        try:
+            document = parse_json(json_data if isinstance(json_data, str) else bytes(json_data))
+        except ValueError as error:
+            raise FormatError(_no_json("plan", error)) from error
+        return cls.from_document(document, "plan")
+
+    @classmethod
+    def from_document(cls, document: Any, where: str) -> Self:
+        """Migrate and validate a parsed plan; `where` names it in errors. Raises FormatError."""
         if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
             raise FormatError(f"{where}: not a plan; 'format' must be {PLAN_FORMAT!r}")
         version = document.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise FormatError(f"{where}: version: {version!r} is not allowed; 1 to {PLAN_VERSION}")
+        if type(version) is not int or version < 1:
+            raise FormatError(f"{where}: version: {version!r:.40} is not allowed; 1 to {PLAN_VERSION}")
         if version > PLAN_VERSION:
             raise FormatError(
                 f"{where}: plan version {version}, and this mpq-plugins reads up to {PLAN_VERSION}. Upgrade it."
             )
+        if is_damaged(document):
+            raise FormatError(
+                f"{where}: was damaged or edited since it was written, its checksum is another's. If somebody edited "
+                "it on purpose, remove the line 'checksum'; else make or fetch the plan again."
+            )
+        plain = unsealed(document)
         for step in range(version, PLAN_VERSION):
-            document = MIGRATIONS[step](document)
+            plain = MIGRATIONS[step](plain)
         try:
-            return cls.model_validate(document)
+            # As JSON, where a list may be a tuple, but nothing else may be what it is not.
+            return super().model_validate_json(json.dumps(plain, default=repr))
         except ValidationError as error:
             raise FormatError(f"{where}: {first_problem(error)}") from error
 
@@ -343,19 +316,35 @@ def _with_layer_name(parameter: str, new: Callable[[str], str]) -> str:
     return new(parameter)
 
 
+def _no_json(where: str, error: ValueError) -> str:
+    return (
+        f"{where}: not JSON ({error}); a plan is a JSON file that `mpq plan` writes, or that `mpq inspect CONTAINER "
+        "--plan` takes out of a container"
+    )
+
+
 def _one_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class Difference(BaseModel):
+class Difference(Strict):
     """One layer of two plans; None where a plan lacks it."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     before: LayerChoice | None
     after: LayerChoice | None
 
 
+def json_schema() -> dict[str, Any]:
+    """The schema of plan files: the model's, and their checksum."""
+    schema = Plan.model_json_schema()
+    schema["properties"]["checksum"] = {
+        "description": "CRC-32 of the rest, as checksum.py takes it; a plan that was edited by hand goes without.",
+        "pattern": "^[0-9a-f]{8}$",
+        "type": "string",
+    }
+    return schema
+
+
 if __name__ == "__main__":  # how plan.schema.json is made
-    print(json.dumps(Plan.model_json_schema(), indent=2))
+    print(json.dumps(json_schema(), indent=2))

@@ -40,7 +40,7 @@ def _error_sum(table: LayerTable, layer: LayerStats, choice: LayerChoice, metric
     if metric not in layer.channel_errors or choice.scheme.granularity == "per_tensor":
         return None
     by_channel = sum(
-        float(np.sum(table.channel_error(layer, metric, part.bits)[list(part.channels)]))
+        float(np.sum(table.channel_error(layer, metric, part.bits)[part.runs.array()]))
         for part in choice.groups
         if part.bits not in FLOAT_BITS
     )

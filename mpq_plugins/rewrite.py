@@ -9,15 +9,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints import layer_name, load_torch, storage_identity
+from .checkpoints import layer_name, load_lazily, load_torch, storage_identity
 from .errors import SettingError, SourceError, first_sentence
-from .files import atomic_directory, atomic_path
+from .files import atomic_directory, atomic_path, unchanged
 from .match import Match, match
 from .plan import LayerChoice, Plan
 from .roles import are_experts, stacks_of
 from .shards import weight_files
 from .simulate import simulate
 from .state_dicts import TOP, chosen_state_dict
+from .tensor_files import StoredTensor, read_header, safetensors_tensors
+from .torch_files import refuse_expanded
 from .wrappers import bare_names
 
 Progress = Callable[[str, int, int], None]
@@ -51,11 +53,11 @@ def rewrite(
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
     elif source.suffix == ".safetensors":
-        with atomic_path(target) as temporary:
+        with atomic_path(target) as temporary, unchanged(source):
             _rewrite_safetensors(source, temporary, quantizer, bare_names(_shapes([source])))
             quantizer.finish()
     else:
-        with atomic_path(target) as temporary:
+        with atomic_path(target) as temporary, unchanged(source):
             _rewrite_torch(source, temporary, quantizer, fit.found.key or TOP)
             quantizer.finish()
     return fit
@@ -84,9 +86,8 @@ class _Quantizer:
         progress: Progress | None,
     ) -> None:
         self.choices, self.total, self.progress = choices, total, progress
+        self.done: dict[str, int] = {}  # layer -> weights; a tied one is quantized under each name that stands apart
         self.corrected = corrected
-        self.seen: set[str] = set()
-        self.done = 0
         self.stacks = stacks_of(choices)
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
@@ -104,10 +105,8 @@ class _Quantizer:
 
     def _simulated(self, choice: LayerChoice, tensor: Tensor) -> Tensor:
         if self.progress is not None:
-            self.progress(choice.name, self.done, self.total)
-        if choice.name not in self.seen:  # a file may hold copies of one weight
-            self.done += choice.numel
-        self.seen.add(choice.name)
+            self.progress(choice.name, sum(self.done.values()), self.total)
+        self.done[choice.name] = choice.numel
         return simulate(tensor, choice)
 
     def plans(self, parameter: str, tensor: Tensor) -> bool:
@@ -123,7 +122,7 @@ class _Quantizer:
 
     def finish(self) -> None:
         """Called before what was written takes its place."""
-        assert self.done == self.total, "a planned layer was not quantized"
+        assert sum(self.done.values()) == self.total, "a planned layer was not quantized"
         if self.progress is not None:
             self.progress("", self.total, self.total)
 
@@ -144,13 +143,27 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _rewrite_safetensors(source: Path, target: Path, quantizer: _Quantizer, names: Mapping[str, str]) -> None:
-    """names: what the file calls its tensors -> what the model does."""
+    """By plain reads, for a file that is cut short under a memory map would end the process.
+
+    names: what the file calls its tensors -> what the model does.
+    """
+    stored = safetensors_tensors(source)
     try:
-        with safe_open(source, framework="pt") as file:
-            tensors = {name: quantizer(names[name], file.get_tensor(name)).contiguous() for name in file.offset_keys()}
-            save_file(tensors, target, file.metadata())
+        tensors = {
+            name: quantizer(names[name], _values(source, name, own)).contiguous() for name, own in stored.items()
+        }
+        save_file(tensors, target, read_header(source).get("__metadata__"))
     except SafetensorError as error:
         raise SourceError(f"{source}: cannot be written again ({first_sentence(error)}); convert it first") from error
+
+
+def _values(source: Path, name: str, stored: StoredTensor) -> Tensor:
+    """A tensor of a file; of a dtype that we do not read, as the library gives it."""
+    if not stored.foreign:
+        return stored.tensor()
+    with safe_open(source, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _rewrite_torch(
@@ -165,6 +178,7 @@ def _rewrite_torch(
     written: dict[object, Tensor] = {}
     for name, tensor in tensors.items():
         if identities[name] not in written and quantizer.changes(names[name], tensor):
+            refuse_expanded(source, name, tensor)
             written[identities[name]] = quantizer(names[name], tensor)
     for name in tensors:  # other names of the same storage, planned or not, stay tied to it
         state[name] = written.get(identities[name], tensors[name])
@@ -177,7 +191,7 @@ def _rewrite_torch(
 def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
     shards = list(weight_files(source).shards)
     names = bare_names(_shapes([source / shard for shard in shards]))
-    with atomic_directory(target) as temporary:
+    with atomic_directory(target) as temporary, unchanged(source):
         for shard in shards:
             (temporary / shard).parent.mkdir(parents=True, exist_ok=True)
             if shard.endswith(".safetensors"):
@@ -203,9 +217,8 @@ def _shapes(files: Iterable[Path]) -> dict[str, Sequence[int]]:
     found: dict[str, Sequence[int]] = {}
     for path in files:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            found |= {name: stored.shape for name, stored in safetensors_tensors(path).items()}
         else:
-            tensors = chosen_state_dict(load_torch(path), path).tensors
+            tensors = chosen_state_dict(load_lazily(path), path).tensors
             found |= {name: tensor.shape for name, tensor in tensors.items()}
     return found

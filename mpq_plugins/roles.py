@@ -13,7 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .documents import LARGEST_DOCUMENT
 from .errors import SettingError, SourceError
+from .files import read_regular
+from .validation import as_integer
 
 if TYPE_CHECKING:
     from .handles import Weight
@@ -37,7 +40,7 @@ INPUT_EMBEDDINGS = (
 )  # fmt: skip
 ROUTER_NAMES = ("*.gate", "*.router", "*.router.*", "*.wg", "*_expert_gate")
 EXPERTS = re.compile(r"(^|\.)((\w+_)?experts?|(\w+_)?moe)(?=\.|$)")
-NUMBERED = re.compile(r"experts?\.(\d+)\.")
+NUMBERED = re.compile(r"experts?\.([0-9]{1,9})\.")
 NO_MATRICES = re.compile(r"(^|_)(scales?|scale_inv|bias|norm|zero_points?|zeros|lora_\w+)$")
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Projections out of and back into the hidden state, by the last words of their names.
@@ -68,10 +71,10 @@ def read_config(path: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_regular(file, LARGEST_DOCUMENT))  # others' configurations may hold Infinity
         merged = {**config, **(config.get("text_config") or {})}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{file}: not a model's configuration ({error!r}); repair or remove it") from error
+        raise SourceError(f"{file}: not a model's configuration ({error!r:.200}); repair or remove it") from error
     return merged
 
 
@@ -163,7 +166,8 @@ def _routers(weights: Sequence["Weight"], config: Config) -> set[str]:
     """One output for each expert, or a gate of one for shared ones."""
     names = [name for weight in weights for name in weight.names]
     numbers = [int(match[1]) for name in names if (match := NUMBERED.search(f"{name}."))]
-    numbers += [int(end) for name in names if EXPERTS.search(name) and (end := name.rpartition(".")[2]).isdigit()]
+    ends = [as_integer(name.rpartition(".")[2]) for name in names if EXPERTS.search(name)]
+    numbers += [end for end in ends if end is not None]
     if not numbers:
         return set()
     outputs = {1, max(numbers) + 1, *(config().get(key) for key in COUNTS)}
@@ -188,7 +192,7 @@ def are_experts(parameter: str, shape: Sequence[int]) -> bool:
 
 def stacks_of(names: Iterable[str]) -> set[str]:
     """The stacks of experts that layers of these names, NAME.0, NAME.1 ..., may be matrices of."""
-    return {name.rpartition(".")[0] for name in names if name.rpartition(".")[2].isdigit()}
+    return {name.rpartition(".")[0] for name in names if as_integer(name.rpartition(".")[2]) is not None}
 
 
 def inputs_first(parameter: str, shape: Sequence[int], hidden: int | None, config: Mapping[str, Any]) -> bool:

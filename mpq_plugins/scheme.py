@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
+from .documents import STRICT
 from .errors import SettingError
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -102,7 +103,7 @@ class Affine(Granular):
     Raises SettingError on a value outside what is listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     scales_per_region: ClassVar[int] = 1
 
     name: Literal["affine"] = "affine"
@@ -162,7 +163,7 @@ class Piecewise(Granular):
     Bits are 2 to 8. Raises SettingError on a value outside what is listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     scales_per_region: ClassVar[int] = 2
 
     name: Literal["piecewise"] = "piecewise"
@@ -224,7 +225,7 @@ class Codebook(Granular):
     listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
     scales_per_region: ClassVar[int] = 0
     sorts: ClassVar[bool] = True
 

@@ -1,10 +1,10 @@
 """A directory of weights: one file, or several and the index that says which tensor is where, which must agree."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from .documents import load_json
 from .errors import SourceError, first_few
 from .file_kinds import other_kind
 from .files import exists
@@ -82,11 +82,11 @@ def shard_files(directory: Path, index_name: str = INDEX_NAME) -> dict[str, list
     """
     index = directory / index_name
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)["weight_map"]
+        weight_map = load_json(index)["weight_map"]
         items = [(str(name), str(shard)) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         kind = "safetensors" if ".safetensors" in index_name else "checkpoint's"
-        raise SourceError(f"{index}: not a {kind} index ({error!r}); it needs a 'weight_map' object") from error
+        raise SourceError(f"{index}: not a {kind} index ({error!r:.200}); it needs a 'weight_map' object") from error
     shards: dict[str, list[str]] = {}
     for name, shard in items:
         parts = PurePosixPath(shard)
@@ -146,11 +146,3 @@ def _check_agreement(files: WeightFiles, held: Mapping[str, Mapping[str, StoredT
             f"{directory / first[extra[0]]}: holds tensor {extra[0]!r}, of which {index_name} knows nothing "
             f"({len(extra)} such in all). Index and shards are of different checkpoints: fetch them again"
         )
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
-    return found

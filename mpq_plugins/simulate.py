@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .channels import Channels
 from .plan import LayerChoice
 from .quantize.fake import fake_quantize
 from .quantize.regions import channel_rows
@@ -22,7 +23,7 @@ def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:
     result = weight.detach().clone()
     axis = choice.channel_axis
     for part in choice.groups:
-        index = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
+        index = torch.from_numpy(part.runs.array()).to(weight.device)
         result.index_copy_(axis, index, _part(weight.detach().index_select(axis, index), part.bits, choice))
     return result
 
@@ -33,12 +34,10 @@ def _part(weight: Tensor, bits: int, choice: LayerChoice) -> Tensor:
     return fake_quantize(weight, bits, choice.scheme, channel_axis=choice.channel_axis, layer=choice.name)
 
 
-def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: tuple[int, ...]) -> int:
+def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: Channels) -> int:
     """The most different values any one region of these channels holds."""
     axis = choice.channel_axis
-    rows = channel_rows(
-        weight.detach().index_select(axis, torch.tensor(channels, dtype=torch.long, device=weight.device)), axis
-    )
+    rows = channel_rows(weight.detach().index_select(axis, torch.from_numpy(channels.array()).to(weight.device)), axis)
     if rows.numel() == 0:
         return 0
     regions = choice.scheme.region_count(choice.shape, axis, len(channels), choice.name)

@@ -66,7 +66,7 @@ def find_state_dict(content: Any, path: Path, weights: str | None = None) -> Mut
 def beside(content: Any, chosen: StateDict) -> tuple[str, ...]:
     """Keys of what a checkpoint holds beside the tensors of the chosen state dict: those on the way to it, then its."""
     if content is chosen.state:
-        return tuple(str(key) for key, value in chosen.state.items() if not isinstance(value, Tensor))
+        return tuple(str(key) for key in chosen.state if key not in chosen.tensors)
     found: list[str] = []
     inner: list[str] = []
     for key, value in _items(content):

@@ -1,23 +1,15 @@
 """LayerTable: plain numbers per layer, measured once and reused by every allocator; one file on disk."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .errors import FormatError, SettingError
-from .files import atomic_path
-from .scheme import NamedScheme, Scheme
-from .validation import first_problem
-
-TABLE_FORMAT = "mpq-table"
-TABLE_VERSION = 1
+from .errors import SettingError
+from .scheme import Scheme
 
 METRICS = ("relative", "mse", "rmse", "sqnr_db", "max_abs")
 
@@ -115,32 +107,16 @@ class LayerTable:
 
         The same table gives the same bytes.
         """
-        from safetensors.numpy import save
+        from .table_file import write
 
-        arrays, description = _pack(self)
-        with atomic_path(Path(path)) as temporary:
-            # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
-            packed = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            data = save(packed, {"format": TABLE_FORMAT, "table": _text(description)})
-            with temporary.open("wb") as file:
-                file.writelines(_in_order(data))
+        write(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerTable":
         """Read a table. Raises FormatError naming file, field and value."""
-        from safetensors import SafetensorError, safe_open
+        from .table_file import read
 
-        path = Path(path)
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                names = sorted(file.keys()) if metadata.get("format") == TABLE_FORMAT else []
-                arrays = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path}: not a readable table ({error})") from error
-        if metadata.get("format") != TABLE_FORMAT:
-            raise FormatError(f"{path}: not a table; `mpq measure` writes one")
-        return _unpack(path, _describe(path, metadata.get("table", "")), arrays)
+        return read(Path(path))
 
     def _check_metric(self, metric: str) -> str:
         if metric not in self.metrics:
@@ -156,152 +132,9 @@ class LayerTable:
 
 def is_table(path: Path) -> bool:
     """Whether the file is a table rather than weights; looks at the header only."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(path.stat().st_size, 1 << 27):
-                return False
-            header: Any = json.loads(file.read(length))
-            return bool(header.get("__metadata__", {}).get("format") == TABLE_FORMAT)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    from .table_file import begins_as_table
 
-
-def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
-    """A safetensors file with its header sorted, for the library writes metadata in any order."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
-    yield memoryview(data)[end:]
-
-
-class _Layer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    kind: str
-    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    channel_axis: Annotated[int, Field(ge=0, le=1)]
-    macs: int | None
-    tied: tuple[str, ...]
-    digest: str
-
-
-class _Description(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    version: int
-    scheme: NamedScheme
-    bits: tuple[int, ...]
-    metrics: tuple[str, ...]
-    channel_errors: bool
-    sensitivities: tuple[str, ...] = ()
-    channel_sensitivities: tuple[str, ...] = ()
-    fold_bn: bool
-    fingerprint: str
-    skipped: tuple[str, ...]
-    left_alone: tuple[tuple[str, str], ...]
-    weights: str | None = None
-    layers: tuple[_Layer, ...]
-
-
-def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
-    per_channel = bool(table.layers) and all(layer.channel_errors for layer in table.layers)
-    arrays: dict[str, NDArray[Any]] = {
-        "importance": np.array([layer.importance for layer in table.layers], np.float64),
-        "channel_importance": np.concatenate([layer.channel_importance for layer in table.layers]),
-        "errors": np.array([[layer.errors[m] for m in table.metrics] for layer in table.layers], np.float64),
-    }
-    if per_channel:
-        per_layer = [np.stack([layer.channel_errors[m] for m in table.metrics]) for layer in table.layers]
-        arrays["channel_errors"] = np.concatenate(per_layer, axis=2)
-    if names := table.sensitivities:
-        arrays["sensitivities"] = np.array([[layer.sensitivities[n] for n in names] for layer in table.layers])
-    if names := table.channel_sensitivities:
-        own = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
-        arrays["channel_sensitivities"] = np.concatenate(own, axis=2)
-    layers = tuple(
-        _Layer(
-            name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
-            macs=layer.macs, tied=layer.tied, digest=layer.digest,
-        )
-        for layer in table.layers
-    )  # fmt: skip
-    description = _Description(
-        version=TABLE_VERSION, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
-        channel_errors=per_channel, sensitivities=table.sensitivities,
-        channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
-        skipped=table.skipped, left_alone=table.left_alone, weights=table.weights,
-        layers=layers,
-    )  # fmt: skip
-    return arrays, description
-
-
-def _text(description: _Description) -> str:
-    """As JSON; as tables were before there was a key, where there is none."""
-    return description.model_dump_json(exclude={"weights"} if description.weights is None else None)
-
-
-def _describe(path: Path, text: str) -> _Description:
-    try:
-        version = json.loads(text)["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{path}: the table's description is damaged ({error!r}); measure again") from error
-    if version != TABLE_VERSION:
-        raise FormatError(
-            f"{path}: table version {version!r}, and this mpq-plugins reads {TABLE_VERSION}; measure again"
-        )
-    try:
-        return TypeAdapter(_Description).validate_json(text)
-    except ValidationError as error:
-        raise FormatError(f"{path}: {first_problem(error)}") from error
-
-
-def _unpack(path: Path, description: _Description, arrays: Mapping[str, NDArray[Any]]) -> LayerTable:
-    names = [layer.name for layer in description.layers]
-    if len(set(names)) < len(names) or any(layer.channel_axis >= len(layer.shape) for layer in description.layers):
-        raise FormatError(f"{path}: a layer appears twice, or has a channel axis outside its shape; measure again")
-    channels = [layer.shape[layer.channel_axis] for layer in description.layers]
-    total, widths, metrics = sum(channels), len(description.bits), len(description.metrics)
-    expected = {
-        "importance": (len(channels),),
-        "channel_importance": (total,),
-        "errors": (len(channels), metrics, widths),
-    }
-    if description.channel_errors:
-        expected["channel_errors"] = (metrics, widths, total)
-    if description.sensitivities:
-        expected["sensitivities"] = (len(channels), len(description.sensitivities), widths)
-    if description.channel_sensitivities:
-        expected["channel_sensitivities"] = (len(description.channel_sensitivities), widths, total)
-    for name, shape in expected.items():
-        got = arrays.get(name)
-        if got is None or got.shape != shape or got.dtype != np.float64 or np.isnan(got).any():
-            found = "nothing" if got is None else f"{got.dtype} {got.shape}{' with NaN' if np.isnan(got).any() else ''}"
-            raise FormatError(f"{path}: array {name!r} should be float64 {shape}, got {found}; measure again")
-    cuts = np.cumsum(channels)[:-1]
-    importances = np.split(arrays["channel_importance"], cuts)
-
-    def split(array: str, names: Sequence[str]) -> dict[str, list[Array]]:
-        return {name: np.split(arrays[array][k], cuts, axis=1) for k, name in enumerate(names)}
-
-    channel_errors = split("channel_errors", description.metrics) if description.channel_errors else {}
-    channel_sensitivities = split("channel_sensitivities", description.channel_sensitivities)
-    layers = tuple(
-        LayerStats(
-            name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
-            importance=float(arrays["importance"][i]), channel_importance=importances[i],
-            errors={metric: arrays["errors"][i, m] for m, metric in enumerate(description.metrics)},
-            channel_errors={metric: parts[i] for metric, parts in channel_errors.items()},
-            sensitivities={name: arrays["sensitivities"][i, k] for k, name in enumerate(description.sensitivities)},
-            channel_sensitivities={name: parts[i] for name, parts in channel_sensitivities.items()},
-            macs=layer.macs, tied=layer.tied, digest=layer.digest,
-        )
-        for i, layer in enumerate(description.layers)
-    )  # fmt: skip
-    return LayerTable(
-        layers, description.scheme, description.bits, description.metrics, description.fold_bn,
-        description.fingerprint, description.skipped, description.left_alone, description.weights,
-    )  # fmt: skip
+    return begins_as_table(path)
 
 
 def with_macs(table: LayerTable, macs: Mapping[str, int]) -> LayerTable:

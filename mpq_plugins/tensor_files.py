@@ -3,7 +3,6 @@
 A reader is a small value that another process can be sent, so that whoever measures a chunk also reads it.
 """
 
-import json
 import math
 import os
 import struct
@@ -19,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .buffers import Buffer, chunk_buffer
+from .documents import parse_json
 from .errors import SourceError, first_sentence
+from .files import open_regular
 from .fingerprint import tensor_bytes, tensors_digest
 from .quantize.regions import channel_rows
 
@@ -294,16 +295,30 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
 def safetensors_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file by name. Raises SourceError."""
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as checked:  # the library validates names, types, offsets and length
             names = list(checked.offset_keys())
     except (SafetensorError, OSError) as error:
         raise SourceError(
             f"{path}: truncated or not a safetensors file ({first_sentence(error)}); fetch or write it again"
         ) from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return {name: _stored(path, name, header[name], 8 + length) for name in names}
+    header, start = _header(path)
+    return {name: _stored(path, name, header[name], start) for name in names}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors, and `__metadata__`. Raises SourceError."""
+    return _header(path)[0]
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The same, and where the tensors begin."""
+    try:
+        with open_regular(path) as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return parse_json(file.read(length)), 8 + length
+    except (OSError, ValueError, struct.error) as error:
+        raise SourceError(f"{path}: its header cannot be read ({error}); fetch or write it again") from error
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
@@ -317,7 +332,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], data_start: int) -> St
 
 def _opened(path: Path) -> Any:
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
         raise SourceError(
             f"{path}: cannot be read ({error.strerror}); every process that measures needs the file under this path"

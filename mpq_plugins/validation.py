@@ -10,6 +10,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def as_integer(text: str) -> int | None:
+    """The number that ASCII digits write, of up to 18; None for any other text. Python itself reads other scripts'."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
 def first_problem(error: ValidationError) -> str:
     """`layers[3].bits: 9 is not allowed: ...`, and how many more problems there are."""
     problems = error.errors(include_url=False)

@@ -1,10 +1,16 @@
 """Tables made of plain numbers, for tests that need no weights."""
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from mpq_plugins import Affine, LayerStats, LayerTable, Piecewise
+from mpq_plugins.checksum import checksum_text, sealed
 from mpq_plugins.scheme import Scheme
 
 BITS = tuple(range(1, 9))
@@ -46,3 +52,30 @@ def contents(value: object) -> object:
     if isinstance(value, dict):
         return {name: contents(own) for name, own in value.items()}
     return [contents(own) for own in value] if isinstance(value, tuple | list) else value
+
+
+def resealed(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A table's file with arrays replaced (None removes one) and fields of its description changed, those that it lacks
+    in its first layer; under right checksums, as only somebody who knows the format makes them."""
+    with safe_open(path, "numpy") as file:
+        found = {name: file.get_tensor(name) for name in sorted(file.keys())} | (arrays or {})
+        metadata = dict(file.metadata())
+    description = json.loads(metadata["table"])
+    for key, value in changes.items():
+        (description if key in description else description["layers"][0])[key] = value
+    found = {name: array for name, array in found.items() if array is not None}
+    nothing = np.empty(0)
+    checksums = {name: checksum_text(found.get(name, nothing).tobytes()) for name in description["checksums"]}
+    save_file(found, path, metadata | {"table": json.dumps(sealed({**description, "checksums": checksums}))})
+    return path
+
+
+def version_1(path: Path) -> Path:
+    """A table's file as the version before checksums wrote it."""
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = dict(file.metadata())
+    description = json.loads(metadata["table"])
+    del description["checksums"], description["checksum"]
+    save_file(arrays, path, metadata | {"table": json.dumps({**description, "version": 1})})
+    return path

@@ -184,7 +184,7 @@ def test_mpq_apply_finds_the_learned_codes_in_it(mpq: Mpq, plan_file: Path, tmp_
 
 
 def test_a_folded_plan_gives_a_checkpoint_for_the_model_or_is_refused(mpq: Mpq, tmp_path: Path) -> None:
-    plan, out = plan_of(folding_net(), scheme=Affine()), tmp_path / "learned.safetensors"
+    plan, out = plan_of(folding_net().eval(), scheme=Affine()), tmp_path / "learned.safetensors"
     assert plan.fold_bn
     plan.save(tmp_path / "plan.json")
     words = ("--calibrate", f"{ME}:signals", *STEPS, "-o", out)

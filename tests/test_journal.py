@@ -1,14 +1,17 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.checksum import sealed
+from mpq_plugins.errors import MeasureWarning, SettingError, SourceError
 from mpq_plugins.journal import Journal
 
 JOB = {"model": "sha256:test"}
-HEAD = '{"job": {"model": "sha256:test"}}\n'
+HEAD = json.dumps(sealed({"version": 2, "job": JOB})) + "\n"
 numbers = st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False), min_size=1)
 contents = st.dictionaries(st.text(max_size=5), numbers, max_size=5)
 
@@ -53,16 +56,31 @@ def test_another_jobs_rows_are_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+ROW = {"key": "a", "row": {"score": 1.0}}
+
+
 @pytest.mark.parametrize(
     "line",
-    ["5", "[]", '{"key": [1], "row": {"a": 1}}', '{"key": "b", "row": 5}', '{"key": "b", "row": {}}',
-     '{"key": "b", "row": {"a": "1"}}', '{"key": "b", "row": {"a": NaN}}', '{"key": "b", "row": {"a": 1}, "c": 1}',
-     '{"key": "b", "ro'],
+    [5, [], {"key": [1], "row": {"a": 1}}, {"key": "b", "row": 5}, {"key": "b", "row": {}},
+     {"key": "b", "row": {"a": "1"}}, {"key": "b", "row": {"a": float("nan")}},
+     {"key": "b", "row": {"a": 1}, "c": 1}, {"key": "b", "row": {"a": 1}, "checksum": "00000000"}, {"key": "b"}],
 )  # fmt: skip
-def test_damaged_rows_are_done_again(tmp_path: Path, line: str) -> None:
+def test_damaged_rows_are_done_again_and_said(tmp_path: Path, line: Any) -> None:
     path = tmp_path / "sweep.partial"
-    path.write_text(f'{HEAD}{{"key": "a", "row": {{"score": 1.0}}}}\n{line}\n')
+    own = sealed(line) if isinstance(line, dict) and "checksum" not in line else line
+    path.write_text(f"{HEAD}{json.dumps(sealed(ROW))}\n{json.dumps(own)}\n")
+    with pytest.warns(MeasureWarning, match="sweep.partial: 1 of its rows are damaged, and done again"):
+        assert Journal(path, JOB).rows == {"a": {"score": 1.0}}
+
+
+def test_journals_of_the_version_without_checksums_are_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.partial"
+    path.write_text('{"job": {"model": "sha256:test"}}\n{"key": "a", "row": {"score": 1.0}}\n{"key": "b", "ro')
     assert Journal(path, JOB).rows == {"a": {"score": 1.0}}
+    assert path.read_text() == f"{HEAD}{json.dumps(sealed(ROW))}\n"
+    path.write_text('{"job": {"model": "sha256:other"}}\n{"key": "a", "row": {"score": 1.0}}\n')
+    with pytest.raises(SettingError, match="holds finished rows of another job"):
+        Journal(path, JOB)
 
 
 def test_where_nothing_can_be_written_is_one_error(tmp_path: Path) -> None:

@@ -195,7 +195,10 @@ def test_a_tied_plan_and_a_file_that_holds_different_weights_is_refused(tmp_path
     save_file({"embed.weight": state["embed.weight"]}, tmp_path / "one.safetensors")
     assert match(plan, tmp_path / "one.safetensors").problems == ()
     for change, message in (
-        ({"head.weight": state["head.weight"] + 1}, "One weight in the plan, and different ones here: 'embed', 'head'"),
+        (
+            {"head.weight": state["head.weight"] + 1},
+            "One weight in the plan, and with different values here: 'embed' and 'head'",
+        ),
         ({"head.weight": torch.randn(8, 4)}, r"Other shapes: 'head' \[9, 4\] in the plan, \[8, 4\] here"),
     ):
         save_file(state | change, tmp_path / "other.safetensors")

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from ..channels import Channels
 from ..errors import SettingError
 from ..not_layers import may_be_layer
 from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
@@ -87,7 +88,7 @@ def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice
     if len(distinct) <= 1:  # a layer without channels has any width
         return _whole(layer, distinct[0] if distinct else 8, scheme)
     parts = tuple(
-        Part.model_construct(bits=_checked(layer, b, scheme, len(channels)), channels=tuple(channels.tolist()))
+        Part.model_construct(bits=_checked(layer, b, scheme, len(channels)), channels=Channels.of(channels))
         for b, channels in ((b, np.flatnonzero(widths == b)) for b in distinct)
     )
     return _construct(layer, scheme, parts=parts)

@@ -1,16 +1,19 @@
 """A latency table: what each layer costs at each bit-width on the device it is for, in whatever unit it was timed."""
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..documents import load_json
 from ..errors import FormatError, SettingError
+from ..scheme import FLOAT_BITS, INTEGER_BITS
+from ..validation import is_number
 
 EXAMPLE = '{"conv1": {"4": 0.12, "8": 0.2}, ...}'
+WIDTHS: tuple[int, ...] = (*INTEGER_BITS, *FLOAT_BITS)
+LARGEST_COST = 1e300  # so that those of all layers can be added up
 
 
 @dataclass(frozen=True)
@@ -51,30 +54,32 @@ class LatencyTable:
 
 
 def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
-    try:
-        found = tuple((int(str(bits)), float(cost)) for bits, cost in own.items())
-    except (AttributeError, TypeError, ValueError, OverflowError) as error:
-        raise SettingError(f"latency: {layer!r}: {own!r:.60} is no table of bits and costs; write {EXAMPLE}") from error
-    if not found or len({bits for bits, _ in found}) < len(found):
-        raise SettingError(f"latency: {layer!r}: {own!r:.60} has no width, or one twice; write {EXAMPLE}")
-    if any(isinstance(cost, bool | str) for cost in own.values()):
-        raise SettingError(f"latency: {layer!r}: {own!r:.60} has a cost that is no number; write {EXAMPLE}")
-    for bits, cost in found:
-        if not 0 <= cost < math.inf:
-            raise SettingError(f"latency: {layer!r} at {bits} bits: {cost!r} is not allowed; a number from 0 up")
+    if not isinstance(own, Mapping) or not own:
+        raise SettingError(f"latency: {layer!r}: {own!r:.60} is no table of bits and costs; write {EXAMPLE}")
+    found = tuple((_width(layer, bits), _cost(layer, bits, cost)) for bits, cost in own.items())
+    if len({bits for bits, _ in found}) < len(found):
+        raise SettingError(f"latency: {layer!r}: {own!r:.60} has a width twice; write {EXAMPLE}")
     return found
+
+
+def _width(layer: str, bits: Any) -> int:
+    """A width that a plan can have: an integer, or its text as JSON has it."""
+    for known in WIDTHS:
+        if bits == str(known) or (is_number(bits) and bits == known):
+            return known
+    raise SettingError(f"latency: {layer!r}: {bits!r:.60} bits are not allowed; 1 to 8, or 16 or 32")
+
+
+def _cost(layer: str, bits: Any, cost: Any) -> float:
+    if not is_number(cost) or not 0 <= cost <= LARGEST_COST:
+        raise SettingError(f"latency: {layer!r} at {bits} bits: {cost!r:.60} is not allowed; a number from 0 up")
+    return float(cost)
 
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(path, pairs))
+        return load_json(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a JSON file as {EXAMPLE}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{path}: not JSON ({error}); write {EXAMPLE}") from error
-
-
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise FormatError(f"{path}: {', '.join(name for name, _ in pairs)}: a name is there twice; give each once")
-    return found

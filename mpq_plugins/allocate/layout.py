@@ -16,6 +16,7 @@ from ..plan import ALLOWED_BITS
 from ..scheme import FLOAT_BITS
 from ..size import map_bits
 from ..table import LayerStats, LayerTable
+from ..validation import as_integer
 from .base import Widths
 from .knapsack import Problem, Solution, least, solve
 from .limits import Limit
@@ -270,9 +271,10 @@ def nothing_to_tie(pattern: str) -> str:
 def pinned_width(entry: Any) -> tuple[str, int]:
     """'conv1=8' -> ('conv1', 8). Raises SettingError."""
     pattern, equals, bits = str(entry).rpartition("=")
-    if not equals or not pattern or not bits.strip().isdecimal():
+    width = as_integer(bits.strip())
+    if not equals or not pattern or width is None:
         raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob, and its bits, as in 'conv1=8'")
-    return pattern.strip(), plan_bits(f"pin: {pattern}", int(bits))
+    return pattern.strip(), plan_bits(f"pin: {pattern}", width)
 
 
 def plan_bits(what: str, bits: Any) -> int:

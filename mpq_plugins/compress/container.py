@@ -13,7 +13,7 @@ Every byte is under a checksum, which finds any damage to up to four bytes in a 
 """
 
 import math
-import zlib
+import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import layer_name
+from ..checksum import checksum
 from ..errors import FormatError, first_sentence
-from ..files import exists
+from ..files import open_regular
 from ..plan import LayerChoice, Part, Plan
 from ..tensor_files import DTYPES
 from . import Progress
@@ -49,11 +50,9 @@ class Container:
     def open(cls, path: str | Path) -> "Container":
         """Read and check prologue and header. Raises FormatError naming the file, and what is wrong with it."""
         path = Path(path)
-        if exists(path) and not path.is_file():
-            raise FormatError(f"{path}: cannot read it (no ordinary file). Give a container file.")
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_regular(path) as file:
+                size = os.fstat(file.fileno()).st_size
                 header, blocks = read_header(file, size, path)
         except OSError as error:
             raise FormatError(f"{path}: cannot read it ({error.strerror}). Give a container file.") from error
@@ -120,7 +119,7 @@ class Container:
         ]
         if len(values) == 1:
             return values[0]
-        index = torch.tensor([channel for part in choice.groups for channel in part.channels])
+        index = torch.from_numpy(np.concatenate([part.runs.array() for part in choice.groups]))
         return torch.cat(values, choice.channel_axis).index_select(choice.channel_axis, index.argsort())
 
     def parts(self, name: str) -> list[PartCodes | Tensor]:
@@ -146,13 +145,13 @@ class Container:
     def _streams(self, record: TensorRecord) -> list[Stream]:
         """The streams of a block whose checksum is right."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(self._starts[record.name])
                 block = file.read(record.block_bytes)
         except OSError as error:
             raise FormatError(f"{self.path}: cannot read it ({error.strerror})") from error
-        data, checksum = block[: -CHECKSUM.size], block[-CHECKSUM.size :]
-        if len(block) != record.block_bytes or CHECKSUM.pack(zlib.crc32(data)) != checksum:
+        data, wanted = block[: -CHECKSUM.size], block[-CHECKSUM.size :]
+        if len(block) != record.block_bytes or CHECKSUM.pack(checksum(data)) != wanted:
             raise FormatError(f"{self._where(record)}: is damaged, its checksum differs; write or fetch the file again")
         ends = list(accumulate(length for _, length in record.streams))
         pairs = zip(record.streams, ends, strict=True)

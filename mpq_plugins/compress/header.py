@@ -4,16 +4,18 @@ import json
 import lzma
 import math
 import struct
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ..checkpoints import CONTAINER_MAGIC, layer_name
+from ..checksum import checksum
+from ..documents import Strict, parse_json
 from ..errors import FormatError, first_few
-from ..plan import LayerChoice, Plan, beyond_memory
+from ..layer import beyond_memory
+from ..plan import LayerChoice, Plan
 from ..quantize.weight import WEIGHT_DTYPES
 from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES
@@ -33,11 +35,7 @@ Length = Annotated[int, Field(ge=0, le=1 << 62)]
 StreamRecord = tuple[Coding, Length]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PartRecord(_Record):
+class PartRecord(Strict):
     """Streams of one part of a layer, in this order; `gaps` and `entries`, their number, where zeros are left out."""
 
     tables: StreamRecord
@@ -52,7 +50,7 @@ class PartRecord(_Record):
         return [own for own in (self.tables, self.zero_points, self.gaps, self.codes) if own is not None]
 
 
-class TensorRecord(_Record):
+class TensorRecord(Strict):
     """One tensor: `parts` where it is a planned layer's (a float part being a `StreamRecord`), `data` where it is kept
     as it is, or `same` as another by name."""
 
@@ -77,35 +75,35 @@ class TensorRecord(_Record):
         return sum(length for _, length in self.streams) + CHECKSUM.size if self.same is None else 0
 
 
-class Header(_Record):
+class Header(Strict):
     """made_with: versions, and what was done to the weights; left_out: of the source, what is no tensor; stacks: which
     tensors stack others, called by their layer's name and .0, .1 ..., and how many.
     """
 
     made_with: dict[str, str]
     left_out: tuple[str, ...] = ()
-    stacks: dict[str, int] = {}
+    stacks: Mapping[str, int] = Field(default_factory=dict)
     plan: dict[str, Any]
     tensors: tuple[TensorRecord, ...]
 
 
 def write_block(file: BinaryIO, streams: Sequence[Stream]) -> None:
     """A tensor's streams, and their checksum."""
-    checksum = 0
+    found = 0
     for stream in streams:
         file.write(stream.data)
-        checksum = zlib.crc32(stream.data, checksum)
-    file.write(CHECKSUM.pack(checksum))
+        found = checksum(stream.data, found)
+    file.write(CHECKSUM.pack(found))
 
 
 def write_header(file: BinaryIO, header: Header) -> None:
     """The header where the file is at, and the prologue at its start."""
     document = json.dumps(header.model_dump(mode="json", exclude_defaults=True), separators=(",", ":")).encode()
     packed = lzma.compress(document, lzma.FORMAT_RAW, filters=FILTERS)
-    fields = FIELDS.pack(CONTAINER_MAGIC, VERSION, file.tell(), len(packed), len(document), zlib.crc32(packed))
+    fields = FIELDS.pack(CONTAINER_MAGIC, VERSION, file.tell(), len(packed), len(document), checksum(packed))
     file.write(packed)
     file.seek(0)
-    file.write(fields + CHECKSUM.pack(zlib.crc32(fields)))
+    file.write(fields + CHECKSUM.pack(checksum(fields)))
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
@@ -115,8 +113,8 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
         raise FormatError(f"{path}: is no container, or its first bytes are damaged; `mpq compress` writes containers")
     if len(prologue) < PROLOGUE:
         raise FormatError(f"{path}: is cut short: {len(prologue)} bytes; write or fetch it again")
-    _, version, start, length, document_length, checksum = FIELDS.unpack(prologue[: FIELDS.size])
-    intact = CHECKSUM.pack(zlib.crc32(prologue[: FIELDS.size])) == prologue[FIELDS.size :]
+    _, version, start, length, document_length, wanted = FIELDS.unpack(prologue[: FIELDS.size])
+    intact = CHECKSUM.pack(checksum(prologue[: FIELDS.size])) == prologue[FIELDS.size :]
     if version != VERSION:
         hint = "Upgrade mpq-plugins" if intact else "The file is damaged: write or fetch it again"
         raise FormatError(f"{path}: container version {version}, and this mpq-plugins reads {VERSION}. {hint}.")
@@ -129,7 +127,7 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
         raise FormatError(f"{path}: its header claims {document_length} bytes; {most} is the most that it may have")
     file.seek(start)
     packed = file.read(length)
-    if zlib.crc32(packed) != checksum:
+    if checksum(packed) != wanted:
         raise FormatError(f"{path}: its header is damaged, the checksum differs; write or fetch the file again")
     return _parse_header(packed, document_length, path), start - PROLOGUE
 
@@ -137,13 +135,13 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
 def _parse_header(packed: bytes, length: int, path: Path) -> Header:
     try:
         unpacked = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(packed, max_length=length + 1)
-        document = json.loads(unpacked)
-    except (lzma.LZMAError, ValueError, RecursionError, EOFError, MemoryError) as error:
+        parse_json(unpacked)
+    except (lzma.LZMAError, ValueError, EOFError, MemoryError) as error:
         raise FormatError(f"{path}: its header is none ({error}); write the file again") from error
     if len(unpacked) != length:
         raise FormatError(f"{path}: its header is not as long as it says; write the file again")
     try:
-        return Header.model_validate(document)
+        return Header.model_validate_json(unpacked)
     except ValidationError as error:
         raise FormatError(f"{path}: header: {first_problem(error)}") from error
 

@@ -78,7 +78,7 @@ def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
     books: list[Tensor] = []
     known = 0
     for part in choice.groups:
-        channels = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
+        channels = torch.from_numpy(part.runs.array()).to(weight.device)
         own = quantize(weight.index_select(axis, channels), part.bits, scheme, channel_axis=axis, layer=choice.name)
         regions, entries = own.centroids.shape
         rows = channel_rows(own.codes.int(), axis)

@@ -55,7 +55,7 @@ def value_stream(values: NDArray[Any], choice: Choice = "smallest") -> Stream:
 def _smaller(plain: Stream, values: NDArray[Any], config: ChunkConfig) -> Stream:
     if not len(values):
         return plain
-    coded = bytes(standalone.simple_compress(np.ascontiguousarray(values), config))
+    coded = bytes(standalone.simple_compress(np.require(values, requirements=["C", "ALIGNED"]), config))
     # What is all alike takes a few bytes; padded, for no reader believes so few (see possible).
     coded = coded.ljust(-(-len(values) // MOST_A_BYTE), b"\0")
     return Stream("pcodec", coded) if len(coded) < len(plain.data) else plain

@@ -1,6 +1,5 @@
 """From weights to a container: quantized as the plan says, coded in the fewest bytes, read back before it is kept."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import layer_name, stored_tensors
 from ..errors import SettingError, SourceError, VerifyError, first_few
-from ..files import atomic_path, exists
+from ..files import atomic_path, exists, unchanged
 from ..fingerprint import tensor_bytes
 from ..fold import folded_copy
 from ..match import match
@@ -81,7 +80,7 @@ def write(
     thresholds = _thresholds(prune, own) if prune is not None else {}
     made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
     with atomic_path(path) as temporary:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, unchanged(source):
             file.write(bytes(PROLOGUE))
             writer = _Writer(file, own.plan, thresholds, coding, progress)
             writer.add_all(own.tensors)
@@ -127,7 +126,9 @@ def _parameter(name: str) -> str:
 
 
 def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name, value in state.items() if not isinstance(value, Tensor))
+    return tuple(
+        str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    )
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -195,7 +196,7 @@ class _Writer:
         if missing:
             raise SourceError(f"no tensor is the weight of {first_few(missing, ', ')}; does a hook rename state dicts?")
         header = Header(
-            made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=json.loads(self.plan.to_json()),
+            made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=self.plan.document(),
             tensors=tuple(self.records.values()),
         )  # fmt: skip
         write_header(self.file, header)
@@ -267,7 +268,7 @@ def _part(
 ) -> tuple[PartRecord | StreamRecord, list[Stream]]:
     """How a part of a layer is stored, and its streams; read back, and compared with what was encoded."""
     axis = choice.channel_axis
-    channels = torch.tensor(part.channels, dtype=torch.long, device=weight.device)
+    channels = torch.from_numpy(part.runs.array()).to(weight.device)
     own = weight if choice.bits is not None else weight.index_select(axis, channels)
     if part.bits in FLOAT_BITS:
         stream = _values(own, coding)

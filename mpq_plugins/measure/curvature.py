@@ -74,7 +74,7 @@ class Hessian:
             reached |= {names[k] for k, _ in pairs}
             for probe in range(self.probes if pairs else 0):
                 job.said(position * self.probes + probe, total)
-                vectors = [torch.randint_like(weights[k], 2) * 2 - 1 for k, _ in pairs]
+                vectors = [_signs(weights[k], job.generator) for k, _ in pairs]
                 products = _slopes(
                     [g for _, g in pairs], [weights[k] for k, _ in pairs], vectors,
                     retain_graph=probe + 1 < self.probes,
@@ -133,9 +133,14 @@ def _loss(job: Job, batch: Any) -> Tensor:
         likely = flat.detach().double().softmax(1)
         if not bool(likely.isfinite().all()):
             raise SettingError("output: logits are NaN or infinite on a batch; look at the inputs and the model")
-        labels = torch.multinomial(likely, 1).squeeze(1)
+        labels = torch.multinomial(likely.cpu(), 1, generator=job.generator).squeeze(1).to(flat.device)
         positions = flat.shape[0] // max(1, logits.shape[0])
         return F.cross_entropy(flat, labels, reduction="sum") / positions
+
+
+def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """+1 and -1 at random, in the weight's shape and dtype."""
+    return torch.randint(0, 2, weight.shape, generator=generator).to(weight) * 2 - 1
 
 
 def _samples(batches: Sequence[Any]) -> Iterator[Any]:

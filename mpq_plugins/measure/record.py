@@ -4,7 +4,6 @@ import os
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from ..checksum import checksum
 from ..errors import MeasureWarning, SettingError, SourceError
 from ..files import exists
 
@@ -42,7 +42,7 @@ class Record:
     def __init__(self, path: Path, job: str) -> None:
         self.path = path
         self._head = MAGIC + job.encode() + b"\n"
-        self._seed = zlib.crc32(self._head)
+        self._seed = checksum(self._head)
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
         self._file: BinaryIO | None = None
@@ -64,7 +64,7 @@ class Record:
                 data = self._file.read(entry.length)
         except OSError as error:
             raise SourceError(f"{self.path}: cannot be read ({error.strerror}); run again") from error
-        if entry.checksum != zlib.crc32(data, zlib.crc32(name.encode(), self._seed)):
+        if entry.checksum != checksum(data, checksum(name.encode(), self._seed)):
             raise SourceError(f"{self.path}: was changed by somebody else while in use; run again")
         return load(data)
 
@@ -72,7 +72,7 @@ class Record:
         """Write a finished unit."""
         key = name.encode()
         data = save({part: np.ascontiguousarray(array) for part, array in arrays.items()})
-        entry = ENTRY.pack(len(key), len(data), zlib.crc32(data, zlib.crc32(key, self._seed))) + key + data
+        entry = ENTRY.pack(len(key), len(data), checksum(data, checksum(key, self._seed))) + key + data
         with self._lock:
             self._write(entry if self._end else self._head + entry)
 
@@ -167,17 +167,17 @@ def _entries(file: BinaryIO, start: int, size: int, seed: int) -> Iterator[tuple
     """Each entry and its name, up to the first that is not whole."""
     while start + ENTRY.size <= size:
         file.seek(start)
-        key_length, length, checksum = ENTRY.unpack(file.read(ENTRY.size))
+        key_length, length, wanted = ENTRY.unpack(file.read(ENTRY.size))
         start += ENTRY.size + key_length
         if key_length > LONGEST_NAME or start + length > size:
             return
         key = file.read(key_length)
-        found, left = zlib.crc32(key, seed), length
+        found, left = checksum(key, seed), length
         while left and (block := file.read(min(left, BLOCK))):
-            found, left = zlib.crc32(block, found), left - len(block)
-        if left or found != checksum:
+            found, left = checksum(block, found), left - len(block)
+        if left or found != wanted:
             return
-        yield key.decode(errors="replace"), _Entry(start, length, checksum)
+        yield key.decode(errors="replace"), _Entry(start, length, wanted)
         start += length
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import MeasureWarning, SettingError, first_few
-from ..files import exists
+from ..files import exists, unchanged
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm, training_norms
 from ..quantize.kernel import kernel_name
@@ -23,7 +23,8 @@ from ..scaled import ScaledRows
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
 from ..tensor_files import FileColumns, FileRows
-from ..weights import Weight, find_weights
+from ..torch_files import Expanded
+from ..weights import Weight, Weights, find_weights
 from . import Progress
 from .chunks import Array, Op, chunks
 from .device import checked_device
@@ -63,17 +64,14 @@ def run(
     if example_input is not None and not isinstance(source, nn.Module):
         raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
     fold = resolve_fold(source, scheme, fold_bn)
-    found = find_weights(
-        source, skip=skip, only=only, fold_bn=fold, weights=weights, model=model, already_quantized=already_quantized
-    )
-    if fold:
-        _check_norms(source, fold_bn)
-    for weight in found:  # what does not fit a layer is found before the first one is measured
-        scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
-        scheme.check_part(max(widths), weight.shape, weight.channel_axis, weight.channels, weight.name)
-    if journal is not None:
-        _check_journal(Path(journal), source, found)
-    layers = _measured(list(found), request, executor, journal, progress)
+    with unchanged(source):
+        found = find_weights(
+            source, skip=skip, only=only, fold_bn=fold, weights=weights, model=model,
+            already_quantized=already_quantized,
+        )  # fmt: skip
+        if fold:
+            _check_norms(source, fold_bn)
+        layers = _checked_and_measured(found, request, source, executor, journal, progress)
     table = LayerTable(
         tuple(layers),
         scheme,
@@ -89,6 +87,26 @@ def run(
         return table
     assert isinstance(source, nn.Module)
     return with_macs(table, count_macs(source, example_input))
+
+
+def _checked_and_measured(
+    weights: Weights,
+    request: Request,
+    source: nn.Module | str | Path,
+    executor: Executor | None,
+    journal: str | Path | None,
+    progress: Progress | None,
+) -> list[LayerStats]:
+    """Every layer's numbers, once none of them is known to be impossible."""
+    scheme = request.scheme
+    for weight in weights:  # what does not fit a layer is found before the first one is measured
+        if isinstance(weight.read_rows, Expanded):
+            raise weight.read_rows.error
+        scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
+        scheme.check_part(max(request.bits), weight.shape, weight.channel_axis, weight.channels, weight.name)
+    if journal is not None:
+        _check_journal(Path(journal), source, weights)
+    return _measured(list(weights), request, executor, journal, progress)
 
 
 def _measured(

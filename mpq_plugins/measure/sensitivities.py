@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import registry
-from ..batches import call_model, checked_batches, evaluating, own_copy
+from ..batches import call_model, checked_batches, evaluating, own_copy, seeded
 from ..errors import MismatchError, SettingError, first_few
 from ..fingerprint import batches_digest, model_digest, source_digest
 from ..fold import folded_copy
@@ -48,7 +48,8 @@ class Job:
 
     weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
     output; moments: second moments of the layers' inputs, where ranges are fitted to them, which `ranges` keeps;
-    journal: rows of an interrupted run, for sensitivities that take long.
+    journal: rows of an interrupted run, for sensitivities that take long; generator: the job's own, on the CPU, for
+    whatever is drawn at random.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Job:
     moments: Mapping[str, Tensor] | None
     journal: Journal | None
     progress: Progress | None
+    generator: torch.Generator
     ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
@@ -174,10 +176,11 @@ def run(
     modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
     for layer in table.layers if fit_ranges else ():
         check_fits(table.scheme, layer.name)
-    with evaluating(copied), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with evaluating(copied), seeded(seed) as generator:
         moments = second_moments(copied, modules, given) if fit_ranges else None
-        found = measurer.measure(Job(copied, table, given, weights, modules, output, moments, kept, progress))
+        found = measurer.measure(
+            Job(copied, table, given, weights, modules, output, moments, kept, progress, generator)
+        )
     layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
     if kept is not None:
         kept.path.unlink(missing_ok=True)

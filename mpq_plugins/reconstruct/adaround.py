@@ -56,7 +56,7 @@ class Rounding:
         for part in choice.groups:
             if part.bits in FLOAT_BITS:
                 continue
-            index = torch.tensor(part.channels, dtype=torch.long, device=own.device)
+            index = torch.from_numpy(part.runs.array()).to(own.device)
             cells = _Cells.of(own.index_select(axis, index), part.bits, choice)
             for whole, rows in ((low, cells.low), (step, cells.step), (share, cells.share), (nearest, cells.nearest)):
                 values = from_channel_rows(rows.reshape(len(index), -1), _shape(own, axis, len(index)), axis)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..documents import load_json
 from ..errors import SettingError, SourceError
 from ..files import atomic_path, exists, write_text
 from ..fingerprint import batches_digest, model_digest, source_digest, tensors_digest
@@ -108,7 +109,7 @@ def _digest(tensors: Mapping[str, Tensor], report: str) -> str:
 def _stored(path: Path) -> dict[str, str] | None:
     """Whose blocks they are; None for what is no such file of ours."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = load_json(path)
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"model", "plan", "settings"} <= found.keys() else None

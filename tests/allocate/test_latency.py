@@ -46,10 +46,18 @@ def test_it_names_itself_by_what_it_holds() -> None:
         ([1, 2], r"latency: \[1, 2\] is no table"),
         (None, "latency: None is no table"),
         ({"a": 3}, "latency: 'a': 3 is no table of bits and costs"),
-        ({"a": {"four": 3}}, "latency: 'a': .* is no table of bits and costs"),
-        ({"a": {"4.5": 3}}, "latency: 'a': .* is no table of bits and costs"),
-        ({"a": {4: None}}, "latency: 'a': .* is no table of bits and costs"),
-        ({"a": {4: "fast"}}, "latency: 'a': .* is no table of bits and costs"),
+        ({"a": {}}, "latency: 'a': {} is no table of bits and costs"),
+        ({"a": {"4": 1, 4: 1}}, "latency: 'a': .* has a width twice"),
+        *(
+            ({"a": {bits: 3}}, f"latency: 'a': {bits!r} bits are not allowed; 1 to 8, or 16 or 32")
+            for bits in ("four", "-3", -3, "99", 99, 0, True, 4.5, "04", "4_0", "٤", "²", " 4")
+        ),
+        ({"a": {"4.5": 3}}, r"latency: 'a': '4\.5' bits are not allowed"),
+        ({"a": {"+4": 3}}, r"latency: 'a': '\+4' bits are not allowed"),
+        ({"a": {4: None}}, "latency: 'a' at 4 bits: None is not allowed; a number from 0 up"),
+        ({"a": {4: "3"}}, "latency: 'a' at 4 bits: '3' is not allowed"),
+        ({"a": {4: True}}, "latency: 'a' at 4 bits: True is not allowed"),
+        ({"a": {4: 10**400}}, "latency: 'a' at 4 bits: 1000.* is not allowed"),
         ({"a": {4: -1.0}}, r"latency: 'a' at 4 bits: -1\.0 is not allowed; a number from 0 up"),
         ({"a": {4: float("nan")}}, "latency: 'a' at 4 bits: nan"),
         ({"a": {4: float("inf")}}, "latency: 'a' at 4 bits: inf"),
@@ -67,6 +75,11 @@ def test_what_is_no_table_is_refused(layers: Any, message: str) -> None:
         ("[" * 100_000, FormatError, "latency.json: not JSON"),
         ("[]", FormatError, "latency.json: holds a list; write"),
         ('{"a": {"4": -3}}', SettingError, "latency: 'a' at 4 bits"),
+        ('{"a": {"4": 3, "4": 3}}', FormatError, r"latency.json: not JSON \('4' appears twice\)"),
+        ('{"a": {"4": 3}, "a": {"4": 3}}', FormatError, r"latency.json: not JSON \('a' appears twice\)"),
+        ('{"a": {"4": NaN}}', FormatError, "NaN is no number"),
+        ('{"a": {"4": 1e999}}', FormatError, "1e999 is beyond all numbers here"),
+        ('{"a\\ud800": {"4": 3}}', FormatError, "half a surrogate pair"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:

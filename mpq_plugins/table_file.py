@@ -1,0 +1,291 @@
+"""A table on disk: a safetensors file of its arrays, described in the header; read only if it holds together."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
+from safetensors.numpy import save
+
+from .checksum import checksum_text, is_damaged, sealed, unsealed
+from .documents import LARGEST_DOCUMENT, Strict, parse_json
+from .errors import FormatError, MeasureWarning, SettingError
+from .files import atomic_path, open_regular
+from .layer import LayerDocument, check_once
+from .scheme import INTEGER_BITS, NamedScheme
+from .table import METRICS, Array, LayerStats, LayerTable
+from .validation import first_problem
+
+TABLE_FORMAT = "mpq-table"
+TABLE_VERSION = 2
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda old: {**old, "version": 2}}
+"""Version -> a function from that version's description, without its checksum, to the next one's. Version 1 had none,
+and none of arrays."""
+
+
+def write(table: LayerTable, path: Path) -> None:
+    """What LayerTable.save promises. Raises SettingError for a table that could not be read again."""
+    try:
+        arrays, description = _pack(table)
+    except ValidationError as error:
+        raise SettingError(f"table: {first_problem(error)}") from error
+    text = json.dumps(sealed(description.model_dump(mode="json")), separators=(",", ":"), ensure_ascii=False)
+    data = save(arrays, {"format": TABLE_FORMAT, "table": text})
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(_in_order(data))
+
+
+def read(path: Path) -> LayerTable:
+    """What LayerTable.load promises."""
+    try:
+        with open_regular(path) as file:
+            header = _header(file)
+            if not _is_header(header):
+                raise FormatError(f"{path}: not a table; `mpq measure` writes one")
+            description = _describe(path, header["__metadata__"].get("table", ""))
+            arrays = _arrays(path, file, header, description)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(f"{path}: not a readable table ({reason})") from error
+    return _unpack(description, arrays)
+
+
+def begins_as_table(path: Path) -> bool:
+    """Whether the header is a table's."""
+    try:
+        with open_regular(path) as file:
+            return _is_header(_header(file))
+    except (OSError, ValueError):
+        return False
+
+
+def _header(file: BinaryIO) -> Any:
+    """The header of a safetensors file, after which its data begin. Raises ValueError."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, LARGEST_DOCUMENT):
+        raise ValueError(f"its header would have {length} bytes, and the file has {size}")
+    return parse_json(file.read(length))
+
+
+def _is_header(header: Any) -> bool:
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and metadata.get("format") == TABLE_FORMAT
+
+
+def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
+    """A safetensors file with its header sorted, for the library writes metadata in any order."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    yield memoryview(data)[end:]
+
+
+class _Layer(LayerDocument):
+    macs: Annotated[int, Field(ge=0)] | None
+    tied: tuple[str, ...]
+    digest: str
+
+
+class _Description(Strict):
+    """checksums: of each array's bytes, in a table that has them."""
+
+    version: Literal[2]
+    scheme: NamedScheme
+    bits: Annotated[tuple[int, ...], Field(min_length=1)]
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)]
+    channel_errors: bool
+    sensitivities: tuple[str, ...] = ()
+    channel_sensitivities: tuple[str, ...] = ()
+    fold_bn: bool
+    fingerprint: str
+    skipped: tuple[str, ...]
+    left_alone: tuple[tuple[str, str], ...]
+    weights: str | None = None
+    layers: tuple[_Layer, ...]
+    checksums: Mapping[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ascending = list(self.bits) == sorted(set(self.bits))
+        if not ascending or not set(self.bits) <= set(INTEGER_BITS):
+            raise ValueError(f"bits: {list(self.bits)} is not allowed; some of 1 to 8, ascending, each once")
+        for name, own in (("metrics", self.metrics), ("sensitivities", self.sensitivities),
+                          ("channel_sensitivities", self.channel_sensitivities)):  # fmt: skip
+            if len(set(own)) < len(own):
+                raise ValueError(f"{name}: {list(own)} has one twice")
+        unknown = [metric for metric in self.metrics if metric not in METRICS]
+        if unknown:
+            raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
+        check_once(((layer.name, *layer.tied) for layer in self.layers), self.skipped)
+        return self
+
+    @property
+    def channels(self) -> list[int]:
+        """Output channels of each layer."""
+        return [layer.channels for layer in self.layers]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The arrays that it describes."""
+        layers, total = len(self.layers), sum(self.channels)
+        widths, metrics = len(self.bits), len(self.metrics)
+        shapes: dict[str, tuple[int, ...]] = {
+            "importance": (layers,),
+            "channel_importance": (total,),
+            "errors": (layers, metrics, widths),
+        }
+        if self.channel_errors:
+            shapes["channel_errors"] = (metrics, widths, total)
+        if self.sensitivities:
+            shapes["sensitivities"] = (layers, len(self.sensitivities), widths)
+        if self.channel_sensitivities:
+            shapes["channel_sensitivities"] = (len(self.channel_sensitivities), widths, total)
+        return shapes
+
+
+def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
+    per_channel = bool(table.layers) and all(layer.channel_errors for layer in table.layers)
+    arrays: dict[str, NDArray[Any]] = {
+        "importance": np.array([layer.importance for layer in table.layers], np.float64),
+        "channel_importance": np.concatenate([np.empty(0), *(layer.channel_importance for layer in table.layers)]),
+        "errors": np.array([[layer.errors[m] for m in table.metrics] for layer in table.layers], np.float64),
+    }
+    if per_channel:
+        per_layer = [np.stack([layer.channel_errors[m] for m in table.metrics]) for layer in table.layers]
+        arrays["channel_errors"] = np.concatenate(per_layer, axis=2)
+    if names := table.sensitivities:
+        arrays["sensitivities"] = np.array([[layer.sensitivities[n] for n in names] for layer in table.layers])
+    if names := table.channel_sensitivities:
+        own = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
+        arrays["channel_sensitivities"] = np.concatenate(own, axis=2)
+    # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
+    arrays = {name: np.ascontiguousarray(array, np.float64) for name, array in arrays.items()}
+    layers = tuple(
+        _Layer(
+            name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
+            macs=layer.macs, tied=layer.tied, digest=layer.digest,
+        )
+        for layer in table.layers
+    )  # fmt: skip
+    description = _Description(
+        version=2, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
+        channel_errors=per_channel, sensitivities=table.sensitivities,
+        channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
+        skipped=table.skipped, left_alone=table.left_alone, weights=table.weights, layers=layers,
+        checksums={name: checksum_text(array.tobytes()) for name, array in arrays.items()},
+    )  # fmt: skip
+    return arrays, description
+
+
+def _describe(path: Path, text: Any) -> _Description:
+    try:
+        document = parse_json(text)
+        version = document["version"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path}: the table's description is damaged ({error}); measure again") from error
+    if type(version) is not int or not 1 <= version <= TABLE_VERSION:
+        raise FormatError(
+            f"{path}: table version {version!r:.40}, and this mpq-plugins reads 1 to {TABLE_VERSION}; measure again"
+        )
+    if is_damaged(document) or (version > 1 and document == unsealed(document)):
+        raise FormatError(f"{path}: the table's description is damaged, its checksum is another's; measure again")
+    if version == 1:
+        warnings.warn(MeasureWarning(
+            f"{path}: is of a version that had no checksums, so damage to it cannot be seen; measure again to be sure"
+        ), stacklevel=4)  # fmt: skip
+    plain = unsealed(document)
+    for step in range(version, TABLE_VERSION):
+        plain = MIGRATIONS[step](plain)
+    try:
+        description = _Description.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise FormatError(f"{path}: {first_problem(error)}") from error
+    if version > 1 and description.checksums.keys() != description.shapes.keys():
+        raise FormatError(f"{path}: has checksums of other arrays than its own; measure again")
+    return description
+
+
+def _arrays(path: Path, file: BinaryIO, header: dict[str, Any], description: _Description) -> dict[str, Array]:
+    """The arrays, if they are those that the description says, one after the other and nothing beside."""
+    expected = description.shapes
+    for name, shape in expected.items():
+        got = header.get(name)
+        if not isinstance(got, dict) or got.get("dtype") != "F64" or got.get("shape") != list(shape):
+            found = f"{got.get('dtype')} {got.get('shape')}" if isinstance(got, dict) else "nothing"
+            raise FormatError(f"{path}: array {name!r} should be F64 {list(shape)}, got {found:.80}; measure again")
+    place, size = 0, os.fstat(file.fileno()).st_size - file.tell()
+    names = sorted(expected, key=lambda name: _ends(header[name]))
+    for name in names:
+        length = 8 * math.prod(expected[name])
+        if header[name].get("data_offsets") != [place, place + length]:
+            raise FormatError(f"{path}: array {name!r} does not lie where it should; measure again")
+        place += length
+    if place != size or header.keys() != {*expected, "__metadata__"}:
+        raise FormatError(f"{path}: is cut short, or has more in it than its arrays; measure again")
+    return {name: _array(path, file, name, expected[name], description) for name in names}
+
+
+def _ends(entry: Any) -> tuple[int, ...]:
+    """Where an array lies, to sort by; nowhere for what is no place."""
+    offsets = entry.get("data_offsets")
+    return tuple(offsets) if isinstance(offsets, list) and all(type(end) is int for end in offsets) else ()
+
+
+def _array(path: Path, file: BinaryIO, name: str, shape: tuple[int, ...], description: _Description) -> Array:
+    data = bytearray(file.read(8 * math.prod(shape)))
+    if len(data) != 8 * math.prod(shape):
+        raise FormatError(f"{path}: array {name!r} is cut short; the file changed while being read")
+    if description.checksums and description.checksums[name] != checksum_text(data):
+        raise FormatError(f"{path}: array {name!r} is damaged, its checksum is another's; measure again")
+    array: Array = np.frombuffer(data, np.float64).reshape(shape)
+    if problem := _problem(name, array, description):
+        raise FormatError(f"{path}: array {name!r} {problem}; measure again")
+    return array
+
+
+def _problem(name: str, array: Array, description: _Description) -> str | None:
+    """Why these are no measurements, in words."""
+    if np.isnan(array).any():
+        return "holds NaN"
+    if "sensitivities" in name:
+        return "holds infinity" if np.isinf(array).any() else None
+    if "errors" in name:  # a ratio in decibels may have any sign, and is infinite where nothing is lost
+        axis = 1 if name == "errors" else 0
+        array = np.delete(array, [k for k, m in enumerate(description.metrics) if m == "sqnr_db"], axis)
+    return "holds negative or infinite values, and none can be" if not ((array >= 0) & (array < np.inf)).all() else None
+
+
+def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]]) -> LayerTable:
+    channels = description.channels
+    cuts = np.cumsum(channels)[:-1]
+    importances = np.split(arrays["channel_importance"], cuts)
+
+    def split(array: str, names: Sequence[str]) -> dict[str, list[Array]]:
+        return {name: np.split(arrays[array][k], cuts, axis=1) for k, name in enumerate(names)}
+
+    channel_errors = split("channel_errors", description.metrics) if description.channel_errors else {}
+    channel_sensitivities = split("channel_sensitivities", description.channel_sensitivities)
+    layers = tuple(
+        LayerStats(
+            name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
+            importance=float(arrays["importance"][i]), channel_importance=importances[i],
+            errors={metric: arrays["errors"][i, m] for m, metric in enumerate(description.metrics)},
+            channel_errors={metric: parts[i] for metric, parts in channel_errors.items()},
+            sensitivities={name: arrays["sensitivities"][i, k] for k, name in enumerate(description.sensitivities)},
+            channel_sensitivities={name: parts[i] for name, parts in channel_sensitivities.items()},
+            macs=layer.macs, tied=layer.tied, digest=layer.digest,
+        )
+        for i, layer in enumerate(description.layers)
+    )  # fmt: skip
+    return LayerTable(
+        layers, description.scheme, description.bits, description.metrics, description.fold_bn,
+        description.fingerprint, description.skipped, description.left_alone, description.weights,
+    )  # fmt: skip
