@@ -33,6 +33,7 @@ from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.weights import quantizable_weights
 
 from .folded import biases_of, check_folding, check_max_norm, check_model, integers_of, planned_layers
+from .outputs import output_problems
 
 CAPABILITIES = Capabilities(
     backend="pt2e",
@@ -136,12 +137,16 @@ class LayerCheck:
     activations: bool
 
 
-def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+def verify(
+    converted: torch.fx.GraphModule, plan: Plan, model: nn.Module, *, batch: Any = None
+) -> tuple[LayerCheck, ...]:
     """Read the integer codes back from what `convert_pt2e` made, and compare them, scales and zero points too.
 
     Every planned layer must be there in each of its calls, with its own bias, its inputs quantized to 8 bits if and
     only if the plan says so, and nothing else may be quantized. Ranges of activations are the calibration's, and are
-    not judged. Raises VerifyError listing what is wrong, MismatchError for another model.
+    not judged. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of
+    their norm), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError for
+    another model, SettingError where the float model does not run on the batch.
     """
     if not isinstance(converted, torch.fx.GraphModule):
         raise SourceError(f"{type(converted).__name__}: no GraphModule; give what convert_pt2e made")
@@ -176,6 +181,7 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
         if _is(node, "quantize_per_tensor") and (plan.activation_bits is None or _of_a_weight(node))
     ]
     problems += [f"{name!r} was left in float" for name in expected if name not in found]
+    problems = problems or output_problems(converted, plan, model, batch)
     if problems:
         raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(found[name] for name in expected)

@@ -27,6 +27,7 @@ from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
 from .folded import changed_state, check_max_norm, check_model, check_plan, planned_layers
+from .outputs import output_problems
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -104,11 +105,13 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     return FqnToConfig(fqn_to_config=configs)
 
 
-def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Read the integer codes back and compare them, their scales and zero points with the plan's of the float `model`.
 
     Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
-    Raises VerifyError listing what is wrong, MismatchError for another model.
+    batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their norm;
+    half precision 1e-2), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError
+    for another model, SettingError where the float model does not run on the batch.
     """
     check_model(plan, model)
     original_model = fold_batch_norm(model) if plan.fold_bn else model
@@ -134,6 +137,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     for layer in planned.values():
         kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
+    problems = problems or output_problems(quantized, plan, model, batch)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)

@@ -37,6 +37,7 @@ FLOW = (
     ("quantize",),
     (
         "batches",
+        "borrowed",
         "checkpoints",
         "file_kinds",
         "fold",
