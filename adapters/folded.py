@@ -118,6 +118,7 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     per-tensor layers that were measured unfolded, for folding changes their scale. Also weights that are not float32,
     and models in training mode. Raises MismatchError or SettingError.
     """
+    check_sizes(plan, backend)
     if any(module.training for module in model.modules()):
         raise SettingError(f"{backend}: {type(model).__name__} is in training mode, or a part of it; call model.eval()")
     other = [
@@ -145,6 +146,13 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
             f"{first_few(unfolded, ', ')}: measured unfolded, and {backend} folds BatchNorm, which changes the scale "
             "of a whole tensor: measure(model, fold_bn=True), or per_channel"
         )
+
+
+def check_sizes(plan: Plan, backend: str) -> None:
+    """Refuse planned layers without weights, which backends fail on. Raises MismatchError."""
+    empty = [f"{layer.name!r} {list(layer.shape)}" for layer in planned_layers(plan) if 0 in layer.shape]
+    if empty:
+        raise MismatchError(f"{first_few(empty, ', ')}: no weights there, which {backend} cannot quantize: skip it")
 
 
 def check_max_norm(plan: Plan, model: nn.Module) -> None:

@@ -8,8 +8,8 @@ Importing this module teaches torchao's IntxUnpackedToInt8Tensor the one-dimensi
 before loading a model that has one. Nothing is packed: a weight of any width takes a byte.
 """
 
-import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
+from mpq_plugins.borrowed import borrowed_in_source
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_few
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.plain import why_not_plain
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import changed_state, check_max_norm, check_model, check_plan, planned_layers
+from .folded import changed_state, check_max_norm, check_model, check_plan, check_sizes, planned_by_name, planned_layers
 from .outputs import output_problems
 
 CAPABILITIES = Capabilities(
@@ -72,7 +75,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     used where torchao's tensors fail) and SettingError (a plan that torchao cannot run), naming layers and remedy.
     """
     _check(plan, model)
-    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    quantized = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
     weights = quantizable_weights(quantized)
     for layer in planned_layers(plan):
         parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
@@ -147,22 +150,22 @@ def _check(plan: Plan, model: nn.Module) -> None:
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
-    problems = []
-    for layer in planned_layers(plan):
-        parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
-        if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
-            problems.append(
-                f"{layer.name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
-            )
-        if any(not _standard(model.get_submodule(name)) for name in layer.names):
-            problems.append(f"{layer.name!r} computes in its own way, which may fail on torchao's tensors: skip it")
+    check_sizes(plan, "torchao")
+    borrowed = borrowed_in_source(model)
+    problems = [problem for name in planned_by_name(plan) for problem in _troubles(name, model, borrowed)]
     if problems:
         raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")
 
 
-def _standard(module: nn.Module) -> bool:
-    """Whether the module computes as torch's own class does."""
-    return any(type(module).forward is cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding))
+def _troubles(name: str, model: nn.Module, borrowed: set[str]) -> Iterator[str]:
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    reason = why_not_plain(module, hooks=False)
+    if isinstance(parent, nn.MultiheadAttention):
+        yield f"{name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
+    elif reason:
+        yield f"{name!r} {reason}, and may fail on torchao's tensors: skip it"
+    elif (f"{name}.weight" if name else "weight") in borrowed:
+        yield f"{name!r} lends its weight to a functional call, which may fail on torchao's tensors: skip it"
 
 
 def _dynamic(layer: LayerChoice, activation_bits: int | None) -> str | None:

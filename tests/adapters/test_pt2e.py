@@ -74,7 +74,7 @@ def test_weights_alone_give_the_logits_of_apply_to_the_bit(net: type[nn.Module],
     for allocator in ALLOCATORS:
         plan = planned(model, scheme, allocator)
         made = converted(model, plan, given)
-        assert {check.layer for check in pt2e.verify(made, plan, model)} == set(plan.by_name)
+        assert {check.layer for check in pt2e.verify(made, plan, model, batch=given)} == set(plan.by_name)
         ours = apply(fold_batch_norm(model), plan.model_copy(update={"fold_bn": False}))
         with torch.no_grad():
             assert made(given).equal(ours(given))
@@ -85,7 +85,7 @@ def test_8_bit_activations_are_counted() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model, SYMMETRIC, Uniform(bits=8)).with_activation_bits(8)
     made = converted(model, plan, IMAGES)
-    checks = pt2e.verify(made, plan, model)
+    checks = pt2e.verify(made, plan, model, batch=IMAGES)
     assert [check.activations for check in checks] == [True, True, True]
     with torch.no_grad():
         exact, reached = model(IMAGES), made(IMAGES)
@@ -98,7 +98,7 @@ def test_8_bit_activations_are_counted() -> None:
 def test_layers_left_in_float_stay_in_float_with_quantized_activations_too() -> None:
     model = nets.made(nets.SmallNet)
     plan = Uniform(bits=4)(measure(model, SYMMETRIC, (4,), skip=["fc"])).with_activation_bits(8)
-    checks = pt2e.verify(converted(model, plan, IMAGES), plan, model)
+    checks = pt2e.verify(converted(model, plan, IMAGES), plan, model, batch=IMAGES)
     assert [check.layer for check in checks] == ["conv1", "conv2"]
 
 
@@ -118,7 +118,7 @@ def test_tied_weights_are_one_layer() -> None:
     model, given = nets.made(nets.Tied), torch.randn(2, 8, generator=torch.Generator().manual_seed(4))
     plan = planned(model)
     made = converted(model, plan, given)
-    pt2e.verify(made, plan, model)
+    pt2e.verify(made, plan, model, batch=given)
     with torch.no_grad():
         assert made(given).equal(apply(model, plan)(given))
 
@@ -201,7 +201,7 @@ def test_verify_reads_how_activations_are_quantized() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model, SYMMETRIC).with_activation_bits(8)
     made = converted(model, plan, IMAGES)
-    pt2e.verify(made, plan, model)
+    pt2e.verify(made, plan, model, batch=IMAGES)
     for node in made.graph.nodes:
         if str(node.target).startswith(
             ("quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor")

@@ -64,7 +64,7 @@ def test_it_is_our_fake_quantization_to_the_bit(net: type[nn.Module], scheme: Af
     for allocator in ALLOCATORS:
         plan = planned(model, scheme, allocator)
         quantized, ours = torchao.apply(model, plan), simulated(model, plan)
-        assert {check.layer for check in torchao.verify(quantized, plan, model)} == set(plan.by_name)
+        assert {check.layer for check in torchao.verify(quantized, plan, model, batch=given)} == set(plan.by_name)
         for name, weight in quantizable_weights(quantized).items():
             assert weight.dequantize().equal(quantizable_weights(ours)[name])
         with torch.no_grad():
@@ -76,7 +76,7 @@ def test_tied_weights_stay_tied() -> None:
     model = tied_net()
     plan = planned(model)
     quantized = torchao.apply(model, plan)
-    torchao.verify(quantized, plan, model)
+    torchao.verify(quantized, plan, model, batch=TOKENS)
     assert quantized.embed.weight is quantized.lm_head.weight
     untied = copy.deepcopy(quantized)
     untied.lm_head.weight = copy.deepcopy(untied.lm_head.weight)
@@ -90,7 +90,7 @@ def test_a_state_dict_comes_back_from_disk(tmp_path: Path) -> None:
     torch.save(torchao.apply(model, plan).state_dict(), tmp_path / "net.pt")
     again = TextNet().eval()
     again.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True), assign=True)
-    torchao.verify(again, plan, model)
+    torchao.verify(again, plan, model, batch=TOKENS)
 
 
 def test_safetensors_hold_it_too(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_safetensors_hold_it_too(tmp_path: Path) -> None:
         state = unflatten_tensor_state_dict(read, file.metadata())
     again = TextNet().eval()
     again.load_state_dict(state[0] if isinstance(state, tuple) else state, assign=True)
-    torchao.verify(again, plan, model)
+    torchao.verify(again, plan, model, batch=TOKENS)
 
 
 def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
@@ -115,7 +115,7 @@ def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
     plan = planned(model, allocator=Uniform(bits=8))
     inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
     dynamic = torchao.apply(model, plan.with_activation_bits(8))
-    torchao.verify(dynamic, plan.with_activation_bits(8), model)
+    torchao.verify(dynamic, plan.with_activation_bits(8), model, batch=inputs)
     with torch.no_grad():
         weights_only, reached = torchao.apply(model, plan)(inputs), dynamic(inputs)
     assert not reached.equal(weights_only)
@@ -185,10 +185,10 @@ class OwnProduct(nn.Linear):
 
 def test_layers_that_compute_in_their_own_way_are_refused() -> None:
     model = nn.Sequential(OwnProduct(8, 4)).eval()
-    with pytest.raises(MismatchError, match="'0' computes in its own way"):
+    with pytest.raises(MismatchError, match="'0' is a OwnProduct, which computes in its own way"):
         torchao.apply(model, planned(model))
     plain = nn.Sequential(nets.OwnLinear(8, 4)).eval()
-    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain)
+    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain, batch=torch.randn(3, 8))
 
 
 def test_stock_configs_quantize_what_the_plan_says() -> None:
