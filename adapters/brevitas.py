@@ -21,10 +21,8 @@ from brevitas import config
 from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import Tensor, nn
 
-from mpq_plugins.borrowed import borrowed_in_source
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MismatchError, SettingError, first_few
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
+from mpq_plugins.fold import conv_bn_pairs, folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.plain import HARMLESS, standard_class, why_not_plain
 from mpq_plugins.plan import LayerChoice, Plan
@@ -40,7 +38,16 @@ from .brevitas_round import learned_round
 from .brevitas_train import distillation, train
 from .brevitas_tune import calibrate, correct_bias, gpfq, gptq
 from .brevitas_verify import LayerCheck, verify
-from .folded import FLOAT, check_max_norm, check_model, check_plan, check_sizes, planned_by_name, planned_layers
+from .folded import (
+    FLOAT,
+    check_max_norm,
+    check_model,
+    check_plan,
+    check_sizes,
+    lent_weights,
+    planned_by_name,
+    planned_layers,
+)
 
 __all__ = [
     "CAPABILITIES", "FORMATS", "LayerCheck", "calibrate", "correct_bias", "distillation", "export", "gpfq", "gptq",
@@ -82,7 +89,7 @@ def to_brevitas(
     _check(plan, model)
     names = (ternary,) if isinstance(ternary, str) else ternary
     _check_ternary(plan, names)
-    quantized = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    quantized = folded_copy(model, plan)
     with brevitas_settings_kept():
         config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
         for layer in planned_layers(plan):
@@ -176,7 +183,7 @@ def _check(plan: Plan, model: nn.Module) -> None:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
     aside = _held_aside(model)
     problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model, aside)]
-    borrowed = borrowed_in_source(model)
+    borrowed = lent_weights(model)
     problems += [
         f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
         for name in planned_by_name(plan)
@@ -225,7 +232,7 @@ def _check_layerwise(plan: Plan, model: nn.Module) -> None:
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
         if "" in layer.names or any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
             problems.append(f"{layer.name!r} is the model itself or in a fused kernel's reach, and would stay in float")
-    if plan.fold_bn and conv_bn_pairs(model):
+    if plan.fold_bn and conv_bn_pairs(model, plan.skipped):
         problems.append("the plan was measured with BatchNorm folded in: fold_batch_norm(model) first")
     if problems:
         raise MismatchError(f"layerwise_quantize cannot take this plan: {first_few(problems)}. Use to_brevitas")

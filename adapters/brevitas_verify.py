@@ -10,7 +10,6 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
 from mpq_plugins.errors import SettingError, VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
@@ -19,7 +18,7 @@ from mpq_plugins.weights import layer_kind
 from .brevitas_graph import quiet_state_dict
 from .brevitas_quant import channel_bits
 from .brevitas_read import WeightCodes, input_bits, is_calibrated, is_quantized, weight_codes
-from .folded import changed_state, check_model, check_types, planned_by_name, planned_layers
+from .folded import as_measured, changed_state, check_model, check_types, planned_by_name, planned_layers
 from .outputs import output_problems
 
 
@@ -51,7 +50,7 @@ def verify(
         raise SettingError("batch: its outputs are compared with the float model's; give the model too")
     if model is not None:
         check_model(plan, model)
-    original = fold_batch_norm(model) if model is not None and plan.fold_bn else model
+    original = None if model is None else as_measured(model, plan)
     planned = planned_by_name(plan)
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
     problems = [f"{name!r} is missing" for name in planned if name not in found]

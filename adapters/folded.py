@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins.activation_ranges import refuse_input_ranges
+from mpq_plugins.borrowed import borrowed_in_source
 from mpq_plugins.errors import MismatchError, SettingError, first_few
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
+from mpq_plugins.fold import borrowed_weights, conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
@@ -52,6 +53,16 @@ def planned_layers(plan: Plan) -> list[LayerChoice]:
 def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:
     """The same by name, and by the tied names of their weights."""
     return {name: layer for layer in planned_layers(plan) for name in layer.names}
+
+
+def as_measured(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model that the plan was made for: with BatchNorm folded in, in a copy, or itself."""
+    return fold_batch_norm(model, plan.skipped) if plan.fold_bn else model
+
+
+def lent_weights(model: nn.Module) -> set[str]:
+    """Names of parameters that are used outside their layer, as torch.fx sees it or as the model's code says."""
+    return borrowed_weights(model) | borrowed_in_source(model)
 
 
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:

@@ -8,10 +8,9 @@ from torch import nn
 
 from mpq_plugins.apply import verify as verify_simulated
 from mpq_plugins.errors import VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.plan import Plan
 
-from .folded import changed_modules, changed_state, check_model, check_module, planned_by_name
+from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
 from .outputs import output_problems
 
 RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
@@ -44,7 +43,7 @@ def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> 
         _check_outputs(module, plan, model, batch)
         return checks
     verify_simulated(module, plan, model)
-    original = fold_batch_norm(model) if plan.fold_bn else model
+    original = as_measured(model, plan)
     weights = {f"{name}.weight" if name else "weight" for name in plan.by_any_name}
     changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
     if changed:

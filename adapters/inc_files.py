@@ -23,7 +23,7 @@ from mpq_plugins.errors import (
 )
 from mpq_plugins.files import exists, write_text
 from mpq_plugins.fingerprint import model_digest, tensors_digest
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.fold import folded_copy
 from mpq_plugins.match import match
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
@@ -88,7 +88,7 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
         return _load_native(path, model)
     plan, carried = read_carried(path / WEIGHTS, FORMAT, "inc.save", "digest")
     match(plan, model).require(type(model).__name__)
-    quantized = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    quantized = folded_copy(model, plan)
     try:
         _check_dtypes(load_file(str(path / WEIGHTS)), quantized, folder)
         load_model(quantized, str(path / WEIGHTS))

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins.errors import VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.simulate import simulate
 from mpq_plugins.weights import layer_kind
 
-from .folded import changed_modules, changed_state, check_model, check_module, planned_by_name
+from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
 from .inc_quiet import quiet_import
 from .outputs import output_problems
 
@@ -50,7 +49,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     """
     check_model(plan, model)
     check_module(quantized)
-    original = fold_batch_norm(model) if plan.fold_bn else model
+    original = as_measured(model, plan)
     planned = planned_by_name(plan)
     wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}
     found = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
-from mpq_plugins.borrowed import borrowed_in_source
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.fold import folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plain import why_not_plain
@@ -29,7 +27,17 @@ from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import changed_state, check_max_norm, check_model, check_plan, check_sizes, planned_by_name, planned_layers
+from .folded import (
+    as_measured,
+    changed_state,
+    check_max_norm,
+    check_model,
+    check_plan,
+    check_sizes,
+    lent_weights,
+    planned_by_name,
+    planned_layers,
+)
 from .outputs import output_problems
 
 CAPABILITIES = Capabilities(
@@ -75,7 +83,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     used where torchao's tensors fail) and SettingError (a plan that torchao cannot run), naming layers and remedy.
     """
     _check(plan, model)
-    quantized = fold_batch_norm(model) if plan.fold_bn else duplicate(model)
+    quantized = folded_copy(model, plan)
     weights = quantizable_weights(quantized)
     for layer in planned_layers(plan):
         parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
@@ -117,7 +125,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     for another model, SettingError where the float model does not run on the batch.
     """
     check_model(plan, model)
-    original_model = fold_batch_norm(model) if plan.fold_bn else model
+    original_model = as_measured(model, plan)
     original = quantizable_weights(original_model)
     stored = quantizable_weights(quantized)
     planned = {layer.name: layer for layer in planned_layers(plan)}
@@ -151,7 +159,7 @@ def _check(plan: Plan, model: nn.Module) -> None:
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     check_sizes(plan, "torchao")
-    borrowed = borrowed_in_source(model)
+    borrowed = lent_weights(model)
     problems = [problem for name in planned_by_name(plan) for problem in _troubles(name, model, borrowed)]
     if problems:
         raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")
