@@ -1,6 +1,6 @@
 """What backends that fold BatchNorm themselves are given: the folded weights, and their integers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -139,13 +139,7 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
         raise SettingError(
             f"{backend}: quantizes float32 weights alone, not {first_few(other, ', ')}; call model.float()"
         )
-    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in unfolded_norms(model).items()]
-    if wrong:
-        raise MismatchError(
-            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
-            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
-            "use mpq_plugins.apply or the torchao adapter, which do not fold"
-        )
+    refuse_wrong_pairs(unfolded_norms(model), backend)
     pairs = {} if plan.fold_bn else conv_bn_pairs(model)
     unfolded = [
         f"{layer.name!r}"
@@ -156,6 +150,17 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
         raise MismatchError(
             f"{first_few(unfolded, ', ')}: measured unfolded, and {backend} folds BatchNorm, which changes the scale "
             "of a whole tensor: measure(model, fold_bn=True), or per_channel"
+        )
+
+
+def refuse_wrong_pairs(pairs: Mapping[str, str], backend: str) -> None:
+    """Raise MismatchError for layers that feed a BatchNorm which a backend would fold into them, and may not."""
+    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in pairs.items()]
+    if wrong:
+        raise MismatchError(
+            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
+            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
+            "use mpq_plugins.apply or the torchao adapter, which do not fold"
         )
 
 

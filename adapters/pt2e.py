@@ -34,9 +34,26 @@ from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plan import LayerChoice, Plan
 
-from .folded import biases_of, check_folding, check_max_norm, check_model, integers_of, planned_by_name, planned_layers
+from .folded import (
+    biases_of,
+    check_folding,
+    check_max_norm,
+    check_model,
+    integers_of,
+    planned_by_name,
+    planned_layers,
+    refuse_wrong_pairs,
+)
 from .outputs import output_problems
-from .pt2e_fold import attribute, computed_weights, folding_factors, graph_problem, traced_fold, weight_names
+from .pt2e_fold import (
+    attribute,
+    computed_weights,
+    folding_factors,
+    graph_problem,
+    traced_fold,
+    weight_names,
+    wrong_pairs,
+)
 
 CAPABILITIES = Capabilities(
     backend="pt2e",
@@ -232,9 +249,10 @@ def _check(plan: Plan, model: nn.Module) -> None:
         )
     try:
         check_folding(plan, model, "PT2E")
-    except SourceError:  # torch.fx cannot trace it; the exported graph says what was folded
+    except SourceError:  # torch.fx cannot trace it all; the exported graph says what was folded
         if plan.fold_bn:
             raise
+        refuse_wrong_pairs(wrong_pairs(model), "PT2E")
 
 
 def _is(node: torch.fx.Node, operator: str) -> bool:

@@ -1,5 +1,6 @@
 """What PT2E has folded into an exported graph, read from the graph: norms that torch.fx does not show are there too."""
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_unflatten
 
 from mpq_plugins.batches import evaluating
 from mpq_plugins.errors import SourceError, what_it_said
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.fold import fold_batch_norm, unfolded_norms
 from mpq_plugins.quantize.regions import channel_rows
 from mpq_plugins.tracing import BATCH_NORMS, opened_trace
 from mpq_plugins.weights import channel_axis_of, layer_kind
@@ -76,10 +77,29 @@ def computed_weights(model: nn.Module) -> list[str]:
 
     PT2E, which goes by operators, fails to fold the norm into that.
     """
+    found = ((prefix, _computed_weights(part)) for prefix, part in traceable_parts(model))
+    return [f"{prefix}{name}" for prefix, names in found for name in names]
+
+
+def wrong_pairs(model: nn.Module) -> dict[str, str]:
+    """As `fold.unfolded_norms`, of the parts of a model that torch.fx can trace."""
+    found = ((prefix, unfolded_norms(part)) for prefix, part in traceable_parts(model))
+    return {f"{prefix}{layer}": f"{prefix}{norm}" for prefix, pairs in found for layer, norm in pairs.items()}
+
+
+def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules of a model that torch.fx can trace, after what their layers' names begin with."""
     try:
-        graph = opened_trace(model)
+        opened_trace(model)
     except SourceError:
-        return []
+        for name, child in model.named_children():
+            yield from traceable_parts(child, f"{prefix}{name}.")
+    else:
+        yield prefix, model
+
+
+def _computed_weights(model: nn.Module) -> list[str]:
+    graph = opened_trace(model)
     norms = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, BATCH_NORMS)}
     found = []
     for node in graph.nodes:

@@ -321,6 +321,68 @@ def test_borrowing_is_seen_in_the_source_where_nothing_can_be_traced() -> None:
         mpq_brevitas.to_brevitas(model, planned(model))
 
 
+def test_reading_a_weights_dtype_is_no_use_of_it() -> None:
+    class Reads(nets.SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self.fc.weight.dtype).to(self.conv1.weight.device))
+
+    model = nets.made(Reads)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
+
+
+def test_a_weight_lent_out_of_torch_fx_sight_is_refused() -> None:
+    class Branches(nets.Lending):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model = nets.made(Branches)
+    with pytest.raises(MismatchError, match="'fc' lends its weight to a functional call"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_what_others_read_of_a_layer_is_still_there() -> None:
+    class Scales(nets.SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc.gain = 2.0  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.fc.gain
+
+    model = nets.made(Scales)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0)).eval()
+    with pytest.raises(MismatchError, match=r"'1' \[0, 4\]: no weights there, which brevitas cannot quantize: skip it"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_models_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
+
+
+def test_outputs_are_compared_with_the_float_models() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    quantized: Any = mpq_brevitas.to_brevitas(model, plan)
+    with pytest.raises(
+        SettingError, match="batch: its outputs are compared with the float model's; give the model too"
+    ):
+        mpq_brevitas.verify(quantized, plan, batch=IMAGES)
+    quantized.relu.forward = lambda x: x
+    mpq_brevitas.verify(quantized, plan, model)
+    with pytest.raises(VerifyError, match=r"on the batch, beside mpq_plugins.apply's, its output is off by"):
+        mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)
+
+
 def test_a_transformer_runs_without_the_fused_kernel_that_would_take_float_weights() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

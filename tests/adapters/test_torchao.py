@@ -183,6 +183,54 @@ class OwnProduct(nn.Linear):
         return x @ self.weight.t()
 
 
+@pytest.mark.parametrize("net", [nets.Functional, nets.Lending])
+def test_a_weight_that_a_functional_call_uses_is_refused(net: type[nn.Module]) -> None:
+    model = nets.made(net)
+    with pytest.raises(MismatchError, match=r"'fc' lends its weight to a functional call.*skip it"):
+        torchao.apply(model, planned(model))
+    plan = Uniform(bits=4)(measure(model, SCHEMES[1], (4,), skip=["fc"]))
+    torchao.verify(torchao.apply(model, plan), plan, model, batch=IMAGES)
+
+
+class Centred(nn.Conv2d):
+    """A subclass whose convolution takes another weight."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def test_methods_below_forward_are_looked_at_and_hooks_stay() -> None:
+    model = nn.Sequential(Centred(3, 8, 3), nn.Conv2d(8, 4, 3)).eval()
+    with pytest.raises(MismatchError, match=r"'0' is a Centred, which computes in its own way \(_conv_forward\)"):
+        torchao.apply(model, planned(model))
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).eval()
+    plain[0].register_forward_hook(lambda _, __, y: y.relu())
+    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain, batch=IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0)).eval()
+    with pytest.raises(MismatchError, match=r"'1' \[0, 4\]: no weights there, which torchao cannot quantize: skip it"):
+        torchao.apply(model, planned(model))
+
+
+def test_a_quantized_model_is_not_measured_again() -> None:
+    model = nets.made(nets.SmallNet)
+    quantized = torchao.apply(model, planned(model))
+    with pytest.raises(MPQError, match="layer 'conv1': is quantized already"):
+        measure(quantized, SCHEMES[1], (4,))
+    with pytest.raises(MPQError, match="layer 'conv1': is quantized already"):
+        torchao.apply(quantized, planned(model))
+
+
+def test_models_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nets.made(TextNet)
+    plan = planned(model)
+    torchao.verify(torchao.apply(model, plan), plan, model, batch=TOKENS)
+
+
 def test_layers_that_compute_in_their_own_way_are_refused() -> None:
     model = nn.Sequential(OwnProduct(8, 4)).eval()
     with pytest.raises(MismatchError, match="'0' is a OwnProduct, which computes in its own way"):
