@@ -41,16 +41,15 @@ THROUGH = {
     "zip", "enumerate", "reversed", "list", "tuple", "dict", "sorted", "set", "iter", "next", "filter", "islice",
     "chain", "cast",
 }  # fmt: skip
+BY_PATH = {"get_submodule", "get_parameter"}
 OF_CONTAINERS = {"values", "items", "get", "pop", "copy"}
 OF_MODULES: dict[str, Callable[[nn.Module], Iterable[Any]]] = {
     "children": nn.Module.children,
     "named_children": nn.Module.children,
     "modules": nn.Module.modules,
     "named_modules": nn.Module.modules,
-    "get_submodule": nn.Module.modules,
     "parameters": nn.Module.parameters,
     "named_parameters": nn.Module.parameters,
-    "get_parameter": nn.Module.parameters,
     "state_dict": nn.Module.parameters,
 }
 CONTAINERS = (list, tuple, dict, set, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
@@ -349,6 +348,8 @@ class _Body(ast.NodeVisitor):
             return self._super()
         if name == "getattr" and len(node.args) > 1:
             return self._getattr(args[0], node.args[1]) | (args[2] if len(args) > 2 else {})
+        if name in BY_PATH and node.args and any(isinstance(one, nn.Module) for one in held.values()):
+            return self._getattr(held, node.args[0])
         if name in THROUGH and not held:
             return self.inside(_union(args))
         if name in OF_CONTAINERS and any(isinstance(one, CONTAINERS) for one in held.values()):
@@ -371,7 +372,9 @@ class _Body(ast.NodeVisitor):
 
     def _getattr(self, given: Objects, name: ast.expr) -> Objects:
         if isinstance(name, ast.Constant):
-            return _union(self.reader.attribute(one, str(name.value)) for one in given.values())
+            for part in str(name.value).split("."):
+                given = _union(self.reader.attribute(one, part) for one in given.values())
+            return given
         self.value(name)
         modules = [one for one in given.values() if isinstance(one, nn.Module)]
         return _objects(

@@ -71,8 +71,9 @@ def _bound_to_the_original(model: "nn.Module") -> Iterator[tuple[str, str, "nn.M
         own = () if _is_compiled(module) else vars(module).values()
         for function in (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             for held in _surrounding(function) if isfunction(function) else ():
-                target = held.__self__ if isinstance(held, MethodType) else held
-                if id(target) in modules and (held is not target or _computes_with(function, target)):
+                is_method = isinstance(held, MethodType)
+                target = modules.get(id(held.__self__ if is_method else held))
+                if target is not None and (is_method or _computes_with(function, target)):
                     yield name, function.__name__, target
 
 

@@ -258,10 +258,11 @@ def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:
 
 def _refused(name: str, kind: str, weight: object, refusal: str) -> Weight:
     """A layer that is only named: nothing of its weight is read but its shape, where it has one."""
-    known = isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter)
-    shape, dtype = (tuple(weight.shape), weight.dtype) if known else ((), torch.float32)
     axis = channel_axis_of(kind)
-    return Weight(name, kind, shape, dtype, axis, MemoryRows(torch.empty(0), axis), refusal=refusal)
+    nothing = Weight(name, kind, (), torch.float32, axis, MemoryRows(torch.empty(0), axis), refusal=refusal)
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
+        return nothing
+    return replace(nothing, shape=tuple(weight.shape), dtype=weight.dtype)
 
 
 def _select(

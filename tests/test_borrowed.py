@@ -65,7 +65,8 @@ def use_bias(self: Any, x: Tensor) -> Tensor:
 
 
 def use_operand(self: Any, x: Tensor) -> Tensor:
-    return x @ self.a.weight.data
+    result: Tensor = x @ self.a.weight.data
+    return result
 
 
 def use_local(self: Any, x: Tensor) -> Tensor:
@@ -84,7 +85,8 @@ def use_loop(self: Any, x: Tensor) -> Tensor:
 
 
 def use_index(self: Any, x: Tensor) -> Tensor:
-    return F.linear(x, self.many[1].weight) + self.many[0](x)
+    result: Tensor = F.linear(x, self.many[1].weight) + self.many[0](x)
+    return result
 
 
 def use_enumerate(self: Any, x: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ def use_getattr(self: Any, x: Tensor) -> Tensor:
 
 
 def use_helper(self: Any, x: Tensor) -> Tensor:
-    return through(x, self.a) + self.b(x)
+    result: Tensor = through(x, self.a) + self.b(x)
+    return result
 
 
 def use_method(self: Any, x: Tensor) -> Tensor:
@@ -152,7 +155,8 @@ def use_partial(self: Any, x: Tensor) -> Tensor:
 
 def use_inner(self: Any, x: Tensor) -> Tensor:
     def inner(y: Tensor) -> Tensor:
-        return y @ self.a.weight
+        result: Tensor = y @ self.a.weight
+        return result
 
     return inner(x)
 
@@ -164,7 +168,8 @@ def use_in_place(self: Any, x: Tensor) -> Tensor:
 
 
 def use_row(self: Any, x: Tensor) -> Tensor:
-    return x * self.a.weight[0]
+    result: Tensor = x * self.a.weight[0]
+    return result
 
 
 USES: dict[Callable[[Any, Tensor], Tensor], set[str]] = {
@@ -376,7 +381,7 @@ def test_patched_forwards_and_hooks_are_read() -> None:
     hooked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
     def adds(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-        return output @ hooked[0].weight
+        return output @ hooked.get_parameter("0.weight")
 
     hooked[1].register_forward_hook(adds)
     assert borrowed_in_source(hooked) == {"0.weight"}

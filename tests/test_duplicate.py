@@ -21,7 +21,7 @@ def holding(value: Any) -> nn.Module:
 
 
 def test_a_copy_shares_nothing() -> None:
-    model = holding([torch.ones(2)])
+    model: Any = holding([torch.ones(2)])
     copied: Any = duplicate(model)
     assert copied[0].weight.equal(model[0].weight)
     assert copied[0].weight is not model[0].weight
@@ -73,12 +73,12 @@ class Net(nn.Module):
 
 
 def patched_by_closure(model: Net) -> None:
-    model.first.forward = lambda x: x @ model.first.weight  # type: ignore[method-assign]
+    model.first.forward = lambda x: x @ model.first.weight  # type: ignore[assignment,method-assign]
 
 
 def patched_around_the_old(model: Net) -> None:
     old = model.first.forward
-    model.first.forward = lambda x: 2 * old(x)  # type: ignore[method-assign]
+    model.first.forward = lambda x: 2 * old(x)  # type: ignore[assignment,method-assign]
 
 
 def hooked_with_another_layer(model: Net) -> None:
@@ -91,7 +91,7 @@ def hooked_with_the_whole(model: Net) -> None:
 
 
 def by_default_argument(model: Net) -> None:
-    model.first.forward = lambda x, layer=model.second: layer(x)  # type: ignore[misc]
+    model.first.forward = lambda x, layer=model.second: layer(x)  # type: ignore[method-assign,misc]
 
 
 @pytest.mark.parametrize(
@@ -120,4 +120,5 @@ def test_functions_that_use_none_and_methods_are_copied() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_is_copied() -> None:
     compiled: Any = torch.compile(Net())
-    assert duplicate(compiled).first.weight.equal(compiled.first.weight)
+    copied: Any = duplicate(compiled)
+    assert copied.first.weight.equal(compiled.first.weight)

@@ -147,7 +147,7 @@ def weighing(weight: object) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
 def test_what_is_kept_in_another_form_is_refused_by_name_unless_skipped() -> None:
     torchao = pytest.importorskip("torchao.quantization")
-    packed = torchao.IntxUnpackedToInt8Tensor.from_hp(torch.randn(4, 4), (1, 4), torch.int4)
+    packed = torchao.IntxUnpackedToInt8Tensor.from_hp(torch.randn(4, 4), (1, 4), torch.int8)
     dense = torch.randn(4, 4)
     for weight, said in (
         (nn.Parameter(packed, requires_grad=False), r"quantized already.*\(IntxUnpackedToInt8Tensor\)"),

@@ -17,7 +17,8 @@ class Standardised(nn.Conv2d):
     """Convolves with what is left of its weight without the mean."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+        result: Tensor = super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+        return result
 
 
 class Doubled(nn.Conv2d):
@@ -53,7 +54,8 @@ class NormAndSum(Normalised):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
-        return self.norm(y) + y
+        result: Tensor = self.norm(y) + y
+        return result
 
 
 class FrozenNorm(nn.Module):
@@ -66,7 +68,8 @@ class FrozenNorm(nn.Module):
         self.register_buffer("gain", torch.randn(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, *map(self.get_buffer, ("mean", "var", "gain")))
+        mean, var, gain = map(self.get_buffer, ("mean", "var", "gain"))
+        return F.batch_norm(x, mean, var, gain)
 
 
 class Asks(nn.Module):
@@ -112,7 +115,8 @@ class Lends(nn.Module):
             return backwards(y, self.first[0])  # type: ignore[arg-type]
         if self.how == "name":
             return backwards(y, getattr(self, "first")[0])  # noqa: B009
-        weight: Any = self.aside[0].weight if self.how == "list" else self.first[0].weight.data.squeeze()
+        layer: Any = self.first[0]
+        weight: Any = self.aside[0].weight if self.how == "list" else layer.weight.data.squeeze()
         return F.conv_transpose2d(y, weight, padding=1)
 
 
@@ -229,7 +233,7 @@ def hooked(before: bool) -> nn.Module:
 
 def patched() -> nn.Module:
     layer = conv()
-    layer.forward = lambda x: F.conv2d(x, layer.weight, padding=1)  # type: ignore[method-assign]
+    layer.forward = lambda x: F.conv2d(x, layer.weight, padding=1)  # type: ignore[assignment,method-assign]
     return layer
 
 

@@ -348,7 +348,8 @@ def test_what_others_read_of_a_layer_is_still_there() -> None:
             self.fc.gain = 2.0  # type: ignore[assignment]
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * self.fc.gain
+            logits: Tensor = super().forward(x) * float(self.fc.gain)  # type: ignore[arg-type]
+            return logits
 
     model = nets.made(Scales)
     plan = planned(model)

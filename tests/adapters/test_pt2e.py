@@ -234,7 +234,8 @@ class Functional(nn.Module):
         self.register_buffer("shift", torch.linspace(-1, 1, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.batch_norm(x, *map(self.get_buffer, ("mean", "var", "gain", "shift")), training=False)
+        mean, var, gain, shift = map(self.get_buffer, ("mean", "var", "gain", "shift"))
+        return nn.functional.batch_norm(x, mean, var, gain, shift)
 
 
 class Frozen(nets.SmallNet):

@@ -196,7 +196,8 @@ class Centred(nn.Conv2d):
     """A subclass whose convolution takes another weight."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(x, weight - weight.mean(), bias)
+        result: Tensor = super()._conv_forward(x, weight - weight.mean(), bias)
+        return result
 
 
 def test_methods_below_forward_are_looked_at_and_hooks_stay() -> None:
