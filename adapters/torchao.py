@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
+from mpq_plugins.borrowed import borrowed_uses
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_few
 from mpq_plugins.fold import folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
@@ -56,13 +58,15 @@ CONFIG_CAPABILITIES = Capabilities(
     granularities=("per_channel", "per_group"),
 )
 DYNAMIC = "int8_asym_per_token"
+FUNCTIONS = {F.linear, F.embedding, F.conv1d, F.conv2d}
+"""What of torch's functions takes such a tensor for its weight; of arguments by name, torchao's lose some."""
 
 
 @IntxUnpackedToInt8Tensor.implements(torch.ops.aten.conv1d.default)  # type: ignore[untyped-decorator]
-@IntxUnpackedToInt8Tensor.implements_torch_function(torch.nn.functional.conv1d)  # type: ignore[untyped-decorator]
+@IntxUnpackedToInt8Tensor.implements_torch_function(F.conv1d)  # type: ignore[untyped-decorator]
 def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     inputs, weight, *rest = args
-    convolved: Tensor = torch.nn.functional.conv1d(inputs, weight.dequantize(), *rest, **(kwargs or {}))
+    convolved: Tensor = F.conv1d(inputs, weight.dequantize(), *rest, **(kwargs or {}))
     return convolved
 
 
@@ -159,7 +163,8 @@ def _check(plan: Plan, model: nn.Module) -> None:
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     check_sizes(plan, "torchao")
-    borrowed = lent_weights(model)
+    uses = borrowed_uses(model)
+    borrowed = {name for name in lent_weights(model) if not uses.get(name, {None}) <= FUNCTIONS}
     problems = [problem for name in planned_by_name(plan) for problem in _troubles(name, model, borrowed)]
     if problems:
         raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")

@@ -55,8 +55,12 @@ OF_MODULES: dict[str, Callable[[nn.Module], Iterable[Any]]] = {
 CONTAINERS = (list, tuple, dict, set, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 PASSES = 4  # over a function, as long as more is found to be assigned to its names
 
+WEIGHT = 1  # where F.linear, F.embedding and the convolutions take their weight
+
 Objects = dict[int, Any]
 """What an expression may be, by identity: modules, parameters, functions and containers of them."""
+Uses = dict[int, set[Any]]
+"""Parameters by identity, and the functions that take each for their weight; None among them for any other use."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +74,50 @@ class _Super:
 def borrowed_in_source(model: nn.Module) -> set[str]:
     """Names of the parameters that code outside their own module computes with, under each of their owners' names.
 
-    A layer's own forward uses its own weight, which is no borrowing. Code that cannot be read (none is found, or it is
-    compiled) is judged by the names in it, and borrows every parameter that they could mean.
+    A layer's own forward uses its own weight, which is no borrowing; a hook on it is other code. Code that cannot be
+    read (none is found, or it is compiled) is judged by the names in it, and borrows every parameter that they could
+    mean.
+    """
+    return {*borrowed_uses(model)}
+
+
+def borrowed_uses(model: nn.Module) -> dict[str, set[Any]]:
+    """The same names, each with the functions that take it as their second argument, where all are given by position.
+
+    None among them stands for other uses.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for own, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, f"{prefix}.{own}" if prefix else own))
-    found: set[str] = set()
+    found: dict[str, set[Any]] = {}
     for module in model.modules():
-        for used in _used_by(module):
+        is_layer = standard_class(module) is not None
+        for used, functions in _used_by_forward(module).items():
             holders = owners.get(used, [])
-            if standard_class(module) is not None and any(owner is module for owner, _ in holders):
+            if is_layer and any(owner is module for owner, _ in holders):
                 continue  # a layer's own, which others may be tied to
-            found |= {name for owner, name in holders if owner is not module}
+            for name in (name for owner, name in holders if owner is not module):
+                found.setdefault(name, set()).update(functions)
+        for used, functions in _used_by_hooks(module).items():
+            for _, name in owners.get(used, []):
+                found.setdefault(name, set()).update(functions)
     return found
 
 
-def _used_by(module: nn.Module) -> set[int]:
-    """The identities of the parameters that a module's code computes with."""
+def _used_by_forward(module: nn.Module) -> Uses:
     reader = _Reader()
-    entry = {id(module): module}
     for own in ("forward", "__call__"):
         for function in reader.attribute(module, own).values():
             reader.use(reader.call(function, [], {}))
+    return reader.used
+
+
+def _used_by_hooks(module: nn.Module) -> Uses:
+    reader = _Reader()
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        reader.call(hook, [entry], {})
+        reader.call(hook, [{id(module): module}], {})
     return reader.used
 
 
@@ -104,14 +125,14 @@ class _Reader:
     """Follows functions, and notes which tensors they compute with."""
 
     def __init__(self) -> None:
-        self.used: set[int] = set()
+        self.used: Uses = {}
         self.known: dict[object, Objects] = {}
 
-    def use(self, objects: Objects) -> None:
-        """Note what is used as a value; code that is handed over will be called."""
+    def use(self, objects: Objects, function: Any = None) -> None:
+        """Note what is used as a value, or as a function's weight; code that is handed over will be called."""
         for value in [*objects.values(), *_within(objects).values()]:
             if isinstance(value, Tensor):
-                self.used.add(id(value))
+                self.used.setdefault(id(value), set()).add(function)
             elif _is_code(value) and not isinstance(value, nn.Module):
                 self.call(value, [], {})
 
@@ -121,7 +142,7 @@ class _Reader:
             if name == "data":
                 return _objects([value])
             if name not in METADATA:
-                self.used.add(id(value))
+                self.use({id(value): value})
             return {}
         if isinstance(value, _Super):
             mro = type(value.instance).__mro__
@@ -163,8 +184,8 @@ class _Reader:
             return self.call(forward, bound, kwargs) if any(args) or any(kwargs.values()) else {}
         function = inspect.unwrap(callee) if inspect.isfunction(callee) else None
         if function is None or _is_torchs(function):
-            for given in (*args, *kwargs.values()):
-                self.use(given)
+            for place, given in (*enumerate(args), *kwargs.items()):
+                self.use(given, callee if place == WEIGHT and not kwargs else None)
             return {}
         return self._follow(function, args, kwargs)
 
@@ -177,7 +198,8 @@ class _Reader:
         tree = _tree(function)
         if tree is None:
             given = (one for objects in bound.values() for one in objects.values())
-            self.used |= _named_in_code(function.__code__, [*_closed_over(function), *given])
+            for used in _named_in_code(function.__code__, [*_closed_over(function), *given]):
+                self.used.setdefault(used, set()).add(None)
             return {}
         body = _Body(self, function, bound)
         for _ in range(PASSES):
@@ -282,7 +304,7 @@ class _Body(ast.NodeVisitor):
         found: Objects = {}
         for one in self.value(node.value).values():
             if isinstance(one, Tensor):
-                self.reader.used.add(id(one))
+                self.reader.use({id(one): one})
             elif isinstance(one, CONTAINERS):
                 found |= _objects(_item(one, node.slice))
         return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from mpq_plugins.borrowed import borrowed_in_source
+from mpq_plugins.borrowed import borrowed_in_source, borrowed_uses
 
 
 class Base(nn.Module):
@@ -385,6 +385,22 @@ def test_patched_forwards_and_hooks_are_read() -> None:
 
     hooked[1].register_forward_hook(adds)
     assert borrowed_in_source(hooked) == {"0.weight"}
+
+
+def test_functions_that_take_a_weight_as_theirs_are_told_apart() -> None:
+    def mixed(self: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, self.a.weight) + F.linear(x, weight=self.many[1].weight)
+        return F.linear(self.b.weight, F.linear(y, self.b.weight)) @ F.linear(y, F.normalize(self.many[0].weight))
+
+    assert borrowed_uses(net(mixed)) == {
+        "a.weight": {F.linear}, "b.weight": {F.linear, None}, "many.0.weight": {None}, "many.1.weight": {None}
+    }  # fmt: skip
+
+
+def test_a_hook_is_not_its_layers_own_code() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda layer, _, y: y + layer.weight.sum())
+    assert borrowed_in_source(model) == {"0.weight"}
 
 
 def test_code_without_source_is_judged_by_its_names() -> None:

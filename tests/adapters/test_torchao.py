@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Plan, Uniform, measure
@@ -183,13 +184,55 @@ class OwnProduct(nn.Linear):
         return x @ self.weight.t()
 
 
-@pytest.mark.parametrize("net", [nets.Functional, nets.Lending])
-def test_a_weight_that_a_functional_call_uses_is_refused(net: type[nn.Module]) -> None:
+class TiedBack(nn.Module):
+    """Goes back by the weight it came by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(torch.relu(self.encode(x)), self.encode.weight, padding=1)
+
+
+class Transposed(TiedBack):
+    """Multiplies by a layer's weight the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.encode(x).mean((2, 3))
+        return y @ self.fc.weight.squeeze(1)
+
+
+class ByName(TiedBack):
+    """Gives a bias by name, which torchao's tensors lose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.encode(x).mean((2, 3)), self.fc.weight, bias=self.fc.bias)
+
+
+@pytest.mark.parametrize(("net", "layer"), [(TiedBack, "encode"), (Transposed, "fc"), (ByName, "fc")])
+def test_a_weight_that_torchaos_tensors_fail_on_elsewhere_is_refused(net: type[nn.Module], layer: str) -> None:
     model = nets.made(net)
-    with pytest.raises(MismatchError, match=r"'fc' lends its weight to a functional call.*skip it"):
+    with pytest.raises(MismatchError, match=rf"'{layer}' lends its weight to a functional call.*skip it"):
         torchao.apply(model, planned(model))
-    plan = Uniform(bits=4)(measure(model, SCHEMES[1], (4,), skip=["fc"]))
+    plan = Uniform(bits=4)(measure(model, SCHEMES[1], (4,), skip=[layer]))
     torchao.verify(torchao.apply(model, plan), plan, model, batch=IMAGES)
+
+
+class Functions(TextNet):
+    """Takes its layers' weights by functions that torchao's tensors know."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.embed.weight).transpose(1, 2)
+        x = F.conv1d(x, self.conv.weight, self.conv.bias).mean(dim=2)
+        return F.linear(torch.relu(self.hidden(x)), self.fc.weight)
+
+
+@pytest.mark.parametrize("net", [nets.Functional, nets.Lending, Functions])
+def test_functions_that_take_torchaos_tensors_are_no_reason_to_refuse(net: type[nn.Module]) -> None:
+    model, given = nets.made(net), TOKENS if net is Functions else IMAGES
+    plan = planned(model)
+    torchao.verify(torchao.apply(model, plan), plan, model, batch=given)
 
 
 class Centred(nn.Conv2d):
