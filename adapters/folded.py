@@ -77,8 +77,9 @@ def integers_of(plan: Plan, folded: nn.Module) -> dict[str, IntegerWeight]:
 
 
 def biases_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """The biases of all layers by name, tied ones too."""
-    layers = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
+    """The biases of all layers by name, under every name that a layer has."""
+    named = model.named_modules(remove_duplicate=False)
+    layers = [(name, module) for name, module in named if layer_kind(module)]
     return {name: cast("Tensor | None", getattr(module, "bias", None)) for name, module in layers}
 
 

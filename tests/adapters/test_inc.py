@@ -995,3 +995,43 @@ def test_names_that_the_model_lacks() -> None:
         inc.to_inc(plan, model=other)
     with pytest.raises(SettingError, match="algo: 'gptq' is not allowed; rtn"):
         inc.to_inc(plan, algo="gptq")
+
+
+class Lends(Prefixes):
+    """Multiplies by a layer's weight besides calling it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.lm_head.weight
+
+
+class Scaled(nn.Linear):
+    """Has a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_layers_that_a_packed_one_would_not_replace_are_refused() -> None:
+    lends, scaled, hooked = Lends().eval(), Prefixes().eval(), Prefixes().eval()
+    scaled.lm_head = Scaled(6, 4).eval()
+    hooked.lm_head.register_forward_hook(lambda _, __, y: y + 1)
+    for model, said in (
+        (lends, "'lm_head' lends its weight to a functional call"),
+        (scaled, "'lm_head' is a Scaled, which computes in its own way"),
+        (hooked, "'lm_head' has forward hooks"),
+    ):
+        plan = mixed(model)
+        with pytest.raises(MismatchError, match=f"{said}.*skip it, or use apply"):
+            incs.quantize(copy.deepcopy(model), inc.to_inc(plan))
+        inc.verify(inc.apply(model, plan), plan, model, batch=ROWS)
+        left = with_layer(plan, "lm_head", bits=32)
+        inc.verify(incs.quantize(copy.deepcopy(model), inc.to_inc(left)), left, model, batch=ROWS)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_kept_and_not_packed() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0)).eval()
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
+    inc.verify(inc.apply(model, plan), plan, model, batch=ROWS)
+    with pytest.raises(MismatchError, match=r"'1' \[0, 4\]: no weights there"):
+        inc.to_inc(plan)
