@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, layer_name, read_checkpoint
