@@ -14,9 +14,6 @@ Layers that the plan leaves in float stay torch's own. Scales are parameters tha
 widths are fixed.
 """
 
-import copy
-import inspect
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -25,8 +22,9 @@ from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, SettingError, first_few
-from mpq_plugins.fold import borrowed_weights, conv_bn_pairs, fold_batch_norm
+from mpq_plugins.fold import conv_bn_pairs, folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.plain import HARMLESS, standard_class, why_not_plain
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 
@@ -40,7 +38,16 @@ from .brevitas_round import learned_round
 from .brevitas_train import distillation, train
 from .brevitas_tune import calibrate, correct_bias, gpfq, gptq
 from .brevitas_verify import LayerCheck, verify
-from .folded import FLOAT, check_max_norm, check_model, check_plan, planned_by_name, planned_layers
+from .folded import (
+    FLOAT,
+    check_max_norm,
+    check_model,
+    check_plan,
+    check_sizes,
+    lent_weights,
+    planned_by_name,
+    planned_layers,
+)
 
 __all__ = [
     "CAPABILITIES", "FORMATS", "LayerCheck", "calibrate", "correct_bias", "distillation", "export", "gpfq", "gptq",
@@ -60,8 +67,7 @@ CAPABILITIES = Capabilities(
 )  # fmt: skip
 
 
-# What a subclass may say without computing otherwise, and what every module keeps of itself.
-OWN_NAMES = {"__module__", "__doc__", "__init__", "__qualname__", "__annotations__", "__constants__", "__parameters__"}
+# What every module keeps of itself.
 MODULE_NAMES = {*vars(nn.Module())}
 
 
@@ -83,7 +89,7 @@ def to_brevitas(
     _check(plan, model)
     names = (ternary,) if isinstance(ternary, str) else ternary
     _check_ternary(plan, names)
-    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    quantized = folded_copy(model, plan)
     with brevitas_settings_kept():
         config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
         for layer in planned_layers(plan):
@@ -147,8 +153,8 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         if id(old) in made:
             setattr(quantized.get_submodule(parent), own, made[id(old)])
             continue
-        weight, trains, standard = cast(nn.Parameter, old.weight), old.training, _standard_class(old)
-        assert standard is not None  # _check has seen to it
+        weight, trains = cast(nn.Parameter, old.weight), old.training
+        standard = next(cls for cls in LAYERS if isinstance(old, cls))
         settings: dict[str, Any] = {"weight_quant": weight_quantizer(weight, layer, ternary)}
         if not isinstance(old, nn.Embedding):
             settings["input_quant"] = activation_quantizer(activation_bits)
@@ -159,6 +165,7 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         made[id(old)] = new
         if getattr(old, "bias", None) is not None:
             new.bias = old.bias  # the parameter itself, frozen or not
+        vars(new).update({name: value for name, value in vars(old).items() if name not in vars(new)})
         new.train(trains)
         if old is quantized:
             root: nn.Module = new
@@ -171,15 +178,16 @@ def _check(plan: Plan, model: nn.Module) -> None:
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
+    check_sizes(plan, "brevitas")
     if config.JIT_ENABLED:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
     aside = _held_aside(model)
     problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model, aside)]
-    borrowed = borrowed_weights(model) | _borrowed_in_source(model)
+    borrowed = lent_weights(model)
     problems += [
         f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
         for name in planned_by_name(plan)
-        if f"{name}.weight" in borrowed
+        if (f"{name}.weight" if name else "weight") in borrowed
     ]
     if problems:
         raise MismatchError(f"brevitas cannot run this plan on {type(model).__name__}: {first_few(problems)}")
@@ -195,8 +203,10 @@ def _troubles(layer: LayerChoice, model: nn.Module, aside: set[int]) -> Iterator
             yield f"{name!r} is MultiheadAttention's own, which never calls it as a module: skip it"
         elif weight.dtype != FLOAT:
             yield f"{name!r} is {weight.dtype}, and Brevitas would round it otherwise: model.float(), or skip it"
-        elif _standard_class(module) is None:
-            yield f"{name!r} is a {own} that computes in its own way, which its Brevitas twin would not: skip it"
+        elif why_not_plain(module, hooks=False):
+            yield f"{name!r} {why_not_plain(module, hooks=False)}, and its Brevitas twin as torch's class: skip it"
+        elif _lost_names(module):
+            yield f"{name!r} is a {own} whose {_lost_names(module)} its Brevitas twin would lack: skip it"
         elif {*module.state_dict()} - {"weight", "bias"} or [*module.children()]:
             yield f"{name!r} is a {own} with state of its own, which its Brevitas twin would lose: skip it"
         elif id(module) in aside:
@@ -222,7 +232,7 @@ def _check_layerwise(plan: Plan, model: nn.Module) -> None:
         parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
         if "" in layer.names or any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
             problems.append(f"{layer.name!r} is the model itself or in a fused kernel's reach, and would stay in float")
-    if plan.fold_bn and conv_bn_pairs(model):
+    if plan.fold_bn and conv_bn_pairs(model, plan.skipped):
         problems.append("the plan was measured with BatchNorm folded in: fold_batch_norm(model) first")
     if problems:
         raise MismatchError(f"layerwise_quantize cannot take this plan: {first_few(problems)}. Use to_brevitas")
@@ -255,14 +265,11 @@ def _check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
             )
 
 
-def _standard_class(module: nn.Module) -> type[nn.Module] | None:
-    """The torch class that a module computes as, subclasses without methods of their own included."""
-    standard = next((cls for cls in LAYERS if isinstance(module, cls)), None)
-    if standard is None or "forward" in vars(module):
-        return None
-    mro = type(module).__mro__
-    own = {name for cls in mro[: mro.index(standard)] for name in vars(cls)}
-    return None if own - OWN_NAMES else standard
+def _lost_names(module: nn.Module) -> str:
+    """What a subclass has for others to call, and torch's class, which its twin is made from, has not."""
+    mro, standard = type(module).__mro__, standard_class(module)
+    before = mro[: mro.index(standard)] if standard in mro else mro
+    return ", ".join(sorted({name for cls in before for name in vars(cls)} - HARMLESS))
 
 
 def _held_aside(model: nn.Module) -> set[int]:
@@ -275,25 +282,6 @@ def _held_aside(model: nn.Module) -> set[int]:
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
             found |= {id(one) for one in held if isinstance(one, nn.Module)}
     return found
-
-
-def _borrowed_in_source(model: nn.Module) -> set[str]:
-    """Weights that a forward names in its source: what torch.fx cannot trace, it cannot see borrowing in."""
-    classes = {type(module) for module in model.modules()}
-    named = {cls: _weights_named(cls) for cls in classes if not cls.__module__.startswith("torch.")}
-    return {
-        f"{prefix}.{own}" if prefix else own
-        for prefix, module in model.named_modules()
-        for own in named.get(type(module), ())
-    }
-
-
-def _weights_named(cls: type[nn.Module]) -> list[str]:
-    try:
-        source = inspect.getsource(cls.forward)
-    except (OSError, TypeError):
-        return []
-    return re.findall(r"\bself\.([\w.]+\.weight)\b", source)
 
 
 def _before_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,6 +1,5 @@
 """The batches that tuning runs: what they may be, what a model makes of them, and which layers they reach."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -8,6 +7,7 @@ import torch
 from brevitas.utils.torch_utils import StopFwdException
 from torch import Tensor, nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MPQError, SettingError, first_few, what_it_said
 
 from .brevitas_read import input_quantizers, is_calibrated, is_quantized
@@ -66,7 +66,7 @@ def ready(quantized: nn.Module) -> nn.Module:
     bare = [repr(name) for name in input_quantizers(quantized) if not is_calibrated(modules[name])]
     if bare:
         raise SettingError(f"{first_few(bare, ', ')}: inputs are quantized and have no range yet; call calibrate first")
-    return copy.deepcopy(quantized).eval()
+    return duplicate(quantized).eval()
 
 
 def called_layers(quantized: nn.Module, batches: Sequence[Batch]) -> set[str]:

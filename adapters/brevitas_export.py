@@ -1,6 +1,5 @@
 """Files that other tools read: torch QCDQ, ONNX QCDQ and QONNX, their bit-widths checked against the plan's."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from brevitas.core.quant import BinaryQuant
 from torch import Tensor, nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError, VerifyError, first_few, what_it_said
 from mpq_plugins.files import atomic_path
 from mpq_plugins.plan import LayerChoice, Plan
@@ -52,7 +52,7 @@ def export(
     verify(quantized, plan)
     _check_format(plan, format, plan_beside)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    copied = copy.deepcopy(quantized).eval()
+    copied = duplicate(quantized).eval()
     expected = {
         layer.name: _on_its_grid(copied.get_submodule(layer.name), layer, format) for layer in planned_layers(plan)
     }

@@ -1,6 +1,5 @@
 """A quantized Brevitas model in one file that carries its plan."""
 
-import copy
 import json
 from pathlib import Path
 from typing import cast
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import FormatError, MismatchError, SettingError, first_few
 from mpq_plugins.match import match
 from mpq_plugins.plan import Plan
@@ -56,7 +56,7 @@ def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Mod
         )
         raise MismatchError(f"{path}: was quantized by another plan: {what}. Load it without a plan, or give its own")
     match(stored, model).require(type(model).__name__)
-    blank = copy.deepcopy(model)
+    blank = duplicate(model)
     for layer in stored.layers:
         cast(Tensor, blank.get_submodule(layer.name).weight).data.zero_()
     quantized = to_brevitas(blank, stored, ternary=ternary).eval()

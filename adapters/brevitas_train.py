@@ -1,6 +1,5 @@
 """Quantization-aware training of a Brevitas model, with labels or without."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MPQError, SettingError, WeightError, what_it_said
 
 from .brevitas_batches import Batch, Progress, check_schedule, given_batches, ready, report, run
@@ -77,7 +77,7 @@ def distillation(teacher: nn.Module) -> Loss:
     teacher: the float model, of which a copy in evaluation mode is asked. Outputs may be logits, have them as
     `.logits`, or give them first of several.
     """
-    fixed = copy.deepcopy(teacher).eval()
+    fixed = duplicate(teacher).eval()
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():

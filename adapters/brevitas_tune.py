@@ -5,7 +5,6 @@ Batches are what the model takes: a tensor, a tuple of arguments or a dict of ke
 all. They are run once for each layer, so they stay in memory. progress is called with (what, done, total).
 """
 
-import copy
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, cast
@@ -13,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError, WeightError, first_few
 
 from .brevitas_batches import Batch, Progress, called_layers, given_batches, ready, report, run
@@ -35,7 +35,7 @@ def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progr
         raise SettingError(
             "calibrate: no layer quantizes its inputs; convert with activation_bits=8 (embeddings take indices)"
         )
-    tuned = copy.deepcopy(quantized).eval()
+    tuned = duplicate(quantized).eval()
     for name in names:
         cast(Any, tuned.get_submodule(name)).input_quant.init_tensor_quant()  # without the ranges of an earlier call
     tuned.eval()

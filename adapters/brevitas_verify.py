@@ -9,8 +9,7 @@ from brevitas.core.quant import BinaryQuant, TernaryQuant
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
-from mpq_plugins.errors import VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.errors import SettingError, VerifyError, first_few
 from mpq_plugins.lower import integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
@@ -19,7 +18,8 @@ from mpq_plugins.weights import layer_kind
 from .brevitas_graph import quiet_state_dict
 from .brevitas_quant import channel_bits
 from .brevitas_read import WeightCodes, input_bits, is_calibrated, is_quantized, weight_codes
-from .folded import changed_state, check_model, check_types, planned_by_name, planned_layers
+from .folded import as_measured, changed_state, check_model, check_types, planned_by_name, planned_layers
+from .outputs import output_problems
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,25 @@ class LayerCheck:
     activation_bits: int | None
 
 
-def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> tuple[LayerCheck, ...]:
+def verify(
+    quantized: nn.Module, plan: Plan, model: nn.Module | None = None, *, batch: Any = None
+) -> tuple[LayerCheck, ...]:
     """Read bit-widths back from a Brevitas model, and whether every weight lies on a grid that the plan allows.
 
     Holds after GPTQ, GPFQ, learned rounding and training as well. Planned layers must quantize their inputs to the
     plan's activation bits, calibrated, if it has any; nothing else may be quantized. With the float `model`, all must
     be as `to_brevitas` leaves it: weights the plan's own to the bit, layers' settings, biases, norms and what the plan
-    leaves in float the model's. Raises VerifyError listing what is wrong, MismatchError for another model.
+    leaves in float the model's. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float
+    rounding (1e-4 of their norm), or with quantized activations within 5 % at 8 bits, twice that for each bit less.
+    Raises VerifyError listing what is wrong, MismatchError for another model, SettingError where the float model does
+    not run on the batch, or a batch is given without it.
     """
     check_types(plan, quantized)
+    if batch is not None and model is None:
+        raise SettingError("batch: its outputs are compared with the float model's; give the model too")
     if model is not None:
         check_model(plan, model)
-    original = fold_batch_norm(model) if model is not None and plan.fold_bn else model
+    original = None if model is None else as_measured(model, plan)
     planned = planned_by_name(plan)
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
     problems = [f"{name!r} is missing" for name in planned if name not in found]
@@ -64,6 +71,8 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module | None = None) -> 
         with quiet_state_dict():
             weights = {f"{name}.weight" if name else "weight" for name in planned}
             problems += changed_state(quantized, original, weights)
+    if model is not None:
+        problems = problems or output_problems(quantized, plan, model, batch)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks.values())

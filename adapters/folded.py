@@ -1,6 +1,6 @@
 """What backends that fold BatchNorm themselves are given: the folded weights, and their integers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins.activation_ranges import refuse_input_ranges
+from mpq_plugins.borrowed import borrowed_in_source
 from mpq_plugins.errors import MismatchError, SettingError, first_few
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, unfolded_norms
+from mpq_plugins.fold import borrowed_weights, conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.match import match
 from mpq_plugins.plan import LayerChoice, Plan
@@ -54,6 +55,16 @@ def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:
     return {name: layer for layer in planned_layers(plan) for name in layer.names}
 
 
+def as_measured(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model that the plan was made for: with BatchNorm folded in, in a copy, or itself."""
+    return fold_batch_norm(model, plan.skipped) if plan.fold_bn else model
+
+
+def lent_weights(model: nn.Module) -> set[str]:
+    """Names of parameters that are used outside their layer, as torch.fx sees it or as the model's code says."""
+    return borrowed_weights(model) | borrowed_in_source(model)
+
+
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
     """The integers of every planned layer, of the weights with BatchNorm folded in."""
     return integers_of(plan, fold_batch_norm(model))
@@ -66,8 +77,9 @@ def integers_of(plan: Plan, folded: nn.Module) -> dict[str, IntegerWeight]:
 
 
 def biases_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """The biases of all layers by name, tied ones too."""
-    layers = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
+    """The biases of all layers by name, under every name that a layer has."""
+    named = model.named_modules(remove_duplicate=False)
+    layers = [(name, module) for name, module in named if layer_kind(module)]
     return {name: cast("Tensor | None", getattr(module, "bias", None)) for name, module in layers}
 
 
@@ -118,6 +130,7 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     per-tensor layers that were measured unfolded, for folding changes their scale. Also weights that are not float32,
     and models in training mode. Raises MismatchError or SettingError.
     """
+    check_sizes(plan, backend)
     if any(module.training for module in model.modules()):
         raise SettingError(f"{backend}: {type(model).__name__} is in training mode, or a part of it; call model.eval()")
     other = [
@@ -127,13 +140,7 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
         raise SettingError(
             f"{backend}: quantizes float32 weights alone, not {first_few(other, ', ')}; call model.float()"
         )
-    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in unfolded_norms(model).items()]
-    if wrong:
-        raise MismatchError(
-            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
-            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
-            "use mpq_plugins.apply or the torchao adapter, which do not fold"
-        )
+    refuse_wrong_pairs(unfolded_norms(model), backend)
     pairs = {} if plan.fold_bn else conv_bn_pairs(model)
     unfolded = [
         f"{layer.name!r}"
@@ -145,6 +152,24 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
             f"{first_few(unfolded, ', ')}: measured unfolded, and {backend} folds BatchNorm, which changes the scale "
             "of a whole tensor: measure(model, fold_bn=True), or per_channel"
         )
+
+
+def refuse_wrong_pairs(pairs: Mapping[str, str], backend: str) -> None:
+    """Raise MismatchError for layers that feed a BatchNorm which a backend would fold into them, and may not."""
+    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in pairs.items()]
+    if wrong:
+        raise MismatchError(
+            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
+            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
+            "use mpq_plugins.apply or the torchao adapter, which do not fold"
+        )
+
+
+def check_sizes(plan: Plan, backend: str) -> None:
+    """Refuse planned layers without weights, which backends fail on. Raises MismatchError."""
+    empty = [f"{layer.name!r} {list(layer.shape)}" for layer in planned_layers(plan) if 0 in layer.shape]
+    if empty:
+        raise MismatchError(f"{first_few(empty, ', ')}: no weights there, which {backend} cannot quantize: skip it")
 
 
 def check_max_norm(plan: Plan, model: nn.Module) -> None:

@@ -9,11 +9,11 @@
 What is quantized by a plan keeps its modules; their weights are the plan's, to the bit those of `mpq.apply`.
 """
 
-import copy
 from typing import cast
 
 from torch import nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.plan import Plan
 
 from .folded import check_types
@@ -57,7 +57,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """
     check_types(plan, model)
     with quiet():
-        return cast(nn.Module, quantize(copy.deepcopy(model), PlanConfig(plan)))
+        return cast(nn.Module, quantize(duplicate(model), PlanConfig(plan)))
 
 
 register()

@@ -14,6 +14,7 @@ from torch import nn
 from mpq_plugins.activation_ranges import refuse_input_ranges
 from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import (
     MismatchError,
     MPQError,
@@ -84,7 +85,8 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
                 arguments["eval_func"] = self._checked(arguments["eval_func"])
             super().__init__(model=model, conf=conf, **arguments)
             if self._not_tuning:  # the compressor would work on the user's own model
-                self.model = copy.deepcopy(self.model)
+                own = self.model.model
+                self.model = copy.deepcopy(self.model, {id(own): duplicate(own)})
         except BaseException:
             self._release()
             raise

@@ -8,10 +8,10 @@ from torch import nn
 
 from mpq_plugins.apply import verify as verify_simulated
 from mpq_plugins.errors import VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.plan import Plan
 
-from .folded import changed_modules, changed_state, check_model, check_module, planned_by_name
+from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
+from .outputs import output_problems
 
 RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 
@@ -26,25 +26,36 @@ class LayerCheck:
 
 
 @torch.no_grad()
-def verify(q_model: Any, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Prove that what `fit` returned, or its module, holds the plan.
 
     Of weights alone: every weight is, to the bit, what the plan makes of the float `model`, all else the model's own.
     Of the static approach (the plan has 8-bit activations): the plan's 8-bit layers run in int8, the others in float;
-    scales are the compressor's. Raises VerifyError listing what is wrong, MismatchError for another model.
+    scales are the compressor's. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float
+    rounding (1e-4 of their norm; in half precision 1e-2), or of the static approach within 5 %. Raises VerifyError
+    listing what is wrong, MismatchError for another model, SettingError where the float model does not run on it.
     """
     check_model(plan, model)
     module = cast(nn.Module, getattr(q_model, "model", q_model))
     check_module(module)
     if plan.activation_bits is not None:
-        return verify_static(module, plan)
+        checks = verify_static(module, plan)
+        _check_outputs(module, plan, model, batch)
+        return checks
     verify_simulated(module, plan, model)
-    original = fold_batch_norm(model) if plan.fold_bn else model
+    original = as_measured(model, plan)
     weights = {f"{name}.weight" if name else "weight" for name in plan.by_any_name}
     changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
     if changed:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")
+    _check_outputs(module, plan, model, batch)
     return tuple(LayerCheck(layer.name, layer.widths, False) for layer in plan.layers)
+
+
+def _check_outputs(module: nn.Module, plan: Plan, model: nn.Module, batch: Any) -> None:
+    problems = output_problems(module, plan, model, batch)
+    if problems:
+        raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(problems)}")
 
 
 def verify_static(module: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:

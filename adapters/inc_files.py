@@ -1,7 +1,6 @@
 """Saving what Neural Compressor quantized by our plans, and loading it, layers named fc1 and fc10 included."""
 
 import contextlib
-import copy
 import io
 import json
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from mpq_plugins.apply import verify
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import (
     FormatError,
     MismatchError,
@@ -23,7 +23,7 @@ from mpq_plugins.errors import (
 )
 from mpq_plugins.files import exists, write_text
 from mpq_plugins.fingerprint import model_digest, tensors_digest
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.fold import folded_copy
 from mpq_plugins.match import match
 from mpq_plugins.plan import Plan
 from mpq_plugins.weights import quantizable_weights
@@ -88,7 +88,7 @@ def load(folder: Path | str, model: nn.Module) -> nn.Module:
         return _load_native(path, model)
     plan, carried = read_carried(path / WEIGHTS, FORMAT, "inc.save", "digest")
     match(plan, model).require(type(model).__name__)
-    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    quantized = folded_copy(model, plan)
     try:
         _check_dtypes(load_file(str(path / WEIGHTS)), quantized, folder)
         load_model(quantized, str(path / WEIGHTS))
@@ -122,7 +122,7 @@ def _load_native(folder: Path, model: nn.Module) -> nn.Module:
     try:
         with quiet(), contextlib.redirect_stdout(io.StringIO()):  # its loader prints
             # It builds on the model that it is given.
-            loaded = incs_load(str(folder), original_model=copy.deepcopy(model))
+            loaded = incs_load(str(folder), original_model=duplicate(model))
     except Exception as error:  # it checks nothing that it reads
         raise FormatError(
             f"{folder}: Neural Compressor cannot load it into {type(model).__name__} ({what_it_said(error)}): it is "

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.plain import why_not_plain
 from mpq_plugins.plan import Plan
 from mpq_plugins.quantize.weight import check_weight
 from mpq_plugins.scheme import Affine
 
-from .folded import check_model, check_plan, planned_layers
+from .folded import check_model, check_plan, check_sizes, lent_weights, planned_layers
 from .inc_names import check_float
 from .inc_quiet import quiet_import
 
@@ -52,6 +53,7 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
     if algo not in ALGOS:
         raise SettingError(f"algo: {algo!r} is not allowed; {', '.join(ALGOS)}")
     require_legal(plan, RTN_CAPABILITIES)
+    check_sizes(plan, "Neural Compressor's RTN")
     planned = planned_layers(plan)
     tied = [f"{layer.name!r} and {layer.tied[0]!r}" for layer in planned if layer.tied]
     if tied:
@@ -88,15 +90,31 @@ class Exact:
     """What `to_inc` adds to a configuration of the compressor's: every name must be found in the model."""
 
     def get_model_info(self, model: nn.Module) -> list[tuple[str, str]]:
-        """Name and type of every linear layer. Raises SettingError and WeightError for what RTN would spoil."""
+        """Name and type of every linear layer.
+
+        Raises SettingError, MismatchError and WeightError for what RTN would spoil.
+        """
         check_float(model)
         found = super().get_model_info(model)  # type: ignore[misc]
-        for name, _ in found:
-            weight = cast(Tensor, model.get_submodule(name).weight)
+        packed = [name for name, _ in found if any(re.match(key, name) for key in self._patterns())]
+        lent = lent_weights(model)
+        for name in packed:
+            layer = model.get_submodule(name)
+            weight, reason = cast(Tensor, layer.weight), why_not_plain(layer)
+            if reason or (f"{name}.weight" if name else "weight") in lent:
+                reason = reason or "lends its weight to a functional call"
+                raise MismatchError(
+                    f"{name!r} {reason}, and Neural Compressor's packed layer would not: skip it, or use apply()"
+                )
             if weight.dtype not in DTYPES:
                 raise SettingError(f"{name!r}: is {weight.dtype}, and RTN packs float32 and float16; convert it first")
             check_weight(weight, name)
         return cast("list[tuple[str, str]]", found)
+
+    def _patterns(self) -> list[str]:
+        """Of the plan's names; RTN adds its own, of heads to keep in float."""
+        own = self.local_config  # type: ignore[attr-defined]
+        return [key for key in own if isinstance(key, str) and key not in LM_HEAD_NAMES]
 
     def to_config_mapping(
         self, config_list: Any = None, model_info: Sequence[tuple[str, str]] | None = None
@@ -106,9 +124,7 @@ class Exact:
         if "transformers" in sys.modules and not hasattr(rtn, "transformers"):
             cast(Any, rtn).transformers = sys.modules["transformers"]
         found = super().to_config_mapping(config_list, model_info)  # type: ignore[misc]
-        own = self.local_config  # type: ignore[attr-defined]  # RTN adds its patterns of heads to keep in float
-        patterns = [key for key in own if isinstance(key, str) and key not in LM_HEAD_NAMES]
-        lost = [repr(key) for key in patterns if not any(re.match(key, name) for name, _ in found)]
+        lost = [repr(key) for key in self._patterns() if not any(re.match(key, name) for name, _ in found)]
         if lost:
             raise MismatchError(
                 f"{first_few(lost, ', ')}: match no linear layer of the model; the plan was made for another one"

@@ -1,6 +1,5 @@
 """From allocators to plans for Neural Compressor, new and classic: measure the model as it runs there, and decide."""
 
-import copy
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from torch import nn
 
 from mpq_plugins import Affine, measure
 from mpq_plugins.allocate.base import Allocator
-from mpq_plugins.errors import SettingError, what_it_said
+from mpq_plugins.duplicate import duplicate
+from mpq_plugins.errors import SettingError
 from mpq_plugins.legalise import Capabilities
 from mpq_plugins.plan import Plan
 from mpq_plugins.scheme import SCHEMES, NamedScheme, Scheme
@@ -101,11 +101,9 @@ def check_evaluation(model: nn.Module, evaluate: object, name: str) -> None:
     if any(module.training for module in model.modules()):
         raise SettingError(f"{type(model).__name__}: is in training mode, or a part of it; call model.eval()")
     try:
-        copy.deepcopy(model)
-    except Exception as error:  # a user's model may do anything
-        raise SettingError(
-            f"{type(model).__name__}: cannot be copied ({what_it_said(error)}), and each trial needs a copy"
-        ) from error
+        duplicate(model)
+    except SettingError as error:
+        raise SettingError(f"{error}: each trial needs a copy") from error
 
 
 def check_function(evaluate: object, name: str) -> None:

@@ -52,7 +52,7 @@ def quantize_entry(
         return model
     made = quantizable_weights(_simulated(model, plan))
     if plan.fold_bn:
-        fold_in_place(model)
+        fold_in_place(model, plan.skipped)
     planned = planned_by_name(plan)
     for name, weight in quantizable_weights(model).items():
         if name in planned:

@@ -1,12 +1,12 @@
 """Neural Compressor's accuracy-aware tuning with our configurations, from the smallest plan up, and an honest end."""
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plan import Plan
 from mpq_plugins.tuning import Criterion, Progress, Tuning, checked_score, plan_text, smallest_first
@@ -105,7 +105,7 @@ class _Record:
 
     def __call__(self, model: nn.Module) -> float:
         """The score. Raises SourceError, and SettingError where the float model's makes the criterion meaningless."""
-        model = copy.deepcopy(model)  # an evaluation may leave its mark on what it is given
+        model = duplicate(model)  # an evaluation may leave its mark on what it is given
         if not self.begun:
             self._say("float")
             score = checked_score(self.evaluate, model, "the float model")

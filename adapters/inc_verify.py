@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins.errors import VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.simulate import simulate
 from mpq_plugins.weights import layer_kind
 
-from .folded import changed_modules, changed_state, check_model, check_module, planned_by_name
+from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
 from .inc_quiet import quiet_import
+from .outputs import output_problems
 
 with quiet_import():
     from neural_compressor.torch.algorithms.weight_only.modules import WeightOnlyLinear
@@ -37,17 +37,19 @@ class LayerCheck:
 
 
 @torch.no_grad()
-def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Compare every layer with what the plan makes of the float `model`, and all else with the model's own.
 
     Weights must be the plan's to the bit, tied ones under each of their names. Where Neural Compressor has packed a
     layer (`to_inc`), the weights that it computes with must be the plan's as float16 has them. Its arithmetic differs
     in the last bit, so a weight in the middle between two levels may go to the other one: one in 10,000 may, and is
-    counted. Raises VerifyError listing what is wrong, MismatchError for another model.
+    counted. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of
+    their norm; packed or in half precision 1e-2). Raises VerifyError listing what is wrong, MismatchError for another
+    model, SettingError where the float model does not run on the batch.
     """
     check_model(plan, model)
     check_module(quantized)
-    original = fold_batch_norm(model) if plan.fold_bn else model
+    original = as_measured(model, plan)
     planned = planned_by_name(plan)
     wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}
     found = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}
@@ -69,6 +71,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     for layer in plan.layers:
         lost = [name for name in layer.tied if weights.get(name) is not weights.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in lost]
+    problems = problems or output_problems(quantized, plan, model, batch, packed=bool(packed))
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)

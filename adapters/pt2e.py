@@ -7,11 +7,15 @@
     pt2e.verify(quantized, plan, model)
 
 A plan with float activations keeps them: only weights are quantized, and the result is to the bit what `apply` makes
-of the folded model. With 8-bit activations, X86InductorQuantizer's rules quantize the inputs of planned linear and
-two-dimensional convolution layers, whose weights must be symmetric. The converted state dict still holds the float
-weights beside the int8 ones.
+of the folded model. Where PT2E folds a norm that torch.fx does not show (a functional one, or in a model that it cannot
+trace), codes per channel stay and scales follow, as long as the graph still computes what the model does.
+
+With 8-bit activations, X86InductorQuantizer's rules quantize the inputs of planned linear and two-dimensional
+convolution layers, whose weights must be symmetric. The converted state dict still holds the float weights beside the
+int8 ones.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,13 +30,30 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from mpq_plugins.errors import MismatchError, SourceError, VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.weights import quantizable_weights
 
-from .folded import biases_of, check_folding, check_max_norm, check_model, integers_of, planned_layers
+from .folded import (
+    biases_of,
+    check_folding,
+    check_max_norm,
+    check_model,
+    integers_of,
+    planned_by_name,
+    planned_layers,
+    refuse_wrong_pairs,
+)
+from .outputs import output_problems
+from .pt2e_fold import (
+    attribute,
+    computed_weights,
+    folding_factors,
+    graph_problem,
+    traced_fold,
+    weight_names,
+    wrong_pairs,
+)
 
 CAPABILITIES = Capabilities(
     backend="pt2e",
@@ -44,7 +65,7 @@ CAPABILITIES = Capabilities(
     activation_kinds=("linear", "conv2d"),
     activation_symmetric=(True,),
 )
-LAYER = "mpq_plugins_layer"
+LAYER, FACTOR = "mpq_plugins_layer", "mpq_plugins_factor"
 ANNOTATION = "quantization_annotation"
 
 
@@ -71,16 +92,15 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
     """Quantizes what the plan says, at its integers, and nothing else.
 
     model: the float model that is exported. Raises SettingError for a plan that PT2E cannot run, MismatchError for
-    another model's; and while preparing, MismatchError for a layer that the exported graph lacks or in which it folded
-    another BatchNorm than its own.
+    another model's. While preparing, MismatchError for a layer that the exported graph lacks or that has other weights
+    there, for inputs that are to be quantized and cannot be, and where PT2E's folding has made another function.
     """
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         super().__init__()
         _check(plan, model)
-        folded = fold_batch_norm(model)
-        self.plan, self.integers, self.float_weights = plan, integers_of(plan, folded), quantizable_weights(folded)
-        self.model_name = type(model).__name__
+        self.plan, self.model, self.folded = plan, model, traced_fold(model)
+        self.integers, self.factors = integers_of(plan, self.folded), dict[str, Tensor]()
         if plan.activation_bits is not None:
             for layer in planned_layers(plan):
                 for name in layer.names:
@@ -90,14 +110,26 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         """Set every planned weight of the exported graph, BatchNorm folded by now, to what its integers mean."""
         found = {layer.name: node for node, layer in self._weights(model)}
         problems = [f"{name!r} is not in the exported graph: skip it" for name in self.integers if name not in found]
-        for name, node in found.items():
-            weight = _attribute(model, str(node.target))
-            own = self.float_weights[name]
-            if weight.shape != own.shape or (weight - own).abs().max() > 1e-5 * own.abs().max():
-                problems.append(f"{name!r} has other weights there than in {self.model_name}: export that model")
+        self.factors, others = folding_factors(model, self.folded)
+        problems += [
+            f"{name!r} has other weights there than in {type(self.model).__name__}: export that model"
+            for name in others
+            if name in self.integers
+        ]
+        problems += [
+            f"{name!r} was measured unfolded, and PT2E folds a norm into it, which changes the scale of a whole "
+            "tensor: measure per_channel"
+            for name in self.factors
+            if name in self.integers and self.plan.by_name[name].scheme.granularity == "per_tensor"
+        ]
+        if not problems and (self.factors or self.folded is self.model):
+            problem = graph_problem(model, self.model)
+            problems += [f"{_listed(self.factors)}{problem}"] if problem else []
         if problems:
             raise MismatchError(f"pt2e cannot run this plan: {first_few(problems)}")
         for name, node in found.items():
+            if name in self.factors:
+                self.integers[name] = self.integers[name].rescaled(self.factors[name])
             _replace(model, str(node.target), self.integers[name].dequantized())
         return model
 
@@ -105,6 +137,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         """Mark the weights of planned layers, and with 8-bit activations their inputs."""
         if self.plan.activation_bits is not None:
             super().annotate(model)
+        untaken: list[str] = []
         for node, layer in self._weights(model):
             spec = QuantizationSpec(
                 dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_channel_affine,
@@ -113,16 +146,33 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
             )  # fmt: skip
             for user in node.users:
                 annotation = user.meta.setdefault(ANNOTATION, QuantizationAnnotation(_annotated=True))
+                if self.plan.activation_bits is not None and not annotation.input_qspec_map.keys() - {node}:
+                    untaken.append(repr(layer.name))
                 annotation.input_qspec_map[node] = spec
                 user.meta[LAYER] = layer.name
+        if untaken:
+            raise MismatchError(
+                f"pt2e cannot run this plan: X86InductorQuantizer quantizes no inputs of {first_few(untaken, ', ')}, "
+                "for other code than the layer's own computes with the weight, as in MultiheadAttention: skip it, or "
+                "plan.with_activation_bits(None)"
+            )
+        self._note_factors(model)
         return model
+
+    def _note_factors(self, model: torch.fx.GraphModule) -> None:
+        """On the nodes that use a rescaled weight, for `verify`."""
+        names = weight_names(self.folded)
+        for node in model.graph.nodes:
+            name = names.get(str(node.target)) if node.op == "get_attr" else None
+            for user in node.users if name in self.factors else ():
+                user.meta[FACTOR] = self.factors[str(name)]
 
     def validate(self, model: torch.fx.GraphModule) -> None:
         """Nothing to add: transform_for_annotation has refused what is wrong."""
 
     def _weights(self, model: torch.fx.GraphModule) -> list[tuple[torch.fx.Node, LayerChoice]]:
         """The planned weights' nodes: their targets are the parameters' names, of tied ones any."""
-        planned = {f"{name}.weight": layer for layer in planned_layers(self.plan) for name in layer.names}
+        planned = {f"{name}.weight" if name else "weight": layer for name, layer in planned_by_name(self.plan).items()}
         nodes = [node for node in model.graph.nodes if node.op == "get_attr" and str(node.target) in planned]
         return [(node, planned[str(node.target)]) for node in nodes if node.users]
 
@@ -136,17 +186,22 @@ class LayerCheck:
     activations: bool
 
 
-def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+def verify(
+    converted: torch.fx.GraphModule, plan: Plan, model: nn.Module, *, batch: Any = None
+) -> tuple[LayerCheck, ...]:
     """Read the integer codes back from what `convert_pt2e` made, and compare them, scales and zero points too.
 
     Every planned layer must be there in each of its calls, with its own bias, its inputs quantized to 8 bits if and
     only if the plan says so, and nothing else may be quantized. Ranges of activations are the calibration's, and are
-    not judged. Raises VerifyError listing what is wrong, MismatchError for another model.
+    not judged, nor are biases into which a norm was folded that torch.fx does not show. batch: inputs on which the
+    outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their norm), or with 8-bit activations
+    within 5 %. Raises VerifyError listing what is wrong, MismatchError for another model, SettingError where the float
+    model does not run on the batch.
     """
     if not isinstance(converted, torch.fx.GraphModule):
         raise SourceError(f"{type(converted).__name__}: no GraphModule; give what convert_pt2e made")
     check_model(plan, model)
-    folded = fold_batch_norm(model)
+    folded = traced_fold(model)
     expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
     found: dict[str, LayerCheck] = {}
@@ -162,20 +217,21 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
             continue
         inputs = [source for source in node.all_input_nodes if _is(source, "dequantize_per_tensor")]
         problem = (
-            _problem(converted, weight, expected[name])
+            _problem(converted, weight, _rescaled(expected[name], node))
             or _input_problem(inputs, plan.activation_bits is not None)
-            or _bias_problem(converted, node, biases.get(_module_of(node) or name))
+            or (None if FACTOR in node.meta else _bias_problem(converted, node, biases.get(_module_of(node) or name)))
         )
         if problem:
             problems.append(f"{name!r} {problem}")
         found[name] = LayerCheck(name, plan.by_name[name].widths, bool(inputs))
-    problems += _changed_weights(converted, {n: w for n, w in quantizable_weights(folded).items() if n not in expected})
+    problems += _changed_weights(converted, folded, set(expected))
     problems += [
         f"{str(node.args[0])!r} is quantized in the graph and the plan does not say so"
         for node in converted.graph.nodes
         if _is(node, "quantize_per_tensor") and (plan.activation_bits is None or _of_a_weight(node))
     ]
     problems += [f"{name!r} was left in float" for name in expected if name not in found]
+    problems = problems or output_problems(converted, plan, model, batch)
     if problems:
         raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(found[name] for name in expected)
@@ -184,24 +240,38 @@ def verify(converted: torch.fx.GraphModule, plan: Plan, model: nn.Module) -> tup
 def _check(plan: Plan, model: nn.Module) -> None:
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
-    check_folding(plan, model, "PT2E")
     check_max_norm(plan, model)
+    computing = [repr(name) for name in computed_weights(model)]
+    if computing:
+        raise MismatchError(
+            f"{first_few(computing, ', ')}: computes the weight that it convolves with before a norm, which PT2E fails "
+            "to fold: use mpq_plugins.apply or the inc adapter"
+        )
+    try:
+        check_folding(plan, model, "PT2E")
+    except SourceError:  # torch.fx cannot trace it all; the exported graph says what was folded
+        if plan.fold_bn:
+            raise
+        refuse_wrong_pairs(wrong_pairs(model), "PT2E")
 
 
 def _is(node: torch.fx.Node, operator: str) -> bool:
     return str(node.target).startswith(f"quantized_decomposed.{operator}")
 
 
-def _attribute(model: torch.fx.GraphModule, target: str) -> Tensor:
-    parent, _, own = target.rpartition(".")
-    return cast(Tensor, getattr(model.get_submodule(parent), own))
+def _listed(factors: Mapping[str, Tensor]) -> str:
+    return f"{first_few([repr(name) for name in factors], ', ')}: " if factors else ""
+
+
+def _rescaled(expected: IntegerWeight, node: torch.fx.Node) -> IntegerWeight:
+    return expected.rescaled(node.meta[FACTOR]) if FACTOR in node.meta else expected
 
 
 def _replace(model: torch.fx.GraphModule, target: str, weight: Tensor) -> None:
     """Another tensor under the name: the exported module shares its parameters with the user's model."""
     parent, _, own = target.rpartition(".")
-    is_parameter = isinstance(_attribute(model, target), nn.Parameter)
-    weight = weight.to(_attribute(model, target))
+    is_parameter = isinstance(attribute(model, target), nn.Parameter)
+    weight = weight.to(attribute(model, target))
     setattr(model.get_submodule(parent), own, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
 
 
@@ -242,25 +312,22 @@ def _bias_problem(converted: torch.fx.GraphModule, node: torch.fx.Node, expected
     bias = node.args[2] if len(node.args) > 2 else None
     if not isinstance(bias, torch.fx.Node) or bias.op != "get_attr":
         return None if expected is None or not expected.any() else "has no bias, and the folded model one"
-    stored = _attribute(converted, str(bias.target))
+    stored = attribute(converted, str(bias.target))
     same = stored.equal(expected) if expected is not None else not stored.any()
     return None if same else "has a bias that is not the folded model's"
 
 
-def _changed_weights(converted: torch.fx.GraphModule, own: dict[str, Tensor]) -> list[str]:
-    """Layers left in float whose weights are not the model's."""
-    nodes = {str(node.target) for node in converted.graph.nodes if node.op == "get_attr"}
-    kept = {name: _attribute(converted, f"{name}.weight") for name in own if f"{name}.weight" in nodes}
+def _changed_weights(converted: torch.fx.GraphModule, folded: nn.Module, planned: set[str]) -> list[str]:
+    """Layers left in float whose weights are not the folded model's, but for what PT2E folded besides."""
+    factors, others = folding_factors(converted, folded)
+    names = weight_names(folded)
+    nodes = [node for node in converted.graph.nodes if node.op == "get_attr" and str(node.target) in names]
+    noted = {names[str(node.target)] for node in nodes if any(FACTOR in user.meta for user in node.users)}
     return [
         f"{name!r} has other weights than the folded model's, and the plan leaves it in float"
-        for name, weight in kept.items()
-        if weight.shape != own[name].shape or not torch.allclose(weight, own[name], rtol=1e-5, atol=0)
+        for name in (*others, *(factors.keys() - noted))
+        if name not in planned
     ]
-
-
-def _is_view(node: torch.fx.Node) -> bool:
-    own = LAYER not in node.meta and node.op == "call_function" and not _is(node, "")
-    return own and len(node.all_input_nodes) == 1
 
 
 def _of_a_weight(node: torch.fx.Node) -> bool:
@@ -283,7 +350,7 @@ def _layer_of(node: torch.fx.Node, plan: Plan) -> str:
 
 def _problem(converted: torch.fx.GraphModule, node: torch.fx.Node, expected: IntegerWeight) -> str | None:
     sources = [cast(torch.fx.Node, argument) for argument in node.args[:3]]
-    codes, scale, zero_point = (_attribute(converted, str(source.target)) for source in sources)
+    codes, scale, zero_point = (attribute(converted, str(source.target)) for source in sources)
     problem = expected.code_problem(codes)
     if problem is not None:
         return problem

@@ -8,25 +8,39 @@ Importing this module teaches torchao's IntxUnpackedToInt8Tensor the one-dimensi
 before loading a model that has one. Nothing is packed: a weight of any width takes a byte.
 """
 
-import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
+from mpq_plugins.borrowed import borrowed_uses
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_few
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.fold import folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.plain import why_not_plain
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import quantizable_weights
 
-from .folded import changed_state, check_max_norm, check_model, check_plan, planned_layers
+from .folded import (
+    as_measured,
+    changed_state,
+    check_max_norm,
+    check_model,
+    check_plan,
+    check_sizes,
+    lent_weights,
+    planned_by_name,
+    planned_layers,
+)
+from .outputs import output_problems
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -44,13 +58,15 @@ CONFIG_CAPABILITIES = Capabilities(
     granularities=("per_channel", "per_group"),
 )
 DYNAMIC = "int8_asym_per_token"
+FUNCTIONS = {F.linear, F.embedding, F.conv1d, F.conv2d}
+"""What of torch's functions takes such a tensor for its weight; of arguments by name, torchao's lose some."""
 
 
 @IntxUnpackedToInt8Tensor.implements(torch.ops.aten.conv1d.default)  # type: ignore[untyped-decorator]
-@IntxUnpackedToInt8Tensor.implements_torch_function(torch.nn.functional.conv1d)  # type: ignore[untyped-decorator]
+@IntxUnpackedToInt8Tensor.implements_torch_function(F.conv1d)  # type: ignore[untyped-decorator]
 def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     inputs, weight, *rest = args
-    convolved: Tensor = torch.nn.functional.conv1d(inputs, weight.dequantize(), *rest, **(kwargs or {}))
+    convolved: Tensor = F.conv1d(inputs, weight.dequantize(), *rest, **(kwargs or {}))
     return convolved
 
 
@@ -71,7 +87,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     used where torchao's tensors fail) and SettingError (a plan that torchao cannot run), naming layers and remedy.
     """
     _check(plan, model)
-    quantized = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    quantized = folded_copy(model, plan)
     weights = quantizable_weights(quantized)
     for layer in planned_layers(plan):
         parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
@@ -104,14 +120,16 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     return FqnToConfig(fqn_to_config=configs)
 
 
-def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerCheck, ...]:
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Read the integer codes back and compare them, their scales and zero points with the plan's of the float `model`.
 
     Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
-    Raises VerifyError listing what is wrong, MismatchError for another model.
+    batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their norm;
+    half precision 1e-2), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError
+    for another model, SettingError where the float model does not run on the batch.
     """
     check_model(plan, model)
-    original_model = fold_batch_norm(model) if plan.fold_bn else model
+    original_model = as_measured(model, plan)
     original = quantizable_weights(original_model)
     stored = quantizable_weights(quantized)
     planned = {layer.name: layer for layer in planned_layers(plan)}
@@ -134,6 +152,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module) -> tuple[LayerChe
     for layer in planned.values():
         kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
+    problems = problems or output_problems(quantized, plan, model, batch)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
@@ -143,22 +162,23 @@ def _check(plan: Plan, model: nn.Module) -> None:
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
-    problems = []
-    for layer in planned_layers(plan):
-        parents = [model.get_submodule(name.rpartition(".")[0]) for name in layer.names]
-        if any(isinstance(parent, nn.MultiheadAttention) for parent in parents):
-            problems.append(
-                f"{layer.name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
-            )
-        if any(not _standard(model.get_submodule(name)) for name in layer.names):
-            problems.append(f"{layer.name!r} computes in its own way, which may fail on torchao's tensors: skip it")
+    check_sizes(plan, "torchao")
+    uses = borrowed_uses(model)
+    borrowed = {name for name in lent_weights(model) if not uses.get(name, {None}) <= FUNCTIONS}
+    problems = [problem for name in planned_by_name(plan) for problem in _troubles(name, model, borrowed)]
     if problems:
         raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")
 
 
-def _standard(module: nn.Module) -> bool:
-    """Whether the module computes as torch's own class does."""
-    return any(type(module).forward is cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding))
+def _troubles(name: str, model: nn.Module, borrowed: set[str]) -> Iterator[str]:
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    reason = why_not_plain(module, hooks=False)
+    if isinstance(parent, nn.MultiheadAttention):
+        yield f"{name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
+    elif reason:
+        yield f"{name!r} {reason}, and may fail on torchao's tensors: skip it"
+    elif (f"{name}.weight" if name else "weight") in borrowed:
+        yield f"{name!r} lends its weight to a functional call, which may fail on torchao's tensors: skip it"
 
 
 def _dynamic(layer: LayerChoice, activation_bits: int | None) -> str | None:

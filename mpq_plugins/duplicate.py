@@ -1,7 +1,14 @@
-"""A copy of a user's model, or an error that says why there can be none."""
+"""A copy of a user's model, or an error that says what in it cannot be copied.
+
+Functions are never copied. One that was put in the place of a forward, or hooked to a module, and was made around some
+module of the model would make the copy compute with the original's weights, whatever becomes of its own.
+"""
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from inspect import isfunction
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any
 
 from .errors import SettingError, what_it_said
 
@@ -10,11 +17,84 @@ if TYPE_CHECKING:
 
 
 def duplicate(model: "nn.Module") -> "nn.Module":
-    """A deep copy. Raises SettingError for what torch cannot copy, such as outputs that a module keeps."""
+    """A deep copy.
+
+    Raises SettingError, naming what torch cannot copy, such as an output that a module keeps, or a function that would
+    go on with the original's weights.
+    """
+    for name, function, held in _bound_to_the_original(model):
+        raise SettingError(
+            f"{type(model).__name__}: cannot be copied, and it is never changed itself: {name!r} has a function of its "
+            f"own, {function!r}, which was made around the model's {type(held).__name__} and would compute with the "
+            "original's weights in a copy. Make it a method, types.MethodType(function, module), or a module"
+        )
     try:
         return copy.deepcopy(model)
     except Exception as error:  # a user's module may hold anything
         raise SettingError(
-            f"{type(model).__name__}: cannot be copied, and it is never changed itself ({what_it_said(error)}). Remove "
-            "what it keeps of earlier runs, or parametrizations"
+            f"{type(model).__name__}: cannot be copied, and it is never changed itself: {_culprit(model, error)}"
         ) from error
+
+
+def _culprit(model: "nn.Module", error: Exception) -> str:
+    """What of a model cannot be copied, and what to do about it; where only the whole cannot, what the copy said."""
+    for prefix, module in model.named_modules():
+        for name, value in _held(module).items():
+            try:
+                copy.deepcopy(value)
+            except Exception as own:  # noqa: BLE001  # looked for
+                where = f"{prefix}.{name}" if prefix else name
+                return f"{where!r} is a {type(value).__name__} ({what_it_said(own)}). {_remedy(value)}"
+    return f"{what_it_said(error)}. Remove what it keeps of earlier runs, or parametrizations"
+
+
+def _held(module: "nn.Module") -> dict[str, Any]:
+    """What a module holds itself, by name, but for its children."""
+    own = {name: value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")}
+    return {**own, **module._parameters, **module._buffers}
+
+
+def _remedy(value: Any) -> str:
+    """A tensor that was computed has the graph of that run, which is not copied."""
+    if getattr(value, "grad_fn", None) is not None:
+        return (
+            "It was computed in an earlier run: run the model once under torch.no_grad() (weight_norm and "
+            "spectral_norm of torch.nn.utils keep their weight so), or detach it"
+        )
+    return "Set it to None while the model is copied, or make it where it is needed"
+
+
+def _bound_to_the_original(model: "nn.Module") -> Iterator[tuple[str, str, "nn.Module"]]:
+    """Module, function on it, and the module of the model that the function has hold of and computes with."""
+    modules = {id(module): module for module in model.modules()}
+    for name, module in model.named_modules():
+        own = () if _is_compiled(module) else vars(module).values()
+        for function in (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            for held in _surrounding(function) if isfunction(function) else ():
+                is_method = isinstance(held, MethodType)
+                target = modules.get(id(held.__self__ if is_method else held))
+                if target is not None and (is_method or _computes_with(function, target)):
+                    yield name, function.__name__, target
+
+
+def _is_compiled(module: "nn.Module") -> bool:
+    """A copy of a compiled module compiles the copied one anew."""
+    return type(module).__module__.startswith("torch._dynamo")
+
+
+def _surrounding(function: FunctionType) -> Iterator[Any]:
+    """What a function holds of the place where it was made."""
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not set yet
+            continue
+
+
+def _computes_with(function: FunctionType, module: "nn.Module") -> bool:
+    """Whether a function could use a module's weights: it has some itself, or the function names what is in it."""
+    inside = {*module._modules, *module._parameters}
+    return bool(module._parameters) or not inside.isdisjoint(function.__code__.co_names)

@@ -41,6 +41,22 @@ class IntegerWeight:
         wrong = int((codes != self.codes).sum())
         return f"has {wrong} of {codes.numel()} codes that are not the plan's" if wrong else None
 
+    def rescaled(self, factor: Tensor) -> "IntegerWeight":
+        """The integers of the weight times a factor for each output channel, as folding a norm leaves it.
+
+        factor: (channels,). Codes are the same and scales follow; where the factor is negative, codes are mirrored, and
+        where it is 0, they mean 0. Several channels of one scale have their own now.
+        """
+        rows, zero_point = self.region_rows(self.codes).long(), self.zero_point.reshape(-1, 1)
+        sign = factor[:, None].expand(self.scale.shape).reshape(-1, 1)
+        # -c, or -1 - c, which is in the same range of codes whatever that is, and moves the zero point likewise.
+        shift = torch.where((zero_point == 0) & (rows.amin(1, keepdim=True) > -128), 0, -1)
+        rows, zero_point = (torch.where(sign < 0, shift - values, values) for values in (rows, zero_point))
+        rows = torch.where(sign == 0, zero_point, rows).reshape(self.scale.shape[0], -1)
+        scale = torch.where(factor[:, None] == 0, 1.0, self.scale * factor[:, None].abs())
+        codes = from_channel_rows(rows.to(torch.int8), self.codes.shape, self.channel_axis)
+        return replace(self, codes=codes, scale=scale, zero_point=zero_point.reshape(self.scale.shape), one_scale=False)
+
     def region_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as one row for each scale."""
         return channel_rows(weight, self.channel_axis).reshape(self.scale.numel(), -1)

@@ -34,11 +34,11 @@ def is_plain(module: nn.Module) -> bool:
     return not why_not_plain(module)
 
 
-def why_not_plain(module: nn.Module) -> str:
+def why_not_plain(module: nn.Module, *, hooks: bool = True) -> str:
     """In what a module differs from its class of torch.nn, to be said after its name; empty where it does not.
 
     It is judged by its class, its hooks and its parameters. Who else uses its weight is a question about the whole
-    model: `fold.borrowed_weights` answers it.
+    model: `fold.borrowed_weights` answers it. hooks: whether hooks matter, as they do not to who leaves them in place.
     """
     standard = standard_class(module)
     own = type(module).__name__
@@ -47,7 +47,7 @@ def why_not_plain(module: nn.Module) -> str:
     changed = _redefined(module, standard)
     if changed:
         return f"is a {own}, which computes in its own way ({changed})"
-    if _hooks(module):
+    if hooks and _hooks(module):
         return "has forward hooks, which may change what it computes"
     if not _stores_its_weight(module):
         return "has a weight that is computed or replaced, not a parameter of its own"

@@ -1,6 +1,5 @@
 """Many plans of one table: what each costs, what it loses, and which of them are worth having."""
 
-import copy
 import hashlib
 import itertools
 import math
@@ -8,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .duplicate import duplicate
 from .errors import SettingError, SourceError
 from .objective import predicted
 from .plan import Plan
@@ -126,7 +126,7 @@ class _Scored:
         if self.journal is not None and key in self.journal.rows:
             return self.journal.rows[key]
         # A copy for the float model too: an evaluation may leave its mark on what it is given.
-        given = copy.deepcopy(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
+        given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
         scores = checked_scores(self.evaluate, given, what)
         if self.journal is not None:

@@ -65,9 +65,19 @@ class _Tracer(torch.fx.Tracer):
 
 def trace(model: nn.Module) -> torch.fx.Graph:
     """The model's graph, which leaves the model as it was. Raises SourceError where torch.fx cannot trace it."""
+    return _graph(model, looks_inside=False)
+
+
+def opened_trace(model: nn.Module) -> torch.fx.Graph:
+    """The same with layers and norms that compute in their own way looked into. Raises SourceError."""
+    return _graph(model, looks_inside=True)
+
+
+def _graph(model: nn.Module, looks_inside: bool) -> torch.fx.Graph:
     try:
+        shadow = _shadow(model)
         with _TRACING:
-            return _Tracer().trace(_shadow(model))
+            return _Tracer([module for module in shadow.modules() if looks_inside and _is_odd(module)]).trace(shadow)
     except Exception as error:  # a user's forward may raise anything while being traced
         raise SourceError(
             f"{type(model).__name__}: cannot be traced to find which BatchNorm follows which convolution "

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, layer_name, read_checkpoint
@@ -194,11 +195,8 @@ def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if layer_kind(module) is None:
-            continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if id(weight) not in seen:
+        weight = None if layer_kind(module) is None else getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and id(weight) not in seen:
             seen.add(id(weight))
             found[name] = weight
     return found
@@ -212,26 +210,34 @@ def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> Found:
         left_alone += _other_parameters(name, module, kind)
         if kind is None:
             continue
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        refusal = _refusal(weight)
-        identity = id(module) if refusal else id(weight)  # a computed weight is another tensor each time
+        weight = getattr(module, "weight", None)
+        # What is computed is another tensor whenever it is asked for, and ties nothing.
+        identity = id(weight) if isinstance(weight, nn.Parameter) else id(module)
         known = found.get(identity)
         if known is not None:
             found[identity] = replace(known, tied=(*known.tied, name))
             continue
-        if name in pairs and not refusal:
+        refusal = _refusal(weight)
+        if refusal or not isinstance(weight, Tensor):
+            found[identity] = _refused(name, kind, weight, refusal)
+            continue
+        if name in pairs:
             weight = folded_weight(module, model.get_submodule(pairs[name]))
-        found[identity] = _from_tensor(name, kind, weight if refusal else weight.detach(), refusal)
+        found[identity] = _from_tensor(name, kind, weight.detach())
     return list(found.values()), list(dict.fromkeys(left_alone))
 
 
-def _refusal(weight: Tensor) -> str:
+def _refusal(weight: object) -> str:
     if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
         return (
             "its weight is parametrized, lazy or on the meta device, so there is no stored value to quantize. Remove "
             "the parametrization (mpq_plugins.finish does after prune and share) or materialise the weight first"
         )
+    stored = type(weight.data)
+    if stored.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"is quantized already, or kept in another form ({stored.__name__}): measure the float model"
+    if weight.layout is not torch.strided:
+        return f"its weight is kept as {weight.layout}, and only dense weights are quantized: call to_dense() on it"
     return dtype_refusal(weight.dtype)
 
 
@@ -246,13 +252,18 @@ def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterabl
         yield f"{name}.{own}" if name else own, reason
 
 
-def _from_tensor(name: str, kind: str, weight: Tensor, refusal: str) -> Weight:
+def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:
     axis = channel_axis_of(kind)
-    return Weight(name, kind, _shape(weight), weight.dtype, axis, MemoryRows(weight, axis), refusal=refusal)
+    return Weight(name, kind, tuple(weight.shape), weight.dtype, axis, MemoryRows(weight, axis))
 
 
-def _shape(weight: Tensor) -> tuple[int, ...]:
-    return () if isinstance(weight, nn.UninitializedParameter) else tuple(weight.shape)
+def _refused(name: str, kind: str, weight: object, refusal: str) -> Weight:
+    """A layer that is only named: nothing of its weight is read but its shape, where it has one."""
+    axis = channel_axis_of(kind)
+    nothing = Weight(name, kind, (), torch.float32, axis, MemoryRows(torch.empty(0), axis), refusal=refusal)
+    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
+        return nothing
+    return replace(nothing, shape=tuple(weight.shape), dtype=weight.dtype)
 
 
 def _select(

@@ -6,6 +6,7 @@ Every block keeps the shape (samples, CHANNELS, 6, 6), so that any blocks follow
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -123,8 +124,9 @@ def hooked(hook: Callable[..., object], before: bool = False) -> nn.Conv2d:
 
 def patched() -> nn.Conv2d:
     layer = conv()
-    original = layer.forward
-    layer.forward = lambda input: original(input).clamp(-1, 1)  # type: ignore[method-assign]
+    # A method: a function around the layer itself would compute with its weights in every copy, which is refused.
+    forward = MethodType(lambda own, input: nn.Conv2d.forward(own, input).clamp(-1, 1), layer)
+    layer.forward = forward  # type: ignore[method-assign]
     return layer
 
 

@@ -45,6 +45,7 @@ FLOW = (
     ("quantize",),
     (
         "batches",
+        "borrowed",
         "checkpoints",
         "file_kinds",
         "fold",

@@ -53,3 +53,24 @@ def test_channels_lie_on_any_axis() -> None:
 def test_what_has_no_such_form_is_refused(scheme: Affine | Piecewise, bits: int | dict[int, tuple[int, ...]]) -> None:
     with pytest.raises(SettingError, match="layer 'fc'"):
         integer_weight(torch.randn(2, 4), linear("fc", 2, 4, scheme, bits))
+
+
+@given(
+    st.sampled_from([scheme for scheme in SCHEMES if scheme.group_size is None]),
+    st.lists(st.tuples(st.integers(1, 8), st.sampled_from([-2.5, -0.3, 0.0, 0.7, 3.0])), min_size=1, max_size=9),
+    st.integers(0, 99),
+)
+def test_rescaled_integers_are_the_weight_times_a_factor(
+    scheme: Affine, channels: list[tuple[int, float]], seed: int
+) -> None:
+    weight = torch.randn(len(channels), 6, generator=torch.Generator().manual_seed(seed)) * 3
+    widths, factors = [bits for bits, _ in channels], torch.tensor([factor for _, factor in channels])
+    groups = {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)}
+    choice = linear("fc", len(widths), 6, scheme, groups if len(groups) > 1 else widths[0])
+    before = integer_weight(weight, choice)
+    after = before.rescaled(factors)
+    torch.testing.assert_close(after.dequantized(), before.dequantized() * factors[:, None])
+    assert (after.scale > 0).all()
+    for bits, old, new in zip(widths, before.codes.tolist(), after.codes.tolist(), strict=True):
+        assert all(-(2 ** (bits - 1)) <= code <= 2 ** (bits - 1) for code in new)
+        assert len({*new}) in (1, len({*old}))

@@ -134,6 +134,46 @@ def test_parametrized_and_meta_weights_are_refused_by_name() -> None:
         find_weights(lazy)
 
 
+def weighing(weight: object) -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    del net[0].weight
+    if isinstance(weight, nn.Parameter):
+        net[0].weight = weight
+    else:
+        vars(net[0])["weight"] = weight
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+def test_what_is_kept_in_another_form_is_refused_by_name_unless_skipped() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    packed = torchao.IntxUnpackedToInt8Tensor.from_hp(torch.randn(4, 4), (1, 4), torch.int8)
+    dense = torch.randn(4, 4)
+    for weight, said in (
+        (nn.Parameter(packed, requires_grad=False), r"quantized already.*\(IntxUnpackedToInt8Tensor\)"),
+        (nn.Parameter(dense.to_sparse()), "kept as torch.sparse_coo.*to_dense"),
+        (nn.Parameter(dense.to_sparse_csr()), "kept as torch.sparse_csr.*to_dense"),
+        (nn.Parameter(dense.to(torch.complex64)), "dtype torch.complex64 is not allowed"),
+        (nn.Parameter(dense.to(torch.float8_e4m3fn), requires_grad=False), "dtype torch.float8_e4m3fn is not allowed"),
+        (nn.Parameter(dense.double()), "dtype torch.float64 is not allowed"),
+        (dense, "no stored value to quantize"),
+        (None, "no stored value to quantize"),
+    ):
+        net = weighing(weight)
+        with pytest.raises(WeightError, match=f"layer '0'.*{said}.*skip the layer"):
+            measure(net)
+        table = measure(net, bits=[4], skip=["0"])
+        assert [layer.name for layer in table.layers] == ["1"]
+        assert table.skipped == ("0",)
+
+
+def test_computed_weights_are_no_ties_of_one_another() -> None:
+    net = nn.Sequential(*(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(8)))
+    found = find_weights(net, refuse=False)
+    assert [(weight.name, weight.tied) for weight in found] == [(str(number), ()) for number in range(8)]
+    assert find_weights(net, skip=["3"], refuse=False).skipped == ("3",)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_a_weight_that_is_not_finite_is_an_error_naming_the_layer(bad: float) -> None:
     net = conv_net()

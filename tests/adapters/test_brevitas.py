@@ -92,7 +92,7 @@ def test_every_kind_is_our_fake_quantization_to_the_bit(scheme: Affine, empty: b
     for allocator in ALLOCATORS:
         plan = allocator(table)
         quantized, ours = mpq_brevitas.to_brevitas(model, plan), simulated(model, plan)
-        assert {check.layer for check in mpq_brevitas.verify(quantized, plan, model)} == set(plan.by_name)
+        assert {check.layer for check in mpq_brevitas.verify(quantized, plan, model, batch=TOKENS)} == set(plan.by_name)
         for layer in plan.layers:
             value = reading.weight_codes(quantized.get_submodule(layer.name)).value
             assert value.reshape(layer.shape).equal(quantizable_weights(ours)[layer.name])
@@ -106,7 +106,7 @@ def test_batch_norm_is_folded_where_the_plan_was_measured_so() -> None:
     plan = planned(model, Affine(), fold_bn=True)
     assert plan.fold_bn
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    mpq_brevitas.verify(quantized, plan, model)
+    mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)
     with torch.no_grad():
         assert quantized(IMAGES).equal(simulated(model, plan)(IMAGES))
 
@@ -117,7 +117,7 @@ def test_the_layer_map_gives_the_same_weights_in_the_users_own_call(net: type[nn
     plan = planned(model, allocator=PTILMPQ(other_bits=(4, 1)))
     expected = mpq_brevitas.to_brevitas(model, plan)
     mine = quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(plan, model))
-    mpq_brevitas.verify(mine, plan, model)
+    mpq_brevitas.verify(mine, plan, model, batch=INPUTS[net])
     with torch.no_grad():
         assert mine(INPUTS[net]).equal(expected(INPUTS[net]))
 
@@ -126,9 +126,9 @@ def test_the_layer_map_leaves_in_float_what_the_plan_does() -> None:
     model = nets.made(nets.SmallNet)
     plan = with_layer(planned(model, skip=["conv1"]), "fc", bits=32)
     mine = quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(plan, model))
-    assert [check.layer for check in mpq_brevitas.verify(mine, plan, model)] == ["conv2"]
+    assert [check.layer for check in mpq_brevitas.verify(mine, plan, model, batch=IMAGES)] == ["conv2"]
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    mpq_brevitas.verify(quantized, plan, model)
+    mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)
     assert type(quantized.conv1) is nn.Conv2d
     assert type(quantized.fc) is nn.Linear
 
@@ -149,7 +149,7 @@ def test_parts_report_their_widest_channel() -> None:
         parts=(Part(bits=3, channels=(0, 4)), Part(bits=6, channels=(1, 2, 3, *range(5, 10)))),
     )
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    (check,) = (check for check in mpq_brevitas.verify(quantized, plan, model) if check.layer == "fc")
+    (check,) = (check for check in mpq_brevitas.verify(quantized, plan, model, batch=IMAGES) if check.layer == "fc")
     assert check.bits == ((3, 2), (6, 8))
     assert quantized.fc.weight_quant.bit_width() == 6
     assert int(quantized.fc.quant_weight().int().max()) < 2**6
@@ -160,7 +160,7 @@ def test_binary_layers_are_brevitas_own_and_ternary_ones_by_name() -> None:
     plan = planned(model, Affine(symmetric=True, granularity="per_channel"), Uniform(bits=2))
     plan = with_layer(plan, "fc", bits=1)
     quantized = mpq_brevitas.to_brevitas(model, plan, ternary=["conv1"])
-    kinds = {check.layer: check.quantizer for check in mpq_brevitas.verify(quantized, plan, model)}
+    kinds = {check.layer: check.quantizer for check in mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)}
     assert kinds == {"conv1": "ternary", "conv2": "int", "fc": "binary"}
     with torch.no_grad():
         assert quantized(IMAGES).equal(simulated(model, plan)(IMAGES))
@@ -184,7 +184,7 @@ def test_a_module_under_two_names_stays_one_and_tied_weights_stay_tied() -> None
     model = tied_net()
     plan = planned(model)
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    mpq_brevitas.verify(quantized, plan, model)
+    mpq_brevitas.verify(quantized, plan, model, batch=TOKENS)
     assert quantized.block is quantized.again
     assert quantized.lm_head.weight is quantized.embed.weight
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_a_module_under_two_names_stays_one_and_tied_weights_stay_tied() -> None
 def test_a_subclass_that_computes_as_torch_does_is_converted() -> None:
     model = nets.made(nets.Subclassed)
     plan = planned(model)
-    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
     with pytest.raises(MismatchError, match="'fc' is a OwnLinear, and it goes by exact types"):
         mpq_brevitas.layer_map(plan, model)
 
@@ -275,11 +275,11 @@ def _half(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_scaled, "'fc' is a Scaled that computes in its own way.*skip it"),
-        (_standardized, "'conv1' is a Standardized that computes in its own way"),
-        (_patched, "'fc' is a Linear that computes in its own way"),
+        (_scaled, "'fc' is a Scaled, which computes in its own way .forward.*skip it"),
+        (_standardized, "'conv1' is a Standardized, which computes in its own way ._conv_forward"),
+        (_patched, "'fc' is a Linear, which computes in its own way .forward"),
         (_buffered, "'fc' is a Buffered with state of its own"),
-        (_helpful, "'fc' is a Helpful that computes in its own way"),
+        (_helpful, "'fc' is a Helpful whose helper its Brevitas twin would lack"),
         (_listed, "'fc' is held in a list or attribute besides its name"),
         (_mapped, "'fc' is held in a list or attribute besides its name"),
         (_hooked, "'fc' has forward hooks"),
@@ -300,7 +300,7 @@ def test_a_weight_that_a_functional_call_uses_is_refused(net: type[nn.Module]) -
         with pytest.raises(MismatchError, match="'fc' lends its weight to a functional call"):
             convert(model, planned(model))
     plan = planned(model, skip=["fc"])
-    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
 
 
 class Untraceable(nn.Module):
@@ -321,13 +321,76 @@ def test_borrowing_is_seen_in_the_source_where_nothing_can_be_traced() -> None:
         mpq_brevitas.to_brevitas(model, planned(model))
 
 
+def test_reading_a_weights_dtype_is_no_use_of_it() -> None:
+    class Reads(nets.SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(self.fc.weight.dtype).to(self.conv1.weight.device))
+
+    model = nets.made(Reads)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
+
+
+def test_a_weight_lent_out_of_torch_fx_sight_is_refused() -> None:
+    class Branches(nets.Lending):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model = nets.made(Branches)
+    with pytest.raises(MismatchError, match="'fc' lends its weight to a functional call"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_what_others_read_of_a_layer_is_still_there() -> None:
+    class Scales(nets.SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc.gain = 2.0  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = super().forward(x) * float(self.fc.gain)  # type: ignore[arg-type]
+            return logits
+
+    model = nets.made(Scales)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0)).eval()
+    with pytest.raises(MismatchError, match=r"'1' \[0, 4\]: no weights there, which brevitas cannot quantize: skip it"):
+        mpq_brevitas.to_brevitas(model, planned(model))
+
+
+def test_models_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=IMAGES)
+
+
+def test_outputs_are_compared_with_the_float_models() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    quantized: Any = mpq_brevitas.to_brevitas(model, plan)
+    with pytest.raises(
+        SettingError, match="batch: its outputs are compared with the float model's; give the model too"
+    ):
+        mpq_brevitas.verify(quantized, plan, batch=IMAGES)
+    quantized.relu.forward = lambda x: x
+    mpq_brevitas.verify(quantized, plan, model)
+    with pytest.raises(VerifyError, match=r"on the batch, beside mpq_plugins.apply's, its output is off by"):
+        mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)
+
+
 def test_a_transformer_runs_without_the_fused_kernel_that_would_take_float_weights() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     plan = planned(model, skip=["*.out_proj"], allocator=Uniform(bits=2))
     quantized, inputs = mpq_brevitas.to_brevitas(model, plan), torch.randn(2, 5, 8)
-    mpq_brevitas.verify(quantized, plan, model)
+    mpq_brevitas.verify(quantized, plan, model, batch=inputs)
     with torch.no_grad():
         without, floating = quantized(inputs), model(inputs)
     torch.testing.assert_close(without, quantized(inputs).detach())
@@ -341,7 +404,7 @@ def test_a_model_may_be_a_layer() -> None:
     model = nn.Linear(8, 4)
     plan = planned(model, allocator=Uniform(bits=2))
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    mpq_brevitas.verify(quantized, plan, model)
+    mpq_brevitas.verify(quantized, plan, model, batch=torch.randn(3, 8))
     inputs = torch.randn(3, 8)
     assert quantized(inputs).equal(simulated(model, plan)(inputs))
     with pytest.raises(VerifyError, match="was left in float"):
@@ -361,7 +424,7 @@ def test_tied_inputs_are_quantized_where_they_are_no_indices() -> None:
     model = tied_net()
     plan = planned(model).with_activation_bits(8)
     ready = mpq_brevitas.calibrate(mpq_brevitas.to_brevitas(model, plan), [TOKENS])
-    mpq_brevitas.verify(ready, plan, model)
+    mpq_brevitas.verify(ready, plan, model, batch=TOKENS)
 
 
 def test_arguments_of_the_wrong_type_are_told_apart() -> None:
@@ -391,7 +454,7 @@ def test_attention_is_refused_by_name() -> None:
     with pytest.raises(MismatchError, match=r"'attention.out_proj' is MultiheadAttention's own.*skip it"):
         mpq_brevitas.to_brevitas(model, planned(model))
     plan = planned(model, skip=["attention.out_proj"])
-    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model)
+    mpq_brevitas.verify(mpq_brevitas.to_brevitas(model, plan), plan, model, batch=torch.randn(2, 5, 8))
 
 
 def test_tied_weights_per_group_are_refused() -> None:
@@ -436,7 +499,7 @@ def test_a_plan_on_folded_weights_wants_the_folded_model() -> None:
         mpq_brevitas.layer_map(plan, model)
     folded = fold_batch_norm(model)
     mine = quantize.layerwise_quantize(copy.deepcopy(folded), compute_layer_map=mpq_brevitas.layer_map(plan, folded))
-    mpq_brevitas.verify(mine, plan, model)
+    mpq_brevitas.verify(mine, plan, model, batch=IMAGES)
 
 
 def test_compiled_brevitas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,7 +628,7 @@ def test_verify_finds_what_is_planted(change: Any, message: str, seen_without_mo
     model = nets.made(nets.SmallNet)
     plan = planned(model, skip=["fc"])
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    mpq_brevitas.verify(quantized, plan, model)
+    mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)
     change(quantized, model)
     with pytest.raises(VerifyError, match=message):
         mpq_brevitas.verify(quantized, plan, model)
@@ -582,4 +645,4 @@ def test_a_plan_may_come_from_numpy_and_json(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     mine = quantize.layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(loaded))
-    mpq_brevitas.verify(mine, plan, model)
+    mpq_brevitas.verify(mine, plan, model, batch=IMAGES)

@@ -100,7 +100,7 @@ def test_pt2e_gives_the_logits_of_the_corrected_net_to_the_bit(allocator: Any) -
     made: Any = prepare_pt2e(exported, pt2e.PlanQuantizer(plan, better))
     made(IMAGES)
     converted = convert_pt2e(made)
-    assert {check.layer for check in pt2e.verify(converted, plan, better)} == set(plan.by_name)
+    assert {check.layer for check in pt2e.verify(converted, plan, better, batch=IMAGES)} == set(plan.by_name)
     with torch.no_grad():
         assert converted(IMAGES).equal(folded_simulation(better, plan)(IMAGES))
     with pytest.raises(VerifyError):
@@ -124,7 +124,7 @@ def test_adapters_that_fold_nothing_give_the_simulation_to_the_bit(
     plan: Plan = allocator(measure(model, scheme, range(1, 9), fold_bn=False))
     better = correct(model, plan, IMAGES.split(16))
     quantized = convert(better, plan)
-    assert {check.layer for check in verify(quantized, plan, better)} == set(plan.by_name)
+    assert {check.layer for check in verify(quantized, plan, better, batch=IMAGES)} == set(plan.by_name)
     with torch.no_grad():
         assert quantized(IMAGES).equal(apply(better, plan)(IMAGES))
     with pytest.raises(VerifyError):
@@ -140,7 +140,7 @@ def test_a_bias_that_correction_made_is_kept(allocator: Any) -> None:
     expected = apply(better, plan)
     for convert, verify in UNFOLDED.values():
         quantized = convert(better, plan)
-        verify(quantized, plan, better)
+        verify(quantized, plan, better, batch=given)
         with torch.no_grad():
             assert quantized(given).equal(expected(given))
     activations = plan.with_activation_bits(8)

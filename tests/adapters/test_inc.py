@@ -27,6 +27,11 @@ algorithms = pytest.importorskip("neural_compressor.torch.utils.utility").algos_
 
 pytestmark = pytest.mark.usefixtures("nowhere")
 PER_CHANNEL = Affine(granularity="per_channel")
+IMAGES, ROWS, TOKENS = (
+    torch.linspace(-2, 2, 4 * 192).view(4, 3, 8, 8),
+    torch.linspace(-1, 1, 40).view(5, 8),
+    torch.arange(20)[None],
+)
 SCHEMES = [Affine(), Affine(symmetric=True), PER_CHANNEL, Affine(granularity="per_channel", range="mse")]
 
 
@@ -80,7 +85,9 @@ def test_uniform_weights_to_the_bit(scheme: Affine, bits: int) -> None:
     quantized = inc.apply(model, plan)
     assert same(quantized, simulated(model, plan))
     assert inc.plan_of(quantized) == plan
-    assert [check.bits for check in inc.verify(quantized, plan, model)] == [layer.widths for layer in plan.layers]
+    assert [check.bits for check in inc.verify(quantized, plan, model, batch=IMAGES)] == [
+        layer.widths for layer in plan.layers
+    ]
 
 
 def test_shared_weights_to_the_bit() -> None:
@@ -88,7 +95,7 @@ def test_shared_weights_to_the_bit() -> None:
     plan = Uniform(bits=3)(measure(model, Codebook(), (3,)))
     quantized = inc.apply(model, plan)
     assert same(quantized, simulated(model, plan))
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=IMAGES)
 
 
 @pytest.mark.parametrize("scheme", [None, PER_CHANNEL], ids=str)
@@ -134,7 +141,7 @@ def test_a_plan_measured_folded_folds_the_model() -> None:
     given = copy.deepcopy(model)
     assert incs.quantize(given, inc.PlanConfig(plan)) is given
     assert same(given, simulated(model, plan))
-    inc.verify(given, plan, model)
+    inc.verify(given, plan, model, batch=IMAGES)
 
 
 def test_a_plan_from_its_file_and_from_a_dict(tmp_path: Path) -> None:
@@ -199,7 +206,7 @@ def test_tied_weights_stay_tied() -> None:
     plan = Uniform(bits=3)(measure(model, PER_CHANNEL, (3,)))
     quantized: Any = inc.apply(model, plan)
     assert quantized.lm_head.weight is quantized.embed.weight
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=TOKENS)
 
 
 def test_register_again_does_no_harm() -> None:
@@ -253,7 +260,7 @@ def test_weights_that_other_processes_look_at_stay_where_they_are() -> None:
     before = copy.deepcopy(model)
     incs.quantize(model, only(4))
     assert model.fc1.weight.is_shared()
-    inc.verify(model, inc.plan_of(model), before)
+    inc.verify(model, inc.plan_of(model), before, batch=ROWS)
 
 
 def test_models_that_cannot_be_copied_or_marked() -> None:
@@ -328,7 +335,7 @@ def test_a_layer_kept_in_float_by_the_compressors_own_word() -> None:
     plan = inc.plan_of(quantized)
     assert plan.skipped == ("fc10",)
     assert quantized.fc10.weight.equal(model.fc10.weight)
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=ROWS)
 
 
 @pytest.mark.parametrize("skip", [(), ("fc",), ("conv2",)])
@@ -342,7 +349,7 @@ def test_local_schemes_differ_and_are_exact(skip: tuple[str, ...]) -> None:
     assert (found.problems, found.notes) == ((), ())
     assert plan.by_name["fc"].scheme == PER_CHANNEL
     assert plan.by_name["conv1"].scheme == Affine()
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -485,7 +492,7 @@ CHANGES: list[tuple[Change, str]] = [
 def test_verify_sees_what_is_not_the_plans(change: Change, said: str) -> None:
     model, plan = nets.made(nets.SmallNet), the_plan()
     quantized = inc.apply(model, plan)
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=IMAGES)
     with torch.no_grad():
         change(quantized)
     with pytest.raises(VerifyError, match=said):
@@ -865,7 +872,7 @@ def test_what_is_packed_computes_as_the_plan_does(bits: int, symmetric: bool) ->
         assert (wrong - model[0].weight).abs().max().item() > 0.1  # why: should it be mended, this refusal can go
         return
     quantized = packed(model, plan)
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=torch.randn(4, 33))
     inputs = torch.randn(4, 33)
     assert torch.allclose(quantized(inputs), simulated(model, plan)(inputs), atol=5e-3)
 
@@ -873,8 +880,8 @@ def test_what_is_packed_computes_as_the_plan_does(bits: int, symmetric: bool) ->
 def test_a_bare_layer_is_packed_and_verified() -> None:
     model = nn.Linear(8, 8).eval()
     plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
-    inc.verify(incs.quantize(copy.deepcopy(model), inc.to_inc(plan)), plan, model)
-    inc.verify(inc.apply(model, plan), plan, model)
+    inc.verify(incs.quantize(copy.deepcopy(model), inc.to_inc(plan)), plan, model, batch=ROWS)
+    inc.verify(inc.apply(model, plan), plan, model, batch=ROWS)
 
 
 def test_models_that_rtn_cannot_pack() -> None:
@@ -927,7 +934,7 @@ def test_the_compressors_own_rtn_has_the_plans_codes(scheme: Affine, tmp_path: P
     model = Prefixes().eval()
     plan = mixed(model, scheme)
     quantized = incs.quantize(copy.deepcopy(model), inc.to_inc(plan, algo="rtn", model=model))
-    checks = inc.verify(quantized, plan, model)
+    checks = inc.verify(quantized, plan, model, batch=ROWS)
     assert [(check.layer, check.bits[0][0], check.packed) for check in checks] == [
         ("fc1", 3, True), ("fc10", 5, True), ("lm_head", 2, True)
     ]  # fmt: skip
@@ -944,7 +951,7 @@ def test_layers_that_the_plan_leaves_out_stay() -> None:
     plan = with_layer(mixed(model), "fc1", bits=32)
     quantized = incs.quantize(copy.deepcopy(model), inc.to_inc(plan))
     assert type(quantized.fc1) is nn.Linear
-    inc.verify(quantized, plan, model)
+    inc.verify(quantized, plan, model, batch=ROWS)
     with pytest.raises(VerifyError, match="'fc1' is not what the plan makes"):
         inc.verify(quantized, mixed(model), model)
     with pytest.raises(VerifyError, match="'fc10' is packed at 5 bits, the plan has 6"):
@@ -988,3 +995,43 @@ def test_names_that_the_model_lacks() -> None:
         inc.to_inc(plan, model=other)
     with pytest.raises(SettingError, match="algo: 'gptq' is not allowed; rtn"):
         inc.to_inc(plan, algo="gptq")
+
+
+class Lends(Prefixes):
+    """Multiplies by a layer's weight besides calling it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.lm_head.weight
+
+
+class Scaled(nn.Linear):
+    """Has a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_layers_that_a_packed_one_would_not_replace_are_refused() -> None:
+    lends, scaled, hooked = Lends().eval(), Prefixes().eval(), Prefixes().eval()
+    scaled.lm_head = Scaled(6, 4).eval()
+    hooked.lm_head.register_forward_hook(lambda _, __, y: y + 1)
+    for model, said in (
+        (lends, "'lm_head' lends its weight to a functional call"),
+        (scaled, "'lm_head' is a Scaled, which computes in its own way"),
+        (hooked, "'lm_head' has forward hooks"),
+    ):
+        plan = mixed(model)
+        with pytest.raises(MismatchError, match=f"{said}.*skip it, or use apply"):
+            incs.quantize(copy.deepcopy(model), inc.to_inc(plan))
+        inc.verify(inc.apply(model, plan), plan, model, batch=ROWS)
+        left = with_layer(plan, "lm_head", bits=32)
+        inc.verify(incs.quantize(copy.deepcopy(model), inc.to_inc(left)), left, model, batch=ROWS)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_kept_and_not_packed() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0)).eval()
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
+    inc.verify(inc.apply(model, plan), plan, model, batch=ROWS)
+    with pytest.raises(MismatchError, match=r"'1' \[0, 4\]: no weights there"):
+        inc.to_inc(plan)

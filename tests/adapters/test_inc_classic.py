@@ -37,6 +37,8 @@ pytestmark = [
 PER_CHANNEL = Affine(granularity="per_channel")
 BATCHES: Any = [(torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)), 0) for i in range(8)]
 
+IMAGES = torch.stack([image for image, _ in BATCHES])
+
 
 @pytest.fixture
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,9 @@ def test_uniform_weights_to_the_bit(scheme: Affine, bits: int) -> None:
     q_model = classic.apply(model, plan)
     assert same(q_model.model, simulated(model, plan))
     assert classic.plan_of(q_model) == plan
-    assert [check.bits for check in classic.verify(q_model, plan, model)] == [layer.widths for layer in plan.layers]
+    assert [check.bits for check in classic.verify(q_model, plan, model, batch=IMAGES)] == [
+        layer.widths for layer in plan.layers
+    ]
 
 
 def test_mixed_weights_with_parts_and_two_regions() -> None:
@@ -108,7 +112,7 @@ def test_a_plan_from_its_file_and_tied_weights(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     q_model = classic.fit(model, conf("plan", plan=tmp_path / "plan.json"))
     assert q_model.model.lm_head.weight is q_model.model.embed.weight
-    classic.verify(q_model, plan, model)
+    classic.verify(q_model, plan, model, batch=torch.arange(20)[None])
 
 
 def test_saved_by_the_compressor(tmp_path: Path) -> None:
@@ -117,7 +121,7 @@ def test_saved_by_the_compressor(tmp_path: Path) -> None:
     classic.apply(model, plan).save(str(tmp_path / "saved"))
     again = nets.made(nets.SmallNet)
     again.load_state_dict(torch.load(tmp_path / "saved" / "best_model.pt", weights_only=True))
-    classic.verify(again, plan, model)
+    classic.verify(again, plan, model, batch=IMAGES)
 
 
 # ---- tuning
@@ -145,7 +149,7 @@ def test_trials_go_up_from_the_smallest_by_our_strategy_and_stop_at_the_first_go
     assert len(sizes) > 1
     assert classic.plan_of(q_model) == run.chosen.plan
     assert same(model, before)
-    classic.verify(q_model, run.chosen.plan, model)
+    classic.verify(q_model, run.chosen.plan, model, batch=IMAGES)
 
 
 def test_every_combination_is_a_trial_and_equal_plans_are_one() -> None:
@@ -219,7 +223,7 @@ def test_an_evaluation_that_changes_the_model_changes_a_copy() -> None:
 
     q_model = classic.fit(model, conf(qem=2), eval_func=ruinous)
     assert same(model, before)
-    classic.verify(q_model, classic.plan_of(q_model), model)
+    classic.verify(q_model, classic.plan_of(q_model), model, batch=IMAGES)
     assert not q_model.model.training
 
 
@@ -325,7 +329,7 @@ def test_layers_that_the_user_keeps_in_float() -> None:
     plan = classic.plan_of(q_model)
     assert [layer.name for layer in plan.layers] == ["conv1"]
     assert q_model.model.fc.weight.equal(model.get_submodule("fc").weight)
-    classic.verify(q_model, plan, model)
+    classic.verify(q_model, plan, model, batch=IMAGES)
 
 
 @pytest.mark.parametrize("option", ["op_type_dict", "op_name_dict"])
@@ -340,7 +344,9 @@ def test_constraints_that_the_strategy_would_override(option: str) -> None:
 
 
 def int8_layers(q_model: Any, model: nn.Module) -> set[str]:
-    return {check.layer for check in classic.verify(q_model, classic.plan_of(q_model), model) if check.int8}
+    return {
+        check.layer for check in classic.verify(q_model, classic.plan_of(q_model), model, batch=IMAGES) if check.int8
+    }
 
 
 def test_static_gives_int8_below_a_width_and_fp32_from_there() -> None:
@@ -457,7 +463,7 @@ def test_plans_of_other_models_and_with_activations() -> None:
 def test_verify_sees_another_bias(fold_bn: bool) -> None:
     model = nets.made(nets.SmallNet)
     changed: Any = classic.apply(model, Uniform(bits=4)(measure(model, PER_CHANNEL, (4,), fold_bn=fold_bn)))
-    classic.verify(changed, classic.plan_of(changed), model)
+    classic.verify(changed, classic.plan_of(changed), model, batch=IMAGES)
     with torch.no_grad():
         changed.model.fc.bias += 1
     with pytest.raises(VerifyError, match=r"'fc.bias' is not the model's own"):
@@ -478,7 +484,7 @@ def test_under_inference_mode() -> None:
     model = nets.made(nets.SmallNet)
     with torch.inference_mode():
         q_model = classic.fit(model, conf(qem=2), eval_func=lambda given: 1.0)
-    classic.verify(q_model, classic.plan_of(q_model), model)
+    classic.verify(q_model, classic.plan_of(q_model), model, batch=IMAGES)
 
 
 @pytest.mark.parametrize("plans", [None, "plan", [None]])
@@ -492,4 +498,4 @@ def test_plans_to_tune_over_are_a_list_of_plans(plans: Any) -> None:
 def test_a_bare_layer() -> None:
     model = nn.Linear(8, 8).eval()
     plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))
-    classic.verify(classic.apply(model, plan), plan, model)
+    classic.verify(classic.apply(model, plan), plan, model, batch=torch.randn(3, 8))

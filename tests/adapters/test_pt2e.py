@@ -74,7 +74,7 @@ def test_weights_alone_give_the_logits_of_apply_to_the_bit(net: type[nn.Module],
     for allocator in ALLOCATORS:
         plan = planned(model, scheme, allocator)
         made = converted(model, plan, given)
-        assert {check.layer for check in pt2e.verify(made, plan, model)} == set(plan.by_name)
+        assert {check.layer for check in pt2e.verify(made, plan, model, batch=given)} == set(plan.by_name)
         ours = apply(fold_batch_norm(model), plan.model_copy(update={"fold_bn": False}))
         with torch.no_grad():
             assert made(given).equal(ours(given))
@@ -85,7 +85,7 @@ def test_8_bit_activations_are_counted() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model, SYMMETRIC, Uniform(bits=8)).with_activation_bits(8)
     made = converted(model, plan, IMAGES)
-    checks = pt2e.verify(made, plan, model)
+    checks = pt2e.verify(made, plan, model, batch=IMAGES)
     assert [check.activations for check in checks] == [True, True, True]
     with torch.no_grad():
         exact, reached = model(IMAGES), made(IMAGES)
@@ -98,7 +98,7 @@ def test_8_bit_activations_are_counted() -> None:
 def test_layers_left_in_float_stay_in_float_with_quantized_activations_too() -> None:
     model = nets.made(nets.SmallNet)
     plan = Uniform(bits=4)(measure(model, SYMMETRIC, (4,), skip=["fc"])).with_activation_bits(8)
-    checks = pt2e.verify(converted(model, plan, IMAGES), plan, model)
+    checks = pt2e.verify(converted(model, plan, IMAGES), plan, model, batch=IMAGES)
     assert [check.layer for check in checks] == ["conv1", "conv2"]
 
 
@@ -118,7 +118,7 @@ def test_tied_weights_are_one_layer() -> None:
     model, given = nets.made(nets.Tied), torch.randn(2, 8, generator=torch.Generator().manual_seed(4))
     plan = planned(model)
     made = converted(model, plan, given)
-    pt2e.verify(made, plan, model)
+    pt2e.verify(made, plan, model, batch=given)
     with torch.no_grad():
         assert made(given).equal(apply(model, plan)(given))
 
@@ -201,7 +201,7 @@ def test_verify_reads_how_activations_are_quantized() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model, SYMMETRIC).with_activation_bits(8)
     made = converted(model, plan, IMAGES)
-    pt2e.verify(made, plan, model)
+    pt2e.verify(made, plan, model, batch=IMAGES)
     for node in made.graph.nodes:
         if str(node.target).startswith(
             ("quantized_decomposed.quantize_per_tensor", "quantized_decomposed.dequantize_per_tensor")
@@ -221,3 +221,129 @@ def test_verify_finds_one_call_of_two_left_in_float() -> None:
         calls[1].args = (calls[1].args[0], made.graph.get_attr("conv2.weight"), *calls[1].args[2:])
     with pytest.raises(VerifyError, match="'conv2' is in float in one of its calls"):
         pt2e.verify(made, plan, model)
+
+
+class Functional(nn.Module):
+    """A norm of stored statistics that is no BatchNorm, as detection networks freeze theirs."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-1, 1, channels))
+        self.register_buffer("var", torch.linspace(0.3, 2, channels))
+        self.register_buffer("gain", torch.linspace(-2, 1.5, channels))  # some channels change their sign
+        self.register_buffer("shift", torch.linspace(-1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var, gain, shift = map(self.get_buffer, ("mean", "var", "gain", "shift"))
+        return nn.functional.batch_norm(x, mean, var, gain, shift)
+
+
+class Frozen(nets.SmallNet):
+    """Functional norms in the place of the BatchNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = Functional(8), Functional(8)  # type: ignore[assignment]
+
+
+class Asks(nets.SmallNet):
+    """Looks at its input's shape, which torch.fx cannot trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 3:
+            raise ValueError("channels")
+        return super().forward(x)
+
+
+class AsksOfTwoNorms(nets.TwoNorms):
+    """The same, with a convolution that PT2E folds wrongly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 3:
+            raise ValueError("channels")
+        return super().forward(x)
+
+
+class FrozenAndMore(Frozen):
+    """A convolution that feeds a functional norm and a sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        logits: Tensor = self.fc(self.conv2(self.bn1(y) + y).mean(dim=(2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("net", [Frozen, Asks])
+@pytest.mark.parametrize("scheme", [PER_CHANNEL, SYMMETRIC], ids=str)
+@pytest.mark.parametrize("skip", [(), ("conv1",)])
+def test_norms_that_torch_fx_does_not_show_rescale_codes(
+    net: type[nn.Module], scheme: Affine, skip: tuple[str, ...]
+) -> None:
+    model = nets.made(net)
+    for allocator in (Uniform(bits=8), Uniform(bits=3), Uniform(bits=1), PTILMPQ(other_bits=(4, 1))):
+        plan = allocator(measure(model, scheme, range(1, 9), per_channel=True, skip=skip))
+        checks = pt2e.verify(converted(model, plan, IMAGES), plan, model, batch=IMAGES)
+        assert {check.layer for check in checks} == set(plan.by_name)
+
+
+def test_inputs_are_quantized_beside_norms_that_torch_fx_does_not_show() -> None:
+    model = nets.made(Frozen)
+    plan = planned(model, SYMMETRIC, Uniform(bits=8)).with_activation_bits(8)
+    pt2e.verify(converted(model, plan, IMAGES), plan, model, batch=IMAGES)
+
+
+@pytest.mark.parametrize("net", [AsksOfTwoNorms, FrozenAndMore])
+@pytest.mark.parametrize("skip", [(), ("conv1",)])
+def test_a_norm_that_pt2e_folds_into_another_function_is_found_in_the_graph(
+    net: type[nn.Module], skip: tuple[str, ...]
+) -> None:
+    model = nets.made(net)
+    plan = Uniform(bits=8)(measure(model, PER_CHANNEL, (8,), skip=skip))
+    with pytest.raises(MismatchError, match=r"'conv1'.*PT2E has folded a norm where that makes another function"):
+        prepared(model, plan, IMAGES)
+
+
+def test_one_scale_for_a_tensor_does_not_survive_a_norm() -> None:
+    model = nets.made(Frozen)
+    with pytest.raises(MismatchError, match=r"'conv1' was measured unfolded.*measure per_channel"):
+        prepared(model, planned(model, Affine()), IMAGES)
+
+
+def test_inputs_that_the_quantizer_does_not_take_are_told_while_preparing() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, given = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval(), torch.randn(2, 5, 8)
+    plan = planned(model, SYMMETRIC, Uniform(bits=8)).with_activation_bits(8)
+    with pytest.raises(MismatchError, match=r"no inputs of 'layers.0.self_attn.out_proj'.*skip it"):
+        prepared(model, plan, given)
+    skipping = Uniform(bits=8)(measure(model, SYMMETRIC, (8,), skip=["*.out_proj"])).with_activation_bits(8)
+    pt2e.verify(converted(model, skipping, given), skipping, model, batch=given)
+
+
+def test_outputs_that_are_not_the_plans_are_told() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    made = converted(model, plan, IMAGES)
+    (pooled,) = (node for node in made.graph.nodes if str(node.target).startswith("aten.mean"))
+    with made.graph.inserting_after(pooled):
+        doubled = made.graph.call_function(torch.ops.aten.mul.Tensor, (pooled, 2))
+    pooled.replace_all_uses_with(doubled, delete_user_cb=lambda node: node is not doubled)
+    made.recompile()
+    pt2e.verify(made, plan, model)
+    with pytest.raises(VerifyError, match=r"on the batch, beside mpq_plugins.apply's, its output is off by"):
+        pt2e.verify(made, plan, model, batch=IMAGES)
+
+
+def test_a_bare_layer() -> None:
+    torch.manual_seed(0)
+    model, given = nn.Linear(8, 4).eval(), torch.randn(3, 8)
+    plan = planned(model)
+    pt2e.verify(converted(model, plan, given), plan, model, batch=given)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_refused() -> None:
+    model = nn.ModuleDict({"own": nn.Linear(8, 4), "none": nn.Linear(8, 0), "blind": nn.Linear(0, 4)}).eval()
+    with pytest.raises(MismatchError, match=r"'none' \[0, 8\], 'blind' \[4, 0\]: no weights there.*skip it"):
+        pt2e.PlanQuantizer(planned(model), model)
+    pt2e.PlanQuantizer(Uniform(bits=4)(measure(model, PER_CHANNEL, (4,), skip=["none", "blind"])), model)

@@ -57,7 +57,7 @@ def test_adapters_that_fold_nothing_hold_the_result_to_the_bit(adapter: str, sch
     convert, verify = UNFOLDED[adapter]
     model, result, plan = learned(allocator, scheme, fold_bn=False)
     quantized = convert(result, plan)
-    assert {check.layer for check in verify(quantized, plan, result)} == set(plan.by_name)
+    assert {check.layer for check in verify(quantized, plan, result, batch=IMAGES)} == set(plan.by_name)
     with torch.no_grad():
         assert quantized(IMAGES).equal(result(IMAGES))
     with pytest.raises(VerifyError):
@@ -85,7 +85,7 @@ def test_pt2e_holds_the_learned_codes(allocator: Any) -> None:
     made: Any = prepare_pt2e(torch.export.export(result, (IMAGES.clone(),)).module(), pt2e.PlanQuantizer(plan, result))
     made(IMAGES)
     converted = convert_pt2e(made)
-    assert {check.layer for check in pt2e.verify(converted, plan, result)} == set(plan.by_name)
+    assert {check.layer for check in pt2e.verify(converted, plan, result, batch=IMAGES)} == set(plan.by_name)
     with torch.no_grad():
         assert converted(IMAGES).equal(folded_simulation(result, plan)(IMAGES))
     with pytest.raises(VerifyError):
@@ -103,6 +103,6 @@ def test_learned_input_ranges_are_refused_with_a_remedy_that_works(adapter: str)
     with pytest.raises(SettingError, match=r"in ranges of its own.*without_input_ranges\(model\)"):
         convert(result, weights)
     plain = mpq.without_input_ranges(result)
-    verify(convert(plain, weights), weights, plain)
+    verify(convert(plain, weights), weights, plain, batch=IMAGES)
     with pytest.raises(SettingError, match="in ranges of its own"):
         fx.prepare(result, plan, IMAGES[:1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Plan, Uniform, measure
@@ -64,7 +65,7 @@ def test_it_is_our_fake_quantization_to_the_bit(net: type[nn.Module], scheme: Af
     for allocator in ALLOCATORS:
         plan = planned(model, scheme, allocator)
         quantized, ours = torchao.apply(model, plan), simulated(model, plan)
-        assert {check.layer for check in torchao.verify(quantized, plan, model)} == set(plan.by_name)
+        assert {check.layer for check in torchao.verify(quantized, plan, model, batch=given)} == set(plan.by_name)
         for name, weight in quantizable_weights(quantized).items():
             assert weight.dequantize().equal(quantizable_weights(ours)[name])
         with torch.no_grad():
@@ -76,7 +77,7 @@ def test_tied_weights_stay_tied() -> None:
     model = tied_net()
     plan = planned(model)
     quantized = torchao.apply(model, plan)
-    torchao.verify(quantized, plan, model)
+    torchao.verify(quantized, plan, model, batch=TOKENS)
     assert quantized.embed.weight is quantized.lm_head.weight
     untied = copy.deepcopy(quantized)
     untied.lm_head.weight = copy.deepcopy(untied.lm_head.weight)
@@ -90,7 +91,7 @@ def test_a_state_dict_comes_back_from_disk(tmp_path: Path) -> None:
     torch.save(torchao.apply(model, plan).state_dict(), tmp_path / "net.pt")
     again = TextNet().eval()
     again.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True), assign=True)
-    torchao.verify(again, plan, model)
+    torchao.verify(again, plan, model, batch=TOKENS)
 
 
 def test_safetensors_hold_it_too(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_safetensors_hold_it_too(tmp_path: Path) -> None:
         state = unflatten_tensor_state_dict(read, file.metadata())
     again = TextNet().eval()
     again.load_state_dict(state[0] if isinstance(state, tuple) else state, assign=True)
-    torchao.verify(again, plan, model)
+    torchao.verify(again, plan, model, batch=TOKENS)
 
 
 def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
@@ -115,7 +116,7 @@ def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
     plan = planned(model, allocator=Uniform(bits=8))
     inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
     dynamic = torchao.apply(model, plan.with_activation_bits(8))
-    torchao.verify(dynamic, plan.with_activation_bits(8), model)
+    torchao.verify(dynamic, plan.with_activation_bits(8), model, batch=inputs)
     with torch.no_grad():
         weights_only, reached = torchao.apply(model, plan)(inputs), dynamic(inputs)
     assert not reached.equal(weights_only)
@@ -183,12 +184,103 @@ class OwnProduct(nn.Linear):
         return x @ self.weight.t()
 
 
+class TiedBack(nn.Module):
+    """Goes back by the weight it came by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(torch.relu(self.encode(x)), self.encode.weight, padding=1)
+
+
+class Transposed(TiedBack):
+    """Multiplies by a layer's weight the other way round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.encode(x).mean((2, 3))
+        return y @ self.fc.weight.squeeze(1)
+
+
+class ByName(TiedBack):
+    """Gives a bias by name, which torchao's tensors lose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.encode(x).mean((2, 3)), self.fc.weight, bias=self.fc.bias)
+
+
+@pytest.mark.parametrize(("net", "layer"), [(TiedBack, "encode"), (Transposed, "fc"), (ByName, "fc")])
+def test_a_weight_that_torchaos_tensors_fail_on_elsewhere_is_refused(net: type[nn.Module], layer: str) -> None:
+    model = nets.made(net)
+    with pytest.raises(MismatchError, match=rf"'{layer}' lends its weight to a functional call.*skip it"):
+        torchao.apply(model, planned(model))
+    plan = Uniform(bits=4)(measure(model, SCHEMES[1], (4,), skip=[layer]))
+    torchao.verify(torchao.apply(model, plan), plan, model, batch=IMAGES)
+
+
+class Functions(TextNet):
+    """Takes its layers' weights by functions that torchao's tensors know."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.embed.weight).transpose(1, 2)
+        x = F.conv1d(x, self.conv.weight, self.conv.bias).mean(dim=2)
+        return F.linear(torch.relu(self.hidden(x)), self.fc.weight)
+
+
+@pytest.mark.parametrize("net", [nets.Functional, nets.Lending, Functions])
+def test_functions_that_take_torchaos_tensors_are_no_reason_to_refuse(net: type[nn.Module]) -> None:
+    model, given = nets.made(net), TOKENS if net is Functions else IMAGES
+    plan = planned(model)
+    torchao.verify(torchao.apply(model, plan), plan, model, batch=given)
+
+
+class Centred(nn.Conv2d):
+    """A subclass whose convolution takes another weight."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result: Tensor = super()._conv_forward(x, weight - weight.mean(), bias)
+        return result
+
+
+def test_methods_below_forward_are_looked_at_and_hooks_stay() -> None:
+    model = nn.Sequential(Centred(3, 8, 3), nn.Conv2d(8, 4, 3)).eval()
+    with pytest.raises(MismatchError, match=r"'0' is a Centred, which computes in its own way \(_conv_forward\)"):
+        torchao.apply(model, planned(model))
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).eval()
+    plain[0].register_forward_hook(lambda _, __, y: y.relu())
+    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain, batch=IMAGES)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 0)).eval()
+    with pytest.raises(MismatchError, match=r"'1' \[0, 4\]: no weights there, which torchao cannot quantize: skip it"):
+        torchao.apply(model, planned(model))
+
+
+def test_a_quantized_model_is_not_measured_again() -> None:
+    model = nets.made(nets.SmallNet)
+    quantized = torchao.apply(model, planned(model))
+    with pytest.raises(MPQError, match="layer 'conv1': is quantized already"):
+        measure(quantized, SCHEMES[1], (4,))
+    with pytest.raises(MPQError, match="layer 'conv1': is quantized already"):
+        torchao.apply(quantized, planned(model))
+
+
+def test_models_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = nets.made(TextNet)
+    plan = planned(model)
+    torchao.verify(torchao.apply(model, plan), plan, model, batch=TOKENS)
+
+
 def test_layers_that_compute_in_their_own_way_are_refused() -> None:
     model = nn.Sequential(OwnProduct(8, 4)).eval()
-    with pytest.raises(MismatchError, match="'0' computes in its own way"):
+    with pytest.raises(MismatchError, match="'0' is a OwnProduct, which computes in its own way"):
         torchao.apply(model, planned(model))
     plain = nn.Sequential(nets.OwnLinear(8, 4)).eval()
-    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain)
+    torchao.verify(torchao.apply(plain, planned(plain)), planned(plain), plain, batch=torch.randn(3, 8))
 
 
 def test_stock_configs_quantize_what_the_plan_says() -> None:
