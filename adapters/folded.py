@@ -118,6 +118,19 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     per-tensor layers that were measured unfolded, for folding changes their scale. Also weights that are not float32,
     and models in training mode. Raises MismatchError or SettingError.
     """
+    check_state(model, backend)
+    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in unfolded_norms(model).items()]
+    if wrong:
+        raise MismatchError(
+            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
+            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
+            "use mpq_plugins.apply or the torchao adapter, which do not fold"
+        )
+    check_scales(plan, model, backend)
+
+
+def check_state(model: nn.Module, backend: str) -> None:
+    """Refuse models in training mode, and weights that are not float32. Raises SettingError."""
     if any(module.training for module in model.modules()):
         raise SettingError(f"{backend}: {type(model).__name__} is in training mode, or a part of it; call model.eval()")
     other = [
@@ -127,13 +140,10 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
         raise SettingError(
             f"{backend}: quantizes float32 weights alone, not {first_few(other, ', ')}; call model.float()"
         )
-    wrong = [f"{name!r} feeds the BatchNorm {norm!r}" for name, norm in unfolded_norms(model).items()]
-    if wrong:
-        raise MismatchError(
-            f"{first_few(wrong, ', ')} but is no pair with it (a linear layer, or it feeds something else, or one of "
-            f"them is used twice), and {backend} would fold them all the same and corrupt it: give each its own, or "
-            "use mpq_plugins.apply or the torchao adapter, which do not fold"
-        )
+
+
+def check_scales(plan: Plan, model: nn.Module, backend: str) -> None:
+    """Refuse per-tensor layers that were measured unfolded, for folding changes their scale. Raises MismatchError."""
     pairs = {} if plan.fold_bn else conv_bn_pairs(model)
     unfolded = [
         f"{layer.name!r}"

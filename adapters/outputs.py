@@ -1,0 +1,105 @@
+"""Whether a quantized model computes what the plan's simulation computes, on a batch."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mpq_plugins.apply import apply
+from mpq_plugins.batches import call_model, run_model
+from mpq_plugins.errors import SettingError
+from mpq_plugins.plan import Plan
+
+FLOAT_ROUNDING = 1e-4
+"""What the same weights may come to in another order of additions, as a part of the outputs' norm."""
+HALF_ROUNDING = 1e-2
+"""The same in a network that computes in half precision, or with scales in it."""
+INPUT_ROUNDING = 0.05
+"""What inputs of 8 bits may come to over a network, as a part of the outputs' norm; twice that for each bit less."""
+
+
+def output_problems(
+    quantized: nn.Module, plan: Plan, model: nn.Module, batch: Any, *, packed: bool = False
+) -> list[str]:
+    """How a quantized model's outputs on a batch differ from those of `mpq_plugins.apply(model, plan)`, if they do.
+
+    batch: None compares nothing. packed: the backend keeps scales in half precision. Raises SettingError where the
+    float model does not run on the batch, and what `apply` raises.
+    """
+    if batch is None:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # activations are what the tolerance is for
+        simulation = apply(model, plan)
+    tolerance = HALF_ROUNDING if packed or not _is_single(model) else FLOAT_ROUNDING
+    if plan.activation_bits is not None:
+        tolerance = INPUT_ROUNDING * 2.0 ** (8 - plan.activation_bits)
+    problem = output_problem(quantized, simulation, batch, tolerance)
+    return [] if problem is None else [f"on the batch {problem}"]
+
+
+def output_problem(quantized: nn.Module, reference: nn.Module, batch: Any, tolerance: float) -> str | None:
+    """How the outputs of two models on a batch differ, in words; None where they agree.
+
+    Every tensor of the outputs must have the reference's shape, and differ by no more than `tolerance` of its norm;
+    whole numbers and truth values are not compared, for an argmax may go either way. Raises SettingError where the
+    reference itself does not run.
+    """
+    expected = [*_tensors(_run(reference, batch))]
+    try:
+        found = [*_tensors(_run(quantized, batch))]
+    except SettingError as error:
+        return f"it does not run: {error}"
+    if len(found) != len(expected):
+        return f"it gives {len(found)} tensors, the simulation {len(expected)}"
+    for number, (own, other) in enumerate(zip(found, expected, strict=True), 1):
+        which = "its output" if len(expected) == 1 else f"output {number} of {len(expected)}"
+        if own.shape != other.shape:
+            return f"{which} has shape {list(own.shape)}, the simulation's {list(other.shape)}"
+        if other.is_floating_point() or other.is_complex():
+            problem = _difference(own, other, tolerance)
+            if problem is not None:
+                return f"{which} {problem}"
+    return None
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a dropout that is always on drops the same
+        if not isinstance(model, torch.fx.GraphModule):
+            return run_model(model, batch)
+        with torch.no_grad():  # an exported graph has its mode in it, and refuses to be asked for another
+            return call_model(model, batch)
+
+
+def _difference(own: Tensor, other: Tensor, tolerance: float) -> str | None:
+    own, other = own.cpu(), other.cpu()
+    finite = other.isfinite()
+    if not own.isfinite().equal(finite):
+        return "is NaN or infinite where the simulation's is not"
+    off, norm = (own - other)[finite].double().norm(), other[finite].double().norm()
+    if off <= tolerance * norm:
+        return None
+    return f"is {float(off / norm):.1%} off the simulation's, more than {tolerance:.2%}"
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Every tensor of an output, of any structure."""
+    plain = dict(outputs) if isinstance(outputs, Mapping) else outputs
+    for leaf in tree_leaves(plain):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif leaf is not plain and isinstance(leaf, Mapping):
+            yield from _tensors(leaf)
+
+
+def _is_single(model: nn.Module) -> bool:
+    return all(
+        parameter.dtype in (torch.float32, torch.float64)
+        for parameter in model.parameters()
+        if parameter.is_floating_point()
+    )
