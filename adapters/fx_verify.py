@@ -83,7 +83,7 @@ def verify(
     problems += [f"{name!r} is quantized and the plan leaves it in float" for name in extra]
     if batch is not None and not problems:
         problem = output_problem(converted, _applied(model, plan), batch, tolerance)
-        problems += [f"on the batch {problem}"] if problem else []
+        problems += [f"on the batch, beside mpq_plugins.apply's, {problem}"] if problem else []
     if problems:
         raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)

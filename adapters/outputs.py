@@ -39,7 +39,7 @@ def output_problems(
     if plan.activation_bits is not None:
         tolerance = INPUT_ROUNDING * 2.0 ** (8 - plan.activation_bits)
     problem = output_problem(quantized, simulation, batch, tolerance)
-    return [] if problem is None else [f"on the batch {problem}"]
+    return [] if problem is None else [f"on the batch, beside mpq_plugins.apply's, {problem}"]
 
 
 def output_problem(quantized: nn.Module, reference: nn.Module, batch: Any, tolerance: float) -> str | None:
@@ -49,42 +49,46 @@ def output_problem(quantized: nn.Module, reference: nn.Module, batch: Any, toler
     whole numbers and truth values are not compared, for an argmax may go either way. Raises SettingError where the
     reference itself does not run.
     """
-    expected = [*_tensors(_run(reference, batch))]
+    expected = _run(reference, batch)
     try:
-        found = [*_tensors(_run(quantized, batch))]
+        found = _run(quantized, batch)
     except SettingError as error:
         return f"it does not run: {error}"
+    return difference(found, expected, tolerance)
+
+
+def difference(outputs: Any, reference: Any, tolerance: float) -> str | None:
+    """How outputs differ from others of the same structure, in words, as in output_problem; None where they agree."""
+    found, expected = [*_tensors(outputs)], [*_tensors(reference)]
     if len(found) != len(expected):
-        return f"it gives {len(found)} tensors, the simulation {len(expected)}"
+        return f"it gives {len(found)} tensors, not {len(expected)}"
     for number, (own, other) in enumerate(zip(found, expected, strict=True), 1):
         which = "its output" if len(expected) == 1 else f"output {number} of {len(expected)}"
         if own.shape != other.shape:
-            return f"{which} has shape {list(own.shape)}, the simulation's {list(other.shape)}"
+            return f"{which} has shape {list(own.shape)}, not {list(other.shape)}"
         if other.is_floating_point() or other.is_complex():
-            problem = _difference(own, other, tolerance)
+            problem = _distance(own, other, tolerance)
             if problem is not None:
                 return f"{which} {problem}"
     return None
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # a dropout that is always on drops the same
-        if not isinstance(model, torch.fx.GraphModule):
-            return run_model(model, batch)
-        with torch.no_grad():  # an exported graph has its mode in it, and refuses to be asked for another
-            return call_model(model, batch)
+    if not isinstance(model, torch.fx.GraphModule):
+        return run_model(model, batch)
+    with torch.no_grad():  # an exported graph has its mode in it, and refuses to be asked for another
+        return call_model(model, batch)
 
 
-def _difference(own: Tensor, other: Tensor, tolerance: float) -> str | None:
+def _distance(own: Tensor, other: Tensor, tolerance: float) -> str | None:
     own, other = own.cpu(), other.cpu()
     finite = other.isfinite()
     if not own.isfinite().equal(finite):
-        return "is NaN or infinite where the simulation's is not"
+        return "is NaN or infinite where it is not to be"
     off, norm = (own - other)[finite].double().norm(), other[finite].double().norm()
     if off <= tolerance * norm:
         return None
-    return f"is {float(off / norm):.1%} off the simulation's, more than {tolerance:.2%}"
+    return f"is off by {float(off / norm):.1%} of its norm, and may be by {tolerance:.2%}"
 
 
 def _tensors(outputs: Any) -> Iterator[Tensor]:

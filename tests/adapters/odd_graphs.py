@@ -224,7 +224,7 @@ class OddNet(nn.Module):
         values, used = [self.stem(x)], set()
         for (name, back, other), own in zip(self.steps, self.layers, strict=True):
             first, second = (max(0, len(values) - 1 - steps) for steps in (back, other))
-            used |= {first, second}
+            used.add(first)  # an operator may have no use for the second
             assert isinstance(own, nn.ModuleList)
             values.append(OPERATORS[name][1](values[first], values[second], *own))
         image = values[-1]

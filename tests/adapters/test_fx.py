@@ -445,7 +445,7 @@ def test_changes_in_place_arrive_or_are_refused() -> None:
     ):
         fx.prepare(model, planned(model), IMAGES)
     model = nets.made(Augmented)
-    with pytest.raises(MismatchError, match=r"Augmented does something else as torch.fx traces it .*% off"):
+    with pytest.raises(MismatchError, match=r"Augmented does something else as torch.fx traces it \(its output is "):
         fx.prepare(model, planned(model), IMAGES)
 
 
@@ -469,11 +469,11 @@ def test_verify_compares_outputs_on_a_batch() -> None:
     converted: Any = convert_fx(prepared(model, plan))
     fx.verify(converted, plan, model, batch=IMAGES)
     fx.verify(converted, plan, model, batch=(IMAGES,))
-    with pytest.raises(VerifyError, match=r"on the batch its output is .*% off the simulation's, more than 0.01%"):
+    with pytest.raises(VerifyError, match=r"on the batch.* its output is .*0.01%"):
         fx.verify(converted, plan, model, batch=IMAGES, tolerance=1e-4)
     converted.conv2.zero_point = 255
     fx.verify(converted, plan, model)
-    with pytest.raises(VerifyError, match=r"on the batch its output is .*% off the simulation's"):
+    with pytest.raises(VerifyError, match=r"on the batch.* its output is "):
         fx.verify(converted, plan, model, batch=IMAGES)
     with pytest.raises(SettingError, match="does not run on a batch"):
         fx.verify(converted, plan, model, batch=IMAGES[:, :1])
@@ -482,7 +482,7 @@ def test_verify_compares_outputs_on_a_batch() -> None:
     last.replace_input_with(last.args[0], last.args[0].args[0])
     cut.recompile()
     fx.verify(cut, plan, model)
-    with pytest.raises(VerifyError, match="on the batch it does not run"):
+    with pytest.raises(VerifyError, match=r"on the batch.* it does not run"):
         fx.verify(cut, plan, model, batch=IMAGES)
     with pytest.raises(SettingError, match="after QAT biases and norms are trained too"):
         fx.verify(converted, plan, model, fx.folded_integers(plan, model), batch=IMAGES)
