@@ -3,11 +3,12 @@
     prepared = fx.prepare(model, plan, example_inputs)   # a copy; the model is not changed
     prepared(batch)                                      # calibrate: activations only, weights are the plan's
     quantized = convert_fx(prepared)                     # torch's own
-    fx.verify(quantized, plan, model)                    # integer codes against the plan's
+    fx.verify(quantized, plan, model, batch=batch)       # integer codes against the plan's, outputs against apply's
 
 Backends compute scales their own way, and their 4 bits are not ours. So BatchNorm is folded, the plan's integers
 are worked out here, the weights are set to what those integers mean, and torch is handed observers that return the
 stored scales and zero points. Kernels work on int8: nothing is packed, so a 4-bit layer takes 8 bits on disk.
+Between planned layers, ReLU, sums and max pooling work on 8-bit codes too; everything else runs in float.
 """
 
 from dataclasses import dataclass

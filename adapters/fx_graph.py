@@ -21,7 +21,7 @@ from mpq_plugins.plain import is_plain
 
 WALL = operator.pos  # gives back what it is given, and torch has no pattern for it
 RELUS: set[Any] = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
-SUMS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+SUMS: set[Any] = {operator.add, torch.add, "add", "add_"}
 POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 FUSED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
          nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # fmt: skip

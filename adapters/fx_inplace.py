@@ -43,11 +43,11 @@ def follow_changes(graph: torch.fx.Graph, modules: Mapping[str, nn.Module]) -> N
 
 
 def _changed(node: Node, modules: Mapping[str, nn.Module]) -> Node | None:
-    """The value that a node changes in place."""
-    if not node.all_input_nodes:
-        return None
-    inplace = _inplace(node, modules)
-    return node.all_input_nodes[0] if inplace else None
+    """The value that a node changes in place, and gives."""
+    out = node.kwargs.get("out")
+    if isinstance(out, Node):
+        return out
+    return node.all_input_nodes[0] if node.all_input_nodes and _inplace(node, modules) else None
 
 
 def _inplace(node: Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -206,6 +206,8 @@ OPERATORS: dict[str, tuple[Build, Run]] = {
     "change a view": (NOTHING, lambda x, _: change_a_view(x)),
     "change a shared one": (NOTHING, lambda x, y: x.relu_() + y),
     "change by a number": (NOTHING, lambda x, _: x.mul_(0.5)),
+    "operator in place": (NOTHING, lambda x, y: operator.iadd(x, 0.5 * y) + x),
+    "given out": (NOTHING, lambda x, y: torch.sub(x, y, out=x * 1) + x),
     "hardtanh in place": (NOTHING, lambda x, _: F.hardtanh_(x, 0.0, 3.0)),
 }  # fmt: skip
 Steps = Sequence[tuple[str, int, int]]

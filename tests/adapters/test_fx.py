@@ -120,7 +120,7 @@ def test_the_mapping_works_with_torchs_own_prepare_on_a_baked_copy() -> None:
     plan = planned(model, allocator=Uniform(bits=3))
     made = prepare_fx(fx.bake(model, plan), fx.qconfig_mapping(plan, model), (IMAGES,))
     made(IMAGES)
-    fx.verify(convert_fx(made), plan, model)
+    fx.verify(convert_fx(made), plan, model, batch=IMAGES)
 
 
 def test_weights_of_something_else_are_refused_while_converting() -> None:
@@ -163,7 +163,7 @@ def test_a_functional_convolution_beside_the_plan_stays_in_float_and_converts() 
     plan = planned(model)
     with torch.no_grad():
         converted = convert_fx(prepared(model, plan))
-        assert len(fx.verify(converted, plan, model)) == 3
+        assert len(fx.verify(converted, plan, model, batch=IMAGES)) == 3
         weights_only = apply(fold_batch_norm(model), plan.with_activation_bits(None))
         assert (converted(IMAGES) - weights_only(IMAGES)).abs().max() < 0.2 * weights_only(IMAGES).abs().max()
 
@@ -173,7 +173,7 @@ def test_layers_planned_in_float_stay_in_float() -> None:
     plan = planned(model)
     plan = with_layer(plan, "fc", bits=32)
     converted = convert_fx(prepared(model, plan))
-    assert [check.layer for check in fx.verify(converted, plan, model)] == ["conv1", "conv2"]
+    assert [check.layer for check in fx.verify(converted, plan, model, batch=IMAGES)] == ["conv1", "conv2"]
     assert type(converted.get_submodule("fc")) is nn.Linear
 
 
