@@ -131,6 +131,13 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     and models in training mode. Raises MismatchError or SettingError.
     """
     check_sizes(plan, backend)
+    check_state(model, backend)
+    refuse_wrong_pairs(unfolded_norms(model), backend)
+    check_scales(plan, model, backend)
+
+
+def check_state(model: nn.Module, backend: str) -> None:
+    """Refuse models in training mode, and weights that are not float32. Raises SettingError."""
     if any(module.training for module in model.modules()):
         raise SettingError(f"{backend}: {type(model).__name__} is in training mode, or a part of it; call model.eval()")
     other = [
@@ -140,7 +147,10 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
         raise SettingError(
             f"{backend}: quantizes float32 weights alone, not {first_few(other, ', ')}; call model.float()"
         )
-    refuse_wrong_pairs(unfolded_norms(model), backend)
+
+
+def check_scales(plan: Plan, model: nn.Module, backend: str) -> None:
+    """Refuse per-tensor layers that were measured unfolded, for folding changes their scale. Raises MismatchError."""
     pairs = {} if plan.fold_bn else conv_bn_pairs(model)
     unfolded = [
         f"{layer.name!r}"

@@ -3,13 +3,15 @@
     prepared = fx.prepare(model, plan, example_inputs)   # a copy; the model is not changed
     prepared(batch)                                      # calibrate: activations only, weights are the plan's
     quantized = convert_fx(prepared)                     # torch's own
-    fx.verify(quantized, plan, model)                    # integer codes against the plan's
+    fx.verify(quantized, plan, model, batch=batch)       # integer codes against the plan's, outputs against apply's
 
 Backends compute scales their own way, and their 4 bits are not ours. So BatchNorm is folded, the plan's integers
 are worked out here, the weights are set to what those integers mean, and torch is handed observers that return the
 stored scales and zero points. Kernels work on int8: nothing is packed, so a 4-bit layer takes 8 bits on disk.
+Between planned layers, ReLU, sums and max pooling work on 8-bit codes too; everything else runs in float.
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,21 +25,25 @@ from torch.ao.quantization import (
     ObserverBase,
     QConfig,
     QConfigMapping,
+    default_weight_observer,
 )
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
+from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, fold_in_place
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plan import LayerChoice, Plan
 
-from .folded import folded_integers
-from .fx_checks import CAPABILITIES, check, traced
-from .fx_verify import LayerCheck, verify
+from .folded import folded_integers, integers_of
+from .fx_checks import CAPABILITIES, check, check_calls, check_example, traced
+from .fx_graph import InCodes, by_position, divide, lend_shapes, without
+from .fx_inplace import follow_changes
+from .fx_verify import TOLERANCE, LayerCheck, verify
 
 __all__ = [
-    "CAPABILITIES", "LayerCheck", "PercentileObserver", "PlanWeight", "bake", "finish_qat", "folded_integers",
-    "needs_reduced_range", "prepare", "qconfig_mapping", "verify",
+    "CAPABILITIES", "TOLERANCE", "LayerCheck", "PercentileObserver", "PlanWeight", "bake", "finish_qat",
+    "folded_integers", "needs_reduced_range", "prepare", "qconfig_mapping", "verify",
 ]  # fmt: skip
 
 
@@ -118,16 +124,11 @@ def qconfig_mapping(
     quantized as they are observed. Raises SettingError (a plan that FX cannot run, float activations, an unknown
     observer) and MismatchError (another model, or one that FX would get wrong), each naming layers and remedy.
     """
-    check(plan, model)
-    return _mapping(plan, folded_integers(plan, model), activation_observer, reduce_range, qat)
+    return _mapping(plan, _baked(model, plan), activation_observer, reduce_range, qat)
 
 
 def _mapping(
-    plan: Plan,
-    integers: dict[str, IntegerWeight],
-    activation_observer: str,
-    reduce_range: bool | None,
-    qat: bool,
+    plan: Plan, baked: "_Baked", activation_observer: str, reduce_range: bool | None, qat: bool
 ) -> QConfigMapping:
     if activation_observer not in OBSERVERS:
         raise SettingError(f"activation_observer: {activation_observer!r} is not allowed; {', '.join(OBSERVERS)}")
@@ -136,9 +137,14 @@ def _mapping(
     observer = OBSERVERS[activation_observer]
     activation = FakeQuantize.with_args(observer=observer, **settings) if qat else observer.with_args(**settings)
     mapping = QConfigMapping().set_global(None)
-    for name, own in integers.items():
+    for name, own in baked.integers.items():
         weight = PlanWeight.with_args(choice=plan.by_name[name], integers=own, qat=qat)
         mapping.set_module_name(name, QConfig(activation=activation, weight=weight))
+    unweighted = QConfig(activation=activation, weight=default_weight_observer)
+    for name in baked.in_codes.modules:
+        mapping.set_module_name(name, unweighted)
+    for place in baked.in_codes.sums:
+        mapping.set_module_name_object_type_order("", torch.add, place, unweighted)
     return mapping
 
 
@@ -153,14 +159,19 @@ def prepare(
 ) -> torch.fx.GraphModule:
     """torch's `prepare_fx` of a baked copy, or `prepare_qat_fx`: run batches through it, then convert.
 
-    After QAT, call finish_qat before converting. Raises as qconfig_mapping.
+    example_inputs: a batch of one tensor, or a tuple of arguments; the model runs on it. After QAT, call finish_qat
+    before converting. Raises as qconfig_mapping; also MismatchError for a model that torch.fx traces wrongly, and
+    SettingError for inputs that it does not run on.
     """
-    check(plan, model)
-    integers = folded_integers(plan, model)
-    mapping = _mapping(plan, integers, activation_observer, reduce_range, qat)
+    baked = _baked(model, plan)
+    mapping = _mapping(plan, baked, activation_observer, reduce_range, qat)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    baked = _baked(model, integers)
-    return prepare_qat_fx(baked.train(), mapping, inputs) if qat else prepare_fx(baked, mapping, inputs)
+    exact = fold_batch_norm(model, plan.skipped)
+    _set_weights(exact, baked.integers)
+    check_example(baked.model, exact, baked.integers, inputs)
+    if qat:
+        return prepare_qat_fx(baked.model.train(), mapping, inputs)
+    return prepare_fx(baked.model, mapping, inputs)
 
 
 def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
@@ -179,33 +190,46 @@ def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
 
 def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
     """A copy of the model with BatchNorm folded away and every planned weight set to what its integers mean."""
+    return _baked(model, plan).model
+
+
+@dataclass(frozen=True)
+class _Baked:
+    """What torch is given, the integers that its planned weights are, and what between them stays in codes."""
+
+    model: torch.fx.GraphModule
+    integers: dict[str, IntegerWeight]
+    in_codes: InCodes
+
+
+def _baked(model: nn.Module, plan: Plan) -> _Baked:
     check(plan, model)
-    return _baked(model, folded_integers(plan, model))
+    copied = duplicate(model)
+    graph = traced(copied)
+    norms = conv_bn_pairs(copied, plan.skipped).values()
+    fold_in_place(copied, plan.skipped)
+    without(graph, norms)
+    by_position(copied, graph)
+    follow_changes(graph, dict(copied.named_modules(remove_duplicate=False)))
+    check_calls(plan, model, copied, graph)
+    integers = integers_of(plan, copied)
+    _set_weights(copied, integers)
+    lend_shapes(copied, graph, integers)
+    in_codes = divide(copied, graph, integers)
+    return _Baked(torch.fx.GraphModule(copied, graph), integers, in_codes)
 
 
-def _baked(model: nn.Module, integers: dict[str, IntegerWeight]) -> torch.fx.GraphModule:
-    graph_module = _without_batch_norm(model)
-    with torch.no_grad():
-        for name, weight in integers.items():
-            cast(Tensor, graph_module.get_submodule(name).weight).copy_(weight.dequantized())
-    return graph_module
+def _set_weights(model: nn.Module, integers: dict[str, IntegerWeight]) -> None:
+    """Set every planned weight to what its integers mean."""
+    for name, weight in integers.items():
+        layer = model.get_submodule(name)
+        own = cast(Tensor, layer.weight)
+        layer.weight = nn.Parameter(weight.dequantized().to(own), requires_grad=own.requires_grad)
 
 
 def needs_reduced_range() -> bool:
     """Whether this engine's int8 products can overflow on this CPU: x86 and fbgemm without VNNI."""
     return torch.backends.quantized.engine in ("x86", "fbgemm") and not torch.cpu._is_vnni_supported()
-
-
-def _without_batch_norm(model: nn.Module) -> torch.fx.GraphModule:
-    """A folded copy as a graph, without the Identity that folding leaves between a convolution and its ReLU."""
-    gone = set(conv_bn_pairs(model).values())
-    folded = fold_batch_norm(model)
-    graph = traced(folded)
-    for node in list(graph.nodes):
-        if node.op == "call_module" and node.target in gone:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    return torch.fx.GraphModule(folded, graph)
 
 
 def _becomes(weight: Tensor, integers: IntegerWeight) -> bool:

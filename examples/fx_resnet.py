@@ -51,7 +51,7 @@ def report(depth: int, allocator: mpq.Allocator) -> None:
     reference = convert_to_reference_fx(copy.deepcopy(prepared))
     converted = convert_fx(prepared)
     for quantized in (converted, reference):
-        fx.verify(quantized, plan, net)
+        fx.verify(quantized, plan, net, batch=calibration[:BATCH])
     simulated = mpq.apply(net, plan.with_activation_bits(None))
     rows = [
         row(name, model, test, calibration)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .borrowed import borrowed_in_source
 from .duplicate import duplicate
 from .errors import SettingError, SourceError, first_few
 from .plain import is_plain, standard_class
@@ -68,11 +69,11 @@ def unfolded_norms(model: nn.Module) -> dict[str, str]:
 
 
 def borrowed_weights(model: nn.Module) -> set[str]:
-    """Names of parameters that functional calls use, as far as torch.fx can see; none where it cannot."""
+    """Names of parameters that functional calls use, as torch.fx sees it; where it cannot trace, as the code says."""
     try:
         return borrowed_parameters(model)
     except SourceError:
-        return set()
+        return borrowed_in_source(model)
 
 
 def training_norms(model: nn.Module) -> list[str]:

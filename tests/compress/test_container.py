@@ -29,7 +29,7 @@ Document = dict[str, Any]
 def small(folder: Path, scheme: "Affine | Codebook | None" = None, kept: float = 0.1) -> Path:
     """A container of about a kilobyte: a pruned layer, one in float, biases, BatchNorm's statistics and a scalar."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(40, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    net = nn.Sequential(nn.Linear(40, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()
     with torch.no_grad():
         net[0].weight.mul_(torch.rand(6, 40) < kept)  # type: ignore[operator]
     plan = mpq.Uniform(bits=3)(mpq.measure(net, scheme or Affine(granularity="per_channel"), bits=(3,)))
