@@ -165,7 +165,9 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         made[id(old)] = new
         if getattr(old, "bias", None) is not None:
             new.bias = old.bias  # the parameter itself, frozen or not
-        vars(new).update({name: value for name, value in vars(old).items() if name not in vars(new)})
+        # Attributes that a user has set. Brevitas has put the bias and others among them, which the new layer registers.
+        known = {*vars(new), *new._parameters, *new._buffers, *new._modules}
+        vars(new).update({name: value for name, value in vars(old).items() if name not in known})
         new.train(trains)
         if old is quantized:
             root: nn.Module = new

@@ -788,7 +788,7 @@ def test_a_corrected_bias_is_saved_and_a_changed_file_is_not_loaded(tmp_path: Pa
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(VerifyError, match="was changed since it was saved"):
+    with pytest.raises(FormatError, match="is damaged"):
         inc.load(tmp_path, Prefixes())
 
 
