@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import SourceError, first_few, first_sentence
-from .file_kinds import other_kind, pickled_objects
+from .file_kinds import damage, of_quantizers, other_kind, pickled_objects
 from .files import exists, open_regular
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
 from .state_dicts import TOP, beside, chosen_state_dict
@@ -120,13 +120,20 @@ def _loaded(path: Path, device: str) -> Any:
         objects = pickled_objects(path, str(error))
         if not objects and "WeightsUnpickler" not in str(error) and "GLOBAL" not in str(error):
             raise SourceError(f"{path}: not a readable torch checkpoint ({first_sentence(error)})") from error
+        quantized = of_quantizers(objects)
+        if quantized:
+            raise SourceError(
+                f"{path}: quantized already: it holds {first_few(quantized, ', ')}. Give the checkpoint in floating "
+                "point that it was made of"
+            ) from error
         named = first_few(objects, ", ") or "which torch does not name"
         raise SourceError(
             f"{path}: refused, for reading it would execute code or build objects other than tensors ({named}). "
             "Save model.state_dict() by itself, or convert the file to safetensors."
         ) from error
     except Exception as error:  # damaged bytes make torch raise whatever they lead it to
-        raise SourceError(f"{path}: not a readable torch checkpoint ({first_sentence(error)})") from error
+        reason = damage(path) or first_sentence(error)
+        raise SourceError(f"{path}: not a readable torch checkpoint ({reason})") from error
 
 
 def stored_tensors(state: Mapping[str, Any], path: Path | None = None) -> dict[str, StoredTensor]:

@@ -24,6 +24,7 @@ from .table import LayerTable, is_table
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+PRINTED = 128  # bits of a number; of thousands of digits Python makes no text
 MOST_VALUES = 1 << 28  # of an input whose multiply-accumulates are counted: a gibibyte in float
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -240,8 +241,10 @@ def _zeros(shape: tuple[int, ...]) -> "Tensor":
     """An input of this shape."""
     import torch
 
-    if math.prod(shape) > MOST_VALUES:
-        raise SettingError(f"input-shape: {list(shape)} has {math.prod(shape):,} values; at most {MOST_VALUES:,}")
+    count = math.prod(shape)
+    if count > MOST_VALUES:
+        values = f"{count:,} values" if count.bit_length() < PRINTED else f"more than 2^{PRINTED - 1} values"
+        raise SettingError(f"input-shape: {list(shape)!s:.80} has {values}; at most {MOST_VALUES:,}")
     return torch.zeros(shape)
 
 

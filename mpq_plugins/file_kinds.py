@@ -23,12 +23,28 @@ STARTS: Sequence[tuple[bytes, str]] = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
     (b"version https://git-lfs", "a Git LFS pointer and not the file it stands for; fetch that with `git lfs pull`"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (bytes(64), "zeros where it should begin, as an interrupted download leaves a file; fetch it again"),
 )
-WORDS: Sequence[tuple[bytes, str]] = (
-    (b"<!doctype html", "a web page, perhaps an error of what it was fetched from; fetch the file again"),
-    (b"<html", "a web page, perhaps an error of what it was fetched from; fetch the file again"),
+# How texts begin that were saved under a checkpoint's name.
+WORDS: Sequence[tuple[str, str]] = (
+    ("<?xml", "an XML document, perhaps an error of what it was fetched from; fetch the file again"),
+    ("<", "a web page, perhaps an error of what it was fetched from; fetch the file again"),
+    ("{", "a JSON document, which holds no weights; was it perhaps an error of what it was fetched from?"),
+    (
+        "",
+        "a text and not a readable torch checkpoint or safetensors file; was it an error of what it was fetched from?",
+    ),
 )
+TAR, TAR_AT = b"ustar", 257
+TORCH_STARTS = (b"PK", b"\x80")  # a zip archive, or what torch wrote before it wrote those
 TORCHS = re.compile(r"torch\.(\w+\.)*(_rebuild\w+|\w*Storage|Size|device|\w*(float|int|bool|complex)\w*)")
+QUANTIZERS = (
+    "torchao.", "bitsandbytes.", "optimum.quanto.", "quanto.", "hqq.", "gptqmodel.", "auto_gptq.", "awq.", "eetq.",
+    "aqlm.", "compressed_tensors.", "torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.",
+)  # fmt: skip
 UNSAFE_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -40,19 +56,46 @@ def other_kind(path: Path) -> str | None:
     for begins, what in STARTS:
         if start.startswith(begins):
             return what
-    lowered = start.lstrip().lower()
-    for begins, what in WORDS:
-        if lowered.startswith(begins):
-            return what
+    if start[TAR_AT:].startswith(TAR):
+        return "a tar archive; unpack it first"
+    text = _as_text(start)
+    if text is not None:
+        return next(what for begins, what in WORDS if text.startswith(begins))
     if start[4:8] == b"TFL3":
         return "a TensorFlow Lite model; give the checkpoint it was made of"
     if start.startswith(b"PK"):
         return _archive_kind(path)
     if start[:1] == b"\x80" and path.suffix == ".safetensors":
         return "a pickle under another name, perhaps a torch checkpoint; rename it, so that it ends in .pt"
-    if path.suffix == ".onnx":
-        return "an ONNX model; give the torch model or checkpoint it was made of"
+    if path.suffix in BY_SUFFIX:
+        return BY_SUFFIX[path.suffix]
+    if start and path.suffix != ".safetensors" and not start.startswith(TORCH_STARTS):
+        return f"no torch checkpoint, for it begins with {start[:8]!r}; was it changed, or is it of another program?"
     return None
+
+
+# What has no beginning of its own.
+BY_SUFFIX = {
+    ".onnx": "an ONNX model; give the torch model or checkpoint it was made of",
+    ".msgpack": "a Flax checkpoint; load it with transformers (from_flax=True) and save its state_dict()",
+    ".distcp": (
+        "part of a distributed checkpoint; torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes a file of "
+        "it"
+    ),
+}
+
+
+def _as_text(start: bytes) -> str | None:
+    """What a file begins with if that is text: printable, without its mark of byte order, blanks and comments."""
+    try:
+        text = start.decode("utf-8-sig")
+    except UnicodeDecodeError as error:  # perhaps only of the last letter, which was cut
+        if error.start < LONGEST_START - 3:
+            return None
+        text = start[: error.start].decode("utf-8-sig")
+    if not text.strip() or not all(letter.isprintable() or letter.isspace() for letter in text):
+        return None
+    return text.strip().lower()
 
 
 _DAMAGED = (
@@ -77,6 +120,22 @@ def pickled_objects(path: Path, said: str) -> list[str]:
     except _DAMAGED:  # then what torch says is left
         pass
     return list(dict.fromkeys(UNSAFE_GLOBAL.findall(said)))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an empty file, or a zip archive that lacks its end, where the list of what is in it lies."""
+    try:
+        if not path.stat().st_size:
+            return "it is empty; fetch or write it again"
+        cut = _start(path).startswith(b"PK") and not zipfile.is_zipfile(path)
+    except _DAMAGED:
+        return None
+    return "an archive without its end: it was cut short; fetch or write it again" if cut else None
+
+
+def of_quantizers(objects: Sequence[str]) -> list[str]:
+    """Those of a pickle's objects that are weights as other libraries quantized them."""
+    return [name for name in objects if name.startswith(QUANTIZERS) and "optim" not in name.removeprefix("optimum.")]
 
 
 def _globals(data: bytes) -> list[str]:

@@ -4,7 +4,7 @@ What is left in floating point of such a model is no model to plan for; embeddin
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +13,32 @@ from .errors import SourceError
 from .roles import Config
 from .tensor_files import StoredTensor
 
-# GPTQ and AWQ; compressed-tensors; HQQ; quanto; Marlin; AQLM; bitsandbytes of 4 bits and of 8; torch's own.
+# GPTQ and AWQ; compressed-tensors; HQQ; quanto; AQLM; ExLlama's second and third; QuIP#; SpQR; bitsandbytes of 4 bits
+# and of 8; torch's own.
 PACKED = re.compile(
-    r"\.(qweight|weight_packed|W_q|weight\._data|codebooks|weight\.absmax|weight\.quant_map|weight\.quant_state\..*|SCB)$"
-    r"|(^|\.)_packed_params\."
+    r"\.(qweight|weight_packed|W_q|weight\._data|codebooks|q_weight|trellis|Qidxs|dense_weights"
+    r"|weight\.absmax|weight\.quant_map|weight\.quant_state\..*|SCB)$"
+    r"|(^|\.)_packed_params(\.|$)"
 )
-BLOCKS = "_blocks"  # microscaling formats, as gpt-oss has them, with NAME_scales beside
-INTEGERS = (torch.uint8, torch.int8, torch.qint8, torch.quint8)  # wider ones are indices, where nothing else says so
+# How codes' names end, and in what place of that what goes with them does: MLX and HIGGS; VPTQ; Marlin; microscaling
+# formats, as gpt-oss has them.
+BESIDE: Mapping[str, tuple[str, ...]] = {
+    ".weight": (".scales", ".scale", ".weight_scale", ".weight_scales"),
+    ".indices": (".centroids.weight",),
+    ".B": (".s",),
+    "_blocks": ("_scales",),
+}
+EIGHT_BITS = (torch.uint8, torch.int8, torch.qint8, torch.quint8)  # wider ones are indices, where nothing else says so
+INTEGERS = (*EIGHT_BITS, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
-def refuse_packed(stored: Mapping[str, StoredTensor], config: Config, where: str) -> None:
-    """Raise SourceError, naming a packed tensor and the method, for a checkpoint that is quantized already."""
+def refuse_packed(stored: Mapping[str, StoredTensor], beside: Iterable[str], config: Config, where: str) -> None:
+    """Raise SourceError, naming a packed tensor and the method, for a checkpoint that is quantized already.
+
+    beside: names of what is no tensor, as torch's own packed layers are.
+    """
     packed = [name for name, tensor in stored.items() if is_packed(name, tensor, stored)]
+    packed += [name for name in beside if PACKED.search(name)]
     if not packed:
         return
     more = f" and {len(packed) - 1} more tensors are" if len(packed) > 1 else " is"
@@ -41,9 +55,10 @@ def is_packed(name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor
         return True
     if tensor.foreign or tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
         return False
-    if name.endswith(BLOCKS):
-        return f"{name.removesuffix(BLOCKS)}_scales" in stored
-    return name == "weight" or name.endswith(".weight")
+    if tensor.dtype in EIGHT_BITS and (name == "weight" or name.endswith(".weight")):
+        return True
+    scales = [name.removesuffix(end) + own for end, others in BESIDE.items() if name.endswith(end) for own in others]
+    return any(own in stored for own in scales)
 
 
 def _method(config: Mapping[str, Any]) -> str:

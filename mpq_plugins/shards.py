@@ -1,6 +1,7 @@
 """A directory of weights: one file, or several and the index that says which tensor is where, which must agree."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -9,6 +10,7 @@ from .errors import SourceError, first_few
 from .file_kinds import other_kind
 from .files import exists
 from .tensor_files import StoredTensor
+from .validation import as_integer
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -17,6 +19,7 @@ TORCH_SINGLE_NAME = "pytorch_model.bin"
 USUAL = (INDEX_NAME, SINGLE_NAME, TORCH_INDEX_NAME, TORCH_SINGLE_NAME)
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX_SUFFIX = ".index.json"
+PART = re.compile(r"(.+)-\d+-of-(\d+)(\.\w+)")  # such as model-00001-of-00003.safetensors
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,42 @@ def _only(directory: Path) -> Path:
         [path for path in files if path.name.endswith(f".bin{INDEX_SUFFIX}")],
         [path for path in files if path.suffix in TORCH_SUFFIXES and path.name not in _NO_WEIGHTS],
     ):
+        _refuse_parts(directory, kind)
         if len(kind) == 1:
             return kind[0]
         if kind:
             named = first_few([path.name for path in kind], ", ")
             raise SourceError(f"{directory}: holds {len(kind)} files that may be meant: {named}. Give one of them")
-    others = [f"{path.name} is {what}" for path in files if (what := other_kind(path)) is not None]
+    others = [f"{path.name} is {what}" for path in files if (what := _strange(path)) is not None]
+    others += [f"There are some in {path.name}: give that" for path in _inner(directory)]
     there = f". {others[0]}" if others else ""
     raise SourceError(f"{directory}: no weights there; a directory needs {', '.join(USUAL[:-1])} or {USUAL[-1]}{there}")
 
 
+def _refuse_parts(directory: Path, files: Sequence[Path]) -> None:
+    """Raise SourceError for parts of a checkpoint without the index that names them: some of them are no model."""
+    for path in files:
+        part = PART.fullmatch(path.name)
+        if part is not None and as_integer(part[2]) != 1:
+            raise SourceError(
+                f"{directory}: {path.name} is one of several parts, and the index that says where each tensor is is "
+                f"not there: fetch {part[1]}{part[3]}{INDEX_SUFFIX}"
+            )
+
+
+def _strange(path: Path) -> str | None:
+    """What a file is that could be a checkpoint; hidden files are tools' own, and texts describe one."""
+    return None if path.name.startswith(".") or path.suffix in _DESCRIBE else other_kind(path)
+
+
+def _inner(directory: Path) -> list[Path]:
+    """Directories in it that hold weights."""
+    found = (path.parent for path in sorted(directory.glob("*/*")) if path.name in USUAL or path.suffix in _SUFFIXES)
+    return list(dict.fromkeys(found))
+
+
+_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+_DESCRIBE = ("", ".json", ".txt", ".md", ".py", ".yaml", ".yml")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scheduler.bin", "scaler.pt")
 
 
@@ -83,12 +112,14 @@ def shard_files(directory: Path, index_name: str = INDEX_NAME) -> dict[str, list
     index = directory / index_name
     try:
         weight_map = load_json(index)["weight_map"]
-        items = [(str(name), str(shard)) for name, shard in weight_map.items()]
+        items = list(weight_map.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         kind = "safetensors" if ".safetensors" in index_name else "checkpoint's"
         raise SourceError(f"{index}: not a {kind} index ({error!r:.200}); it needs a 'weight_map' object") from error
     shards: dict[str, list[str]] = {}
     for name, shard in items:
+        if not isinstance(shard, str):
+            raise SourceError(f"{index}: tensor {name!r} is mapped to {shard!r:.60}, which is no file's name")
         parts = PurePosixPath(shard)
         # Judged by its words: hubs' caches link shards elsewhere on purpose, but never name a path outside.
         if parts.is_absolute() or ".." in parts.parts or "\\" in shard:

@@ -1,5 +1,6 @@
 """Where a torch checkpoint keeps its weights: which of the mappings in it, and which of several."""
 
+import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from .wrappers import without_holders
 # Where training scripts put the weights, most specific first.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")
 TOP = "."
+OPTIMIZERS = re.compile(r"optim|^opt(_|$)|^exp_avg|momentum_buffer")  # keys of what is no model's
 DEEPEST = 16  # of mappings in one another
 
 
@@ -52,7 +54,9 @@ def chosen_state_dict(content: Any, path: Path, weights: str | None = None, *, p
         return everything[wanted]
     found = {key: own for key, own in everything.items() if _layer_names(own)} or everything
     if not found:
-        raise SourceError(f"{path}: holds no tensors; the weights are expected at the top or under {STATE_KEYS[0]!r}")
+        raise SourceError(
+            f"{path}: holds {_instead(content)}; the weights are expected at the top or under {STATE_KEYS[0]!r}"
+        )
     if len(found) == 1:
         return next(iter(found.values()))
     return _usual(found, path)
@@ -121,13 +125,32 @@ def _walk(value: Any, key: str, depth: int, seen: set[int]) -> Iterator[StateDic
     if id(value) in seen or not depth:
         return
     seen.add(id(value))
-    if isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys():
+    if _is_optimizers(value):
         return
     if isinstance(value, MutableMapping):
         yield StateDict(key, value)
     for name, inner in _items(value):
-        if isinstance(inner, Mapping | list | tuple) and "optim" not in str(name).lower():
+        if isinstance(inner, Mapping | list | tuple) and not OPTIMIZERS.search(str(name).lower()):
             yield from _walk(inner, _joined("" if key == TOP else key, str(name)), depth - 1, seen)
+
+
+def _is_optimizers(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()
+
+
+def _instead(content: Any) -> str:
+    """What there is where no weights are: tensors in lists have no names, and those of optimizers are no weights."""
+    waiting, seen, tensors, optimizers = [content], set[int](), False, False
+    while waiting:
+        value = waiting.pop()
+        tensors |= isinstance(value, Tensor)
+        optimizers |= _is_optimizers(value)
+        if id(value) not in seen:
+            seen.add(id(value))
+            waiting += [inner for _, inner in _items(value)]
+    if optimizers:
+        return "what an optimizer keeps, and no weights"
+    return "tensors without names, or none that are a model's" if tensors else "no tensors"
 
 
 def _items(value: Any) -> list[tuple[object, Any]]:

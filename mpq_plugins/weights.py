@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .averages import refuse_averages
 from .checkpoints import Checkpoint, layer_name, read_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
@@ -57,8 +58,9 @@ def find_weights(
     torch checkpoint with several sets, such as `state_dict_ema`. model: the module whose checkpoint the source is; it
     says which tensors are layers, and which of them are transposed. already_quantized: list what is left in floating
     point of a checkpoint whose other weights are packed, rather than refuse it.
-    Raises SourceError (unreadable, packed, or nothing quantizable), WeightError (a dtype we do not quantize),
-    SettingError (a glob that matches nothing, or an option that means nothing with such a source).
+    Raises SourceError (unreadable, packed, with averages beside what they are of, or nothing quantizable), WeightError
+    (a dtype we do not quantize), SettingError (a glob that matches nothing, or an option that means nothing with such
+    a source).
     """
     if isinstance(source, nn.Module):
         if weights is not None or model is not None:
@@ -73,9 +75,12 @@ def find_weights(
         )
     checkpoint = read_checkpoint(Path(source), weights)
     known = known_by(model, checkpoint) if model is not None else Known()
-    return checkpoint_weights(
+    found = checkpoint_weights(
         checkpoint, Path(source), known, skip=skip, only=only, refuse=refuse, already_quantized=already_quantized
     )
+    if refuse and not only:
+        refuse_averages({name: weight.shape for weight in found for name in weight.names}, str(source))
+    return found
 
 
 def checkpoint_weights(
@@ -91,7 +96,7 @@ def checkpoint_weights(
     """The weights of a checkpoint that is open, with what is known of it. See find_weights."""
     config = cache(partial(read_config, path))
     if not already_quantized:
-        refuse_packed(checkpoint.tensors, config, str(path))
+        refuse_packed(checkpoint.tensors, checkpoint.beside, config, str(path))
     found, left_alone = stored_weights(checkpoint.tensors, config, known)
     by_default = {name: role for name, role in left_by_default(found).items() if name not in known.layers}
     made = _chosen_weights(found, left_alone, skip, only, refuse, str(path), config=config, by_default=by_default)

@@ -5,6 +5,8 @@ import datetime
 import fractions
 import io
 import pickle
+import sys
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,20 @@ from torch import nn
 
 from mpq_plugins.checkpoints import open_checkpoint
 from mpq_plugins.errors import SourceError
-from mpq_plugins.file_kinds import other_kind, pickled_objects
+from mpq_plugins.file_kinds import of_quantizers, other_kind, pickled_objects
 
 STATE = {"fc.weight": torch.randn(4, 4)}
+
+
+def instance(module: str, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Of a class QTensor of a module that need not be installed."""
+    made = type("QTensor", (), {"__module__": module, "__qualname__": "QTensor"})
+    known = types.ModuleType(module)
+    known.QTensor = made  # type: ignore[attr-defined]
+    for end in (at for at, letter in enumerate(module) if letter == "."):
+        monkeypatch.setitem(sys.modules, module[:end], types.ModuleType(module[:end]))
+    monkeypatch.setitem(sys.modules, module, known)
+    return made()
 
 
 def zipped(**files: bytes) -> bytes:
@@ -61,6 +74,17 @@ FILES: list[tuple[str, bytes, str]] = [
     ("x.onnx", b"\x08\x07" + bytes(99), "an ONNX model"),
     ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     ("x.pt", b"\n <!DOCTYPE html><html>", "a web page"),
+    ("x.safetensors", b"\xef\xbb\xbf<!-- log in --><html>", "a web page"),
+    ("x.pt", b"<html>" + "\u00e9".encode() * 300, "a web page"),  # whose 512 bytes end within a letter
+    ("x.safetensors", b"<?xml version='1.0'?><Error/>", "an XML document"),
+    ("x.bin", b'{"error": "not found"}', "a JSON document"),
+    ("x.pt", b"404: Not Found\n", "a text"),
+    ("x.safetensors", bytes(4096), "zeros"),
+    ("x.pt", bytes(4096), "zeros"),
+    ("x.pt", b"w".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "a tar archive"),
+    ("x.pt", b"%PDF-1.7\n" + bytes(9), "a PDF document"),
+    ("x.pt", b"\x08\x07\x12\x07pytorch", "no torch checkpoint, for it begins with"),
+    ("flax_model.msgpack", b"\x82\xa6params", "a Flax checkpoint"),
     ("x.bin", save(STATE), "a safetensors file under another name"),
     ("x.safetensors", torch_bytes(STATE), "a torch checkpoint under another name"),
     ("x.safetensors", pickle.dumps([1, 2]), "a pickle under another name"),
@@ -80,6 +104,36 @@ def test_a_torchscript_archive_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"x\.pt: is a TorchScript archive.*torch\.jit\.load") as caught:
         open_checkpoint(tmp_path / "x.pt")
     assert "weights_only" not in str(caught.value)
+
+
+def test_an_archive_that_was_cut_short_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(torch_bytes(STATE)[:-200])
+    with pytest.raises(SourceError, match=r"x\.pt: not a readable torch checkpoint \(an archive without its end"):
+        open_checkpoint(tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"x\.pt: not a readable torch checkpoint \(it is empty"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("module", ["torchao.quantization.linear", "bitsandbytes.nn.modules", "optimum.quanto.tensor"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_that_another_library_quantized_are_called_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, legacy: bool
+) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"fc.weight": instance(module, monkeypatch)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(SourceError, match=rf"x\.pt: quantized already: it holds {module}\.QTensor") as caught:
+        open_checkpoint(path)
+    assert "in floating point" in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "quantized"), [
+    ("torchao.quantization.x.Q", True), ("optimum.quanto.tensor.Q", True), ("torch.ao.nn.quantized.Linear", True),
+    ("torchao.optim.subclass_8bit.OptimState8bit", False), ("bitsandbytes.optim.Adam8bit", False),
+    ("argparse.Namespace", False), ("my.torchao.Thing", False),
+])  # fmt: skip
+def test_which_objects_are_quantized_weights(name: str, quantized: bool) -> None:
+    assert of_quantizers(["a.b", name]) == [name] * quantized
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -44,6 +44,7 @@ FLOW = (
     ),
     ("quantize",),
     (
+        "averages",
         "batches",
         "borrowed",
         "checkpoints",

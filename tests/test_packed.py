@@ -34,6 +34,13 @@ FORMATS: dict[str, dict[str, Tensor]] = {
     "hqq": {"W_q": integers(8, 8, dtype=torch.uint8), "meta": torch.ones(2)},
     "quanto": {"weight._data": integers(8, 16, dtype=torch.int8), "weight._scale": torch.ones(8, 1)},
     "aqlm": {"codes": integers(8, 2, 1, dtype=torch.int16), "codebooks": torch.ones(1, 16, 1, 8)},
+    "mlx": {"weight": integers(8, 2, dtype=torch.uint32), "scales": torch.ones(8, 1), "biases": torch.ones(8, 1)},
+    "higgs": {"weight": integers(8, 4, dtype=torch.int16), "tables": torch.ones(16, 2), "scales": torch.ones(8)},
+    "vptq": {"indices": integers(1, 8, 4), "centroids.weight": torch.ones(1, 64)},
+    "quip#": {"Qidxs": integers(8, 4, dtype=torch.int64), "SU": torch.ones(8)},
+    "exllama, second": {"q_weight": integers(8, 8), "q_scale": integers(8, 8), "q_groups": integers(8)},
+    "exllama, third": {"trellis": integers(2, 2, 16, dtype=torch.int16), "suh": torch.ones(8)},
+    "spqr": {"dense_weights": integers(8, dtype=torch.int64), "row_offsets": integers(9)},
     "nvfp4": {
         "weight": integers(8, 8, dtype=torch.uint8), "weight_scale": torch.ones(8, 1).to(torch.float8_e4m3fn),
         "weight_scale_2": torch.ones(()),
@@ -62,8 +69,17 @@ def test_a_packed_checkpoint_is_refused_by_a_tensors_name(tmp_path: Path, kind: 
 def test_what_is_left_in_floating_point_is_planned_where_that_is_wanted(tmp_path: Path, kind: str) -> None:
     source = packed(tmp_path / "in", kind)
     table = measure(source, bits=(4,), already_quantized=True)
-    assert {layer.name for layer in table.layers} == {"model.embed_tokens", "lm_head"}
+    left = {"model.embed_tokens", "lm_head"} | ({f"{LAYER}.centroids"} if kind == "vptq" else set())
+    assert {layer.name for layer in table.layers} == left
     rewrite(source, Uniform(bits=4)(table), tmp_path / "out")
+
+
+def test_layers_that_torch_packed_are_no_tensors_and_seen_all_the_same(tmp_path: Path) -> None:
+    own = {"1.scale": torch.tensor(1.0), "1._packed_params._packed_params": (torch.ones(2, 2), None)}
+    torch.save({"state_dict": {"0.weight": torch.randn(2, 2), **own}}, tmp_path / "x.pt")
+    with pytest.raises(SourceError, match=r"quantized already: 'state_dict\.1\._packed_params"):
+        find_weights(tmp_path / "x.pt")
+    assert [weight.name for weight in find_weights(tmp_path / "x.pt", already_quantized=True)] == ["0"]
 
 
 def test_integers_that_are_no_weights_pack_nothing(tmp_path: Path) -> None:

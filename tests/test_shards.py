@@ -27,6 +27,35 @@ def two_shards(path: Path) -> Path:
     return sharded(path, {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)})
 
 
+@pytest.mark.parametrize("names", [[FIRST], [SECOND], [FIRST, SECOND]])
+def test_parts_without_their_index_are_no_model(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        save_file({name: torch.ones(2, 2)}, tmp_path / name)
+    with pytest.raises(
+        SourceError, match=rf"{names[0]} is one of several parts.*fetch model\.safetensors\.index\.json"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_one_part_of_one_is_a_model(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model-00001-of-00001.safetensors")
+    assert list(open_checkpoint(tmp_path)) == ["a.weight"]
+
+
+def test_weights_in_an_inner_directory_are_pointed_at(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "unet" / "model.safetensors")
+    with pytest.raises(SourceError, match=r"no weights there.*There are some in unet"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [1, None, ["x"], {}])
+def test_an_index_names_files_by_texts(tmp_path: Path, shard: object) -> None:
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
+    with pytest.raises(SourceError, match=r"'a\.weight' is mapped to .*, which is no file's name"):
+        open_checkpoint(tmp_path)
+
+
 def lose_a_shard(directory: Path) -> None:
     (directory / SECOND).unlink()
 

@@ -139,3 +139,20 @@ def test_the_command_asks_takes_and_says(tmp_path: Path, mpq: Any) -> None:
     assert mpq("check", tmp_path / "plan.json", source).code == 0
     ran = mpq("plan", source, "-a", "uniform", "--bits", 3, "--weights", "nowhere")
     assert "none under 'nowhere'" in ran.err
+
+
+@pytest.mark.parametrize(("content", "instead"), [
+    (optimizer(False), "what an optimizer keeps, and no weights"),
+    ({"trainer": optimizer(True), "epoch": 3}, "what an optimizer keeps, and no weights"),
+    ([torch.ones(2, 2)], "tensors without names"),
+    ({"decay": 0.9, "shadow_params": [torch.ones(2, 2)]}, "tensors without names"),
+    ({"epoch": 3, "history": [1.0]}, "no tensors"),
+])  # fmt: skip
+def test_what_there_is_instead_of_weights_is_said(content: Any, instead: str) -> None:
+    with pytest.raises(SourceError, match=rf"x\.pt: holds {instead}"):
+        chosen_state_dict(content, HERE)
+
+
+@pytest.mark.parametrize("key", ["opt", "opt_state", "optimizer", "exp_avg"])
+def test_what_is_called_an_optimizers_is_no_second_set(key: str) -> None:
+    assert chosen_state_dict({"model": weights(), key: weights(1.0)}, HERE).key == "model"
