@@ -75,12 +75,12 @@ def find_weights(
         )
     checkpoint = read_checkpoint(Path(source), weights)
     known = known_by(model, checkpoint) if model is not None else Known()
-    found = checkpoint_weights(
+    stored = checkpoint_weights(
         checkpoint, Path(source), known, skip=skip, only=only, refuse=refuse, already_quantized=already_quantized
     )
     if refuse and not only:
-        refuse_averages({name: weight.shape for weight in found for name in weight.names}, str(source))
-    return found
+        refuse_averages({name: weight.shape for weight in stored for name in weight.names}, str(source))
+    return stored
 
 
 def checkpoint_weights(

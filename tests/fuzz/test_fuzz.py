@@ -29,7 +29,7 @@ def test_no_odd_input_is_more_than_one_clear_line(place: tuple[Path, Path], monk
     monkeypatch.setattr("mpq_plugins.registry.entry_points", functools.cache(entry_points))
     found = {}
     for number in range(INPUTS):
-        faulty, case, ran = one(f"small:{number}", *place)
+        faulty, case, ran = one(f"suite:{number}", *place)
         if faulty:
             found[number] = (faulty, case.arguments, ran)
     assert found == {}
