@@ -207,8 +207,3 @@ def _check_one_set(path: Path, weights: str | None) -> None:
 def _bare(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     names = bare_names({name: tensor.shape for name, tensor in stored.items()})
     return {names[name]: tensor for name, tensor in stored.items()}
-
-
-def layer_name(parameter: str) -> str:
-    """`conv1.weight` -> `conv1`."""
-    return "" if parameter == "weight" else parameter.removesuffix(".weight")

@@ -7,6 +7,7 @@ a running statistic may be called `.weight` too.
 import re
 from collections.abc import Mapping, Sequence
 
+from .parameters import is_weight, layer_name
 from .roles import are_experts, is_head
 
 NORM = re.compile(r"\w*(layer|batch|group|instance|rms|sync)?norms?\d*|(ln|bn|gn)s?\d*", re.IGNORECASE)
@@ -20,9 +21,9 @@ def why_no_layer(parameter: str, shape: Sequence[int], shapes: Mapping[str, Sequ
     """Why a tensor of two or more dimensions is no layer's weight, in words; None for one that seems to be."""
     if are_experts(parameter, shape):
         return None
-    if parameter != "weight" and not parameter.endswith(".weight"):
+    if not is_weight(parameter):
         return "its name does not end in .weight"
-    name = "" if parameter == "weight" else parameter.removesuffix(".weight")
+    name = layer_name(parameter)
     bias = shapes.get(f"{name}.bias" if name else "bias")
     if bias is not None and len(bias) >= 2:
         return "its bias has several dimensions, as a norm's"
@@ -38,7 +39,7 @@ def why_no_layer(parameter: str, shape: Sequence[int], shapes: Mapping[str, Sequ
 
 def may_be_layer(parameter: str) -> bool:
     """Whether a bare file's tensor of this name, whatever its shape, may be taken for a layer's weight."""
-    return parameter == "weight" or parameter.endswith(".weight") or are_experts(parameter, (2, 2, 2))
+    return is_weight(parameter) or are_experts(parameter, (2, 2, 2))
 
 
 def is_embedding(name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .errors import SourceError
+from .parameters import is_weight
 from .roles import Config
 from .tensor_files import StoredTensor
 
@@ -28,8 +29,8 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     ".B": (".s",),
     "_blocks": ("_scales",),
 }
-EIGHT_BITS = (torch.uint8, torch.int8, torch.qint8, torch.quint8)  # wider ones are indices, where nothing else says so
-INTEGERS = (*EIGHT_BITS, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+OF_A_BYTE = (torch.uint8, torch.int8, torch.qint8, torch.quint8)  # wider ones are indices, where nothing else says so
+INTEGERS = (*OF_A_BYTE, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 def refuse_packed(stored: Mapping[str, StoredTensor], beside: Iterable[str], config: Config, where: str) -> None:
@@ -55,7 +56,7 @@ def is_packed(name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor
         return True
     if tensor.foreign or tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
         return False
-    if tensor.dtype in EIGHT_BITS and (name == "weight" or name.endswith(".weight")):
+    if tensor.dtype in OF_A_BYTE and is_weight(name):
         return True
     scales = [name.removesuffix(end) + own for end, others in BESIDE.items() if name.endswith(end) for own in others]
     return any(own in stored for own in scales)

@@ -25,6 +25,7 @@ from .documents import Strict, load_json, parse_json
 from .errors import FormatError, SettingError
 from .files import write_text
 from .layer import LayerDocument, check_once
+from .parameters import is_weight, layer_name, weight_name
 from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
 from .validation import first_problem
 
@@ -310,9 +311,8 @@ class Plan(Strict):
 
 def _with_layer_name(parameter: str, new: Callable[[str], str]) -> str:
     """A parameter of a layer that is called otherwise."""
-    if parameter == "weight" or parameter.endswith(".weight"):
-        renamed = new(parameter.removesuffix("weight").removesuffix("."))
-        return f"{renamed}.weight" if renamed else "weight"
+    if is_weight(parameter):
+        return weight_name(new(layer_name(parameter)))
     return new(parameter)
 
 

@@ -9,10 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints import layer_name, load_lazily, load_torch, storage_identity
+from .checkpoints import load_lazily, load_torch, storage_identity
 from .errors import SettingError, SourceError, first_sentence
 from .files import atomic_directory, atomic_path, unchanged
 from .match import Match, match
+from .parameters import is_weight, layer_name
 from .plan import LayerChoice, Plan
 from .roles import are_experts, stacks_of
 from .shards import weight_files
@@ -114,7 +115,7 @@ class _Quantizer:
         return stacked or self._plans_whole(parameter)
 
     def _plans_whole(self, parameter: str) -> bool:
-        return (parameter == "weight" or parameter.endswith(".weight")) and layer_name(parameter) in self.choices
+        return is_weight(parameter) and layer_name(parameter) in self.choices
 
     def changes(self, parameter: str, tensor: Tensor) -> bool:
         """Whether what it makes of the parameter is another tensor."""

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import SourceError, first_few
+from .parameters import is_weight
 from .roles import are_experts
 from .wrappers import without_holders
 
@@ -115,7 +116,7 @@ def _layer_names(found: StateDict) -> set[str]:
     names = [
         name
         for name, tensor in found.tensors.items()
-        if tensor.dim() >= 2 and (name == "weight" or name.endswith(".weight") or are_experts(name, tensor.shape))
+        if tensor.dim() >= 2 and (is_weight(name) or are_experts(name, tensor.shape))
     ]
     return set(without_holders(names).values())
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .checkpoints import layer_name
 from .errors import SourceError
 from .handles import Weight
 from .not_layers import is_embedding, why_no_layer
+from .parameters import is_weight, layer_name, weight_name
 from .quantize.weight import WEIGHT_DTYPES
 from .roles import Config, are_experts, hidden_size, inputs_first, keeps_inputs_first, tied_by_configuration
 from .scaled import EIGHT_BITS, scale_name, scaled_reader
@@ -78,7 +78,7 @@ def stored_weights(stored: Mapping[str, StoredTensor], config: Config, known: Kn
 def with_ties(stored: Mapping[str, StoredTensor], config: Config, known: Known) -> dict[str, StoredTensor]:
     """The tensors, copies of one weight that the model ties having one identity: those with the same values."""
     shapes = {parameter: tensor.shape for parameter, tensor in stored.items()}
-    groups = [[f"{name}.weight" if name else "weight" for name in names] for names in known.tied]
+    groups = [[weight_name(name) for name in names] for names in known.tied]
     groups.append(list(tied_by_configuration(shapes, config)))
     found = dict(stored)
     for group in groups:
@@ -114,7 +114,7 @@ def _why_left_alone(
     if tensor.foreign or not tensor.dtype.is_floating_point:
         return f"dtype {tensor.foreign or tensor.dtype}"
     name = layer_name(parameter)
-    named = parameter == "weight" or parameter.endswith(".weight")
+    named = is_weight(parameter)
     if (named and known.layer(name, shape)) or (experts and known.layer(f"{name}.0", shape[1:])):
         return None
     if parameter in known.none or (known.all and (named or experts)):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .averages import refuse_averages
-from .checkpoints import Checkpoint, layer_name, read_checkpoint
+from .checkpoints import Checkpoint, read_checkpoint
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
 from .handles import Weight as Weight
 from .handles import Weights as Weights
 from .packed import refuse_packed
+from .parameters import is_weight, layer_name, weight_name
 from .patterns import matches
 from .roles import BY_DEFAULT, PREFIX, Config, are_experts, in_role, left_by_default, read_config
 from .stored_weights import Found, Known, KnownLayer, dtype_refusal, stored_weights
@@ -113,7 +114,7 @@ def known_by(model: nn.Module, checkpoint: Checkpoint) -> Known:
     where = f"model: {type(model).__name__}"
     for weight in found:
         there = [names.get(name, name) for name in weight.names]
-        held = next((checkpoint.tensors[own] for own in map(_parameter, there) if own in checkpoint.tensors), None)
+        held = next((checkpoint.tensors[own] for own in map(weight_name, there) if own in checkpoint.tensors), None)
         if held is None and not weight.refusal:
             raise SourceError(f"{where} has a layer {weight.name!r}, which the checkpoint lacks; name its own model")
         if held is not None and held.shape != weight.shape:
@@ -137,7 +138,7 @@ def could_be_layers(checkpoint: Checkpoint) -> list[str]:
     found: list[str] = []
     for parameter, tensor in checkpoint.tensors.items():
         name = layer_name(parameter)
-        if len(tensor.shape) >= 2 and (parameter == "weight" or parameter.endswith(".weight")):
+        if len(tensor.shape) >= 2 and is_weight(parameter):
             found.append(name)
         if are_experts(parameter, tensor.shape):
             found += [f"{name}.{expert}" for expert in range(tensor.shape[0])]
@@ -159,7 +160,7 @@ def _chosen_weights(
     kept = _select(found, skip, only, where, config)
     by_default = {} if only else by_default or {}
     left_alone = left_alone + [
-        (_parameter(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
+        (weight_name(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
         for weight in kept
         if weight.name in by_default
     ]
@@ -173,10 +174,6 @@ def _chosen_weights(
     skipped = tuple(weight.name for weight in found if weight.name not in names)
     folded = any(weight.name in (pairs or {}) for weight in kept)
     return Weights(tuple(kept), skipped, tuple(left_alone), folded)
-
-
-def _parameter(name: str) -> str:
-    return f"{name}.weight" if name else "weight"
 
 
 def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:

@@ -223,6 +223,9 @@ def test_an_input_that_no_memory_holds_is_one_line(mpq: Mpq, folder: Path) -> No
     ran = mpq("measure", "tests.fuzz.users:net", "--input-shape", "65536,65536,65536,65536", "-o", "out.mpqt")
     assert ran.code == 2
     assert "input-shape: [65536, 65536, 65536, 65536] has 18,446,744,073,709,551,616 values" in ran.err
+    ran = mpq("measure", "tests.fuzz.users:net", "--input-shape", ",".join(["65536"] * 5000), "-o", "out.mpqt")
+    assert ran.code == 2
+    assert "has more than 2^127 values" in ran.err
 
 
 class Failing(outsider.FirstLast):

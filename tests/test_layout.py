@@ -33,6 +33,7 @@ FLOW = (
         "interrupts",
         "journal",
         "outsiders",
+        "parameters",
         "patterns",
         "plain",
         "layer",

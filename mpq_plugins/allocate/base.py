@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..channels import Channels
 from ..errors import SettingError
 from ..not_layers import may_be_layer
+from ..parameters import weight_name
 from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
 from ..scheme import FLOAT_BITS, Scheme
 from ..table import LayerStats, LayerTable
@@ -125,7 +126,7 @@ def _checked(layer: LayerStats, bits: int, scheme: Scheme, channels: int) -> int
 
 def _taken_for_layers(table: LayerTable) -> tuple[str, ...]:
     """What a module said is no layer, and a bare file could not tell."""
-    skipped = {f"{name}.weight" if name else "weight" for name in table.skipped}
+    skipped = {weight_name(name) for name in table.skipped}
     return tuple(name for name, _ in table.left_alone if may_be_layer(name) and name not in skipped)
 
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints import layer_name
 from ..checksum import checksum
 from ..errors import FormatError, first_sentence
 from ..files import open_regular
+from ..parameters import layer_name
 from ..plan import LayerChoice, Part, Plan
 from ..tensor_files import DTYPES
 from . import Progress

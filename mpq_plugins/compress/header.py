@@ -10,11 +10,12 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field, ValidationError
 
-from ..checkpoints import CONTAINER_MAGIC, layer_name
+from ..checkpoints import CONTAINER_MAGIC
 from ..checksum import checksum
 from ..documents import Strict, parse_json
 from ..errors import FormatError, first_few
 from ..layer import beyond_memory
+from ..parameters import layer_name
 from ..plan import LayerChoice, Plan
 from ..quantize.weight import WEIGHT_DTYPES
 from ..scheme import FLOAT_BITS

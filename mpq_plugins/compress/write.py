@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints import layer_name, stored_tensors
+from ..checkpoints import stored_tensors
 from ..errors import SettingError, SourceError, VerifyError, first_few
 from ..files import atomic_path, exists, unchanged
 from ..fingerprint import tensor_bytes
 from ..fold import folded_copy
 from ..match import match
+from ..parameters import is_weight, layer_name, weight_name
 from ..plan import LayerChoice, Part, Plan
 from ..quantize.weight import check_weight
 from ..rewrite import require_unscaled
@@ -115,14 +116,10 @@ def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str |
     tensors = dict(fit.checkpoint.tensors)
     for weight in fit.found:
         for name in weight.tied:  # a copy, perhaps, which is written once
-            first, other = _parameter(weight.name), _parameter(name)
+            first, other = weight_name(weight.name), weight_name(name)
             if first in tensors and other in tensors:
                 tensors[other] = replace(tensors[other], identity=tensors[first].identity)
     return _Source(tensors, fit.found.weights, fit.checkpoint.beside, own)
-
-
-def _parameter(name: str) -> str:
-    return f"{name}.weight" if name else "weight"
 
 
 def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:
@@ -207,7 +204,7 @@ class _Writer:
         return self._is_layer(name) or self._is_stack(name, stored)
 
     def _is_layer(self, name: str) -> bool:
-        return layer_name(name) in self.plan.by_any_name and (name == "weight" or name.endswith(".weight"))
+        return layer_name(name) in self.plan.by_any_name and is_weight(name)
 
     def _is_stack(self, name: str, stored: StoredTensor) -> bool:
         return layer_name(name) in self.stacked and are_experts(name, stored.shape)

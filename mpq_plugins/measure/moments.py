@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..batches import call_model, first_input, sample_count
 from ..errors import SettingError
 from ..fold import borrowed_weights
+from ..parameters import weight_name
 from ..plain import is_plain
 from ..weights import layer_kind
 from .own_output import squared_slopes, watching
@@ -65,7 +66,7 @@ def _refuse_borrowed(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]
     borrowed = borrowed_weights(model)
     users = {id(module): name for name, users in modules.items() for module in users}
     for path, module in model.named_modules(remove_duplicate=False):
-        if id(module) in users and (f"{path}.weight" if path else "weight") in borrowed:
+        if id(module) in users and weight_name(path) in borrowed:
             raise SettingError(
                 f"layer {users[id(module)]!r}: a functional call uses its weight too, so its own inputs do not tell "
                 "what an error in it does; use a sensitivity of the whole network (kl, distance, fisher), or skip it"

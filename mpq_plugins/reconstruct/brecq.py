@@ -18,6 +18,7 @@ from ..activation_ranges import NAME, refuse_input_ranges
 from ..batches import checked_batches, evaluating, sample_count
 from ..errors import SettingError
 from ..match import match
+from ..parameters import weight_name
 from ..plan import Plan
 from . import BlockReport, Progress
 from .activations import ActivationRange, InputValues
@@ -142,7 +143,7 @@ class _Job:
         layers, device = self.nets.units[name], self.nets.device
         choices = self.nets.plan.by_any_name
         roundings = {
-            inner_name(_weight(layer), name): Rounding.of(self.nets.weights[layer], choices[layer]).to(device)
+            inner_name(weight_name(layer), name): Rounding.of(self.nets.weights[layer], choices[layer]).to(device)
             for layer in layers
         }
         norms = self.nets.vectors_of(name) if self.settings.tune == "norms" else {}
@@ -154,7 +155,7 @@ class _Job:
     def _tensors(self, name: str, learned: Learned) -> dict[str, Tensor]:
         """By their full names; weights as quantizing leaves them."""
         choices = self.nets.plan.by_any_name
-        planned = {_weight(layer): choices[layer] for layer in self.nets.units[name]}
+        planned = {weight_name(layer): choices[layer] for layer in self.nets.units[name]}
         full = {f"{name}.{own}" if name else own: tensor for own, tensor in learned.tensors.items()}
         return {own: settled(tensor.cpu(), planned[own]) if own in planned else tensor for own, tensor in full.items()}
 
@@ -173,11 +174,6 @@ def _with_ranges(block: Block, samples: Samples) -> Block:
         values.fit(quantizer, f"{block.name}.{own}" if own else block.name)
         ranges[f"{own}.{NAME}" if own else NAME] = ActivationRange.of(quantizer)
     return Block(block.name, block.module, block.layers, block.roundings, block.norms, ranges)
-
-
-def _weight(layer: str) -> str:
-    """The name of its parameter; a model that is itself a layer has no name."""
-    return f"{layer}.weight" if layer else "weight"
 
 
 def _words(progress: Progress | None, name: str, done: int, total: int) -> Callable[[int], None]:
