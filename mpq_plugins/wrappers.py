@@ -51,7 +51,23 @@ def renaming(layers: Iterable[Sequence[str]], others: Iterable[str], present: It
         apart = len(set(own.values())) == len(own) and len(found) == len(set(there))
         if apart and all(any(own[name] in found for name in group) for group in groups):
             return {name: found[own[name]] for name in planned if own[name] in found}
-    return {}
+    return _in_the_held_model(groups, planned, there)
+
+
+def _in_the_held_model(groups: Sequence[Sequence[str]], planned: Sequence[str], there: Sequence[str]) -> dict[str, str]:
+    """How names are called where a trainer holds other modules beside the model; {} where two parts could be it."""
+    own = without_holders(planned)
+    fits: dict[str, dict[str, str]] = {}
+    for first in dict.fromkeys(_cleaned(name).partition(".")[0] for name in there):
+        rest = {
+            name: _cleaned(name).removeprefix(f"{first}.") for name in there if _cleaned(name).startswith(f"{first}.")
+        }
+        inner = without_holders(list(rest.values()))
+        found = {inner[own_name]: name for name, own_name in rest.items()}
+        if len(found) == len(rest) and all(any(own[name] in found for name in group) for group in groups):
+            fits[first] = {name: found[own[name]] for name in planned if own[name] in found}
+    ((first, fit),) = fits.items() if len(fits) == 1 else [("", {})]
+    return fit if first in HOLDERS else {}
 
 
 def _cleaned(name: str) -> str:

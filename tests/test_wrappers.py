@@ -158,3 +158,13 @@ def test_two_models_in_one_file_are_not_taken_for_one(tmp_path: Path) -> None:
 def test_a_wrapped_module_is_refused_where_the_plan_is_not_renamed() -> None:
     found = match(planned(conv_net()), nn.DataParallel(conv_net()))
     assert "Missing here: 'conv1'" in found.problems[0]
+
+
+@given(st.sampled_from(["model.", "net.", "module.", "model._orig_mod.", "model.module."]))
+def test_a_trainers_other_modules_hide_no_model(held: str) -> None:
+    names = ["conv", "block.fc"]
+    there = [f"{held}{name}" for name in names]
+    assert renaming([[name] for name in names], (), [*there, "criterion.vgg"]) == dict(zip(names, there, strict=True))
+    for other in ("ema_model.", "teacher.", "net2.module.") * (held != "module."):  # which of the two is not said
+        assert renaming([[name] for name in names], (), [*there, *(f"{other}{name}" for name in names)]) == {}
+    assert renaming([[name] for name in names], (), [f"generator.{name}" for name in names] + ["criterion.vgg"]) == {}
