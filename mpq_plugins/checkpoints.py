@@ -145,6 +145,12 @@ def stored_tensors(state: Mapping[str, Any], path: Path | None = None) -> dict[s
     plain = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
     where = "" if path is None else f"{path}: "
     for name, value in plain.items():
+        kept = type(value.data)
+        if kept.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # whoever imported its library can load it
+            raise SourceError(
+                f"{where}tensor {name!r} is quantized already, or kept in another form ({kept.__name__}). Give the "
+                "checkpoint in floating point that it was made of"
+            )
         if value.layout != torch.strided or value.is_nested:
             raise SourceError(
                 f"{where}tensor {name!r} is {value.layout}, nested or sparse; convert it to a dense tensor first"

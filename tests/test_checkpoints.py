@@ -1,12 +1,14 @@
 """Files that lie, end early or would do harm: each one clear error."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from mpq_plugins.checkpoints import open_checkpoint
+from mpq_plugins.checkpoints import open_checkpoint, stored_tensors
 from mpq_plugins.errors import SourceError
 from tests.checkpoints import harmful
 
@@ -71,3 +73,23 @@ def test_a_file_that_shrinks_while_being_read(tmp_path: Path) -> None:
     assert tensor.read_rows(0, 2).equal(torch.ones(2, 8))
     with pytest.raises(SourceError, match=r"'fc\.weight' is cut short"):
         tensor.read_rows(0, 8)
+
+
+class Kept(Tensor):
+    """A tensor in another form, as quantizers have them: of no values that torch could read."""
+
+    @staticmethod
+    def __new__(cls) -> "Kept":
+        return Tensor._make_wrapper_subclass(cls, (4, 4))
+
+    @classmethod
+    def __torch_dispatch__(cls, *call: Any) -> Any:
+        return cls()
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_a_tensor_in_another_form_is_called_so(parameter: bool) -> None:
+    kept = Kept()
+    state = {"fc.weight": nn.Parameter(kept) if parameter else kept}
+    with pytest.raises(SourceError, match=r"'fc\.weight' is quantized already, or kept in another form \(Kept\)"):
+        stored_tensors(state)
