@@ -165,7 +165,7 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         made[id(old)] = new
         if getattr(old, "bias", None) is not None:
             new.bias = old.bias  # the parameter itself, frozen or not
-        # Attributes that a user has set. Brevitas has put the bias and others among them, which the new layer registers.
+        # Attributes that a user has set. Brevitas has put among them what the new layer registers, such as its bias.
         known = {*vars(new), *new._parameters, *new._buffers, *new._modules}
         vars(new).update({name: value for name, value in vars(old).items() if name not in known})
         new.train(trains)
