@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.fold import conv_bn_pairs, folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.plain import HARMLESS, standard_class, why_not_plain
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
@@ -189,7 +190,7 @@ def _check(plan: Plan, model: nn.Module) -> None:
     problems += [
         f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
         for name in planned_by_name(plan)
-        if (f"{name}.weight" if name else "weight") in borrowed
+        if weight_name(name) in borrowed
     ]
     if problems:
         raise MismatchError(f"brevitas cannot run this plan on {type(model).__name__}: {first_few(problems)}")

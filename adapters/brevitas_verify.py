@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import SettingError, VerifyError, first_few
 from mpq_plugins.lower import integer_weight
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
 from mpq_plugins.weights import layer_kind
@@ -69,7 +70,7 @@ def verify(
             problems.append(f"{layer.name!r} is no longer tied to {layer.tied[0]!r}")
     if original is not None:
         with quiet_state_dict():
-            weights = {f"{name}.weight" if name else "weight" for name in planned}
+            weights = {weight_name(name) for name in planned}
             problems += changed_state(quantized, original, weights)
     if model is not None:
         problems = problems or output_problems(quantized, plan, model, batch)

@@ -8,6 +8,7 @@ from torch import nn
 
 from mpq_plugins.apply import verify as verify_simulated
 from mpq_plugins.errors import VerifyError, first_few
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.plan import Plan
 
 from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
@@ -44,7 +45,7 @@ def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> 
         return checks
     verify_simulated(module, plan, model)
     original = as_measured(model, plan)
-    weights = {f"{name}.weight" if name else "weight" for name in plan.by_any_name}
+    weights = {weight_name(name) for name in plan.by_any_name}
     changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
     if changed:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")

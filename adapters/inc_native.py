@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, SettingError, first_few
 from mpq_plugins.legalise import Capabilities, require_legal
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.plain import why_not_plain
 from mpq_plugins.plan import Plan
 from mpq_plugins.quantize.weight import check_weight
@@ -101,7 +102,7 @@ class Exact:
         for name in packed:
             layer = model.get_submodule(name)
             weight, reason = cast(Tensor, layer.weight), why_not_plain(layer)
-            if reason or (f"{name}.weight" if name else "weight") in lent:
+            if reason or weight_name(name) in lent:
                 reason = reason or "lends its weight to a functional call"
                 raise MismatchError(
                     f"{name!r} {reason}, and Neural Compressor's packed layer would not: skip it, or use apply()"

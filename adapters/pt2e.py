@@ -32,6 +32,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 from mpq_plugins.errors import MismatchError, SourceError, VerifyError, first_few
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.plan import LayerChoice, Plan
 
 from .folded import (
@@ -172,7 +173,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     def _weights(self, model: torch.fx.GraphModule) -> list[tuple[torch.fx.Node, LayerChoice]]:
         """The planned weights' nodes: their targets are the parameters' names, of tied ones any."""
-        planned = {f"{name}.weight" if name else "weight": layer for name, layer in planned_by_name(self.plan).items()}
+        planned = {weight_name(name): layer for name, layer in planned_by_name(self.plan).items()}
         nodes = [node for node in model.graph.nodes if node.op == "get_attr" and str(node.target) in planned]
         return [(node, planned[str(node.target)]) for node in nodes if node.users]
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_unflatten
 from mpq_plugins.batches import evaluating
 from mpq_plugins.errors import SourceError, what_it_said
 from mpq_plugins.fold import fold_batch_norm, unfolded_norms
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.quantize.regions import channel_rows
 from mpq_plugins.tracing import BATCH_NORMS, opened_trace
 from mpq_plugins.weights import channel_axis_of, layer_kind
@@ -37,7 +38,7 @@ def weight_names(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if layer_kind(module) is not None:
-            found[f"{name}.weight" if name else "weight"] = first.setdefault(id(module.weight), name)
+            found[weight_name(name)] = first.setdefault(id(module.weight), name)
     return found
 
 

@@ -24,6 +24,7 @@ from mpq_plugins.errors import MismatchError, SettingError, VerifyError, first_f
 from mpq_plugins.fold import folded_copy
 from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.parameters import weight_name
 from mpq_plugins.plain import why_not_plain
 from mpq_plugins.plan import LayerChoice, Plan
 from mpq_plugins.scheme import Affine
@@ -116,7 +117,7 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
                 "apply(), or skip it"
             )
         # The parameter's name and not the module's, which transformers would apply to the bias too.
-        configs[f"{layer.name}.weight" if layer.name else "weight"] = _config(layer)
+        configs[weight_name(layer.name)] = _config(layer)
     return FqnToConfig(fqn_to_config=configs)
 
 
@@ -147,7 +148,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
             problems.append(f"{name!r} {problem}")
         else:
             checks.append(LayerCheck(name, layer.widths, str(cast(Any, weight).target_dtype)))
-    weights = {f"{name}.weight" if name else "weight" for layer in plan.layers for name in layer.names}
+    weights = {weight_name(name) for layer in plan.layers for name in layer.names}
     problems += changed_state(quantized, original_model, weights)
     for layer in planned.values():
         kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
@@ -177,7 +178,7 @@ def _troubles(name: str, model: nn.Module, borrowed: set[str]) -> Iterator[str]:
         yield f"{name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
     elif reason:
         yield f"{name!r} {reason}, and may fail on torchao's tensors: skip it"
-    elif (f"{name}.weight" if name else "weight") in borrowed:
+    elif weight_name(name) in borrowed:
         yield f"{name!r} lends its weight to a functional call, which may fail on torchao's tensors: skip it"
 
 
