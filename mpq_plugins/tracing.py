@@ -32,6 +32,8 @@ METADATA = {
 }  # fmt: skip
 VALUES_OF_FIRST = {"to", "type_as"}  # x.to(y) gives x's values, in y's dtype
 
+TRAINING = "training"  # in the meta of a module's node: the mode that the module is called in
+
 # While it traces, torch.fx replaces nn.Module.__call__ for the whole process: one trace at a time.
 _TRACING = Lock()
 
@@ -56,7 +58,10 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         if get_ident() != self.thread:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(result, torch.fx.Proxy):
+            result.node.meta.setdefault(TRAINING, m.training)
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.inside:
@@ -146,7 +151,7 @@ class _PutBack(TorchDispatchMode):
     """What a forward writes into tensors while it is traced, such as a count of its calls, is put back at the end."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.before = list[tuple[Tensor, Tensor]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,7 +162,7 @@ class _PutBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for tensor, values in reversed(self.before):
                 tensor.copy_(values)

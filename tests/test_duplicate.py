@@ -107,7 +107,7 @@ def under_a_context(model: Net) -> None:
 def around_another_patch(model: Net) -> None:
     patched_around_the_old(model)
     inner = model.first.forward
-    model.first.forward = lambda x: inner(x) + 1  # type: ignore[method-assign]
+    model.first.forward = lambda x: inner(x) + 1  # type: ignore[assignment,method-assign]
 
 
 def by_a_method(model: Net) -> None:
@@ -117,7 +117,7 @@ def by_a_method(model: Net) -> None:
 
 def by_a_partial_around_a_layer(model: Net) -> None:
     run = functools.partial(nn.Linear.forward, model.second)
-    model.first.forward = lambda x: run(x)  # type: ignore[method-assign]
+    model.first.forward = lambda x: run(x)  # type: ignore[assignment,method-assign]
 
 
 def by_a_list(model: Net) -> None:

@@ -226,6 +226,32 @@ def runs(model: nn.Module, plan: Plan, inputs: Tensor, tolerance: float = 0.05) 
     return converted
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """Computes as its parent does, with another default."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.01)
+
+
+class OwnNorms(nn.Module):
+    """The convolution before one norm is its own, and before the other lends its output to a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), OwnNorm(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), OwnNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(torch.relu(self.norm1(self.conv1(x))))
+        result: Tensor = self.norm2(y) + y
+        return result
+
+
+def test_norms_of_a_users_own_class_are_folded_or_run() -> None:
+    model = nets.made(OwnNorms)
+    runs(model, Uniform(bits=8)(measure(model, PER_CHANNEL, (8,))).with_activation_bits(8), IMAGES)
+
+
 SCENES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(4)) + 0.3
 
 
