@@ -475,6 +475,21 @@ def test_changes_in_place_arrive_or_are_refused() -> None:
         fx.prepare(model, planned(model), IMAGES)
 
 
+class Masked(nets.SmallNet):
+    """Takes another way where it is given a mask."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y if mask is None else y * mask.mean()
+
+
+def test_a_graph_of_another_way_through_the_model_is_no_fault_of_the_inputs() -> None:
+    model = nets.made(Masked)
+    plan = Uniform(bits=8)(measure(model, PER_CHANNEL, (8,))).with_activation_bits(8)
+    with pytest.raises(MismatchError, match=r"Masked does something else as torch.fx traces it \(it does not run"):
+        fx.prepare(model, plan, IMAGES)
+
+
 def test_unfit_examples_and_prepared_models_are_refused() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
