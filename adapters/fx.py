@@ -33,7 +33,9 @@ from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, fold_in_place
 from mpq_plugins.lower import IntegerWeight, integer_weight
+from mpq_plugins.plain import is_plain, standard_class
 from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.tracing import BATCH_NORMS
 
 from .folded import folded_integers, integers_of
 from .fx_checks import CAPABILITIES, check, check_calls, check_example, traced
@@ -205,6 +207,7 @@ class _Baked:
 def _baked(model: nn.Module, plan: Plan) -> _Baked:
     check(plan, model)
     copied = duplicate(model)
+    _name_norms(copied)
     graph = traced(copied)
     norms = conv_bn_pairs(copied, plan.skipped).values()
     fold_in_place(copied, plan.skipped)
@@ -217,6 +220,13 @@ def _baked(model: nn.Module, plan: Plan) -> _Baked:
     lend_shapes(copied, graph, integers)
     in_codes = divide(copied, graph, integers)
     return _Baked(torch.fx.GraphModule(copied, graph), integers, in_codes)
+
+
+def _name_norms(model: nn.Module) -> None:
+    """Give norms of a user's class that compute as torch's own torch's class, for FX looks into any other."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and is_plain(module):
+            module.__class__ = cast(Any, standard_class(module))
 
 
 def _set_weights(model: nn.Module, integers: dict[str, IntegerWeight]) -> None:

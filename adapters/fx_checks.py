@@ -79,7 +79,6 @@ def check_example(baked: nn.Module, exact: nn.Module, names: Collection[str], in
     try:
         with _single_samples(exact, names) as single:
             expected = _seeded_run(exact, inputs)
-        problem = None if single else difference(_seeded_run(baked, inputs), expected, SAME)
     except SettingError as error:
         raise SettingError(f"example_inputs: {str(error).removeprefix('batches: ')}") from error
     if single:
@@ -87,12 +86,21 @@ def check_example(baked: nn.Module, exact: nn.Module, names: Collection[str], in
             f"fx: {first_few(single, ', ')} given one sample without a batch, which FX's "
             "kernels do not take: give batches (x.unsqueeze(0)), or skip the layer"
         )
+    problem = _problem_beside(baked, expected, inputs)
     if problem:
         raise MismatchError(
             f"fx: {type(exact).__name__} does something else as torch.fx traces it ({problem}): it may change values "
             "in place (x += y), draw random numbers, or depend on what it was traced with. Rewrite that, or use "
             "mpq_plugins.apply or the torchao adapter, which do not trace"
         )
+
+
+def _problem_beside(baked: nn.Module, expected: Any, inputs: tuple[Any, ...]) -> str | None:
+    """How a graph's outputs differ from the model's, in words, if they do; it may not even run."""
+    try:
+        return difference(_seeded_run(baked, inputs), expected, SAME)
+    except SettingError as error:
+        return f"it does not run: {what_it_said(error.__cause__ or error)}"
 
 
 def _seeded_run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:

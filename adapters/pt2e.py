@@ -242,11 +242,11 @@ def _check(plan: Plan, model: nn.Module) -> None:
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
-    computing = [repr(name) for name in computed_weights(model)]
+    computing = [repr(name) if name else type(model).__name__ for name in computed_weights(model)]
     if computing:
         raise MismatchError(
-            f"{first_few(computing, ', ')}: computes the weight that it convolves with before a norm, which PT2E fails "
-            "to fold: use mpq_plugins.apply or the inc adapter"
+            f"{first_few(computing, ', ')}: works with a weight that is no parameter, before a norm, which PT2E fails "
+            "to fold into it: use mpq_plugins.apply or the inc adapter"
         )
     try:
         check_folding(plan, model, "PT2E")

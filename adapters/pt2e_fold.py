@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from mpq_plugins.batches import evaluating
+from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SourceError, what_it_said
 from mpq_plugins.fold import fold_batch_norm, unfolded_norms
 from mpq_plugins.parameters import weight_name
@@ -19,7 +20,7 @@ from mpq_plugins.weights import channel_axis_of, layer_kind
 
 from .outputs import difference
 
-CONVOLVE = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+WEIGHTED = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 CLOSE = 1e-5
 """How far the weights of a graph may be from the model's, of the largest: what folding rounds."""
 ROUNDING = 1e-3
@@ -74,9 +75,9 @@ def times(weight: Tensor, factor: Tensor, axis: int) -> Tensor:
 
 
 def computed_weights(model: nn.Module) -> list[str]:
-    """Layers that convolve with a weight that they compute, before a norm, as far as torch.fx sees it.
+    """Layers that work before a norm with a weight that is no parameter, as far as torch.fx sees it.
 
-    PT2E, which goes by operators, fails to fold the norm into that.
+    PT2E, which goes by operators, fails to fold the norm into what is computed, or is a buffer or a plain tensor.
     """
     found = ((prefix, _computed_weights(part)) for prefix, part in traceable_parts(model))
     return [f"{prefix}{name}" for prefix, names in found for name in names]
@@ -102,23 +103,26 @@ def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 def _computed_weights(model: nn.Module) -> list[str]:
     graph = opened_trace(model)
     norms = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, BATCH_NORMS)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = []
     for node in graph.nodes:
         is_norm = node.target is F.batch_norm or (node.op == "call_module" and node.target in norms)
         source = node.all_input_nodes[0] if is_norm and node.all_input_nodes else None
-        if source is not None and source.target in CONVOLVE:
+        if source is not None and source.target in WEIGHTED:
             weight = source.args[1] if len(source.args) > 1 else source.kwargs.get("weight")
-            if not (isinstance(weight, torch.fx.Node) and weight.op == "get_attr"):
-                found.append(str(next(reversed(source.meta["nn_module_stack"].values()), ("",))[0]))
+            if not (isinstance(weight, torch.fx.Node) and weight.op == "get_attr" and weight.target in parameters):
+                stack = source.meta.get("nn_module_stack", {})  # none where the model's own forward does it
+                found.append(str(next(reversed(stack.values()), ("",))[0]))
     return found
 
 
 def graph_problem(graph: torch.fx.GraphModule, model: nn.Module) -> str | None:
     """Whether a graph, made for inputs of certain shapes, computes what the model does on such; in words, if not."""
+    copied = duplicate(model)
     try:
         args, kwargs = _example(graph)
-        with torch.no_grad(), evaluating(model):
-            problem = difference(graph(*args, **kwargs), model(*args, **kwargs), ROUNDING)
+        with torch.no_grad(), evaluating(copied):
+            problem = difference(graph(*args, **kwargs), copied(*args, **kwargs), ROUNDING)
     except Exception as error:  # noqa: BLE001  # a user's forward may raise anything on inputs that were made up
         return (
             "torch.fx cannot tell what PT2E folds there, and the model does not run on inputs made up to find out "

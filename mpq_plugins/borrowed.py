@@ -178,7 +178,7 @@ class _Reader:
         if isinstance(callee, types.MethodType):
             return self.call(callee.__func__, [_objects([callee.__self__]), *args], kwargs)
         if isinstance(callee, nn.Module):
-            forward = vars(callee).get("forward", type(callee).forward)
+            forward = vars(callee).get("forward", inspect.getattr_static(type(callee), "forward", None))
             bound = args if "forward" in vars(callee) else [_objects([callee]), *args]
             # What it does with its own parameters is found when its own code is read.
             return self.call(forward, bound, kwargs) if any(args) or any(kwargs.values()) else {}

@@ -1,6 +1,5 @@
 """How `correct` does it: the float and the quantized net side by side, module by module."""
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from .apply import apply
 from .batches import checked_batches, evaluating, first_input, run_model
 from .behaviour import adds_its_bias, follows_its_statistics
 from .correct import Progress
+from .duplicate import duplicate
 from .errors import SettingError, first_few
 from .fold import borrowed_weights, folded_copy
 from .match import match
@@ -43,7 +43,7 @@ def corrected(
     plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     given = checked_batches(batches)
     copied = folded_copy(model, plan)
-    exact = copy.deepcopy(copied) if fit_ranges else copied
+    exact = duplicate(copied) if fit_ranges else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)
     with warnings.catch_warnings():

@@ -5,7 +5,8 @@ module of the model would make the copy compute with the original's weights, wha
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from inspect import isfunction
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,10 @@ def duplicate(model: "nn.Module") -> "nn.Module":
     """
     for name, function, held in _bound_to_the_original(model):
         raise SettingError(
-            f"{type(model).__name__}: cannot be copied, and it is never changed itself: {name!r} has a function of its "
-            f"own, {function!r}, which was made around the model's {type(held).__name__} and would compute with the "
-            "original's weights in a copy. Make it a method, types.MethodType(function, module), or a module"
+            f"{type(model).__name__}: cannot be copied, and it is never changed itself: {repr(name) if name else 'it'} "
+            f"has a function of its own, {function.__name__!r}, which was made around the model's "
+            f"{type(held).__name__} and would compute with the original's weights in a copy. Make it a method, "
+            "types.MethodType(function, module), or a module"
         )
     try:
         return copy.deepcopy(model)
@@ -64,17 +66,18 @@ def _remedy(value: Any) -> str:
     return "Set it to None while the model is copied, or make it where it is needed"
 
 
-def _bound_to_the_original(model: "nn.Module") -> Iterator[tuple[str, str, "nn.Module"]]:
+def _bound_to_the_original(model: "nn.Module") -> Iterator[tuple[str, FunctionType, "nn.Module"]]:
     """Module, function on it, and the module of the model that the function has hold of and computes with."""
     modules = {id(module): module for module in model.modules()}
     for name, module in model.named_modules():
         own = () if _is_compiled(module) else vars(module).values()
-        for function in (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            for held in _surrounding(function) if isfunction(function) else ():
-                is_method = isinstance(held, MethodType)
-                target = modules.get(id(held.__self__ if is_method else held))
-                if target is not None and (is_method or _computes_with(function, target)):
-                    yield name, function.__name__, target
+        for value in (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            for function in _functions(value, set()):
+                for held in _surrounding(function):
+                    is_method = isinstance(held, MethodType)
+                    target = modules.get(id(held.__self__ if is_method else held))
+                    if target is not None and (is_method or _computes_with(function, target)):
+                        yield name, function, target
 
 
 def _is_compiled(module: "nn.Module") -> bool:
@@ -82,16 +85,41 @@ def _is_compiled(module: "nn.Module") -> bool:
     return type(module).__module__.startswith("torch._dynamo")
 
 
+def _functions(value: Any, seen: set[int]) -> Iterator[FunctionType]:
+    """The functions that a value is or runs: in a method or a partial, which are copied, and around each other."""
+    while isinstance(value, MethodType | partial):
+        value = value.__func__ if isinstance(value, MethodType) else value.func
+    if isfunction(value) and id(value) not in seen:
+        seen.add(id(value))
+        yield value
+        for held in _opened(_enclosed(value)):
+            yield from _functions(held, seen) if isinstance(held, FunctionType | partial) else ()
+
+
 def _surrounding(function: FunctionType) -> Iterator[Any]:
-    """What a function holds of the place where it was made."""
+    """What a function holds of the place where it was made, itself or in a container."""
+    named = (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
+    yield from _opened((*_enclosed(function), *named))
+
+
+def _enclosed(function: FunctionType) -> Iterator[Any]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    yield from (function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__)
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
         except ValueError:  # not set yet
             continue
+
+
+def _opened(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and what containers and partials among them hold."""
+    for value in values:
+        yield value
+        if isinstance(value, partial):
+            yield from (*value.args, *value.keywords.values())
+        elif isinstance(value, list | tuple | set | dict):
+            yield from value.values() if isinstance(value, dict) else value
 
 
 def _computes_with(function: FunctionType, module: "nn.Module") -> bool:

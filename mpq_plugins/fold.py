@@ -19,7 +19,7 @@ from .borrowed import borrowed_in_source
 from .duplicate import duplicate
 from .errors import SettingError, SourceError, first_few
 from .plain import is_plain, standard_class
-from .tracing import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, borrowed_parameters, memory, trace
+from .tracing import BATCH_NORMS, CONVOLUTIONS, TRAINING, TRANSPOSED, borrowed_parameters, memory, trace
 
 
 class Folded(Protocol):
@@ -64,7 +64,8 @@ def unfolded_norms(model: nn.Module) -> dict[str, str]:
         return {}
     graph = trace(model)
     pairs = {conv: norm for conv, norm in _pairs(graph, model, ()).items() if not _trains(model, norm)}
-    fed = [(str(layer.target), norm) for layer, norm in _fed_norms(graph, model, (nn.Linear, *CONVOLUTIONS))]
+    calls = _fed_norms(graph, model, (nn.Linear, *CONVOLUTIONS))
+    fed = [(str(layer.target), str(norm.target)) for layer, norm in calls]
     return {layer: norm for layer, norm in fed if pairs.get(layer) != norm and _is_torchs(model, layer)}
 
 
@@ -151,10 +152,11 @@ def _pairs(graph: torch.fx.Graph, model: nn.Module, skip: Collection[str]) -> di
         return calls[id(conv)] == calls[id(norm)] == shared[id(weight)] == weights[memory(weight)] == 1
 
     candidates = {}
-    for layer, name in _fed_norms(graph, model, CONVOLUTIONS):
-        conv, norm = modules[str(layer.target)], modules[name]
-        if len(layer.users) == 1 and id(conv) not in skipped and _can_fold(conv, norm) and alone(conv, norm):
-            candidates[str(layer.target)] = name
+    for layer, call in _fed_norms(graph, model, CONVOLUTIONS):
+        conv, norm = modules[str(layer.target)], modules[str(call.target)]
+        stays = call.meta[TRAINING] == norm.training  # the model's forward may change its mode
+        if len(layer.users) == 1 and id(conv) not in skipped and stays and _can_fold(conv, norm) and alone(conv, norm):
+            candidates[str(layer.target)] = str(call.target)
     if not candidates:
         return {}
     lenders = {id(modules[name.rpartition(".")[0]]) for name in borrowed_parameters(model)}
@@ -163,12 +165,12 @@ def _pairs(graph: torch.fx.Graph, model: nn.Module, skip: Collection[str]) -> di
 
 def _fed_norms(
     graph: torch.fx.Graph, model: nn.Module, kinds: tuple[type[nn.Module], ...]
-) -> list[tuple[torch.fx.Node, str]]:
-    """Calls of layers of these kinds, and the BatchNorms that take what they give."""
+) -> list[tuple[torch.fx.Node, torch.fx.Node]]:
+    """Calls of layers of these kinds, and of the BatchNorms that take what they give."""
     modules = dict(model.named_modules(remove_duplicate=False))
     pairs = [(module_input(node), node) for node in graph.nodes]
     return [
-        (layer, str(norm.target))
+        (layer, norm)
         for layer, norm in pairs
         if isinstance(layer, torch.fx.Node) and layer.op == "call_module"
         and isinstance(modules[str(layer.target)], kinds) and isinstance(modules[str(norm.target)], BATCH_NORMS)

@@ -12,6 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import SourceError, what_it_said
@@ -30,6 +31,8 @@ METADATA = {
     "full_like", "rand_like", "randn_like",
 }  # fmt: skip
 VALUES_OF_FIRST = {"to", "type_as"}  # x.to(y) gives x's values, in y's dtype
+
+TRAINING = "training"  # in the meta of a module's node: the mode that the module is called in
 
 # While it traces, torch.fx replaces nn.Module.__call__ for the whole process: one trace at a time.
 _TRACING = Lock()
@@ -55,7 +58,10 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         if get_ident() != self.thread:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(result, torch.fx.Proxy):
+            result.node.meta.setdefault(TRAINING, m.training)
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.inside:
@@ -76,7 +82,7 @@ def opened_trace(model: nn.Module) -> torch.fx.Graph:
 def _graph(model: nn.Module, looks_inside: bool) -> torch.fx.Graph:
     try:
         shadow = _shadow(model)
-        with _TRACING:
+        with _TRACING, _PutBack():
             return _Tracer([module for module in shadow.modules() if looks_inside and _is_odd(module)]).trace(shadow)
     except Exception as error:  # a user's forward may raise anything while being traced
         raise SourceError(
@@ -125,7 +131,7 @@ def _lent(model: nn.Module, looks_inside: bool) -> set[str]:
             module._parameters["bias"] = nn.Parameter(torch.zeros(1))
     tracer = _Tracer([module for module in shadow.modules() if looks_inside and _is_odd(module)])
     eager = _EagerReads(tracer)
-    with _TRACING, eager:
+    with _TRACING, _PutBack(), eager:
         graph = tracer.trace(shadow)
     owners = _Owners(shadow)
     reads = [(owners.tensor(node), user) for node in graph.nodes if node.op == "get_attr" for user in node.users]
@@ -139,6 +145,27 @@ def _lent(model: nn.Module, looks_inside: bool) -> set[str]:
 
 def _is_odd(module: nn.Module) -> bool:
     return isinstance(module, (*LAYERS, *BATCH_NORMS)) and not is_plain(module)
+
+
+class _PutBack(TorchDispatchMode):
+    """What a forward writes into tensors while it is traced, such as a count of its calls, is put back at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before = list[tuple[Tensor, Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        given |= kwargs or {}
+        written = [given.get(own.name) for own in func._schema.arguments if own.alias_info and own.alias_info.is_write]
+        self.before += [(leaf, leaf.clone()) for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for tensor, values in reversed(self.before):
+                tensor.copy_(values)
 
 
 class _EagerReads(TorchFunctionMode):

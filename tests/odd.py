@@ -317,11 +317,34 @@ class HeldBy(Wiring):
         return y
 
 
+class Counting(Wiring):
+    """Writes into a buffer of its own."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__(layer, norm)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("calls").add_(1)
+        return super().forward(x)
+
+
+class Adapting(Wiring):
+    """Has its norm normalise by the batch for as long as it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.norm.training
+        self.norm.train()
+        y = super().forward(x)
+        self.norm.train(before)
+        return y
+
+
 WIRINGS: dict[str, type[Wiring]] = {
     cls.__name__: cls
     for cls in (
         Wiring, ByName, Residual, Read, Twice, NormTwice, Tied, Peeking, BiasLent, StatisticsLent, Keeping, Aside,
-        SharedBy, HeldBy,
+        SharedBy, HeldBy, Counting, Adapting,
     )
 }  # fmt: skip
 

@@ -420,3 +420,18 @@ def test_a_trained_transformers_code_is_followed() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     vision = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
     assert borrowed_in_source(transformers.ViTForImageClassification(vision)) == set()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_within_a_model_is_no_trouble() -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.second: Any = torch.jit.script(nn.Linear(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(self.first(x) @ self.first.weight)
+            return y
+
+    assert borrowed_in_source(Holds()) == {"first.weight"}

@@ -1,5 +1,6 @@
 """A model that cannot be copied is told by what in it cannot, with a remedy that works."""
 
+import functools
 import threading
 import types
 from pathlib import Path
@@ -94,10 +95,44 @@ def by_default_argument(model: Net) -> None:
     model.first.forward = lambda x, layer=model.second: layer(x)  # type: ignore[method-assign,misc]
 
 
+def in_a_partial(model: Net) -> None:
+    old = model.first.forward
+    model.first.forward = functools.partial(lambda own, x: 2 * old(x), model.first)  # type: ignore[method-assign]
+
+
+def under_a_context(model: Net) -> None:
+    model.first.forward = torch.no_grad()(model.first.forward)  # type: ignore[method-assign]
+
+
+def around_another_patch(model: Net) -> None:
+    patched_around_the_old(model)
+    inner = model.first.forward
+    model.first.forward = lambda x: inner(x) + 1  # type: ignore[assignment,method-assign]
+
+
+def by_a_method(model: Net) -> None:
+    old = model.first.forward
+    model.first.forward = types.MethodType(lambda own, x: old(x), model.first)  # type: ignore[method-assign]
+
+
+def by_a_partial_around_a_layer(model: Net) -> None:
+    run = functools.partial(nn.Linear.forward, model.second)
+    model.first.forward = lambda x: run(x)  # type: ignore[assignment,method-assign]
+
+
+def by_a_list(model: Net) -> None:
+    layers = [model.first, model.second]
+    model.first.register_forward_hook(lambda _, args, y: layers[1](y))
+
+
 @pytest.mark.parametrize(
     "change",
-    [patched_by_closure, patched_around_the_old, hooked_with_another_layer, hooked_with_the_whole, by_default_argument],
-)
+    [
+        patched_by_closure, patched_around_the_old, hooked_with_another_layer, hooked_with_the_whole,
+        by_default_argument, in_a_partial, under_a_context, around_another_patch, by_a_method,
+        by_a_partial_around_a_layer, by_a_list,
+    ],
+)  # fmt: skip
 def test_functions_that_would_use_the_originals_weights_are_refused(change: Any) -> None:
     model = Net()
     change(model)
@@ -115,6 +150,22 @@ def test_functions_that_use_none_and_methods_are_copied() -> None:
         copied.second.bias.zero_()
     assert not copied(torch.ones(1, 3)).any()
     assert model(torch.ones(1, 3)).any()
+
+
+def test_a_partial_that_is_given_the_layer_is_copied() -> None:
+    """As accelerate does: what a partial is given is copied with it, and so is the method that the layer keeps."""
+
+    def new(own: Any, x: torch.Tensor) -> Any:
+        return 2 * own.before(x)
+
+    model: Any = Net()
+    model.first.before = model.first.forward
+    model.first.forward = functools.update_wrapper(functools.partial(new, model.first), model.first.before)
+    copied: Any = duplicate(model)
+    with torch.no_grad():
+        copied.first.weight.zero_()
+        copied.first.bias.zero_()
+    assert not copied.first(torch.ones(1, 3)).any()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

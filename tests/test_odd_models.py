@@ -128,7 +128,8 @@ def test_output_mse_of_a_layer_that_is_not_torchs_is_what_it_does(recipe: Recipe
         module = model.get_submodule(layer.name)
         if layer.tied or is_plain(module) or module._forward_pre_hooks:  # a hook's input is not the layer's own
             continue
-        watched, rough = copy.deepcopy(model), quantized.get_submodule(layer.name)
+        watched, rough = copy.deepcopy(model), copy.deepcopy(module)  # layers inside it stay in float
+        rough.weight = quantized.get_parameter(f"{layer.name}.weight")
         watch = Watch(watched, layer.name)
         with torch.no_grad():
             watched(batch)

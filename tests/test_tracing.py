@@ -109,6 +109,42 @@ def test_tracing_leaves_the_model_as_it_was() -> None:
     assert bare[0].bias is None
 
 
+class Counts(nn.Module):
+    """Writes into its own tensors as it runs: a count of its calls, and weights that it holds within bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("recent", torch.arange(6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        calls, recent = self.get_buffer("calls"), self.get_buffer("recent")
+        calls += 1
+        recent[1:] = recent[:-1].clone()
+        recent[::2].mul_(2)
+        torch.add(recent, 1, out=recent)
+        for parameter in self.parameters():
+            parameter.data.clamp_(-0.01, 0.01)
+        if bool(recent[0] > 1e6):
+            raise ValueError("the state has run away")
+        y: Tensor = self.a(x) * calls
+        return y
+
+
+def test_what_a_forward_writes_while_it_is_traced_is_put_back() -> None:
+    model = Counts()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trace(model)
+    borrowed_parameters(model)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    model.get_buffer("recent")[0] = 1e7
+    before["recent"] = model.get_buffer("recent").clone()
+    with pytest.raises(SourceError, match="the state has run away"):
+        trace(model)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_model_that_cannot_be_traced_says_so() -> None:
     with pytest.raises(SourceError, match="Net: cannot be traced"):
         borrowed_parameters(net(lambda s, x: s.a(x) if bool(x.sum() > 0) else s.b(x)))

@@ -37,6 +37,7 @@ def squared_slopes(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         signs = [(torch.randint(0, 2, leaf.shape, generator=generator) * 2 - 1).to(leaf) for leaf in total]
         slope = _slope(total, weight, signs)
         squares += 0 if slope is None else slope.float().square() / PROBES
+    _leave_as_it_was(layer, args, kwargs)
     return squares if squares.any() else torch.ones_like(squares)
 
 
@@ -54,6 +55,7 @@ def output_errors(
         exact = _outputs(module, _weight(module), args, kwargs)
         own = [_distance(exact, _outputs(module, weight, args, kwargs)) for weight in weights()]
         sums[:] = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
+        _leave_as_it_was(module, args, kwargs)
 
     with watching(users, seen):
         for batch in batches:
@@ -61,6 +63,12 @@ def output_errors(
                 call_model(model, batch)
             samples += sample_count(batch)
     return [total / samples for total in sums]
+
+
+def _leave_as_it_was(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """What a layer or its hooks keep of a call, for others to read, is of its own weight again, and has no graph."""
+    with torch.no_grad():
+        _outputs(layer, _weight(layer), args, kwargs)
 
 
 def _slope(outputs: Sequence[Tensor], weight: Tensor, signs: Sequence[Tensor]) -> Tensor | None:

@@ -226,6 +226,32 @@ def runs(model: nn.Module, plan: Plan, inputs: Tensor, tolerance: float = 0.05) 
     return converted
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """Computes as its parent does, with another default."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.01)
+
+
+class OwnNorms(nn.Module):
+    """The convolution before one norm is its own, and before the other lends its output to a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), OwnNorm(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), OwnNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(torch.relu(self.norm1(self.conv1(x))))
+        result: Tensor = self.norm2(y) + y
+        return result
+
+
+def test_norms_of_a_users_own_class_are_folded_or_run() -> None:
+    model = nets.made(OwnNorms)
+    runs(model, Uniform(bits=8)(measure(model, PER_CHANNEL, (8,))).with_activation_bits(8), IMAGES)
+
+
 SCENES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(4)) + 0.3
 
 
@@ -447,6 +473,21 @@ def test_changes_in_place_arrive_or_are_refused() -> None:
     model = nets.made(Augmented)
     with pytest.raises(MismatchError, match=r"Augmented does something else as torch.fx traces it \(its output is "):
         fx.prepare(model, planned(model), IMAGES)
+
+
+class Masked(nets.SmallNet):
+    """Takes another way where it is given a mask."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y if mask is None else y * mask.mean()
+
+
+def test_a_graph_of_another_way_through_the_model_is_no_fault_of_the_inputs() -> None:
+    model = nets.made(Masked)
+    plan = Uniform(bits=8)(measure(model, PER_CHANNEL, (8,))).with_activation_bits(8)
+    with pytest.raises(MismatchError, match=r"Masked does something else as torch.fx traces it \(it does not run"):
+        fx.prepare(model, plan, IMAGES)
 
 
 def test_unfit_examples_and_prepared_models_are_refused() -> None:

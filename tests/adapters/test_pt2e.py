@@ -149,6 +149,31 @@ def test_models_that_pt2e_breaks_on_are_refused() -> None:
         pt2e.PlanQuantizer(planned(clipped), clipped)
 
 
+class ByHand(nn.Module):
+    """Works with a weight of its own before a norm: (N, 3, 8, 8) -> (N, 3)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.how = nn.Conv2d(3, 3, 1), nn.BatchNorm1d(3), how
+        self.register_buffer("fixed", torch.randn(3, 3))
+        self.plain, self.trained = [torch.randn(3, 3)], nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))
+        weight = {"buffer": self.get_buffer("fixed"), "tensor": self.plain[0], "computed": self.trained.abs()}[self.how]
+        z: Tensor = self.norm(nn.functional.linear(y, weight))
+        return z
+
+
+@pytest.mark.parametrize("how", ["buffer", "tensor", "computed"])
+def test_weights_that_are_no_parameters_before_a_norm_are_refused(how: str) -> None:
+    model = ByHand(how).eval()
+    with pytest.raises(MismatchError, match="ByHand: works with a weight that is no parameter, before a norm"):
+        pt2e.PlanQuantizer(planned(model), model)
+    with pytest.raises(MismatchError, match="'0': works with a weight that is no parameter, before a norm"):
+        pt2e.PlanQuantizer(planned(outer := nn.Sequential(model)), outer)
+
+
 def test_plans_that_pt2e_cannot_run_are_refused() -> None:
     model = nets.made(nets.SmallNet)
     with pytest.raises(MismatchError, match="measured unfolded, and PT2E folds BatchNorm"):

@@ -174,3 +174,36 @@ def test_a_weight_that_a_functional_call_uses_too_is_refused_by_name() -> None:
         sensitivity(model, table, "output_mse", [torch.randn(3, 6)])
     with pytest.raises(SettingError, match="layer 'encoder': a functional call uses its weight too"):
         correct(model, Uniform(bits=4)(table), [torch.randn(3, 6)], fit_ranges=True)
+
+
+class Remembers(nn.Module):
+    """Adds what a hook has kept of an earlier layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Cosine(8, 8), nn.Linear(8, 4)
+        self.kept: dict[str, Tensor] = {}
+        self.first.register_forward_hook(self.keep)
+
+    def keep(self, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        self.kept["first"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        z: Tensor = self.second(y * self.kept["first"])
+        return z
+
+
+@pytest.mark.filterwarnings("ignore:not corrected")
+def test_what_a_hook_keeps_of_a_layer_is_the_float_layers_afterwards() -> None:
+    """The next layer's inputs are what they are without measuring, and the model can be copied after."""
+    model, batch = Remembers().eval(), torch.randn(16, 8)
+    table = sensitivity(model, measure(model, PER_CHANNEL, (2,)), "output_mse", [batch])
+    with torch.no_grad():
+        inputs = torch.relu(model.first(batch)) * model.first(batch)
+        quantized = apply(model, Uniform(bits=2)(table)).get_parameter("second.weight")
+        squares = (quantized - model.second.weight).square() @ inputs.square().mean(0)
+    assert float(table.layers[1].sensitivities["output_mse"][0]) == pytest.approx(float(squares.sum()), rel=1e-4)
+    model.kept.clear()
+    correct(model, Uniform(bits=2)(table), [batch], fit_ranges=True)
