@@ -100,12 +100,20 @@ def borrowed_parameters(model: nn.Module) -> set[str]:
     norms, which folding takes away, everything that is read counts. Raises SourceError where the model cannot be
     traced at all.
     """
+    odd = [name for name, module in model.named_modules() if _is_odd(module)]
     try:
-        return _lent(model, looks_inside=True)
+        return _lent(model, odd)
     except Exception:  # noqa: BLE001  # a user's layer may not be traceable; then it stays closed
         trace(model)  # which says why, where the model is not traceable either
-        reach = [tensor for module in model.modules() if _is_odd(module) for tensor in _within_reach(module)]
-        return _lent(model, looks_inside=False) | _named(model, {memory(tensor) for tensor in reach})
+    return _lent(model, ()).union(*(_lent_by(model, name) for name in odd))
+
+
+def _lent_by(model: nn.Module, name: str) -> set[str]:
+    """What one layer that computes in its own way uses of others: what the trace shows, else all within its reach."""
+    try:
+        return _lent(model, [name])
+    except Exception:  # noqa: BLE001  # a user's forward may raise anything while being traced
+        return _named(model, {memory(tensor) for tensor in _within_reach(model.get_submodule(name))})
 
 
 def memory(tensor: Tensor) -> int:
@@ -124,12 +132,13 @@ def _shadow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _lent(model: nn.Module, looks_inside: bool) -> set[str]:
+def _lent(model: nn.Module, inside: Collection[str]) -> set[str]:
+    """inside: layers that are looked into."""
     shadow = _shadow(model)
     for module in shadow.modules():
         if isinstance(module, LAYERS) and is_plain(module) and module._parameters.get("bias", module) is None:
             module._parameters["bias"] = nn.Parameter(torch.zeros(1))
-    tracer = _Tracer([module for module in shadow.modules() if looks_inside and _is_odd(module)])
+    tracer = _Tracer([shadow.get_submodule(name) for name in inside])
     eager = _EagerReads(tracer)
     with _TRACING, _PutBack(), eager:
         graph = tracer.trace(shadow)

@@ -148,3 +148,21 @@ def test_what_a_forward_writes_while_it_is_traced_is_put_back() -> None:
 def test_a_model_that_cannot_be_traced_says_so() -> None:
     with pytest.raises(SourceError, match="Net: cannot be traced"):
         borrowed_parameters(net(lambda s, x: s.a(x) if bool(x.sum() > 0) else s.b(x)))
+
+
+class LowRank(nn.Linear):
+    """Has layers of its own, which it calls."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) + self.up(self.down(x))
+        return y
+
+
+def test_one_layer_that_cannot_be_looked_into_closes_no_other() -> None:
+    first = nn.Linear(4, 4)
+    closed = Holding(first, traceable=False)
+    assert borrowed_parameters(nn.Sequential(first, closed, LowRank())) == {"0.weight", "0.bias"}
