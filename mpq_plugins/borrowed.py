@@ -20,22 +20,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .metadata import LIKE, METADATA, OF_FIRST
 from .plain import standard_class
 
-# What is read of a tensor without its values.
-METADATA = {
-    "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta", "layout", "itemsize", "nbytes",
-    "is_leaf", "is_sparse", "is_quantized", "grad", "name", "names", "size", "dim", "numel", "nelement", "ndimension",
-    "element_size", "is_floating_point", "is_complex", "is_contiguous", "stride", "storage_offset", "get_device",
-    "data_ptr", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "is_inference", "is_shared",
-    "__class__", "__len__", "requires_grad_", "register_hook",
-}  # fmt: skip
 # Calls that take a tensor as an example of its dtype, device or shape, or do not look at it.
-BY_EXAMPLE = {
-    "to", "type_as", "view_as", "expand_as", "reshape_as", "zeros_like", "ones_like", "empty_like", "rand_like",
-    "randn_like", "full_like", "randint_like", "is_tensor", "is_floating_point", "is_complex", "result_type",
-    "isinstance", "hasattr", "id", "type", "len", "print", "callable",
-}  # fmt: skip
+BY_EXAMPLE = {*LIKE, *OF_FIRST, "isinstance", "hasattr", "id", "type", "len", "print", "callable"}
 # Calls that give what they get, or what is in it.
 THROUGH = {
     "zip", "enumerate", "reversed", "list", "tuple", "dict", "sorted", "set", "iter", "next", "filter", "islice",

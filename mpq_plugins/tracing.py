@@ -16,21 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .errors import SourceError, what_it_said
+from .metadata import METADATA, OF_FIRST, WITHOUT_VALUES
 from .plain import is_plain
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
-
-# What is read of a tensor without its values.
-METADATA = {
-    "__get__", "dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "layout", "itemsize", "nbytes", "size",
-    "dim", "numel", "nelement", "element_size", "stride", "is_floating_point", "is_contiguous", "get_device",
-    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "zeros_like", "ones_like", "empty_like",
-    "full_like", "rand_like", "randn_like",
-}  # fmt: skip
-VALUES_OF_FIRST = {"to", "type_as"}  # x.to(y) gives x's values, in y's dtype
 
 TRAINING = "training"  # in the meta of a module's node: the mode that the module is called in
 
@@ -185,7 +177,7 @@ class _EagerReads(TorchFunctionMode):
         self.tracer, self.reads = tracer, list[tuple[Tensor, str]]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in METADATA:
+        if getattr(func, "__name__", "") not in WITHOUT_VALUES:
             scope = next((str(path) for path, _ in reversed(self.tracer.module_stack.values())), "")
             self.reads += [(leaf, scope) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         return func(*args, **(kwargs or {}))
@@ -230,10 +222,10 @@ def _takes_values(user: torch.fx.Node) -> bool:
     if user.target is getattr:
         return str(user.args[1]) not in METADATA
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    if name in VALUES_OF_FIRST and user.op == "call_method":
+    if name in OF_FIRST and user.op == "call_method":
         first = user.args[0] if user.args else None
         return isinstance(first, torch.fx.Node) and first.op == "get_attr"
-    return name not in METADATA
+    return name not in WITHOUT_VALUES
 
 
 def _named(model: nn.Module, memories: Collection[int]) -> set[str]:

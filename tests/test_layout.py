@@ -32,6 +32,7 @@ FLOW = (
         "fingerprint",
         "interrupts",
         "journal",
+        "metadata",
         "outsiders",
         "parameters",
         "patterns",
