@@ -6,6 +6,7 @@ amplify rounding: those may change by twice what rounding their weights in place
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -73,6 +74,15 @@ def outcome(model: nn.Module, recipe: Recipe, batch: Tensor, exact: Tensor) -> s
 
 def names_a_module(text: str, model: nn.Module) -> bool:
     return any(f"'{name}'" in text for name, _ in model.named_modules() if name)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Operators this small wait for a second thread longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore")
