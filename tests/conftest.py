@@ -1,6 +1,7 @@
 """Shared by all tests: two threads, the zoo, the MiniLM checkpoint, and `mpq` as a function."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from mpq_plugins import cli
 from tests.checkpoints import minilm_file
 
 torch.set_num_threads(2)
+# Whoever starts the tests in the background may have these ignored, which is respected and not what is tried here.
+for ignored, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, usual)
+
 settings.register_profile("mpq", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("mpq")
 
