@@ -298,9 +298,10 @@ def _program(
 
 def _unit(weights: Floats) -> float:
     """What every entry is a whole multiple of, so that HiGHS adds small integers; the largest where there is none."""
-    whole = weights.astype(np.int64)
-    if (whole == weights).all():
-        return float(np.gcd.reduce(whole, axis=None)) or 1.0
+    if (np.abs(weights) < 2.0**62).all():  # what is larger, or infinite, is no integer that numpy has
+        whole = weights.astype(np.int64)
+        if (whole == weights).all():
+            return float(np.gcd.reduce(whole, axis=None)) or 1.0
     return float(weights.max()) or 1.0
 
 
