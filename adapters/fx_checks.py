@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
-from mpq_plugins.batches import first_input, run_model
+from mpq_plugins.batches import first_input, run_model, seeded
 from mpq_plugins.errors import MismatchError, SettingError, SourceError, first_few, what_it_said
 from mpq_plugins.fold import borrowed_weights
 from mpq_plugins.legalise import Capabilities, require_legal
@@ -105,8 +105,7 @@ def _problem_beside(baked: nn.Module, expected: Any, inputs: tuple[Any, ...]) ->
 
 def _seeded_run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """The model's outputs; a dropout that is always on drops the same every time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0):
         return run_model(model, inputs)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from ..batches import call_model, own_copy, sample_count
+from ..batches import call_model, own_copy, sample_count, seeded
 from ..errors import SettingError
 
 PROBES = 16
@@ -108,8 +108,7 @@ def _weight(layer: nn.Module) -> Tensor:
 
 def _outputs(layer: nn.Module, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """What the layer gives with this weight: its floating tensors. A random layer draws the same each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with seeded(SEED):
         given = own_copy(dict(kwargs))
         output = functional_call(layer, {"weight": weight}, own_copy(args), given)
     found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
