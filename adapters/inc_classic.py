@@ -22,8 +22,9 @@ from typing import Any
 from torch import nn
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.measure import Progress
 from mpq_plugins.plan import Plan
-from mpq_plugins.tuning import Progress, Tuning
+from mpq_plugins.tuning import Tuning
 
 from .folded import check_module, check_types
 from .inc_classic_criterion import TuningCriterion

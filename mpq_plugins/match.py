@@ -9,10 +9,11 @@ from torch import nn
 from .checkpoints import Checkpoint, read_checkpoint
 from .errors import MismatchError, WeightError, first_few
 from .files import unchanged
+from .handles import Weight, Weights
 from .measure.error import weights_fingerprint
 from .plan import LayerChoice, Plan
 from .stored_weights import Known, KnownLayer
-from .weights import Weight, Weights, checkpoint_weights, could_be_layers, find_weights, known_by
+from .weights import checkpoint_weights, could_be_layers, find_weights, known_by
 from .wrappers import renaming
 
 CHUNK = 1 << 20  # weights compared at a time

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from mpq_plugins import cli
-from tests.checkpoints import minilm_file
+from tests.helpers.checkpoints import minilm_file
 
 torch.set_num_threads(2)
 # Whoever starts the tests in the background may have these ignored, which is respected and not what is tried here.

@@ -23,9 +23,9 @@ from mpq_plugins.compress.container import Container
 from mpq_plugins.errors import FormatError, MPQError, SettingError
 from mpq_plugins.journal import Journal
 from mpq_plugins.measure.record import Record
-from tests.nets import tied_net
-from tests.plans import linear, plan_of, plans
-from tests.tables import contents
+from tests.helpers.nets import tied_net
+from tests.helpers.plans import linear, plan_of, plans
+from tests.helpers.tables import contents
 
 ROWS = {"a": {"score": 0.75}, "b": {"score": 0.5, "loss": 2.0}, "c": {"score": 1e-3}}
 ARRAYS = {"0": np.arange(4.0), "1": np.array([[0.5, -1.0]])}

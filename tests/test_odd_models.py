@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpq_plugins import Affine, LayerTable, Uniform, apply, measure, sensitivity, verify
 from mpq_plugins.errors import MPQError, SettingError
 from mpq_plugins.plain import is_plain
-from tests.odd import PARAMETRIZED, Recipe, inputs, recipes
+from tests.helpers.odd import PARAMETRIZED, Recipe, inputs, recipes
 
 PER_CHANNEL = Affine(granularity="per_channel")
 # How BatchNorm is measured, whether it is corrected, and how far outputs may go from the float model's at 8 bits.

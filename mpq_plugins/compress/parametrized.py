@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 from ..duplicate import duplicate
 from ..errors import SettingError, first_few
-from ..weights import Weight
+from ..handles import Weight
 
 WEIGHT = "weight"
 

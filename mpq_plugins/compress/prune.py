@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..duplicate import duplicate
 from ..errors import SettingError, WeightError
+from ..handles import Weight
 from ..measure.chunks import over_chunks
 from ..patterns import matches
 from ..validation import is_number
-from ..weights import Weight, find_weights
+from ..weights import find_weights
 from .parametrized import Mask, put
 
 Array = NDArray[np.float64]

@@ -15,6 +15,7 @@ from ..errors import SettingError, SourceError, VerifyError, first_few
 from ..files import atomic_path, exists, unchanged
 from ..fingerprint import tensor_bytes
 from ..fold import folded_copy
+from ..handles import Weight
 from ..match import match
 from ..parameters import is_weight, layer_name, weight_name
 from ..plan import LayerChoice, Part, Plan
@@ -23,7 +24,6 @@ from ..rewrite import require_unscaled
 from ..roles import are_experts, stacks_of
 from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES, StoredTensor
-from ..weights import Weight
 from . import Progress
 from .bitpack import Codes
 from .codes import PartCodes, PartShape, encode

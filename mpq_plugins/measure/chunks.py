@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..buffers import Buffer, Scratch, chunk_buffer
-from ..weights import Weight
+from ..handles import Weight
 
 CHUNK = 1 << 21  # weights in memory at a time (4 MiB of bfloat16); whole output channels, so at least one
 

@@ -18,13 +18,14 @@ from ..errors import MeasureWarning, SettingError, first_few
 from ..files import exists, unchanged
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm, training_norms
+from ..handles import Weight, Weights
 from ..quantize.kernel import kernel_name
 from ..scaled import ScaledRows
 from ..scheme import Scheme
 from ..table import METRICS, LayerStats, LayerTable, with_macs
 from ..tensor_files import FileColumns, FileRows
 from ..torch_files import Expanded
-from ..weights import Weight, Weights, find_weights
+from ..weights import find_weights
 from . import Progress
 from .chunks import Array, Op, chunks
 from .device import checked_device

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..handles import Weight
 from ..scheme import Scheme
-from ..weights import Weight
 from .chunks import chunk_channels, chunks
 
 SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of a unit: worth waking a thread for, and done within a second

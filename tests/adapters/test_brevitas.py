@@ -16,8 +16,8 @@ from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyErro
 from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets
-from tests.nets import conv_net, tied_net
-from tests.plans import with_layer
+from tests.helpers.nets import conv_net, tied_net
+from tests.helpers.plans import with_layer
 
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 quantize = pytest.importorskip("brevitas.graph.quantize")

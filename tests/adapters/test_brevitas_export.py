@@ -16,7 +16,7 @@ from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform
 from mpq_plugins.errors import FormatError, MismatchError, SettingError, SourceError, VerifyError
 from tests.adapters import nets
 from tests.adapters.test_brevitas import IMAGES, TOKENS, EveryKind, every_kind, planned
-from tests.nets import tied_net
+from tests.helpers.nets import tied_net
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning"),

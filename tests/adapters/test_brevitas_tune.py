@@ -17,8 +17,8 @@ from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, WeightError
 from tests.adapters import nets
 from tests.adapters.test_brevitas import TOKENS, EveryKind, own_way, planned
-from tests.nets import tied_net
-from tests.plans import with_layer
+from tests.helpers.nets import tied_net
+from tests.helpers.plans import with_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning")
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")

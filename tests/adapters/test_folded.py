@@ -8,7 +8,7 @@ import pytest
 from mpq_plugins import Affine, Uniform, measure
 from mpq_plugins.errors import MismatchError, SettingError
 from tests.adapters import nets
-from tests.nets import tied_net
+from tests.helpers.nets import tied_net
 
 brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 fx = pytest.importorskip("mpq_plugins.adapters.fx")

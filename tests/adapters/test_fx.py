@@ -23,7 +23,7 @@ from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets, odd_graphs, shapes
 from tests.adapters.rounding import distances, simulations
 from tests.conftest import Ran
-from tests.plans import with_layer
+from tests.helpers.plans import with_layer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated.*:DeprecationWarning"),

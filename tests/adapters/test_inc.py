@@ -18,8 +18,8 @@ from mpq_plugins.errors import FormatError, MismatchError, MPQError, SettingErro
 from mpq_plugins.match import match
 from tests.adapters import nets
 from tests.adapters.compressor import Heard, same
-from tests.nets import tied_net
-from tests.plans import with_layer
+from tests.helpers.nets import tied_net
+from tests.helpers.plans import with_layer
 
 inc = pytest.importorskip("mpq_plugins.adapters.inc")
 incs = pytest.importorskip("neural_compressor.torch.quantization")

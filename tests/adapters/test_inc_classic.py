@@ -20,7 +20,7 @@ from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
 from tests.adapters import nets
 from tests.adapters.compressor import Heard, same
-from tests.nets import tied_net
+from tests.helpers.nets import tied_net
 
 pytest.importorskip(
     "neural_compressor.strategy", reason="the classic Neural Compressor is in an environment of its own: make classic"

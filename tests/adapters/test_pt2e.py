@@ -12,7 +12,7 @@ from mpq_plugins.errors import MismatchError, SettingError, SourceError, VerifyE
 from mpq_plugins.fold import fold_batch_norm
 from tests.adapters import nets
 from tests.adapters.test_torchao import IMAGES, TOKENS, TextNet
-from tests.plans import with_layer
+from tests.helpers.plans import with_layer
 
 pt2e = pytest.importorskip("mpq_plugins.adapters.pt2e")
 

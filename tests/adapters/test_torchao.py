@@ -14,8 +14,8 @@ from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
 from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets
-from tests.nets import tied_net
-from tests.plans import with_layer
+from tests.helpers.nets import tied_net
+from tests.helpers.plans import with_layer
 
 torchao = pytest.importorskip("mpq_plugins.adapters.torchao")
 

@@ -23,7 +23,7 @@ from mpq_plugins.compress.streams import CODES
 from mpq_plugins.report.tables import bytes_text, grid
 from mpq_plugins.scheme import Scheme
 from tests.benchmarks.bench_measure import seconds
-from tests.checkpoints import minilm_file
+from tests.helpers.checkpoints import minilm_file
 
 PER_CHANNEL: dict[str, Any] = {"granularity": "per_channel"}
 CASES: tuple[tuple[str, Scheme, int, float], ...] = (

@@ -20,7 +20,7 @@ WORDS = (
     "1e-320", "0x10", "99999999999999999999", "1:2:0.5", "0:1e999999:1", "1:0:1", "٣", "²", "1_000", "*", "re:(",
     "re:.*", "re:(a+)+$", "role:x", "role:lm_head", "fc*=0.9", "=", "0.9", "per_channel", "per_group", "per_tensor",
     "mse", "minmax", "affine", "piecewise", "codebook", "uniform", "mixquant", "budget", "ptilmpq", "sqnr",
-    "relative", "relative,mse", "tests.nets:conv_net", "json:loads", "sys:exit", "no.such:thing", "os:getcwd",
+    "relative", "relative,mse", "tests.helpers.nets:conv_net", "json:loads", "sys:exit", "no.such:thing", "os:getcwd",
     "tests.fuzz.users:raises", "tests.fuzz.users:batches", "tests.fuzz.users:leaves", "tests.fuzz.users:score",
     "tests.fuzz.users:moves", "tests.fuzz.users:deep", "/dev/null", "/dev/full", "/dev/stdout", ".", "..", "/",
     "none/none", "loop", "pipe", "fx", "torchao", "cpu", "cuda:99", "1,3,8,8", "65536,65536,65536,65536", "0,0", "kl",

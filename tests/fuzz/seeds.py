@@ -13,7 +13,7 @@ from mpq_plugins import Affine, Codebook, MixQuant, Piecewise, Plan, Uniform, co
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
 from mpq_plugins.journal import Journal
 from mpq_plugins.measure.record import Record
-from tests.checkpoints import sharded
+from tests.helpers.checkpoints import sharded
 
 from .odd import NAMES, damaged, json_bytes, odd_value, tampered
 

@@ -1,0 +1,176 @@
+"""Sweeps from the library: rows, the Pareto front against brute force, evaluations and what goes wrong in them."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measure
+from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.journal import Journal
+from mpq_plugins.plan_error import plan_error
+from mpq_plugins.sweep import SweepRow, mark_pareto, sweep
+from tests.helpers.nets import conv_net
+
+PER_CHANNEL = Piecewise(granularity="per_channel", breakpoint="gaussian")
+
+
+def row(size: int, score: float | None) -> SweepRow:
+    return SweepRow("a", {}, 1.0, 1.0, size, size, {"relative": None if score is None else -score}, {})
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.none() | st.integers(-5, 0)), min_size=1, max_size=8))
+def test_the_front_is_what_no_other_row_beats(values: list[tuple[int, float | None]]) -> None:
+    marked = mark_pareto([row(size, score) for size, score in values])
+    for (size, score), found in zip(values, marked, strict=True):
+        beaten = any(
+            other is not None and score is not None and s <= size and other >= score and (s, other) != (size, score)
+            for s, other in values
+        )
+        assert found.pareto == (score is not None and not beaten)
+        assert any(row(s, other).beats(found) for s, other in values) == beaten
+
+
+def test_rows_are_the_plans() -> None:
+    table = measure(conv_net(), PER_CHANNEL, per_channel=True)
+    allocators: list[Allocator] = [
+        *(PTILMPQ(alpha=alpha) for alpha in (0.0, 0.5, 1.0)),
+        Uniform(bits=4),
+        MixQuant(qem=2),
+    ]
+    rows = sweep(table, [allocator(table) for allocator in allocators])
+    for found, allocator in zip(rows, allocators, strict=True):
+        plan = allocator(table)
+        assert found.allocator == allocator.name
+        assert found.parameters == plan.allocator.parameters
+        assert found.total_bytes == plan.size().total_bytes
+        assert found.errors == {"relative": plan_error(table, plan), "mse": plan_error(table, plan, "mse")}
+        assert found.scores == {}
+    assert any(found.pareto for found in rows)
+
+
+class Counting:
+    """An evaluation that counts its calls, and can be made to stop."""
+
+    def __init__(self, stop_at: int = -1) -> None:
+        self.calls, self.stop_at = 0, stop_at
+
+    def __call__(self, net: nn.Module) -> dict[str, float]:
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        with torch.no_grad():
+            return {"score": float(net(torch.ones(1, 3, 8, 8)).sum()), "calls": self.calls}
+
+
+def test_every_plan_is_evaluated_on_its_own_copy_and_the_float_model_first() -> None:
+    net = conv_net()
+    table = measure(net, PER_CHANNEL, per_channel=True)
+    evaluate = Counting()
+    steps: list[tuple[str, int, int]] = []
+    rows = sweep(
+        table, [Uniform(bits=2)(table), Uniform(bits=8)(table)], net, evaluate, progress=lambda *s: steps.append(s)
+    )
+    assert [(r.allocator, r.total_average_bits) for r in rows[:1]] == [("float", 32.0)]
+    assert evaluate.calls == 3
+    assert rows[0].scores["score"] == Counting()(conv_net())["score"]
+    exact, two, eight = (found.scores["score"] for found in rows)
+    assert abs(eight - exact) < abs(two - exact)
+    assert not rows[0].pareto
+    assert steps[-1] == ("", 2, 2)
+    assert all(a.equal(b) for a, b in zip(net.state_dict().values(), conv_net().state_dict().values(), strict=True))
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    net = conv_net()
+    table = measure(net, PER_CHANNEL, per_channel=True)
+    plans = [PTILMPQ(alpha=k / 4)(table) for k in range(5)]
+    with pytest.raises(KeyboardInterrupt):
+        sweep(table, plans, net, Counting(stop_at=3), journal=Journal(tmp_path / "j", {}))
+    rest = Counting()
+    resumed = sweep(table, plans, net, rest, journal=Journal(tmp_path / "j", {}))
+    assert rest.calls == 3
+    whole = sweep(table, plans, net, Counting())
+    for one, other in zip(resumed, whole, strict=True):
+        assert one.scores["score"] == other.scores["score"]
+        assert (one.parameters, one.total_bytes, one.pareto) == (other.parameters, other.total_bytes, other.pareto)
+
+
+class Marking:
+    """An evaluation that leaves its mark on the model it is given."""
+
+    def __call__(self, net: nn.Module) -> float:
+        with torch.no_grad():
+            score = float(net(torch.ones(1, 3, 8, 8)).abs().sum())
+            for tensor in net.state_dict().values():
+                tensor.zero_()
+        return score
+
+
+def test_an_evaluation_cannot_spoil_the_rows_after_it() -> None:
+    net = conv_net()
+    table = measure(net, PER_CHANNEL, fold_bn=False)
+    rows = sweep(table, [Uniform(bits=8)(table), Uniform(bits=7)(table)], net, Marking())
+    assert min(found.scores["score"] for found in rows) > 0
+    assert all(a.equal(b) for a, b in zip(net.state_dict().values(), conv_net().state_dict().values(), strict=True))
+
+
+def test_other_names_for_another_model_are_an_error() -> None:
+    net, names = conv_net(), iter("ab")
+    table = measure(net, bits=(8,))
+    with pytest.raises(SourceError, match="the evaluation returned a for one model and b for another"):
+        sweep(table, [Uniform(bits=8)(table)], net, lambda _: {next(names): 1.0})
+
+
+def test_no_plans_are_an_error() -> None:
+    with pytest.raises(SettingError, match="plans: none given"):
+        sweep(measure(conv_net(), bits=(8,)), [])
+
+
+def exits(_: nn.Module) -> float:
+    raise SystemExit(3)
+
+
+def fails(_: nn.Module) -> float:
+    raise ZeroDivisionError("no images")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (fails, r"fails of float: the evaluation failed \(ZeroDivisionError: no images; .*test_sweep.py, line \d+\)"),
+        (exits, r"exits of float: the evaluation failed \(SystemExit: 3"),
+        (lambda _: 10**400, "returned 1000.*; a number"),
+        (lambda _: "good", "returned 'good'; a number"),
+        (lambda _: None, "returned None; a number"),
+        (lambda _: {}, "returned {}; a number"),
+        (lambda _: float("nan"), "returned nan; .* none NaN"),
+        (lambda _: {"top-1": [1]}, "returned {'top-1'"),
+    ],
+)
+def test_an_evaluation_that_gives_no_number_is_one_clear_error(evaluate: Callable[..., Any], message: str) -> None:
+    net = conv_net()
+    table = measure(net, bits=(8,))
+    with pytest.raises(SourceError, match=message):
+        sweep(table, [Uniform(bits=8)(table)], net, evaluate)
+
+
+def test_plain_numbers_and_tensors_are_scores() -> None:
+    net = conv_net()
+    table = measure(net, bits=(8,))
+    for value in (3, 3.0, torch.tensor(3.0)):
+        (_, found) = sweep(table, [Uniform(bits=8)(table)], net, lambda _, value=value: value)  # type: ignore[misc]
+        assert found.scores == {"score": 3.0}
+        assert found.score == 3.0
+
+
+def test_an_error_is_a_score_turned_round() -> None:
+    assert [r.score for r in (row(1, -0.5), row(1, None))] == [-0.5, None]
+    rows = [row(size, score) for size, score in itertools.product((1, 2), (-0.5, -0.1))]
+    assert [r.pareto for r in mark_pareto(rows)] == [False, True, False, False]

@@ -1,0 +1,136 @@
+"""Projecting plans onto backends, against rules written out by hand."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq_plugins import Affine, Piecewise, Plan
+from mpq_plugins.errors import SettingError
+from mpq_plugins.legalise import Capabilities, Policy, legalise, require_legal
+from tests.helpers.plans import linear, plan_of, plans
+
+ANYTHING = Capabilities(
+    backend="anything", bits=tuple(range(1, 9)), kinds=("linear",), schemes=("affine", "piecewise", "codebook"),
+    granularities=("per_tensor", "per_channel", "per_group"), parts=True, float_parts=True, activation_bits=(None, 8),
+)  # fmt: skip
+INT8 = Capabilities(backend="int8", bits=(8,), kinds=("linear",), granularities=("per_channel",), activation_bits=(8,))
+EVEN = Capabilities(backend="even", bits=(2, 4, 8), kinds=("linear",), symmetric=(True,), parts=True)
+BACKENDS = [INT8, EVEN, Capabilities(backend="coarse", bits=(4, 8), kinds=("linear",), granularities=("per_tensor",))]
+PER_CHANNEL = Affine(granularity="per_channel")
+
+
+@given(plans, st.sampled_from(BACKENDS), st.sampled_from(["up", "nearest"]))
+def test_what_comes_out_is_legal_and_every_difference_is_listed(plan: Plan, able: Capabilities, policy: Policy) -> None:
+    legal, changes = legalise(plan, able, policy)
+    again, none = legalise(legal, able, policy)
+    assert again == legal
+    assert none == ()
+    require_legal(legal, able)
+    assert {change.layer for change in changes} - {"activations"} == {d.name for d in plan.diff(legal)}
+    cost = sum(change.cost for change in changes)
+    assert legal.size().total_bits - plan.size().total_bits == cost
+    assert Plan.model_validate_json(legal.to_json()) == legal
+    for layer in legal.layers:
+        for part in layer.groups:
+            assert part.bits in (16, 32) or part.bits in able.bits
+
+
+@given(plans)
+def test_a_backend_that_takes_all_changes_nothing(plan: Plan) -> None:
+    for policy in ("up", "nearest", "error"):
+        assert legalise(plan, ANYTHING, policy) == (plan, ())
+
+
+@pytest.mark.parametrize(
+    ("bits", "policy", "expected"),
+    [(3, "up", 4), (5, "up", 8), (1, "up", 2), (8, "up", 8), (3, "nearest", 4), (5, "nearest", 4), (6, "nearest", 8),
+     (7, "nearest", 8), (1, "nearest", 2)],
+)  # fmt: skip
+def test_widths(bits: int, policy: Policy, expected: int) -> None:
+    scheme = Affine(symmetric=True)
+    legal, changes = legalise(plan_of(linear("fc", 4, 2, scheme, bits)), EVEN, policy)
+    assert legal.layers[0].bits == expected
+    assert len(changes) == (bits != expected)
+
+
+def test_parts_become_one_width_and_the_change_says_what_that_costs() -> None:
+    plan = plan_of(linear("fc", 100, 50, PER_CHANNEL, {2: tuple(range(75)), 8: tuple(range(75, 100))}))
+    legal, (change,) = legalise(plan.with_activation_bits(8), INT8)
+    assert legal.layers[0].bits == 8
+    assert legal.layers[0].parts is None
+    assert change.before == "2x75 8x25 bits, asymmetric per_channel minmax"
+    assert change.after == "8 bits, asymmetric per_channel minmax"
+    assert "one width per layer" in change.why
+    assert change.cost == 75 * 50 * 6 + 75 * 6 - 100  # codes and zero points of 75 channels, less the part map
+
+
+def test_two_regions_become_an_ordinary_quantizer_of_the_same_size() -> None:
+    plan = plan_of(linear("a", 4, 8, Piecewise(granularity="per_channel"), 3),
+                   linear("b", 4, 8, Piecewise(granularity="per_channel", storage="shared"), 3))  # fmt: skip
+    legal, changes = legalise(plan, Capabilities(backend="x", bits=tuple(range(2, 9)), kinds=("linear",)))
+    assert [layer.bits for layer in legal.layers] == [4, 3]
+    assert legal.size().weights_only_bits == plan.size().weights_only_bits
+    assert all("x has no piecewise scheme" in change.why for change in changes)
+
+
+def test_a_kind_that_is_not_quantized_is_listed_and_stays_in_floating_point() -> None:
+    able = Capabilities(backend="convs", bits=(8,), kinds=("conv2d",))
+    legal, (change,) = legalise(plan_of(linear("fc", 4, 2, Affine(), 8)), able)
+    assert legal.layers[0].bits == 32
+    assert (change.after, change.cost) == ("floating point", 4 * 2 * 24 - 40)
+    assert change.why == "convs does not quantize linear layers, so it stays in floating point"
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("up", 32), ("nearest", None)])
+def test_a_part_in_floating_point_is_a_change(policy: Policy, expected: int | None) -> None:
+    plan = plan_of(linear("fc", 4, 2, Affine(symmetric=True), {4: (0, 1), 16: (2, 3)}))
+    legal, (change,) = legalise(plan, EVEN, policy)
+    assert legal.layers[0].bits == expected
+    if expected is None:
+        assert {part.bits for part in legal.layers[0].groups} == {4, 8}
+    assert "16 bits" in change.why or "partly in floating point" in change.why
+
+
+def test_what_quantized_activations_rule_out_is_a_change() -> None:
+    able = Capabilities(backend="x", bits=(4,), kinds=("linear", "conv2d"), activation_bits=(None, 8),
+                        activation_kinds=("conv2d",), activation_symmetric=(True,))  # fmt: skip
+    plan = plan_of(linear("fc", 4, 2, Affine(), 4))
+    assert legalise(plan, able)[1] == ()
+    legal, (change,) = legalise(plan.with_activation_bits(8), able)
+    assert legal.layers[0].bits == 32
+    assert "beside 8-bit activations" in change.why
+
+
+@pytest.mark.parametrize(
+    "empty", [{"bits": ()}, {"kinds": ()}, {"activation_bits": ()}, {"granularities": ("per_group",)}]
+)
+def test_capabilities_must_leave_something(empty: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="need"):
+        Capabilities(**({"backend": "x", "bits": (4,), "kinds": ("linear",)} | empty))
+
+
+def test_activations_are_a_change_like_any_other() -> None:
+    plan = plan_of(linear("fc", 4, 2, PER_CHANNEL, 8)).with_activation_bits(3)
+    legal, (change,) = legalise(plan, INT8)
+    assert legal.activation_bits == 8
+    assert (change.layer, change.before, change.after) == ("activations", "3 bits", "8 bits")
+
+
+def test_refusals_list_every_layer_and_the_remedy() -> None:
+    plan = plan_of(linear("a", 4, 2, PER_CHANNEL, 3), linear("b", 4, 2, PER_CHANNEL, 5)).with_activation_bits(8)
+    with pytest.raises(SettingError, match=r"int8 cannot run .*'a': 3 bits.*no 3 bits, only 8; 'b': 5 bits.*legalise"):
+        require_legal(plan, INT8)
+    four = Capabilities(backend="four", bits=(4,), kinds=("linear",))
+    with pytest.raises(SettingError, match=r"layer 'b': 5 bits, and four has nothing above, only 4. Use policy="):
+        legalise(plan.with_activation_bits(None), four)
+    with pytest.raises(SettingError, match="policy: 'down' is not allowed; up, nearest, error"):
+        legalise(plan, INT8, "down")  # type: ignore[arg-type]
+
+
+def test_a_legalised_plan_is_looked_up_by_its_own_layers() -> None:
+    plan = plan_of(linear("fc", 4, 2, Affine(), 3))
+    assert plan.by_name["fc"].bits == plan.by_any_name["fc"].bits == 3
+    legal, _ = legalise(plan, Capabilities(backend="wide", bits=(8,), kinds=("linear",)))
+    assert legal.by_name["fc"].bits == legal.by_any_name["fc"].bits == 8

@@ -1,0 +1,60 @@
+"""Sizes against a count made layer by layer, part by part, scale by scale."""
+
+import math
+
+import pytest
+from hypothesis import given
+
+from mpq_plugins import Affine, Piecewise, Plan
+from mpq_plugins.errors import SettingError
+from tests.helpers.plans import linear, plan_of, plans
+
+
+@given(plans)
+def test_size_is_what_a_file_would_hold(plan: Plan) -> None:
+    codes = total = 0
+    for layer in plan.layers:
+        inputs = layer.shape[1]
+        for part in layer.groups:
+            with_bit = isinstance(layer.scheme, Piecewise) and layer.scheme.storage == "region_bit"
+            width = part.bits + (with_bit and part.bits <= 8)
+            codes += width * len(part.channels) * inputs
+            total += width * len(part.channels) * inputs
+            if part.bits > 8:
+                continue
+            regions = {
+                "per_tensor": 1,
+                "per_channel": len(part.channels),
+                "per_group": len(part.channels) * inputs // 2,
+            }
+            for _ in range(regions[layer.scheme.granularity]):
+                total += {"affine": 32, "piecewise": 64, "codebook": 32 * 2**part.bits}[layer.scheme.name]
+                if isinstance(layer.scheme, Affine) and not layer.scheme.symmetric and part.bits > 1:
+                    total += part.bits
+        if len(layer.groups) > 1:
+            total += layer.channels * math.ceil(math.log2(len(layer.groups)))
+    size = plan.size()
+    assert size.weights_only_bits == codes
+    assert size.total_bits == total
+    assert size.total_bytes == math.ceil(total / 8)
+    assert size.average_bits == codes / size.numel
+
+
+def test_a_worked_example() -> None:
+    per_channel = Affine(granularity="per_channel")
+    plan = plan_of(
+        linear("a", 100, 50, per_channel, 4),
+        linear("b", 100, 50, per_channel, {2: tuple(range(75)), 8: tuple(range(75, 100))}),
+    )
+    size = plan.size(scale_bits=16)
+    assert size.layers["a"].total == 100 * 50 * 4 + 100 * 16 + 100 * 4
+    assert size.layers["b"].total == 75 * 50 * 2 + 25 * 50 * 8 + 100 * 16 + 75 * 2 + 25 * 8 + 100
+    assert size.numel == 10_000
+    assert size.against_fp32 == 320_000 / size.total_bits
+    assert size.against_int8 == 80_000 / size.total_bits
+    assert plan.size().total_bits == size.total_bits + 200 * 16
+
+
+def test_other_scales_are_refused() -> None:
+    with pytest.raises(SettingError, match="scale_bits: 8 is not allowed"):
+        plan_of(linear("a", 2, 2, Affine(), 4)).size(scale_bits=8)
