@@ -21,13 +21,15 @@ from brevitas import config
 from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import Tensor, nn
 
-from mpq_plugins.errors import MismatchError, SettingError, first_few
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.fold import conv_bn_pairs, folded_copy
-from mpq_plugins.legalise import Capabilities, require_legal
-from mpq_plugins.parameters import weight_name
 from mpq_plugins.plain import HARMLESS, standard_class, why_not_plain
-from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import Affine
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.scheme import Affine
 
 from .brevitas_export import FORMATS, export
 from .brevitas_files import load, save

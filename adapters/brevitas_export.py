@@ -10,10 +10,12 @@ import torch
 from brevitas.core.quant import BinaryQuant
 from torch import Tensor, nn
 
+from mpq_plugins.common.files import atomic_path
+from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.duplicate import duplicate
-from mpq_plugins.errors import SettingError, VerifyError, first_few, what_it_said
-from mpq_plugins.files import atomic_path
-from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.errors import SettingError, VerifyError
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
 
 from .brevitas_graph import brevitas_settings_kept
 from .brevitas_read import input_quantizers, weight_codes

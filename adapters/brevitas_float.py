@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins.errors import SettingError, first_few
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import SettingError
 
 from .brevitas_read import is_quantized, weight_codes
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError
 from mpq_plugins.lower import IntegerWeight, integer_weight
-from mpq_plugins.plan import LayerChoice
-from mpq_plugins.scheme import Affine
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.scheme import Affine
 
 TERNARY_THRESHOLD = 0.5  # of the scale: where rounding to nearest turns
 

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins.common.text import first_few
 from mpq_plugins.duplicate import duplicate
-from mpq_plugins.errors import SettingError, WeightError, first_few
+from mpq_plugins.errors import SettingError, WeightError
 
 from .brevitas_batches import Batch, Progress, called_layers, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, begin_at_own_bias, mark, require_float

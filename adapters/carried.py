@@ -8,12 +8,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from mpq_plugins.checksum import FIELD, checksum_text, is_damaged, sealed
-from mpq_plugins.documents import parse_json
-from mpq_plugins.errors import FormatError, SettingError, first_few
-from mpq_plugins.files import atomic_path
+from mpq_plugins.common.checksum import FIELD, checksum_text, is_damaged, sealed
+from mpq_plugins.common.documents import parse_json
+from mpq_plugins.common.files import atomic_path
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import FormatError, SettingError
 from mpq_plugins.fingerprint import tensor_bytes
-from mpq_plugins.plan import Plan
+from mpq_plugins.plans.plan import Plan
 
 
 def write_carrying(model: nn.Module, plan: Plan, path: Path, format_name: str, **more: str) -> None:

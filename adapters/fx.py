@@ -34,7 +34,8 @@ from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm, fold_in_place
 from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plain import is_plain, standard_class
-from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
 from mpq_plugins.tracing import BATCH_NORMS
 
 from .folded import folded_integers, integers_of

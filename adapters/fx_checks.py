@@ -13,11 +13,13 @@ from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from mpq_plugins.batches import first_input, run_model, seeded
-from mpq_plugins.errors import MismatchError, SettingError, SourceError, first_few, what_it_said
+from mpq_plugins.common.text import first_few, what_it_said
+from mpq_plugins.errors import MismatchError, SettingError, SourceError
 from mpq_plugins.fold import borrowed_weights
-from mpq_plugins.legalise import Capabilities, require_legal
 from mpq_plugins.plain import why_not_plain
-from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.plan import Plan
 
 from .folded import check_model, check_scales, check_state, planned_layers
 from .outputs import difference

@@ -14,7 +14,7 @@ from typing import cast
 from torch import nn
 
 from mpq_plugins.duplicate import duplicate
-from mpq_plugins.plan import Plan
+from mpq_plugins.plans.plan import Plan
 
 from .folded import check_types
 from .inc_config import CONFIGS, MixQuantConfig, PlanConfig, PTILMPQConfig

@@ -23,7 +23,7 @@ from torch import nn
 
 from mpq_plugins.errors import SettingError
 from mpq_plugins.measure import Progress
-from mpq_plugins.plan import Plan
+from mpq_plugins.plans.plan import Plan
 from mpq_plugins.tuning import Tuning
 
 from .folded import check_module, check_types

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mpq_plugins.plan import LayerChoice, Plan
-from mpq_plugins.scheme import Affine
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.scheme import Affine
 
 INT8, FP32 = 8, 32
 

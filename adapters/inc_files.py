@@ -11,21 +11,14 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 from mpq_plugins.apply import verify
+from mpq_plugins.common.files import exists, write_text
+from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.duplicate import duplicate
-from mpq_plugins.errors import (
-    FormatError,
-    MismatchError,
-    SettingError,
-    SourceError,
-    VerifyError,
-    first_few,
-    what_it_said,
-)
-from mpq_plugins.files import exists, write_text
+from mpq_plugins.errors import FormatError, MismatchError, SettingError, SourceError, VerifyError
 from mpq_plugins.fingerprint import model_digest, tensors_digest
 from mpq_plugins.fold import folded_copy
 from mpq_plugins.match import match
-from mpq_plugins.plan import Plan
+from mpq_plugins.plans.plan import Plan
 from mpq_plugins.weights import quantizable_weights
 
 from .carried import read_carried, write_carrying

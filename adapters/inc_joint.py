@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from mpq_plugins.errors import SettingError, first_few
-from mpq_plugins.legalise import require_legal
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import SettingError
 from mpq_plugins.measure.error import weights_fingerprint
-from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.legalise import require_legal
+from mpq_plugins.plans.plan import Plan
 from mpq_plugins.weights import find_weights, layer_kind
 
 from .inc_config import PlanConfig, PlanningConfig

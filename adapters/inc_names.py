@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from mpq_plugins.errors import MismatchError, SettingError, first_few
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import MismatchError, SettingError
 
 from .inc_quiet import quiet_import, refuse_module
 

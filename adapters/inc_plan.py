@@ -13,12 +13,12 @@ from torch import nn
 
 from mpq_plugins import Affine, measure
 from mpq_plugins.allocate.base import Allocator
+from mpq_plugins.common.checks import first_problem
 from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError
-from mpq_plugins.legalise import Capabilities
-from mpq_plugins.plan import Plan
-from mpq_plugins.scheme import SCHEMES, NamedScheme, Scheme
-from mpq_plugins.validation import first_problem
+from mpq_plugins.plans.legalise import Capabilities
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.scheme import SCHEMES, NamedScheme, Scheme
 from mpq_plugins.weights import KINDS
 
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)

@@ -6,9 +6,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins.errors import VerifyError, first_few
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import VerifyError
 from mpq_plugins.lower import IntegerWeight, integer_weight
-from mpq_plugins.plan import LayerChoice, Plan
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulate import simulate
 from mpq_plugins.weights import layer_kind
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from mpq_plugins.apply import apply
 from mpq_plugins.batches import call_model, run_model, seeded
 from mpq_plugins.errors import SettingError
-from mpq_plugins.plan import Plan
+from mpq_plugins.plans.plan import Plan
 
 FLOAT_ROUNDING = 1e-4
 """What the same weights may come to in another order of additions, as a part of the outputs' norm."""

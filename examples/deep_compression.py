@@ -26,11 +26,11 @@ from torch import Tensor, nn
 import mpq_plugins as mpq
 from examples.cifar_resnet import checkpoint, evaluate, images, resnet
 from examples.lenet import Digits, LeNet5, LeNet300, digits, digits_file, train
+from mpq_plugins.common.files import atomic_path
 from mpq_plugins.compress.stages import Stages, layer_stages, planned, total
-from mpq_plugins.files import atomic_path
+from mpq_plugins.plans.scheme import INITS, InitName
 from mpq_plugins.report.plots import check_plot
 from mpq_plugins.report.tables import bytes_text, grid
-from mpq_plugins.scheme import INITS, InitName
 
 CURVE_BITS = (1, 2, 3, 4, 5, 6)
 DISTILLED_BATCH = 64

@@ -45,12 +45,13 @@ if TYPE_CHECKING:
         WeightError,
     )
     from .guard import Comparison, compare
-    from .plan import LayerChoice, Part, Plan
+    from .plans.layers import LayerChoice, Part
+    from .plans.plan import Plan
+    from .plans.scheme import Affine, Codebook, Piecewise
+    from .plans.size import PlanSize
+    from .plans.table import LayerStats, LayerTable
     from .reconstruct import BlockReport
-    from .scheme import Affine, Codebook, Piecewise
-    from .size import PlanSize
     from .synthetic import synthetic_batches
-    from .table import LayerStats, LayerTable
     from .weights import find_weights, iter_weights
 
 __all__ = [
@@ -109,12 +110,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Affine": "scheme",
+    "Affine": "plans.scheme",
     "Allocation": "allocate.budget",
     "Allocator": "allocate.base",
     "BlockReport": "reconstruct",
     "Budget": "allocate.budget",
-    "Codebook": "scheme",
+    "Codebook": "plans.scheme",
     "Comparison": "guard",
     "Container": "compress.container",
     "Deviations": "compress.prune",
@@ -122,17 +123,17 @@ _HOMES = {
     "GlobalSparsity": "compress.prune",
     "InputRange": "activation_ranges",
     "LatencyTable": "allocate.latency",
-    "LayerChoice": "plan",
-    "LayerStats": "table",
-    "LayerTable": "table",
+    "LayerChoice": "plans.layers",
+    "LayerStats": "plans.table",
+    "LayerTable": "plans.table",
     "MPQError": "errors",
     "MismatchError": "errors",
     "MixQuant": "allocate.mixquant",
     "PTILMPQ": "allocate.ptilmpq",
-    "Part": "plan",
-    "Piecewise": "scheme",
-    "Plan": "plan",
-    "PlanSize": "size",
+    "Part": "plans.layers",
+    "Piecewise": "plans.scheme",
+    "Plan": "plans.plan",
+    "PlanSize": "plans.size",
     "PlanWarning": "errors",
     "PluginError": "errors",
     "SQNR": "allocate.sqnr",

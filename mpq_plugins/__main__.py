@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 
-from .interrupts import Interrupted, Interrupts, ignore_signals
+from .common.interrupts import Interrupted, Interrupts, ignore_signals
 
 
 def main() -> None:

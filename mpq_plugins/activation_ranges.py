@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .common.text import first_few
 from .duplicate import duplicate
-from .errors import SettingError, first_few
+from .errors import SettingError
 
 NAME = "input_quantizer"
 

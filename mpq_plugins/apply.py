@@ -7,14 +7,16 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import VerifyError, first_few
+from .common.text import first_few
+from .errors import VerifyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor, nn
 
-    from .plan import LayerChoice, Part, Plan
+    from .plans.layers import LayerChoice, Part
+    from .plans.plan import Plan
 
 
 @dataclass(frozen=True)

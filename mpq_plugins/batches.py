@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import SettingError, what_it_said
+from .common.text import what_it_said
+from .errors import SettingError
 
 
 def checked_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SourceError, first_few, first_sentence
+from .common.files import exists, open_regular
+from .common.text import first_few, first_sentence
+from .errors import SourceError
 from .file_kinds import damage, of_quantizers, other_kind, pickled_objects
-from .files import exists, open_regular
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
 from .state_dicts import TOP, beside, chosen_state_dict
 from .state_dicts import find_state_dict as find_state_dict

@@ -26,11 +26,11 @@ from .cli_shared import (
 )
 from .cli_sweep import sweep
 from .cli_tune import tune
-from .errors import MeasureWarning, MPQError, PlanWarning, PluginError, SourceError, what_it_said
-from .interrupts import Interrupted, Interrupts
+from .common.interrupts import Interrupted, Interrupts
+from .common.terminal import lasting_streams
+from .common.text import printable_lines, what_it_said
+from .errors import MeasureWarning, MPQError, PlanWarning, PluginError, SourceError
 from .report.progress import echo, echo_lines, say
-from .terminal import lasting_streams
-from .text import printable_lines
 
 BAD_INPUT = 2
 INTERNAL = 70  # as sysexits.h has it
@@ -275,9 +275,9 @@ def plan(
     from .cli_plans import joint_needs, plan_files, plans_by, save_plans, untied
     from .cli_sources import Request, check_output, measured, named_files
     from .guard import compare, worse_text
+    from .plans.table import is_table
     from .report.console import console
     from .report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
-    from .table import is_table
 
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     inputs = (source, *named_files(options))
@@ -334,7 +334,8 @@ def plan(
 @json_option
 def show(file: Path, as_json: bool) -> None:
     """Show a plan layer by layer with its true size, or a table's errors."""
-    from .plan import Plan
+    from .plans.plan import Plan
+    from .plans.table import LayerTable, is_table
     from .report.console import console
     from .report.tables import (
         layer_json,
@@ -344,7 +345,6 @@ def show(file: Path, as_json: bool) -> None:
         size_json,
         size_lines,
     )
-    from .table import LayerTable, is_table
 
     out = console()
     if is_table(file):
@@ -370,7 +370,7 @@ def show(file: Path, as_json: bool) -> None:
 @json_option
 def diff(before: Path, after: Path, as_json: bool) -> None:
     """Show the layers in which two plans differ, and what that costs."""
-    from .plan import Plan
+    from .plans.plan import Plan
     from .report.console import console
     from .report.tables import bytes_text, diff_table, layer_json, size_json
 
@@ -425,7 +425,7 @@ def check(
     """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
     from .cli_sources import check_output, make_module, resolve_source
     from .match import match
-    from .plan import Plan
+    from .plans.plan import Plan
 
     if output is not None and backend is None:
         raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
@@ -456,8 +456,8 @@ def check(
 
 
 def _legalised(plan: Any, backend: str, policy: str) -> Any:
-    from . import registry
-    from .legalise import Capabilities, legalise
+    from .common import registry
+    from .plans.legalise import Capabilities, legalise
 
     capabilities = getattr(registry.load("adapters", backend), "CAPABILITIES", None)
     if not isinstance(capabilities, Capabilities):
@@ -513,7 +513,7 @@ def apply(
     """Write CHECKPOINT with fake-quantized weights, in its own format."""
     from .cli_calibrate import corrected_tensors
     from .cli_sources import check_output, make_module
-    from .plan import Plan
+    from .plans.plan import Plan
     from .report.progress import progress_bar
     from .rewrite import rewrite
 
@@ -546,7 +546,7 @@ def apply(
 @json_option
 def plugins(as_json: bool) -> None:
     """List what is installed, importing none of it."""
-    from .registry import installed
+    from .common.registry import installed
     from .report.console import console
     from .report.tables import plugins_table
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_sources import named_function
-from .errors import SettingError, SourceError, what_it_said
-from .outsiders import outsiders
+from .common.outsiders import outsiders
+from .common.text import what_it_said
+from .errors import SettingError, SourceError
 from .report.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .plan import Plan
-    from .table import LayerTable
+    from .plans.plan import Plan
+    from .plans.table import LayerTable
 
 MOST_BATCHES = 10_000
 
@@ -77,7 +78,7 @@ def corrected_tensors(
 
 def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None:
     """Refuse, before the work, a file, and kinds that are not installed. Raises SettingError or PluginError."""
-    from . import registry
+    from .common import registry
 
     if isinstance(model, Path):
         raise SettingError(f"sensitivity: {model} is a file, and only a module can be run: package.module:factory")

@@ -54,7 +54,7 @@ def compress(
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
     from .cli_sources import check_output, make_module, resolve_source
     from .compress.write import write  # which leaves it to its caller to say what was left out
-    from .plan import Plan
+    from .plans.plan import Plan
 
     check_output(output, plan_file, source)
     if output.suffix != ".mpq":  # another file may be a checkpoint, and would be gone

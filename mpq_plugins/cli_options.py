@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from . import registry
+from .common import registry
+from .common.checks import as_integer
+from .common.outsiders import outsiders
+from .common.text import printable
 from .errors import PluginError, SettingError
-from .outsiders import outsiders
-from .text import printable
-from .validation import as_integer
 
 DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"

@@ -61,9 +61,9 @@ def pareto(
     from .fingerprint import batches_digest
     from .objective import parts_of
     from .pareto import plans_at
+    from .plans.table import METRICS, is_table
     from .report.progress import progress_bar
     from .sweep import sweep as run
-    from .table import METRICS, is_table
 
     files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})

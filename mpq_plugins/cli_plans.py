@@ -7,12 +7,12 @@ from typing import Any
 
 from .allocate.base import Allocator, Needs
 from .allocate.layout import nothing_to_tie
+from .common.files import atomic_directory, exists
+from .common.outsiders import outsiders
+from .common.patterns import FUSED, families
 from .errors import PluginError, SettingError
-from .files import atomic_directory, exists
-from .outsiders import outsiders
-from .patterns import FUSED, families
-from .plan import Plan
-from .table import LayerTable
+from .plans.plan import Plan
+from .plans.table import LayerTable
 
 ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_shared import claim, json_option, print_json
+from .common.files import exists
 from .errors import SettingError
-from .files import exists
 from .report.progress import echo, progress_bar, say
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from .plan import Plan
+    from .plans.plan import Plan
     from .reconstruct import BlockReport
 
 GIGABYTE = 1 << 30
@@ -86,7 +86,7 @@ def reconstruct(
     """
     from .cli_calibrate import calibration_batches
     from .cli_sources import check_output, make_module, named_function
-    from .plan import Plan
+    from .plans.plan import Plan
     from .reconstruct import reconstruct as learn
     from .reconstruct.checkpoint import JOB
 
@@ -156,7 +156,7 @@ def _finished(report: "BlockReport", reports: "list[BlockReport]") -> None:
 def _save(model: "nn.Module", output: Path) -> None:
     from safetensors.torch import save_file
 
-    from .files import atomic_path
+    from .common.files import atomic_path
 
     # Shared tensors are written under each of their names, which a state_dict has too.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}

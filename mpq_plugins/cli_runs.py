@@ -15,10 +15,10 @@ from .report.progress import echo, say
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from .journal import Journal
-    from .plan import Plan
+    from .common.journal import Journal
+    from .plans.plan import Plan
+    from .plans.table import LayerTable
     from .sweep import SweepRow
-    from .table import LayerTable
 
 
 def run_options(command: Command) -> Command:
@@ -58,7 +58,7 @@ def run_files(
     inputs: what the run reads beside its source.
     """
     from .cli_sources import check_output
-    from .files import exists
+    from .common.files import exists
     from .report.plots import check_plot
 
     for path in (output, plot, cache):
@@ -167,9 +167,9 @@ def resumable(
 
     Interrupted, rows and measurement stay for the next run, if there are rows; otherwise nothing stays behind.
     """
+    from .common.journal import Journal
     from .fingerprint import model_digest, source_digest
-    from .journal import Journal
-    from .table import is_table
+    from .plans.table import is_table
 
     journal = None
     if files.journal is not None and model is not None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .files import claimed
+from .common.files import claimed
 from .report.progress import echo, echo_lines, say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -134,7 +134,7 @@ def say_written(file: Path | None, what: str) -> None:
 
 def say_left_alone(table: Any) -> None:
     """What the plan does not cover, and which weights it was made from where a file holds others, on stderr."""
-    from .errors import first_few
+    from .common.text import first_few
     from .roles import PREFIX
 
     if table.weights is not None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from .allocate.base import Needs
 from .cli_partial import kept_at, partial_file, save_measured
+from .common.files import claimed, exists, source_files
+from .common.outsiders import contained, outsiders
 from .errors import SettingError, SourceError
-from .files import claimed, exists, source_files
-from .outsiders import contained, outsiders
+from .plans.scheme import SCHEMES, Affine, Codebook, Scheme
+from .plans.table import LayerTable, is_table
 from .report.progress import progress_bar, say
-from .scheme import SCHEMES, Affine, Codebook, Scheme
-from .table import LayerTable, is_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,8 +14,8 @@ from .cli_shared import SCHEME_NAMES, json_option, scheme_options
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from .allocate.base import Allocator, Needs
     from .cli_sources import Request
-    from .plan import Plan
-    from .table import LayerTable
+    from .plans.plan import Plan
+    from .plans.table import LayerTable
 
 UNIFORM_BITS = range(2, 9)
 
@@ -53,9 +53,9 @@ def sweep(
     """
     from .cli_plans import plans_by
     from .cli_sources import Request, measured, named_files, named_function, resolve_source
+    from .plans.table import is_table
     from .report.progress import progress_bar
     from .sweep import sweep as run
-    from .table import is_table
 
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))

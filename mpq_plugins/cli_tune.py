@@ -23,7 +23,7 @@ from .report.progress import echo, progress_bar, say
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from .plan import Plan
+    from .plans.plan import Plan
     from .tuning import Tuning
 
 BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
@@ -96,7 +96,7 @@ def tune(
 
 def _tuner(backend: str | None) -> Any:
     """The backend's `tune`. Raises PluginError (not installed), SettingError (it has none)."""
-    from . import registry
+    from .common import registry
 
     if backend is None:
         for name in BACKENDS[1:]:

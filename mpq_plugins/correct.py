@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # importing the package must not import torch
     from torch import nn
 
-    from .plan import Plan
+    from .plans.plan import Plan
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from .apply import apply
 from .batches import checked_batches, evaluating, first_input, run_model
 from .behaviour import adds_its_bias, follows_its_statistics
+from .common.text import first_few
 from .correct import Progress
 from .duplicate import duplicate
-from .errors import SettingError, first_few
+from .errors import SettingError
 from .fold import borrowed_weights, folded_copy
 from .match import match
 from .measure.moments import second_moments, weight_users
 from .measure.own_output import watching
 from .plain import is_plain
-from .plan import Plan
+from .plans.plan import Plan
+from .plans.scheme import FLOAT_BITS
 from .quantize.fitted import check_fits, fitted
 from .quantize.weight import check_weight
-from .scheme import FLOAT_BITS
 from .tracing import BATCH_NORMS, CONVOLUTIONS
 from .weights import layer_kind, quantizable_weights
 

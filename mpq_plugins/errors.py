@@ -12,33 +12,7 @@ MPQError
 └── PluginError        an entry point that is missing, claimed twice or broken
 """
 
-import re
-from collections.abc import Sequence
 from typing import Any
-
-SHOWN = 5  # things listed in an error before it turns to counting
-
-
-def first_few(items: Sequence[str], separator: str = "; ") -> str:
-    """The first few of what is wrong, and how many more there are."""
-    more = f"{separator.rstrip()} and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return separator.join(items[:SHOWN]) + more
-
-
-def what_it_said(error: BaseException) -> str:
-    """`TypeError: its first line`, of an exception that a user's code or a library raised."""
-    try:
-        lines = str(error).splitlines()
-    except Exception:  # noqa: BLE001  # an outsider's exception may not even be printable
-        lines = []
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def first_sentence(error: Exception) -> str:
-    """The first line a library's message has anything on, without colours, at a length that can be read."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch colours some of its messages
-    text = next((line.strip() for line in plain.splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 class PlanWarning(UserWarning):

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from .errors import PlanWarning
 from .objective import check, layer_curve, predicted
-from .plan import Plan
-from .scheme import Piecewise
-from .size import layer_size
-from .table import LayerTable
+from .plans.plan import Plan
+from .plans.scheme import Piecewise
+from .plans.size import layer_size
+from .plans.table import LayerTable
 
 # What is compared on where nothing is asked: the change of the network's own output if the table has one, for it alone
 # makes layers comparable; else the error of the weights.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .errors import SettingError
-from .plan import LayerChoice
+from .plans.layers import LayerChoice
+from .plans.scheme import FLOAT_BITS, Affine
 from .quantize import affine
 from .quantize.regions import channel_rows, from_channel_rows
-from .scheme import FLOAT_BITS, Affine
 
 
 @dataclass(frozen=True)

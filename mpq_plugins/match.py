@@ -7,11 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from .checkpoints import Checkpoint, read_checkpoint
-from .errors import MismatchError, WeightError, first_few
-from .files import unchanged
+from .common.files import unchanged
+from .common.text import first_few
+from .errors import MismatchError, WeightError
 from .handles import Weight, Weights
 from .measure.error import weights_fingerprint
-from .plan import LayerChoice, Plan
+from .plans.layers import LayerChoice
+from .plans.plan import Plan
 from .stored_weights import Known, KnownLayer
 from .weights import checkpoint_weights, could_be_layers, find_weights, known_by
 from .wrappers import renaming

@@ -7,8 +7,8 @@ a running statistic may be called `.weight` too.
 import re
 from collections.abc import Mapping, Sequence
 
-from .parameters import is_weight, layer_name
-from .roles import are_experts, is_head
+from .plans.names import are_experts, is_weight, layer_name
+from .roles import is_head
 
 NORM = re.compile(r"\w*(layer|batch|group|instance|rms|sync)?norms?\d*|(ln|bn|gn)s?\d*", re.IGNORECASE)
 BUFFER = re.compile(r"masks?|anchors?|grids?|means?|vars?|std|freqs?|priors?|queue|strides?|ema|ids|index|indices")
@@ -35,11 +35,6 @@ def why_no_layer(parameter: str, shape: Sequence[int], shapes: Mapping[str, Sequ
     if any(BUFFER.fullmatch(word) for word in words) or TABLE.search(name.rpartition(".")[2]):
         return "a table or a buffer, by its name"
     return None
-
-
-def may_be_layer(parameter: str) -> bool:
-    """Whether a bare file's tensor of this name, whatever its shape, may be taken for a layer's weight."""
-    return is_weight(parameter) or are_experts(parameter, (2, 2, 2))
 
 
 def is_embedding(name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> bool:

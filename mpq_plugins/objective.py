@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import SettingError
-from .plan import LayerChoice, Plan
-from .scheme import FLOAT_BITS
-from .table import LayerStats, LayerTable
+from .plans.layers import LayerChoice
+from .plans.plan import Plan
+from .plans.scheme import FLOAT_BITS
+from .plans.table import LayerStats, LayerTable
 
 Array = NDArray[np.float64]
 

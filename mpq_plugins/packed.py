@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .errors import SourceError
-from .parameters import is_weight
+from .plans.names import is_weight
 from .roles import Config
 from .tensor_files import StoredTensor
 

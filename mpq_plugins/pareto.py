@@ -12,8 +12,8 @@ from .allocate.ptilmpq import PTILMPQ
 from .allocate.sqnr import SQNR
 from .allocate.uniform import Uniform
 from .errors import PlanWarning, SettingError
-from .plan import Plan
-from .table import LayerTable
+from .plans.plan import Plan
+from .plans.table import LayerTable
 
 PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
 

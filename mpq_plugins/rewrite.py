@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoints import load_lazily, load_torch, storage_identity
-from .errors import SettingError, SourceError, first_sentence
-from .files import atomic_directory, atomic_path, unchanged
+from .common.files import atomic_directory, atomic_path, unchanged
+from .common.text import first_sentence
+from .errors import SettingError, SourceError
 from .match import Match, match
-from .parameters import is_weight, layer_name
-from .plan import LayerChoice, Plan
-from .roles import are_experts, stacks_of
+from .plans.layers import LayerChoice
+from .plans.names import are_experts, is_weight, layer_name, stacks_of
+from .plans.plan import Plan
 from .shards import weight_files
 from .simulate import simulate
 from .state_dicts import TOP, chosen_state_dict

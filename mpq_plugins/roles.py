@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .documents import LARGEST_DOCUMENT
+from .common.checks import as_integer
+from .common.documents import LARGEST_DOCUMENT
+from .common.files import read_regular
 from .errors import SettingError, SourceError
-from .files import read_regular
-from .validation import as_integer
+from .plans.names import EXPERTS, NUMBERED
 
 if TYPE_CHECKING:
     from .handles import Weight
@@ -39,9 +40,6 @@ INPUT_EMBEDDINGS = (
     "*embed_tokens", "*wte", "*word_embeddings", "*embed_in", "*tok_embeddings", "shared", "*.shared", "*.embeddings",
 )  # fmt: skip
 ROUTER_NAMES = ("*.gate", "*.router", "*.router.*", "*.wg", "*_expert_gate")
-EXPERTS = re.compile(r"(^|\.)((\w+_)?experts?|(\w+_)?moe)(?=\.|$)")
-NUMBERED = re.compile(r"experts?\.([0-9]{1,9})\.")
-NO_MATRICES = re.compile(r"(^|_)(scales?|scale_inv|bias|norm|zero_points?|zeros|lora_\w+)$")
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Projections out of and back into the hidden state, by the last words of their names.
 READS_HIDDEN = re.compile(r"(gate|up|w1|w3|wi|fc1|input)")
@@ -176,23 +174,6 @@ def _routers(weights: Sequence["Weight"], config: Config) -> set[str]:
         for weight in weights
         if _named(weight, ROUTER_NAMES) and weight.shape[0] in outputs and not NUMBERED.search(weight.name)
     }
-
-
-def are_experts(parameter: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is a stack of experts' matrices, experts first: by its shape, its path and its own name."""
-    if len(shape) != 3 or min(shape[1:]) < 2:
-        return False
-    path = parameter.removesuffix(".weight")
-    return (
-        EXPERTS.search(path) is not None
-        and NUMBERED.search(f"{path}.") is None
-        and NO_MATRICES.search(path.rpartition(".")[2]) is None
-    )
-
-
-def stacks_of(names: Iterable[str]) -> set[str]:
-    """The stacks of experts that layers of these names, NAME.0, NAME.1 ..., may be matrices of."""
-    return {name.rpartition(".")[0] for name in names if as_integer(name.rpartition(".")[2]) is not None}
 
 
 def inputs_first(parameter: str, shape: Sequence[int], hidden: int | None, config: Mapping[str, Any]) -> bool:

@@ -5,8 +5,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from .errors import SourceError, what_it_said
-from .interrupts import Interrupted
+from .common.interrupts import Interrupted
+from .common.text import what_it_said
+from .errors import SourceError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .documents import load_json
-from .errors import SourceError, first_few
+from .common.checks import as_integer
+from .common.documents import load_json
+from .common.files import exists
+from .common.text import first_few
+from .errors import SourceError
 from .file_kinds import other_kind
-from .files import exists
 from .tensor_files import StoredTensor
-from .validation import as_integer
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

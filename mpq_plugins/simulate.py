@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .channels import Channels
-from .plan import LayerChoice
+from .plans.channels import Channels
+from .plans.layers import LayerChoice
+from .plans.scheme import FLOAT_BITS
 from .quantize.fake import fake_quantize
 from .quantize.regions import channel_rows
 from .quantize.weight import check_weight
-from .scheme import FLOAT_BITS
 
 
 def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:

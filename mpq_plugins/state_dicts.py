@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import SourceError, first_few
-from .parameters import is_weight
-from .roles import are_experts
+from .common.text import first_few
+from .errors import SourceError
+from .plans.names import are_experts, is_weight
 from .wrappers import without_holders
 
 # Where training scripts put the weights, most specific first.

@@ -14,9 +14,9 @@ import torch
 from .errors import SourceError
 from .handles import Weight
 from .not_layers import is_embedding, why_no_layer
-from .parameters import is_weight, layer_name, weight_name
+from .plans.names import are_experts, is_weight, layer_name, weight_name
 from .quantize.weight import WEIGHT_DTYPES
-from .roles import Config, are_experts, hidden_size, inputs_first, keeps_inputs_first, tied_by_configuration
+from .roles import Config, hidden_size, inputs_first, keeps_inputs_first, tied_by_configuration
 from .scaled import EIGHT_BITS, scale_name, scaled_reader
 from .tensor_files import StoredTensor, same_values
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .duplicate import duplicate
 from .errors import SettingError, SourceError
 from .objective import predicted
-from .plan import Plan
 from .plan_error import METRICS, plan_error
+from .plans.plan import Plan
+from .plans.table import LayerTable
 from .scores import Evaluate, Scores, checked_scores
-from .table import LayerTable
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .journal import Journal
+    from .common.journal import Journal
 
 Progress = Callable[[str, int, int], None]
 

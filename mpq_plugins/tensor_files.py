@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .buffers import Buffer, chunk_buffer
-from .documents import parse_json
-from .errors import SourceError, first_sentence
-from .files import open_regular
+from .common.documents import parse_json
+from .common.files import open_regular
+from .common.text import first_sentence
+from .errors import SourceError
 from .fingerprint import tensor_bytes, tensors_digest
 from .quantize.regions import channel_rows
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .buffers import chunk_buffer
+from .common.files import open_regular
 from .errors import SourceError
-from .files import open_regular
 from .tensor_files import Allocate, FileRows, MemoryRows, RowReader, StoredTensor
 
 LARGEST_PICKLE = 1 << 26  # bytes; that of 100,000 tensors takes some 15 MB

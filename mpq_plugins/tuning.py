@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import SettingError, TuningError
 from .measure import Progress as Progress
-from .plan import Plan
+from .plans.plan import Plan
 from .scores import Evaluate, checked_scores
 
 if TYPE_CHECKING:

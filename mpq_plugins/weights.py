@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from .averages import refuse_averages
 from .checkpoints import Checkpoint, read_checkpoint
+from .common.patterns import matches
 from .errors import SettingError, SourceError, WeightError
 from .fold import conv_bn_pairs, folded_weight
 from .handles import Weight as Weight
 from .handles import Weights as Weights
 from .packed import refuse_packed
-from .parameters import is_weight, layer_name, weight_name
-from .patterns import matches
-from .roles import BY_DEFAULT, PREFIX, Config, are_experts, in_role, left_by_default, read_config
+from .plans.names import are_experts, is_weight, layer_name, weight_name
+from .roles import BY_DEFAULT, PREFIX, Config, in_role, left_by_default, read_config
 from .stored_weights import Found, Known, KnownLayer, dtype_refusal, stored_weights
 from .tensor_files import MemoryRows
 from .wrappers import renaming

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq_plugins import Affine, LatencyTable, LayerTable, MixQuant, Plan, compress, measure
-from mpq_plugins.checksum import unsealed
+from mpq_plugins.common.checksum import unsealed
+from mpq_plugins.common.journal import Journal
+from mpq_plugins.common.record import Record
 from mpq_plugins.compress.container import Container
 from mpq_plugins.errors import FormatError, MPQError, SettingError
-from mpq_plugins.journal import Journal
-from mpq_plugins.measure.record import Record
 from tests.helpers.nets import tied_net
 from tests.helpers.plans import linear, plan_of, plans
 from tests.helpers.tables import contents

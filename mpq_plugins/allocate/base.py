@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from ..channels import Channels
 from ..errors import SettingError
-from ..not_layers import may_be_layer
-from ..parameters import weight_name
-from ..plan import ALLOWED_BITS, AllocatorRecord, LayerChoice, Part, Plan
-from ..scheme import FLOAT_BITS, Scheme
-from ..table import LayerStats, LayerTable
+from ..plans.channels import Channels
+from ..plans.layers import ALLOWED_BITS, LayerChoice, Part
+from ..plans.names import may_be_layer, weight_name
+from ..plans.plan import AllocatorRecord, Plan
+from ..plans.scheme import FLOAT_BITS, Scheme
+from ..plans.table import LayerStats, LayerTable
 
 Widths = int | Sequence[int] | NDArray[np.int64]
 

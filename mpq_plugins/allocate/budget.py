@@ -15,12 +15,12 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.checks import is_number
 from ..errors import SettingError
 from ..objective import parts_of
-from ..plan import Plan
-from ..scheme import FLOAT_BITS, Affine, check_bits
-from ..table import METRICS, LayerTable
-from ..validation import is_number
+from ..plans.plan import Plan
+from ..plans.scheme import FLOAT_BITS, Affine, check_bits
+from ..plans.table import METRICS, LayerTable
 from .base import Needs, make_plan
 from .latency import LatencyTable
 from .layout import Layout, pinned_width, plan_bits

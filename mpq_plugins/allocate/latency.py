@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..documents import load_json
+from ..common.checks import is_number
+from ..common.documents import load_json
 from ..errors import FormatError, SettingError
-from ..scheme import FLOAT_BITS, INTEGER_BITS
-from ..validation import is_number
+from ..plans.scheme import FLOAT_BITS, INTEGER_BITS
 
 EXAMPLE = '{"conv1": {"4": 0.12, "8": 0.2}, ...}'
 WIDTHS: tuple[int, ...] = (*INTEGER_BITS, *FLOAT_BITS)

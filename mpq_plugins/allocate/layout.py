@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import PlanWarning, SettingError, first_few
+from ..common.checks import as_integer
+from ..common.patterns import FUSED, families, matches
+from ..common.text import first_few
+from ..errors import PlanWarning, SettingError
 from ..objective import channel_curves, layer_curve
-from ..patterns import FUSED, families, matches
-from ..plan import ALLOWED_BITS
-from ..scheme import FLOAT_BITS
-from ..size import map_bits
-from ..table import LayerStats, LayerTable
-from ..validation import as_integer
+from ..plans.layers import ALLOWED_BITS
+from ..plans.scheme import FLOAT_BITS
+from ..plans.size import map_bits
+from ..plans.table import LayerStats, LayerTable
 from .base import Widths
 from .knapsack import Problem, Solution, least, solve
 from .limits import Limit

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
-from ..scheme import FLOAT_BITS, Scheme
-from ..size import layer_size
-from ..table import LayerStats, LayerTable
+from ..plans.scheme import FLOAT_BITS, Scheme
+from ..plans.size import layer_size
+from ..plans.table import LayerStats, LayerTable
 from .base import layer_choice
 from .latency import LatencyTable
 

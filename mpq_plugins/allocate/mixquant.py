@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 import numpy as np
 
 from ..errors import SettingError
-from ..plan import Plan
-from ..scheme import Scheme, check_bits
-from ..table import LayerTable
+from ..plans.plan import Plan
+from ..plans.scheme import Scheme, check_bits
+from ..plans.table import LayerTable
 from .base import Needs, make_plan
 
 METRICS = (

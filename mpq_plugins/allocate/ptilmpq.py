@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.checks import is_number
 from ..errors import SettingError
-from ..plan import Plan
-from ..scheme import Piecewise, check_bits
-from ..size import layer_size
-from ..table import LayerStats, LayerTable
-from ..validation import is_number
+from ..plans.plan import Plan
+from ..plans.scheme import Piecewise, check_bits
+from ..plans.size import layer_size
+from ..plans.table import LayerStats, LayerTable
 from .base import Needs, layer_choice, make_plan
 
 DEFAULT_ALPHA = 0.5

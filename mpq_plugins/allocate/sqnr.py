@@ -16,11 +16,11 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from ..common.checks import is_number
 from ..errors import SettingError
-from ..plan import Plan
-from ..scheme import check_bits
-from ..table import LayerTable
-from ..validation import is_number
+from ..plans.plan import Plan
+from ..plans.scheme import check_bits
+from ..plans.table import LayerTable
 from .base import Needs, make_plan
 from .limits import code_limit
 

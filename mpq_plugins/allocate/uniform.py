@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from ..plan import Plan
-from ..scheme import check_bits
-from ..table import LayerTable
+from ..plans.plan import Plan
+from ..plans.scheme import check_bits
+from ..plans.table import LayerTable
 from .base import Needs, make_plan
 
 

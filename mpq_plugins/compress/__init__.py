@@ -13,7 +13,7 @@ from ..errors import CompressWarning
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..plan import Plan
+    from ..plans.plan import Plan
     from .container import Container
     from .prune import Pruning
     from .streams import Choice

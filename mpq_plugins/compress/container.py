@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checksum import checksum
-from ..errors import FormatError, first_sentence
-from ..files import open_regular
-from ..parameters import layer_name
-from ..plan import LayerChoice, Part, Plan
+from ..common.checksum import checksum
+from ..common.files import open_regular
+from ..common.text import first_sentence
+from ..errors import FormatError
+from ..plans.layers import LayerChoice, Part
+from ..plans.names import layer_name
+from ..plans.plan import Plan
 from ..tensor_files import DTYPES
 from . import Progress
 from .codes import PartCodes, PartShape, decode

@@ -11,16 +11,17 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import Field, ValidationError
 
 from ..checkpoints import CONTAINER_MAGIC
-from ..checksum import checksum
-from ..documents import Strict, parse_json
-from ..errors import FormatError, first_few
-from ..layer import beyond_memory
-from ..parameters import layer_name
-from ..plan import LayerChoice, Plan
+from ..common.checks import first_problem
+from ..common.checksum import checksum
+from ..common.documents import Strict, parse_json
+from ..common.text import first_few
+from ..errors import FormatError
+from ..plans.layers import LayerChoice, beyond_memory
+from ..plans.names import layer_name
+from ..plans.plan import Plan
+from ..plans.scheme import FLOAT_BITS
 from ..quantize.weight import WEIGHT_DTYPES
-from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES
-from ..validation import first_problem
 from .streams import Coding, Stream, possible
 
 VERSION = 1

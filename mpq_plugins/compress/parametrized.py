@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..common.text import first_few
 from ..duplicate import duplicate
-from ..errors import SettingError, first_few
+from ..errors import SettingError
 from ..handles import Weight
 
 WEIGHT = "weight"

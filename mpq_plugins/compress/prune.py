@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..common.checks import is_number
+from ..common.patterns import matches
 from ..duplicate import duplicate
 from ..errors import SettingError, WeightError
 from ..handles import Weight
 from ..measure.chunks import over_chunks
-from ..patterns import matches
-from ..validation import is_number
 from ..weights import find_weights
 from .parametrized import Mask, put
 

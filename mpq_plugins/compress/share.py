@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..fold import folded_copy
 from ..match import match
-from ..plan import LayerChoice, Plan
+from ..plans.layers import LayerChoice
+from ..plans.plan import Plan
+from ..plans.scheme import FLOAT_BITS, Codebook
 from ..quantize.codebook import quantize
 from ..quantize.regions import channel_rows, from_channel_rows
-from ..scheme import FLOAT_BITS, Codebook
 from ..weights import find_weights
 from .parametrized import WeightMaker, put
 

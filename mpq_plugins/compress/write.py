@@ -11,18 +11,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import stored_tensors
-from ..errors import SettingError, SourceError, VerifyError, first_few
-from ..files import atomic_path, exists, unchanged
+from ..common.files import atomic_path, exists, unchanged
+from ..common.text import first_few
+from ..errors import SettingError, SourceError, VerifyError
 from ..fingerprint import tensor_bytes
 from ..fold import folded_copy
 from ..handles import Weight
 from ..match import match
-from ..parameters import is_weight, layer_name, weight_name
-from ..plan import LayerChoice, Part, Plan
+from ..plans.layers import LayerChoice, Part
+from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
+from ..plans.plan import Plan
+from ..plans.scheme import FLOAT_BITS
 from ..quantize.weight import check_weight
 from ..rewrite import require_unscaled
-from ..roles import are_experts, stacks_of
-from ..scheme import FLOAT_BITS
 from ..tensor_files import DTYPES, StoredTensor
 from . import Progress
 from .bitpack import Codes

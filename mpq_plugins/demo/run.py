@@ -14,9 +14,9 @@ from ..allocate.mixquant import MixQuant
 from ..allocate.uniform import Uniform
 from ..apply import apply, verify
 from ..measure import measure
-from ..plan import Plan
+from ..plans.plan import Plan
+from ..plans.size import PlanSize
 from ..report.tables import bits_text, bytes_text, grid
-from ..size import PlanSize
 from .net import digit_net, unseen_digits
 
 UNIFORM_BITS = (8, 6, 4, 3)

@@ -10,8 +10,8 @@ if TYPE_CHECKING:  # importing the package must not import torch
     import torch
     from torch import Tensor, nn
 
-    from ..scheme import Scheme
-    from ..table import LayerTable
+    from ..plans.scheme import Scheme
+    from ..plans.table import LayerTable
     from .sensitivities import Sensitivity
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ def measure(
     Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
     executor's workers fail.
     """
-    from ..scheme import Affine
+    from ..plans.scheme import Affine
     from .run import run
 
     return run(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batches import one_sample, sample_count
-from ..errors import SettingError, first_sentence
+from ..common.text import first_sentence
+from ..errors import SettingError
 from .sensitivities import Curves, Job, unreached
 
 

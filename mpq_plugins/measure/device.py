@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import SettingError, first_sentence
+from ..common.text import first_sentence
+from ..errors import SettingError
 
 _OWN = threading.local()
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..errors import WeightError, WorkerError
 from ..fingerprint import fingerprint, layer_digest
 from ..handles import Weight
+from ..plans.scheme import Scheme
+from ..plans.table import LayerStats
 from ..quantize.calibrate import choose_grids
 from ..quantize.grid import RegionStats
 from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, kernel_name, row_stats
 from ..quantize.regions import region_rows
-from ..scheme import Scheme
-from ..table import LayerStats
 from .chunks import Op, chunks, over_chunks, read
 from .device import own_stream
 from .importance import channel_importance, layer_importance

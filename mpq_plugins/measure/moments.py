@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..batches import call_model, first_input, sample_count
 from ..errors import SettingError
 from ..fold import borrowed_weights
-from ..parameters import weight_name
 from ..plain import is_plain
+from ..plans.names import weight_name
 from ..weights import layer_kind
 from .own_output import squared_slopes, watching
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batches import sample_count
-from ..table import LayerStats
+from ..plans.table import LayerStats
 from .replay import Replay
 from .sensitivities import Curves, Job, unreached
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..plain import is_plain
-from ..table import LayerStats
+from ..plans.table import LayerStats
 from .moments import second_moments
 from .own_output import output_errors
 from .sensitivities import Array, Curves, Job

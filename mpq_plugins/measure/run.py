@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import MeasureWarning, SettingError, first_few
-from ..files import exists, unchanged
+from ..common.files import exists, unchanged
+from ..common.record import Arrays, Record
+from ..common.text import first_few
+from ..errors import MeasureWarning, SettingError
 from ..fingerprint import fingerprint
 from ..fold import has_batch_norm, training_norms
 from ..handles import Weight, Weights
+from ..plans.scheme import Scheme
+from ..plans.table import METRICS, LayerStats, LayerTable, with_macs
 from ..quantize.kernel import kernel_name
 from ..scaled import ScaledRows
-from ..scheme import Scheme
-from ..table import METRICS, LayerStats, LayerTable, with_macs
 from ..tensor_files import FileColumns, FileRows
 from ..torch_files import Expanded
 from ..weights import find_weights
@@ -31,7 +33,6 @@ from .chunks import Array, Op, chunks
 from .device import checked_device
 from .error import Request, Sums, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
-from .record import Arrays, Record
 from .units import Unit, Work, cut, cut_layer
 from .workers import Call, Workers
 

@@ -15,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import registry
 from ..batches import call_model, checked_batches, evaluating, own_copy, seeded
-from ..errors import MismatchError, SettingError, first_few
+from ..common import registry
+from ..common.journal import Journal
+from ..common.text import first_few
+from ..errors import MismatchError, SettingError
 from ..fingerprint import batches_digest, model_digest, source_digest
 from ..fold import folded_copy
-from ..journal import Journal
+from ..plans.table import LayerStats, LayerTable
 from ..quantize.fake import fake_quantize
 from ..quantize.fitted import check_fits, fitted
-from ..table import LayerStats, LayerTable
 from ..weights import find_weights, quantizable_weights
 from . import Progress
 from .error import weights_fingerprint

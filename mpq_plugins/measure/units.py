@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..handles import Weight
-from ..scheme import Scheme
+from ..plans.scheme import Scheme
 from .chunks import chunk_channels, chunks
 
 SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of a unit: worth waking a thread for, and done within a second

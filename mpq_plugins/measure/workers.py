@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import MeasureWarning, MPQError, SettingError, WorkerError, what_it_said
+from ..common.text import what_it_said
+from ..errors import MeasureWarning, MPQError, SettingError, WorkerError
 
 LOOK = 5.0  # seconds between two looks at whether there is still something to wait for
 QUIET = 60.0  # seconds without a result after which that is said; a unit takes one, or ten where ranges are searched

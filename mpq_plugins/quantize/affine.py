@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..scheme import Affine, check_bits
+from ..plans.scheme import Affine, check_bits
 from .calibrate import fitted_rows
 from .grid import Grids
 from .regions import channel_rows, from_channel_rows

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..scheme import Affine, Codebook, Piecewise, Scheme
+from ..plans.scheme import Affine, Codebook, Piecewise, Scheme
 from .breakpoint import choose_breakpoints
 from .grid import AnyGrids, CodebookGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
 from .kernel import SQUARED, error_sums, error_totals, row_stats

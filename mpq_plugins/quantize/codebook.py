@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
-from ..scheme import Codebook
+from ..plans.scheme import Codebook
 from .calibrate import fitted_rows
 from .grid import CodebookGrids
 from .kmeans import edges

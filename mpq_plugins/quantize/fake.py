@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..scheme import Affine, Codebook, Scheme
+from ..plans.scheme import Affine, Codebook, Scheme
 from . import affine, codebook, piecewise
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
-from ..scheme import Affine, Scheme
+from ..plans.scheme import Affine, Scheme
 from .grid import affine_grids
 from .regions import channel_rows, from_channel_rows
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError
-from ..scheme import Piecewise
+from ..plans.scheme import Piecewise
 from .calibrate import fitted_rows
 from .grid import PiecewiseGrids
 from .regions import channel_rows, from_channel_rows

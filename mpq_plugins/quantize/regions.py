@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..scheme import Granular
+from ..plans.scheme import Granular
 
 
 def channel_rows(weight: Tensor, channel_axis: int) -> Tensor:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # importing the package must not import torch
     import torch
     from torch import nn
 
-    from ..plan import Plan
+    from ..plans.plan import Plan
 
 Progress = Callable[[str, int, int], None]
 """Called with a block's name, the steps done so far and the steps in all."""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingError, WeightError
-from ..plan import LayerChoice
+from ..plans.layers import LayerChoice
+from ..plans.scheme import FLOAT_BITS, Affine
 from ..quantize import affine
 from ..quantize.regions import channel_rows, from_channel_rows
-from ..scheme import FLOAT_BITS, Affine
 from ..simulate import simulate
 
 ZETA, GAMMA = 1.1, -0.1

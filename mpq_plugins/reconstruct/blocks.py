@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..errors import SettingError, first_few
-from ..patterns import matches
-from ..plan import Plan
+from ..common.patterns import matches
+from ..common.text import first_few
+from ..errors import SettingError
+from ..plans.plan import Plan
 from ..weights import layer_kind
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -18,8 +18,8 @@ from ..activation_ranges import NAME, refuse_input_ranges
 from ..batches import checked_batches, evaluating, sample_count
 from ..errors import SettingError
 from ..match import match
-from ..parameters import weight_name
-from ..plan import Plan
+from ..plans.names import weight_name
+from ..plans.plan import Plan
 from . import BlockReport, Progress
 from .activations import ActivationRange, InputValues
 from .adaround import Rounding, settled

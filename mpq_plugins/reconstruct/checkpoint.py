@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..documents import load_json
+from ..common.documents import load_json
+from ..common.files import atomic_path, exists, write_text
 from ..errors import SettingError, SourceError
-from ..files import atomic_path, exists, write_text
 from ..fingerprint import batches_digest, model_digest, source_digest, tensors_digest
-from ..plan import Plan
+from ..plans.plan import Plan
 from . import BlockReport
 from .cache import CACHE
 from .settings import Settings

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
-from ..errors import SettingError, what_it_said
+from ..common.text import what_it_said
+from ..errors import SettingError
 from .cache import Cache, Column
 from .capture import PLAIN, Call, own_leaf
 from .samples import Group, Samples

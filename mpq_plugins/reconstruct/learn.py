@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import MPQError, SettingError, what_it_said
+from ..common.text import what_it_said
+from ..errors import MPQError, SettingError
 from ..tracing import CONVOLUTIONS
 from .activations import ActivationRange
 from .adaround import Rounding, beta_at, soft_weights, undecided

@@ -14,7 +14,7 @@ from ..batches import evaluating
 from ..correct import correct
 from ..errors import SettingError
 from ..fold import folded_copy
-from ..plan import Plan
+from ..plans.plan import Plan
 from ..weights import quantizable_weights
 from .adaround import nearest, require_affine
 from .blocks import find_units, in_call_order, learned_layers

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..text import printable
+from ..common.text import printable
 
 PIPE_WIDTH = 120  # columns when stdout is a file or pipe, where rich would otherwise cut at 80
 LEAST_WIDTH = 20  # columns of a terminal that says it has fewer, or none

@@ -4,10 +4,10 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.files import atomic_path
+from ..common.text import printable
 from ..errors import SettingError
-from ..files import atomic_path
 from ..sweep import SweepRow
-from ..text import printable
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..text import printable, printable_lines
+from ..common.text import printable, printable_lines
 
 
 def echo(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..plan import Plan
+from ..plans.plan import Plan
 from ..reconstruct import BlockReport
 from .tables import grid
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..files import write_text
+from ..common.files import write_text
+from ..plans.table import LayerTable
 from ..sweep import SweepRow
-from ..table import LayerTable
 from .tables import bytes_text, grid
 
 MARK = "*"

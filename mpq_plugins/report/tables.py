@@ -7,12 +7,13 @@ from typing import Any
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from ..legalise import Change
-from ..plan import Difference, LayerChoice, Plan
-from ..registry import Plugin
-from ..size import PlanSize
-from ..table import LayerTable
-from ..text import printable
+from ..common.registry import Plugin
+from ..common.text import printable
+from ..plans.layers import LayerChoice
+from ..plans.legalise import Change
+from ..plans.plan import Difference, Plan
+from ..plans.size import PlanSize
+from ..plans.table import LayerTable
 
 MOST_NAME = 40  # columns of a name that are not folded
 

@@ -19,7 +19,7 @@ from mpq_plugins import (
     compare,
 )
 from mpq_plugins.allocate.base import Widths, make_plan
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 
 BITS = tuple(range(2, 9))
 PER_CHANNEL = Affine(granularity="per_channel")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpq_plugins import SQNR, Affine, LayerStats, LayerTable, Piecewise, Plan
 from mpq_plugins.errors import SettingError
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.tables import BITS
 
 sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=6)

@@ -20,8 +20,8 @@ import mpq_plugins as mpq
 from mpq_plugins.compress.bitpack import Codes, pack, unpack
 from mpq_plugins.compress.huffman import decode, encode, entropy_bits
 from mpq_plugins.compress.streams import CODES
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.report.tables import bytes_text, grid
-from mpq_plugins.scheme import Scheme
 from tests.benchmarks.bench_measure import seconds
 from tests.helpers.checkpoints import minilm_file
 

@@ -27,10 +27,10 @@ from torch import Tensor
 
 import mpq_plugins as mpq
 from mpq_plugins.allocate.budget import Budget
+from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.quantize.calibrate import choose_grids
 from mpq_plugins.quantize.kernel import error_sums, row_stats
 from mpq_plugins.report.tables import grid
-from mpq_plugins.scheme import Affine
 from tests.benchmarks import llm
 from tests.benchmarks.bench_measure import one
 

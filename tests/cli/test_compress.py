@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq_library
 from mpq_plugins import Affine, Codebook, Container, Plan, Sparsity, Uniform, finish, measure, prune
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq_library
 from mpq_plugins import Affine, BlockReport, Piecewise, Plan, Uniform, measure, verify
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from tests.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("one_thread")

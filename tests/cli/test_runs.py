@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpq_plugins import Plan, Uniform, measure, registry
-from mpq_plugins.files import claimed
+from mpq_plugins import Plan, Uniform, measure
+from mpq_plugins.common import registry
+from mpq_plugins.common.files import claimed
 from tests.conftest import Ran
 from tests.helpers import outsider
 

@@ -215,7 +215,7 @@ def test_a_size_is_swept_and_the_csv_keeps_sizes_and_targets_apart(mpq: Mpq, che
 
 
 def test_an_outsiders_allocator_is_swept(mpq: Mpq, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpq_plugins import registry
+    from mpq_plugins.common import registry
     from tests.helpers import outsider
 
     monkeypatch.setattr(registry, "load", lambda group, name: outsider.FirstLast)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.documents import load_json, parse_json
-from mpq_plugins.layer import KINDS
+from mpq_plugins.common.checks import as_integer
+from mpq_plugins.common.documents import load_json, parse_json
+from mpq_plugins.plans.layers import KINDS
 from mpq_plugins.stored_weights import KIND_BY_DIMENSIONS
-from mpq_plugins.validation import as_integer
 from mpq_plugins.weights import KINDS as KINDS_OF_MODULES
 
 values = st.recursive(

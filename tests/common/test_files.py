@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from mpq_plugins.common.files import atomic_directory, atomic_path, claimed, write_text
 from mpq_plugins.errors import SettingError, SourceError
-from mpq_plugins.files import atomic_directory, atomic_path, claimed, write_text
 
 # Another process that holds what it writes, and says so, until it is told to go on.
 WRITER = """
 import sys
 from pathlib import Path
-from mpq_plugins.files import atomic_directory, atomic_path, claimed
+from mpq_plugins.common.files import atomic_directory, atomic_path, claimed
 with {what}(Path("target")) as temporary:
     if {what} is atomic_path:
         temporary.write_text("half")

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from mpq_plugins.interrupts import Interrupted, Interrupts
+from mpq_plugins.common.interrupts import Interrupted, Interrupts
 
 
 class Thing:

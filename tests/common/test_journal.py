@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.checksum import sealed
+from mpq_plugins.common.checksum import sealed
+from mpq_plugins.common.journal import Journal
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError
-from mpq_plugins.journal import Journal
 
 JOB = {"model": "sha256:test"}
 HEAD = json.dumps(sealed({"version": 2, "job": JOB})) + "\n"

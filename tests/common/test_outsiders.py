@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mpq_plugins.common.interrupts import Interrupted
+from mpq_plugins.common.outsiders import contained, outsiders
 from mpq_plugins.errors import SettingError, SourceError
-from mpq_plugins.interrupts import Interrupted
-from mpq_plugins.outsiders import contained, outsiders
 from tests.fuzz.users import Weird
 
 

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import find_weights
+from mpq_plugins.common.patterns import families, matches
 from mpq_plugins.errors import SettingError
-from mpq_plugins.patterns import families, matches
 from tests.helpers.nets import conv_net, tied_net
 
 words = st.text("abc", min_size=1, max_size=3)

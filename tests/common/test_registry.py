@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpq_plugins import MixQuant, registry
+from mpq_plugins import MixQuant
+from mpq_plugins.common import registry
 from mpq_plugins.errors import PluginError
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mpq_plugins.terminal import Lasting, lasting_streams
+from mpq_plugins.common.terminal import Lasting, lasting_streams
 
 
 class Failing(io.StringIO):

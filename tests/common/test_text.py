@@ -3,7 +3,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.text import printable, printable_lines
+from mpq_plugins.common.text import printable, printable_lines
 
 ANY_TEXT = st.text(st.characters())  # surrogates included
 

@@ -30,7 +30,7 @@ from mpq_plugins.compress.container import part_shape
 from mpq_plugins.compress.prune import Pruning
 from mpq_plugins.compress.write import save_tensors
 from mpq_plugins.errors import CompressWarning, MismatchError, SettingError, SourceError, WeightError
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.simulate import simulate
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net, tied_net

@@ -125,7 +125,7 @@ def _bounded_workplace() -> Iterator[tuple[Path, Path]]:
     torch.set_num_threads(1)
     os.environ["MPQ_DEBUG"] = "1"
     cached = functools.cache(entry_points)  # it reads the metadata of all that is installed
-    with patch("mpq_plugins.registry.entry_points", cached), workplace() as place:
+    with patch("mpq_plugins.common.registry.entry_points", cached), workplace() as place:
         limit = ADDRESS_SPACE + _address_space()
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         yield place

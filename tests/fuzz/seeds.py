@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from mpq_plugins import Affine, Codebook, MixQuant, Piecewise, Plan, Uniform, compress, measure
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
-from mpq_plugins.journal import Journal
-from mpq_plugins.measure.record import Record
+from mpq_plugins.common.journal import Journal
+from mpq_plugins.common.record import Record
 from tests.helpers.checkpoints import sharded
 
 from .odd import NAMES, damaged, json_bytes, odd_value, tampered

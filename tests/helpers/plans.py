@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq_plugins import Affine, Codebook, LayerChoice, Part, Piecewise, Plan, SettingError, find_weights
-from mpq_plugins.plan import AllocatorRecord
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.plan import AllocatorRecord
+from mpq_plugins.plans.scheme import Scheme
 
 SCHEMES: list[Scheme] = [
     Affine(),

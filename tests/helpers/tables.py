@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mpq_plugins import Affine, LayerStats, LayerTable, Piecewise
-from mpq_plugins.checksum import checksum_text, sealed
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.common.checksum import checksum_text, sealed
+from mpq_plugins.plans.scheme import Scheme
 
 BITS = tuple(range(1, 9))
 

@@ -10,7 +10,7 @@ import pytest
 from examples import ptilmpq_resnet
 from examples.cifar_resnet import checkpoint, evaluate, images, resnet
 from mpq_plugins import PTILMPQ, Affine, Piecewise, Plan, Uniform, apply, measure, verify
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from tests.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("zoo")

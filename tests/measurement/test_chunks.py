@@ -15,8 +15,8 @@ from mpq_plugins import Affine, Piecewise, measure
 from mpq_plugins.errors import SettingError
 from mpq_plugins.handles import Weight
 from mpq_plugins.measure import chunks
-from mpq_plugins.scheme import Scheme
-from mpq_plugins.table import METRICS
+from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.plans.table import METRICS
 from mpq_plugins.tensor_files import FileRows
 from mpq_plugins.weights import find_weights
 

@@ -22,8 +22,8 @@ from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.measure.curvature import Hessian
 from mpq_plugins.measure.replay import Replay
 from mpq_plugins.measure.sensitivities import Curves, Job
+from mpq_plugins.plans.table import LayerStats
 from mpq_plugins.quantize.fake import fake_quantize
-from mpq_plugins.table import LayerStats
 from mpq_plugins.weights import quantizable_weights
 from tests.helpers.nets import conv_net, tied_net
 

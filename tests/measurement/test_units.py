@@ -11,7 +11,7 @@ from mpq_plugins import Affine, Piecewise
 from mpq_plugins.handles import Weight
 from mpq_plugins.measure import chunks, units
 from mpq_plugins.measure.units import LARGEST, LARGEST_SEARCHED, SMALLEST, UNITS, WHOLE, Work, cut, stored_bytes
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.tensor_files import MemoryRows
 
 SCHEMES: list[Scheme] = [

@@ -23,7 +23,7 @@ from mpq_plugins.measure import workers as workers_module
 from mpq_plugins.measure.error import Request, unit_sums
 from mpq_plugins.measure.units import cut
 from mpq_plugins.measure.workers import Call, Workers
-from mpq_plugins.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import find_weights
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.channels import MOST_CHANNELS, Channels, cover, joined
+from mpq_plugins.plans.channels import MOST_CHANNELS, Channels, cover, joined
 
 sets = st.sets(st.integers(0, 40)).map(lambda own: tuple(sorted(own)))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Piecewise, Plan
 from mpq_plugins.errors import SettingError
-from mpq_plugins.legalise import Capabilities, Policy, legalise, require_legal
+from mpq_plugins.plans.legalise import Capabilities, Policy, legalise, require_legal
 from tests.helpers.plans import linear, plan_of, plans
 
 ANYTHING = Capabilities(

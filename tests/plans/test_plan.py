@@ -7,13 +7,14 @@ import jsonschema
 import pytest
 from hypothesis import given
 
-from mpq_plugins import Affine, MixQuant, Part, Plan, measure, plan
-from mpq_plugins.checksum import unsealed
+from mpq_plugins import Affine, MixQuant, Part, Plan, measure
+from mpq_plugins.common.checksum import unsealed
 from mpq_plugins.errors import FormatError, SettingError
+from mpq_plugins.plans import plan
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import linear, plan_of, plans
 
-SCHEMA = json.loads((files("mpq_plugins") / "plan.schema.json").read_text())
+SCHEMA = json.loads((files("mpq_plugins.plans") / "plan.schema.json").read_text())
 
 
 def test_a_scheme_without_a_name_is_affine() -> None:
@@ -30,7 +31,7 @@ def test_json_round_trips_and_obeys_the_shipped_schema(made: Plan) -> None:
 
 
 def test_the_shipped_schema_is_the_models() -> None:
-    assert plan.json_schema() == SCHEMA, "run: python -m mpq_plugins.plan > mpq_plugins/plan.schema.json"
+    assert plan.json_schema() == SCHEMA, "run: python -m mpq_plugins.plans.plan > mpq_plugins/plans/plan.schema.json"
 
 
 def test_a_file_is_readable_one_line_a_layer(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from mpq_plugins import Codebook
 from mpq_plugins.allocate.base import make_plan
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.measure import chunks, units
+from mpq_plugins.plans.scheme import GRANULARITIES, INITS
 from mpq_plugins.quantize import kernel
 from mpq_plugins.quantize.codebook import dequantize, encode, fake_quantize, quantize
-from mpq_plugins.scheme import GRANULARITIES, INITS
 
 SCHEMES = [
     Codebook(granularity=grain, group_size=4 if grain == "per_group" else None, init=init)  # type: ignore[arg-type]
@@ -169,7 +169,7 @@ def test_a_plan_counts_its_codebooks() -> None:
 
 
 def test_backends_without_codebooks_say_so() -> None:
-    from mpq_plugins.legalise import Capabilities, legalise
+    from mpq_plugins.plans.legalise import Capabilities, legalise
 
     plan = mpq.Uniform(bits=3)(mpq.measure(nn.Sequential(nn.Linear(64, 10)), Codebook(), bits=(3,)))
     legal, (change,) = legalise(plan, Capabilities(backend="x", bits=(3, 4), kinds=("linear",)))

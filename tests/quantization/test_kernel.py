@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.quantize import kernel
 from mpq_plugins.quantize.calibrate import choose_grids
 from mpq_plugins.quantize.grid import Grids, minmax_grids
-from mpq_plugins.scheme import Scheme
 from tests.quantization import oracle
 
 # Lengths around the block size and around where float32 begins, where an off-by-one would show.

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from mpq_plugins.plans.scheme import INITS, InitName
 from mpq_plugins.quantize import kmeans
 from mpq_plugins.quantize.kmeans import centroids, edges
-from mpq_plugins.scheme import INITS, InitName
 
 Values = NDArray[np.float32]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 
-from .errors import SettingError
+from ..errors import SettingError
 
 REGEX = "re:"
 # What inference engines fuse, so that it must agree, as the checkpoints of transformers call it.

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 from safetensors.numpy import save
 
-from .checksum import checksum_text, is_damaged, sealed, unsealed
-from .documents import LARGEST_DOCUMENT, Strict, parse_json
-from .errors import FormatError, MeasureWarning, SettingError
-from .files import atomic_path, open_regular
-from .layer import LayerDocument, check_once
+from ..common.checks import first_problem
+from ..common.checksum import checksum_text, is_damaged, sealed, unsealed
+from ..common.documents import LARGEST_DOCUMENT, Strict, parse_json
+from ..common.files import atomic_path, open_regular
+from ..errors import FormatError, MeasureWarning, SettingError
+from .layers import LayerDocument, check_once
 from .scheme import INTEGER_BITS, NamedScheme
 from .table import METRICS, Array, LayerStats, LayerTable
-from .validation import first_problem
 
 TABLE_FORMAT = "mpq-table"
 TABLE_VERSION = 2

@@ -8,8 +8,9 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import MPQError, what_it_said
+from ..errors import MPQError
 from .interrupts import Interrupted
+from .text import what_it_said
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .errors import PluginError
+from ..errors import PluginError
 from .outsiders import outsiders
 
 GROUPS = ("allocators", "adapters", "sensitivities")

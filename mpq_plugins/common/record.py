@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from ..checksum import checksum
 from ..errors import MeasureWarning, SettingError, SourceError
-from ..files import exists
+from .checksum import checksum
+from .files import exists
 
 try:
     import fcntl

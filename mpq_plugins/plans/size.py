@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from .errors import SettingError
-from .plan import LayerChoice, Plan
+from ..errors import SettingError
+from .layers import LayerChoice
+from .plan import Plan
 from .scheme import FLOAT_BITS
 
 

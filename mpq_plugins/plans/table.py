@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SettingError
+from ..errors import SettingError
 from .scheme import Scheme
 
 METRICS = ("relative", "mse", "rmse", "sqnr_db", "max_abs")

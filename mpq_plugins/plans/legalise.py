@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from ..common.text import first_few
+from ..errors import SettingError
 from .channels import joined
-from .errors import SettingError, first_few
-from .plan import LayerChoice, Part, Plan
+from .layers import LayerChoice, Part
+from .plan import Plan
 from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
 from .size import layer_size
 

@@ -1,33 +1,25 @@
 """Plan: bits per layer, or per group of output channels, as versioned JSON that several backends consume."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
-    PlainSerializer,
-    PlainValidator,
     ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
     model_validator,
 )
 
-from .channels import Channels, cover
-from .checksum import is_damaged, sealed, unsealed
-from .documents import Strict, load_json, parse_json
-from .errors import FormatError, SettingError
-from .files import write_text
-from .layer import LayerDocument, check_once
-from .parameters import is_weight, layer_name, weight_name
-from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
-from .validation import first_problem
+from ..common.checks import first_problem
+from ..common.checksum import is_damaged, sealed, unsealed
+from ..common.documents import Strict, load_json, parse_json
+from ..common.files import write_text
+from ..errors import FormatError, SettingError
+from .layers import LayerChoice, check_once
+from .names import is_weight, layer_name, weight_name
 
 if TYPE_CHECKING:
     from .size import PlanSize
@@ -38,32 +30,6 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda p
 """Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none."""
 
 DEEPEST = 32  # of parameters in one another
-ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
-
-
-def _check_plan_bits(bits: int) -> int:
-    if bits not in ALLOWED_BITS:
-        raise ValueError(f"{bits} is not allowed; 1 to 8, or 16 or 32 for floating point")
-    return bits
-
-
-def _channels(value: Any, info: ValidationInfo) -> Channels:
-    if info.mode == "json" and not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is no channel or run of channels; write '0-2,5'")
-    return Channels.of(value)
-
-
-Bits = Annotated[
-    int,
-    Field(json_schema_extra={"enum": list(ALLOWED_BITS)}),
-    BeforeValidator(lambda bits: _check_plan_bits(bits) if type(bits) is int else bits),
-]
-ChannelRuns = Annotated[
-    Sequence[int],
-    PlainValidator(_channels),
-    PlainSerializer(lambda channels: str(Channels.of(channels)), return_type=str),
-    WithJsonSchema({"type": "string", "pattern": r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"}),
-]
 
 
 def _check_depth(value: Any, most: int = DEEPEST) -> Any:
@@ -73,86 +39,6 @@ def _check_depth(value: Any, most: int = DEEPEST) -> Any:
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         _check_depth(inner, most - 1)
     return value
-
-
-class Part(Strict):
-    """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
-
-    bits: Bits
-    channels: ChannelRuns
-
-    @property
-    def runs(self) -> Channels:
-        """The channels, as they are kept."""
-        return Channels.of(self.channels)
-
-
-class LayerChoice(LayerDocument):
-    """What one layer gets: either `bits` for all of it or `parts` that cover its output channels once each."""
-
-    numel: Annotated[int, Field(ge=0)]
-    bits: Bits | None = None
-    parts: tuple[Part, ...] | None = None
-    scheme: NamedScheme
-    tied: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        where = f"layer {self.name!r}"
-        if math.prod(self.shape) != self.numel:
-            raise ValueError(f"{where}: numel {self.numel} does not fit shape {self.shape}")
-        if (self.bits is None) == (self.parts is None):
-            raise ValueError(f"{where}: give either bits or parts")
-        if self.parts is not None:
-            runs = [part.runs for part in self.parts]
-            if not all(map(len, runs)) or not runs or not cover(runs, self.channels):
-                raise ValueError(
-                    f"{where}: parts must cover channels 0 to {self.channels - 1} once each, ascending, none empty"
-                )
-        for bits, channels in self.widths:
-            if bits not in FLOAT_BITS:
-                self.scheme.check_bits(bits, f"{where}: bits")
-                self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
-        self.scheme.regions_per_channel(self.shape, self.channel_axis, self.name)
-        return self
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its name, then its tied ones."""
-        return (self.name, *self.tied)
-
-    @property
-    def groups(self) -> tuple[Part, ...]:
-        """The parts, a layer without parts being one."""
-        if self.parts is not None:
-            return self.parts
-        assert self.bits is not None
-        return (Part(bits=self.bits, channels=range(self.channels)),)
-
-    @property
-    def in_float(self) -> bool:
-        """Whether all of the layer stays in floating point."""
-        return all(part.bits in FLOAT_BITS for part in self.groups)
-
-    @property
-    def widths(self) -> tuple[tuple[int, int], ...]:
-        """Bits, and how many channels have them."""
-        if self.bits is not None:
-            return ((self.bits, self.channels),)
-        return tuple((part.bits, len(part.channels)) for part in self.groups)
-
-    @property
-    def bits_text(self) -> str:
-        """`5`, or `3x12 8x4` for parts: bits x channels."""
-        return str(self.bits) if self.bits is not None else " ".join(f"{bits}x{count}" for bits, count in self.widths)
-
-    @property
-    def code_bits(self) -> int:
-        """Bits of all codes together."""
-        if self.bits is not None:
-            return self.numel * self.bits
-        per_channel = self.numel // max(1, self.channels)
-        return sum(part.bits * len(part.channels) * per_channel for part in self.groups)
 
 
 class AllocatorRecord(Strict):

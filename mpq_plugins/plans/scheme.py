@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Tag
 
-from .documents import STRICT
-from .errors import SettingError
+from ..common.documents import STRICT
+from ..errors import SettingError
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 RangeName = Literal["minmax", "mse"]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import MeasureWarning, SettingError, SourceError
 from .checksum import is_damaged, sealed, unsealed
 from .documents import LARGEST_DOCUMENT
-from .errors import MeasureWarning, SettingError, SourceError
 from .files import exists, read_regular, write_text
 
 VERSION = 2  # 1 had no checksums, and did not say which it was

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from .errors import SettingError, SourceError
+from ..errors import SettingError, SourceError
 
 try:
     import fcntl

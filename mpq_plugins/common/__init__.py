@@ -1,0 +1,1 @@
+"""What every part stands on: files, text, checks, plugins. No torch, and nothing of quantization."""

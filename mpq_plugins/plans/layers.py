@@ -1,0 +1,189 @@
+"""What tables and plans both say of a layer, and what both refuse: shapes that no memory holds, unknown kinds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+
+from ..common.documents import Strict
+from .channels import MOST_CHANNELS, Channels, cover
+from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
+
+ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
+
+
+KINDS = (
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
+)  # fmt: skip
+LARGEST_SIDE, LARGEST_SHAPE = 1 << 40, 1 << 62
+
+Side = Annotated[int, Field(ge=0)]
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind[:60]!r} is not allowed; {', '.join(KINDS)}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(_check_kind), Field(json_schema_extra={"enum": list(KINDS)})]
+
+
+class LayerDocument(Strict):
+    """A layer's name, kind, shape and output axis."""
+
+    name: str
+    kind: Kind
+    shape: Annotated[tuple[Side, ...], Field(min_length=1)]
+    channel_axis: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        where = f"layer {self.name!r}"
+        if max(self.shape) > LARGEST_SIDE or beyond_memory(self.shape):
+            raise ValueError(f"{where}: shape {str(self.shape)[:80]} is beyond any memory")
+        if self.channel_axis >= len(self.shape):
+            raise ValueError(f"{where}: channel_axis {self.channel_axis} does not fit shape {self.shape}")
+        if self.channels > MOST_CHANNELS:
+            raise ValueError(f"{where}: {self.channels} output channels; {MOST_CHANNELS} is the most")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.shape[self.channel_axis]
+
+
+def check_once(layers: Iterable[Sequence[str]], skipped: Iterable[str]) -> None:
+    """Raise ValueError for a name that two layers have, or that is skipped as well; layers: the names of each."""
+    seen: set[str] = set()
+    for name in [name for names in layers for name in names]:
+        if name in seen:
+            raise ValueError(f"layers: {name!r} appears more than once")
+        seen.add(name)
+    for name in skipped:
+        if name in seen:
+            raise ValueError(f"skipped: {name!r} is a layer as well, or appears more than once")
+        seen.add(name)
+
+
+def beyond_memory(shape: Sequence[int]) -> bool:
+    """Whether no memory holds a tensor of these sides, those of 0 left out."""
+    return math.prod(side for side in shape if side) > LARGEST_SHAPE
+
+
+def _check_plan_bits(bits: int) -> int:
+    if bits not in ALLOWED_BITS:
+        raise ValueError(f"{bits} is not allowed; 1 to 8, or 16 or 32 for floating point")
+    return bits
+
+
+def _channels(value: Any, info: ValidationInfo) -> Channels:
+    if info.mode == "json" and not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no channel or run of channels; write '0-2,5'")
+    return Channels.of(value)
+
+
+Bits = Annotated[
+    int,
+    Field(json_schema_extra={"enum": list(ALLOWED_BITS)}),
+    BeforeValidator(lambda bits: _check_plan_bits(bits) if type(bits) is int else bits),
+]
+
+
+ChannelRuns = Annotated[
+    Sequence[int],
+    PlainValidator(_channels),
+    PlainSerializer(lambda channels: str(Channels.of(channels)), return_type=str),
+    WithJsonSchema({"type": "string", "pattern": r"^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"}),
+]
+
+
+class Part(Strict):
+    """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
+
+    bits: Bits
+    channels: ChannelRuns
+
+    @property
+    def runs(self) -> Channels:
+        """The channels, as they are kept."""
+        return Channels.of(self.channels)
+
+
+class LayerChoice(LayerDocument):
+    """What one layer gets: either `bits` for all of it or `parts` that cover its output channels once each."""
+
+    numel: Annotated[int, Field(ge=0)]
+    bits: Bits | None = None
+    parts: tuple[Part, ...] | None = None
+    scheme: NamedScheme
+    tied: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        where = f"layer {self.name!r}"
+        if math.prod(self.shape) != self.numel:
+            raise ValueError(f"{where}: numel {self.numel} does not fit shape {self.shape}")
+        if (self.bits is None) == (self.parts is None):
+            raise ValueError(f"{where}: give either bits or parts")
+        if self.parts is not None:
+            runs = [part.runs for part in self.parts]
+            if not all(map(len, runs)) or not runs or not cover(runs, self.channels):
+                raise ValueError(
+                    f"{where}: parts must cover channels 0 to {self.channels - 1} once each, ascending, none empty"
+                )
+        for bits, channels in self.widths:
+            if bits not in FLOAT_BITS:
+                self.scheme.check_bits(bits, f"{where}: bits")
+                self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
+        self.scheme.regions_per_channel(self.shape, self.channel_axis, self.name)
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, then its tied ones."""
+        return (self.name, *self.tied)
+
+    @property
+    def groups(self) -> tuple[Part, ...]:
+        """The parts, a layer without parts being one."""
+        if self.parts is not None:
+            return self.parts
+        assert self.bits is not None
+        return (Part(bits=self.bits, channels=range(self.channels)),)
+
+    @property
+    def in_float(self) -> bool:
+        """Whether all of the layer stays in floating point."""
+        return all(part.bits in FLOAT_BITS for part in self.groups)
+
+    @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """Bits, and how many channels have them."""
+        if self.bits is not None:
+            return ((self.bits, self.channels),)
+        return tuple((part.bits, len(part.channels)) for part in self.groups)
+
+    @property
+    def bits_text(self) -> str:
+        """`5`, or `3x12 8x4` for parts: bits x channels."""
+        return str(self.bits) if self.bits is not None else " ".join(f"{bits}x{count}" for bits, count in self.widths)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of all codes together."""
+        if self.bits is not None:
+            return self.numel * self.bits
+        per_channel = self.numel // max(1, self.channels)
+        return sum(part.bits * len(part.channels) * per_channel for part in self.groups)
