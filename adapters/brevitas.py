@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.fold import conv_bn_pairs, folded_copy
-from mpq_plugins.plain import HARMLESS, standard_class, why_not_plain
+from mpq_plugins.models.folding import conv_bn_pairs, folded_copy
+from mpq_plugins.models.plain import HARMLESS, standard_class, why_not_plain
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
@@ -120,8 +120,8 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
         _check_layerwise(plan, model)
     elif plan.fold_bn:
         raise SettingError(
-            "the plan was measured with BatchNorm folded in: quantize fold_batch_norm(model), of mpq_plugins.fold, and "
-            "give that model to layer_map too"
+            "the plan was measured with BatchNorm folded in: quantize fold_batch_norm(model), of "
+            "mpq_plugins.models.folding, and give that model to layer_map too"
         )
     ignored, planned = config.IGNORE_MISSING_KEYS, planned_by_name(plan)
 

@@ -8,8 +8,8 @@ from brevitas.utils.torch_utils import StopFwdException
 from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few, what_it_said
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MPQError, SettingError
+from mpq_plugins.models.copying import duplicate
 
 from .brevitas_read import input_quantizers, is_calibrated, is_quantized
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.files import atomic_path
 from mpq_plugins.common.text import first_few, what_it_said
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError, VerifyError
+from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 

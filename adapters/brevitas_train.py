@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins.common.text import what_it_said
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MPQError, SettingError, WeightError
+from mpq_plugins.models.copying import duplicate
 
 from .brevitas_batches import Batch, Progress, check_schedule, given_batches, ready, report, run
 from .brevitas_float import forget

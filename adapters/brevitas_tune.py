@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError, WeightError
+from mpq_plugins.models.copying import duplicate
 
 from .brevitas_batches import Batch, Progress, called_layers, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, begin_at_own_bias, mark, require_float

@@ -13,7 +13,7 @@ from mpq_plugins.common.documents import parse_json
 from mpq_plugins.common.files import atomic_path
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import FormatError, SettingError
-from mpq_plugins.fingerprint import tensor_bytes
+from mpq_plugins.models.fingerprint import tensor_bytes
 from mpq_plugins.plans.plan import Plan
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
-from mpq_plugins.batches import first_input, run_model, seeded
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
-from mpq_plugins.fold import borrowed_weights
-from mpq_plugins.plain import why_not_plain
+from mpq_plugins.models.folding import borrowed_weights
+from mpq_plugins.models.plain import why_not_plain
+from mpq_plugins.models.running import first_input, run_model, seeded
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from mpq_plugins.plain import is_plain
+from mpq_plugins.models.plain import is_plain
 
 WALL = operator.pos  # gives back what it is given, and torch has no pattern for it
 RELUS: set[Any] = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}

@@ -13,7 +13,7 @@ from typing import cast
 
 from torch import nn
 
-from mpq_plugins.duplicate import duplicate
+from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
 
 from .folded import check_types

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mpq_plugins.activation_ranges import refuse_input_ranges
 from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
 from mpq_plugins.common.text import first_few, what_it_said
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, TuningError
 from mpq_plugins.match import match
+from mpq_plugins.models.copying import duplicate
+from mpq_plugins.models.input_ranges import refuse_input_ranges
+from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
-from mpq_plugins.weights import layer_kind
 
 from .folded import planned_layers
 from .inc_classic_adaptor import PLAN, PlanAdaptor, carried_plan

@@ -15,9 +15,9 @@ from mpq_plugins.allocate.mixquant import MixQuant
 from mpq_plugins.allocate.ptilmpq import PTILMPQ
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.match import match
+from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.weights import layer_kind
 
 from .inc_names import BY_TYPE, check_float, checked_white_list, matching, shown
 from .inc_plan import (

@@ -7,10 +7,11 @@ from torch import nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError
 from mpq_plugins.measure.error import weights_fingerprint
+from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.weights import find_weights, layer_kind
+from mpq_plugins.weights.find import find_weights
 
 from .inc_config import PlanConfig, PlanningConfig
 from .inc_plan import CAPABILITIES

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.plain import why_not_plain
+from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine
-from mpq_plugins.quantize.weight import check_weight
+from mpq_plugins.weights.dtypes import check_weight
 
 from .folded import check_model, check_plan, check_sizes, lent_weights, planned_layers
 from .inc_names import check_float

@@ -14,12 +14,12 @@ from torch import nn
 from mpq_plugins import Affine, measure
 from mpq_plugins.allocate.base import Allocator
 from mpq_plugins.common.checks import first_problem
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError
+from mpq_plugins.models.copying import duplicate
+from mpq_plugins.models.kinds import KINDS
 from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import SCHEMES, NamedScheme, Scheme
-from mpq_plugins.weights import KINDS
 
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
 GIVE = "Affine(...), Piecewise(...), Codebook(...) or None"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mpq_plugins.apply import apply
-from mpq_plugins.batches import call_model, run_model, seeded
 from mpq_plugins.errors import SettingError
+from mpq_plugins.models.running import call_model, run_model, seeded
 from mpq_plugins.plans.plan import Plan
 
 FLOAT_ROUNDING = 1e-4

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from mpq_plugins.batches import evaluating
+from mpq_plugins.checkpoints.rows import channel_rows
 from mpq_plugins.common.text import what_it_said
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SourceError
-from mpq_plugins.fold import fold_batch_norm, unfolded_norms
+from mpq_plugins.models.copying import duplicate
+from mpq_plugins.models.folding import fold_batch_norm, unfolded_norms
+from mpq_plugins.models.kinds import channel_axis_of, layer_kind
+from mpq_plugins.models.running import evaluating
+from mpq_plugins.models.tracing import BATCH_NORMS, opened_trace
 from mpq_plugins.plans.names import weight_name
-from mpq_plugins.quantize.regions import channel_rows
-from mpq_plugins.tracing import BATCH_NORMS, opened_trace
-from mpq_plugins.weights import channel_axis_of, layer_kind
 
 from .outputs import difference
 

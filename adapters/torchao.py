@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, PerAxis, PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
-from mpq_plugins.borrowed import borrowed_uses
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError
-from mpq_plugins.fold import folded_copy
 from mpq_plugins.lower import IntegerWeight, integer_weight
-from mpq_plugins.plain import why_not_plain
+from mpq_plugins.models.borrowed import borrowed_uses
+from mpq_plugins.models.folding import folded_copy
+from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine
-from mpq_plugins.weights import quantizable_weights
 
 from .folded import (
     as_measured,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins.checkpoints import open_checkpoint
+from mpq_plugins.checkpoints.checkpoint import open_checkpoint
 
 ZOO = Path(os.environ.get("MPQ_ZOO", "../shared/zoo")) / "cifar10"
 CHECKPOINTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}

@@ -20,7 +20,6 @@ from .measure import measure, sensitivity
 from .reconstruct import reconstruct
 
 if TYPE_CHECKING:
-    from .activation_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
     from .allocate.base import Allocator
     from .allocate.budget import Allocation, Budget
     from .allocate.latency import LatencyTable
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
         WeightError,
     )
     from .guard import Comparison, compare
+    from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
     from .plans.layers import LayerChoice, Part
     from .plans.plan import Plan
     from .plans.scheme import Affine, Codebook, Piecewise
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .plans.table import LayerStats, LayerTable
     from .reconstruct import BlockReport
     from .synthetic import synthetic_batches
-    from .weights import find_weights, iter_weights
+    from .weights.find import find_weights, iter_weights
 
 __all__ = [
     "PTILMPQ",
@@ -121,7 +121,7 @@ _HOMES = {
     "Deviations": "compress.prune",
     "FormatError": "errors",
     "GlobalSparsity": "compress.prune",
-    "InputRange": "activation_ranges",
+    "InputRange": "models.input_ranges",
     "LatencyTable": "allocate.latency",
     "LayerChoice": "plans.layers",
     "LayerStats": "plans.table",
@@ -145,15 +145,15 @@ _HOMES = {
     "VerifyError": "errors",
     "WeightError": "errors",
     "compare": "guard",
-    "find_weights": "weights",
+    "find_weights": "weights.find",
     "finish": "compress.parametrized",
-    "input_ranges": "activation_ranges",
-    "iter_weights": "weights",
+    "input_ranges": "models.input_ranges",
+    "iter_weights": "weights.find",
     "prune": "compress.prune",
     "share": "compress.share",
     "synthetic_batches": "synthetic",
-    "with_input_ranges": "activation_ranges",
-    "without_input_ranges": "activation_ranges",
+    "with_input_ranges": "models.input_ranges",
+    "without_input_ranges": "models.input_ranges",
 }
 
 

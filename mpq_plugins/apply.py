@@ -42,10 +42,10 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     """
     import torch
 
-    from .fold import folded_copy
     from .match import match
+    from .models.folding import folded_copy
+    from .models.kinds import quantizable_weights
     from .simulate import simulate
-    from .weights import quantizable_weights
 
     plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     if calibrate is not None:
@@ -75,9 +75,9 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
     skipped layers must be untouched. Inputs that the model quantizes itself must have the plan's activation bits.
     Returns one check per part; raises VerifyError listing what is wrong.
     """
-    from .activation_ranges import input_ranges
     from .match import as_called
-    from .weights import quantizable_weights
+    from .models.input_ranges import input_ranges
+    from .models.kinds import quantizable_weights
 
     weights = quantizable_weights(model)
     plan = as_called(plan, weights)
@@ -112,7 +112,7 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
 
 def _simulates_activations(model: "nn.Module", plan: "Plan") -> bool:
     """Whether the model quantizes the inputs of all planned layers that have values for inputs, as the plan says."""
-    from .activation_ranges import input_ranges
+    from .models.input_ranges import input_ranges
 
     bits = {name: own.bits for name, own in input_ranges(model).items()}
     wanted = [layer for layer in plan.layers if not layer.in_float and layer.kind != "embedding"]
@@ -121,8 +121,8 @@ def _simulates_activations(model: "nn.Module", plan: "Plan") -> bool:
 
 def _expected(original: "nn.Module", plan: "Plan", present: "Iterable[str]") -> "dict[str, Tensor]":
     """What the plan makes of the float model's weights, by the names that the model in hand has for them."""
-    from .weights import quantizable_weights
-    from .wrappers import renaming
+    from .models.kinds import quantizable_weights
+    from .models.wrappers import renaming
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about activations, which are not compared here

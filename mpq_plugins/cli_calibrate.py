@@ -24,7 +24,7 @@ MOST_BATCHES = 10_000
 
 def calibration_batches(text: str) -> list[Any]:
     """What `package.module:function` returns, as a list of batches. Raises SourceError or SettingError."""
-    from .batches import checked_batches
+    from .models.running import checked_batches
 
     function = named_function(text)
     with outsiders(lambda said: SourceError(f"{text}: the function cannot be called ({said})")):
@@ -110,8 +110,8 @@ def _load(
     model: "nn.Module", checkpoint: Path, factory: str, weights: str | None, prefer: str | None
 ) -> Mapping[str, str]:
     """Put the checkpoint's tensors into the model; what its tensors are called there."""
-    from .checkpoints import read_checkpoint
-    from .wrappers import renaming
+    from .checkpoints.checkpoint import read_checkpoint
+    from .models.wrappers import renaming
 
     stored = read_checkpoint(checkpoint, weights, prefer=prefer).tensors
     state = model.state_dict()

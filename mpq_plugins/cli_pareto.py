@@ -58,7 +58,7 @@ def pareto(
     from .cli_calibrate import calibration_batches
     from .cli_sources import Request, measured, named_function, resolve_source
     from .errors import SettingError
-    from .fingerprint import batches_digest
+    from .models.fingerprint import batches_digest
     from .objective import parts_of
     from .pareto import plans_at
     from .plans.table import METRICS, is_table

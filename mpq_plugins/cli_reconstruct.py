@@ -128,7 +128,7 @@ def _bytes(gibibytes: float) -> int:
 def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any]", correcting: bool) -> None:
     """Refuse, before the work, a result that the factory's model could not load. Raises SettingError."""
     from .correct import correct
-    from .fold import folded_copy
+    from .models.folding import folded_copy
 
     if correcting:
         with redirect_stdout(sys.stderr):

@@ -168,7 +168,7 @@ def resumable(
     Interrupted, rows and measurement stay for the next run, if there are rows; otherwise nothing stays behind.
     """
     from .common.journal import Journal
-    from .fingerprint import model_digest, source_digest
+    from .models.fingerprint import model_digest, source_digest
     from .plans.table import is_table
 
     journal = None

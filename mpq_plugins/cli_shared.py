@@ -135,7 +135,7 @@ def say_written(file: Path | None, what: str) -> None:
 def say_left_alone(table: Any) -> None:
     """What the plan does not cover, and which weights it was made from where a file holds others, on stderr."""
     from .common.text import first_few
-    from .roles import PREFIX
+    from .weights.roles import PREFIX
 
     if table.weights is not None:
         say(f"weights: those under {table.weights!r}")

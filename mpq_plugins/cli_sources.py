@@ -229,7 +229,7 @@ def measure_now(
 
 def _say_file(source: "Path | nn.Module") -> None:
     """Which file of a directory is read, where it has another name than weights have."""
-    from .shards import USUAL, weight_files
+    from .checkpoints.shards import USUAL, weight_files
 
     if isinstance(source, Path) and exists(source) and source.is_dir():
         file = weight_files(source).chosen
@@ -268,7 +268,7 @@ def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None)
 def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, request: Request) -> str | None:
     from .measure.error import weights_fingerprint
     from .measure.run import resolve_fold
-    from .weights import find_weights
+    from .weights.find import find_weights
 
     scheme = request.scheme(needs.scheme)
     if table.scheme != scheme:

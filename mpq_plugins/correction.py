@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .apply import apply
-from .batches import checked_batches, evaluating, first_input, run_model
-from .behaviour import adds_its_bias, follows_its_statistics
 from .common.text import first_few
 from .correct import Progress
-from .duplicate import duplicate
 from .errors import SettingError
-from .fold import borrowed_weights, folded_copy
 from .match import match
 from .measure.moments import second_moments, weight_users
 from .measure.own_output import watching
-from .plain import is_plain
+from .models.behaviour import adds_its_bias, follows_its_statistics
+from .models.copying import duplicate
+from .models.folding import borrowed_weights, folded_copy
+from .models.kinds import layer_kind, quantizable_weights
+from .models.plain import is_plain
+from .models.running import checked_batches, evaluating, first_input, run_model
+from .models.tracing import BATCH_NORMS, CONVOLUTIONS
 from .plans.plan import Plan
 from .plans.scheme import FLOAT_BITS
 from .quantize.fitted import check_fits, fitted
-from .quantize.weight import check_weight
-from .tracing import BATCH_NORMS, CONVOLUTIONS
-from .weights import layer_kind, quantizable_weights
+from .weights.dtypes import check_weight
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little

@@ -9,20 +9,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints import load_lazily, load_torch, storage_identity
+from .checkpoints.checkpoint import load_lazily, load_torch, storage_identity
+from .checkpoints.readers import StoredTensor, read_header, safetensors_tensors
+from .checkpoints.shards import weight_files
+from .checkpoints.state_dicts import TOP, chosen_state_dict
+from .checkpoints.torch_files import refuse_expanded
 from .common.files import atomic_directory, atomic_path, unchanged
 from .common.text import first_sentence
 from .errors import SettingError, SourceError
 from .match import Match, match
+from .models.wrappers import bare_names
 from .plans.layers import LayerChoice
 from .plans.names import are_experts, is_weight, layer_name, stacks_of
 from .plans.plan import Plan
-from .shards import weight_files
 from .simulate import simulate
-from .state_dicts import TOP, chosen_state_dict
-from .tensor_files import StoredTensor, read_header, safetensors_tensors
-from .torch_files import refuse_expanded
-from .wrappers import bare_names
 
 Progress = Callable[[str, int, int], None]
 

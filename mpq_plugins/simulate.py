@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from .checkpoints.rows import channel_rows
 from .plans.channels import Channels
 from .plans.layers import LayerChoice
 from .plans.scheme import FLOAT_BITS
 from .quantize.fake import fake_quantize
-from .quantize.regions import channel_rows
-from .quantize.weight import check_weight
+from .weights.dtypes import check_weight
 
 
 def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .duplicate import duplicate
 from .errors import SettingError, SourceError
+from .models.copying import duplicate
 from .objective import predicted
 from .plan_error import METRICS, plan_error
 from .plans.plan import Plan

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import call_model, evaluating
-from .duplicate import duplicate
 from .errors import SettingError
-from .tracing import BATCH_NORMS
+from .models.copying import duplicate
+from .models.running import call_model, evaluating
+from .models.tracing import BATCH_NORMS
 
 Progress = Callable[[str, int, int], None]
 

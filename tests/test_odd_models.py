@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, LayerTable, Uniform, apply, measure, sensitivity, verify
 from mpq_plugins.errors import MPQError, SettingError
-from mpq_plugins.plain import is_plain
+from mpq_plugins.models.plain import is_plain
 from tests.helpers.odd import PARAMETRIZED, Recipe, inputs, recipes
 
 PER_CHANNEL = Affine(granularity="per_channel")

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.scheme import Affine, Codebook, Piecewise, Scheme
 from ..quantize import affine, codebook, piecewise
 from ..quantize.affine import QuantizedTensor
 from ..quantize.codebook import CodebookTensor
 from ..quantize.grid import CodebookGrids, Grids, PiecewiseGrids
 from ..quantize.piecewise import PiecewiseTensor
-from ..quantize.regions import channel_rows, from_channel_rows
 from .bitpack import Codes
 
 Quantized = QuantizedTensor | PiecewiseTensor | CodebookTensor

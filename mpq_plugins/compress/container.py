@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.readers import DTYPES
 from ..common.checksum import checksum
 from ..common.files import open_regular
 from ..common.text import first_sentence
@@ -30,7 +31,6 @@ from ..errors import FormatError
 from ..plans.layers import LayerChoice, Part
 from ..plans.names import layer_name
 from ..plans.plan import Plan
-from ..tensor_files import DTYPES
 from . import Progress
 from .codes import PartCodes, PartShape, decode
 from .header import CHECKSUM, PROLOGUE, Header, PartRecord, TensorRecord, check_records, choice_of, read_header

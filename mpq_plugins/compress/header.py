@@ -10,7 +10,8 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field, ValidationError
 
-from ..checkpoints import CONTAINER_MAGIC
+from ..checkpoints.checkpoint import CONTAINER_MAGIC
+from ..checkpoints.readers import DTYPES
 from ..common.checks import first_problem
 from ..common.checksum import checksum
 from ..common.documents import Strict, parse_json
@@ -20,8 +21,7 @@ from ..plans.layers import LayerChoice, beyond_memory
 from ..plans.names import layer_name
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
-from ..quantize.weight import WEIGHT_DTYPES
-from ..tensor_files import DTYPES
+from ..weights.dtypes import WEIGHT_DTYPES
 from .streams import Coding, Stream, possible
 
 VERSION = 1

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..common.text import first_few
-from ..duplicate import duplicate
 from ..errors import SettingError
-from ..handles import Weight
+from ..models.copying import duplicate
+from ..weights.handles import Weight
 
 WEIGHT = "weight"
 

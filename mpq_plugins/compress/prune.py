@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..common.checks import is_number
 from ..common.patterns import matches
-from ..duplicate import duplicate
 from ..errors import SettingError, WeightError
-from ..handles import Weight
-from ..measure.chunks import over_chunks
-from ..weights import find_weights
+from ..models.copying import duplicate
+from ..weights.chunks import over_chunks
+from ..weights.find import find_weights
+from ..weights.handles import Weight
 from .parametrized import Mask, put
 
 Array = NDArray[np.float64]

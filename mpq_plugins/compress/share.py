@@ -8,15 +8,15 @@ which is what differentiating w_ij = c[code_ij] gives.
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
-from ..fold import folded_copy
 from ..match import match
+from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Codebook
 from ..quantize.codebook import quantize
-from ..quantize.regions import channel_rows, from_channel_rows
-from ..weights import find_weights
+from ..weights.find import find_weights
 from .parametrized import WeightMaker, put
 
 

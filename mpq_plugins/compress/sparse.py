@@ -12,7 +12,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..quantize.regions import channel_rows
+from ..checkpoints.rows import channel_rows
 from .bitpack import Codes
 
 CONV_INDEX_BITS, FC_INDEX_BITS = 8, 5  # the paper's

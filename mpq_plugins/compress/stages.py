@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from torch import Tensor
 
+from ..checkpoints.readers import DTYPES
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS
-from ..tensor_files import DTYPES
 from .bitpack import Codes, packed_bytes
 from .codes import PartCodes, PartShape, are_zero
 from .container import Container, part_shape

@@ -10,21 +10,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints import stored_tensors
+from ..checkpoints.checkpoint import stored_tensors
+from ..checkpoints.readers import DTYPES, StoredTensor
 from ..common.files import atomic_path, exists, unchanged
 from ..common.text import first_few
 from ..errors import SettingError, SourceError, VerifyError
-from ..fingerprint import tensor_bytes
-from ..fold import folded_copy
-from ..handles import Weight
 from ..match import match
+from ..models.fingerprint import tensor_bytes
+from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice, Part
 from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
-from ..quantize.weight import check_weight
 from ..rewrite import require_unscaled
-from ..tensor_files import DTYPES, StoredTensor
+from ..weights.dtypes import check_weight
+from ..weights.handles import Weight
 from . import Progress
 from .bitpack import Codes
 from .codes import PartCodes, PartShape, encode

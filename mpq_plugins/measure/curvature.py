@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..batches import one_sample, sample_count
 from ..common.text import first_sentence
 from ..errors import SettingError
+from ..models.running import one_sample, sample_count
 from .sensitivities import Curves, Job, unreached
 
 

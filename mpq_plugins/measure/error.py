@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import WeightError, WorkerError
-from ..fingerprint import fingerprint, layer_digest
-from ..handles import Weight
+from ..models.device import own_stream
+from ..models.fingerprint import fingerprint, layer_digest
 from ..plans.scheme import Scheme
 from ..plans.table import LayerStats
 from ..quantize.calibrate import choose_grids
 from ..quantize.grid import RegionStats
 from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, kernel_name, row_stats
 from ..quantize.regions import region_rows
-from .chunks import Op, chunks, over_chunks, read
-from .device import own_stream
+from ..weights.chunks import Op, chunks, over_chunks, read
+from ..weights.handles import Weight
 from .importance import channel_importance, layer_importance
 
 Array = NDArray[np.float64]

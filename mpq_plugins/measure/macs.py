@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..batches import evaluating
 from ..errors import SettingError
-from ..weights import layer_kind
+from ..models.kinds import layer_kind
+from ..models.running import evaluating
 
 
 def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:

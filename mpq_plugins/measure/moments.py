@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batches import call_model, first_input, sample_count
 from ..errors import SettingError
-from ..fold import borrowed_weights
-from ..plain import is_plain
+from ..models.folding import borrowed_weights
+from ..models.kinds import layer_kind
+from ..models.plain import is_plain
+from ..models.running import call_model, first_input, sample_count
 from ..plans.names import weight_name
-from ..weights import layer_kind
 from .own_output import squared_slopes, watching
 
 TRANSPOSED: dict[type[nn.Module], Callable[..., Tensor]] = {

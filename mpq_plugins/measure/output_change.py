@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batches import sample_count
+from ..models.running import sample_count
 from ..plans.table import LayerStats
 from .replay import Replay
 from .sensitivities import Curves, Job, unreached

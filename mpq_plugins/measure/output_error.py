@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..plain import is_plain
+from ..models.plain import is_plain
 from ..plans.table import LayerStats
 from .moments import second_moments
 from .own_output import output_errors

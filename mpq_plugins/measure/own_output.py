@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from ..batches import call_model, own_copy, sample_count, seeded
 from ..errors import SettingError
+from ..models.running import call_model, own_copy, sample_count, seeded
 
 PROBES = 16
 SEED = 0

@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..checkpoints.readers import FileColumns, FileRows
+from ..checkpoints.scaled import ScaledRows
+from ..checkpoints.torch_files import Expanded
 from ..common.files import exists, unchanged
 from ..common.record import Arrays, Record
 from ..common.text import first_few
 from ..errors import MeasureWarning, SettingError
-from ..fingerprint import fingerprint
-from ..fold import has_batch_norm, training_norms
-from ..handles import Weight, Weights
+from ..models.device import checked_device
+from ..models.fingerprint import fingerprint
+from ..models.folding import has_batch_norm, training_norms
 from ..plans.scheme import Scheme
 from ..plans.table import METRICS, LayerStats, LayerTable, with_macs
 from ..quantize.kernel import kernel_name
-from ..scaled import ScaledRows
-from ..tensor_files import FileColumns, FileRows
-from ..torch_files import Expanded
-from ..weights import find_weights
+from ..weights.chunks import Array, Op, chunks
+from ..weights.find import find_weights
+from ..weights.handles import Weight, Weights
 from . import Progress
-from .chunks import Array, Op, chunks
-from .device import checked_device
 from .error import Request, Sums, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
 from .units import Unit, Work, cut, cut_layer

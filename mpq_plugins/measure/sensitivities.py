@@ -15,17 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..batches import call_model, checked_batches, evaluating, own_copy, seeded
 from ..common import registry
 from ..common.journal import Journal
 from ..common.text import first_few
 from ..errors import MismatchError, SettingError
-from ..fingerprint import batches_digest, model_digest, source_digest
-from ..fold import folded_copy
+from ..models.fingerprint import batches_digest, model_digest, source_digest
+from ..models.folding import folded_copy
+from ..models.kinds import quantizable_weights
+from ..models.running import call_model, checked_batches, evaluating, own_copy, seeded
 from ..plans.table import LayerStats, LayerTable
 from ..quantize.fake import fake_quantize
 from ..quantize.fitted import check_fits, fitted
-from ..weights import find_weights, quantizable_weights
+from ..weights.find import find_weights
 from . import Progress
 from .error import weights_fingerprint
 from .moments import second_moments, weight_users

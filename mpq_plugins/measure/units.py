@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..handles import Weight
 from ..plans.scheme import Scheme
-from .chunks import chunk_channels, chunks
+from ..weights.chunks import chunk_channels, chunks
+from ..weights.handles import Weight
 
 SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of a unit: worth waking a thread for, and done within a second
 LARGEST_SEARCHED = 1 << 22  # where ranges or breakpoints are searched for, at a hundred times the work

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.scheme import Affine, check_bits
 from .calibrate import fitted_rows
 from .grid import Grids
-from .regions import channel_rows, from_channel_rows
 
 
 @dataclass(frozen=True)

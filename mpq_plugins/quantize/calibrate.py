@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows
 from ..plans.scheme import Affine, Codebook, Piecewise, Scheme
+from ..weights.dtypes import check_weight
 from .breakpoint import choose_breakpoints
 from .grid import AnyGrids, CodebookGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
 from .kernel import SQUARED, error_sums, error_totals, row_stats
 from .kmeans import centroids
-from .regions import channel_rows, region_rows
-from .weight import check_weight
+from .regions import region_rows
 
 Each = Callable[[Callable[[Tensor], Floats]], Floats]
 """Applies a function to every block of a weight, and joins what it gives along the first axis: with one region for all,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.scheme import Codebook
 from .calibrate import fitted_rows
 from .grid import CodebookGrids
 from .kmeans import edges
-from .regions import channel_rows, from_channel_rows
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.scheme import Affine, Scheme
 from .grid import affine_grids
-from .regions import channel_rows, from_channel_rows
 
 COARSE = np.linspace(1.0, 0.1, 46)
 FINE = np.linspace(-0.018, 0.018, 9)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.scheme import Piecewise
 from .calibrate import fitted_rows
 from .grid import PiecewiseGrids
-from .regions import channel_rows, from_channel_rows
 
 
 @dataclass(frozen=True)

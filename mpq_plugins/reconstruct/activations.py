@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation_ranges import InputQuantizer, fake_quantize
-from ..batches import first_input
 from ..errors import SettingError
+from ..models.input_ranges import InputQuantizer, fake_quantize
+from ..models.running import first_input
 
 MOST_VALUES = 1 << 14  # of a layer's input, a call, that a range is searched on
 RATIOS = torch.linspace(1.0, 0.2, 41)

@@ -16,11 +16,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS, Affine
 from ..quantize import affine
-from ..quantize.regions import channel_rows, from_channel_rows
 from ..simulate import simulate
 
 ZETA, GAMMA = 1.1, -0.1

@@ -7,8 +7,8 @@ from torch import nn
 from ..common.patterns import matches
 from ..common.text import first_few
 from ..errors import SettingError
+from ..models.kinds import layer_kind
 from ..plans.plan import Plan
-from ..weights import layer_kind
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

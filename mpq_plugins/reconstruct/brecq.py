@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation_ranges import NAME, refuse_input_ranges
-from ..batches import checked_batches, evaluating, sample_count
 from ..errors import SettingError
 from ..match import match
+from ..models.input_ranges import NAME, refuse_input_ranges
+from ..models.running import checked_batches, evaluating, sample_count
 from ..plans.names import weight_name
 from ..plans.plan import Plan
 from . import BlockReport, Progress

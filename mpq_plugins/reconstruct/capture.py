@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from ..batches import call_model
 from ..errors import SettingError, WeightError
+from ..models.running import call_model
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device)
 

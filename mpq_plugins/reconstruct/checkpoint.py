@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..common.documents import load_json
 from ..common.files import atomic_path, exists, write_text
 from ..errors import SettingError, SourceError
-from ..fingerprint import batches_digest, model_digest, source_digest, tensors_digest
+from ..models.fingerprint import batches_digest, model_digest, source_digest, tensors_digest
 from ..plans.plan import Plan
 from . import BlockReport
 from .cache import CACHE

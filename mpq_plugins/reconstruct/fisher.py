@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..batches import call_model
 from ..errors import SettingError
+from ..models.running import call_model
 from .capture import first_tensor
 
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from ..common.text import what_it_said
 from ..errors import MPQError, SettingError
-from ..tracing import CONVOLUTIONS
+from ..models.tracing import CONVOLUTIONS
 from .activations import ActivationRange
 from .adaround import Rounding, beta_at, soft_weights, undecided
 from .capture import first_tensor

@@ -74,7 +74,7 @@ def _sizes(container: Container, whole: Stages) -> dict[str, int]:
 
 
 def _others_original(container: Container) -> int:
-    from ..tensor_files import DTYPES
+    from ..checkpoints.readers import DTYPES
 
     others = [record for record in container.header.tensors if record.parts is None and record.same is None]
     return sum(container.values(record) * DTYPES[record.dtype].itemsize for record in others)

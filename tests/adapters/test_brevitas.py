@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Piecewise, Plan, Uniform, measure
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
-from mpq_plugins.fold import fold_batch_norm
-from mpq_plugins.weights import quantizable_weights
+from mpq_plugins.models.folding import fold_batch_norm
+from mpq_plugins.models.kinds import quantizable_weights
 from tests.adapters import nets
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import with_layer

@@ -17,9 +17,9 @@ from torch.nn.utils import parametrizations, prune
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Piecewise, Plan, Uniform, apply, measure
 from mpq_plugins.adapters import fx
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, VerifyError
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.models.folding import fold_batch_norm
+from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.legalise import legalise
-from mpq_plugins.weights import quantizable_weights
 from tests.adapters import nets, odd_graphs, shapes
 from tests.adapters.rounding import distances, simulations
 from tests.conftest import Ran

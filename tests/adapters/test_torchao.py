@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Plan, Uniform, measure
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
-from mpq_plugins.weights import quantizable_weights
+from mpq_plugins.models.kinds import quantizable_weights
 from tests.adapters import nets
 from tests.helpers.nets import tied_net
 from tests.helpers.plans import with_layer

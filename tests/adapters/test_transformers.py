@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins import Affine, MismatchError, Uniform, measure
-from mpq_plugins.batches import run_model
+from mpq_plugins.models.running import run_model
 
 transformers = pytest.importorskip("transformers")
 brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import Block, need_networks, resnet
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.report.tables import grid
 
 ZETA, GAMMA, SAMPLES, BATCH = 1.1, -0.1, 1024, 32

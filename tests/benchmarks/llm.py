@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mpq_plugins.shards import INDEX_NAME
+from mpq_plugins.checkpoints.shards import INDEX_NAME
 
 SHARD = 2 << 30  # bytes
 POOL = 1 << 24  # random values that tensors are filled from, each beginning elsewhere

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mpq_plugins import find_weights
-from mpq_plugins.shards import INDEX_NAME
+from mpq_plugins.checkpoints.shards import INDEX_NAME
 from tests.benchmarks import llm
 
 # Parameters in billions: the model cards' of TinyLlama-1.1B and Llama-2-7B; for Mixtral (46.70) 30 blocks fewer.

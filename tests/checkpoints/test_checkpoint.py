@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mpq_plugins.checkpoints import open_checkpoint, stored_tensors
+from mpq_plugins.checkpoints.checkpoint import open_checkpoint, stored_tensors
 from mpq_plugins.errors import SourceError
 from tests.helpers.checkpoints import harmful
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import nn
 
-from mpq_plugins.checkpoints import open_checkpoint
+from mpq_plugins.checkpoints.checkpoint import open_checkpoint
+from mpq_plugins.checkpoints.file_kinds import of_quantizers, other_kind, pickled_objects
 from mpq_plugins.errors import SourceError
-from mpq_plugins.file_kinds import of_quantizers, other_kind, pickled_objects
 
 STATE = {"fc.weight": torch.randn(4, 4)}
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpq_plugins.buffers import LARGE, Scratch, chunk_buffer
+from mpq_plugins.checkpoints.buffers import LARGE, Scratch, chunk_buffer
+from mpq_plugins.checkpoints.readers import DTYPES, FileColumns, FileRows, MemoryRows, RowReader, safetensors_tensors
 from mpq_plugins.errors import SourceError
-from mpq_plugins.tensor_files import DTYPES, FileColumns, FileRows, MemoryRows, RowReader, safetensors_tensors
 
 MATRICES = (5, 7, 4)
 SOME = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]

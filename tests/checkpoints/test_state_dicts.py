@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpq_plugins import Plan, Uniform, compress, decompress, find_weights, measure
-from mpq_plugins.checkpoints import load_torch
+from mpq_plugins.checkpoints.checkpoint import load_torch
+from mpq_plugins.checkpoints.state_dicts import beside, chosen_state_dict
 from mpq_plugins.errors import CompressWarning, SourceError
 from mpq_plugins.rewrite import rewrite
-from mpq_plugins.state_dicts import beside, chosen_state_dict
 from tests.conftest import Ran
 
 HERE = Path("x.pt")

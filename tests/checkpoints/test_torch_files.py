@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mpq_plugins import Uniform, compress, decompress, find_weights, measure
-from mpq_plugins.checkpoints import load_lazily, open_checkpoint
+from mpq_plugins.checkpoints.checkpoint import load_lazily, open_checkpoint
+from mpq_plugins.checkpoints.readers import FileRows
 from mpq_plugins.errors import SourceError
 from mpq_plugins.rewrite import rewrite
-from mpq_plugins.tensor_files import FileRows
 
 
 def saved(folder: Path, content: Any, **options: Any) -> Path:
@@ -101,7 +101,7 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_not_the_end(tmp_path:
     path = saved(tmp_path, {"fc.weight": torch.randn(1 << 9, 1 << 9)})
     code = (
         "import sys, os\n"
-        "from mpq_plugins.checkpoints import open_checkpoint\n"
+        "from mpq_plugins.checkpoints.checkpoint import open_checkpoint\n"
         "tensor = open_checkpoint(__import__('pathlib').Path(sys.argv[1]))['fc.weight']\n"
         "os.truncate(sys.argv[1], 1000)\n"
         "try: tensor.tensor()\n"

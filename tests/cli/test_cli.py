@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 
 from mpq_plugins import Affine, LayerStats, LayerTable, MixQuant, Plan, Uniform, measure
+from mpq_plugins.checkpoints.shards import INDEX_NAME
 from mpq_plugins.common import registry
-from mpq_plugins.handles import Weight
 from mpq_plugins.measure.error import layer_stats
-from mpq_plugins.shards import INDEX_NAME
+from mpq_plugins.weights.handles import Weight
 from tests.conftest import Ran
 from tests.helpers import outsider
 from tests.helpers.checkpoints import harmful

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mpq_plugins.common.checks import as_integer
 from mpq_plugins.common.documents import load_json, parse_json
+from mpq_plugins.models.kinds import KINDS as KINDS_OF_MODULES
 from mpq_plugins.plans.layers import KINDS
-from mpq_plugins.stored_weights import KIND_BY_DIMENSIONS
-from mpq_plugins.weights import KINDS as KINDS_OF_MODULES
+from mpq_plugins.weights.from_checkpoint import KIND_BY_DIMENSIONS
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec="utf-8")),

@@ -16,8 +16,8 @@ import mpq_plugins as mpq
 from mpq_plugins import Deviations, GlobalSparsity, Sparsity, finish, prune
 from mpq_plugins.compress.prune import Pruning, checked_thresholds, kept, pruned
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.measure import chunks
-from mpq_plugins.weights import find_weights
+from mpq_plugins.weights import chunks
+from mpq_plugins.weights.find import find_weights
 from tests.helpers.nets import conv_net, tied_net
 
 WEIGHTS = hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(2, 9)), elements=st.floats(-9, 9, width=32))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpq_plugins.shards import INDEX_NAME
+from mpq_plugins.checkpoints.shards import INDEX_NAME
 
 
 def minilm_file() -> Path | None:

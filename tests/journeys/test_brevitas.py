@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples.cifar_resnet import ResNet, evaluate, images, resnet
 from mpq_plugins import PTILMPQ, Affine, LayerTable, MixQuant, Plan, Uniform, apply, measure
-from mpq_plugins.weights import quantizable_weights
+from mpq_plugins.models.kinds import quantizable_weights
 
 pytestmark = [
     pytest.mark.usefixtures("zoo"),

@@ -23,12 +23,12 @@ from mpq_plugins import (
     measure,
     verify,
 )
-from mpq_plugins.checkpoints import load_torch
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.checkpoints.checkpoint import load_torch
+from mpq_plugins.checkpoints.state_dicts import find_state_dict
 from mpq_plugins.lower import integer_weight
-from mpq_plugins.state_dicts import find_state_dict
+from mpq_plugins.models.folding import fold_batch_norm
+from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.synthetic import synthetic_batches
-from mpq_plugins.weights import quantizable_weights
 from tests.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("zoo")

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from examples.cifar_resnet import evaluate, images, resnet
 from mpq_plugins import PTILMPQ, Affine, Uniform, apply, measure
-from mpq_plugins.fold import fold_batch_norm
+from mpq_plugins.models.folding import fold_batch_norm
 
 pt2e = pytest.importorskip("mpq_plugins.adapters.pt2e")
 

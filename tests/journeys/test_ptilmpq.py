@@ -58,8 +58,8 @@ def test_mpq_plan_check_apply_show_and_diff_with_parts(mpq: Mpq, tmp_path: Path)
     assert "of 20 layers differ" in mpq("diff", plan_file, other_file).out
     assert mpq("apply", checkpoint(20), plan_file, "-o", quantized).code == 0
     net, original = resnet(20), resnet(20)
-    from mpq_plugins.checkpoints import load_torch
-    from mpq_plugins.state_dicts import find_state_dict
+    from mpq_plugins.checkpoints.checkpoint import load_torch
+    from mpq_plugins.checkpoints.state_dicts import find_state_dict
 
     state = find_state_dict(load_torch(quantized), quantized)
     net.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})

@@ -84,8 +84,8 @@ def test_a_large_qem_falls_off_a_cliff_where_uniform_does_not() -> None:
 
 
 def test_a_file_rewritten_by_a_plan_is_the_model_applied(mpq: Callable[..., Ran], tmp_path: Path) -> None:
-    from mpq_plugins.checkpoints import load_torch
-    from mpq_plugins.state_dicts import find_state_dict
+    from mpq_plugins.checkpoints.checkpoint import load_torch
+    from mpq_plugins.checkpoints.state_dicts import find_state_dict
 
     plan = MixQuant(qem=3)(table(20))
     plan.save(tmp_path / "plan.json")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpq_plugins import Plan, apply, correct, decompress
-from mpq_plugins.checkpoints import load_torch
+from mpq_plugins.checkpoints.checkpoint import load_torch
 from tests.conftest import Ran
 
 ME = __name__

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise, measure
+from mpq_plugins.checkpoints.readers import FileRows
 from mpq_plugins.errors import SettingError
-from mpq_plugins.handles import Weight
-from mpq_plugins.measure import chunks
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.plans.table import METRICS
-from mpq_plugins.tensor_files import FileRows
-from mpq_plugins.weights import find_weights
+from mpq_plugins.weights import chunks
+from mpq_plugins.weights.find import find_weights
+from mpq_plugins.weights.handles import Weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_chunks_in_turn_are_the_rows_of_the_weight(
     state = {"experts.down_proj": tensor.mT if transposed else tensor, "embed_tokens.weight": torch.ones(2, 99)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK", chunk)
-        patch.setattr("mpq_plugins.stored_weights.inputs_first", lambda *_: transposed)
+        patch.setattr("mpq_plugins.weights.from_checkpoint.inputs_first", lambda *_: transposed)
         if waiting:
             patch.setattr(FileRows, "at_once", lambda *_: None)
         path = tmp_path_factory.mktemp("chunks") / "model.safetensors"

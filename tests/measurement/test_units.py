@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Piecewise
-from mpq_plugins.handles import Weight
-from mpq_plugins.measure import chunks, units
+from mpq_plugins.checkpoints.readers import MemoryRows
+from mpq_plugins.measure import units
 from mpq_plugins.measure.units import LARGEST, LARGEST_SEARCHED, SMALLEST, UNITS, WHOLE, Work, cut, stored_bytes
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.tensor_files import MemoryRows
+from mpq_plugins.weights import chunks
+from mpq_plugins.weights.handles import Weight
 
 SCHEMES: list[Scheme] = [
     Affine(), Affine(granularity="per_channel"), Affine(range="mse"), Piecewise(granularity="per_channel")

@@ -18,13 +18,14 @@ from torch import nn
 
 from mpq_plugins import Affine, LayerTable, Piecewise, measure
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WeightError, WorkerError
-from mpq_plugins.measure import chunks, run, units
+from mpq_plugins.measure import run, units
 from mpq_plugins.measure import workers as workers_module
 from mpq_plugins.measure.error import Request, unit_sums
 from mpq_plugins.measure.units import cut
 from mpq_plugins.measure.workers import Call, Workers
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.weights import find_weights
+from mpq_plugins.weights import chunks
+from mpq_plugins.weights.find import find_weights
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net
 from tests.helpers.tables import contents
@@ -121,7 +122,7 @@ def test_files_that_must_be_waited_for_give_the_same_table(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = expected(scheme)
-    monkeypatch.setattr("mpq_plugins.tensor_files.FileRows.at_once", lambda *_: None)
+    monkeypatch.setattr("mpq_plugins.checkpoints.readers.FileRows.at_once", lambda *_: None)
     assert contents(table_of(checkpoint, scheme, None)) == known
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins import Affine, Uniform, correct, measure
-from mpq_plugins.behaviour import adds_its_bias, follows_its_statistics
+from mpq_plugins.models.behaviour import adds_its_bias, follows_its_statistics
 from tests.helpers import odd
 
 

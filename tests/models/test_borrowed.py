@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from mpq_plugins.borrowed import borrowed_in_source, borrowed_uses
+from mpq_plugins.models.borrowed import borrowed_in_source, borrowed_uses
 
 
 class Base(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import weight_norm
 
-from mpq_plugins.duplicate import duplicate
 from mpq_plugins.errors import SettingError
+from mpq_plugins.models.copying import duplicate
 
 
 def holding(value: Any) -> nn.Module:

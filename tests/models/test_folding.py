@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, MixQuant, apply, measure, verify
 from mpq_plugins.errors import SourceError
-from mpq_plugins.fold import conv_bn_pairs, fold_batch_norm
+from mpq_plugins.models.folding import conv_bn_pairs, fold_batch_norm
 from tests.helpers.nets import conv_net
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from mpq_plugins.activation_ranges import quantize_input
-from mpq_plugins.plain import is_plain, standard_class, why_not_plain
+from mpq_plugins.models.input_ranges import quantize_input
+from mpq_plugins.models.plain import is_plain, standard_class, why_not_plain
 
 STANDARD: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(3, 2),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins.errors import SourceError
-from mpq_plugins.tracing import borrowed_parameters, trace
+from mpq_plugins.models.tracing import borrowed_parameters, trace
 
 
 class Pair(nn.Module):

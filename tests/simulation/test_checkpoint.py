@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpq_plugins import Affine, MixQuant, Plan, Uniform, measure, verify
-from mpq_plugins.checkpoints import load_torch
+from mpq_plugins.checkpoints.checkpoint import load_torch
+from mpq_plugins.checkpoints.shards import INDEX_NAME
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.quantize.fake import fake_quantize
 from mpq_plugins.rewrite import rewrite
-from mpq_plugins.shards import INDEX_NAME
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net, tied_net
 

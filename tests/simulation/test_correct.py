@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, Part, Piecewise, Plan, Uniform, apply, correct, measure, verify
 from mpq_plugins.errors import MismatchError, SettingError, WeightError
-from mpq_plugins.fold import fold_batch_norm
 from mpq_plugins.lower import integer_weight
+from mpq_plugins.models.folding import fold_batch_norm
+from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.quantize.affine import fake_quantize
-from mpq_plugins.weights import quantizable_weights
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import with_layer
 

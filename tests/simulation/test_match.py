@@ -9,7 +9,7 @@ from torch import nn
 
 from mpq_plugins import Affine, Plan, Uniform, apply, compress, measure
 from mpq_plugins import rewrite as rewriting
-from mpq_plugins.checkpoints import open_checkpoint
+from mpq_plugins.checkpoints.checkpoint import open_checkpoint
 from mpq_plugins.compress import write as writing
 from mpq_plugins.compress.codes import encode
 from mpq_plugins.errors import MismatchError, SourceError

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpq_plugins import Uniform, find_weights, measure
-from mpq_plugins.averages import refuse_averages
 from mpq_plugins.errors import SourceError
 from mpq_plugins.rewrite import rewrite
+from mpq_plugins.weights.averages import refuse_averages
 
 LAYERS = {"conv.weight": (4, 3, 3), "block.fc.weight": (5, 4)}
 AVERAGES = ("ema", "ema_model", "model_ema", "model_ema.module", "swa_model", "averaged_model.module", "shadow")

@@ -7,8 +7,8 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from mpq_plugins import Uniform, apply, find_weights, iter_weights, measure, verify
+from mpq_plugins.checkpoints.shards import INDEX_NAME
 from mpq_plugins.errors import SettingError, SourceError, WeightError
-from mpq_plugins.shards import INDEX_NAME
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net, tied_net
 

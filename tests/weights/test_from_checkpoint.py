@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpq_plugins import Affine, Plan, Uniform, apply, compress, decompress, find_weights, measure
-from mpq_plugins.checkpoints import load_torch
+from mpq_plugins.checkpoints.checkpoint import load_torch
 from mpq_plugins.errors import MismatchError, SourceError
 from mpq_plugins.match import match
 from mpq_plugins.rewrite import rewrite

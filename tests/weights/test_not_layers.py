@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from mpq_plugins import find_weights
-from mpq_plugins.not_layers import is_embedding, why_no_layer
 from mpq_plugins.plans.names import may_be_layer
+from mpq_plugins.weights.not_layers import is_embedding, why_no_layer
 
 NORMS = (
     "norm", "norm1", "encoder.norm_2", "ln", "ln_f", "h.0.ln_1", "bn1", "LayerNorm", "layer_norm", "layernorm_before",

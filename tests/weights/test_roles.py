@@ -19,7 +19,7 @@ from mpq_plugins.match import match
 from mpq_plugins.plans.names import are_experts
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.plans.table import METRICS
-from mpq_plugins.roles import hidden_size, inputs_first
+from mpq_plugins.weights.roles import hidden_size, inputs_first
 from tests.conftest import Ran
 
 HIDDEN, INNER, EXPERTS = 12, 20, 3

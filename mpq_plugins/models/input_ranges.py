@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common.text import first_few
-from .duplicate import duplicate
-from .errors import SettingError
+from ..common.text import first_few
+from ..errors import SettingError
+from .copying import duplicate
 
 NAME = "input_quantizer"
 

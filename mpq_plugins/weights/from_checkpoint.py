@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .errors import SourceError
+from ..checkpoints.readers import StoredTensor, same_values
+from ..checkpoints.scaled import EIGHT_BITS, scale_name, scaled_reader
+from ..errors import SourceError
+from ..plans.names import are_experts, is_weight, layer_name, weight_name
+from .dtypes import WEIGHT_DTYPES
 from .handles import Weight
 from .not_layers import is_embedding, why_no_layer
-from .plans.names import are_experts, is_weight, layer_name, weight_name
-from .quantize.weight import WEIGHT_DTYPES
 from .roles import Config, hidden_size, inputs_first, keeps_inputs_first, tied_by_configuration
-from .scaled import EIGHT_BITS, scale_name, scaled_reader
-from .tensor_files import StoredTensor, same_values
 
 KIND_BY_DIMENSIONS = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
 

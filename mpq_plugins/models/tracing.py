@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .common.text import what_it_said
-from .errors import SourceError
+from ..common.text import what_it_said
+from ..errors import SourceError
 from .metadata import METADATA, OF_FIRST, WITHOUT_VALUES
 from .plain import is_plain
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..buffers import Buffer, Scratch, chunk_buffer
-from ..handles import Weight
+from ..checkpoints.buffers import Buffer, Scratch, chunk_buffer
+from .handles import Weight
 
 CHUNK = 1 << 21  # weights in memory at a time (4 MiB of bfloat16); whole output channels, so at least one
 

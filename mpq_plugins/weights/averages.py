@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from .errors import SourceError
-from .wrappers import HOLDERS
+from ..errors import SourceError
+from ..models.wrappers import HOLDERS
 
 AVERAGED = re.compile(r"(.*_)?(ema|swa|averaged?|shadow)(_.*)?", re.IGNORECASE)
 OUTER = 2  # words of a name that may say whose it is

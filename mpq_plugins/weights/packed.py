@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .errors import SourceError
-from .plans.names import is_weight
+from ..checkpoints.readers import StoredTensor
+from ..errors import SourceError
+from ..plans.names import is_weight
 from .roles import Config
-from .tensor_files import StoredTensor
 
 # GPTQ and AWQ; compressed-tensors; HQQ; quanto; AQLM; ExLlama's second and third; QuIP#; SpQR; bitsandbytes of 4 bits
 # and of 8; torch's own.

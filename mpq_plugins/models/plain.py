@@ -7,7 +7,7 @@ something else, and what is known of its parent says nothing about it.
 
 from torch import Tensor, nn
 
-from .activation_ranges import is_input_quantizer
+from .input_ranges import is_input_quantizer
 
 # What a subclass may define again without computing otherwise.
 HARMLESS = {

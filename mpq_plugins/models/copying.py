@@ -11,8 +11,8 @@ from inspect import isfunction
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
-from .common.text import what_it_said
-from .errors import SettingError
+from ..common.text import what_it_said
+from ..errors import SettingError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common.files import exists, open_regular
-from .common.text import first_few, first_sentence
-from .errors import SourceError
+from ..common.files import exists, open_regular
+from ..common.text import first_few, first_sentence
+from ..errors import SourceError
+from ..models.wrappers import bare_names
 from .file_kinds import damage, of_quantizers, other_kind, pickled_objects
+from .readers import MemoryRows, StoredTensor, safetensors_tensors
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
 from .state_dicts import TOP, beside, chosen_state_dict
-from .state_dicts import find_state_dict as find_state_dict
-from .tensor_files import MemoryRows, StoredTensor, safetensors_tensors
 from .torch_files import archive_places, expanded, expands, in_file, lie_there, refuse_overlaps
-from .wrappers import bare_names
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
 """How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the

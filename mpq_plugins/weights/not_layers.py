@@ -7,7 +7,7 @@ a running statistic may be called `.weight` too.
 import re
 from collections.abc import Mapping, Sequence
 
-from .plans.names import are_experts, is_weight, layer_name
+from ..plans.names import are_experts, is_weight, layer_name
 from .roles import is_head
 
 NORM = re.compile(r"\w*(layer|batch|group|instance|rms|sync)?norms?\d*|(ln|bn|gn)s?\d*", re.IGNORECASE)

@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .common.checks import as_integer
-from .common.documents import load_json
-from .common.files import exists
-from .common.text import first_few
-from .errors import SourceError
+from ..common.checks import as_integer
+from ..common.documents import load_json
+from ..common.files import exists
+from ..common.text import first_few
+from ..errors import SourceError
 from .file_kinds import other_kind
-from .tensor_files import StoredTensor
+from .readers import StoredTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

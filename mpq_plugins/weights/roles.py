@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common.checks import as_integer
-from .common.documents import LARGEST_DOCUMENT
-from .common.files import read_regular
-from .errors import SettingError, SourceError
-from .plans.names import EXPERTS, NUMBERED
+from ..common.checks import as_integer
+from ..common.documents import LARGEST_DOCUMENT
+from ..common.files import read_regular
+from ..errors import SettingError, SourceError
+from ..plans.names import EXPERTS, NUMBERED
 
 if TYPE_CHECKING:
     from .handles import Weight

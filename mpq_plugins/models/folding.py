@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from ..common.text import first_few
+from ..errors import SettingError, SourceError
 from .borrowed import borrowed_in_source
-from .common.text import first_few
-from .duplicate import duplicate
-from .errors import SettingError, SourceError
+from .copying import duplicate
 from .plain import is_plain, standard_class
 from .tracing import BATCH_NORMS, CONVOLUTIONS, TRAINING, TRANSPOSED, borrowed_parameters, memory, trace
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .buffers import chunk_buffer
-from .quantize.regions import from_channel_rows
-from .tensor_files import Allocate, RowReader
+from ..checkpoints.buffers import chunk_buffer
+from ..checkpoints.readers import Allocate, RowReader
+from ..checkpoints.rows import from_channel_rows
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .common.text import first_few
-from .errors import SourceError
-from .plans.names import are_experts, is_weight
-from .wrappers import without_holders
+from ..common.text import first_few
+from ..errors import SourceError
+from ..models.wrappers import without_holders
+from ..plans.names import are_experts, is_weight
 
 # Where training scripts put the weights, most specific first.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "weights", "params")

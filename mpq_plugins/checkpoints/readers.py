@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..common.documents import parse_json
+from ..common.files import open_regular
+from ..common.text import first_sentence
+from ..errors import SourceError
+from ..models.fingerprint import tensor_bytes, tensors_digest
 from .buffers import Buffer, chunk_buffer
-from .common.documents import parse_json
-from .common.files import open_regular
-from .common.text import first_sentence
-from .errors import SourceError
-from .fingerprint import tensor_bytes, tensors_digest
-from .quantize.regions import channel_rows
+from .rows import channel_rows
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .common.text import what_it_said
-from .errors import SettingError
+from ..common.text import what_it_said
+from ..errors import SettingError
 
 
 def checked_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:

@@ -4,38 +4,25 @@ From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Em
 checkpoint, where no class can be asked: see stored_weights.py. Whatever is left alone is listed with its reason.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import Checkpoint, read_checkpoint
+from ..errors import SettingError, SourceError, WeightError
+from ..models.folding import conv_bn_pairs
+from ..models.wrappers import renaming
+from ..plans.names import are_experts, is_weight, layer_name, weight_name
 from .averages import refuse_averages
-from .checkpoints import Checkpoint, read_checkpoint
-from .common.patterns import matches
-from .errors import SettingError, SourceError, WeightError
-from .fold import conv_bn_pairs, folded_weight
-from .handles import Weight as Weight
-from .handles import Weights as Weights
+from .from_checkpoint import Known, KnownLayer, stored_weights
+from .from_module import module_weights
+from .handles import Weight, Weights
 from .packed import refuse_packed
-from .plans.names import are_experts, is_weight, layer_name, weight_name
-from .roles import BY_DEFAULT, PREFIX, Config, in_role, left_by_default, read_config
-from .stored_weights import Found, Known, KnownLayer, dtype_refusal, stored_weights
-from .tensor_files import MemoryRows
-from .wrappers import renaming
-
-KINDS: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-    nn.Embedding: "embedding",
-}
+from .roles import BY_DEFAULT, PREFIX, Config, left_by_default, read_config
+from .select import select, why_none
 
 
 def find_weights(
@@ -67,7 +54,7 @@ def find_weights(
         if weights is not None or model is not None:
             raise SettingError("weights, model: they say what a checkpoint holds, and the source is a module itself")
         pairs = conv_bn_pairs(source) if fold_bn else {}
-        found, left_alone = _module_weights(source, pairs)
+        found, left_alone = module_weights(source, pairs)
         return _chosen_weights(found, left_alone, skip, only, refuse, type(source).__name__, pairs=pairs)
     if fold_bn:
         raise SettingError(
@@ -109,7 +96,7 @@ def known_by(model: nn.Module, checkpoint: Checkpoint) -> Known:
 
     Raises SourceError, naming a layer, where the checkpoint is not the module's.
     """
-    found, _ = _module_weights(model, {})
+    found, _ = module_weights(model, {})
     names = renaming([weight.names for weight in found], (), could_be_layers(checkpoint))
     where = f"model: {type(model).__name__}"
     for weight in found:
@@ -157,7 +144,7 @@ def _chosen_weights(
     by_default: Mapping[str, str] | None = None,
     pairs: Mapping[str, str] | None = None,
 ) -> Weights:
-    kept = _select(found, skip, only, where, config)
+    kept = select(found, skip, only, where, config)
     by_default = {} if only else by_default or {}
     left_alone = left_alone + [
         (weight_name(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
@@ -166,7 +153,7 @@ def _chosen_weights(
     ]
     kept = [weight for weight in kept if weight.name not in by_default]
     if not kept and refuse:
-        raise SourceError(f"{where}: no quantizable weights. {_why_none(found, left_alone)}")
+        raise SourceError(f"{where}: no quantizable weights. {why_none(found, left_alone)}")
     for weight in kept:
         if weight.refusal and refuse:
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
@@ -180,122 +167,3 @@ def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]
     """Yield (layer name, weight) one at a time; options as for find_weights."""
     for weight in find_weights(source, **options):  # type: ignore[arg-type]  # checked there
         yield weight.name, weight.tensor()
-
-
-def layer_kind(module: nn.Module) -> str | None:
-    """The kind of a quantizable module, or None."""
-    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
-
-
-def channel_axis_of(kind: str) -> int:
-    """The output axis of a weight: 1 for transposed convolutions (in, out/groups, ...), else 0."""
-    return 1 if kind.startswith("conv_transpose") else 0
-
-
-def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model's quantizable layers by layer name, tied ones under their first name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        weight = None if layer_kind(module) is None else getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and id(weight) not in seen:
-            seen.add(id(weight))
-            found[name] = weight
-    return found
-
-
-def _module_weights(model: nn.Module, pairs: Mapping[str, str]) -> Found:
-    found: dict[int, Weight] = {}
-    left_alone: list[tuple[str, str]] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = layer_kind(module)
-        left_alone += _other_parameters(name, module, kind)
-        if kind is None:
-            continue
-        weight = getattr(module, "weight", None)
-        # What is computed is another tensor whenever it is asked for, and ties nothing.
-        identity = id(weight) if isinstance(weight, nn.Parameter) else id(module)
-        known = found.get(identity)
-        if known is not None:
-            found[identity] = replace(known, tied=(*known.tied, name))
-            continue
-        refusal = _refusal(weight)
-        if refusal or not isinstance(weight, Tensor):
-            found[identity] = _refused(name, kind, weight, refusal)
-            continue
-        if name in pairs:
-            weight = folded_weight(module, model.get_submodule(pairs[name]))
-        found[identity] = _from_tensor(name, kind, weight.detach())
-    return list(found.values()), list(dict.fromkeys(left_alone))
-
-
-def _refusal(weight: object) -> str:
-    if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
-        return (
-            "its weight is parametrized, lazy or on the meta device, so there is no stored value to quantize. Remove "
-            "the parametrization (mpq_plugins.finish does after prune and share) or materialise the weight first"
-        )
-    stored = type(weight.data)
-    if stored.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return f"is quantized already, or kept in another form ({stored.__name__}): measure the float model"
-    if weight.layout is not torch.strided:
-        return f"its weight is kept as {weight.layout}, and only dense weights are quantized: call to_dense() on it"
-    return dtype_refusal(weight.dtype)
-
-
-def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterable[tuple[str, str]]:
-    for own, buffer in module.named_buffers(recurse=False):
-        if buffer.dim() >= 2 and own not in module._non_persistent_buffers_set:
-            yield f"{name}.{own}" if name else own, "a buffer"
-    for own, parameter in module.named_parameters(recurse=False):
-        if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() < 2 or (kind and own == "weight"):
-            continue
-        reason = f"{type(module).__name__} is no layer kind we quantize" if kind is None else "not the layer's weight"
-        yield f"{name}.{own}" if name else own, reason
-
-
-def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:
-    axis = channel_axis_of(kind)
-    return Weight(name, kind, tuple(weight.shape), weight.dtype, axis, MemoryRows(weight, axis))
-
-
-def _refused(name: str, kind: str, weight: object, refusal: str) -> Weight:
-    """A layer that is only named: nothing of its weight is read but its shape, where it has one."""
-    axis = channel_axis_of(kind)
-    nothing = Weight(name, kind, (), torch.float32, axis, MemoryRows(torch.empty(0), axis), refusal=refusal)
-    if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
-        return nothing
-    return replace(nothing, shape=tuple(weight.shape), dtype=weight.dtype)
-
-
-def _select(
-    found: Sequence[Weight], skip: Sequence[str], only: Sequence[str], where: str, config: Config
-) -> list[Weight]:
-    names = [name for weight in found for name in weight.names]
-    chosen: dict[str, set[str]] = {"skip": set(), "only": set()}
-    for option, patterns in (("skip", skip), ("only", only)):
-        for pattern in patterns:
-            own = _chosen(pattern, found, config)
-            chosen[option] |= own
-            if not own:
-                raise SettingError(
-                    f"{option}: {pattern!r} matches none of the {len(found)} layers of {where}; "
-                    f"names look like {', '.join(map(repr, names[:3])) or 'nothing, there are none'}"
-                )
-    return [w for w in found if (not only or w.name in chosen["only"]) and w.name not in chosen["skip"]]
-
-
-def _chosen(pattern: str, found: Sequence[Weight], config: Config) -> set[str]:
-    """By any of its names: a tied weight cannot be skipped under one and quantized under another."""
-    if pattern.startswith(PREFIX):
-        return in_role(pattern.removeprefix(PREFIX), found, config)
-    return {weight.name for weight in found if any(matches(pattern, name) for name in weight.names)}
-
-
-def _why_none(found: Sequence[Weight], left_alone: Sequence[tuple[str, str]]) -> str:
-    if found and not any(reason.startswith(PREFIX) for _, reason in left_alone):
-        return f"All {len(found)} layers are skipped; relax skip or only."
-    if left_alone:
-        name, reason = left_alone[0]
-        return f"{len(left_alone)} tensors were left alone, the first being {name!r}: {reason}."
-    return "It holds no tensor of two or more dimensions."

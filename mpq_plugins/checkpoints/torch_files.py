@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..common.files import open_regular
+from ..errors import SourceError
 from .buffers import chunk_buffer
-from .common.files import open_regular
-from .errors import SourceError
-from .tensor_files import Allocate, FileRows, MemoryRows, RowReader, StoredTensor
+from .readers import Allocate, FileRows, MemoryRows, RowReader, StoredTensor
 
 LARGEST_PICKLE = 1 << 26  # bytes; that of 100,000 tensors takes some 15 MB
 MOST_TIMES, ANYWAY = 16, 1 << 20  # so much larger may something be than what is stored of it, or so many bytes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .buffers import chunk_buffer
-from .tensor_files import Allocate, RowReader, StoredTensor
+from .readers import Allocate, RowReader, StoredTensor
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale_weight")

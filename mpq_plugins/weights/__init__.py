@@ -1,0 +1,1 @@
+"""The quantizable weights of a module or a checkpoint: found, named, chosen, read."""
