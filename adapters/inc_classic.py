@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import nn
 
+from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
-from mpq_plugins.measure import Progress
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.tuning import Tuning
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mpq_plugins.allocate.mixquant import MixQuant
-from mpq_plugins.allocate.ptilmpq import PTILMPQ
+from mpq_plugins.allocation.mixquant import MixQuant
+from mpq_plugins.allocation.ptilmpq import PTILMPQ
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, TuningError
 from mpq_plugins.match import match

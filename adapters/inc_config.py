@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast
 
 from torch import nn
 
-from mpq_plugins.allocate.base import Allocator
-from mpq_plugins.allocate.mixquant import MixQuant
-from mpq_plugins.allocate.ptilmpq import PTILMPQ
+from mpq_plugins.allocation.contract import Allocator
+from mpq_plugins.allocation.mixquant import MixQuant
+from mpq_plugins.allocation.ptilmpq import PTILMPQ
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.match import match
 from mpq_plugins.models.kinds import layer_kind

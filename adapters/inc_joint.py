@@ -6,7 +6,7 @@ from torch import nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError
-from mpq_plugins.measure.error import weights_fingerprint
+from mpq_plugins.measurement.error import weights_fingerprint
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mpq_plugins import Affine, measure
-from mpq_plugins.allocate.base import Allocator
+from mpq_plugins.allocation.contract import Allocator
 from mpq_plugins.common.checks import first_problem
 from mpq_plugins.errors import SettingError
 from mpq_plugins.models.copying import duplicate

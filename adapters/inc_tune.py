@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
-from mpq_plugins.measure import Progress
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first

@@ -26,7 +26,7 @@ from mpq_plugins.compress.bitpack import pack
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.layers import LayerChoice, Part
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.quantize.piecewise import PiecewiseTensor, quantize
+from mpq_plugins.quantization.piecewise import PiecewiseTensor, quantize
 from mpq_plugins.report.sweep import sweep_notes, sweep_table
 from mpq_plugins.report.tables import bytes_text, grid
 from mpq_plugins.sweep import sweep

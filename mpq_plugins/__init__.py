@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 from .apply import apply, verify
 from .compress import compress, decompress
 from .correct import correct
-from .measure import measure, sensitivity
+from .measurement.measure import measure
+from .measurement.sensitivity import sensitivity
 from .reconstruct import reconstruct
 
 if TYPE_CHECKING:
-    from .allocate.base import Allocator
-    from .allocate.budget import Allocation, Budget
-    from .allocate.latency import LatencyTable
-    from .allocate.mixquant import MixQuant
-    from .allocate.ptilmpq import PTILMPQ
-    from .allocate.sqnr import SQNR
-    from .allocate.uniform import Uniform
+    from .allocation.budget import Allocation, Budget
+    from .allocation.contract import Allocator
+    from .allocation.guard import Comparison, compare
+    from .allocation.latency import LatencyTable
+    from .allocation.mixquant import MixQuant
+    from .allocation.ptilmpq import PTILMPQ
+    from .allocation.sqnr import SQNR
+    from .allocation.uniform import Uniform
     from .compress.container import Container
     from .compress.parametrized import finish
     from .compress.prune import Deviations, GlobalSparsity, Sparsity, prune
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
         VerifyError,
         WeightError,
     )
-    from .guard import Comparison, compare
     from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
     from .plans.layers import LayerChoice, Part
     from .plans.plan import Plan
@@ -111,40 +112,40 @@ __all__ = [
 
 _HOMES = {
     "Affine": "plans.scheme",
-    "Allocation": "allocate.budget",
-    "Allocator": "allocate.base",
+    "Allocation": "allocation.budget",
+    "Allocator": "allocation.contract",
     "BlockReport": "reconstruct",
-    "Budget": "allocate.budget",
+    "Budget": "allocation.budget",
     "Codebook": "plans.scheme",
-    "Comparison": "guard",
+    "Comparison": "allocation.guard",
     "Container": "compress.container",
     "Deviations": "compress.prune",
     "FormatError": "errors",
     "GlobalSparsity": "compress.prune",
     "InputRange": "models.input_ranges",
-    "LatencyTable": "allocate.latency",
+    "LatencyTable": "allocation.latency",
     "LayerChoice": "plans.layers",
     "LayerStats": "plans.table",
     "LayerTable": "plans.table",
     "MPQError": "errors",
     "MismatchError": "errors",
-    "MixQuant": "allocate.mixquant",
-    "PTILMPQ": "allocate.ptilmpq",
+    "MixQuant": "allocation.mixquant",
+    "PTILMPQ": "allocation.ptilmpq",
     "Part": "plans.layers",
     "Piecewise": "plans.scheme",
     "Plan": "plans.plan",
     "PlanSize": "plans.size",
     "PlanWarning": "errors",
     "PluginError": "errors",
-    "SQNR": "allocate.sqnr",
+    "SQNR": "allocation.sqnr",
     "SettingError": "errors",
     "SourceError": "errors",
     "Sparsity": "compress.prune",
     "TuningError": "errors",
-    "Uniform": "allocate.uniform",
+    "Uniform": "allocation.uniform",
     "VerifyError": "errors",
     "WeightError": "errors",
-    "compare": "guard",
+    "compare": "allocation.guard",
     "find_weights": "weights.find",
     "finish": "compress.parametrized",
     "input_ranges": "models.input_ranges",

@@ -190,7 +190,7 @@ def measure(
     With -o, what is finished is kept in FILE.measure.partial until the table is written: interrupted or killed, the
     same command goes on from there.
     """
-    from .allocate.base import Needs
+    from .allocation.contract import Needs
     from .cli_calibrate import check_sensitivities, with_sensitivities
     from .cli_partial import partial_file, save_measured
     from .cli_sources import Request, check_output, measure_now, resolve_source
@@ -272,9 +272,9 @@ def plan(
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
+    from .allocation.guard import compare, worse_text
     from .cli_plans import joint_needs, plan_files, plans_by, save_plans, untied
     from .cli_sources import Request, check_output, measured, named_files
-    from .guard import compare, worse_text
     from .plans.table import is_table
     from .report.console import console
     from .report.tables import bits_summary, layer_json, plan_head, size_json, size_lines

@@ -95,7 +95,7 @@ def with_sensitivities(
     output: Path | None,
 ) -> "LayerTable":
     """The table with these sensitivities; finished layers are kept beside `output`. Raises as `sensitivity`."""
-    from .measure import sensitivity
+    from .measurement.sensitivity import sensitivity
 
     batches = calibration_batches(calibration)
     function = named_function(output_function) if output_function is not None else None

@@ -53,13 +53,13 @@ def pareto(
     channel, clipped by squared error, unless told otherwise) and one accounting. Without --eval the rows have predicted
     errors alone. Rows that no other row beats in both size and score are marked.
     """
-    from .allocate.base import Needs
-    from .allocate.budget import Budget
+    from .allocation.budget import Budget
+    from .allocation.contract import Needs
+    from .allocation.objective import parts_of
     from .cli_calibrate import calibration_batches
     from .cli_sources import Request, measured, named_function, resolve_source
     from .errors import SettingError
     from .models.fingerprint import batches_digest
-    from .objective import parts_of
     from .pareto import plans_at
     from .plans.table import METRICS, is_table
     from .report.progress import progress_bar

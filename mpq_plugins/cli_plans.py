@@ -5,8 +5,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .allocate.base import Allocator, Needs
-from .allocate.layout import nothing_to_tie
+from .allocation.budget_problem import nothing_to_tie
+from .allocation.contract import Allocator, Needs
 from .common.files import atomic_directory, exists
 from .common.outsiders import outsiders
 from .common.patterns import FUSED, families

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .allocate.base import Needs
+from .allocation.contract import Needs
 from .cli_partial import kept_at, partial_file, save_measured
 from .common.files import claimed, exists, source_files
 from .common.outsiders import contained, outsiders
@@ -266,8 +266,8 @@ def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None)
 
 
 def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, request: Request) -> str | None:
-    from .measure.error import weights_fingerprint
-    from .measure.run import resolve_fold
+    from .measurement.error import weights_fingerprint
+    from .measurement.measure import resolve_fold
     from .weights.find import find_weights
 
     scheme = request.scheme(needs.scheme)

@@ -12,7 +12,7 @@ from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_f
 from .cli_shared import SCHEME_NAMES, json_option, scheme_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
-    from .allocate.base import Allocator, Needs
+    from .allocation.contract import Allocator, Needs
     from .cli_sources import Request
     from .plans.plan import Plan
     from .plans.table import LayerTable
@@ -92,7 +92,7 @@ def _needs(allocators: "Sequence[Allocator]", request: "Request", uniform: bool,
 
 def _uniform_beside(plans: "Sequence[Plan]", table: "LayerTable") -> "list[Plan]":
     """Uniform plans from just below the smallest plan to just above the largest."""
-    from .allocate.uniform import Uniform
+    from .allocation.uniform import Uniform
 
     averages = [plan.size().average_bits for plan in plans]
     uniform = [Uniform(bits=b)(table) for b in UNIFORM_BITS if b in table.bits]

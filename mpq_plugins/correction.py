@@ -16,8 +16,8 @@ from .common.text import first_few
 from .correct import Progress
 from .errors import SettingError
 from .match import match
-from .measure.moments import second_moments, weight_users
-from .measure.own_output import watching
+from .measurement.moments import second_moments, weight_users
+from .measurement.own_output import watching
 from .models.behaviour import adds_its_bias, follows_its_statistics
 from .models.copying import duplicate
 from .models.folding import borrowed_weights, folded_copy
@@ -27,7 +27,7 @@ from .models.running import checked_batches, evaluating, first_input, run_model
 from .models.tracing import BATCH_NORMS, CONVOLUTIONS
 from .plans.plan import Plan
 from .plans.scheme import FLOAT_BITS
-from .quantize.fitted import check_fits, fitted
+from .quantization.fitted import check_fits, fitted
 from .weights.dtypes import check_weight
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean

@@ -10,7 +10,7 @@ from .checkpoints.rows import channel_rows, from_channel_rows
 from .errors import SettingError
 from .plans.layers import LayerChoice
 from .plans.scheme import FLOAT_BITS, Affine
-from .quantize import affine
+from .quantization import affine
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from .checkpoints.checkpoint import Checkpoint, read_checkpoint
 from .common.files import unchanged
 from .common.text import first_few
 from .errors import MismatchError, WeightError
-from .measure.error import weights_fingerprint
+from .measurement.error import weights_fingerprint
 from .models.wrappers import renaming
 from .plans.layers import LayerChoice
 from .plans.plan import Plan

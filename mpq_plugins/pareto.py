@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .allocate.budget import Budget
-from .allocate.mixquant import MixQuant
-from .allocate.ptilmpq import PTILMPQ
-from .allocate.sqnr import SQNR
-from .allocate.uniform import Uniform
+from .allocation.budget import Budget
+from .allocation.mixquant import MixQuant
+from .allocation.ptilmpq import PTILMPQ
+from .allocation.sqnr import SQNR
+from .allocation.uniform import Uniform
 from .errors import PlanWarning, SettingError
 from .plans.plan import Plan
 from .plans.table import LayerTable

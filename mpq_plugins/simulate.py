@@ -7,7 +7,7 @@ from .checkpoints.rows import channel_rows
 from .plans.channels import Channels
 from .plans.layers import LayerChoice
 from .plans.scheme import FLOAT_BITS
-from .quantize.fake import fake_quantize
+from .quantization.quantize import fake_quantize
 from .weights.dtypes import check_weight
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .allocation.objective import predicted
+from .allocation.plan_error import METRICS, plan_error
 from .errors import SettingError, SourceError
 from .models.copying import duplicate
-from .objective import predicted
-from .plan_error import METRICS, plan_error
 from .plans.plan import Plan
 from .plans.table import LayerTable
 from .scores import Evaluate, Scores, checked_scores

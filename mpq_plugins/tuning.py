@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import SettingError, TuningError
-from .measure import Progress as Progress
 from .plans.plan import Plan
 from .scores import Evaluate, checked_scores
 

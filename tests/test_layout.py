@@ -206,8 +206,8 @@ def test_data_flows_one_way(file: Path) -> None:
 
 def test_allocators_know_no_torch() -> None:
     code = (
-        "import sys, mpq_plugins.allocate.budget, mpq_plugins.allocate.mixquant, mpq_plugins.allocate.ptilmpq, "
-        "mpq_plugins.allocate.sqnr, mpq_plugins.allocate.uniform; "
+        "import sys, mpq_plugins.allocation.budget, mpq_plugins.allocation.mixquant, mpq_plugins.allocation.ptilmpq, "
+        "mpq_plugins.allocation.sqnr, mpq_plugins.allocation.uniform; "
         "print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

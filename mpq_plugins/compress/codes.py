@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.scheme import Affine, Codebook, Piecewise, Scheme
-from ..quantize import affine, codebook, piecewise
-from ..quantize.affine import QuantizedTensor
-from ..quantize.codebook import CodebookTensor
-from ..quantize.grid import CodebookGrids, Grids, PiecewiseGrids
-from ..quantize.piecewise import PiecewiseTensor
+from ..quantization import affine, codebook, piecewise
+from ..quantization.affine import QuantizedTensor
+from ..quantization.codebook import CodebookTensor
+from ..quantization.grid import CodebookGrids, Grids, PiecewiseGrids
+from ..quantization.piecewise import PiecewiseTensor
 from .bitpack import Codes
 
 Quantized = QuantizedTensor | PiecewiseTensor | CodebookTensor

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..quantize.exactly import exactly
+from ..quantization.exactly import exactly
 
 
 @exactly

@@ -15,7 +15,7 @@ from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Codebook
-from ..quantize.codebook import quantize
+from ..quantization.codebook import quantize
 from ..weights.find import find_weights
 from .parametrized import WeightMaker, put
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from ..allocate.base import Allocator
-from ..allocate.mixquant import MixQuant
-from ..allocate.uniform import Uniform
+from ..allocation.contract import Allocator
+from ..allocation.mixquant import MixQuant
+from ..allocation.uniform import Uniform
 from ..apply import apply, verify
-from ..measure import measure
+from ..measurement.measure import measure
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
 from ..report.tables import bits_text, bytes_text, grid

@@ -20,7 +20,7 @@ from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS, Affine
-from ..quantize import affine
+from ..quantization import affine
 from ..simulate import simulate
 
 ZETA, GAMMA = 1.1, -0.1

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Budget, LatencyTable, LayerStats, LayerTable, Piecewise, Plan, Uniform
+from mpq_plugins.allocation.objective import predicted
 from mpq_plugins.errors import FormatError, PlanWarning, SettingError
-from mpq_plugins.objective import predicted
 from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.tables import BITS, norms_table
 

@@ -18,7 +18,8 @@ from mpq_plugins import (
     Uniform,
     compare,
 )
-from mpq_plugins.allocate.base import Widths, make_plan
+from mpq_plugins.allocation.contract import Widths
+from mpq_plugins.allocation.make import make_plan
 from mpq_plugins.plans.scheme import Scheme
 
 BITS = tuple(range(2, 9))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.allocate.knapsack import Choice, Problem, Solution, least, solve
+from mpq_plugins.allocation.knapsack import Choice, Problem, Solution, least, solve
 
 CLOSE = 1e-9  # of the largest cost; HiGHS itself stops at 1e-12 of it
 

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mpq_plugins import Affine, LayerStats, LayerTable, Plan, Uniform, measure
+from mpq_plugins.allocation.objective import channel_curves, check, layer_curve, parts_of, predicted
 from mpq_plugins.errors import FormatError, MeasureWarning, SettingError
-from mpq_plugins.objective import channel_curves, check, layer_curve, parts_of, predicted
 from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.nets import conv_net
 from tests.helpers.plans import linear, plan_of, with_layer

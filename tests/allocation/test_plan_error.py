@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mpq_plugins import PTILMPQ, Affine, LayerTable, MixQuant, Piecewise, Plan, apply, measure
+from mpq_plugins.allocation.plan_error import plan_error
 from mpq_plugins.errors import SettingError
 from mpq_plugins.models.kinds import quantizable_weights
-from mpq_plugins.plan_error import plan_error
 from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.nets import conv_net, tied_net
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import calibration, checkpoint, resnet
-from mpq_plugins.allocate.knapsack import Problem, solve
-from mpq_plugins.measure.replay import Replay
+from mpq_plugins.allocation.knapsack import Problem, solve
+from mpq_plugins.measurement.replay import Replay
 from tests.benchmarks.shapes import ARCHITECTURES, Shapes
 
 BITS = np.arange(1, 9)

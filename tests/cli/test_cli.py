@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file, save_model
 from mpq_plugins import Affine, LayerStats, LayerTable, MixQuant, Plan, Uniform, measure
 from mpq_plugins.checkpoints.shards import INDEX_NAME
 from mpq_plugins.common import registry
-from mpq_plugins.measure.error import layer_stats
+from mpq_plugins.measurement.error import layer_stats
 from mpq_plugins.weights.handles import Weight
 from tests.conftest import Ran
 from tests.helpers import outsider
@@ -112,7 +112,7 @@ def test_several_values_give_a_plan_each_from_one_measurement(
         calls.append(weight.name)
         return layer_stats(weight, *rest)
 
-    monkeypatch.setattr(import_module("mpq_plugins.measure.run"), "layer_stats", counted)
+    monkeypatch.setattr(import_module("mpq_plugins.measurement.measure"), "layer_stats", counted)
     ran = mpq("plan", checkpoint, "--qem", 2, "--qem", 3.5, "-o", tmp_path / "plans", "--json")
     assert len(json.loads(ran.out)) == 2
     assert len(calls) == 4

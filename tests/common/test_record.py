@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from mpq_plugins import Affine, LayerTable, Piecewise, measure
 from mpq_plugins.common.record import MAGIC, Record
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError
-from mpq_plugins.measure import run, units
+from mpq_plugins.measurement import measure as run
+from mpq_plugins.measurement import units
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import chunks
 from tests.helpers.checkpoints import sharded

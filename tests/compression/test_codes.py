@@ -12,8 +12,8 @@ from mpq_plugins import Affine, Codebook, Piecewise
 from mpq_plugins.compress.codes import PartShape, are_zero, decode, encode, quantized_part
 from mpq_plugins.errors import WeightError
 from mpq_plugins.plans.scheme import GRANULARITIES, Scheme
-from mpq_plugins.quantize import affine, codebook, piecewise
-from mpq_plugins.quantize.fake import fake_quantize
+from mpq_plugins.quantization import affine, codebook, piecewise
+from mpq_plugins.quantization.quantize import fake_quantize
 
 GROUPS = [{"granularity": grain, "group_size": 2 if grain == "per_group" else None} for grain in GRANULARITIES]
 SCHEMES: list[Scheme] = [

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measure
+from mpq_plugins.allocation.plan_error import plan_error
 from mpq_plugins.common.journal import Journal
 from mpq_plugins.errors import SettingError, SourceError
-from mpq_plugins.plan_error import plan_error
 from mpq_plugins.sweep import SweepRow, mark_pareto, sweep
 from tests.helpers.nets import conv_net
 

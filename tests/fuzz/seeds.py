@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mpq_plugins import Affine, Codebook, MixQuant, Piecewise, Plan, Uniform, compress, measure
-from mpq_plugins.allocate.ptilmpq import PTILMPQ
+from mpq_plugins.allocation.ptilmpq import PTILMPQ
 from mpq_plugins.common.journal import Journal
 from mpq_plugins.common.record import Record
 from tests.helpers.checkpoints import sharded

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from mpq_plugins import LayerTable, Plan
-from mpq_plugins.allocate.base import Needs, make_plan
+from mpq_plugins.allocation.contract import Needs
+from mpq_plugins.allocation.make import make_plan
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mpq_plugins import LayerTable, Plan
 from mpq_plugins.checkpoints.shards import INDEX_NAME
-from mpq_plugins.quantize.fake import fake_quantize
+from mpq_plugins.quantization.quantize import fake_quantize
 from tests.benchmarks import llm
 from tests.conftest import Ran
 

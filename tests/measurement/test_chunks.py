@@ -138,7 +138,7 @@ def test_a_device_gives_what_the_compiled_kernel_gives(
     save_file({"a.weight": torch.randn(40, 64, generator=draw).to(dtype)}, path)
     plain = measure(path, scheme, (2, 4, 8), METRICS, per_channel=True)
     on_cpu = measure(path, scheme, (2, 4, 8), METRICS, per_channel=True, device="cpu")
-    monkeypatch.setattr("mpq_plugins.quantize.kernel.numba_available", lambda: False)
+    monkeypatch.setattr("mpq_plugins.quantization.kernel.numba_available", lambda: False)
     in_torch = measure(path, scheme, (2, 4, 8), METRICS, per_channel=True, device="cpu")
     assert plain.fingerprint == on_cpu.fingerprint == in_torch.fingerprint
     for other in (on_cpu, in_torch):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, Budget, Uniform, apply, correct, measure, sensitivity
 from mpq_plugins.errors import SettingError
-from mpq_plugins.measure.moments import second_moments
-from mpq_plugins.measure.own_output import PROBES, squared_slopes
+from mpq_plugins.measurement.moments import second_moments
+from mpq_plugins.measurement.own_output import PROBES, squared_slopes
 
 PER_CHANNEL = Affine(granularity="per_channel")
 BITS = (2, 4, 8)

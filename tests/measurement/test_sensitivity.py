@@ -18,13 +18,13 @@ from torch.func import functional_call
 
 from mpq_plugins import Affine, LayerTable, Piecewise, Uniform, apply, correct, measure, sensitivity
 from mpq_plugins.errors import MismatchError, MPQError, PluginError, SettingError
-from mpq_plugins.measure.curvature import Hessian
-from mpq_plugins.measure.replay import Replay
-from mpq_plugins.measure.sensitivities import Curves, Job
+from mpq_plugins.measurement.curvature import Hessian
+from mpq_plugins.measurement.replay import Replay
+from mpq_plugins.measurement.sensitivity import Curves, Job
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.table import LayerStats
-from mpq_plugins.quantize.fake import fake_quantize
+from mpq_plugins.quantization.quantize import fake_quantize
 from tests.helpers.nets import conv_net, tied_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

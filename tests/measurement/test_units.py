@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.checkpoints.readers import MemoryRows
-from mpq_plugins.measure import units
-from mpq_plugins.measure.units import LARGEST, LARGEST_SEARCHED, SMALLEST, UNITS, WHOLE, Work, cut, stored_bytes
+from mpq_plugins.measurement import units
+from mpq_plugins.measurement.units import LARGEST, LARGEST_SEARCHED, SMALLEST, UNITS, WHOLE, Work, cut, stored_bytes
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import chunks
 from mpq_plugins.weights.handles import Weight

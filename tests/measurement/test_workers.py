@@ -18,11 +18,12 @@ from torch import nn
 
 from mpq_plugins import Affine, LayerTable, Piecewise, measure
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WeightError, WorkerError
-from mpq_plugins.measure import run, units
-from mpq_plugins.measure import workers as workers_module
-from mpq_plugins.measure.error import Request, unit_sums
-from mpq_plugins.measure.units import cut
-from mpq_plugins.measure.workers import Call, Workers
+from mpq_plugins.measurement import measure as run
+from mpq_plugins.measurement import units
+from mpq_plugins.measurement import workers as workers_module
+from mpq_plugins.measurement.error import Request, unit_sums
+from mpq_plugins.measurement.units import cut
+from mpq_plugins.measurement.workers import Call, Workers
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import chunks
 from mpq_plugins.weights.find import find_weights

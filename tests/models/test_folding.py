@@ -189,7 +189,7 @@ def test_a_folded_plan_is_measured_and_applied_on_folded_weights() -> None:
 
 
 def test_per_channel_codes_survive_folding() -> None:
-    from mpq_plugins.quantize.affine import quantize
+    from mpq_plugins.quantization.affine import quantize
 
     net = conv_net()
     scheme = Affine(granularity="per_channel", symmetric=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpq_plugins import Affine
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.quantize.affine import dequantize, fake_quantize, quantize
+from mpq_plugins.quantization.affine import dequantize, fake_quantize, quantize
 from tests.quantization import oracle
 
 SCHEMES = [

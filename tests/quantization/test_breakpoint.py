@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from mpq_plugins.quantize.breakpoint import DISTRIBUTIONS, GAUSSIAN, LAPLACIAN, expected_error, optimal_root
-from mpq_plugins.quantize.grid import Floats
+from mpq_plugins.quantization.breakpoint import DISTRIBUTIONS, GAUSSIAN, LAPLACIAN, expected_error, optimal_root
+from mpq_plugins.quantization.grid import Floats
 
 REFERENCE = {"gaussian": stats.norm(), "laplacian": stats.laplace(scale=np.sqrt(0.5))}
 RANGE = np.linspace(3, 10, 141)

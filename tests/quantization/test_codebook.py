@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Codebook
-from mpq_plugins.allocate.base import make_plan
+from mpq_plugins.allocation.make import make_plan
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.measure import units
+from mpq_plugins.measurement import units
 from mpq_plugins.plans.scheme import GRANULARITIES, INITS
-from mpq_plugins.quantize import kernel
-from mpq_plugins.quantize.codebook import dequantize, encode, fake_quantize, quantize
+from mpq_plugins.quantization import kernel
+from mpq_plugins.quantization.codebook import dequantize, encode, fake_quantize, quantize
 from mpq_plugins.weights import chunks
 
 SCHEMES = [

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.errors import SettingError
-from mpq_plugins.quantize.affine import fake_quantize, quantize
-from mpq_plugins.quantize.fitted import check_fits, fitted
+from mpq_plugins.quantization.affine import fake_quantize, quantize
+from mpq_plugins.quantization.fitted import check_fits, fitted
 
 SCHEMES = [Affine(granularity="per_channel", symmetric=symmetric) for symmetric in (False, True)]
 PLAIN = SCHEMES[0]

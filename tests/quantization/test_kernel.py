@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.quantize import kernel
-from mpq_plugins.quantize.calibrate import choose_grids
-from mpq_plugins.quantize.grid import Grids, minmax_grids
+from mpq_plugins.quantization import kernel
+from mpq_plugins.quantization.calibrate import choose_grids
+from mpq_plugins.quantization.grid import Grids, minmax_grids
 from tests.quantization import oracle
 
 # Lengths around the block size and around where float32 begins, where an off-by-one would show.
@@ -162,7 +162,7 @@ def test_nothing_to_sum(route: str) -> None:
 
 
 def test_the_float32_path_is_what_these_tests_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpq_plugins.quantize import kernel_numba
+    from mpq_plugins.quantization import kernel_numba
 
     seen: list[np.dtype[np.generic]] = []
     run = kernel_numba._run
@@ -182,8 +182,8 @@ def test_a_numba_that_does_not_load_gives_a_warning_and_the_torch_path(monkeypat
     import sys
 
     kernel.numba_available.cache_clear()
-    monkeypatch.setitem(sys.modules, "mpq_plugins.quantize.kernel_numba", None)
-    monkeypatch.delattr("mpq_plugins.quantize.kernel_numba", raising=False)
+    monkeypatch.setitem(sys.modules, "mpq_plugins.quantization.kernel_numba", None)
+    monkeypatch.delattr("mpq_plugins.quantization.kernel_numba", raising=False)
     try:
         with pytest.warns(UserWarning, match="numba cannot be used"):
             assert not kernel.numba_available()

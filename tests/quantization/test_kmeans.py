@@ -11,8 +11,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from mpq_plugins.plans.scheme import INITS, InitName
-from mpq_plugins.quantize import kmeans
-from mpq_plugins.quantize.kmeans import centroids, edges
+from mpq_plugins.quantization import kmeans
+from mpq_plugins.quantization.kmeans import centroids, edges
 
 Values = NDArray[np.float32]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.plans.scheme import BREAKPOINTS, GRANULARITIES, STORAGES
-from mpq_plugins.quantize import affine, kernel
-from mpq_plugins.quantize.breakpoint import DISTRIBUTIONS, expected_error
-from mpq_plugins.quantize.piecewise import PiecewiseTensor, decode, dequantize, encode, fake_quantize, quantize
+from mpq_plugins.quantization import affine, kernel
+from mpq_plugins.quantization.breakpoint import DISTRIBUTIONS, expected_error
+from mpq_plugins.quantization.piecewise import PiecewiseTensor, decode, dequantize, encode, fake_quantize, quantize
 
 BITS = range(2, 9)
 SCHEMES = [

@@ -15,7 +15,7 @@ from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.lower import integer_weight
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
-from mpq_plugins.quantize.affine import fake_quantize
+from mpq_plugins.quantization.affine import fake_quantize
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import with_layer
 

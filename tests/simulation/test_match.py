@@ -14,7 +14,7 @@ from mpq_plugins.compress import write as writing
 from mpq_plugins.compress.codes import encode
 from mpq_plugins.errors import MismatchError, SourceError
 from mpq_plugins.match import match
-from mpq_plugins.measure import run
+from mpq_plugins.measurement import measure as run
 from mpq_plugins.rewrite import rewrite
 from mpq_plugins.simulate import simulate
 from tests.helpers.nets import conv_net, tied_net

@@ -11,7 +11,8 @@ from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.scheme import Scheme, check_bits
 from ..plans.table import LayerTable
-from .base import Needs, make_plan
+from .contract import Needs
+from .make import make_plan
 
 METRICS = (
     "relative",

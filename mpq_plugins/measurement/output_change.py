@@ -17,7 +17,7 @@ from torch import Tensor
 from ..models.running import sample_count
 from ..plans.table import LayerStats
 from .replay import Replay
-from .sensitivities import Curves, Job, unreached
+from .sensitivity import Curves, Job, unreached
 
 Compare = Callable[[Tensor, Tensor], float]
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from .errors import SettingError
-from .plans.layers import LayerChoice
-from .plans.plan import Plan
-from .plans.scheme import FLOAT_BITS
-from .plans.table import LayerStats, LayerTable
+from ..errors import SettingError
+from ..plans.layers import LayerChoice
+from ..plans.plan import Plan
+from ..plans.scheme import FLOAT_BITS
+from ..plans.table import LayerStats, LayerTable
 
 METRICS = ("relative", "mse")  # means over weights, so those of layers and channels add up
 

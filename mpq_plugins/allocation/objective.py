@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import SettingError
-from .plans.layers import LayerChoice
-from .plans.plan import Plan
-from .plans.scheme import FLOAT_BITS
-from .plans.table import LayerStats, LayerTable
+from ..errors import SettingError
+from ..plans.layers import LayerChoice
+from ..plans.plan import Plan
+from ..plans.scheme import FLOAT_BITS
+from ..plans.table import LayerStats, LayerTable
 
 Array = NDArray[np.float64]
 

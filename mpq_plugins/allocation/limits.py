@@ -10,7 +10,7 @@ from ..errors import SettingError
 from ..plans.scheme import FLOAT_BITS, Scheme
 from ..plans.size import layer_size
 from ..plans.table import LayerStats, LayerTable
-from .base import layer_choice
+from .choices import layer_choice
 from .latency import LatencyTable
 
 Array = NDArray[np.float64]

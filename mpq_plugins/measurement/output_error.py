@@ -18,7 +18,7 @@ from ..models.plain import is_plain
 from ..plans.table import LayerStats
 from .moments import second_moments
 from .own_output import output_errors
-from .sensitivities import Array, Curves, Job
+from .sensitivity import Array, Curves, Job
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar
 from ..plans.plan import Plan
 from ..plans.scheme import check_bits
 from ..plans.table import LayerTable
-from .base import Needs, make_plan
+from .contract import Needs
+from .make import make_plan
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from ..checkpoints.readers import FileColumns, FileRows
 from ..checkpoints.scaled import ScaledRows
 from ..checkpoints.torch_files import Expanded
 from ..common.files import exists, unchanged
+from ..common.progress import Progress
 from ..common.record import Arrays, Record
 from ..common.text import first_few
 from ..errors import MeasureWarning, SettingError
 from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
 from ..models.folding import has_batch_norm, training_norms
-from ..plans.scheme import Scheme
+from ..plans.scheme import Affine, Scheme
 from ..plans.table import METRICS, LayerStats, LayerTable, with_macs
-from ..quantize.kernel import kernel_name
+from ..quantization.kernel import kernel_name
 from ..weights.chunks import Array, Op, chunks
 from ..weights.find import find_weights
 from ..weights.handles import Weight, Weights
-from . import Progress
 from .error import Request, Sums, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
 from .units import Unit, Work, cut, cut_layer
@@ -40,26 +40,48 @@ SHARED_AT_ONCE = 16  # layers that are handed out pass by pass; each only waits
 CUDA_THREADS = 4  # one reads and copies while others' kernels run
 
 
-def run(
+def measure(
     source: nn.Module | str | Path,
-    scheme: Scheme,
-    bits: Sequence[int],
-    metrics: Sequence[str],
+    scheme: Scheme | None = None,
+    bits: Sequence[int] = range(2, 9),
+    metrics: Sequence[str] = ("relative", "mse"),
     *,
-    per_channel: bool,
-    skip: Sequence[str],
-    only: Sequence[str],
-    fold_bn: bool | Literal["auto"],
-    weights: str | None,
-    model: nn.Module | None,
-    already_quantized: bool,
-    example_input: Any,
-    executor: Executor | None,
-    journal: str | Path | None,
-    device: Any,
-    progress: Progress | None,
+    per_channel: bool = False,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    fold_bn: bool | Literal["auto"] = "auto",
+    weights: str | None = None,
+    model: nn.Module | None = None,
+    already_quantized: bool = False,
+    example_input: Any = None,
+    executor: Executor | None = None,
+    journal: str | Path | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
 ) -> LayerTable:
-    """What `measure` promises."""
+    """The quantization error of every layer at every bit-width, and its importance, as plain numbers.
+
+    source: a module, a `.safetensors` file, a directory of shards or a torch checkpoint; from files one chunk
+    of a tensor is in memory at a time. scheme: Affine() (asymmetric, per tensor, min-max) by default.
+    bits: any of 1..8. metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`,
+    `max_abs`. per_channel: the errors of each output channel too. skip, only: globs on layer names.
+    fold_bn: whether conv weights are measured with their BatchNorm folded in; "auto" folds a module's for
+    per_tensor, where folding changes the codes, and not otherwise. weights, model, already_quantized: which weights of
+    a checkpoint are meant, and what is known of it, as in find_weights. example_input: a module's input (a tensor,
+    or a tuple of arguments), to count multiply-accumulates.
+
+    executor: a concurrent.futures.Executor that measures units of at most 64 MiB (one output channel at least, and
+    a layer with one scale up to 256 MiB): threads, processes, or dask's `client.get_executor()`, whose machines need
+    the files under the same paths, and the same processors and packages; a module's weights travel to them. As many
+    threads as torch uses by default. The table is the same to the last bit whoever measures. Each worker needs 20 MiB,
+    beside libraries and the table itself, whatever the model. journal: a file where finished units are kept, so that
+    an interrupted measurement goes on; it stays, to be removed once the table is saved. Another job's is written anew,
+    with a MeasureWarning. device: where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
+
+    Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
+    executor's workers fail.
+    """
+    scheme = scheme or Affine()
     widths = checked_bits(bits, scheme)
     found_device = checked_device(device, here=executor is None)  # its workers may have what this process lacks
     request = Request(scheme, widths, checked_metrics(metrics), per_channel, kernel_name(), found_device)

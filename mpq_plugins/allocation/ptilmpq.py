@@ -14,7 +14,9 @@ from ..plans.plan import Plan
 from ..plans.scheme import Piecewise, check_bits
 from ..plans.size import layer_size
 from ..plans.table import LayerStats, LayerTable
-from .base import Needs, layer_choice, make_plan
+from .choices import layer_choice
+from .contract import Needs
+from .make import make_plan
 
 DEFAULT_ALPHA = 0.5
 DEFAULT_BETA = 0.5

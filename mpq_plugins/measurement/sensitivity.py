@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..common import registry
 from ..common.journal import Journal
+from ..common.progress import Progress
 from ..common.text import first_few
 from ..errors import MismatchError, SettingError
 from ..models.fingerprint import batches_digest, model_digest, source_digest
@@ -24,10 +25,9 @@ from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
 from ..models.running import call_model, checked_batches, evaluating, own_copy, seeded
 from ..plans.table import LayerStats, LayerTable
-from ..quantize.fake import fake_quantize
-from ..quantize.fitted import check_fits, fitted
+from ..quantization.fitted import check_fits, fitted
+from ..quantization.quantize import fake_quantize
 from ..weights.find import find_weights
-from . import Progress
 from .error import weights_fingerprint
 from .moments import second_moments, weight_users
 
@@ -150,19 +150,33 @@ class Sensitivity(Protocol):
         ...
 
 
-def run(
+def sensitivity(
     model: nn.Module,
     table: LayerTable,
     kind: "str | Sensitivity",
     batches: Iterable[Any],
     *,
-    output: Output | None,
-    seed: int,
-    fit_ranges: bool,
-    journal: str | Path | None,
-    progress: Progress | None,
+    output: Output | None = None,
+    seed: int = 0,
+    fit_ranges: bool = False,
+    journal: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> LayerTable:
-    """What `sensitivity` promises."""
+    """The table with one more sensitivity: what quantizing each layer is predicted to cost, at all of its bit-widths.
+
+    kind: `output_mse`, the squared error of the layer's output (one pass); `kl`, the divergence of the model's
+    predictions, and `distance`, 1 - cosine of its output, with that layer alone quantized; `fisher` and `hessian`,
+    quadratics around the float weights; another that an entry point names; or a value of such a class, as
+    Hessian(probes=16). batches: a few hundred inputs without labels, as for `correct`. output: (model, batch) -> tensor
+    (samples, features), for models whose own output is no logits. seed: of labels and probes; the same seed gives the
+    same table. fit_ranges: quantize by the ranges of least input-weighted squared error, as the same argument of
+    `correct` puts them into the model (for tables measured under affine per_channel minmax). journal: a file where
+    finished layers are kept (kl and distance), so that an interrupted measurement goes on; it is removed at the end.
+    The model is not changed.
+
+    Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
+    PluginError (a kind that is not installed).
+    """
     measurer: Sensitivity = registry.load("sensitivities", kind)() if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):
         raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from ..common.checks import is_number
 from ..errors import SettingError
-from ..objective import parts_of
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Affine, check_bits
 from ..plans.table import METRICS, LayerTable
-from .base import Needs, make_plan
+from .budget_problem import Layout, pinned_width, plan_bits
+from .contract import Needs
 from .latency import LatencyTable
-from .layout import Layout, pinned_width, plan_bits
 from .limits import Limit, bops_limit, code_limit, latency_limit, numel, total_limit
+from .make import make_plan
+from .objective import parts_of
 
 Array = NDArray[np.float64]
 

@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import PlanWarning
+from ..errors import PlanWarning
+from ..plans.plan import Plan
+from ..plans.scheme import Piecewise
+from ..plans.size import layer_size
+from ..plans.table import LayerTable
 from .objective import check, layer_curve, predicted
-from .plans.plan import Plan
-from .plans.scheme import Piecewise
-from .plans.size import layer_size
-from .plans.table import LayerTable
 
 # What is compared on where nothing is asked: the change of the network's own output if the table has one, for it alone
 # makes layers comparable; else the error of the weights.
@@ -119,7 +119,7 @@ class _Whole:
         """Worked out once for a table, for as long as it lives: ten plans should cost hardly more than one."""
         known = _KNOWN.setdefault(table, {})
         if name not in known:
-            from .allocate.base import layer_choice
+            from .choices import layer_choice
 
             # Those of the table that its scheme has codes of.
             widths = [b for b in table.bits if b > 1 or not isinstance(table.scheme, Piecewise)]
@@ -155,7 +155,7 @@ class _Whole:
 
     def best_cost(self, bits: int) -> float | None:
         """The least cost within that size in total, to about the gap of one layer's step; None where nothing fits."""
-        from .allocate.knapsack import Problem, solve
+        from .knapsack import Problem, solve
 
         found = solve(Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)])), close=False)
         return None if found is None else found.cost

@@ -13,14 +13,14 @@ from ..common.checks import as_integer
 from ..common.patterns import FUSED, families, matches
 from ..common.text import first_few
 from ..errors import PlanWarning, SettingError
-from ..objective import channel_curves, layer_curve
 from ..plans.layers import ALLOWED_BITS
 from ..plans.scheme import FLOAT_BITS
 from ..plans.size import map_bits
 from ..plans.table import LayerStats, LayerTable
-from .base import Widths
+from .contract import Widths
 from .knapsack import Problem, Solution, least, solve
 from .limits import Limit
+from .objective import channel_curves, layer_curve
 
 if TYPE_CHECKING:
     from .budget import Budget

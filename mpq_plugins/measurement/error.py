@@ -19,10 +19,19 @@ from ..models.device import own_stream
 from ..models.fingerprint import fingerprint, layer_digest
 from ..plans.scheme import Scheme
 from ..plans.table import LayerStats
-from ..quantize.calibrate import choose_grids
-from ..quantize.grid import RegionStats
-from ..quantize.kernel import LARGEST, RELATIVE, SQUARED, add_sums, error_sums, error_totals, kernel_name, row_stats
-from ..quantize.regions import region_rows
+from ..quantization.calibrate import choose_grids
+from ..quantization.grid import RegionStats
+from ..quantization.kernel import (
+    LARGEST,
+    RELATIVE,
+    SQUARED,
+    add_sums,
+    error_sums,
+    error_totals,
+    kernel_name,
+    row_stats,
+)
+from ..quantization.regions import region_rows
 from ..weights.chunks import Op, chunks, over_chunks, read
 from ..weights.handles import Weight
 from .importance import channel_importance, layer_importance

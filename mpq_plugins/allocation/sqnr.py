@@ -21,8 +21,9 @@ from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.scheme import check_bits
 from ..plans.table import LayerTable
-from .base import Needs, make_plan
+from .contract import Needs
 from .limits import code_limit
+from .make import make_plan
 
 
 @dataclass(frozen=True)

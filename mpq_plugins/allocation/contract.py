@@ -1,0 +1,46 @@
+"""What an allocator is, and what it needs of a table."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..plans.plan import Plan
+from ..plans.scheme import Scheme
+from ..plans.table import LayerTable
+
+Widths = int | Sequence[int] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a table must hold for an allocator: these errors at these bit-widths.
+
+    scheme: what to measure under where the user asks for nothing else.
+    """
+
+    bits: tuple[int, ...]
+    metrics: tuple[str, ...] = ()
+    channel_errors: bool = False
+    scheme: Scheme | None = None
+
+
+class Allocator(Protocol):
+    """A frozen dataclass: its fields are its parameters, and its options on the command line.
+
+    `name` is how plans and the command line call it. Annotated[type, "text"] on a field gives its help. A class
+    attribute `grid`, field -> values, is what `mpq sweep` tries where the user names none.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs:
+        """What to measure before calling it."""
+        ...
+
+    def __call__(self, table: LayerTable) -> Plan:
+        """The plan; the same table and value give the same bytes."""
+        ...

@@ -1,0 +1,65 @@
+"""What an allocator is, and the plan every allocator starts from."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from ..plans.names import may_be_layer, weight_name
+from ..plans.plan import AllocatorRecord, Plan
+from ..plans.scheme import Scheme
+from ..plans.table import LayerTable
+from .choices import layer_choice
+from .contract import Widths
+
+
+def make_plan(
+    table: LayerTable, allocator: Any, bits: Mapping[str, Widths], *, found: Mapping[str, Any] | None = None
+) -> Plan:
+    """A plan that gives each layer of the table its bits: one width, or one for each of its output channels.
+
+    It is signed by the allocator (a frozen dataclass); `found` records what the allocator worked out beyond its own
+    fields. Warns with PlanWarning of a plan predicted to be worse than uniform widths (guard.py). Raises SettingError,
+    naming the layer, for a width that the table's scheme does not have.
+    """
+    plan = Plan.model_construct(  # every part of it is valid
+        made_with={"mpq-plugins": _own_version()},
+        allocator=AllocatorRecord(name=allocator.name, parameters={**_parameters(allocator), **(found or {})}),
+        model=table.fingerprint,
+        fold_bn=table.fold_bn,
+        skipped=table.skipped,
+        weights=table.weights,
+        left_alone=_taken_for_layers(table),
+        layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
+    )
+    from .guard import warn_if_worse  # which compares with what allocators make
+
+    warn_if_worse(table, plan)
+    return plan
+
+
+def _taken_for_layers(table: LayerTable) -> tuple[str, ...]:
+    """What a module said is no layer, and a bare file could not tell."""
+    skipped = {weight_name(name) for name in table.skipped}
+    return tuple(name for name, _ in table.left_alone if may_be_layer(name) and name not in skipped)
+
+
+@cache
+def _own_version() -> str:
+    return version("mpq-plugins")
+
+
+def _parameters(allocator: Any) -> dict[str, Any]:
+    # Lists, as JSON gives them back: a plan loaded from its file equals the plan saved.
+    values = {field.name: getattr(allocator, field.name) for field in fields(allocator)}
+    return {name: _plain(value) for name, value in values.items() if value is not None and value != ()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: a scheme by its fields, any other value of its own kind by what it says of itself."""
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Scheme):
+        return asdict(value)
+    return value if isinstance(value, str | int | float | bool | dict) else str(value)

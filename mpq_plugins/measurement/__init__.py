@@ -1,0 +1,1 @@
+"""Measuring: weights in, a LayerTable out; a model and inputs, sensitivities beside the errors."""
