@@ -11,10 +11,10 @@ from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import MPQError, SettingError
 from mpq_plugins.models.copying import duplicate
 
+from ..common.progress import Progress
 from .brevitas_read import input_quantizers, is_calibrated, is_quantized
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
 
 
 def run(model: nn.Module, batch: Batch) -> Any:

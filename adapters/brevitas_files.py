@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import FormatError, MismatchError, SettingError
-from mpq_plugins.match import match
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.match import match
 
 from .brevitas_graph import brevitas_settings_kept, load_quant_model_mode, quiet_state_dict
 from .brevitas_verify import verify

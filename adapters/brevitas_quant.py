@@ -21,9 +21,9 @@ from brevitas.quant.solver import WeightQuantSolver
 from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError
-from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.scheme import Affine
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 TERNARY_THRESHOLD = 0.5  # of the scale: where rounding to nearest turns
 

@@ -19,9 +19,10 @@ from brevitas.optim.sign_sgd import SignSGD
 from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError, SettingError, WeightError
-from mpq_plugins.reconstruct.blocks import find_units
+from mpq_plugins.reconstruction.blocks import find_units
 
-from .brevitas_batches import Batch, Progress, called_layers, check_schedule, given_batches, ready, report, run
+from ..common.progress import Progress
+from .brevitas_batches import Batch, called_layers, check_schedule, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, require_float
 from .brevitas_graph import brevitas_settings_kept, quiet_state_dict
 from .brevitas_read import is_quantized, weight_codes

@@ -11,7 +11,8 @@ from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import MPQError, SettingError, WeightError
 from mpq_plugins.models.copying import duplicate
 
-from .brevitas_batches import Batch, Progress, check_schedule, given_batches, ready, report, run
+from ..common.progress import Progress
+from .brevitas_batches import Batch, check_schedule, given_batches, ready, report, run
 from .brevitas_float import forget
 
 Loss = Callable[[nn.Module, Batch], Tensor]

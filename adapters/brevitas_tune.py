@@ -16,7 +16,8 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.models.copying import duplicate
 
-from .brevitas_batches import Batch, Progress, called_layers, given_batches, ready, report, run
+from ..common.progress import Progress
+from .brevitas_batches import Batch, called_layers, given_batches, ready, report, run
 from .brevitas_float import begin_at_float, begin_at_own_bias, mark, require_float
 from .brevitas_graph import BiasCorrection, bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode
 from .brevitas_read import input_quantizers, is_quantized, weight_codes

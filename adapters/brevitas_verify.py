@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, VerifyError
-from mpq_plugins.lower import integer_weight
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine
+from mpq_plugins.simulation.integers import integer_weight
 
 from .brevitas_graph import quiet_state_dict
 from .brevitas_quant import channel_bits

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.lower import IntegerWeight, integer_weight
-from mpq_plugins.match import match
 from mpq_plugins.models.borrowed import borrowed_in_source
 from mpq_plugins.models.folding import borrowed_weights, conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import layer_kind, quantizable_weights
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+from mpq_plugins.simulation.match import match
 
 FLOAT = torch.float32
 

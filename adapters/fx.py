@@ -30,13 +30,13 @@ from torch.ao.quantization import (
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.folding import conv_bn_pairs, fold_batch_norm, fold_in_place
 from mpq_plugins.models.plain import is_plain, standard_class
 from mpq_plugins.models.tracing import BATCH_NORMS
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from .folded import folded_integers, integers_of
 from .fx_checks import CAPABILITIES, check, check_calls, check_example, traced

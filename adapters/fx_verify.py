@@ -8,13 +8,13 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from mpq_plugins.apply import apply
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, SourceError, VerifyError
-from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import apply
+from mpq_plugins.simulation.integers import IntegerWeight
 
 from .folded import biases_of, check_model, integers_of, planned_layers
 from .outputs import output_problem

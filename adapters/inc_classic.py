@@ -23,8 +23,8 @@ from torch import nn
 
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
+from mpq_plugins.evaluation.tuning import Tuning
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.tuning import Tuning
 
 from .folded import check_module, check_types
 from .inc_classic_criterion import TuningCriterion

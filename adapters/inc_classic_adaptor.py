@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from mpq_plugins.apply import apply as simulated
 from mpq_plugins.models.kinds import KINDS
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import apply as simulated
 
 from .inc_quiet import quiet_import
 

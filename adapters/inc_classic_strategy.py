@@ -15,13 +15,13 @@ from mpq_plugins.allocation.mixquant import MixQuant
 from mpq_plugins.allocation.ptilmpq import PTILMPQ
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, TuningError
-from mpq_plugins.match import match
+from mpq_plugins.evaluation.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
+from mpq_plugins.simulation.match import match
 
 from .folded import planned_layers
 from .inc_classic_adaptor import PLAN, PlanAdaptor, carried_plan

@@ -6,11 +6,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mpq_plugins.apply import verify as verify_simulated
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import verify as verify_simulated
 
 from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
 from .outputs import output_problems

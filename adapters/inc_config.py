@@ -14,10 +14,10 @@ from mpq_plugins.allocation.contract import Allocator
 from mpq_plugins.allocation.mixquant import MixQuant
 from mpq_plugins.allocation.ptilmpq import PTILMPQ
 from mpq_plugins.errors import MismatchError, SettingError
-from mpq_plugins.match import match
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.simulation.match import match
 
 from .inc_names import BY_TYPE, check_float, checked_white_list, matching, shown
 from .inc_plan import (

@@ -10,16 +10,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from mpq_plugins.apply import verify
 from mpq_plugins.common.files import exists, write_text
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import FormatError, MismatchError, SettingError, SourceError, VerifyError
-from mpq_plugins.match import match
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.fingerprint import model_digest, tensors_digest
 from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import verify
+from mpq_plugins.simulation.match import match
 
 from .carried import read_carried, write_carrying
 from .folded import check_module

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins.apply import apply as simulated
 from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import SettingError
 from mpq_plugins.models.folding import fold_in_place
@@ -15,6 +14,7 @@ from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import apply as simulated
 
 from .folded import planned_by_name
 from .inc_config import CONFIGS, PlanningConfig

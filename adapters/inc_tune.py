@@ -8,9 +8,9 @@ from torch import nn
 
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
+from mpq_plugins.evaluation.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 
 from .folded import check_module
 from .inc_config import PlanConfig, PlanningConfig

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
-from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulate import simulate
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+from mpq_plugins.simulation.layer import simulate
 
 from .folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
 from .inc_quiet import quiet_import

@@ -9,10 +9,10 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mpq_plugins.apply import apply
 from mpq_plugins.errors import SettingError
 from mpq_plugins.models.running import call_model, run_model, seeded
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import apply
 
 FLOAT_ROUNDING = 1e-4
 """What the same weights may come to in another order of additions, as a part of the outputs' norm."""

@@ -31,11 +31,11 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SourceError, VerifyError
-from mpq_plugins.lower import IntegerWeight
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight
 
 from .folded import (
     biases_of,

@@ -21,7 +21,6 @@ from torchao.quantization.quant_primitives import MappingType
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError
-from mpq_plugins.lower import IntegerWeight, integer_weight
 from mpq_plugins.models.borrowed import borrowed_uses
 from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.models.kinds import quantizable_weights
@@ -31,6 +30,7 @@ from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from .folded import (
     as_measured,

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import calibration, evaluate, images, need_networks, resnet
-from mpq_plugins.pareto import mixquant_at, ptilmpq_at
+from mpq_plugins.evaluation.pareto import mixquant_at, ptilmpq_at
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Affine(granularity="per_channel", range="mse")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import calibration, evaluate, images, need_networks, resnet
-from mpq_plugins.pareto import PER_CHANNEL, plans_at
+from mpq_plugins.evaluation.pareto import PER_CHANNEL, plans_at
 from mpq_plugins.report.tables import grid
-from mpq_plugins.synthetic import synthetic_batches
+from mpq_plugins.simulation.synthetic import synthetic_batches
 
 SCHEME = mpq.Affine(granularity="per_channel", range="mse")
 SHAPE = (128, 3, 32, 32)

@@ -22,14 +22,14 @@ from rich.console import Console
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import ResNet, evaluate, images, need_networks, resnet, score
-from mpq_plugins.compress.bitpack import pack
+from mpq_plugins.compression.bitpack import pack
+from mpq_plugins.evaluation.sweep import sweep
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.layers import LayerChoice, Part
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.quantization.piecewise import PiecewiseTensor, quantize
 from mpq_plugins.report.sweep import sweep_notes, sweep_table
 from mpq_plugins.report.tables import bytes_text, grid
-from mpq_plugins.sweep import sweep
 
 TWO_REGIONS = mpq.Piecewise(granularity="per_channel")
 SCHEMES: dict[str, Scheme] = {

@@ -424,8 +424,8 @@ def check(
 ) -> int:
     """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
     from .cli_sources import check_output, make_module, resolve_source
-    from .match import match
     from .plans.plan import Plan
+    from .simulation.match import match
 
     if output is not None and backend is None:
         raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
@@ -515,7 +515,7 @@ def apply(
     from .cli_sources import check_output, make_module
     from .plans.plan import Plan
     from .report.progress import progress_bar
-    from .rewrite import rewrite
+    from .simulation.checkpoint import rewrite
 
     check_output(output, checkpoint, plan_file, calibration, model_factory)
     claim(output)

@@ -36,7 +36,7 @@ def calibration_batches(text: str) -> list[Any]:
 
 def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
     """Batches of this shape made of the model alone, with a progress bar. Raises SettingError."""
-    from .synthetic import synthetic_batches
+    from .simulation.synthetic import synthetic_batches
 
     with progress_bar("making inputs") as progress:
         return list(synthetic_batches(model, shape, progress=progress))
@@ -56,8 +56,8 @@ def corrected_tensors(
     weights become the checkpoint's; weights: the key of those in a torch checkpoint, where it is not the plan's.
     Raises as `correct`, or SourceError.
     """
-    from .correct import correct
-    from .match import match
+    from .simulation.correct import correct
+    from .simulation.match import match
 
     names = _load(model, checkpoint, factory, weights, plan.weights)
     plan = match(plan, model, rewrapped=True).require(factory)

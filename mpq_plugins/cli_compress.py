@@ -11,9 +11,9 @@ from .errors import SettingError
 from .report.progress import echo, progress_bar, say
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
-    from .compress.container import Container
-    from .compress.prune import Pruning
-    from .compress.stages import Stages
+    from .compression.container import Container
+    from .compression.prune import Pruning
+    from .compression.stages import Stages
 
 
 @click.command(
@@ -53,7 +53,7 @@ def compress(
 ) -> None:
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
     from .cli_sources import check_output, make_module, resolve_source
-    from .compress.write import write  # which leaves it to its caller to say what was left out
+    from .compression.write import write  # which leaves it to its caller to say what was left out
     from .plans.plan import Plan
 
     check_output(output, plan_file, source)
@@ -88,8 +88,8 @@ def compress(
 def decompress(container_file: Path, output: Path, as_json: bool) -> None:
     """Write CONTAINER's tensors, dequantized, as a checkpoint."""
     from .cli_sources import check_output
-    from .compress import decompress as read
-    from .compress.write import save_tensors
+    from .compression.container import decompress as read
+    from .compression.write import save_tensors
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
@@ -116,7 +116,7 @@ def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None
     compared.
     """
     from .cli_sources import check_output
-    from .compress.container import Container
+    from .compression.container import Container
 
     check_output(plan_file, container_file)
     claim(plan_file)
@@ -130,7 +130,7 @@ def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None
 
 
 def _print(container: "Container", as_json: bool, layers: bool) -> None:
-    from .compress.stages import layer_stages, planned
+    from .compression.stages import layer_stages, planned
     from .report.console import console
     from .report.container import container_json, layers_table, summary_lines, totals_table
     from .report.tables import plan_head
@@ -150,7 +150,7 @@ def _print(container: "Container", as_json: bool, layers: bool) -> None:
 
 def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
     """The pruning that was asked for. Raises SettingError."""
-    from .compress.prune import Deviations, GlobalSparsity, Sparsity
+    from .compression.prune import Deviations, GlobalSparsity, Sparsity
 
     if not amounts:
         if by != "layer":

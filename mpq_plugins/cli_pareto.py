@@ -59,11 +59,11 @@ def pareto(
     from .cli_calibrate import calibration_batches
     from .cli_sources import Request, measured, named_function, resolve_source
     from .errors import SettingError
+    from .evaluation.pareto import plans_at
+    from .evaluation.sweep import sweep as run
     from .models.fingerprint import batches_digest
-    from .pareto import plans_at
     from .plans.table import METRICS, is_table
     from .report.progress import progress_bar
-    from .sweep import sweep as run
 
     files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})

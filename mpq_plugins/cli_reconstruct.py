@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
     from .plans.plan import Plan
-    from .reconstruct import BlockReport
+    from .reconstruction.settings import BlockReport
 
 GIGABYTE = 1 << 30
 
@@ -87,8 +87,8 @@ def reconstruct(
     from .cli_calibrate import calibration_batches
     from .cli_sources import check_output, make_module, named_function
     from .plans.plan import Plan
-    from .reconstruct import reconstruct as learn
-    from .reconstruct.checkpoint import JOB
+    from .reconstruction.brecq import reconstruct as learn
+    from .reconstruction.checkpoint import JOB
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
@@ -127,8 +127,8 @@ def _bytes(gibibytes: float) -> int:
 
 def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any]", correcting: bool) -> None:
     """Refuse, before the work, a result that the factory's model could not load. Raises SettingError."""
-    from .correct import correct
     from .models.folding import folded_copy
+    from .simulation.correct import correct
 
     if correcting:
         with redirect_stdout(sys.stderr):
@@ -165,8 +165,8 @@ def _save(model: "nn.Module", output: Path) -> None:
 
 
 def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: Any) -> dict[str, Any]:
-    from .apply import apply
-    from .scores import checked_scores
+    from .evaluation.scores import checked_scores
+    from .simulation.apply import apply
 
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # to nearest, activations are in float

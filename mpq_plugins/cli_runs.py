@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
     from .common.journal import Journal
+    from .evaluation.sweep import SweepRow
     from .plans.plan import Plan
     from .plans.table import LayerTable
-    from .sweep import SweepRow
 
 
 def run_options(command: Command) -> Command:
@@ -151,7 +151,7 @@ def model_to_evaluate(
 
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
     """Refuse another model before the first evaluation, and say where its weights are not those measured."""
-    from .match import match
+    from .simulation.match import match
 
     found = match(plan, model, weights=True)
     found.require(where)

@@ -53,9 +53,9 @@ def sweep(
     """
     from .cli_plans import plans_by
     from .cli_sources import Request, measured, named_files, named_function, resolve_source
+    from .evaluation.sweep import sweep as run
     from .plans.table import is_table
     from .report.progress import progress_bar
-    from .sweep import sweep as run
 
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))

@@ -23,8 +23,8 @@ from .report.progress import echo, progress_bar, say
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
+    from .evaluation.tuning import Tuning
     from .plans.plan import Plan
-    from .tuning import Tuning
 
 BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 
@@ -67,7 +67,7 @@ def tune(
     """
     from .cli_plans import joint_needs, plans_by
     from .cli_sources import Request, check_output, make_module, measure_now, named_files, named_function
-    from .tuning import Criterion
+    from .evaluation.tuning import Criterion
 
     check_output(output, source, evaluation, *named_files(options))
     claim(output)
@@ -110,7 +110,7 @@ def _tuner(backend: str | None) -> Any:
 
 def _say_merged(plans: "Sequence[Plan]") -> None:
     """Say where settings make the same plan, which is one trial."""
-    from .tuning import smallest_first
+    from .evaluation.tuning import smallest_first
 
     distinct = len(smallest_first(plans))
     if distinct < len(plans):

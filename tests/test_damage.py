@@ -21,7 +21,7 @@ from mpq_plugins import Affine, LatencyTable, LayerTable, MixQuant, Plan, compre
 from mpq_plugins.common.checksum import unsealed
 from mpq_plugins.common.journal import Journal
 from mpq_plugins.common.record import Record
-from mpq_plugins.compress.container import Container
+from mpq_plugins.compression.container import Container
 from mpq_plugins.errors import FormatError, MPQError, SettingError
 from tests.helpers.nets import tied_net
 from tests.helpers.plans import linear, plan_of, plans

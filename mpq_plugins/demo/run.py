@@ -1,6 +1,5 @@
 """The demo: one measurement, uniform and MixQuant plans, each applied, verified and tried on unseen digits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +11,17 @@ from torch import nn
 from ..allocation.contract import Allocator
 from ..allocation.mixquant import MixQuant
 from ..allocation.uniform import Uniform
-from ..apply import apply, verify
+from ..common.progress import Progress
 from ..measurement.measure import measure
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
 from ..report.tables import bits_text, bytes_text, grid
+from ..simulation.apply import apply, verify
 from .net import digit_net, unseen_digits
 
 UNIFORM_BITS = (8, 6, 4, 3)
 QEMS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 TOLERATED_LOSS = 0.005  # of accuracy: four of the 797 digits
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

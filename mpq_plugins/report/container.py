@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ..compress.container import Container
-from ..compress.stages import Stages, total
+from ..compression.container import Container
+from ..compression.stages import Stages, total
 from .tables import bits_text, bytes_text, grid
 
 

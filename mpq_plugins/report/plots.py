@@ -7,7 +7,7 @@ from pathlib import Path
 from ..common.files import atomic_path
 from ..common.text import printable
 from ..errors import SettingError
-from ..sweep import SweepRow
+from ..evaluation.sweep import SweepRow
 
 FORMATS = (".png", ".svg", ".pdf")
 

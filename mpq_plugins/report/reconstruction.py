@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ..plans.plan import Plan
-from ..reconstruct import BlockReport
+from ..reconstruction.settings import BlockReport
 from .tables import grid
 
 COLUMNS = ("block", "layers", "bits", "loss to nearest", "learned", "codes changed", "seconds")

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from ..common.files import write_text
+from ..evaluation.sweep import SweepRow
 from ..plans.table import LayerTable
-from ..sweep import SweepRow
 from .tables import bytes_text, grid
 
 MARK = "*"

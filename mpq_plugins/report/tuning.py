@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..tuning import Trial, Tuning
+from ..evaluation.tuning import Trial, Tuning
 from .tables import bytes_text, grid
 
 KEPT = "*"

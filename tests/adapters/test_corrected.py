@@ -11,9 +11,9 @@ from torch.ao.quantization.quantize_fx import convert_fx
 
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, apply, correct, measure
 from mpq_plugins.errors import VerifyError
-from mpq_plugins.lower import integer_weight
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.simulation.integers import integer_weight
 from tests.adapters import nets
 from tests.adapters.compressor import same
 from tests.adapters.test_fx import pytestmark as fx_warnings

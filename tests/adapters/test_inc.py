@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpq_plugins import PTILMPQ, Affine, Codebook, MixQuant, Plan, Uniform, measure
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import FormatError, MismatchError, MPQError, SettingError, SourceError, TuningError, VerifyError
-from mpq_plugins.match import match
+from mpq_plugins.simulation.match import match
 from tests.adapters import nets
 from tests.adapters.compressor import Heard, same
 from tests.helpers.nets import tied_net

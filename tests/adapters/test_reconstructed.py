@@ -11,9 +11,9 @@ from torch.ao.quantization.quantize_fx import convert_fx
 import mpq_plugins as mpq
 from mpq_plugins import PTILMPQ, Affine, Plan, SettingError, Uniform, measure
 from mpq_plugins.errors import VerifyError
-from mpq_plugins.lower import integer_weight
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.simulation.integers import integer_weight
 from tests.adapters import nets
 from tests.adapters.test_corrected import FILTERS, IMAGES, PER_CHANNEL, SYMMETRIC, UNFOLDED, folded_simulation, fx, pt2e
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 import mpq_plugins as mpq
-from mpq_plugins.compress.bitpack import Codes, pack, unpack
-from mpq_plugins.compress.huffman import decode, encode, entropy_bits
-from mpq_plugins.compress.streams import CODES
+from mpq_plugins.compression.bitpack import Codes, pack, unpack
+from mpq_plugins.compression.huffman import decode, encode, entropy_bits
+from mpq_plugins.compression.streams import CODES
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.report.tables import bytes_text, grid
 from tests.benchmarks.bench_measure import seconds

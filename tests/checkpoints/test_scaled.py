@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mpq_plugins import Affine, Uniform, compress, find_weights, measure
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.match import match
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
+from mpq_plugins.simulation.match import match
 
 sides = st.sampled_from([1, 3, 127, 128, 129, 200, 256, 300])
 

@@ -14,8 +14,8 @@ from mpq_plugins import Uniform, compress, decompress, measure
 from mpq_plugins.checkpoints.checkpoint import open_checkpoint
 from mpq_plugins.checkpoints.shards import INDEX_NAME, TORCH_INDEX_NAME
 from mpq_plugins.errors import SourceError
-from mpq_plugins.rewrite import rewrite
-from mpq_plugins.simulate import simulate
+from mpq_plugins.simulation.checkpoint import rewrite
+from mpq_plugins.simulation.layer import simulate
 from tests.conftest import Ran
 from tests.helpers.checkpoints import sharded
 

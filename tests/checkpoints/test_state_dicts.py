@@ -14,7 +14,7 @@ from mpq_plugins import Plan, Uniform, compress, decompress, find_weights, measu
 from mpq_plugins.checkpoints.checkpoint import load_torch
 from mpq_plugins.checkpoints.state_dicts import beside, chosen_state_dict
 from mpq_plugins.errors import CompressWarning, SourceError
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
 from tests.conftest import Ran
 
 HERE = Path("x.pt")

@@ -20,7 +20,7 @@ from mpq_plugins import Uniform, compress, decompress, find_weights, measure
 from mpq_plugins.checkpoints.checkpoint import load_lazily, open_checkpoint
 from mpq_plugins.checkpoints.readers import FileRows
 from mpq_plugins.errors import SourceError
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
 
 
 def saved(folder: Path, content: Any, **options: Any) -> Path:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.compress import bitpack
-from mpq_plugins.compress.bitpack import Codes, pack, packed_bytes, unpack
+from mpq_plugins.compression import bitpack
+from mpq_plugins.compression.bitpack import Codes, pack, packed_bytes, unpack
 
 CODES = st.integers(1, 9).flatmap(
     lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), max_size=70))

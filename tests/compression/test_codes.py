@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Codebook, Piecewise
-from mpq_plugins.compress.codes import PartShape, are_zero, decode, encode, quantized_part
+from mpq_plugins.compression.codes import PartShape, are_zero, decode, encode, quantized_part
 from mpq_plugins.errors import WeightError
 from mpq_plugins.plans.scheme import GRANULARITIES, Scheme
 from mpq_plugins.quantization import affine, codebook, piecewise

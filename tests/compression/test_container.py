@@ -18,8 +18,8 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, Codebook, Container, Plan, compress, decompress
-from mpq_plugins.compress import container
-from mpq_plugins.compress.header import CHECKSUM, FIELDS, FILTERS, PROLOGUE, VERSION
+from mpq_plugins.compression import container
+from mpq_plugins.compression.header import CHECKSUM, FIELDS, FILTERS, PROLOGUE, VERSION
 from mpq_plugins.errors import FormatError
 from tests.helpers.plans import with_layer
 

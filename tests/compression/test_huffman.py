@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins.compress import huffman
-from mpq_plugins.compress.bitpack import packed_bytes
-from mpq_plugins.compress.huffman import LONGEST, code_lengths, coded_bytes, decode, encode, entropy_bits
+from mpq_plugins.compression import huffman
+from mpq_plugins.compression.bitpack import packed_bytes
+from mpq_plugins.compression.huffman import LONGEST, code_lengths, coded_bytes, decode, encode, entropy_bits
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 SYMBOLS = st.lists(st.integers(0, 30), max_size=300).map(lambda found: np.array(found, np.uint8))

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 
 import mpq_plugins as mpq
 from mpq_plugins import Deviations, GlobalSparsity, Sparsity, finish, prune
-from mpq_plugins.compress.prune import Pruning, checked_thresholds, kept, pruned
+from mpq_plugins.compression.prune import Pruning, checked_thresholds, kept, pruned
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.weights import chunks
 from mpq_plugins.weights.find import find_weights

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpq_plugins.compress.sparse import RelativeIndex, from_relative, index_bits, to_csc, to_csr, to_relative
+from mpq_plugins.compression.sparse import RelativeIndex, from_relative, index_bits, to_csc, to_csr, to_relative
 
 CODES = st.lists(st.sampled_from([0, 0, 0, 0, 0, 0, 0, 3, 200]), max_size=200)
 

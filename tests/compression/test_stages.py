@@ -10,9 +10,9 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, Codebook, Sparsity, compress
-from mpq_plugins.compress.huffman import coded_bytes
-from mpq_plugins.compress.sparse import to_relative
-from mpq_plugins.compress.stages import layer_stages, planned, total
+from mpq_plugins.compression.huffman import coded_bytes
+from mpq_plugins.compression.sparse import to_relative
+from mpq_plugins.compression.stages import layer_stages, planned, total
 from tests.helpers.plans import with_layer
 
 

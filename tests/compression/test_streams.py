@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from mpq_plugins.compress.bitpack import packed_bytes
-from mpq_plugins.compress.huffman import coded_bytes, entropy_bits
-from mpq_plugins.compress.streams import (
+from mpq_plugins.compression.bitpack import packed_bytes
+from mpq_plugins.compression.huffman import coded_bytes, entropy_bits
+from mpq_plugins.compression.streams import (
     MOST_A_BYTE,
     Stream,
     code_stream,

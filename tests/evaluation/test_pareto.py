@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 
 from mpq_plugins import Affine, LayerTable, MixQuant, PlanWarning, SettingError, measure
 from mpq_plugins.allocation.objective import predicted
-from mpq_plugins.pareto import PER_CHANNEL, PER_LAYER, mixquant_at, plans_at, ptilmpq_at
+from mpq_plugins.evaluation.pareto import PER_CHANNEL, PER_LAYER, mixquant_at, plans_at, ptilmpq_at
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net
 

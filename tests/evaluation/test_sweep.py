@@ -15,7 +15,7 @@ from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measur
 from mpq_plugins.allocation.plan_error import plan_error
 from mpq_plugins.common.journal import Journal
 from mpq_plugins.errors import SettingError, SourceError
-from mpq_plugins.sweep import SweepRow, mark_pareto, sweep
+from mpq_plugins.evaluation.sweep import SweepRow, mark_pareto, sweep
 from tests.helpers.nets import conv_net
 
 PER_CHANNEL = Piecewise(granularity="per_channel", breakpoint="gaussian")

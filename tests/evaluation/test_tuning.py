@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import MixQuant, SettingError, TuningError, Uniform, measure
-from mpq_plugins.tuning import Criterion, Tuning, plan_text, smallest_first
+from mpq_plugins.evaluation.tuning import Criterion, Tuning, plan_text, smallest_first
 from tests.helpers.nets import conv_net
 
 TABLE = measure(conv_net(), bits=range(1, 9))

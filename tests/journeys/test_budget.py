@@ -25,10 +25,10 @@ from mpq_plugins import (
 )
 from mpq_plugins.checkpoints.checkpoint import load_torch
 from mpq_plugins.checkpoints.state_dicts import find_state_dict
-from mpq_plugins.lower import integer_weight
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
-from mpq_plugins.synthetic import synthetic_batches
+from mpq_plugins.simulation.integers import integer_weight
+from mpq_plugins.simulation.synthetic import synthetic_batches
 from tests.conftest import Ran
 
 pytestmark = pytest.mark.usefixtures("zoo")

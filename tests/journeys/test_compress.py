@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from examples.cifar_resnet import checkpoint, evaluate, images, resnet
 from mpq_plugins import Container, Plan, apply, decompress, verify
-from mpq_plugins.compress.stages import layer_stages, planned, total
+from mpq_plugins.compression.stages import layer_stages, planned, total
 from tests.conftest import Ran
 
 Mpq = Callable[..., Ran]

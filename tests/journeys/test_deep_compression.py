@@ -12,7 +12,7 @@ from examples.cifar_resnet import evaluate
 from examples.deep_compression import Setting, Task, budgeted, in_a_file, pruned, retrained, tuned
 from examples.lenet import LeNet300
 from examples.train_demo import split
-from mpq_plugins.compress.stages import total
+from mpq_plugins.compression.stages import total
 
 SPARSITY = {"fc1": 0.88, "fc2": 0.94, "fc3": 0.5}
 

@@ -15,7 +15,7 @@ from mpq_plugins import (
     measure,
     sensitivity,
 )
-from mpq_plugins.synthetic import synthetic_batches
+from mpq_plugins.simulation.synthetic import synthetic_batches
 
 SCHEME = Affine(granularity="per_channel")
 

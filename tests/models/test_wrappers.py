@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, Plan, Uniform, apply, compress, decompress, measure, verify
 from mpq_plugins.errors import MismatchError
-from mpq_plugins.match import match
 from mpq_plugins.models.wrappers import bare_names, renaming
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
+from mpq_plugins.simulation.match import match
 from tests.helpers.nets import conv_net
 
 names = st.lists(

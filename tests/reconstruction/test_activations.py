@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mpq_plugins as mpq
 from mpq_plugins import Affine, SettingError
 from mpq_plugins.models.input_ranges import InputQuantizer, InputRange, fake_quantize, input_ranges, quantize_input
-from mpq_plugins.reconstruct.activations import ActivationRange, InputValues
+from mpq_plugins.reconstruction.activations import ActivationRange, InputValues
 
 VALUES = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20)
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, LayerChoice, Part, Piecewise, SettingError
-from mpq_plugins.lower import integer_weight
-from mpq_plugins.reconstruct.adaround import Rounding, beta_at, settled, soft_weights, undecided
-from mpq_plugins.simulate import simulate
+from mpq_plugins.reconstruction.adaround import Rounding, beta_at, settled, soft_weights, undecided
+from mpq_plugins.simulation.integers import integer_weight
+from mpq_plugins.simulation.layer import simulate
 from tests.helpers.plans import linear
 
 SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, SettingError
-from mpq_plugins.reconstruct.blocks import default_blocks, find_units, in_call_order, learned_layers
+from mpq_plugins.reconstruction.blocks import default_blocks, find_units, in_call_order, learned_layers
 from tests.helpers.nets import tied_net
 from tests.helpers.plans import with_layer
 

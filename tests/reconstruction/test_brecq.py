@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, BlockReport, MismatchError, Piecewise, SettingError, SourceError, WeightError
-from mpq_plugins.lower import integer_weight
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import with_layer
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpq_plugins import SourceError
-from mpq_plugins.reconstruct.cache import Cache
+from mpq_plugins.reconstruction.cache import Cache
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
 

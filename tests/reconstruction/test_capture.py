@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_unflatten
 
 import mpq_plugins as mpq
 from mpq_plugins import SettingError, WeightError
-from mpq_plugins.reconstruct.capture import Call, call_order, calls_of, first_tensor, inputs_of
+from mpq_plugins.reconstruction.capture import Call, call_order, calls_of, first_tensor, inputs_of
 
 X = torch.arange(6.0).reshape(2, 3)
 

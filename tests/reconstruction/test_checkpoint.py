@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import BlockReport, SettingError, SourceError
-from mpq_plugins.reconstruct.checkpoint import Checkpoint, job_of
-from mpq_plugins.reconstruct.settings import Settings
+from mpq_plugins.reconstruction.checkpoint import Checkpoint, job_of
+from mpq_plugins.reconstruction.settings import Settings
 
 JOB = {"model": "sha256:1", "plan": "{}", "settings": "steps=5"}
 REPORT = BlockReport("layer1.0", ("layer1.0.conv1", "layer1.0.conv2"), 1 / 3, 0.1 + 0.2, 7, 4000, 12.345)

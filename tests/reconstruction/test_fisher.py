@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import SettingError
-from mpq_plugins.reconstruct.fisher import importance_of
+from mpq_plugins.reconstruction.fisher import importance_of
 
 
 class Net(nn.Module):

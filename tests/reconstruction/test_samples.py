@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_flatten
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, SettingError
-from mpq_plugins.reconstruct.cache import Cache
-from mpq_plugins.reconstruct.capture import Call
-from mpq_plugins.reconstruct.collect import Collector
-from mpq_plugins.reconstruct.samples import Sample, Samples
+from mpq_plugins.reconstruction.cache import Cache
+from mpq_plugins.reconstruction.capture import Call
+from mpq_plugins.reconstruction.collect import Collector
+from mpq_plugins.reconstruction.samples import Sample, Samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

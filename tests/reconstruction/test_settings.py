@@ -9,7 +9,7 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import SettingError
-from mpq_plugins.reconstruct.settings import Settings, usual_lr
+from mpq_plugins.reconstruction.settings import Settings, usual_lr
 
 GOOD: dict[str, Any] = {
     "blocks": (), "steps": 5, "batch_size": 8, "lr": 0.01, "loss": "mse", "regulariser": 0.01, "mix": 0.0,

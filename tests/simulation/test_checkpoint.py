@@ -12,7 +12,7 @@ from mpq_plugins.checkpoints.checkpoint import load_torch
 from mpq_plugins.checkpoints.shards import INDEX_NAME
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.quantization.quantize import fake_quantize
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net, tied_net
 

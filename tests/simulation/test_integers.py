@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from mpq_plugins import Affine, LayerChoice, Part, Piecewise
 from mpq_plugins.errors import SettingError
-from mpq_plugins.lower import integer_weight
-from mpq_plugins.simulate import simulate
+from mpq_plugins.simulation.integers import integer_weight
+from mpq_plugins.simulation.layer import simulate
 from tests.helpers.plans import linear
 
 SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")

@@ -8,15 +8,15 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from mpq_plugins import Affine, Plan, Uniform, apply, compress, measure
-from mpq_plugins import rewrite as rewriting
 from mpq_plugins.checkpoints.checkpoint import open_checkpoint
-from mpq_plugins.compress import write as writing
-from mpq_plugins.compress.codes import encode
+from mpq_plugins.compression import write as writing
+from mpq_plugins.compression.codes import encode
 from mpq_plugins.errors import MismatchError, SourceError
-from mpq_plugins.match import match
 from mpq_plugins.measurement import measure as run
-from mpq_plugins.rewrite import rewrite
-from mpq_plugins.simulate import simulate
+from mpq_plugins.simulation import checkpoint as rewriting
+from mpq_plugins.simulation.checkpoint import rewrite
+from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.match import match
 from tests.helpers.nets import conv_net, tied_net
 
 

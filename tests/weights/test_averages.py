@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpq_plugins import Uniform, find_weights, measure
 from mpq_plugins.errors import SourceError
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
 from mpq_plugins.weights.averages import refuse_averages
 
 LAYERS = {"conv.weight": (4, 3, 3), "block.fc.weight": (5, 4)}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from mpq_plugins import Affine, Plan, Uniform, apply, compress, decompress, find_weights, measure
 from mpq_plugins.checkpoints.checkpoint import load_torch
 from mpq_plugins.errors import MismatchError, SourceError
-from mpq_plugins.match import match
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
+from mpq_plugins.simulation.match import match
 from tests.helpers.odd_modules import odd_modules, tensors_of
 
 BY_CHANNEL = Affine(granularity="per_channel")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpq_plugins import Uniform, find_weights, measure
 from mpq_plugins.errors import SourceError
-from mpq_plugins.rewrite import rewrite
+from mpq_plugins.simulation.checkpoint import rewrite
 
 LAYER = "model.layers.0.mlp.up_proj"
 

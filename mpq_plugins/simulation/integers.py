@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints.rows import channel_rows, from_channel_rows
-from .errors import SettingError
-from .plans.layers import LayerChoice
-from .plans.scheme import FLOAT_BITS, Affine
-from .quantization import affine
+from ..checkpoints.rows import channel_rows, from_channel_rows
+from ..errors import SettingError
+from ..plans.layers import LayerChoice
+from ..plans.scheme import FLOAT_BITS, Affine
+from ..quantization import affine
 
 
 @dataclass(frozen=True)

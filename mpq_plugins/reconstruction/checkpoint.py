@@ -17,9 +17,8 @@ from ..common.files import atomic_path, exists, write_text
 from ..errors import SettingError, SourceError
 from ..models.fingerprint import batches_digest, model_digest, source_digest, tensors_digest
 from ..plans.plan import Plan
-from . import BlockReport
 from .cache import CACHE
-from .settings import Settings
+from .settings import BlockReport, Settings
 
 JOB = "job.json"
 

@@ -26,12 +26,12 @@ from torch import Tensor
 from ..checkpoints.readers import DTYPES
 from ..common.checksum import checksum
 from ..common.files import open_regular
+from ..common.progress import Progress
 from ..common.text import first_sentence
 from ..errors import FormatError
 from ..plans.layers import LayerChoice, Part
 from ..plans.names import layer_name
 from ..plans.plan import Plan
-from . import Progress
 from .codes import PartCodes, PartShape, decode
 from .header import CHECKSUM, PROLOGUE, Header, PartRecord, TensorRecord, check_records, choice_of, read_header
 from .sparse import RelativeIndex, from_relative, index_bits
@@ -197,3 +197,13 @@ def read_part(record: PartRecord, part: PartShape, streams: Iterator[Stream], ga
     if whole is None:
         raise FormatError(f"{where}: has entries beyond its end; the file is damaged")
     return PartCodes(whole, tables, zero_points)
+
+
+def decompress(path: str | Path | Container, *, progress: Progress | None = None) -> dict[str, Tensor]:
+    """All tensors of a container by name, dequantized: a state dict. Tied ones are the same tensor.
+
+    Names are the source's; of a checkpoint, without the `module.` that DataParallel puts before them. Raises
+    FormatError for a file that is no container, damaged, or newer than this version.
+    """
+    container = path if isinstance(path, Container) else Container.open(path)
+    return container.tensors(progress)

@@ -21,7 +21,7 @@ from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS, Affine
 from ..quantization import affine
-from ..simulate import simulate
+from ..simulation.layer import simulate
 
 ZETA, GAMMA = 1.1, -0.1
 HOTTEST, COLDEST = 20.0, 2.0  # beta

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .allocation.budget import Budget
-from .allocation.mixquant import MixQuant
-from .allocation.ptilmpq import PTILMPQ
-from .allocation.sqnr import SQNR
-from .allocation.uniform import Uniform
-from .errors import PlanWarning, SettingError
-from .plans.plan import Plan
-from .plans.table import LayerTable
+from ..allocation.budget import Budget
+from ..allocation.mixquant import MixQuant
+from ..allocation.ptilmpq import PTILMPQ
+from ..allocation.sqnr import SQNR
+from ..allocation.uniform import Uniform
+from ..errors import PlanWarning, SettingError
+from ..plans.plan import Plan
+from ..plans.table import LayerTable
 
 PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
 

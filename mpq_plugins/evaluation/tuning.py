@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .errors import SettingError, TuningError
-from .plans.plan import Plan
+from ..errors import SettingError, TuningError
+from ..plans.plan import Plan
 from .scores import Evaluate, checked_scores
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """A checkpoint in, the same checkpoint with fake-quantized weights out, in the same format."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,22 +9,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints.checkpoint import load_lazily, load_torch, storage_identity
-from .checkpoints.readers import StoredTensor, read_header, safetensors_tensors
-from .checkpoints.shards import weight_files
-from .checkpoints.state_dicts import TOP, chosen_state_dict
-from .checkpoints.torch_files import refuse_expanded
-from .common.files import atomic_directory, atomic_path, unchanged
-from .common.text import first_sentence
-from .errors import SettingError, SourceError
+from ..checkpoints.checkpoint import load_lazily, load_torch, storage_identity
+from ..checkpoints.readers import StoredTensor, read_header, safetensors_tensors
+from ..checkpoints.shards import weight_files
+from ..checkpoints.state_dicts import TOP, chosen_state_dict
+from ..checkpoints.torch_files import refuse_expanded
+from ..common.files import atomic_directory, atomic_path, unchanged
+from ..common.progress import Progress
+from ..common.text import first_sentence
+from ..errors import SettingError, SourceError
+from ..models.wrappers import bare_names
+from ..plans.layers import LayerChoice
+from ..plans.names import are_experts, is_weight, layer_name, stacks_of
+from ..plans.plan import Plan
+from .layer import simulate
 from .match import Match, match
-from .models.wrappers import bare_names
-from .plans.layers import LayerChoice
-from .plans.names import are_experts, is_weight, layer_name, stacks_of
-from .plans.plan import Plan
-from .simulate import simulate
-
-Progress = Callable[[str, int, int], None]
 
 
 def rewrite(

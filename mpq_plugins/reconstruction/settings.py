@@ -8,6 +8,8 @@ from ..errors import SettingError
 
 LOSSES = ("mse", "fisher")
 TUNED = ("rounding", "norms")
+MEMORY = 2 << 30
+"""Bytes of cached inputs and outputs that are kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,22 @@ def _integer(name: str, value: Any, least: int, allowed: str) -> None:
 def _number(name: str, value: Any, condition: bool, most: float, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not condition or not 0 <= value <= most:
         raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What became of one block.
+
+    nearest, learned: mean loss a sample over all calibration inputs, rounded to nearest and as it stays; changed: codes
+    that are not the nearest, of `weights`; seconds: of this block, capturing included; resumed: read back from a
+    checkpoint.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    nearest: float
+    learned: float
+    changed: int
+    weights: int
+    seconds: float
+    resumed: bool = False

@@ -3,24 +3,24 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .allocation.objective import predicted
-from .allocation.plan_error import METRICS, plan_error
-from .errors import SettingError, SourceError
-from .models.copying import duplicate
-from .plans.plan import Plan
-from .plans.table import LayerTable
+from ..allocation.objective import predicted
+from ..allocation.plan_error import METRICS, plan_error
+from ..common.progress import Progress
+from ..errors import SettingError, SourceError
+from ..models.copying import duplicate
+from ..plans.plan import Plan
+from ..plans.table import LayerTable
 from .scores import Evaluate, Scores, checked_scores
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .common.journal import Journal
+    from ..common.journal import Journal
 
-Progress = Callable[[str, int, int], None]
 
 FLOAT = "float"
 
@@ -136,7 +136,7 @@ class _Scored:
 
 def quantized_copy(model: "nn.Module", plan: Plan, calibrate: "Sequence[Any] | None" = None) -> "nn.Module":
     """The model under the plan, verified; corrected on the batches, where there are any."""
-    from .apply import apply, verify
+    from ..simulation.apply import apply, verify
 
     quantized = apply(model, plan, calibrate=calibrate)
     verify(quantized, plan)

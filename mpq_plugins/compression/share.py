@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
-from ..match import match
 from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Codebook
 from ..quantization.codebook import quantize
+from ..simulation.match import match
 from ..weights.find import find_weights
 from .parametrized import WeightMaker, put
 

@@ -5,9 +5,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from .common.interrupts import Interrupted
-from .common.text import what_it_said
-from .errors import SourceError
+from ..common.interrupts import Interrupted
+from ..common.text import what_it_said
+from ..errors import SourceError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
-from .checkpoints.checkpoint import Checkpoint, read_checkpoint
-from .common.files import unchanged
-from .common.text import first_few
-from .errors import MismatchError, WeightError
-from .measurement.error import weights_fingerprint
-from .models.wrappers import renaming
-from .plans.layers import LayerChoice
-from .plans.plan import Plan
-from .weights.find import checkpoint_weights, could_be_layers, find_weights, known_by
-from .weights.from_checkpoint import Known, KnownLayer
-from .weights.handles import Weight, Weights
+from ..checkpoints.checkpoint import Checkpoint, read_checkpoint
+from ..common.files import unchanged
+from ..common.text import first_few
+from ..errors import MismatchError, WeightError
+from ..measurement.error import weights_fingerprint
+from ..models.wrappers import renaming
+from ..plans.layers import LayerChoice
+from ..plans.plan import Plan
+from ..weights.find import checkpoint_weights, could_be_layers, find_weights, known_by
+from ..weights.from_checkpoint import Known, KnownLayer
+from ..weights.handles import Weight, Weights
 
 CHUNK = 1 << 20  # weights compared at a time
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SettingError
-from .models.copying import duplicate
-from .models.running import call_model, evaluating
-from .models.tracing import BATCH_NORMS
-
-Progress = Callable[[str, int, int], None]
+from ..common.progress import Progress
+from ..errors import SettingError
+from ..models.copying import duplicate
+from ..models.running import call_model, evaluating
+from ..models.tracing import BATCH_NORMS
 
 RATE = 0.1
 LEAST_SIGMA = 1e-3

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..correct import correct
 from ..errors import SettingError
 from ..models.folding import folded_copy
 from ..models.input_ranges import quantize_input
 from ..models.kinds import quantizable_weights
 from ..models.running import evaluating
 from ..plans.plan import Plan
+from ..simulation.correct import correct
 from .adaround import nearest, require_affine
 from .blocks import find_units, in_call_order, learned_layers
 from .capture import call_order

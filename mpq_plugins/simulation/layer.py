@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .checkpoints.rows import channel_rows
-from .plans.channels import Channels
-from .plans.layers import LayerChoice
-from .plans.scheme import FLOAT_BITS
-from .quantization.quantize import fake_quantize
-from .weights.dtypes import check_weight
+from ..checkpoints.rows import channel_rows
+from ..plans.channels import Channels
+from ..plans.layers import LayerChoice
+from ..plans.scheme import FLOAT_BITS
+from ..quantization.quantize import fake_quantize
+from ..weights.dtypes import check_weight
 
 
 def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:

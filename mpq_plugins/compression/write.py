@@ -1,5 +1,6 @@
 """From weights to a container: quantized as the plan says, coded in the fewest bytes, read back before it is kept."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import stored_tensors
 from ..checkpoints.readers import DTYPES, StoredTensor
 from ..common.files import atomic_path, exists, unchanged
+from ..common.progress import Progress
 from ..common.text import first_few
-from ..errors import SettingError, SourceError, VerifyError
-from ..match import match
+from ..errors import CompressWarning, SettingError, SourceError, VerifyError
 from ..models.fingerprint import tensor_bytes
 from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice, Part
 from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
-from ..rewrite import require_unscaled
+from ..simulation.checkpoint import require_unscaled
+from ..simulation.match import match
 from ..weights.dtypes import check_weight
 from ..weights.handles import Weight
-from . import Progress
 from .bitpack import Codes
 from .codes import PartCodes, PartShape, encode
 from .container import Container, numpy_dtype, part_shape, read_part
@@ -312,3 +313,37 @@ def _values(tensor: Tensor, coding: Choice) -> Stream:
 
 def _record(stream: Stream) -> StreamRecord:
     return (stream.coding, len(stream.data))
+
+
+def compress(
+    source: nn.Module | str | Path,
+    plan: Plan,
+    path: str | Path,
+    *,
+    prune: Pruning | None = None,
+    coding: Choice = "smallest",
+    progress: Progress | None = None,
+    model: nn.Module | None = None,
+    weights: str | None = None,
+) -> Container:
+    """Write a model to one file as the plan has it: codes, scales and centroids, all other tensors, and the plan.
+
+    source: a module, or a checkpoint; a plan measured with BatchNorm folded in folds a module's. prune: which weights
+    of the quantized layers become 0 first. coding: `smallest` packs or entropy codes every tensor, whichever is
+    smaller; `packed` packs all, so that sizes are the plan's. What comes back by `decompress` is, to the bit, what
+    `apply` makes of the (pruned) weights. What the source holds beside tensors is left out, with a CompressWarning, and
+    named in the container's `header.left_out`. model: of a checkpoint, the module it is of, which says what of it are
+    layers where the plan does not; weights: of a torch checkpoint with several sets of weights, the key of those that
+    are meant, where they are not those the plan was made from.
+
+    Returns the container, opened. Raises MismatchError (a plan for another model), SettingError (pruning everything, or
+    weights whose scheme has no 0), WeightError (NaN), SourceError (unreadable, unwritable); nothing is left half
+    written.
+    """
+    container = write(
+        source, plan, Path(path), prune=prune, coding=coding, progress=progress, model=model, weights=weights
+    )
+    if container.header.left_out:
+        text = f"left out, no tensors of the model: {', '.join(container.header.left_out)}"
+        warnings.warn(CompressWarning(text), stacklevel=2)
+    return container

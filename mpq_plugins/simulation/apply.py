@@ -1,22 +1,23 @@
-"""Simulated quantization of a model by a plan, and the proof that the model holds what the plan says.
-
-torch is imported when a function runs, not with the package.
-"""
+"""Simulated quantization of a model by a plan, and the proof that the model holds what the plan says."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .common.text import first_few
-from .errors import VerifyError
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor, nn
-
-    from .plans.layers import LayerChoice, Part
-    from .plans.plan import Plan
+from ..common.text import first_few
+from ..errors import VerifyError
+from ..models.input_ranges import input_ranges
+from ..models.kinds import quantizable_weights
+from ..models.wrappers import renaming
+from ..plans.layers import LayerChoice, Part
+from ..plans.plan import Plan
+from .correct import correct
+from .layer import most_distinct_values
+from .match import as_called, match
+from .model import simulated
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PartCheck:
     allowed: int
 
 
-def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None" = None) -> "nn.Module":
+def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = None) -> nn.Module:
     """A copy of the model whose weights are quantized and dequantized as the plan says; the model is unchanged.
 
     A plan measured with BatchNorm folded in gives a folded copy. Biases, norms and skipped layers keep their
@@ -40,33 +41,18 @@ def apply(model: "nn.Module", plan: "Plan", *, calibrate: "Iterable[Any] | None"
     also says how an adapter gets them). Raises MismatchError (other layers or shapes), WeightError (NaN or infinity)
     and what `correct` raises.
     """
-    import torch
-
-    from .match import match
-    from .models.folding import folded_copy
-    from .models.kinds import quantizable_weights
-    from .simulate import simulate
-
     plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     if calibrate is not None:
-        from .correct import correct
-
         model = correct(model, plan, calibrate)
     if plan.activation_bits is not None and not _simulates_activations(model, plan):
         warnings.warn(
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
         )
-    quantized = folded_copy(model, plan)
-    choices = plan.by_any_name
-    with torch.no_grad():
-        for name, weight in quantizable_weights(quantized).items():
-            if name in choices:
-                weight.copy_(simulate(weight, choices[name]))
-    return quantized
+    return simulated(model, plan)
 
 
-def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None) -> tuple[PartCheck, ...]:
+def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> tuple[PartCheck, ...]:
     """Prove that a model holds what the plan says: right layers, none missing, none extra, few enough values.
 
     Every region that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b
@@ -75,10 +61,6 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
     skipped layers must be untouched. Inputs that the model quantizes itself must have the plan's activation bits.
     Returns one check per part; raises VerifyError listing what is wrong.
     """
-    from .match import as_called
-    from .models.input_ranges import input_ranges
-    from .models.kinds import quantizable_weights
-
     weights = quantizable_weights(model)
     plan = as_called(plan, weights)
     choices = plan.by_any_name
@@ -110,20 +92,15 @@ def verify(model: "nn.Module", plan: "Plan", original: "nn.Module | None" = None
     return tuple(checks)
 
 
-def _simulates_activations(model: "nn.Module", plan: "Plan") -> bool:
+def _simulates_activations(model: nn.Module, plan: Plan) -> bool:
     """Whether the model quantizes the inputs of all planned layers that have values for inputs, as the plan says."""
-    from .models.input_ranges import input_ranges
-
     bits = {name: own.bits for name, own in input_ranges(model).items()}
     wanted = [layer for layer in plan.layers if not layer.in_float and layer.kind != "embedding"]
     return all(any(bits.get(name) == plan.activation_bits for name in layer.names) for layer in wanted)
 
 
-def _expected(original: "nn.Module", plan: "Plan", present: "Iterable[str]") -> "dict[str, Tensor]":
+def _expected(original: nn.Module, plan: Plan, present: Iterable[str]) -> dict[str, Tensor]:
     """What the plan makes of the float model's weights, by the names that the model in hand has for them."""
-    from .models.kinds import quantizable_weights
-    from .models.wrappers import renaming
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about activations, which are not compared here
         simulated = apply(original, plan)
@@ -132,9 +109,7 @@ def _expected(original: "nn.Module", plan: "Plan", present: "Iterable[str]") -> 
     return {names.get(name, name): weight for name, weight in found.items()}
 
 
-def _check_part(weight: "Tensor", choice: "LayerChoice", part: "Part") -> PartCheck:
-    from .simulate import most_distinct_values
-
+def _check_part(weight: Tensor, choice: LayerChoice, part: Part) -> PartCheck:
     values = most_distinct_values(weight, choice, part.runs)
     return PartCheck(choice.name, part.bits, len(part.channels), values, choice.scheme.levels(part.bits))
 
