@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mpq_plugins.demo.net import DIGITS, WEIGHTS, DigitNet
+from mpq_plugins.cli.demo.net import DIGITS, WEIGHTS, DigitNet
 
 TRAINING_IMAGES = 1000
 BATCH = 50

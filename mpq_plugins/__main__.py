@@ -11,7 +11,7 @@ def main() -> None:
     """Run `mpq` as `cli.main` does. Ctrl-C while it is being imported is one line too; after the result it is late."""
     Interrupts().start()
     try:
-        from .cli import main as run
+        from .cli.main import main as run
 
         run()
     except Interrupted as stop:

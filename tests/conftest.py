@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from mpq_plugins import cli
+from mpq_plugins.cli import main as cli
 from tests.helpers.checkpoints import minilm_file
 
 torch.set_num_threads(2)

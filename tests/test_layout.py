@@ -222,7 +222,9 @@ def test_the_public_surface_is_sorted_and_complete() -> None:
         mpq_plugins.meassure  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["mpq_plugins.measurement.measure", "mpq_plugins.simulation.apply", "mpq_plugins.cli"])
+@pytest.mark.parametrize(
+    "first", ["mpq_plugins.measurement.measure", "mpq_plugins.simulation.apply", "mpq_plugins.cli.main"]
+)
 def test_functions_that_share_a_packages_name_stay_functions(first: str) -> None:
     code = (
         f"import {first}, types, mpq_plugins as m; print({{type(m.measure), type(m.apply)}} == {{types.FunctionType}})"
@@ -235,7 +237,7 @@ def test_functions_that_share_a_packages_name_stay_functions(first: str) -> None
 )
 def test_answers_that_need_no_torch_do_not_import_it(command: list[str]) -> None:
     code = (
-        "import sys; from mpq_plugins.cli import main; sys.argv = ['mpq', *{command}]\n"
+        "import sys; from mpq_plugins.cli.main import main; sys.argv = ['mpq', *{command}]\n"
         "try: main()\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "assert 'torch' not in sys.modules and 'numba' not in sys.modules"
     ).replace("{command}", repr(command))

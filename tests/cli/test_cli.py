@@ -319,7 +319,7 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(
 
 def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
     save_file({f"layer{i}.weight": torch.randn(64, 64) for i in range(4)}, tmp_path / "net.safetensors")
-    command = [sys.executable, "-m", "mpq_plugins.cli", "plan", str(tmp_path / "net.safetensors"), "--json"]
+    command = [sys.executable, "-m", "mpq_plugins", "plan", str(tmp_path / "net.safetensors"), "--json"]
     quiet = subprocess.run(command, capture_output=True, check=True)
     assert quiet.stderr == b""
     master, slave = pty.openpty()
@@ -339,7 +339,7 @@ def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
 def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     save_file({f"layer{i}.weight": torch.randn(2048, 2048) for i in range(24)}, tmp_path / "net.safetensors")
     (tmp_path / "out.mpqt").write_text("old")
-    command = [sys.executable, "-m", "mpq_plugins.cli", "measure", str(tmp_path / "net.safetensors"), "--range", "mse",
+    command = [sys.executable, "-m", "mpq_plugins", "measure", str(tmp_path / "net.safetensors"), "--range", "mse",
                "-o", str(tmp_path / "out.mpqt")]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60

@@ -216,7 +216,16 @@ def test_a_full_disk_leaves_nothing(folder: Path) -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
 
-    command = [sys.executable, "-m", "mpq_plugins.cli", "compress", "net.safetensors", "plan.json", "-o", "net.mpq"]
+    command = [
+        sys.executable,
+        "-m",
+        "mpq_plugins",
+        "compress",
+        "net.safetensors",
+        "plan.json",
+        "-o",
+        "net.mpq",
+    ]
     before = set(folder.iterdir())
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, preexec_fn=limited, check=False)
     assert ran.returncode == 2, ran.stderr

@@ -6,8 +6,8 @@ import pytest
 
 from examples import train_demo
 from mpq_plugins import Plan, verify
-from mpq_plugins.demo.net import DIGITS, WEIGHTS, digit_net, unseen_digits
-from mpq_plugins.demo.run import QEMS, UNIFORM_BITS, run_demo
+from mpq_plugins.cli.demo.net import DIGITS, WEIGHTS, digit_net, unseen_digits
+from mpq_plugins.cli.demo.run import QEMS, UNIFORM_BITS, run_demo
 from tests.conftest import Ran
 
 

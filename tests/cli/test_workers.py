@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpq_plugins import cli_workers
+from mpq_plugins.cli import workers as cli_workers
 from tests.conftest import Ran
 
 

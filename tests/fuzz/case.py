@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mpq_plugins.cli import cli
+from mpq_plugins.cli.main import cli
 
 from .odd import WORDS
 from .seeds import special, tamper

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from mpq_plugins import cli
+from mpq_plugins.cli import main as cli
 
 from .case import Case
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq_plugins import cli
+from mpq_plugins.cli import main as cli
 from tests.fuzz.case import Case
 from tests.fuzz.judge import faults
 from tests.fuzz.place import one, workplace

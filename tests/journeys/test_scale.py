@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "mpq_plugins.cli", "measure", *map(str, arguments)]
+    return [sys.executable, "-m", "mpq_plugins", "measure", *map(str, arguments)]
 
 
 def killed_in_the_middle(arguments: list[str], partial: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mpq compress`, `mpq decompress` and `mpq inspect`: a model in one small file, back again, and what is in it."""
+"""`mpq compress`: a model in one small file."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import claim, json_option, model_option, print_json, weights_option
-from .errors import SettingError
-from .report.progress import echo, progress_bar, say
+from ...errors import SettingError
+from ...report.progress import echo, progress_bar, say
+from ..output import claim, json_option, model_option, weights_option
+from .inspect import print_container
 
-if TYPE_CHECKING:  # `mpq --help` should not wait for these
-    from .compression.container import Container
-    from .compression.prune import Pruning
-    from .compression.stages import Stages
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ...compression.prune import Pruning
 
 
 @click.command(
@@ -52,9 +51,10 @@ def compress(
     as_json: bool,
 ) -> None:
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
-    from .cli_sources import check_output, make_module, resolve_source
-    from .compression.write import write  # which leaves it to its caller to say what was left out
-    from .plans.plan import Plan
+    from ...compression.write import write  # which leaves it to its caller to say what was left out
+    from ...plans.plan import Plan
+    from ..output import check_output
+    from ..sources import make_module, resolve_source
 
     check_output(output, plan_file, source)
     if output.suffix != ".mpq":  # another file may be a checkpoint, and would be gone
@@ -74,83 +74,14 @@ def compress(
         say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
     if plan.activation_bits is not None:
         say(f"note: the plan's {plan.activation_bits}-bit activations are not in a container; weights only")
-    _print(container, as_json, layers=False)
+    print_container(container, as_json, layers=False)
     if not as_json:
         echo(f"wrote {output}")
 
 
-@click.command(epilog="Example: mpq decompress model.mpq -o model.safetensors")
-@click.argument("container_file", metavar="CONTAINER", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors)."
-)
-@json_option
-def decompress(container_file: Path, output: Path, as_json: bool) -> None:
-    """Write CONTAINER's tensors, dequantized, as a checkpoint."""
-    from .cli_sources import check_output
-    from .compression.container import decompress as read
-    from .compression.write import save_tensors
-
-    if output.suffix != ".safetensors":
-        raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
-    check_output(output, container_file)
-    claim(output)
-    with progress_bar("decompressing") as progress:
-        tensors = read(container_file, progress=progress)
-    save_tensors(tensors, output)
-    if as_json:
-        print_json({"checkpoint": str(output), "tensors": len(tensors)})
-    else:
-        echo(f"wrote {output}: {len(tensors)} tensors")
-
-
-@click.command(epilog="Examples: mpq inspect model.mpq. The plan inside: mpq inspect model.mpq --plan plan.json")
-@click.argument("container_file", metavar="CONTAINER", type=click.Path(path_type=Path))
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write the plan inside to this file.")
-@json_option
-def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None:
-    """Show what a container holds, layer by layer: bits, zeros, entropy, and bytes after each stage.
-
-    Stages: sparse (float weights that are not 0, and the gaps between them), packed and Huffman (codes and gaps, scales
-    and centroids, as Deep Compression has them), stored (the layer in this file). Every tensor is read and its checksum
-    compared.
-    """
-    from .cli_sources import check_output
-    from .compression.container import Container
-
-    check_output(plan_file, container_file)
-    claim(plan_file)
-    container = Container.open(container_file)
-    container.check()
-    if plan_file is not None:
-        container.plan.save(plan_file)
-    _print(container, as_json, layers=True)
-    if plan_file is not None and not as_json:
-        echo(f"wrote {plan_file}")
-
-
-def _print(container: "Container", as_json: bool, layers: bool) -> None:
-    from .compression.stages import layer_stages, planned
-    from .report.console import console
-    from .report.container import container_json, layers_table, summary_lines, totals_table
-    from .report.tables import plan_head
-
-    stages: dict[str, Stages] = {name: layer_stages(container, name) for name in planned(container)}
-    if as_json:
-        print_json(container_json(container, stages))
-        return
-    out = console()
-    out.print(plan_head(container.plan), soft_wrap=True)
-    if "pruning" in container.header.made_with:
-        out.print(f"pruned by {container.header.made_with['pruning']}", soft_wrap=True)
-    out.print(layers_table(container, stages) if layers else totals_table(stages))
-    for line in summary_lines(container, stages):
-        out.print(line, soft_wrap=True)
-
-
 def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
     """The pruning that was asked for. Raises SettingError."""
-    from .compression.prune import Deviations, GlobalSparsity, Sparsity
+    from ...compression.prune import Deviations, GlobalSparsity, Sparsity
 
     if not amounts:
         if by != "layer":

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
-from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from .cli_shared import SCHEME_NAMES, json_option, scheme_options
+from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
+from ..output import json_option
+from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
+from ..scheme_options import SCHEME_NAMES, scheme_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
-    from .allocation.contract import Allocator, Needs
-    from .cli_sources import Request
-    from .plans.plan import Plan
-    from .plans.table import LayerTable
+    from ...allocation.contract import Allocator, Needs
+    from ...plans.plan import Plan
+    from ...plans.table import LayerTable
+    from ..request import Request
 
 UNIFORM_BITS = range(2, 9)
 
@@ -51,11 +52,13 @@ def sweep(
     Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a row; without
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
-    from .cli_plans import plans_by
-    from .cli_sources import Request, measured, named_files, named_function, resolve_source
-    from .evaluation.sweep import sweep as run
-    from .plans.table import is_table
-    from .report.progress import progress_bar
+    from ...evaluation.sweep import sweep as run
+    from ...plans.table import is_table
+    from ...report.progress import progress_bar
+    from ..measuring import measured
+    from ..plans import plans_by
+    from ..request import Request
+    from ..sources import named_files, named_function, resolve_source
 
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
     files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))
@@ -80,7 +83,7 @@ def _needs(allocators: "Sequence[Allocator]", request: "Request", uniform: bool,
     """What the allocators need; of a measurement also errors of uniform plans and, where channels have scales of
     their own, what parts will cost.
     """
-    from .cli_plans import joint_needs
+    from ..plans import joint_needs
 
     needs = joint_needs(allocators)
     if not measure:
@@ -92,7 +95,7 @@ def _needs(allocators: "Sequence[Allocator]", request: "Request", uniform: bool,
 
 def _uniform_beside(plans: "Sequence[Plan]", table: "LayerTable") -> "list[Plan]":
     """Uniform plans from just below the smallest plan to just above the largest."""
-    from .allocation.uniform import Uniform
+    from ...allocation.uniform import Uniform
 
     averages = [plan.size().average_bits for plan in plans]
     uniform = [Uniform(bits=b)(table) for b in UNIFORM_BITS if b in table.bits]

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from ..allocation.contract import Allocator
-from ..allocation.mixquant import MixQuant
-from ..allocation.uniform import Uniform
-from ..common.progress import Progress
-from ..measurement.measure import measure
-from ..plans.plan import Plan
-from ..plans.size import PlanSize
-from ..report.tables import bits_text, bytes_text, grid
-from ..simulation.apply import apply, verify
+from ...allocation.contract import Allocator
+from ...allocation.mixquant import MixQuant
+from ...allocation.uniform import Uniform
+from ...common.progress import Progress
+from ...measurement.measure import measure
+from ...plans.plan import Plan
+from ...plans.size import PlanSize
+from ...report.tables import bits_text, bytes_text, grid
+from ...simulation.apply import apply, verify
 from .net import digit_net, unseen_digits
 
 UNIFORM_BITS = (8, 6, 4, 3)

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import Command, claim, print_json, say_left_alone, say_written
-from .errors import SettingError
-from .report.progress import echo, say
+from ..errors import SettingError
+from ..report.progress import echo, say
+from .output import claim, print_json, say_left_alone, say_written
+from .scheme_options import Command
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from .common.journal import Journal
-    from .evaluation.sweep import SweepRow
-    from .plans.plan import Plan
-    from .plans.table import LayerTable
+    from ..common.journal import Journal
+    from ..evaluation.sweep import SweepRow
+    from ..plans.plan import Plan
+    from ..plans.table import LayerTable
 
 
 def run_options(command: Command) -> Command:
@@ -57,9 +58,9 @@ def run_files(
 
     inputs: what the run reads beside its source.
     """
-    from .cli_sources import check_output
-    from .common.files import exists
-    from .report.plots import check_plot
+    from ..common.files import exists
+    from ..report.plots import check_plot
+    from .output import check_output
 
     for path in (output, plot, cache):
         if path is not None and exists(path) and path.is_dir():  # some, such as / and ., have not even a name
@@ -101,8 +102,8 @@ class RunFiles:
 
 def write_rows(rows: "Sequence[SweepRow]", files: RunFiles, title: str) -> None:
     """The CSV and the picture, where they were asked for."""
-    from .report.plots import sweep_plot
-    from .report.sweep import sweep_csv
+    from ..report.plots import sweep_plot
+    from ..report.sweep import sweep_csv
 
     if files.output is not None:
         sweep_csv(rows, files.output)
@@ -114,8 +115,8 @@ def print_rows(
     rows: "Sequence[SweepRow]", table: "LayerTable", title: str, as_json: bool, output: Path | None, plot: Path | None
 ) -> None:
     """On stdout: a table with its notes, or JSON."""
-    from .report.console import console
-    from .report.sweep import sweep_json, sweep_notes, sweep_table
+    from ..report.console import console
+    from ..report.sweep import sweep_json, sweep_notes, sweep_table
 
     if as_json:
         print_json(sweep_json(rows, table))
@@ -133,7 +134,7 @@ def model_to_evaluate(
     given: "str | Path | nn.Module", evaluation: str | None, factory: str | None
 ) -> "nn.Module | None":
     """The module that --eval scores; None without --eval. Raises SettingError where there is none to score."""
-    from .cli_sources import make_module
+    from .sources import make_module
 
     if evaluation is None:
         if factory is not None:
@@ -151,7 +152,7 @@ def model_to_evaluate(
 
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
     """Refuse another model before the first evaluation, and say where its weights are not those measured."""
-    from .simulation.match import match
+    from ..simulation.match import match
 
     found = match(plan, model, weights=True)
     found.require(where)
@@ -167,9 +168,9 @@ def resumable(
 
     Interrupted, rows and measurement stay for the next run, if there are rows; otherwise nothing stays behind.
     """
-    from .common.journal import Journal
-    from .models.fingerprint import model_digest, source_digest
-    from .plans.table import is_table
+    from ..common.journal import Journal
+    from ..models.fingerprint import model_digest, source_digest
+    from ..plans.table import is_table
 
     journal = None
     if files.journal is not None and model is not None:

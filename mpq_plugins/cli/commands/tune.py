@@ -7,24 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
-from .cli_shared import (
-    SCHEME_NAMES,
-    claim,
-    json_option,
-    print_json,
-    say_left_alone,
-    say_written,
-    scheme_options,
-)
-from .errors import PluginError, SettingError, TuningError
-from .report.progress import echo, progress_bar, say
+from ...errors import PluginError, SettingError, TuningError
+from ...report.progress import echo, progress_bar, say
+from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
+from ..output import claim, json_option, print_json, say_left_alone, say_written
+from ..scheme_options import SCHEME_NAMES, scheme_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from .evaluation.tuning import Tuning
-    from .plans.plan import Plan
+    from ...evaluation.tuning import Tuning
+    from ...plans.plan import Plan
 
 BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 
@@ -65,9 +58,12 @@ def tune(
     any, the allocator's own grid is tried. The trials run in Intel Neural Compressor, quietly; where no plan is good
     enough, that is an error that names the best.
     """
-    from .cli_plans import joint_needs, plans_by
-    from .cli_sources import Request, check_output, make_module, measure_now, named_files, named_function
-    from .evaluation.tuning import Criterion
+    from ...evaluation.tuning import Criterion
+    from ..measuring import measure_now
+    from ..output import check_output
+    from ..plans import joint_needs, plans_by
+    from ..request import Request
+    from ..sources import make_module, named_files, named_function
 
     check_output(output, source, evaluation, *named_files(options))
     claim(output)
@@ -96,7 +92,7 @@ def tune(
 
 def _tuner(backend: str | None) -> Any:
     """The backend's `tune`. Raises PluginError (not installed), SettingError (it has none)."""
-    from .common import registry
+    from ...common import registry
 
     if backend is None:
         for name in BACKENDS[1:]:
@@ -110,7 +106,7 @@ def _tuner(backend: str | None) -> Any:
 
 def _say_merged(plans: "Sequence[Plan]") -> None:
     """Say where settings make the same plan, which is one trial."""
-    from .evaluation.tuning import smallest_first
+    from ...evaluation.tuning import smallest_first
 
     distinct = len(smallest_first(plans))
     if distinct < len(plans):
@@ -118,8 +114,8 @@ def _say_merged(plans: "Sequence[Plan]") -> None:
 
 
 def _print(tuning: "Tuning", source: str, as_json: bool, output: Path | None) -> None:
-    from .report.console import console
-    from .report.tuning import tuning_json, tuning_table
+    from ...report.console import console
+    from ...report.tuning import tuning_json, tuning_table
 
     if as_json:
         print_json({**tuning_json(tuning), "plan": str(output) if output else None})

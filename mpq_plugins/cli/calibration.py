@@ -7,24 +7,24 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cli_sources import named_function
-from .common.outsiders import outsiders
-from .common.text import what_it_said
-from .errors import SettingError, SourceError
-from .report.progress import progress_bar
+from ..common.outsiders import outsiders
+from ..common.text import what_it_said
+from ..errors import SettingError, SourceError
+from ..report.progress import progress_bar
+from .sources import named_function
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .plans.plan import Plan
-    from .plans.table import LayerTable
+    from ..plans.plan import Plan
+    from ..plans.table import LayerTable
 
 MOST_BATCHES = 10_000
 
 
 def calibration_batches(text: str) -> list[Any]:
     """What `package.module:function` returns, as a list of batches. Raises SourceError or SettingError."""
-    from .models.running import checked_batches
+    from ..models.running import checked_batches
 
     function = named_function(text)
     with outsiders(lambda said: SourceError(f"{text}: the function cannot be called ({said})")):
@@ -36,7 +36,7 @@ def calibration_batches(text: str) -> list[Any]:
 
 def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
     """Batches of this shape made of the model alone, with a progress bar. Raises SettingError."""
-    from .simulation.synthetic import synthetic_batches
+    from ..simulation.synthetic import synthetic_batches
 
     with progress_bar("making inputs") as progress:
         return list(synthetic_batches(model, shape, progress=progress))
@@ -56,8 +56,8 @@ def corrected_tensors(
     weights become the checkpoint's; weights: the key of those in a torch checkpoint, where it is not the plan's.
     Raises as `correct`, or SourceError.
     """
-    from .simulation.correct import correct
-    from .simulation.match import match
+    from ..simulation.correct import correct
+    from ..simulation.match import match
 
     names = _load(model, checkpoint, factory, weights, plan.weights)
     plan = match(plan, model, rewrapped=True).require(factory)
@@ -78,7 +78,7 @@ def corrected_tensors(
 
 def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None:
     """Refuse, before the work, a file, and kinds that are not installed. Raises SettingError or PluginError."""
-    from .common import registry
+    from ..common import registry
 
     if isinstance(model, Path):
         raise SettingError(f"sensitivity: {model} is a file, and only a module can be run: package.module:factory")
@@ -95,7 +95,7 @@ def with_sensitivities(
     output: Path | None,
 ) -> "LayerTable":
     """The table with these sensitivities; finished layers are kept beside `output`. Raises as `sensitivity`."""
-    from .measurement.sensitivity import sensitivity
+    from ..measurement.sensitivity import sensitivity
 
     batches = calibration_batches(calibration)
     function = named_function(output_function) if output_function is not None else None
@@ -110,8 +110,8 @@ def _load(
     model: "nn.Module", checkpoint: Path, factory: str, weights: str | None, prefer: str | None
 ) -> Mapping[str, str]:
     """Put the checkpoint's tensors into the model; what its tensors are called there."""
-    from .checkpoints.checkpoint import read_checkpoint
-    from .models.wrappers import renaming
+    from ..checkpoints.checkpoint import read_checkpoint
+    from ..models.wrappers import renaming
 
     stored = read_checkpoint(checkpoint, weights, prefer=prefer).tensors
     state = model.state_dict()

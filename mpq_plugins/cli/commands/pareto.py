@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from .cli_options import IntegerList, NumberList
-from .cli_runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from .cli_shared import SCHEME_NAMES, json_option, scheme_options
+from ..output import json_option
+from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
+from ..scheme_options import SCHEME_NAMES, scheme_options
+from ..types import IntegerList, NumberList
 
 BUDGETS = "2,2.5,3,4"
 
@@ -53,17 +54,19 @@ def pareto(
     channel, clipped by squared error, unless told otherwise) and one accounting. Without --eval the rows have predicted
     errors alone. Rows that no other row beats in both size and score are marked.
     """
-    from .allocation.budget import Budget
-    from .allocation.contract import Needs
-    from .allocation.objective import parts_of
-    from .cli_calibrate import calibration_batches
-    from .cli_sources import Request, measured, named_function, resolve_source
-    from .errors import SettingError
-    from .evaluation.pareto import plans_at
-    from .evaluation.sweep import sweep as run
-    from .models.fingerprint import batches_digest
-    from .plans.table import METRICS, is_table
-    from .report.progress import progress_bar
+    from ...allocation.budget import Budget
+    from ...allocation.contract import Needs
+    from ...allocation.objective import parts_of
+    from ...errors import SettingError
+    from ...evaluation.pareto import plans_at
+    from ...evaluation.sweep import sweep as run
+    from ...models.fingerprint import batches_digest
+    from ...plans.table import METRICS, is_table
+    from ...report.progress import progress_bar
+    from ..calibration import calibration_batches
+    from ..measuring import measured
+    from ..request import Request
+    from ..sources import named_function, resolve_source
 
     files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
     request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})

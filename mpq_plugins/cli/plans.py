@@ -5,14 +5,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .allocation.budget_problem import nothing_to_tie
-from .allocation.contract import Allocator, Needs
-from .common.files import atomic_directory, exists
-from .common.outsiders import outsiders
-from .common.patterns import FUSED, families
-from .errors import PluginError, SettingError
-from .plans.plan import Plan
-from .plans.table import LayerTable
+from ..allocation.budget_problem import nothing_to_tie
+from ..allocation.contract import Allocator, Needs
+from ..common.files import atomic_directory, exists
+from ..common.outsiders import outsiders
+from ..common.patterns import FUSED, families
+from ..errors import PluginError, SettingError
+from ..plans.plan import Plan
+from ..plans.table import LayerTable
 
 ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .plans.table import LayerTable
-from .report.progress import say
+from ..plans.table import LayerTable
+from ..report.progress import say
 
 
 def partial_file(output: Path | None) -> Path | None:

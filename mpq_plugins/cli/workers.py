@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import click
 
-from .common.text import what_it_said
-from .errors import SettingError, WorkerError
+from ..common.text import what_it_said
+from ..errors import SettingError, WorkerError
 
 CONNECT = 10  # seconds for a scheduler to answer
 FIRST_WORKER = 60  # seconds for a cluster that is just starting

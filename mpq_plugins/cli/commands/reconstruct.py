@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_shared import claim, json_option, print_json
-from .common.files import exists
-from .errors import SettingError
-from .report.progress import echo, progress_bar, say
+from ...common.files import exists
+from ...errors import SettingError
+from ...report.progress import echo, progress_bar, say
+from ..output import claim, json_option, print_json
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from .plans.plan import Plan
-    from .reconstruction.settings import BlockReport
+    from ...plans.plan import Plan
+    from ...reconstruction.settings import BlockReport
 
 GIGABYTE = 1 << 30
 
@@ -84,11 +84,12 @@ def reconstruct(
     The result is a float checkpoint whose weights lie on the plan's grids: `mpq apply`, and every adapter, find the
     learned codes in it.
     """
-    from .cli_calibrate import calibration_batches
-    from .cli_sources import check_output, make_module, named_function
-    from .plans.plan import Plan
-    from .reconstruction.brecq import reconstruct as learn
-    from .reconstruction.checkpoint import JOB
+    from ...plans.plan import Plan
+    from ...reconstruction.brecq import reconstruct as learn
+    from ...reconstruction.checkpoint import JOB
+    from ..calibration import calibration_batches
+    from ..output import check_output
+    from ..sources import make_module, named_function
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
@@ -127,8 +128,8 @@ def _bytes(gibibytes: float) -> int:
 
 def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any]", correcting: bool) -> None:
     """Refuse, before the work, a result that the factory's model could not load. Raises SettingError."""
-    from .models.folding import folded_copy
-    from .simulation.correct import correct
+    from ...models.folding import folded_copy
+    from ...simulation.correct import correct
 
     if correcting:
         with redirect_stdout(sys.stderr):
@@ -156,7 +157,7 @@ def _finished(report: "BlockReport", reports: "list[BlockReport]") -> None:
 def _save(model: "nn.Module", output: Path) -> None:
     from safetensors.torch import save_file
 
-    from .common.files import atomic_path
+    from ...common.files import atomic_path
 
     # Shared tensors are written under each of their names, which a state_dict has too.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
@@ -165,8 +166,8 @@ def _save(model: "nn.Module", output: Path) -> None:
 
 
 def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: Any) -> dict[str, Any]:
-    from .evaluation.scores import checked_scores
-    from .simulation.apply import apply
+    from ...evaluation.scores import checked_scores
+    from ...simulation.apply import apply
 
     with redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # to nearest, activations are in float
@@ -177,8 +178,8 @@ def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: An
 
 
 def _print(reports: "Sequence[BlockReport]", plan: "Plan", scores: dict[str, Any], output: Path, as_json: bool) -> None:
-    from .report.console import console
-    from .report.reconstruction import reconstruction_json, reconstruction_table
+    from ...report.console import console
+    from ...report.reconstruction import reconstruction_json, reconstruction_table
 
     if as_json:
         print_json({**reconstruction_json(reports, plan), "scores": scores, "checkpoint": str(output)})

@@ -1,0 +1,1 @@
+"""The commands of `mpq`, one a file."""

@@ -1,0 +1,74 @@
+"""`mpq apply`: a checkpoint in, the same checkpoint with quantized weights out."""
+
+from pathlib import Path
+
+import click
+
+from ...report.progress import echo, say
+from ..output import claim, json_option, print_json, weights_option
+from ..types import IntegerList
+
+
+@click.command(
+    epilog="Examples: mpq apply model.safetensors plan.json -o quantized.safetensors. With statistics and biases "
+    "corrected: mpq apply net.pt plan.json --model package.module:factory --calibrate package.module:batches -o q.pt"
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
+    help="Correct BatchNorm statistics and biases on the batches of inputs that this function returns.",
+)  # fmt: skip
+@click.option(
+    "--synthetic", type=IntegerList(), metavar="SHAPE",
+    help="Instead of --calibrate, where there are no data: inputs of this shape (samples first: 128,3,32,32) made of "
+    "the BatchNorm statistics.",
+)  # fmt: skip
+@click.option(
+    "--model", "model_factory", metavar="MODULE:FACTORY",
+    help="The checkpoint's model, which a correction runs; it also says what of the file are layers.",
+)  # fmt: skip
+@weights_option
+@json_option
+def apply(
+    checkpoint: Path,
+    plan_file: Path,
+    output: Path,
+    calibration: str | None,
+    synthetic: tuple[int, ...] | None,
+    model_factory: str | None,
+    weights: str | None,
+    as_json: bool,
+) -> None:
+    """Write CHECKPOINT with fake-quantized weights, in its own format."""
+    from ...plans.plan import Plan
+    from ...report.progress import progress_bar
+    from ...simulation.checkpoint import rewrite
+    from ..calibration import corrected_tensors
+    from ..output import check_output
+    from ..sources import make_module
+
+    check_output(output, checkpoint, plan_file, calibration, model_factory)
+    claim(output)
+    loaded = Plan.load(plan_file)
+    if calibration is not None and synthetic is not None:
+        raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")
+    inputs = calibration or synthetic
+    if inputs is not None and model_factory is None:
+        raise click.UsageError("a correction runs the checkpoint's model: give --model too")
+    model = make_module(model_factory) if model_factory is not None else None
+    corrected = {}
+    if inputs is not None and model is not None:
+        corrected = dict(corrected_tensors(checkpoint, loaded, model, str(model_factory), inputs, weights))
+    with progress_bar("quantizing") as progress:
+        fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, weights=weights)
+    if fit.found.key is not None:
+        say(f"weights: those under {fit.found.key!r}; others in the file are as they were")
+    if loaded.activation_bits is not None:
+        say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
+    if as_json:
+        print_json({"checkpoint": str(output), "layers": len(loaded.layers), "corrected": sorted(corrected)})
+    else:
+        others = f"{len(corrected)} biases and statistics corrected, all else" if corrected else "everything else"
+        echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, {others} as it was")

@@ -1,0 +1,88 @@
+"""`mpq check`: does a plan fit a model, and what does a backend make of it?"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...errors import PluginError
+from ...report.progress import echo, say
+from ..output import BAD_INPUT, claim, json_option, model_option, print_json, weights_option
+
+
+@click.command(
+    epilog="Examples: mpq check plan.json model.safetensors. mpq check plan.json SOURCE --backend fx -o legal.json"
+)
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--backend", help="Also list what this backend would have to change; `mpq plugins` lists adapters.")
+@click.option("--policy", default="up", show_default=True, help="Where a width is missing: up, nearest, or error.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write as the backend can run it.")
+@model_option
+@weights_option
+@json_option
+def check(
+    plan_file: Path,
+    source: str,
+    backend: str | None,
+    policy: str,
+    output: Path | None,
+    model_factory: str | None,
+    weights: str | None,
+    as_json: bool,
+) -> int:
+    """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
+    from ...plans.plan import Plan
+    from ...simulation.match import match
+    from ..output import check_output
+    from ..sources import make_module, resolve_source
+
+    if output is not None and backend is None:
+        raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
+    check_output(output, plan_file, source)
+    claim(output)
+    plan = Plan.load(plan_file)
+    resolved = resolve_source(source)
+    if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
+        raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
+    model = make_module(model_factory) if model_factory is not None else None
+    found = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
+    legal = _legalised(plan, backend, policy) if backend is not None else None
+    if legal is not None and output is not None and not found.problems:
+        legal[0].save(output)
+    if as_json:
+        changes = {} if legal is None else {"backend": backend, "changes": [vars(change) for change in legal[1]]}
+        print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes, **changes})
+        return BAD_INPUT if found.problems else 0
+    found.require(source)
+    echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
+    for note in found.notes:
+        say(f"note: {note}")
+    if legal is not None:
+        _print_changes(plan, legal, str(backend))
+    if output is not None:
+        echo(f"wrote {output}")
+    return 0
+
+
+def _legalised(plan: Any, backend: str, policy: str) -> Any:
+    from ...common import registry
+    from ...plans.legalise import Capabilities, legalise
+
+    capabilities = getattr(registry.load("adapters", backend), "CAPABILITIES", None)
+    if not isinstance(capabilities, Capabilities):
+        raise PluginError(f"adapters: {backend!r} states no CAPABILITIES, so that no plan can be checked for it")
+    return legalise(plan, capabilities, policy)  # type: ignore[arg-type]  # checked there
+
+
+def _print_changes(plan: Any, legal: Any, backend: str) -> None:
+    from ...report.console import console
+    from ...report.tables import bytes_text, changes_table
+
+    legal_plan, changes = legal
+    if not changes:
+        echo(f"{backend} runs it as it is")
+        return
+    console().print(changes_table(changes))
+    before, after = plan.size().total_bytes, legal_plan.size().total_bytes
+    echo(f"{backend}: {len(changes)} changes, {bytes_text(before)} -> {bytes_text(after)} in total")

@@ -1,0 +1,112 @@
+"""`mpq measure`: a model or a checkpoint in, a table out."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..output import claim, json_option, print_json, say_left_alone, say_written
+from ..scheme_options import scheme_options
+from ..types import IntegerList
+
+
+@click.command(epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt")
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
+@click.option("--bits", type=IntegerList(), default="2-8", show_default=True, help="Bit-widths to measure.")
+@click.option("--metrics", default="relative,mse", show_default=True, help="relative, mse, rmse, sqnr_db, max_abs.")
+@click.option("--per-channel-errors", is_flag=True, help="Keep the error of every output channel too.")
+@click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
+@click.option(
+    "--sensitivity", "sensitivities", multiple=True, metavar="NAME",
+    help="Also what quantizing each layer does to outputs: output_mse, kl, distance, fisher, hessian; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION", help="Returns the batches of inputs that these need."
+)
+@click.option(
+    "--output-of", "output_function", metavar="MODULE:FUNCTION",
+    help="For models without logits: (model, batch) -> tensor (samples, features), such as embeddings.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(1, 1024), help="Threads to measure with (default: as torch has).")
+@click.option("--dask", metavar="ADDRESS", help="Measure on the workers of a dask cluster: tcp://HOST:8786.")
+@click.option("--device", help="Measure with torch on this device, such as cuda.")
+@scheme_options
+@json_option
+def measure(
+    source: str,
+    output: Path | None,
+    bits: tuple[int, ...],
+    metrics: str,
+    per_channel_errors: bool,
+    input_shape: tuple[int, ...] | None,
+    sensitivities: tuple[str, ...],
+    calibration: str | None,
+    output_function: str | None,
+    workers: int | None,
+    dask: str | None,
+    device: str | None,
+    as_json: bool,
+    **scheme: Any,
+) -> None:
+    """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs.
+
+    With -o, what is finished is kept in FILE.measure.partial until the table is written: interrupted or killed, the
+    same command goes on from there.
+    """
+    from ...allocation.contract import Needs
+    from ...report.console import console
+    from ...report.tables import measurement_table
+    from ..calibration import check_sensitivities, with_sensitivities
+    from ..measuring import measure_now
+    from ..output import check_output
+    from ..partial import partial_file, save_measured
+    from ..request import Request
+    from ..sources import resolve_source
+    from ..workers import chosen_executor
+
+    if output is not None and output.is_dir():
+        raise click.UsageError(f"-o: {output} is a directory; name a file to write")
+    inputs = (source, calibration, output_function)
+    check_output(output, *inputs)
+    journal = partial_file(output)
+    check_output(journal, *inputs)
+    claim(output)
+    needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
+    resolved = resolve_source(source)
+    if bool(sensitivities) != (calibration is not None):
+        raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
+    if output_function is not None and not sensitivities:
+        raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
+    if sensitivities:
+        check_sensitivities(resolved, sensitivities)
+    with chosen_executor(workers, dask) as executor:
+        table = measure_now(
+            resolved, needs, Request(**scheme), input_shape, journal=journal, executor=executor, device=device
+        )
+    if calibration is not None:
+        table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)
+    save_measured(table, output)
+    if as_json:
+        print_json(
+            {
+                "table": str(output) if output else None,
+                "scheme": str(table.scheme),
+                "fold_bn": table.fold_bn,
+                "bits": table.bits,
+                "layers": {
+                    layer.name: {
+                        "kind": layer.kind, "numel": layer.numel, "macs": layer.macs, "importance": layer.importance,
+                        "errors": {metric: values.tolist() for metric, values in layer.errors.items()},
+                        "sensitivities": {name: values.tolist() for name, values in layer.sensitivities.items()},
+                    }
+                    for layer in table.layers
+                },
+                "skipped": table.skipped,
+                "left_alone": dict(table.left_alone),
+            }
+        )  # fmt: skip
+        return
+    console().print(measurement_table(table))
+    say_left_alone(table)
+    say_written(output, "table")

@@ -1,0 +1,20 @@
+"""`mpq plugins`: what is installed."""
+
+import click
+
+from ..output import json_option, print_json
+
+
+@click.command()
+@json_option
+def plugins(as_json: bool) -> None:
+    """List what is installed, importing none of it."""
+    from ...common.registry import installed
+    from ...report.console import console
+    from ...report.tables import plugins_table
+
+    found = installed()
+    if as_json:
+        print_json([vars(plugin) for plugin in found])
+        return
+    console().print(plugins_table(found))

@@ -1,0 +1,72 @@
+"""What is asked of a measurement, in objects: the scheme, the layers, the weights."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SettingError
+from ..plans.scheme import SCHEMES, Affine, Codebook, Scheme
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the shared options of `mpq measure` and `mpq plan` ask for; None means not said."""
+
+    scheme_name: str | None = None
+    symmetric: bool | None = None
+    granularity: str | None = None
+    group_size: int | None = None
+    range_name: str | None = None
+    breakpoint_rule: str | None = None
+    storage: str | None = None
+    init: str | None = None
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    fold_bn: str | None = None
+    weights: str | None = None
+    already_quantized: bool | None = None
+
+    def scheme(self, default: Scheme | None) -> Scheme:
+        """The scheme that was asked for: what was not said is the default's, or the library's.
+
+        A group size alone means per_group. Raises SettingError for an option of another scheme.
+        """
+        base = default or Affine()
+        if self.scheme_name not in (None, base.name):
+            if self.scheme_name not in SCHEMES:
+                raise SettingError(f"scheme: {self.scheme_name!r} is not allowed; {', '.join(SCHEMES)}")
+            chosen = SCHEMES[self.scheme_name]
+            # A codebook for each channel would take more than its codes, so that is only done where it is asked for.
+            base = chosen() if chosen is Codebook else chosen(granularity=base.granularity, group_size=base.group_size)
+        own = _field_names(base)
+        said = {name: value for name, value in self._scheme_fields.items() if value is not None}
+        for name in said:
+            if name not in own:
+                owner = next(key for key, scheme in SCHEMES.items() if name in _field_names(scheme))
+                raise SettingError(
+                    f"{name}: means nothing with the {base.name} scheme; leave it out, or add --scheme {owner}"
+                )
+        if self.granularity is not None or self.group_size is not None:
+            said |= {"granularity": self.granularity or "per_group", "group_size": self.group_size}
+        return dataclasses.replace(base, **said)
+
+    @property
+    def _scheme_fields(self) -> dict[str, Any]:
+        return {
+            "symmetric": self.symmetric, "range": self.range_name, "breakpoint": self.breakpoint_rule,
+            "storage": self.storage, "init": self.init,
+        }  # fmt: skip
+
+    @property
+    def fold(self) -> bool | str:
+        """fold_bn as `measure` takes it."""
+        return {"yes": True, "no": False}.get(self.fold_bn or "auto", "auto")
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was said."""
+        return self == Request()
+
+
+def _field_names(scheme: Scheme | type[Scheme]) -> set[str]:
+    return {field.name for field in dataclasses.fields(scheme)}
