@@ -23,7 +23,7 @@ mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 quantize = pytest.importorskip("brevitas.graph.quantize")
 Int8ActPerTensorFloat = pytest.importorskip("brevitas.quant").Int8ActPerTensorFloat
 qnn = pytest.importorskip("brevitas.nn")
-reading = pytest.importorskip("mpq_plugins.adapters.brevitas_read")
+reading = pytest.importorskip("mpq_plugins.adapters.brevitas.read")
 
 
 class EveryKind(nn.Module):

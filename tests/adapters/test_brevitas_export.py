@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated:DeprecationWarning"),
 ]
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
-exporting = pytest.importorskip("mpq_plugins.adapters.brevitas_export")
+exporting = pytest.importorskip("mpq_plugins.adapters.brevitas.exporting")
 
 SCHEMES = [Affine(granularity=g, symmetric=s) for g in ("per_channel", "per_tensor") for s in (False, True)]
 PARTS = PTILMPQ(other_bits=(4, 1))

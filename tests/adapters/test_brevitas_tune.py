@@ -22,7 +22,7 @@ from tests.helpers.plans import with_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning")
 mpq_brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
-reading = pytest.importorskip("mpq_plugins.adapters.brevitas_read")
+reading = pytest.importorskip("mpq_plugins.adapters.brevitas.read")
 layerwise_quantize = pytest.importorskip("brevitas.graph.quantize").layerwise_quantize
 
 BATCHES = [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

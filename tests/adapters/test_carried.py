@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mpq_plugins import Uniform, measure
-from mpq_plugins.adapters.carried import read_carried, write_carrying
+from mpq_plugins.adapters.shared.carried import read_carried, write_carrying
 from mpq_plugins.errors import FormatError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins import Affine, Uniform, apply, measure
-from mpq_plugins.adapters.outputs import FLOAT_ROUNDING, output_problem, output_problems
+from mpq_plugins.adapters.shared.outputs import FLOAT_ROUNDING, output_problem, output_problems
 from mpq_plugins.errors import SettingError
 
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Positional args are being deprecated:FutureWarning"),
 ]
 brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
-reading = pytest.importorskip("mpq_plugins.adapters.brevitas_read")
+reading = pytest.importorskip("mpq_plugins.adapters.brevitas.read")
 
 ABOUT_THREE_BITS = MixQuant(qem=14.0)
 

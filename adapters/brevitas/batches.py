@@ -1,0 +1,116 @@
+"""The batches that tuning runs: what they may be, what a model makes of them, and which layers they reach."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from brevitas.utils.torch_utils import StopFwdException
+from torch import Tensor, nn
+
+from mpq_plugins.common.text import first_few, what_it_said
+from mpq_plugins.errors import MPQError, SettingError
+from mpq_plugins.models.copying import duplicate
+
+from ...common.progress import Progress
+from .read import input_quantizers, is_calibrated, is_quantized
+
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """Call a model on a batch. Raises SettingError, with the model's own words, where it cannot take it."""
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    except (StopFwdException, MPQError):
+        raise
+    except Exception as error:  # a user's forward may raise anything
+        raise SettingError(
+            f"batches: {type(model).__name__} fails on one of {_shape(batch)} ({what_it_said(error)}). Give what "
+            "it takes: a tensor, a tuple of arguments or a dict of keywords, without labels"
+        ) from error
+
+
+def _shape(batch: Batch) -> str:
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{name}: {_shape(value)}" for name, value in batch.items())
+    if isinstance(batch, tuple):
+        return f"({', '.join(map(_shape, batch))})"
+    return str(tuple(batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
+
+
+def given_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """All batches. Raises SettingError for none, for one that is not in a list, and for empty ones and NaN."""
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+        raise SettingError(
+            f"batches: is a {type(batches).__name__}; give a list of them, as [batch] or tensor.split(128)"
+        )
+    given: list[Batch] = [tuple(batch) if isinstance(batch, list) else batch for batch in cast(Iterable[Any], batches)]
+    if not given:
+        raise SettingError("batches: there are none; give at least one, of a few hundred inputs in all")
+    for number, batch in enumerate(given, 1):
+        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
+        for value in (part for part in parts if isinstance(part, Tensor)):
+            if value.numel() == 0:
+                raise SettingError(f"batches: number {number} of {len(given)} is empty, {tuple(value.shape)}")
+            if value.isnan().any() or (value.is_floating_point() and len(parts) == 1 and value.isinf().any()):
+                raise SettingError(f"batches: number {number} of {len(given)} has values that are NaN or infinite")
+    return given
+
+
+def ready(quantized: nn.Module) -> nn.Module:
+    """A copy to work on. Raises SettingError where nothing is quantized, or activations have no ranges yet."""
+    if not any(is_quantized(module) for module in quantized.modules()):
+        raise SettingError(f"{type(quantized).__name__}: no layer is quantized; convert it with to_brevitas first")
+    modules = dict(quantized.named_modules())
+    bare = [repr(name) for name in input_quantizers(quantized) if not is_calibrated(modules[name])]
+    if bare:
+        raise SettingError(f"{first_few(bare, ', ')}: inputs are quantized and have no range yet; call calibrate first")
+    return duplicate(quantized).eval()
+
+
+def called_layers(quantized: nn.Module, batches: Sequence[Batch]) -> set[str]:
+    """The quantized layers that any batch reaches.
+
+    Raises SettingError for what Brevitas's corrections read wrongly: linear layers on more than three dimensions, and
+    convolutions of inputs without a batch dimension.
+    """
+    reached: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            reached.add(name)
+            dimensions = output.dim() - cast(Tensor, module.weight).dim()
+            if isinstance(module, nn.Linear) and output.dim() > 3:
+                raise SettingError(
+                    f"layer {name!r} works on {output.dim()} dimensions, which Brevitas would read wrongly; flatten "
+                    "its input to (N, T, features), or skip it in the plan"
+                )
+            if not isinstance(module, nn.Embedding) and dimensions < 0:
+                raise SettingError(f"layer {name!r} is given inputs without a batch dimension; give batches of them")
+
+        return hook
+
+    layers = [(name, module) for name, module in quantized.named_modules() if is_quantized(module)]
+    hooks = [module.register_forward_hook(note(name)) for name, module in layers]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                run(quantized, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reached
+
+
+def report(progress: Progress | None, what: str, done: int, total: int) -> None:
+    """Tell how far it is, where somebody listens."""
+    if progress is not None:
+        progress(what, done, total)
+
+
+def check_schedule(what: str, name: str, count: object, lr: object) -> None:
+    """Raise SettingError for a number of steps or epochs, or a rate, that cannot be."""
+    if type(count) is not int or count < 1 or not isinstance(lr, int | float) or not lr > 0:
+        raise SettingError(f"{what}: {name} {count!r}, lr {lr!r}: {name} must be 1 or more, and lr above 0")

@@ -1,0 +1,118 @@
+"""What Brevitas can run, and what it would get wrong without a word: refused by name."""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+from brevitas import config
+from torch import Tensor, nn
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.models.plain import HARMLESS, standard_class, why_not_plain
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.scheme import Affine
+
+from ..shared.folded import (
+    FLOAT,
+    check_max_norm,
+    check_model,
+    check_sizes,
+    lent_weights,
+    planned_by_name,
+    planned_layers,
+)
+
+CAPABILITIES = Capabilities(
+    backend="brevitas",
+    bits=tuple(range(1, 9)),
+    kinds=(
+        "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "embedding",
+    ),
+    granularities=("per_tensor", "per_channel", "per_group"),
+    parts=True,
+    activation_bits=(None, *range(2, 9)),
+)  # fmt: skip
+# What every module keeps of itself.
+MODULE_NAMES = {*vars(nn.Module())}
+
+
+def check(plan: Plan, model: nn.Module) -> None:
+    """Raise MismatchError or SettingError, naming layers and remedy, where Brevitas cannot run the plan."""
+    check_model(plan, model)
+    require_legal(plan, CAPABILITIES)
+    check_max_norm(plan, model)
+    check_sizes(plan, "brevitas")
+    if config.JIT_ENABLED:
+        raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
+    aside = _held_aside(model)
+    problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model, aside)]
+    borrowed = lent_weights(model)
+    problems += [
+        f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
+        for name in planned_by_name(plan)
+        if weight_name(name) in borrowed
+    ]
+    if problems:
+        raise MismatchError(f"brevitas cannot run this plan on {type(model).__name__}: {first_few(problems)}")
+
+
+def _troubles(layer: LayerChoice, model: nn.Module, aside: set[int]) -> Iterator[str]:
+    for name in layer.names:
+        module = model.get_submodule(name)
+        own, weight = type(module).__name__, cast(Tensor, module.weight)
+        if hasattr(module, "weight_quant"):
+            yield f"{name!r} is quantized by Brevitas already: give the float model"
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            yield f"{name!r} is MultiheadAttention's own, which never calls it as a module: skip it"
+        elif weight.dtype != FLOAT:
+            yield f"{name!r} is {weight.dtype}, and Brevitas would round it otherwise: model.float(), or skip it"
+        elif why_not_plain(module, hooks=False):
+            yield f"{name!r} {why_not_plain(module, hooks=False)}, and its Brevitas twin as torch's class: skip it"
+        elif lost_names(module):
+            yield f"{name!r} is a {own} whose {lost_names(module)} its Brevitas twin would lack: skip it"
+        elif {*module.state_dict()} - {"weight", "bias"} or [*module.children()]:
+            yield f"{name!r} is a {own} with state of its own, which its Brevitas twin would lose: skip it"
+        elif id(module) in aside:
+            yield f"{name!r} is held in a list or attribute besides its name, and would stay in float there: skip it"
+        elif module._forward_hooks or module._forward_pre_hooks:
+            yield f"{name!r} has forward hooks, which its Brevitas twin would lose: remove them, or skip it"
+    if layer.tied and layer.scheme.granularity == "per_group":
+        yield f"{layer.name!r} shares its weight, and Brevitas does not share quantizers per group: skip it"
+
+
+def check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
+    """Raise SettingError for a layer that cannot have the codes -1, 0 and 1."""
+    names = [layer.name for layer in planned_layers(plan)]
+    for name in ternary:
+        if name not in names:
+            raise SettingError(f"ternary: the plan quantizes no layer {name!r}; {first_few(names, ', ')}")
+        layer = plan.by_name[name]
+        assert isinstance(layer.scheme, Affine)
+        if layer.bits != 2 or not layer.scheme.symmetric or layer.scheme.granularity == "per_group":
+            raise SettingError(
+                f"ternary: layer {name!r} has {layer.bits or 'mixed'} bits, {layer.scheme}; ternary weights are 2 "
+                "symmetric bits, per tensor or per channel"
+            )
+
+
+def lost_names(module: nn.Module) -> str:
+    """What a subclass has for others to call, and torch's class, which its twin is made from, has not."""
+    mro, standard = type(module).__mro__, standard_class(module)
+    before = mro[: mro.index(standard)] if standard in mro else mro
+    return ", ".join(sorted({name for cls in before for name in vars(cls)} - HARMLESS))
+
+
+def _held_aside(model: nn.Module) -> set[int]:
+    """The modules, by id, that a list, dict or plain attribute of some module holds, where replacing cannot reach."""
+    found: set[int] = set()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.startswith("_") and name in MODULE_NAMES:
+                continue
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            found |= {id(one) for one in held if isinstance(one, nn.Module)}
+    return found

@@ -1,0 +1,100 @@
+"""A plan in Brevitas: its own quantized layers on the plan's grid, and all that Brevitas does with them afterwards."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from brevitas import config
+from brevitas.quant import ShiftedUint8ActPerTensorFloat
+from torch import nn
+
+from mpq_plugins.models.folding import folded_copy
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
+
+from ..shared.folded import (
+    check_plan,
+    planned_layers,
+)
+from .checks import check, check_ternary
+from .float_weights import forget, mark
+from .graph import ModuleToModuleByInstance, brevitas_settings_kept
+from .layers import LAYERS
+from .quantizers import PlanBitWidth, bit_widths, weight_quantizer
+
+
+def to_brevitas(
+    model: nn.Module, plan: Plan, activation_bits: int | None = None, *, ternary: str | Sequence[str] = ()
+) -> nn.Module:
+    """A copy of the model with Brevitas layers, whose quantized weights are the plan's to the bit.
+
+    activation_bits: of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's. It is short
+    for a plan.with_activation_bits(...), which is the plan to verify, save and export by; `calibrate` sets the ranges.
+    ternary: names of layers with 2 symmetric bits that become Brevitas's TernaryQuant, the same weights. BatchNorm is
+    folded where the plan was measured so. A module under several names stays one, tied weights stay tied, and the model
+    keeps its mode, training or not. Raises MismatchError (another model; a layer that its Brevitas twin would not
+    replace, by name) and SettingError (a plan that Brevitas cannot run). Brevitas's global settings are left as they
+    were.
+    """
+    check_plan(plan)
+    plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
+    check(plan, model)
+    names = (ternary,) if isinstance(ternary, str) else ternary
+    check_ternary(plan, names)
+    quantized = folded_copy(model, plan)
+    with brevitas_settings_kept():
+        config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
+        for layer in planned_layers(plan):
+            quantized = _replace(quantized, layer, plan.activation_bits, layer.name in names)
+    for module in quantized.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # no fused kernel, which would take the float weights
+    mark(quantized)
+    quantized.register_load_state_dict_pre_hook(_before_loading)
+    return quantized
+
+
+def activation_quantizer(bits: int | None) -> type | None:
+    """The injector for inputs: asymmetric, per tensor, its range the calibration's."""
+    return None if bits is None else cast(type, ShiftedUint8ActPerTensorFloat.let(bit_width=bits))
+
+
+def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | None, ternary: bool) -> nn.Module:
+    """The model with Brevitas layers in the place of a planned layer, under all names of its weight."""
+    made: dict[int, nn.Module] = {}
+    for name in layer.names:
+        old = quantized.get_submodule(name)
+        if bit_widths(old) is not None:
+            continue  # within a module of two names, and replaced already
+        parent, _, own = name.rpartition(".")
+        if id(old) in made:
+            setattr(quantized.get_submodule(parent), own, made[id(old)])
+            continue
+        weight, trains = cast(nn.Parameter, old.weight), old.training
+        standard = next(cls for cls in LAYERS if isinstance(old, cls))
+        settings: dict[str, Any] = {"weight_quant": weight_quantizer(weight, layer, ternary)}
+        if not isinstance(old, nn.Embedding):
+            settings["input_quant"] = activation_quantizer(activation_bits)
+        new = ModuleToModuleByInstance(old, LAYERS[standard], **settings).init_new_module(old, name)
+        new.weight = weight
+        for first in made.values():
+            new.weight_quant = first.weight_quant
+        made[id(old)] = new
+        if getattr(old, "bias", None) is not None:
+            new.bias = old.bias  # the parameter itself, frozen or not
+        # Attributes that a user has set. Brevitas has put among them what the new layer registers, such as its bias.
+        known = {*vars(new), *new._parameters, *new._buffers, *new._modules}
+        vars(new).update({name: value for name, value in vars(old).items() if name not in known})
+        new.train(trains)
+        if old is quantized:
+            root: nn.Module = new
+            return root
+        setattr(quantized.get_submodule(parent), own, new)
+    return quantized
+
+
+def _before_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before anything is loaded: a checkpoint of another plan must not change half the model, nor old floats stay."""
+    for name, child in module.named_modules():
+        if isinstance(child, PlanBitWidth):
+            child.check(state, f"{prefix}{name}.")
+    forget(module)

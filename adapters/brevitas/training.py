@@ -1,0 +1,99 @@
+"""Quantization-aware training of a Brevitas model, with labels or without."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpq_plugins.common.text import what_it_said
+from mpq_plugins.errors import MPQError, SettingError, WeightError
+from mpq_plugins.models.copying import duplicate
+
+from ...common.progress import Progress
+from .batches import Batch, check_schedule, given_batches, ready, report, run
+from .float_weights import forget
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def train(
+    quantized: nn.Module,
+    batches: Iterable[Batch],
+    loss: Loss,
+    *,
+    epochs: int = 4,
+    lr: float = 1e-4,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Quantization-aware training: weights, biases, norms and scales by Adam, its rate falling to 0 along a cosine.
+
+    loss: (model, batch) -> a scalar, as `distillation(teacher)`; it gets each batch as it is, so labels may be in it:
+    `lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])`. Batches come in their order each epoch; BatchNorm
+    keeps its statistics. Widths and zero points stay the plan's. What is trainable stays so, for a loop of one's own.
+    Raises SettingError: no batch, epochs below 1, an lr that is not positive, nothing to train, a loss that is no
+    scalar with a gradient; WeightError: a loss that is NaN or infinite.
+    """
+    given = given_batches(batches)
+    check_schedule("train", "epochs", epochs, lr)
+    tuned = ready(quantized)
+    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise SettingError("train: every parameter is frozen; set requires_grad on what is to be trained")
+    steps = epochs * len(given)
+    optimizer = torch.optim.Adam(parameters, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        value = _loss(loss, tuned, given[step % len(given)])
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise SettingError("train: loss(model, batch) must be a scalar tensor with a gradient")
+        if not torch.isfinite(value):
+            raise WeightError(f"train: the loss is {value.item()} at step {step + 1} of {steps}; try a lower lr")
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        report(progress, "training", step + 1, steps)
+    optimizer.zero_grad()
+    forget(tuned)
+    return tuned
+
+
+@torch.enable_grad()
+def _loss(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+    try:
+        return loss(model, batch)
+    except MPQError:
+        raise
+    except Exception as error:  # a user's loss may raise anything
+        raise SettingError(
+            f"train: loss(model, batch) fails ({what_it_said(error)}). One of your own may be "
+            "lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
+        ) from error
+
+
+def distillation(teacher: nn.Module) -> Loss:
+    """The loss that needs no labels: KL divergence of the model's logits, (..., classes), from the teacher's.
+
+    teacher: the float model, of which a copy in evaluation mode is asked. Outputs may be logits, have them as
+    `.logits`, or give them first of several.
+    """
+    fixed = duplicate(teacher).eval()
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            target = _logits(run(fixed, batch))
+        logits = _logits(run(model, batch))
+        own, wanted = (F.log_softmax(values.reshape(-1, values.shape[-1]), -1) for values in (logits, target))
+        return F.kl_div(own, wanted, reduction="batchmean", log_target=True)
+
+    return loss
+
+
+def _logits(output: Any) -> Tensor:
+    found = getattr(output, "logits", output)
+    found = found[0] if isinstance(found, tuple | list) and found else found
+    if not isinstance(found, Tensor) or found.dim() == 0:
+        raise SettingError(f"distillation: the model gives a {type(output).__name__}, no logits; write your own loss")
+    return found

@@ -1,0 +1,206 @@
+"""Calibration, bias correction, GPTQ and GPFQ: what Brevitas does with a model after its conversion.
+
+Each is one call on a model from `to_brevitas` and gives a new one, in evaluation mode; the given one is not changed.
+Batches are what the model takes: a tensor, a tuple of arguments or a dict of keywords each, a few hundred inputs in
+all. They are run once for each layer, so they stay in memory. progress is called with (what, done, total).
+"""
+
+import warnings
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import SettingError, WeightError
+from mpq_plugins.models.copying import duplicate
+
+from ...common.progress import Progress
+from .batches import Batch, called_layers, given_batches, ready, report, run
+from .float_weights import begin_at_float, begin_at_own_bias, mark, require_float
+from .graph import BiasCorrection, bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode
+from .read import input_quantizers, is_quantized, weight_codes
+
+GREEDY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what Brevitas has GPTQ and GPFQ for
+
+
+def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
+    """Set the ranges of quantized activations: Brevitas's percentiles (0.001 and 99.999), averaged over the batches.
+
+    Done again, it begins again. Raises SettingError: no layer quantizes its inputs, a layer that no batch reaches,
+    batches that the model cannot take.
+    """
+    given = given_batches(batches)
+    names = input_quantizers(quantized)
+    if not names:
+        raise SettingError(
+            "calibrate: no layer quantizes its inputs; convert with activation_bits=8 (embeddings take indices)"
+        )
+    tuned = duplicate(quantized).eval()
+    for name in names:
+        cast(Any, tuned.get_submodule(name)).input_quant.init_tensor_quant()  # without the ranges of an earlier call
+    tuned.eval()
+    unreached = [repr(name) for name in names if name not in called_layers(tuned, given)]
+    if unreached:
+        raise SettingError(
+            f"calibrate: no batch reaches {first_few(unreached, ', ')}: give batches that do, or skip them in the plan"
+        )
+    with torch.no_grad(), calibration_mode(tuned):
+        for done, batch in enumerate(given, 1):
+            run(tuned, batch)
+            report(progress, "calibrating", done, len(given))
+    _require_finite(tuned, "calibrate")
+    return tuned
+
+
+def correct_bias(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
+    """Add to each layer's bias the mean output error that quantization causes, per channel, over all inputs.
+
+    Layers without a bias get one. It comes last: tuning a model begins at its own biases again, and so does a second
+    correction. Raises SettingError: batches that the model cannot take, activations without ranges, a model that was
+    trained or loaded, whose float weights are gone, or one with embeddings alone.
+    """
+    given = given_batches(batches)
+    tuned = ready(quantized)
+    reached = called_layers(tuned, given)
+    require_float(tuned, "correct_bias")
+    layers = {name: tuned.get_submodule(name) for name in reached if hasattr(tuned.get_submodule(name), "bias_quant")}
+    if not layers:
+        raise SettingError("correct_bias: the batches reach no layer that can have a bias")
+    for module in layers.values():
+        begin_at_own_bias(module)
+    running = bias_correction_mode(tuned)
+    running.bias_correction = BiasCorrection()
+    with torch.no_grad(), running:
+        for done, batch in enumerate(given, 1):
+            run(tuned, batch)
+            report(progress, "correcting biases", done, len(given))
+    _require_finite(tuned, "correct_bias")
+    mark(tuned)
+    return tuned
+
+
+def gptq(
+    quantized: nn.Module, batches: Iterable[Batch], *, act_order: bool = True, progress: Progress | None = None
+) -> nn.Module:
+    """Brevitas's GPTQ (arXiv 2210.17323), layer by layer: the weights not yet rounded make up for those that are.
+
+    act_order: the weights of the strongest inputs first. Scales stay the plan's. Raises as gpfq.
+    """
+    return _greedy("GPTQ", gptq_mode, quantized, batches, act_order, progress)
+
+
+def gpfq(
+    quantized: nn.Module, batches: Iterable[Batch], *, act_order: bool = True, progress: Progress | None = None
+) -> nn.Module:
+    """Brevitas's GPFQ (greedy path following, doi 10.1137/22M1511709), layer by layer, against the float model's path.
+
+    act_order: the weights of the strongest inputs first. Scales stay the plan's. It begins at the float weights and
+    biases, whatever was tuned before. Warns, by name, of layers that it leaves as they were: transposed convolutions
+    and embeddings, which Brevitas has it not for, and layers that no batch reaches. Raises SettingError: batches that
+    the model cannot take, activations without ranges, a model that was trained or loaded, whose float weights are
+    gone, scales that follow the weights (Brevitas's default, under which it does nothing), no code that changed;
+    WeightError: a layer whose inputs give nothing to work with.
+    """
+    return _greedy("GPFQ", gpfq_mode, quantized, batches, act_order, progress)
+
+
+def _greedy(
+    name: str, mode: Any, quantized: nn.Module, batches: Iterable[Batch], act_order: bool, progress: Progress | None
+) -> nn.Module:
+    given = given_batches(batches)
+    tuned = ready(quantized)
+    reached = called_layers(tuned, given)
+    layers = {own: module for own, module in tuned.named_modules() if is_quantized(module)}
+    if not any(isinstance(layers[own], GREEDY) for own in reached):
+        raise SettingError(f"{name}: the batches reach no layer that Brevitas has it for (linear, convolutions)")
+    moving = [repr(own) for own, module in layers.items() if _scale_moves(module)]
+    if moving:
+        raise SettingError(
+            f"{name} would do nothing to {first_few(moving, ', ')}, whose scales follow their weights as these change: "
+            "convert with to_brevitas, or with Brevitas's ScalingImplType.PARAMETER_FROM_STATS"
+        )
+    require_float(tuned, name)
+    begin_at_float(layers)
+    before = {own: weight_codes(module).codes for own, module in layers.items()}
+    own_forward = "forward" in vars(tuned)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        with mode(tuned, act_order=act_order) as running:
+            for done in range(1, running.num_layers + 1):
+                for batch in given:
+                    run(running.model, batch)
+                current = ", ".join(running.current_layer.layer_names)
+                _update(running, name, current)
+                report(progress, current, done, running.num_layers)
+    if not own_forward:
+        vars(tuned).pop("forward", None)  # which Brevitas leaves on the instance
+    _weigh(name, caught)
+    _require_finite(tuned, name)
+    finish(name, tuned, before, {own for own in reached if isinstance(layers[own], GREEDY)}, calls=2)
+    return tuned
+
+
+def finish(name: str, tuned: nn.Module, before: Mapping[str, Tensor], treated: Container[str], calls: int) -> None:
+    """Leave weights at their quantized values, as a file would, and name layers that were not treated.
+
+    calls: how many are between the user's and this one. Raises SettingError where every code is as it was before.
+    """
+    layers = {own: tuned.get_submodule(own) for own in before}
+    same = [own for own, module in layers.items() if weight_codes(module).codes.equal(before[own])]
+    if len(same) == len(layers):
+        raise SettingError(
+            f"{name} changed no code: the batches say nothing that rounding to nearest has not got right"
+        )
+    for module in layers.values():
+        weight = cast(Tensor, module.weight)
+        weight.data.copy_(weight_codes(module).value.reshape(weight.shape))
+    mark(tuned)
+    left = [repr(own) for own in same if own not in treated]
+    if left:
+        warnings.warn(
+            f"{name} leaves {first_few(left, ', ')} as they were: reached by no batch, or of a kind that Brevitas has "
+            "it not for",
+            stacklevel=2 + calls,
+        )
+
+
+def _scale_moves(module: nn.Module) -> bool:
+    """Whether a layer's scale is worked out of its weights each time."""
+    quantizer, weight = cast(Any, module).weight_quant.tensor_quant, cast(Tensor, module.weight)
+    with torch.no_grad():
+        scale, own = quantizer(weight)[1].clone(), weight.clone()
+        weight.mul_(2)
+        moved = not scale.equal(quantizer(weight)[1])
+        weight.copy_(own)
+    return moved
+
+
+def _update(running: Any, name: str, current: str) -> None:
+    try:
+        running.update()
+    except AssertionError as error:
+        raise WeightError(
+            f"{name}: layer {current!r} has inputs that are NaN or infinite; look at the batches"
+        ) from error
+
+
+def _weigh(name: str, caught: list[warnings.WarningMessage]) -> None:
+    """Raise for what Brevitas only remarks on; pass its other remarks on."""
+    for remark in caught:
+        if "Failed to compute the inverse" in str(remark.message):
+            raise WeightError(f"{name}: {remark.message}. Are there NaN inputs, or too few?")
+        if "ConvTranspose is temporarily unsupported" not in str(remark.message):  # which we tell ourselves
+            warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)
+
+
+def _require_finite(tuned: nn.Module, name: str) -> None:
+    layers = [(own, module) for own, module in tuned.named_modules() if is_quantized(module)]
+    broken = [
+        repr(own)
+        for own, module in layers
+        if not all(torch.isfinite(value).all() for value in (*module.parameters(), *module.buffers()))
+    ]
+    if broken:
+        raise WeightError(f"{name}: {first_few(broken, ', ')} became NaN or infinite; look at the batches")

@@ -1,0 +1,233 @@
+"""A plan in PyTorch's FX graph mode quantization: `prepare_fx`, `convert_fx` and `convert_to_reference_fx`."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.ao.quantization import (
+    FakeQuantize,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    ObserverBase,
+    QConfig,
+    QConfigMapping,
+    default_weight_observer,
+)
+from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
+
+from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.models.copying import duplicate
+from mpq_plugins.models.folding import conv_bn_pairs, fold_batch_norm, fold_in_place
+from mpq_plugins.models.plain import is_plain, standard_class
+from mpq_plugins.models.tracing import BATCH_NORMS
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+
+from ..shared.folded import integers_of
+from .checks import check, check_calls, check_example, traced
+from .graph import InCodes, by_position, divide, lend_shapes, without
+from .inplace import follow_changes
+
+NEAR = 1e-3  # of a step: a baked weight is what it should be
+
+
+class PercentileObserver(HistogramObserver):
+    """The range that holds all but `tail` of the values at either end of their histogram."""
+
+    tail = 1e-4
+
+    def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
+        share = self.histogram.cumsum(0) / self.histogram.sum().clamp_min(1)
+        width = (self.max_val - self.min_val) / self.bins
+        low = self.min_val + width * (share < self.tail).sum()
+        high = self.min_val + width * ((share < 1 - self.tail).sum() + 1)
+        return low, torch.minimum(high, self.max_val)
+
+
+OBSERVERS: dict[str, type[ObserverBase]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageMinMaxObserver,
+    "percentile": PercentileObserver,
+    "mse": HistogramObserver,  # searches its histogram for the range of least squared error
+}
+
+
+class PlanWeight(ObserverBase):
+    """A layer's integers as torch asks for them: as an observer of its weight, and in QAT as its fake quantizer.
+
+    Converting, it returns the stored scales and zero points, and refuses a weight that they do not turn into the
+    plan's codes. Training, it works the integers out anew for the weight as it is; gradients pass
+    straight through.
+    """
+
+    def __init__(
+        self, choice: LayerChoice, integers: IntegerWeight, qat: bool = False, factory_kwargs: object = None
+    ) -> None:
+        super().__init__(dtype=torch.qint8)
+        self.choice, self.integers, self.qat = choice, integers, qat
+        self.ch_axis = integers.channel_axis
+        self.qscheme = torch.per_tensor_affine if integers.one_scale else torch.per_channel_affine
+        self.quant_min, self.quant_max = -128, 127
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake quantize while training; else check the weight that torch is about to quantize."""
+        if self.qat and self.training:
+            self.integers = integer_weight(x, self.choice)
+            return x + (self.integers.dequantized().to(x) - x).detach()
+        if not _becomes(x, self.integers):
+            raise MismatchError(
+                f"layer {self.choice.name!r}: its weights do not become the plan's codes. Prepare with "
+                "fx.prepare(model, plan, ...), or give prepare_fx a copy made by fx.bake(model, plan); after QAT call "
+                "fx.finish_qat(prepared)."
+            )
+        return x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, (1,) or (channels,)."""
+        if self.integers.one_scale:
+            return self.integers.scale[:1, 0], self.integers.zero_point[:1, 0]
+        return self.integers.scale[:, 0], self.integers.zero_point[:, 0]
+
+
+def qconfig_mapping(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    activation_observer: str = "mse",
+    reduce_range: bool | None = None,
+    qat: bool = False,
+) -> QConfigMapping:
+    """The plan as a QConfigMapping for `prepare_fx` of `bake(model, plan)`; layers it does not plan stay in float.
+
+    model: the float model. activation_observer: minmax, moving_average, percentile (all but 1e-4 at either end) or
+    mse, torch's histogram search. reduce_range: 7-bit activations, which the x86 and fbgemm engines need on a CPU
+    without VNNI, where their products overflow; by default found out. qat: for `prepare_qat_fx`, activations fake
+    quantized as they are observed. Raises SettingError (a plan that FX cannot run, float activations, an unknown
+    observer) and MismatchError (another model, or one that FX would get wrong), each naming layers and remedy.
+    """
+    return _mapping(plan, _baked(model, plan), activation_observer, reduce_range, qat)
+
+
+def _mapping(
+    plan: Plan, baked: "_Baked", activation_observer: str, reduce_range: bool | None, qat: bool
+) -> QConfigMapping:
+    if activation_observer not in OBSERVERS:
+        raise SettingError(f"activation_observer: {activation_observer!r} is not allowed; {', '.join(OBSERVERS)}")
+    reduce = needs_reduced_range() if reduce_range is None else reduce_range
+    settings = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "reduce_range": reduce}
+    observer = OBSERVERS[activation_observer]
+    activation = FakeQuantize.with_args(observer=observer, **settings) if qat else observer.with_args(**settings)
+    mapping = QConfigMapping().set_global(None)
+    for name, own in baked.integers.items():
+        weight = PlanWeight.with_args(choice=plan.by_name[name], integers=own, qat=qat)
+        mapping.set_module_name(name, QConfig(activation=activation, weight=weight))
+    unweighted = QConfig(activation=activation, weight=default_weight_observer)
+    for name in baked.in_codes.modules:
+        mapping.set_module_name(name, unweighted)
+    for place in baked.in_codes.sums:
+        mapping.set_module_name_object_type_order("", torch.add, place, unweighted)
+    return mapping
+
+
+def prepare(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    *,
+    activation_observer: str = "mse",
+    reduce_range: bool | None = None,
+    qat: bool = False,
+) -> torch.fx.GraphModule:
+    """torch's `prepare_fx` of a baked copy, or `prepare_qat_fx`: run batches through it, then convert.
+
+    example_inputs: a batch of one tensor, or a tuple of arguments; the model runs on it. After QAT, call finish_qat
+    before converting. Raises as qconfig_mapping; also MismatchError for a model that torch.fx traces wrongly, and
+    SettingError for inputs that it does not run on.
+    """
+    baked = _baked(model, plan)
+    mapping = _mapping(plan, baked, activation_observer, reduce_range, qat)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    exact = fold_batch_norm(model, plan.skipped)
+    _set_weights(exact, baked.integers)
+    check_example(baked.model, exact, baked.integers, inputs)
+    if qat:
+        return prepare_qat_fx(baked.model.train(), mapping, inputs)
+    return prepare_fx(baked.model, mapping, inputs)
+
+
+def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
+    """End QAT: set every weight to what its integers mean, and return those, for `verify`; evaluation mode after."""
+    prepared.eval()
+    found: dict[str, IntegerWeight] = {}
+    for module in prepared.modules():
+        quantizer = getattr(module, "weight_fake_quant", None)
+        if isinstance(quantizer, PlanWeight):
+            weight = cast(Tensor, module.weight)
+            quantizer.integers = found[quantizer.choice.name] = integer_weight(weight, quantizer.choice)
+            with torch.no_grad():
+                weight.copy_(quantizer.integers.dequantized())
+    return found
+
+
+def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
+    """A copy of the model with BatchNorm folded away and every planned weight set to what its integers mean."""
+    return _baked(model, plan).model
+
+
+@dataclass(frozen=True)
+class _Baked:
+    """What torch is given, the integers that its planned weights are, and what between them stays in codes."""
+
+    model: torch.fx.GraphModule
+    integers: dict[str, IntegerWeight]
+    in_codes: InCodes
+
+
+def _baked(model: nn.Module, plan: Plan) -> _Baked:
+    check(plan, model)
+    copied = duplicate(model)
+    _name_norms(copied)
+    graph = traced(copied)
+    norms = conv_bn_pairs(copied, plan.skipped).values()
+    fold_in_place(copied, plan.skipped)
+    without(graph, norms)
+    by_position(copied, graph)
+    follow_changes(graph, dict(copied.named_modules(remove_duplicate=False)))
+    check_calls(plan, model, copied, graph)
+    integers = integers_of(plan, copied)
+    _set_weights(copied, integers)
+    lend_shapes(copied, graph, integers)
+    in_codes = divide(copied, graph, integers)
+    return _Baked(torch.fx.GraphModule(copied, graph), integers, in_codes)
+
+
+def _name_norms(model: nn.Module) -> None:
+    """Give norms of a user's class that compute as torch's own torch's class, for FX looks into any other."""
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS) and is_plain(module):
+            module.__class__ = cast(Any, standard_class(module))
+
+
+def _set_weights(model: nn.Module, integers: dict[str, IntegerWeight]) -> None:
+    """Set every planned weight to what its integers mean."""
+    for name, weight in integers.items():
+        layer = model.get_submodule(name)
+        own = cast(Tensor, layer.weight)
+        layer.weight = nn.Parameter(weight.dequantized().to(own), requires_grad=own.requires_grad)
+
+
+def needs_reduced_range() -> bool:
+    """Whether this engine's int8 products can overflow on this CPU: x86 and fbgemm without VNNI."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm") and not torch.cpu._is_vnni_supported()
+
+
+def _becomes(weight: Tensor, integers: IntegerWeight) -> bool:
+    """Whether the weight is what these integers mean."""
+    if weight.shape != integers.codes.shape:
+        return False
+    steps = (weight.detach().cpu() - integers.dequantized()).abs()
+    return bool((integers.region_rows(steps) < NEAR * integers.scale.reshape(-1, 1)).all())

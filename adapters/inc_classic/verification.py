@@ -1,0 +1,80 @@
+"""Does a model of the classic API hold what the plan says: weights to the bit, or int8 and fp32 where it says so."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import VerifyError
+from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.apply import verify as verify_simulated
+
+from ..shared.folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
+from ..shared.outputs import output_problems
+
+RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer as it lies in the quantized model: its bits by channel count, and whether the compressor runs int8."""
+
+    layer: str
+    bits: tuple[tuple[int, int], ...]
+    int8: bool
+
+
+@torch.no_grad()
+def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
+    """Prove that what `fit` returned, or its module, holds the plan.
+
+    Of weights alone: every weight is, to the bit, what the plan makes of the float `model`, all else the model's own.
+    Of the static approach (the plan has 8-bit activations): the plan's 8-bit layers run in int8, the others in float;
+    scales are the compressor's. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float
+    rounding (1e-4 of their norm; in half precision 1e-2), or of the static approach within 5 %. Raises VerifyError
+    listing what is wrong, MismatchError for another model, SettingError where the float model does not run on it.
+    """
+    check_model(plan, model)
+    module = cast(nn.Module, getattr(q_model, "model", q_model))
+    check_module(module)
+    if plan.activation_bits is not None:
+        checks = verify_static(module, plan)
+        _check_outputs(module, plan, model, batch)
+        return checks
+    verify_simulated(module, plan, model)
+    original = as_measured(model, plan)
+    weights = {weight_name(name) for name in plan.by_any_name}
+    changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
+    if changed:
+        raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")
+    _check_outputs(module, plan, model, batch)
+    return tuple(LayerCheck(layer.name, layer.widths, False) for layer in plan.layers)
+
+
+def _check_outputs(module: nn.Module, plan: Plan, model: nn.Module, batch: Any) -> None:
+    problems = output_problems(module, plan, model, batch)
+    if problems:
+        raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(problems)}")
+
+
+def verify_static(module: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
+    """That a converted module runs the plan's 8-bit layers, and no others, in int8. Raises VerifyError."""
+    modules = dict(module.named_modules())
+    wanted = {layer.name for layer in planned_by_name(plan).values()}
+    problems = []
+    checks = []
+    for layer in plan.layers:
+        # A convolution that was fused with what follows it, and stays in float, is its first part.
+        found = next((modules[name] for name in (f"{layer.name}.0", layer.name) if name in modules), None)
+        int8 = type(found).__module__.startswith(RUN_IN_INT8)
+        if found is None:
+            problems.append(f"{layer.name!r} is missing")
+        elif int8 != (layer.name in wanted):
+            problems.append(f"{layer.name!r} runs in {'int8' if int8 else 'float'}, and the plan says otherwise")
+        checks.append(LayerCheck(layer.name, layer.widths, int8))
+    if problems:
+        raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(problems)}")
+    return tuple(checks)

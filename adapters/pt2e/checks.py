@@ -1,0 +1,41 @@
+"""What PT2E can run, and what is refused by name."""
+
+from torch import nn
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import MismatchError, SourceError
+from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.plan import Plan
+
+from ..shared.folded import check_folding, check_max_norm, check_model, refuse_wrong_pairs
+from .folded import computed_weights, wrong_pairs
+
+CAPABILITIES = Capabilities(
+    backend="pt2e",
+    bits=tuple(range(1, 9)),
+    kinds=("linear", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "embedding"),
+    parts=True,
+    activation_bits=(None, 8),
+    # torch.compile's frozen int8 kernels drop the zero points of weights without a word.
+    activation_kinds=("linear", "conv2d"),
+    activation_symmetric=(True,),
+)
+
+
+def check(plan: Plan, model: nn.Module) -> None:
+    """Raise MismatchError or SettingError, naming layers and remedy, where PT2E cannot run the plan on the model."""
+    check_model(plan, model)
+    require_legal(plan, CAPABILITIES)
+    check_max_norm(plan, model)
+    computing = [repr(name) if name else type(model).__name__ for name in computed_weights(model)]
+    if computing:
+        raise MismatchError(
+            f"{first_few(computing, ', ')}: works with a weight that is no parameter, before a norm, which PT2E fails "
+            "to fold into it: use mpq_plugins.apply or the inc adapter"
+        )
+    try:
+        check_folding(plan, model, "PT2E")
+    except SourceError:  # torch.fx cannot trace it all; the exported graph says what was folded
+        if plan.fold_bn:
+            raise
+        refuse_wrong_pairs(wrong_pairs(model), "PT2E")

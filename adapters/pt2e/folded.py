@@ -1,0 +1,173 @@
+"""What PT2E has folded into an exported graph, read from the graph: norms that torch.fx does not show are there too."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from mpq_plugins.checkpoints.rows import channel_rows
+from mpq_plugins.common.text import what_it_said
+from mpq_plugins.errors import SourceError
+from mpq_plugins.models.copying import duplicate
+from mpq_plugins.models.folding import fold_batch_norm, unfolded_norms
+from mpq_plugins.models.kinds import channel_axis_of, layer_kind
+from mpq_plugins.models.running import evaluating
+from mpq_plugins.models.tracing import BATCH_NORMS, opened_trace
+from mpq_plugins.plans.names import weight_name
+
+from ..shared.outputs import difference
+
+WEIGHTED = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+CLOSE = 1e-5
+"""How far the weights of a graph may be from the model's, of the largest: what folding rounds."""
+ROUNDING = 1e-3
+"""What that may come to over a deep network, of the outputs' norm; a norm folded wrongly comes to far more."""
+
+
+def attribute(graph: torch.fx.GraphModule, target: str) -> Tensor:
+    """The tensor under a name."""
+    parent, _, own = target.rpartition(".")
+    return cast(Tensor, getattr(graph.get_submodule(parent), own))
+
+
+def weight_names(model: nn.Module) -> dict[str, str]:
+    """The names of all layers' weights as parameters -> the first name of a layer that has it."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if layer_kind(module) is not None:
+            found[weight_name(name)] = first.setdefault(id(module.weight), name)
+    return found
+
+
+def folding_factors(graph: torch.fx.GraphModule, model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Which layers' weights were multiplied in the graph, by what each output channel, (channels,); which are others.
+
+    Layers whose weights are the model's, but for what folding rounds, are in neither.
+    """
+    factors: dict[str, Tensor] = {}
+    strange: list[str] = []
+    names = weight_names(model)
+    for node in graph.graph.nodes:
+        name = names.get(str(node.target)) if node.op == "get_attr" else None
+        if name is None or not node.users:
+            continue
+        layer = model.get_submodule(name)
+        weight, own = attribute(graph, str(node.target)), cast(Tensor, layer.weight)
+        if weight.shape != own.shape:
+            strange.append(name)
+        elif not _close(weight, own):
+            axis = channel_axis_of(layer_kind(layer) or "")
+            factor = _factor(weight, own, axis)
+            if _close(weight, times(own, factor, axis)):
+                factors[name] = factor
+            else:
+                strange.append(name)
+    return factors, strange
+
+
+def times(weight: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """The weight with each output channel multiplied by its factor, (channels,)."""
+    return weight.detach() * factor.reshape([-1 if own == axis else 1 for own in range(weight.dim())])
+
+
+def computed_weights(model: nn.Module) -> list[str]:
+    """Layers that work before a norm with a weight that is no parameter, as far as torch.fx sees it.
+
+    PT2E, which goes by operators, fails to fold the norm into what is computed, or is a buffer or a plain tensor.
+    """
+    found = ((prefix, _computed_weights(part)) for prefix, part in traceable_parts(model))
+    return [f"{prefix}{name}" for prefix, names in found for name in names]
+
+
+def wrong_pairs(model: nn.Module) -> dict[str, str]:
+    """As `fold.unfolded_norms`, of the parts of a model that torch.fx can trace."""
+    found = ((prefix, unfolded_norms(part)) for prefix, part in traceable_parts(model))
+    return {f"{prefix}{layer}": f"{prefix}{norm}" for prefix, pairs in found for layer, norm in pairs.items()}
+
+
+def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules of a model that torch.fx can trace, after what their layers' names begin with."""
+    try:
+        opened_trace(model)
+    except SourceError:
+        for name, child in model.named_children():
+            yield from traceable_parts(child, f"{prefix}{name}.")
+    else:
+        yield prefix, model
+
+
+def _computed_weights(model: nn.Module) -> list[str]:
+    graph = opened_trace(model)
+    norms = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, BATCH_NORMS)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = []
+    for node in graph.nodes:
+        is_norm = node.target is F.batch_norm or (node.op == "call_module" and node.target in norms)
+        source = node.all_input_nodes[0] if is_norm and node.all_input_nodes else None
+        if source is not None and source.target in WEIGHTED:
+            weight = source.args[1] if len(source.args) > 1 else source.kwargs.get("weight")
+            if not (isinstance(weight, torch.fx.Node) and weight.op == "get_attr" and weight.target in parameters):
+                stack = source.meta.get("nn_module_stack", {})  # none where the model's own forward does it
+                found.append(str(next(reversed(stack.values()), ("",))[0]))
+    return found
+
+
+def graph_problem(graph: torch.fx.GraphModule, model: nn.Module) -> str | None:
+    """Whether a graph, made for inputs of certain shapes, computes what the model does on such; in words, if not."""
+    copied = duplicate(model)
+    try:
+        args, kwargs = _example(graph)
+        with torch.no_grad(), evaluating(copied):
+            problem = difference(graph(*args, **kwargs), copied(*args, **kwargs), ROUNDING)
+    except Exception as error:  # noqa: BLE001  # a user's forward may raise anything on inputs that were made up
+        return (
+            "torch.fx cannot tell what PT2E folds there, and the model does not run on inputs made up to find out "
+            f"({what_it_said(error)}): use mpq_plugins.apply or the torchao adapter, which do not fold"
+        )
+    return problem and (
+        f"PT2E has folded a norm where that makes another function (beside the model's, {problem}): give each "
+        "convolution its own norm, or use mpq_plugins.apply or the torchao adapter, which do not fold"
+    )
+
+
+def traced_fold(model: nn.Module) -> nn.Module:
+    """A copy with BatchNorm folded in as torch.fx sees it; the model itself where it sees nothing."""
+    try:
+        return fold_batch_norm(model)
+    except SourceError:
+        return model
+
+
+def _close(weight: Tensor, own: Tensor) -> bool:
+    return not weight.numel() or bool((weight - own).abs().max() <= CLOSE * own.abs().max())
+
+
+def _factor(weight: Tensor, own: Tensor, axis: int) -> Tensor:
+    """The factors that bring the model's weight closest to the graph's; 1 for channels that are all 0."""
+    there, here = (channel_rows(tensor.detach().double(), axis) for tensor in (weight, own))
+    norm = here.square().sum(1)
+    found = torch.where(norm == 0, 1.0, (there * here).sum(1) / norm.clamp_min(torch.finfo(torch.float64).tiny))
+    return found.to(own.dtype)
+
+
+def _example(graph: torch.fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the shapes that the graph was exported for: seeded normal values, ids of 0 and 1, truth."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [_leaf(node.meta["val"], generator) for node in graph.graph.nodes if node.op == "placeholder"]
+    return cast("tuple[tuple[Any, ...], dict[str, Any]]", tree_unflatten(leaves, cast(Any, graph)._in_spec))
+
+
+def _leaf(like: Any, generator: torch.Generator) -> Any:
+    if not isinstance(like, Tensor):
+        return like
+    shape = [int(size) for size in like.shape]
+    if like.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(like.dtype)
+    if like.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool)
+    return torch.randint(0, 2, shape, generator=generator).to(like.dtype)

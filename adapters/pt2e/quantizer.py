@@ -1,0 +1,149 @@
+"""A plan in PyTorch 2 export quantization (PT2E, from torchao): a quantizer for `prepare_pt2e` and `convert_pt2e`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torchao.quantization.pt2e.observer import ObserverBase
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import MismatchError
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight
+
+from ..shared.folded import (
+    integers_of,
+    planned_by_name,
+    planned_layers,
+)
+from .checks import check
+from .folded import (
+    folding_factors,
+    graph_problem,
+    traced_fold,
+    weight_names,
+)
+from .graph import ANNOTATION, replace_weight
+
+LAYER, FACTOR = "mpq_plugins_layer", "mpq_plugins_factor"
+
+
+class PlanPerChannelObserver(ObserverBase):  # type: ignore[misc]
+    """Returns a layer's stored scales and zero points. PT2E looks for "PerChannel" in the name."""
+
+    def __init__(self, integers: IntegerWeight, **_: Any) -> None:  # the rest of the spec, which is fixed here
+        super().__init__(dtype=torch.int8)
+        self.integers = integers
+        self.ch_axis = integers.channel_axis
+        self.qscheme = torch.per_channel_affine
+        self.quant_min, self.quant_max = -128, 127
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The weight is the plan's already."""
+        return x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, (channels,) each."""
+        return self.integers.scale[:, 0], self.integers.zero_point[:, 0]
+
+
+class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
+    """Quantizes what the plan says, at its integers, and nothing else.
+
+    model: the float model that is exported. Raises SettingError for a plan that PT2E cannot run, MismatchError for
+    another model's. While preparing, MismatchError for a layer that the exported graph lacks or that has other weights
+    there, for inputs that are to be quantized and cannot be, and where PT2E's folding has made another function.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        super().__init__()
+        check(plan, model)
+        self.plan, self.model, self.folded = plan, model, traced_fold(model)
+        self.integers, self.factors = integers_of(plan, self.folded), dict[str, Tensor]()
+        if plan.activation_bits is not None:
+            for layer in planned_layers(plan):
+                for name in layer.names:
+                    self.set_module_name_qconfig(name, get_default_x86_inductor_quantization_config())
+
+    def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        """Set every planned weight of the exported graph, BatchNorm folded by now, to what its integers mean."""
+        found = {layer.name: node for node, layer in self._weights(model)}
+        problems = [f"{name!r} is not in the exported graph: skip it" for name in self.integers if name not in found]
+        self.factors, others = folding_factors(model, self.folded)
+        problems += [
+            f"{name!r} has other weights there than in {type(self.model).__name__}: export that model"
+            for name in others
+            if name in self.integers
+        ]
+        problems += [
+            f"{name!r} was measured unfolded, and PT2E folds a norm into it, which changes the scale of a whole "
+            "tensor: measure per_channel"
+            for name in self.factors
+            if name in self.integers and self.plan.by_name[name].scheme.granularity == "per_tensor"
+        ]
+        if not problems and (self.factors or self.folded is self.model):
+            problem = graph_problem(model, self.model)
+            problems += [f"{_listed(self.factors)}{problem}"] if problem else []
+        if problems:
+            raise MismatchError(f"pt2e cannot run this plan: {first_few(problems)}")
+        for name, node in found.items():
+            if name in self.factors:
+                self.integers[name] = self.integers[name].rescaled(self.factors[name])
+            replace_weight(model, str(node.target), self.integers[name].dequantized())
+        return model
+
+    def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        """Mark the weights of planned layers, and with 8-bit activations their inputs."""
+        if self.plan.activation_bits is not None:
+            super().annotate(model)
+        untaken: list[str] = []
+        for node, layer in self._weights(model):
+            spec = QuantizationSpec(
+                dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_channel_affine,
+                ch_axis=self.integers[layer.name].channel_axis,
+                observer_or_fake_quant_ctr=PlanPerChannelObserver.with_args(integers=self.integers[layer.name]),
+            )  # fmt: skip
+            for user in node.users:
+                annotation = user.meta.setdefault(ANNOTATION, QuantizationAnnotation(_annotated=True))
+                if self.plan.activation_bits is not None and not annotation.input_qspec_map.keys() - {node}:
+                    untaken.append(repr(layer.name))
+                annotation.input_qspec_map[node] = spec
+                user.meta[LAYER] = layer.name
+        if untaken:
+            raise MismatchError(
+                f"pt2e cannot run this plan: X86InductorQuantizer quantizes no inputs of {first_few(untaken, ', ')}, "
+                "for other code than the layer's own computes with the weight, as in MultiheadAttention: skip it, or "
+                "plan.with_activation_bits(None)"
+            )
+        self._note_factors(model)
+        return model
+
+    def _note_factors(self, model: torch.fx.GraphModule) -> None:
+        """On the nodes that use a rescaled weight, for `verify`."""
+        names = weight_names(self.folded)
+        for node in model.graph.nodes:
+            name = names.get(str(node.target)) if node.op == "get_attr" else None
+            for user in node.users if name in self.factors else ():
+                user.meta[FACTOR] = self.factors[str(name)]
+
+    def validate(self, model: torch.fx.GraphModule) -> None:
+        """Nothing to add: transform_for_annotation has refused what is wrong."""
+
+    def _weights(self, model: torch.fx.GraphModule) -> list[tuple[torch.fx.Node, LayerChoice]]:
+        """The planned weights' nodes: their targets are the parameters' names, of tied ones any."""
+        planned = {weight_name(name): layer for name, layer in planned_by_name(self.plan).items()}
+        nodes = [node for node in model.graph.nodes if node.op == "get_attr" and str(node.target) in planned]
+        return [(node, planned[str(node.target)]) for node in nodes if node.users]
+
+
+def _listed(factors: Mapping[str, Tensor]) -> str:
+    return f"{first_few([repr(name) for name in factors], ', ')}: " if factors else ""

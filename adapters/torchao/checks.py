@@ -1,0 +1,52 @@
+"""What torchao can run, and what is refused by name."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import nn
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import MismatchError
+from mpq_plugins.models.borrowed import borrowed_uses
+from mpq_plugins.models.plain import why_not_plain
+from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
+
+from ..shared.folded import check_max_norm, check_model, check_sizes, lent_weights, planned_by_name
+
+CAPABILITIES = Capabilities(
+    backend="torchao",
+    bits=tuple(range(1, 9)),
+    kinds=("linear", "conv1d", "conv2d", "embedding"),
+    granularities=("per_tensor", "per_channel", "per_group"),
+    parts=True,
+    activation_bits=(None, 8),
+    activation_kinds=("linear", "embedding"),  # an embedding takes indices; convolutions have no such kernel
+)
+FUNCTIONS = {F.linear, F.embedding, F.conv1d, F.conv2d}
+"""What of torch's functions takes such a tensor for its weight; of arguments by name, torchao's lose some."""
+
+
+def check(plan: Plan, model: nn.Module) -> None:
+    """Raise MismatchError or SettingError, naming layers and remedy, where torchao cannot run the plan on the model."""
+    check_model(plan, model)
+    require_legal(plan, CAPABILITIES)
+    check_max_norm(plan, model)
+    check_sizes(plan, "torchao")
+    uses = borrowed_uses(model)
+    borrowed = {name for name in lent_weights(model) if not uses.get(name, {None}) <= FUNCTIONS}
+    problems = [problem for name in planned_by_name(plan) for problem in _troubles(name, model, borrowed)]
+    if problems:
+        raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")
+
+
+def _troubles(name: str, model: nn.Module, borrowed: set[str]) -> Iterator[str]:
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    reason = why_not_plain(module, hooks=False)
+    if isinstance(parent, nn.MultiheadAttention):
+        yield f"{name!r} is MultiheadAttention's own, whose kernels fail on torchao's tensors: skip it"
+    elif reason:
+        yield f"{name!r} {reason}, and may fail on torchao's tensors: skip it"
+    elif weight_name(name) in borrowed:
+        yield f"{name!r} lends its weight to a functional call, which may fail on torchao's tensors: skip it"

@@ -1,0 +1,81 @@
+"""A plan in torchao: its own quantized tensors, built from the plan's integers."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from mpq_plugins.models.folding import folded_copy
+from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+
+from ..shared.folded import planned_layers
+from .checks import check
+
+DYNAMIC = "int8_asym_per_token"
+
+
+@IntxUnpackedToInt8Tensor.implements(torch.ops.aten.conv1d.default)  # type: ignore[untyped-decorator]
+@IntxUnpackedToInt8Tensor.implements_torch_function(F.conv1d)  # type: ignore[untyped-decorator]
+def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    inputs, weight, *rest = args
+    convolved: Tensor = F.conv1d(inputs, weight.dequantize(), *rest, **(kwargs or {}))
+    return convolved
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the model whose planned weights are torchao tensors of the plan's integers.
+
+    A plan with 8-bit activations quantizes the inputs of linear layers per token as they come; torchao has such a
+    kernel for those alone. Tied weights stay tied. Raises MismatchError (another model, or a layer whose weight is
+    used where torchao's tensors fail) and SettingError (a plan that torchao cannot run), naming layers and remedy.
+    """
+    check(plan, model)
+    quantized = folded_copy(model, plan)
+    weights = quantizable_weights(quantized)
+    for layer in planned_layers(plan):
+        parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
+        for name in layer.names:
+            quantized.get_submodule(name).weight = parameter
+    return quantized
+
+
+def dynamic_name(layer: LayerChoice, activation_bits: int | None) -> str | None:
+    """How a layer quantizes its input as it comes, in torchao's words; None where it does not."""
+    return DYNAMIC if activation_bits is not None and layer.kind == "linear" else None
+
+
+def _tensor(weight: Tensor, layer: LayerChoice, activation_bits: int | None) -> IntxUnpackedToInt8Tensor:
+    integers = integer_weight(weight, layer)
+    blocks = (layer.channels, integers.scale.shape[1], *(1 for _ in layer.shape[2:]))
+    device, activation = weight.device, dynamic_name(layer, activation_bits)
+    return IntxUnpackedToInt8Tensor(
+        integers.codes.to(device), integers.scale.reshape(blocks).to(device),
+        integers.zero_point.to(torch.int8).reshape(blocks).to(device), dtype_of(layer), block_size(integers),
+        weight.dtype, activation_type(activation),
+    )  # fmt: skip
+
+
+def activation_type(name: str | None) -> Any:
+    """torchao's own value for it."""
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8TensorActivationQuantization,
+    )
+
+    return None if name is None else IntxUnpackedToInt8TensorActivationQuantization(name)
+
+
+def dtype_of(layer: LayerChoice) -> torch.dtype:
+    """torchao's name for the widest part; its int1 has no +1, so binary codes are int2."""
+    dtype: torch.dtype = getattr(torch, f"int{max(2, *(part.bits for part in layer.groups))}")
+    return dtype
+
+
+def block_size(integers: IntegerWeight) -> tuple[int, ...]:
+    """Of the weights that share a scale: one output channel, a group of its inputs, the whole kernel."""
+    _, inputs, *kernel = integers.codes.shape
+    return (1, inputs // integers.scale.shape[1], *kernel)

@@ -1,0 +1,95 @@
+"""Proof that a model holds the plan in torchao's tensors: codes and scales, read back and compared."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from mpq_plugins.common.text import first_few
+from mpq_plugins.errors import VerifyError
+from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+
+from ..shared.folded import as_measured, changed_state, check_model, planned_layers
+from ..shared.outputs import output_problems
+from .tensors import activation_type, block_size, dynamic_name
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer as it lies in the quantized model: its bits by channel count, and torchao's name for its codes."""
+
+    layer: str
+    bits: tuple[tuple[int, int], ...]
+    dtype: str
+
+
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
+    """Read the integer codes back and compare them, their scales and zero points with the plan's of the float `model`.
+
+    Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
+    batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their norm;
+    half precision 1e-2), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError
+    for another model, SettingError where the float model does not run on the batch.
+    """
+    check_model(plan, model)
+    original_model = as_measured(model, plan)
+    original = quantizable_weights(original_model)
+    stored = quantizable_weights(quantized)
+    planned = {layer.name: layer for layer in planned_layers(plan)}
+    problems: list[str] = [f"{name!r} is missing" for name in original if name not in stored]
+    checks: list[LayerCheck] = []
+    for name, weight in stored.items():
+        if name not in planned:
+            if not (name in original and weight.shape == original[name].shape and original[name].equal(_plain(weight))):
+                problems.append(f"{name!r} is not the model's own, and the plan leaves it in float")
+            continue
+        layer = planned[name]
+        dynamic = dynamic_name(layer, plan.activation_bits)
+        problem = _problem(weight, integer_weight(original[name], layer), dynamic, original[name].dtype)
+        if problem:
+            problems.append(f"{name!r} {problem}")
+        else:
+            checks.append(LayerCheck(name, layer.widths, str(cast(Any, weight).target_dtype)))
+    weights = {weight_name(name) for layer in plan.layers for name in layer.names}
+    problems += changed_state(quantized, original_model, weights)
+    for layer in planned.values():
+        kept = [name for name in layer.names if _module_weight(quantized, name) is stored.get(layer.name)]
+        problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in layer.tied if name not in kept]
+    problems = problems or output_problems(quantized, plan, model, batch)
+    if problems:
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
+    return tuple(checks)
+
+
+def _problem(weight: Tensor, expected: IntegerWeight, dynamic: str | None, dtype: torch.dtype) -> str | None:
+    if not isinstance(weight, IntxUnpackedToInt8Tensor):
+        return f"was left in float ({type(weight).__name__})"
+    codes, scale = cast(Tensor, weight.qdata).cpu(), cast(Tensor, weight.scale).cpu()
+    problem = expected.code_problem(codes)
+    if problem is not None:
+        return problem
+    zero_point = cast(Tensor, weight.zero_point).cpu().long()
+    if not (_same(scale, expected.scale) and _same(zero_point, expected.zero_point)):
+        return "has other scales or zero points than the plan's"
+    if tuple(weight.block_size) != block_size(expected) or weight.dtype != dtype:
+        return f"has blocks of {tuple(weight.block_size)} in {weight.dtype}, the plan {block_size(expected)} in {dtype}"
+    if weight.activation_quantization != activation_type(dynamic):
+        return f"quantizes its input as {weight.activation_quantization}, the plan as {dynamic}"
+    return None
+
+
+def _same(stored: Tensor, expected: Tensor) -> bool:
+    return stored.numel() == expected.numel() and stored.reshape(expected.shape).equal(expected)
+
+
+def _plain(weight: Tensor) -> Tensor:
+    return weight.dequantize() if isinstance(weight, IntxUnpackedToInt8Tensor) else weight
+
+
+def _module_weight(model: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, model.get_submodule(name).weight)
