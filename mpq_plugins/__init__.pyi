@@ -32,7 +32,8 @@ from .plans.layers import LayerChoice, Part
 from .plans.plan import Plan
 from .plans.scheme import Affine, Codebook, Piecewise
 from .plans.size import PlanSize
-from .plans.table import LayerStats, LayerTable
+from .plans.stats import LayerStats
+from .plans.table import LayerTable
 from .reconstruction.brecq import reconstruct
 from .reconstruction.settings import BlockReport
 from .simulation.apply import apply, verify

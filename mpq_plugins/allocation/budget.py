@@ -19,8 +19,9 @@ from ..common.checks import is_number
 from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Affine, check_bits
-from ..plans.table import METRICS, LayerTable
-from .budget_problem import Layout, pinned_width, plan_bits
+from ..plans.stats import METRICS
+from ..plans.table import LayerTable
+from .budget_problem import Layout, Rules, pinned_width, plan_bits
 from .contract import Needs
 from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, numel, total_limit
@@ -32,7 +33,6 @@ Array = NDArray[np.float64]
 LARGEST = 1e18
 SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes")
 LIMITS = (*SIZES, "bops", "latency_limit")
-MOST_MAP_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Budget:
             )
         for b in self.bits:
             table.scheme.check_bits(b, "bits")
-        layout = Layout(self, table, tuple(self._limits(table)))
+        rules = Rules(self.sensitivity, self.bits, self.parts, self.pin, self.tie, self.ends)
+        layout = Layout(rules, table, tuple(self._limits(table)))
         widths, solution = layout.solved()
         used = {
             limit.name: (limit.shown(float(amount)), limit.asked)

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +16,28 @@ from ..errors import PlanWarning, SettingError
 from ..plans.layers import ALLOWED_BITS
 from ..plans.scheme import FLOAT_BITS
 from ..plans.size import map_bits
-from ..plans.table import LayerStats, LayerTable
+from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
 from .contract import Widths
 from .knapsack import Problem, Solution, least, solve
 from .limits import Limit
 from .objective import channel_curves, layer_curve
 
-if TYPE_CHECKING:
-    from .budget import Budget
-
 Array = NDArray[np.float64]
 
 MOST_MAP_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides a budget's items and what they cost, beside its limits; see Budget for each."""
+
+    sensitivity: str
+    bits: tuple[int, ...]
+    parts: bool
+    pin: tuple[str, ...]
+    tie: tuple[str, ...]
+    ends: int | None
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,13 @@ class _Item:
 class Layout:
     """The knapsack of one table: which layers are pinned, which are items, and what each takes of every limit."""
 
-    def __init__(self, budget: "Budget", table: LayerTable, limits: tuple[Limit, ...]) -> None:
-        self.budget, self.table, self.limits = budget, table, limits
-        self.pinned = _pinned_layers(budget, table)
-        self.items = list(_items(budget, table, self.pinned))
+    def __init__(self, rules: Rules, table: LayerTable, limits: tuple[Limit, ...]) -> None:
+        self.rules, self.table, self.limits = rules, table, limits
+        self.pinned = _pinned_layers(rules, table)
+        self.items = list(_items(rules, table, self.pinned))
         own = {layer.name: layer for layer in table.layers}
         self.pinned_cost = math.fsum(
-            float(layer_curve(table, own[name], budget.sensitivity, [b])[0])
+            float(layer_curve(table, own[name], rules.sensitivity, [b])[0])
             for name, b in self.pinned.items()
             if b not in FLOAT_BITS
         )
@@ -100,7 +110,7 @@ class Layout:
 
     def widths(self, choice: NDArray[np.int64]) -> dict[str, Widths]:
         """The options chosen as bits of each layer, or of each of its channels."""
-        bits = np.array(self.budget.bits)[choice]
+        bits = np.array(self.rules.bits)[choice]
         widths: dict[str, Widths] = dict(self.pinned)
         start = 0
         for item in self.items:
@@ -143,11 +153,11 @@ class Layout:
     def _choice(self, widths: Mapping[str, Widths]) -> NDArray[np.int64]:
         own = [np.atleast_1d(np.asarray(widths[item.layers[0].name])) for item in self.items]
         bits = np.concatenate(own) if own else np.zeros(0, np.int64)
-        choice: NDArray[np.int64] = np.searchsorted(self.budget.bits, bits)
+        choice: NDArray[np.int64] = np.searchsorted(self.rules.bits, bits)
         return choice
 
     def _costs(self) -> Array:
-        name, bits = self.budget.sensitivity, self.budget.bits
+        name, bits = self.rules.sensitivity, self.rules.bits
         blocks = [
             channel_curves(self.table, item.layers[0], name, bits)
             if item.channels
@@ -163,7 +173,7 @@ class Layout:
         return np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1)
 
     def _weights(self) -> Array:
-        bits = self.budget.bits
+        bits = self.rules.bits
         rows = []
         for limit in self.limits:
             blocks = [
@@ -192,7 +202,7 @@ class Layout:
             for limit, amount in beyond
         ]
         return SettingError(
-            f"{first_few(said)} (candidates {', '.join(map(str, self.budget.bits))} bits). Raise it, allow fewer bits, "
+            f"{first_few(said)} (candidates {', '.join(map(str, self.rules.bits))} bits). Raise it, allow fewer bits, "
             "or unpin layers."
         )
 
@@ -214,14 +224,14 @@ class Layout:
         return f"with the others met, the least {name} is {amount:.6g}, {amount - limit.asked:.3g} more than asked"
 
 
-def _pinned_layers(budget: "Budget", table: LayerTable) -> dict[str, int]:
+def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
     """Layer -> the width it is given. A pin goes before the rule for the ends."""
     names = [layer.name for layer in table.layers]
     given: dict[str, int] = {}
-    if budget.ends is not None and names:
-        given |= {names[0]: budget.ends, names[-1]: budget.ends}
+    if rules.ends is not None and names:
+        given |= {names[0]: rules.ends, names[-1]: rules.ends}
     pinned: dict[str, int] = {}
-    for entry in budget.pin:
+    for entry in rules.pin:
         pattern, bits = pinned_width(entry)
         found = [layer.name for layer in table.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))]
         if not found:
@@ -235,11 +245,11 @@ def _pinned_layers(budget: "Budget", table: LayerTable) -> dict[str, int]:
     return given | pinned
 
 
-def _items(budget: "Budget", table: LayerTable, pinned: Mapping[str, int]) -> Iterator[_Item]:
+def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterator[_Item]:
     """Everything that is not pinned, tied layers together; a layer without channels or weights as a whole."""
     layers = {layer.name: layer for layer in table.layers}
     group: dict[str, tuple[str, ...]] = {}
-    for pattern in budget.tie:
+    for pattern in rules.tie:
         found = families(pattern, layers)
         if not any(len(own) > 1 for own in found.values()):
             if pattern not in FUSED:
@@ -261,7 +271,7 @@ def _items(budget: "Budget", table: LayerTable, pinned: Mapping[str, int]) -> It
         own = group.get(layer.name, (layer.name,))
         if layer.name in pinned or own[0] != layer.name:
             continue
-        yield _Item(tuple(layers[name] for name in own), budget.parts and len(own) == 1 and layer.channels > 1)
+        yield _Item(tuple(layers[name] for name in own), rules.parts and len(own) == 1 and layer.channels > 1)
 
 
 def nothing_to_tie(pattern: str) -> str:

@@ -9,7 +9,7 @@ from ..errors import SettingError
 from ..plans.channels import Channels
 from ..plans.layers import ALLOWED_BITS, LayerChoice, Part
 from ..plans.scheme import FLOAT_BITS, Scheme
-from ..plans.table import LayerStats
+from ..plans.stats import LayerStats
 from .contract import Widths
 
 # Ten plans from one table should cost hardly more than one, so a layer's choices are made once, for as long as

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from ..errors import SettingError
 from ..plans.scheme import FLOAT_BITS, Scheme
 from ..plans.size import layer_size
-from ..plans.table import LayerStats, LayerTable
+from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
 from .choices import layer_choice
 from .latency import LatencyTable
 

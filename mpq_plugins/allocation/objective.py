@@ -14,7 +14,8 @@ from ..errors import SettingError
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
-from ..plans.table import LayerStats, LayerTable
+from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
 
 Array = NDArray[np.float64]
 

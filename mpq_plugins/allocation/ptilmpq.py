@@ -13,7 +13,8 @@ from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.scheme import Piecewise, check_bits
 from ..plans.size import layer_size
-from ..plans.table import LayerStats, LayerTable
+from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
 from .choices import layer_choice
 from .contract import Needs
 from .make import make_plan

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..allocation.contract import Needs
 from ..common.files import claimed, exists
 from ..errors import SettingError
-from ..plans.table import LayerTable, is_table
+from ..plans.table import LayerTable
+from ..plans.table_file import is_table
 from ..report.progress import progress_bar, say
 from .output import check_output
 from .partial import kept_at, partial_file, save_measured

@@ -170,7 +170,7 @@ def resumable(
     """
     from ..common.journal import Journal
     from ..models.fingerprint import model_digest, source_digest
-    from ..plans.table import is_table
+    from ..plans.table_file import is_table
 
     journal = None
     if files.journal is not None and model is not None:

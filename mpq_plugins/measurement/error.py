@@ -18,7 +18,7 @@ from ..errors import WeightError, WorkerError
 from ..models.device import own_stream
 from ..models.fingerprint import fingerprint, layer_digest
 from ..plans.scheme import Scheme
-from ..plans.table import LayerStats
+from ..plans.stats import LayerStats
 from ..quantization.calibrate import choose_grids
 from ..quantization.grid import RegionStats
 from ..quantization.kernel import (

@@ -26,7 +26,8 @@ from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
 from ..models.folding import has_batch_norm, training_norms
 from ..plans.scheme import Affine, Scheme
-from ..plans.table import METRICS, LayerStats, LayerTable, with_macs
+from ..plans.stats import METRICS, LayerStats
+from ..plans.table import LayerTable, with_macs
 from ..quantization.kernel import kernel_name
 from ..weights.chunks import Array, Op, chunks
 from ..weights.find import find_weights

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.running import sample_count
-from ..plans.table import LayerStats
+from ..plans.stats import LayerStats
 from .replay import Replay
 from .sensitivity import Curves, Job, unreached
 

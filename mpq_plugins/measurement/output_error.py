@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..models.plain import is_plain
-from ..plans.table import LayerStats
+from ..plans.stats import LayerStats
 from .moments import second_moments
 from .own_output import output_errors
 from .sensitivity import Array, Curves, Job

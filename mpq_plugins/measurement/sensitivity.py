@@ -24,7 +24,8 @@ from ..models.fingerprint import batches_digest, model_digest, source_digest
 from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
 from ..models.running import call_model, checked_batches, evaluating, own_copy, seeded
-from ..plans.table import LayerStats, LayerTable
+from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
 from ..quantization.fitted import check_fits, fitted
 from ..quantization.quantize import fake_quantize
 from ..weights.find import find_weights

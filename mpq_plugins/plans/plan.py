@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,9 +20,7 @@ from ..common.files import write_text
 from ..errors import FormatError, SettingError
 from .layers import LayerChoice, check_once
 from .names import is_weight, layer_name, weight_name
-
-if TYPE_CHECKING:
-    from .size import PlanSize
+from .size import PlanSize, plan_size
 
 PLAN_FORMAT = "mpq-plan"
 PLAN_VERSION = 2
@@ -176,11 +174,9 @@ class Plan(Strict):
         except ValidationError as error:
             raise FormatError(f"{where}: {first_problem(error)}") from error
 
-    def size(self, scale_bits: int = 32) -> "PlanSize":
+    def size(self, scale_bits: int = 32) -> PlanSize:
         """What the plan promises in bits; see size.plan_size."""
-        from .size import plan_size
-
-        return plan_size(self, scale_bits)
+        return plan_size(self.layers, scale_bits)
 
     def diff(self, other: "Plan") -> "tuple[Difference, ...]":
         """The layers in which `other` differs, in this plan's order, then those only `other` has."""

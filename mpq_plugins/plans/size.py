@@ -1,11 +1,11 @@
 """Honest size of a plan: the codes alone, which papers quote, and everything a file must hold."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import SettingError
 from .layers import LayerChoice
-from .plan import Plan
 from .scheme import FLOAT_BITS
 
 
@@ -82,7 +82,7 @@ class PlanSize:
         return 8 * self.numel / max(1, self.total_bits)
 
 
-def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
+def plan_size(layers: Iterable[LayerChoice], scale_bits: int = 32) -> PlanSize:
     """Size of every layer: codes numel x b, region bits, scales, zero points (asymmetric), codebooks of 2^b centroids,
     the channel-to-part map.
 
@@ -90,7 +90,7 @@ def plan_size(plan: Plan, scale_bits: int = 32) -> PlanSize:
     """
     if scale_bits not in FLOAT_BITS:
         raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32")
-    return PlanSize({layer.name: layer_size(layer, scale_bits) for layer in plan.layers})
+    return PlanSize({layer.name: layer_size(layer, scale_bits) for layer in layers})
 
 
 def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:

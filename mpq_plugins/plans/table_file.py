@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +20,17 @@ from ..common.files import atomic_path, open_regular
 from ..errors import FormatError, MeasureWarning, SettingError
 from .layers import LayerDocument, check_once
 from .scheme import INTEGER_BITS, NamedScheme
-from .table import METRICS, Array, LayerStats, LayerTable
+from .stats import METRICS, Array, LayerStats, Measured
 
 TABLE_FORMAT = "mpq-table"
 TABLE_VERSION = 2
+Table = TypeVar("Table", bound=Measured)
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda old: {**old, "version": 2}}
 """Version -> a function from that version's description, without its checksum, to the next one's. Version 1 had none,
 and none of arrays."""
 
 
-def write(table: LayerTable, path: Path) -> None:
+def write(table: Measured, path: Path) -> None:
     """What LayerTable.save promises. Raises SettingError for a table that could not be read again."""
     try:
         arrays, description = _pack(table)
@@ -41,7 +42,7 @@ def write(table: LayerTable, path: Path) -> None:
         file.writelines(_in_order(data))
 
 
-def read(path: Path) -> LayerTable:
+def read(path: Path, kind: type[Table]) -> Table:
     """What LayerTable.load promises."""
     try:
         with open_regular(path) as file:
@@ -53,11 +54,11 @@ def read(path: Path) -> LayerTable:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FormatError(f"{path}: not a readable table ({reason})") from error
-    return _unpack(description, arrays)
+    return _unpack(description, arrays, kind)
 
 
-def begins_as_table(path: Path) -> bool:
-    """Whether the header is a table's."""
+def is_table(path: Path) -> bool:
+    """Whether the file is a table rather than weights; looks at the header only."""
     try:
         with open_regular(path) as file:
             return _is_header(_header(file))
@@ -151,7 +152,7 @@ class _Description(Strict):
         return shapes
 
 
-def _pack(table: LayerTable) -> tuple[dict[str, NDArray[Any]], _Description]:
+def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
     per_channel = bool(table.layers) and all(layer.channel_errors for layer in table.layers)
     arrays: dict[str, NDArray[Any]] = {
         "importance": np.array([layer.importance for layer in table.layers], np.float64),
@@ -263,7 +264,7 @@ def _problem(name: str, array: Array, description: _Description) -> str | None:
     return "holds negative or infinite values, and none can be" if not ((array >= 0) & (array < np.inf)).all() else None
 
 
-def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]]) -> LayerTable:
+def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]], kind: type[Table]) -> Table:
     channels = description.channels
     cuts = np.cumsum(channels)[:-1]
     importances = np.split(arrays["channel_importance"], cuts)
@@ -285,7 +286,7 @@ def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]]) -> La
         )
         for i, layer in enumerate(description.layers)
     )  # fmt: skip
-    return LayerTable(
+    return kind(
         layers, description.scheme, description.bits, description.metrics, description.fold_bn,
         description.fingerprint, description.skipped, description.left_alone, description.weights,
     )  # fmt: skip

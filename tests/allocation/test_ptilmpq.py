@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mpq_plugins import PTILMPQ, Affine, LayerTable, Piecewise, Plan, measure
 from mpq_plugins.errors import SettingError
-from mpq_plugins.plans.table import LayerStats
+from mpq_plugins.plans.stats import LayerStats
 from tests.helpers.nets import conv_net
 from tests.helpers.tables import norms_table
 

@@ -15,7 +15,7 @@ from mpq_plugins import Affine, Piecewise, measure
 from mpq_plugins.checkpoints.readers import FileRows
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.plans.table import METRICS
+from mpq_plugins.plans.stats import METRICS
 from mpq_plugins.weights import chunks
 from mpq_plugins.weights.find import find_weights
 from mpq_plugins.weights.handles import Weight

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, LayerTable, measure
 from mpq_plugins.errors import MeasureWarning, SettingError
-from mpq_plugins.plans.table import METRICS
+from mpq_plugins.plans.stats import METRICS
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.affine import fake_quantize, quantize
 from mpq_plugins.weights import chunks

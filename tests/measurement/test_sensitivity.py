@@ -23,7 +23,7 @@ from mpq_plugins.measurement.replay import Replay
 from mpq_plugins.measurement.sensitivity import Curves, Job
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
-from mpq_plugins.plans.table import LayerStats
+from mpq_plugins.plans.stats import LayerStats
 from mpq_plugins.quantization.quantize import fake_quantize
 from tests.helpers.nets import conv_net, tied_net
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from mpq_plugins import LayerTable, measure
 from mpq_plugins.errors import FormatError, MeasureWarning
-from mpq_plugins.plans.table import is_table
+from mpq_plugins.plans.table_file import is_table
 from tests.helpers.nets import conv_net
 from tests.helpers.tables import contents, resealed, version_1
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mpq_plugins import Affine, Codebook, LayerTable, Part, Plan, Uniform, apply, measure, verify
 from mpq_plugins.errors import MismatchError, VerifyError, WeightError
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.plans.table import METRICS
+from mpq_plugins.plans.stats import METRICS
 from mpq_plugins.quantization.quantize import fake_quantize
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import SCHEMES, fits, with_layer

@@ -17,7 +17,7 @@ from mpq_plugins import Affine, Piecewise, Uniform, find_weights, measure
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.plans.names import are_experts
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.plans.table import METRICS
+from mpq_plugins.plans.stats import METRICS
 from mpq_plugins.simulation.match import match
 from mpq_plugins.weights.roles import hidden_size, inputs_first
 from tests.conftest import Ran

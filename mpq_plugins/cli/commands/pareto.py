@@ -61,7 +61,8 @@ def pareto(
     from ...evaluation.pareto import plans_at
     from ...evaluation.sweep import sweep as run
     from ...models.fingerprint import batches_digest
-    from ...plans.table import METRICS, is_table
+    from ...plans.stats import METRICS
+    from ...plans.table_file import is_table
     from ...report.progress import progress_bar
     from ..calibration import calibration_batches
     from ..measuring import measured

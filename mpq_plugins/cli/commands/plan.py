@@ -41,7 +41,7 @@ def plan(
     from dataclasses import replace
 
     from ...allocation.guard import compare, worse_text
-    from ...plans.table import is_table
+    from ...plans.table_file import is_table
     from ...report.console import console
     from ...report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
     from ..measuring import measured

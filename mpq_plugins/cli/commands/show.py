@@ -13,7 +13,8 @@ from ..output import json_option, print_json
 def show(file: Path, as_json: bool) -> None:
     """Show a plan layer by layer with its true size, or a table's errors."""
     from ...plans.plan import Plan
-    from ...plans.table import LayerTable, is_table
+    from ...plans.table import LayerTable
+    from ...plans.table_file import is_table
     from ...report.console import console
     from ...report.tables import layer_json, measurement_table, plan_head, plan_table, size_json, size_lines
 

@@ -53,7 +53,7 @@ def sweep(
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
     from ...evaluation.sweep import sweep as run
-    from ...plans.table import is_table
+    from ...plans.table_file import is_table
     from ...report.progress import progress_bar
     from ..measuring import measured
     from ..plans import plans_by

@@ -1,0 +1,76 @@
+"""What is measured of a layer, and of all layers: numbers alone."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .scheme import Scheme
+
+METRICS = ("relative", "mse", "rmse", "sqnr_db", "max_abs")
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value; a layer is itself
+class LayerStats:
+    """One layer's numbers.
+
+    shape: the weight's; channels: output channels; macs: multiply-accumulates for the example input, where
+    one was given; importance: F_l = sum |w|; channel_importance: F_c = ||w_c||_2, (channels,); errors:
+    metric -> (bit-widths,), in the order of the table's `bits`; channel_errors: metric -> (bit-widths, channels),
+    empty unless asked for; sensitivities: name -> (bit-widths,), what quantizing the whole layer is predicted to
+    cost, in the sensitivity's own unit, so that layers add up; channel_sensitivities: the same of each output channel,
+    (bit-widths, channels), for those that can tell; tied: other names of the same weight; digest: see
+    fingerprint.layer_digest.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    channel_axis: int
+    importance: float
+    channel_importance: Array
+    errors: Mapping[str, Array]
+    channel_errors: Mapping[str, Array] = field(default_factory=dict)
+    sensitivities: Mapping[str, Array] = field(default_factory=dict)
+    channel_sensitivities: Mapping[str, Array] = field(default_factory=dict)
+    macs: int | None = None
+    tied: tuple[str, ...] = ()
+    digest: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.shape[self.channel_axis]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a table holds: the layers, on which weights, under which scheme."""
+
+    layers: tuple[LayerStats, ...]
+    scheme: Scheme
+    bits: tuple[int, ...]
+    metrics: tuple[str, ...]
+    fold_bn: bool
+    fingerprint: str
+    skipped: tuple[str, ...] = ()
+    left_alone: tuple[tuple[str, str], ...] = ()
+    weights: str | None = None  # the key of those in a torch checkpoint (see Weights.key)
+
+    @property
+    def sensitivities(self) -> tuple[str, ...]:
+        """Names of the sensitivities that every layer has."""
+        return tuple(self.layers[0].sensitivities) if self.layers else ()
+
+    @property
+    def channel_sensitivities(self) -> tuple[str, ...]:
+        """Names of those that every layer has for each of its channels."""
+        return tuple(self.layers[0].channel_sensitivities) if self.layers else ()
