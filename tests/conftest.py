@@ -14,7 +14,8 @@ from hypothesis import settings
 from mpq_plugins.cli import main as cli
 from tests.helpers.checkpoints import minilm_file
 
-torch.set_num_threads(2)
+# Two processes of one thread each (pytest -n 2), or one of two: the machine has two cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # Whoever starts the tests in the background may have these ignored, which is respected and not what is tried here.
 for ignored, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(ignored) is signal.SIG_IGN:

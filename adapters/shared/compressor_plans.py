@@ -11,15 +11,15 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from mpq_plugins import Affine, measure
 from mpq_plugins.allocation.contract import Allocator
 from mpq_plugins.common.checks import first_problem
 from mpq_plugins.errors import SettingError
+from mpq_plugins.measurement.measure import measure
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.kinds import KINDS
 from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import SCHEMES, NamedScheme, Scheme
+from mpq_plugins.plans.scheme import SCHEMES, Affine, NamedScheme, Scheme
 
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
 GIVE = "Affine(...), Piecewise(...), Codebook(...) or None"

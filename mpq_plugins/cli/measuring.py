@@ -54,7 +54,7 @@ def measure_now(
     device: str | None = None,
 ) -> LayerTable:
     """Measure with a progress bar."""
-    from .. import measure
+    from ..measurement.measure import measure
 
     example = _zeros(input_shape) if input_shape is not None else None
     with kept_at(journal), progress_bar("measuring") as progress:
