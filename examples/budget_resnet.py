@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import calibration, evaluate, images, need_networks, resnet
-from mpq_plugins.evaluation.pareto import PER_CHANNEL, plans_at
+from mpq_plugins.evaluation.pareto import PER_CHANNEL, pareto
 from mpq_plugins.report.tables import grid
 from mpq_plugins.simulation.synthetic import synthetic_batches
 
@@ -40,7 +40,7 @@ def report(depth: int, budgets: list[float]) -> None:
     net = resnet(depth)
     start, spent = time.perf_counter(), time.process_time()
     table = mpq.measure(net, SCHEME, range(1, 9), per_channel=True)
-    plans = [one for one in plans_at(table, budgets) if one.series != "sqnr"]
+    plans = [one for one in pareto(table, budgets) if one.series != "sqnr"]
     print(
         f"ResNet-{depth}: measured, and {len(plans)} plans made, in {time.perf_counter() - start:.1f} s, "
         f"{time.process_time() - spent:.1f} CPU-seconds"

@@ -1,9 +1,10 @@
 """The public names, each from where it is defined: the one list of them, which is read as the package is imported."""
 
 from .allocation.budget import Allocation, Budget
-from .allocation.contract import Allocator
+from .allocation.contract import Allocator, Needs
 from .allocation.guard import Comparison, compare
 from .allocation.latency import LatencyTable
+from .allocation.make import make_plan
 from .allocation.mixquant import MixQuant
 from .allocation.ptilmpq import PTILMPQ
 from .allocation.sqnr import SQNR
@@ -14,7 +15,9 @@ from .compression.prune import Deviations, GlobalSparsity, Sparsity, prune
 from .compression.share import share
 from .compression.write import compress
 from .errors import (
+    CompressWarning,
     FormatError,
+    MeasureWarning,
     MismatchError,
     MPQError,
     PlanWarning,
@@ -24,22 +27,27 @@ from .errors import (
     TuningError,
     VerifyError,
     WeightError,
+    WorkerError,
 )
+from .evaluation.pareto import LabelledPlan, pareto
+from .evaluation.sweep import SweepRow, sweep
 from .measurement.measure import measure
-from .measurement.sensitivity import sensitivity
+from .measurement.sensitivity import Sensitivity, sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
 from .plans.layers import LayerChoice, Part
-from .plans.plan import Plan
-from .plans.scheme import Affine, Codebook, Piecewise
-from .plans.size import PlanSize
+from .plans.legalise import Capabilities, Change, legalise
+from .plans.plan import Difference, Plan
+from .plans.scheme import Affine, Codebook, Piecewise, Scheme
+from .plans.size import LayerSize, PlanSize
 from .plans.stats import LayerStats
 from .plans.table import LayerTable
 from .reconstruction.brecq import reconstruct
 from .reconstruction.settings import BlockReport
-from .simulation.apply import apply, verify
+from .simulation.apply import PartCheck, apply, verify
 from .simulation.correct import correct
 from .simulation.synthetic import synthetic_batches
 from .weights.find import find_weights, iter_weights
+from .weights.handles import Weight, Weights
 
 __all__ = [
     "PTILMPQ",
@@ -49,33 +57,48 @@ __all__ = [
     "Allocator",
     "BlockReport",
     "Budget",
+    "Capabilities",
+    "Change",
     "Codebook",
     "Comparison",
+    "CompressWarning",
     "Container",
     "Deviations",
+    "Difference",
     "FormatError",
     "GlobalSparsity",
     "InputRange",
+    "LabelledPlan",
     "LatencyTable",
     "LayerChoice",
+    "LayerSize",
     "LayerStats",
     "LayerTable",
     "MPQError",
+    "MeasureWarning",
     "MismatchError",
     "MixQuant",
+    "Needs",
     "Part",
+    "PartCheck",
     "Piecewise",
     "Plan",
     "PlanSize",
     "PlanWarning",
     "PluginError",
+    "Scheme",
+    "Sensitivity",
     "SettingError",
     "SourceError",
     "Sparsity",
+    "SweepRow",
     "TuningError",
     "Uniform",
     "VerifyError",
+    "Weight",
     "WeightError",
+    "Weights",
+    "WorkerError",
     "apply",
     "compare",
     "compress",
@@ -85,11 +108,15 @@ __all__ = [
     "finish",
     "input_ranges",
     "iter_weights",
+    "legalise",
+    "make_plan",
     "measure",
+    "pareto",
     "prune",
     "reconstruct",
     "sensitivity",
     "share",
+    "sweep",
     "synthetic_batches",
     "verify",
     "with_input_ranges",

@@ -19,16 +19,16 @@ PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledPlan:
     """A plan, and the series it belongs to in a table or picture."""
 
     series: str
     plan: Plan
 
 
-def plans_at(
+def pareto(
     table: LayerTable, budgets: Sequence[float], sensitivity: str = "mse", bits: Sequence[int] | None = None
-) -> tuple[Labelled, ...]:
+) -> tuple[LabelledPlan, ...]:
     """Plans of at most these average bits (codes alone): Budget per channel and per layer, MixQuant, PTILMPQ, SQNR.
 
     Uniform plans of all the table's widths are beside them. An allocator that has no plan as small as a budget has no
@@ -37,29 +37,29 @@ def plans_at(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)  # the comparison is what this is for
-        return tuple(_plans_at(table, budgets, sensitivity, tuple(sorted(bits or table.bits))))
+        return tuple(_plans_by_size(table, budgets, sensitivity, tuple(sorted(bits or table.bits))))
 
 
-def _plans_at(
+def _plans_by_size(
     table: LayerTable, budgets: Sequence[float], sensitivity: str, widths: tuple[int, ...]
-) -> Iterator[Labelled]:
+) -> Iterator[LabelledPlan]:
     if isinstance(budgets, int | float) or not len(budgets):
         raise SettingError("budgets: none given; one or more averages, as in 2,2.5,3,4")
     parts = table.scheme.granularity != "per_tensor"
     for b in widths:
-        yield Labelled("uniform", Uniform(bits=b)(table))
+        yield LabelledPlan("uniform", Uniform(bits=b)(table))
     for average in sorted(set(budgets)):
         for series, whole in ((PER_CHANNEL, True), (PER_LAYER, False)):
             if parts or not whole:
                 made = Budget(average_bits=average, sensitivity=sensitivity, bits=widths, parts=whole)(table)
-                yield Labelled(series, made)
+                yield LabelledPlan(series, made)
         for series, plan in (
             ("mixquant", mixquant_at(table, average, widths)),
             ("ptilmpq", ptilmpq_at(table, average, widths)),
             ("sqnr", _or_none(SQNR(average_bits=average, bits=widths), table)),
         ):
             if plan is not None:
-                yield Labelled(series, plan)
+                yield LabelledPlan(series, plan)
 
 
 def mixquant_at(table: LayerTable, average: float, widths: Sequence[int]) -> Plan | None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 
 from mpq_plugins import Affine, LayerTable, MixQuant, PlanWarning, SettingError, measure
 from mpq_plugins.allocation.objective import predicted
-from mpq_plugins.evaluation.pareto import PER_CHANNEL, PER_LAYER, mixquant_at, plans_at, ptilmpq_at
+from mpq_plugins.evaluation.pareto import PER_CHANNEL, PER_LAYER, mixquant_at, pareto, ptilmpq_at
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net
 
@@ -36,7 +36,7 @@ def size_of_output(net: torch.nn.Module) -> float:
 
 def test_every_plan_keeps_its_budget_and_the_best_is_budgets(table: LayerTable) -> None:
     for average in (2.0, 3.0, 4.5):
-        found = {one.series: one.plan for one in plans_at(table, [average]) if one.series != "uniform"}
+        found = {one.series: one.plan for one in pareto(table, [average]) if one.series != "uniform"}
         assert set(found) == {PER_CHANNEL, PER_LAYER, "mixquant", "ptilmpq", "sqnr"}
         assert all(plan.size().average_bits <= average for plan in found.values())
         costs = {series: predicted(table, plan, "mse") or 0.0 for series, plan in found.items()}
@@ -48,7 +48,7 @@ def test_every_plan_keeps_its_budget_and_the_best_is_budgets(table: LayerTable) 
 def test_it_warns_of_nothing_for_the_comparison_is_what_it_is_for(table: LayerTable) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", PlanWarning)
-        plans_at(table, [2.5, 4.0])
+        pareto(table, [2.5, 4.0])
 
 
 def test_mixquant_at_a_size_is_the_largest_plan_that_fits(table: LayerTable) -> None:
@@ -63,18 +63,18 @@ def test_mixquant_at_a_size_is_the_largest_plan_that_fits(table: LayerTable) -> 
 def test_an_allocator_without_a_plan_that_small_has_none(table: LayerTable) -> None:
     assert mixquant_at(table, 1.5, table.bits) is None
     assert ptilmpq_at(table, 1.0, (4, 5, 6)) is None
-    assert {one.series for one in plans_at(table, [1.5])} >= {"uniform", PER_CHANNEL}
+    assert {one.series for one in pareto(table, [1.5])} >= {"uniform", PER_CHANNEL}
 
 
 def test_per_tensor_has_no_parts() -> None:
     plain = measure(conv_net(), bits=range(1, 9))
-    assert PER_CHANNEL not in {one.series for one in plans_at(plain, [4.0])}
+    assert PER_CHANNEL not in {one.series for one in pareto(plain, [4.0])}
 
 
 @pytest.mark.parametrize(("budgets", "message"), [([], "none given"), ([0.5], "the least is 1 bits, 0.5 more")])
 def test_bad_budgets_are_refused(table: LayerTable, budgets: list[float], message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        plans_at(table, budgets)
+        pareto(table, budgets)
 
 
 def test_the_command_writes_table_csv_and_picture(mpq: Mpq, tmp_path: Path) -> None:

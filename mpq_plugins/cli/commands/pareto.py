@@ -58,7 +58,7 @@ def pareto(
     from ...allocation.contract import Needs
     from ...allocation.objective import parts_of
     from ...errors import SettingError
-    from ...evaluation.pareto import plans_at
+    from ...evaluation.pareto import pareto as plans_within
     from ...evaluation.sweep import sweep as run
     from ...models.fingerprint import batches_digest
     from ...plans.stats import METRICS
@@ -85,7 +85,7 @@ def pareto(
     job = f"{evaluation} {calibration} {corrected_on}"
     with resumable(files, model, job, evaluate) as journal:
         table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
-        labelled = plans_at(table, budgets, sensitivity, bits)
+        labelled = plans_within(table, budgets, sensitivity, bits)
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
