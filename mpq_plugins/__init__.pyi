@@ -37,7 +37,7 @@ from .models.input_ranges import InputRange, input_ranges, with_input_ranges, wi
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
 from .plans.plan import Difference, Plan
-from .plans.scheme import Affine, Codebook, Piecewise, Scheme
+from .plans.scheme import Affine, Codebook, Piecewise
 from .plans.size import LayerSize, PlanSize
 from .plans.stats import LayerStats
 from .plans.table import LayerTable
@@ -86,7 +86,6 @@ __all__ = [
     "PlanSize",
     "PlanWarning",
     "PluginError",
-    "Scheme",
     "Sensitivity",
     "SettingError",
     "SourceError",
