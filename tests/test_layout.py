@@ -60,7 +60,7 @@ def test_the_top_level_is_what_was_agreed() -> None:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     allowed = {"pyproject.toml", "README.md", "mpq_plugins", "adapters", "tests", "examples"}
-    beside = {"Makefile", "LICENSE", "CHANGELOG.md", "constraints.txt"}
+    beside = {"Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", "docs"}
     assert {name for name in top if not name.startswith(".")} <= allowed | beside
 
 
