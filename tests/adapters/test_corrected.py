@@ -16,7 +16,7 @@ from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.simulation.integers import integer_weight
 from tests.adapters import nets
 from tests.adapters.compressor import same
-from tests.adapters.test_fx import pytestmark as fx_warnings
+from tests.adapters.fx.test_preparation import pytestmark as fx_warnings
 
 brevitas = pytest.importorskip("mpq_plugins.adapters.brevitas")
 fx = pytest.importorskip("mpq_plugins.adapters.fx")

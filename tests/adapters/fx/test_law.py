@@ -8,9 +8,9 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from mpq_plugins import Affine, Uniform, measure
 from mpq_plugins.adapters import fx
 from mpq_plugins.errors import MPQError
+from tests.adapters.fx.test_preparation import pytestmark as warnings_of_torch
 from tests.adapters.odd_graphs import OPERATORS, Steps, odd_net
 from tests.adapters.rounding import distances, simulations
-from tests.adapters.test_fx import pytestmark as warnings_of_torch
 
 pytestmark = warnings_of_torch
 PER_CHANNEL = Affine(granularity="per_channel")

@@ -16,7 +16,7 @@ from mpq_plugins import PTILMPQ, Affine, Plan, Uniform
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, WeightError
 from tests.adapters import nets
-from tests.adapters.test_brevitas import TOKENS, EveryKind, own_way, planned
+from tests.adapters.brevitas.test_conversion import TOKENS, EveryKind, own_way, planned
 from tests.helpers.nets import tied_net
 from tests.helpers.plans import with_layer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform
 from mpq_plugins.errors import FormatError, MismatchError, SettingError, SourceError, VerifyError
 from tests.adapters import nets
-from tests.adapters.test_brevitas import IMAGES, TOKENS, EveryKind, every_kind, planned
+from tests.adapters.brevitas.test_conversion import IMAGES, TOKENS, EveryKind, every_kind, planned
 from tests.helpers.nets import tied_net
 
 pytestmark = [

@@ -598,7 +598,7 @@ def test_verify_finds_what_was_planted() -> None:
 
 
 def test_mpq_check_lists_what_a_backend_changes(mpq: Callable[..., Ran], tmp_path: Path) -> None:
-    source = "tests.adapters.test_fx:small_net"
+    source = "tests.adapters.fx.test_preparation:small_net"
     model = small_net()
     plan_file, legal_file = tmp_path / "plan.json", tmp_path / "legal.json"
     Uniform(bits=3)(measure(model, Piecewise(granularity="per_channel"), (3,))).save(plan_file)

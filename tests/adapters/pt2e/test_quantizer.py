@@ -11,7 +11,7 @@ from mpq_plugins import PTILMPQ, Affine, MixQuant, Plan, Uniform, apply, measure
 from mpq_plugins.errors import MismatchError, SettingError, SourceError, VerifyError
 from mpq_plugins.models.folding import fold_batch_norm
 from tests.adapters import nets
-from tests.adapters.test_torchao import IMAGES, TOKENS, TextNet
+from tests.adapters.torchao.test_tensors import IMAGES, TOKENS, TextNet
 from tests.helpers.plans import with_layer
 
 pt2e = pytest.importorskip("mpq_plugins.adapters.pt2e")
