@@ -7,48 +7,25 @@ import torch
 from brevitas.utils.torch_utils import StopFwdException
 from torch import Tensor, nn
 
-from mpq_plugins.common.text import first_few, what_it_said
+from mpq_plugins.common.progress import Progress
+from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MPQError, SettingError
 from mpq_plugins.models.copying import duplicate
+from mpq_plugins.models.running import call_model, checked_batches
 
-from ...common.progress import Progress
 from .read import input_quantizers, is_calibrated, is_quantized
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
-    """Call a model on a batch. Raises SettingError, with the model's own words, where it cannot take it."""
-    try:
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        return model(*batch) if isinstance(batch, tuple) else model(batch)
-    except (StopFwdException, MPQError):
-        raise
-    except Exception as error:  # a user's forward may raise anything
-        raise SettingError(
-            f"batches: {type(model).__name__} fails on one of {_shape(batch)} ({what_it_said(error)}). Give what "
-            "it takes: a tensor, a tuple of arguments or a dict of keywords, without labels"
-        ) from error
-
-
-def _shape(batch: Batch) -> str:
-    if isinstance(batch, Mapping):
-        return ", ".join(f"{name}: {_shape(value)}" for name, value in batch.items())
-    if isinstance(batch, tuple):
-        return f"({', '.join(map(_shape, batch))})"
-    return str(tuple(batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
+    """Call a model on a batch, which a tuner of Brevitas's may end. Raises SettingError where it cannot take it."""
+    return call_model(model, batch, (StopFwdException, MPQError))
 
 
 def given_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """All batches. Raises SettingError for none, for one that is not in a list, and for empty ones and NaN."""
-    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-        raise SettingError(
-            f"batches: is a {type(batches).__name__}; give a list of them, as [batch] or tensor.split(128)"
-        )
-    given: list[Batch] = [tuple(batch) if isinstance(batch, list) else batch for batch in cast(Iterable[Any], batches)]
-    if not given:
-        raise SettingError("batches: there are none; give at least one, of a few hundred inputs in all")
+    """All batches. Raises SettingError for none, for what is no series of them, and for empty ones and NaN."""
+    given: list[Batch] = [tuple(batch) if isinstance(batch, list) else batch for batch in checked_batches(batches)]
     for number, batch in enumerate(given, 1):
         parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else (batch,)
         for value in (part for part in parts if isinstance(part, Tensor)):

@@ -11,10 +11,7 @@ from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import (
-    check_plan,
-    planned_layers,
-)
+from ..shared.folded import check_plan, planned_layers
 from .checks import check, check_ternary
 from .float_weights import forget, mark
 from .graph import ModuleToModuleByInstance, brevitas_settings_kept

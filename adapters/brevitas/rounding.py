@@ -18,10 +18,10 @@ from brevitas.inject.enum import LearnedRoundImplType
 from brevitas.optim.sign_sgd import SignSGD
 from torch import Tensor, nn
 
+from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.reconstruction.blocks import find_units
 
-from ...common.progress import Progress
 from .batches import Batch, called_layers, check_schedule, given_batches, ready, report, run
 from .float_weights import begin_at_float, require_float
 from .graph import brevitas_settings_kept, quiet_state_dict

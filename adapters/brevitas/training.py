@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import MPQError, SettingError, WeightError
 from mpq_plugins.models.copying import duplicate
 
-from ...common.progress import Progress
 from .batches import Batch, check_schedule, given_batches, ready, report, run
 from .float_weights import forget
 

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.models.copying import duplicate
 
-from ...common.progress import Progress
 from .batches import Batch, called_layers, given_batches, ready, report, run
 from .float_weights import begin_at_float, begin_at_own_bias, mark, require_float
 from .graph import BiasCorrection, bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode

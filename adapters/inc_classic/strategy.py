@@ -165,7 +165,7 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
 
         @functools.wraps(evaluate)
         def checked(model: nn.Module) -> float:
-            return checked_score(evaluate, copy.deepcopy(model), self._what)
+            return checked_score(evaluate, duplicate(model), self._what)
 
         return checked
 

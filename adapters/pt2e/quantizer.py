@@ -20,18 +20,9 @@ from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
-from ..shared.folded import (
-    integers_of,
-    planned_by_name,
-    planned_layers,
-)
+from ..shared.folded import integers_of, planned_by_name, planned_layers
 from .checks import check
-from .folded import (
-    folding_factors,
-    graph_problem,
-    traced_fold,
-    weight_names,
-)
+from .folded import folding_factors, graph_problem, traced_fold, weight_names
 from .graph import ANNOTATION, replace_weight
 
 LAYER, FACTOR = "mpq_plugins_layer", "mpq_plugins_factor"

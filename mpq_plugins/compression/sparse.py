@@ -1,18 +1,14 @@
-"""Matrices that are mostly zero: the paper's relative index, and the textbook's compressed rows and columns.
+"""Matrices that are mostly zero, by the paper's relative index (arXiv 1510.00149, sec. 2).
 
-Relative index (arXiv 1510.00149, sec. 2): every entry is kept with its distance from the one before, in few bits; where
-the distance is too long for them, an entry of value 0 is put in between. CSR and CSC, for comparison and for other
-tools, are scipy's.
+Every entry is kept with its distance from the one before, in few bits; where the distance is too long for them, an
+entry of value 0 is put in between.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ..checkpoints.rows import channel_rows
 from .bitpack import Codes
 
 CONV_INDEX_BITS, FC_INDEX_BITS = 8, 5  # the paper's
@@ -53,18 +49,3 @@ def from_relative(index: RelativeIndex, count: int) -> Codes | None:
     codes = np.zeros(count, index.values.dtype)
     codes[places] = index.values
     return codes
-
-
-def to_csr(weight: Tensor, channel_axis: int = 0) -> "scipy.sparse.csr_array":
-    """A weight as compressed rows, one for each output channel: a values, a column indices, channels + 1 row starts."""
-    return scipy.sparse.csr_array(_matrix(weight, channel_axis))
-
-
-def to_csc(weight: Tensor, channel_axis: int = 0) -> "scipy.sparse.csc_array":
-    """A weight as compressed columns, one for each input (times the kernel's positions)."""
-    return scipy.sparse.csc_array(_matrix(weight, channel_axis))
-
-
-def _matrix(weight: Tensor, channel_axis: int) -> NDArray[np.float32]:
-    matrix: NDArray[np.float32] = channel_rows(weight.detach().float().cpu(), channel_axis).numpy()
-    return matrix

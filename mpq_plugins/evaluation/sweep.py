@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..allocation.objective import predicted
-from ..allocation.plan_error import METRICS, plan_error
+from ..allocation.objective import PLAN_ERRORS, plan_error, predicted
 from ..common.progress import Progress
 from ..errors import SettingError, SourceError
 from ..models.copying import duplicate
@@ -89,7 +88,9 @@ def sweep(
     if not plans:
         raise SettingError("plans: none given; one or more")
     scored = _Scored(model, evaluate, calibrate, journal)
-    measured = (sensitivity,) if sensitivity is not None else tuple(name for name in METRICS if name in table.metrics)
+    measured = (
+        (sensitivity,) if sensitivity is not None else tuple(name for name in PLAN_ERRORS if name in table.metrics)
+    )
     float_row = (_float_row(table, scored(None), measured),) if scored.possible else ()
     rows = []
     for position, plan in enumerate(plans):
@@ -159,7 +160,7 @@ def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
 def _errors(table: LayerTable, plan: Plan, sensitivity: str | None) -> dict[str, float | None]:
     if sensitivity is not None:
         return {sensitivity: predicted(table, plan, sensitivity)}
-    return {metric: plan_error(table, plan, metric) for metric in METRICS if metric in table.metrics}
+    return {metric: plan_error(table, plan, metric) for metric in PLAN_ERRORS if metric in table.metrics}
 
 
 def _row(table: LayerTable, plan: Plan, scores: Scores, errors: Mapping[str, float | None]) -> SweepRow:

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.text import first_sentence
 from ..errors import SettingError
+from ..models.labels import own_labels_loss
 from ..models.running import one_sample, sample_count
 from .sensitivity import Curves, Job, unreached
 
@@ -130,13 +130,8 @@ def _loss(job: Job, batch: Any) -> Tensor:
         logits = job.logits(batch)
         if logits.shape[-1] < 2 or not logits.requires_grad:
             raise SettingError("output: has no gradient or no two classes; these need logits. Use distance instead")
-        flat = logits.reshape(-1, logits.shape[-1])
-        likely = flat.detach().double().softmax(1)
-        if not bool(likely.isfinite().all()):
-            raise SettingError("output: logits are NaN or infinite on a batch; look at the inputs and the model")
-        labels = torch.multinomial(likely.cpu(), 1, generator=job.generator).squeeze(1).to(flat.device)
-        positions = flat.shape[0] // max(1, logits.shape[0])
-        return F.cross_entropy(flat, labels, reduction="sum") / positions
+        positions = logits.shape[:-1].numel() // max(1, logits.shape[0])
+        return own_labels_loss(logits, job.generator) / positions
 
 
 def _signs(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,8 +12,8 @@ from ..errors import SettingError
 _OWN = threading.local()
 
 
-def checked_device(device: object, here: bool = True) -> torch.device | None:
-    """A device that can compute here, or if not `here` that there is such a kind of; None stays None.
+def checked_device(device: object, here: bool = True, dtype: torch.dtype = torch.float64) -> torch.device | None:
+    """A device that can compute here in a dtype, or if not `here` that there is such a kind of; None stays None.
 
     Raises SettingError.
     """
@@ -22,10 +22,10 @@ def checked_device(device: object, here: bool = True) -> torch.device | None:
     try:
         found: torch.device = torch.device(device)  # type: ignore[call-overload]  # checks it
         if here:
-            torch.zeros(1, device=found, dtype=torch.float64).sum().cpu()
+            torch.zeros(1, device=found, dtype=dtype).sum().cpu()
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         raise SettingError(
-            f"device: {device!r} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"
+            f"device: {device!r:.60} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"
         ) from error
     return found
 

@@ -33,23 +33,32 @@ def run_model(model: nn.Module, batch: Any) -> Any:
         return call_model(model, batch)
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: Any, passing: tuple[type[Exception], ...] = ()) -> Any:
     """The model's output: a mapping gives keyword arguments, a tuple or list arguments, anything else one argument.
 
-    Raises SettingError where the model does not run on it.
+    passing: what else may be raised inside to end the run. Raises SettingError where the model does not run on it.
     """
     given = own_copy(batch)
     try:
         if isinstance(given, dict):
             return model(**given)
         return model(*given) if isinstance(given, tuple | list) else model(given)
-    except SettingError:
-        raise
     except Exception as error:  # a user's forward may raise anything on a wrong input
+        if isinstance(error, (SettingError, *passing)):
+            raise
         raise SettingError(
-            f"batches: {type(model).__name__} does not run on a batch ({what_it_said(error)}). A batch is the inputs "
-            "alone, without labels: a tensor, or a tuple or mapping of arguments"
+            f"batches: {type(model).__name__} does not run on a batch of {_shapes(given)} ({what_it_said(error)}). A "
+            "batch is the inputs alone, without labels: a tensor, or a tuple or mapping of arguments"
         ) from error
+
+
+def _shapes(batch: Any) -> str:
+    """The shapes of a batch's tensors, and the types of what else is in it."""
+    if isinstance(batch, dict):
+        return ", ".join(f"{name}: {_shapes(value)}" for name, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return f"({', '.join(map(_shapes, batch))})"
+    return str(tuple(batch.shape)) if isinstance(batch, Tensor) else type(batch).__name__
 
 
 @contextmanager

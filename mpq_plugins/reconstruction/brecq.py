@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..common.progress import Progress
 from ..errors import SettingError
+from ..models.device import checked_device
 from ..models.input_ranges import NAME, refuse_input_ranges
 from ..models.running import checked_batches, evaluating, sample_count
 from ..plans.names import weight_name
@@ -93,7 +94,8 @@ def reconstruct(
     )  # fmt: skip
     given = _checked(model, plan, batches, memory, checkpoint)
     _check_callbacks(progress, finished)
-    home, place = _device_of(model), _usable(device) if device is not None else _device_of(model)
+    home = _device_of(model)
+    place = checked_device(device, dtype=torch.float32) or home
     kept = None
     if checkpoint is not None:
         kept = Checkpoint(Path(checkpoint), job_of(model, plan, given, settings, place))
@@ -255,15 +257,3 @@ def _check_callbacks(*callbacks: object) -> None:
 
 def _device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _usable(device: "str | torch.device") -> torch.device:
-    try:
-        place = torch.device(device)
-        float(torch.zeros(1, device=place))
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise SettingError(
-            f"device: {device!r:.60} cannot be used ({reason}); cpu, or cuda where there is one"
-        ) from error
-    return place

@@ -7,11 +7,11 @@ squares are the diagonal of the Fisher information (Kunstner et al. 2019, arXiv 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import SettingError
+from ..models.labels import own_labels_loss
 from ..models.running import call_model
 from .capture import first_tensor
 
@@ -54,6 +54,4 @@ def _loss(output: Any, name: str, generator: torch.Generator) -> Tensor:
             f"block {name!r}: the model gives a {type(output).__name__} that is no logits (..., classes) or does not "
             "depend on the block, and loss='fisher' needs them; use loss='mse'"
         )
-    flat = logits.reshape(-1, logits.shape[-1])
-    labels = torch.multinomial(flat.detach().double().softmax(1).cpu(), 1, generator=generator).squeeze(1)
-    return F.cross_entropy(flat, labels.to(flat.device), reduction="sum")
+    return own_labels_loss(logits, generator)

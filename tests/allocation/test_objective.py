@@ -1,4 +1,4 @@
-"""What a plan is predicted to cost against sums written out, and the sensitivities it is made of on disk."""
+"""What a plan is predicted to cost, against sums written out and the weights it makes; sensitivities on disk."""
 
 import dataclasses
 import json
@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mpq_plugins import Affine, LayerStats, LayerTable, Plan, Uniform, measure
-from mpq_plugins.allocation.objective import channel_curves, check, layer_curve, parts_of, predicted
+from mpq_plugins import PTILMPQ, Affine, LayerStats, LayerTable, MixQuant, Piecewise, Plan, Uniform, apply, measure
+from mpq_plugins.allocation.objective import channel_curves, check, layer_curve, parts_of, plan_error, predicted
 from mpq_plugins.errors import FormatError, MeasureWarning, SettingError
+from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.scheme import Scheme
-from tests.helpers.nets import conv_net
+from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import linear, plan_of, with_layer
 from tests.helpers.tables import resealed, version_1
 
@@ -274,3 +276,41 @@ def test_damaged_sensitivities_are_refused(tmp_path: Path, array: str, value: An
     with pytest.raises(FormatError, match=message) as caught:
         LayerTable.load(path)
     assert str(path) in str(caught.value)
+
+
+def actual_error(plan: Plan, metric: str) -> float:
+    net = conv_net()
+    before, after = quantizable_weights(net), quantizable_weights(apply(net, plan))
+    error = torch.cat([(after[name] - before[name]).detach().double().flatten() for name in before])
+    weights = torch.cat([before[name].detach().double().flatten() for name in before])
+    return float((error.abs() / weights.abs()).mean() if metric == "relative" else error.square().mean())
+
+
+def measured_table(scheme: Scheme, per_channel: bool = True) -> LayerTable:
+    return measure(conv_net(), scheme, per_channel=per_channel, fold_bn=False)
+
+
+@pytest.mark.parametrize("metric", ["relative", "mse"])
+@pytest.mark.parametrize(
+    "scheme",
+    [Affine(granularity="per_channel"), Piecewise(granularity="per_channel"),
+     Piecewise(granularity="per_channel", storage="shared")],
+)  # fmt: skip
+def test_a_plans_error_is_that_of_the_weights(scheme: Scheme, metric: str) -> None:
+    measured = measured_table(scheme)
+    for allocator in (MixQuant(qem=3), PTILMPQ(alpha=0.5, other_bits=(4, 2))):
+        plan = allocator(measured)
+        assert plan_error(measured, plan, metric) == pytest.approx(actual_error(plan, metric), rel=1e-5)
+
+
+def test_a_plans_error_is_none_where_the_table_cannot_tell() -> None:
+    per_tensor = measured_table(Affine())
+    assert plan_error(per_tensor, MixQuant()(per_tensor)) is not None
+    assert plan_error(per_tensor, PTILMPQ()(per_tensor)) is None  # parts get scales of their own
+    without = measured_table(Affine(granularity="per_channel"), per_channel=False)
+    assert plan_error(without, PTILMPQ()(without)) is None
+    assert plan_error(without, PTILMPQ()(measured_table(Piecewise(granularity="per_channel")))) is None
+    with pytest.raises(SettingError, match="metric: 'max_abs' is not allowed; relative, mse"):
+        plan_error(per_tensor, MixQuant()(per_tensor), "max_abs")
+    with pytest.raises(SettingError, match="plan: has other layers than the table"):
+        plan_error(per_tensor, MixQuant()(measure(tied_net())))

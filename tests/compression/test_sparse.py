@@ -1,13 +1,10 @@
-"""The relative index against the paper's figure and a slow loop; rows and columns against the dense matrix."""
+"""The relative index against the paper's figure and a slow loop."""
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from mpq_plugins.compression.sparse import RelativeIndex, from_relative, index_bits, to_csc, to_csr, to_relative
+from mpq_plugins.compression.sparse import RelativeIndex, from_relative, index_bits, to_relative
 
 CODES = st.lists(st.sampled_from([0, 0, 0, 0, 0, 0, 0, 3, 200]), max_size=200)
 
@@ -65,14 +62,3 @@ def test_entries_beyond_the_end_are_none() -> None:
 
 def test_gaps_have_the_papers_bits() -> None:
     assert [index_bits(kind) for kind in ("conv2d", "conv_transpose1d", "linear", "embedding")] == [8, 8, 5, 5]
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_rows_and_columns_are_the_matrix(axis: int) -> None:
-    weight = torch.randn(6, 5, 2, generator=torch.Generator().manual_seed(0))
-    weight[weight.abs() < 1] = 0
-    matrix: Tensor = weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
-    for sparse in (to_csr(weight, axis), to_csc(weight, axis)):
-        assert torch.from_numpy(sparse.toarray()).equal(matrix)
-        assert sparse.nnz == int((weight != 0).sum())
-    assert len(to_csr(weight, axis).indptr) == weight.shape[axis] + 1  # 2a + n + 1 numbers, as the paper counts them

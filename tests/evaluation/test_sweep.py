@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measure
-from mpq_plugins.allocation.plan_error import plan_error
+from mpq_plugins.allocation.objective import plan_error
 from mpq_plugins.common.journal import Journal
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.evaluation.sweep import SweepRow, mark_pareto, sweep

@@ -450,15 +450,18 @@ def test_there_is_nothing_to_calibrate_without_quantized_activations() -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "batches: there are none"),
-        (torch.zeros(4, 3, 8, 8), r"batches: is a Tensor; give a list of them, as \[batch\]"),
-        ({"x": torch.zeros(4, 3, 8, 8)}, "batches: is a dict"),
-        (None, "batches: is a NoneType"),
+        ([], "batches: none given"),
+        (torch.zeros(4, 3, 8, 8), "batches: a single tensor is one batch; give a list"),
+        ({"x": torch.zeros(4, 3, 8, 8)}, "batches: dict is no series of inputs"),
+        (None, "batches: NoneType is no series of inputs"),
         ([torch.zeros(4, 3, 8, 8), torch.zeros(0, 3, 8, 8)], r"number 2 of 2 is empty, \(0, 3, 8, 8\)"),
         ([torch.full((4, 3, 8, 8), torch.nan)], "number 1 of 1 has values that are NaN or infinite"),
         ([torch.full((4, 3, 8, 8), torch.inf)], "number 1 of 1 has values that are NaN or infinite"),
-        ([(torch.zeros(4, 3, 8, 8), torch.zeros(4))], r"fails on one of \(\(4, 3, 8, 8\), \(4,\)\).*without labels"),
-        ([torch.zeros(2, 5, 8, 8)], r"SmallNet fails on one of \(2, 5, 8, 8\)"),
+        (
+            [(torch.zeros(4, 3, 8, 8), torch.zeros(4))],
+            r"batch of \(\(4, 3, 8, 8\), \(4,\)\).*without labels",
+        ),
+        ([torch.zeros(2, 5, 8, 8)], r"SmallNet does not run on a batch of \(2, 5, 8, 8\)"),
     ],
 )
 def test_batches_that_a_model_cannot_take(tune: str, batches: list[Tensor], message: str) -> None:
