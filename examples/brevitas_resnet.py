@@ -61,7 +61,7 @@ def report(depth: int, options: argparse.Namespace) -> None:
         plan = allocator(table)
         rows = []
         for name, model, seconds in variants(net, plan, batches, options.steps, options.epochs):
-            brevitas.verify(model, plan)
+            brevitas.verify_tuned(model, plan)
             top1, loss = evaluate(model, *test)
             rows.append((name, f"{top1:.2f}", f"{loss:.3f}", f"{seconds:.1f}"))
             if options.export is not None and name == "learned rounding":

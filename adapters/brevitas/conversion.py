@@ -1,6 +1,6 @@
 """A plan in Brevitas: its own quantized layers on the plan's grid, and all that Brevitas does with them afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from brevitas import config
@@ -11,12 +11,16 @@ from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 
+from ..shared.batches import needed_batches
 from ..shared.folded import check_plan, planned_layers
+from .batches import Batch
 from .checks import check, check_ternary
 from .float_weights import forget, mark
 from .graph import ModuleToModuleByInstance, brevitas_settings_kept
 from .layers import LAYERS
 from .quantizers import PlanBitWidth, bit_widths, weight_quantizer
+from .read import input_quantizers
+from .tuning import calibrate
 
 
 def to_brevitas(
@@ -48,6 +52,18 @@ def to_brevitas(
     mark(quantized)
     quantized.register_load_state_dict_pre_hook(_before_loading)
     return quantized
+
+
+def apply(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> nn.Module:
+    """`to_brevitas`, and with quantized activations `calibrate` on the batches, which gives evaluation mode.
+
+    Raises as these; SettingError for quantized activations without batches.
+    """
+    quantized = to_brevitas(model, plan)
+    if not input_quantizers(quantized):
+        return quantized
+    bits = plan.activation_bits
+    return calibrate(quantized, needed_batches(batches, f"the plan's {bits}-bit activations take their ranges by them"))
 
 
 def activation_quantizer(bits: int | None) -> type | None:

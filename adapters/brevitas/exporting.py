@@ -20,7 +20,7 @@ from mpq_plugins.plans.plan import Plan
 from ..shared.folded import planned_layers
 from .graph import brevitas_settings_kept
 from .read import input_quantizers, weight_codes
-from .verification import verify
+from .verification import verify_tuned
 
 Format = Literal["torch_qcdq", "onnx_qcdq", "qonnx"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -51,7 +51,7 @@ def export(
     target = Path(path)
     if format not in FORMATS:
         raise SettingError(f"format: {format!r} is not allowed; {', '.join(FORMATS)}")
-    verify(quantized, plan)
+    verify_tuned(quantized, plan)
     _check_format(plan, format, plan_beside)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     copied = duplicate(quantized).eval()

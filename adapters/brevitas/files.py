@@ -18,7 +18,7 @@ from mpq_plugins.simulation.match import match
 from ..shared.carried import carried_json, read_carried, write_carrying
 from ..shared.folded import planned_layers
 from .graph import brevitas_settings_kept, load_quant_model_mode, quiet_state_dict
-from .verification import verify
+from .verification import verify_tuned
 
 FORMAT = "mpq-brevitas"
 
@@ -29,7 +29,7 @@ def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
     Raises VerifyError where the model does not hold the plan; SettingError for state that is no tensor; SourceError
     where the file cannot be written.
     """
-    verify(quantized, plan)
+    verify_tuned(quantized, plan)
     ternary = [layer.name for layer in planned_layers(plan) if _is_ternary(quantized.get_submodule(layer.name))]
     with quiet_state_dict():
         write_carrying(quantized, plan, Path(path), FORMAT, ternary=json.dumps(ternary))
@@ -67,7 +67,7 @@ def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Mod
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MismatchError(f"{path}: holds another network than {type(model).__name__} ({reason})") from error
-    verify(quantized, stored)
+    verify_tuned(quantized, stored)
     return quantized
 
 

@@ -1,7 +1,6 @@
 """What a Brevitas model holds, read back from it, against what the plan says."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,7 +9,7 @@ from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
 from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
-from mpq_plugins.errors import SettingError, VerifyError
+from mpq_plugins.errors import VerifyError
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import weight_name
@@ -18,6 +17,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.simulation.integers import integer_weight
 
+from ..contract import LayerCheck
 from ..shared.folded import as_measured, changed_state, check_model, check_types, planned_by_name, planned_layers
 from ..shared.outputs import output_problems
 from .graph import quiet_state_dict
@@ -25,34 +25,31 @@ from .quantizers import channel_bits
 from .read import WeightCodes, input_bits, is_calibrated, is_quantized, weight_codes
 
 
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer as it lies in the Brevitas model: its bits by channel count, its quantizer's name, its input's bits."""
+def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
+    """Read bit-widths back, and compare every weight with what the plan makes of the float `model`, to the bit.
 
-    layer: str
-    bits: tuple[tuple[int, int], ...]
-    quantizer: str
-    activation_bits: int | None
-
-
-def verify(
-    quantized: nn.Module, plan: Plan, model: nn.Module | None = None, *, batch: Any = None
-) -> tuple[LayerCheck, ...]:
-    """Read bit-widths back from a Brevitas model, and whether every weight lies on a grid that the plan allows.
-
-    Holds after GPTQ, GPFQ, learned rounding and training as well. Planned layers must quantize their inputs to the
-    plan's activation bits, calibrated, if it has any; nothing else may be quantized. With the float `model`, all must
-    be as `to_brevitas` leaves it: weights the plan's own to the bit, layers' settings, biases, norms and what the plan
-    leaves in float the model's. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float
-    rounding (1e-4 of their norm), or with quantized activations within 5 % at 8 bits, twice that for each bit less.
-    Raises VerifyError listing what is wrong, MismatchError for another model, SettingError where the float model does
-    not run on the batch, or a batch is given without it.
+    Layers' settings, biases, norms and what the plan leaves in float must be the model's. Planned layers must quantize
+    their inputs to the plan's activation bits, calibrated, if it has any; nothing else may be quantized. After GPTQ,
+    GPFQ, learned rounding and training use verify_tuned. batch: inputs on which the outputs must be those of
+    `mpq_plugins.apply`, within float rounding (1e-4 of their norm), or with quantized activations within 5 % at 8 bits,
+    twice that for each bit less. Raises VerifyError listing what is wrong, MismatchError for another model,
+    SettingError where the float model does not run on the batch.
     """
     check_types(plan, quantized)
-    if batch is not None and model is None:
-        raise SettingError("batch: its outputs are compared with the float model's; give the model too")
-    if model is not None:
-        check_model(plan, model)
+    check_model(plan, model)
+    return _verified(quantized, plan, model, batch)
+
+
+def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
+    """Read bit-widths back, and whether every weight lies on a grid that the plan allows, whatever was tuned.
+
+    Inputs are looked at as in verify. Raises VerifyError listing what is wrong.
+    """
+    check_types(plan, quantized)
+    return _verified(quantized, plan, None, None)
+
+
+def _verified(quantized: nn.Module, plan: Plan, model: nn.Module | None, batch: Any) -> tuple[LayerCheck, ...]:
     original = None if model is None else as_measured(model, plan)
     planned = planned_by_name(plan)
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
@@ -86,8 +83,7 @@ def _check(module: nn.Module, layer: LayerChoice) -> LayerCheck:
     kind = (
         "binary" if isinstance(quantizer, BinaryQuant) else "ternary" if isinstance(quantizer, TernaryQuant) else "int"
     )
-    inputs = input_bits(module)
-    return LayerCheck(layer.name, layer.widths, kind, inputs)
+    return LayerCheck.of(layer, kind, input_bits(module))
 
 
 def _problems(
@@ -102,7 +98,7 @@ def _problems(
         yield problem
     elif original is not None:
         if not _same(read.value, integer_weight(cast(Tensor, original.weight), layer).dequantized()):
-            yield "has weights that are not the plan's (after tuning, verify without the model)"
+            yield "has weights that are not the plan's (after tuning, call verify_tuned)"
         if module.extra_repr() != original.extra_repr():
             yield f"is ({module.extra_repr()}), in the model ({original.extra_repr()})"
     bias = getattr(module, "bias", None)

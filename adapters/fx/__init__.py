@@ -1,5 +1,6 @@
 """A plan in PyTorch's FX graph mode quantization: `prepare_fx`, `convert_fx` and `convert_to_reference_fx`.
 
+    quantized = fx.apply(model, plan, batches)           # all of what follows
     prepared = fx.prepare(model, plan, example_inputs)   # a copy; the model is not changed
     prepared(batch)                                      # calibrate: activations only, weights are the plan's
     quantized = convert_fx(prepared)                     # torch's own
@@ -13,16 +14,27 @@ Between planned layers, ReLU, sums and max pooling work on 8-bit codes too; ever
 
 from ..shared.folded import folded_integers
 from .checks import CAPABILITIES
-from .preparation import PercentileObserver, PlanWeight, bake, finish_qat, needs_reduced_range, prepare, qconfig_mapping
-from .verification import TOLERANCE, LayerCheck, verify
+from .conversion import apply
+from .preparation import (
+    PercentileObserver,
+    PlanWeight,
+    bake,
+    check,
+    finish_qat,
+    needs_reduced_range,
+    prepare,
+    qconfig_mapping,
+)
+from .verification import TOLERANCE, verify
 
 __all__ = [
     "CAPABILITIES",
     "TOLERANCE",
-    "LayerCheck",
     "PercentileObserver",
     "PlanWeight",
+    "apply",
     "bake",
+    "check",
     "finish_qat",
     "folded_integers",
     "needs_reduced_range",

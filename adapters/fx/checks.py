@@ -35,7 +35,7 @@ SAME = 1e-3  # of the outputs' norm: what another order of additions may come to
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def check(plan: Plan, model: nn.Module) -> None:
+def check_settings(plan: Plan, model: nn.Module) -> None:
     """Refuse what can be seen before the model is traced.
 
     Raises SettingError or MismatchError, naming the layers and the remedy.

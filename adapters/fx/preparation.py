@@ -28,7 +28,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..shared.folded import integers_of
-from .checks import check, check_calls, check_example, traced
+from .checks import check_calls, check_example, check_settings, traced
 from .graph import InCodes, by_position, divide, lend_shapes, without
 from .inplace import follow_changes
 
@@ -173,6 +173,14 @@ def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
     return found
 
 
+def check(plan: Plan, model: nn.Module) -> None:
+    """Raise MismatchError or SettingError, naming layers and remedy, where FX cannot run the plan on the model.
+
+    What only shows as the model runs, `prepare` refuses: single samples, values that depend on what was traced.
+    """
+    _baked(model, plan)
+
+
 def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
     """A copy of the model with BatchNorm folded away and every planned weight set to what its integers mean."""
     return _baked(model, plan).model
@@ -188,7 +196,7 @@ class _Baked:
 
 
 def _baked(model: nn.Module, plan: Plan) -> _Baked:
-    check(plan, model)
+    check_settings(plan, model)
     copied = duplicate(model)
     _name_norms(copied)
     graph = traced(copied)

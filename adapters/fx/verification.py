@@ -1,7 +1,6 @@
 """Proof that a converted FX model holds the plan: its integer codes, read back and compared."""
 
 import warnings
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,18 +15,9 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.apply import apply
 from mpq_plugins.simulation.integers import IntegerWeight
 
+from ..contract import LayerCheck, class_name
 from ..shared.folded import biases_of, check_model, integers_of, planned_layers
 from ..shared.outputs import output_problem
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer as it lies in the converted model: its bits by channel count, and how its codes are stored."""
-
-    layer: str
-    bits: tuple[tuple[int, int], ...]
-    module: str
-
 
 TOLERANCE = 0.1
 """Of an output's norm. One tensor of 8 bits is off by 0.5 to 1 % of its norm, and what a net's layers are off by adds
@@ -35,7 +25,7 @@ up: 3 % was measured on a trained ResNet-20, 3 to 6 % on nets of random weights 
 
 
 def verify(
-    converted: nn.Module,
+    quantized: nn.Module,
     plan: Plan,
     model: nn.Module,
     integers: dict[str, IntegerWeight] | None = None,
@@ -65,28 +55,28 @@ def verify(
     biases = biases_of(folded)
     problems: list[str] = []
     checks: list[LayerCheck] = []
-    inputs = _inputs(converted)
+    inputs = _inputs(quantized)
     for layer in planned_layers(plan):
-        module = _stored(converted, layer.name)
+        module = _stored(quantized, layer.name)
         problem = _problem(module, expected[layer.name]) or _input_problem(module, inputs.get(layer.name))
         if integers is None:
             problem = problem or _bias_problem(module, biases[layer.name])
         if problem:
             problems.append(f"{layer.name!r} {problem}")
             continue
-        checks.append(LayerCheck(layer.name, layer.widths, f"{type(module).__module__}.{type(module).__name__}"))
+        checks.append(LayerCheck.of(layer, class_name(module), plan.activation_bits))
     planned = {layer.name for layer in planned_layers(plan)}
     extra = [
         name
         for name in quantizable_weights(model)
-        if name not in planned and _codes(_stored(converted, name)) is not None
+        if name not in planned and _codes(_stored(quantized, name)) is not None
     ]
     problems += [f"{name!r} is quantized and the plan leaves it in float" for name in extra]
     if batch is not None and not problems:
-        problem = output_problem(converted, _applied(model, plan), batch, tolerance)
+        problem = output_problem(quantized, _applied(model, plan), batch, tolerance)
         problems += [f"on the batch, beside mpq_plugins.apply's, {problem}"] if problem else []
     if problems:
-        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
 
 

@@ -10,6 +10,7 @@ What is quantized by a plan keeps its modules; their weights are the plan's, to 
 """
 
 from ..shared.compressor_plans import CAPABILITIES
+from .checks import check
 from .config import CONFIGS, MixQuantConfig, PlanConfig, PTILMPQConfig
 from .conversion import apply
 from .files import load, save
@@ -17,18 +18,18 @@ from .marks import plan_of
 from .native import RTN_CAPABILITIES, to_inc
 from .quantizing import register
 from .tuning import autotune, tune, tuning_of
-from .verification import LayerCheck, verify
+from .verification import verify
 
 __all__ = [
     "CAPABILITIES",
     "CONFIGS",
     "RTN_CAPABILITIES",
-    "LayerCheck",
     "MixQuantConfig",
     "PTILMPQConfig",
     "PlanConfig",
     "apply",
     "autotune",
+    "check",
     "load",
     "plan_of",
     "register",

@@ -1,6 +1,7 @@
 """A model quantized by Neural Compressor with a plan. Importing this module registers our configurations with it."""
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,10 +17,11 @@ with quiet_import():
     from neural_compressor.torch.quantization import quantize
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Module:
     """A copy of the model, quantized by Neural Compressor with the plan; the model is unchanged.
 
-    Raises MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
+    batches: weights alone are quantized, which needs none. Raises MismatchError (another model) and SettingError
+    (quantized activations), naming layers and remedy.
     """
     check_types(plan, model)
     with quiet():

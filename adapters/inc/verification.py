@@ -1,6 +1,5 @@
 """Does a model that Neural Compressor quantized hold what the plan says: weights to the bit, or packed codes."""
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 from mpq_plugins.simulation.layer import simulate
 
+from ..contract import LayerCheck
 from ..shared.compressor_quiet import quiet_import
 from ..shared.folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
 from ..shared.outputs import output_problems
@@ -22,20 +22,8 @@ with quiet_import():
     from neural_compressor.torch.algorithms.weight_only.modules import WeightOnlyLinear
 
 CODES_PER_TIE = 10_000
+PACKED = "packed"  # how a check names what WeightOnlyLinear stores
 SLACK = 0.25  # of a level: what float16 does to a scale and to a weight of 8 bits, doubled
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer as it lies in the quantized model: its bits by channel count, and whether its codes are packed.
-
-    ties: packed codes one off the plan's, for weights in the middle between two levels.
-    """
-
-    layer: str
-    bits: tuple[tuple[int, int], ...]
-    packed: bool
-    ties: int = 0
 
 
 @torch.no_grad()
@@ -64,7 +52,8 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
         if problem:
             problems.append(f"{name!r} {problem}")
         elif layer is not None and name == layer.name:
-            checks.append(LayerCheck(name, layer.widths, isinstance(module, WeightOnlyLinear), ties))
+            stored = PACKED if isinstance(module, WeightOnlyLinear) else str(cast(Tensor, module.weight).dtype)
+            checks.append(LayerCheck.of(layer, stored, ties=ties))
     packed = [name for name, module in found.items() if isinstance(module, WeightOnlyLinear)]
     seen = {_in(name, own) for name in wanted for own in ("weight", *(("bias",) if name in packed else ()))}
     problems += changed_state(quantized, original, seen)

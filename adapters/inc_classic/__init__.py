@@ -13,20 +13,20 @@ included. approach="static": the classic API has int8 and fp32 alone there, so a
 `int8_below` bits (8) becomes int8 by the compressor's own scales, and the others stay in fp32.
 """
 
-from ..shared.compressor_plans import CAPABILITIES
+from ..shared.compressor_plans import CAPABILITIES, check
 from .criterion import TuningCriterion
 from .fitting import apply, fit, plan_of, tune, tuning_of
 from .strategy import MixQuantTuneStrategy, PlanTuneStrategy, PTILMPQTuneStrategy, register
-from .verification import LayerCheck, verify
+from .verification import verify
 
 __all__ = [
     "CAPABILITIES",
-    "LayerCheck",
     "MixQuantTuneStrategy",
     "PTILMPQTuneStrategy",
     "PlanTuneStrategy",
     "TuningCriterion",
     "apply",
+    "check",
     "fit",
     "plan_of",
     "register",

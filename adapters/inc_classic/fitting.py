@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,10 +46,11 @@ def fit(
         return quantization.fit(model, conf, calib_dataloader, calib_func, eval_func, eval_dataloader, eval_metric)
 
 
-def apply(model: nn.Module, plan: Plan) -> Any:
+def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> Any:
     """The model quantized by the classic API with the plan, weights only; the model itself is unchanged.
 
-    Raises MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
+    What is returned is the compressor's wrapper, with the network as `.model`. batches: weights alone need none. Raises
+    MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
     """
     check_types(plan, model)
     criterion = TuningCriterion("plan", {"plan": plan})

@@ -1,6 +1,5 @@
 """Does a model of the classic API hold what the plan says: weights to the bit, or int8 and fp32 where it says so."""
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -8,27 +7,28 @@ from torch import nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
+from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.apply import verify as verify_simulated
 
-from ..shared.folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
+from ..contract import LayerCheck, class_name
+from ..shared.folded import (
+    as_measured,
+    changed_modules,
+    changed_state,
+    check_model,
+    check_module,
+    planned_by_name,
+    planned_layers,
+)
 from ..shared.outputs import output_problems
 
 RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 
 
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer as it lies in the quantized model: its bits by channel count, and whether the compressor runs int8."""
-
-    layer: str
-    bits: tuple[tuple[int, int], ...]
-    int8: bool
-
-
 @torch.no_grad()
-def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
+def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Prove that what `fit` returned, or its module, holds the plan.
 
     Of weights alone: every weight is, to the bit, what the plan makes of the float `model`, all else the model's own.
@@ -38,7 +38,7 @@ def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> 
     listing what is wrong, MismatchError for another model, SettingError where the float model does not run on it.
     """
     check_model(plan, model)
-    module = cast(nn.Module, getattr(q_model, "model", q_model))
+    module = cast(nn.Module, getattr(quantized, "model", quantized))
     check_module(module)
     if plan.activation_bits is not None:
         checks = verify_static(module, plan)
@@ -51,7 +51,8 @@ def verify(q_model: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> 
     if changed:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(changed)}")
     _check_outputs(module, plan, model, batch)
-    return tuple(LayerCheck(layer.name, layer.widths, False) for layer in plan.layers)
+    stored = quantizable_weights(module)
+    return tuple(LayerCheck.of(layer, str(stored[layer.name].dtype)) for layer in planned_layers(plan))
 
 
 def _check_outputs(module: nn.Module, plan: Plan, model: nn.Module, batch: Any) -> None:
@@ -74,7 +75,8 @@ def verify_static(module: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
             problems.append(f"{layer.name!r} is missing")
         elif int8 != (layer.name in wanted):
             problems.append(f"{layer.name!r} runs in {'int8' if int8 else 'float'}, and the plan says otherwise")
-        checks.append(LayerCheck(layer.name, layer.widths, int8))
+        elif int8:
+            checks.append(LayerCheck.of(layer, class_name(found), plan.activation_bits))
     if problems:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)

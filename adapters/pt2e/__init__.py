@@ -1,5 +1,6 @@
 """A plan in PyTorch 2 export quantization (PT2E, from torchao): a quantizer for `prepare_pt2e` and `convert_pt2e`.
 
+    quantized = pt2e.apply(model, plan, batches)  # all of what follows
     exported = torch.export.export(model, example_inputs).module()
     prepared = prepare_pt2e(exported, pt2e.PlanQuantizer(plan, model))
     prepared(*batch)                              # with 8-bit activations: calibrate
@@ -15,13 +16,15 @@ convolution layers, whose weights must be symmetric. The converted state dict st
 int8 ones.
 """
 
-from .checks import CAPABILITIES
+from .checks import CAPABILITIES, check
+from .conversion import apply
 from .quantizer import PlanQuantizer
-from .verification import LayerCheck, verify
+from .verification import verify
 
 __all__ = [
     "CAPABILITIES",
-    "LayerCheck",
     "PlanQuantizer",
+    "apply",
+    "check",
     "verify",
 ]

@@ -1,6 +1,5 @@
 """Proof that a converted PT2E model holds the plan: its integer codes, read back and compared."""
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +10,7 @@ from mpq_plugins.errors import SourceError, VerifyError
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
+from ..contract import LayerCheck
 from ..shared.folded import biases_of, check_model, integers_of
 from ..shared.outputs import output_problems
 from .folded import attribute, folding_factors, traced_fold, weight_names
@@ -18,17 +18,8 @@ from .graph import is_operator
 from .quantizer import FACTOR, LAYER
 
 
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer as it lies in the converted graph: its bits by channel count; whether its inputs are quantized."""
-
-    layer: str
-    bits: tuple[tuple[int, int], ...]
-    activations: bool
-
-
 def verify(
-    converted: torch.fx.GraphModule, plan: Plan, model: nn.Module, *, batch: Any = None
+    quantized: torch.fx.GraphModule, plan: Plan, model: nn.Module, *, batch: Any = None
 ) -> tuple[LayerCheck, ...]:
     """Read the integer codes back from what `convert_pt2e` made, and compare them, scales and zero points too.
 
@@ -39,14 +30,14 @@ def verify(
     within 5 %. Raises VerifyError listing what is wrong, MismatchError for another model, SettingError where the float
     model does not run on the batch.
     """
-    if not isinstance(converted, torch.fx.GraphModule):
-        raise SourceError(f"{type(converted).__name__}: no GraphModule; give what convert_pt2e made")
+    if not isinstance(quantized, torch.fx.GraphModule):
+        raise SourceError(f"{type(quantized).__name__}: no GraphModule; give what convert_pt2e made")
     check_model(plan, model)
     folded = traced_fold(model)
     expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
     found: dict[str, LayerCheck] = {}
-    for node in converted.graph.nodes:
+    for node in quantized.graph.nodes:
         name = _layer_of(node, plan)
         weight = next(
             (source for source in _weight_sources(node) if is_operator(source, "dequantize_per_channel")), None
@@ -60,23 +51,23 @@ def verify(
             continue
         inputs = [source for source in node.all_input_nodes if is_operator(source, "dequantize_per_tensor")]
         problem = (
-            _problem(converted, weight, _rescaled(expected[name], node))
+            _problem(quantized, weight, _rescaled(expected[name], node))
             or _input_problem(inputs, plan.activation_bits is not None)
-            or (None if FACTOR in node.meta else _bias_problem(converted, node, biases.get(_module_of(node) or name)))
+            or (None if FACTOR in node.meta else _bias_problem(quantized, node, biases.get(_module_of(node) or name)))
         )
         if problem:
             problems.append(f"{name!r} {problem}")
-        found[name] = LayerCheck(name, plan.by_name[name].widths, bool(inputs))
-    problems += _changed_weights(converted, folded, set(expected))
+        found[name] = LayerCheck.of(plan.by_name[name], "int8", plan.activation_bits if inputs else None)
+    problems += _changed_weights(quantized, folded, set(expected))
     problems += [
         f"{str(node.args[0])!r} is quantized in the graph and the plan does not say so"
-        for node in converted.graph.nodes
+        for node in quantized.graph.nodes
         if is_operator(node, "quantize_per_tensor") and (plan.activation_bits is None or _of_a_weight(node))
     ]
     problems += [f"{name!r} was left in float" for name in expected if name not in found]
-    problems = problems or output_problems(converted, plan, model, batch)
+    problems = problems or output_problems(quantized, plan, model, batch)
     if problems:
-        raise VerifyError(f"{type(converted).__name__} does not hold the plan: {first_few(problems)}")
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(found[name] for name in expected)
 
 

@@ -17,9 +17,11 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.measurement.measure import measure
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.kinds import KINDS
-from mpq_plugins.plans.legalise import Capabilities
+from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import SCHEMES, Affine, NamedScheme, Scheme
+
+from .folded import check_model
 
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
 GIVE = "Affine(...), Piecewise(...), Codebook(...) or None"
@@ -93,6 +95,12 @@ def _reference() -> nn.Module:
     for scale, layer in enumerate(layers, 1):
         nn.init.normal_(layer.get_parameter("weight"), std=float(scale), generator=generator)
     return layers
+
+
+def check(plan: Plan, model: nn.Module) -> None:
+    """Raise MismatchError or SettingError, naming layers and remedy, where the plan cannot be run on the model."""
+    check_model(plan, model)
+    require_legal(plan, CAPABILITIES)
 
 
 def check_evaluation(model: nn.Module, evaluate: object, name: str) -> None:

@@ -8,16 +8,16 @@ Importing this module teaches torchao's IntxUnpackedToInt8Tensor the one-dimensi
 before loading a model that has one. Nothing is packed: a weight of any width takes a byte.
 """
 
-from .checks import CAPABILITIES
+from .checks import CAPABILITIES, check
 from .config import CONFIG_CAPABILITIES, to_config
 from .tensors import apply
-from .verification import LayerCheck, verify
+from .verification import verify
 
 __all__ = [
     "CAPABILITIES",
     "CONFIG_CAPABILITIES",
-    "LayerCheck",
     "apply",
+    "check",
     "to_config",
     "verify",
 ]

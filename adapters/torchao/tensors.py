@@ -1,5 +1,6 @@
 """A plan in torchao: its own quantized tensors, built from the plan's integers."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return convolved
 
 
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Module:
     """A copy of the model whose planned weights are torchao tensors of the plan's integers.
 
     A plan with 8-bit activations quantizes the inputs of linear layers per token as they come; torchao has such a
-    kernel for those alone. Tied weights stay tied. Raises MismatchError (another model, or a layer whose weight is
-    used where torchao's tensors fail) and SettingError (a plan that torchao cannot run), naming layers and remedy.
+    kernel for those alone. Tied weights stay tied. batches: nothing is calibrated, which needs none. Raises
+    MismatchError (another model, or a layer whose weight is used where torchao's tensors fail) and SettingError (a plan
+    that torchao cannot run), naming layers and remedy.
     """
     check(plan, model)
     quantized = folded_copy(model, plan)

@@ -1,6 +1,5 @@
 """Proof that a model holds the plan in torchao's tensors: codes and scales, read back and compared."""
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,18 +13,10 @@ from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
+from ..contract import LayerCheck
 from ..shared.folded import as_measured, changed_state, check_model, planned_layers
 from ..shared.outputs import output_problems
 from .tensors import activation_type, block_size, dynamic_name
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One layer as it lies in the quantized model: its bits by channel count, and torchao's name for its codes."""
-
-    layer: str
-    bits: tuple[tuple[int, int], ...]
-    dtype: str
 
 
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
@@ -54,7 +45,8 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
         if problem:
             problems.append(f"{name!r} {problem}")
         else:
-            checks.append(LayerCheck(name, layer.widths, str(cast(Any, weight).target_dtype)))
+            bits = None if dynamic is None else plan.activation_bits
+            checks.append(LayerCheck.of(layer, str(cast(Any, weight).target_dtype), bits))
     weights = {weight_name(name) for layer in plan.layers for name in layer.names}
     problems += changed_state(quantized, original_model, weights)
     for layer in planned.values():

@@ -92,7 +92,7 @@ def test_minilm_packed_by_the_compressors_own_rtn(minilm: Path) -> None:
     scheme = Affine(granularity="per_channel")
     plan = MixQuant(qem=3.0)(measure(model, scheme, skip=["embeddings.*", "pooler.*"]))
     quantized = incs.quantize(copy.deepcopy(model), inc.to_inc(plan, model=model))
-    assert sum(check.packed for check in inc.verify(quantized, plan, model)) == 36
+    assert sum(check.stored == "packed" for check in inc.verify(quantized, plan, model)) == 36
     tokens = tokenizer(["A plane is taking off."], return_tensors="pt")
     with torch.no_grad():
         packed, ours = (net(**tokens).last_hidden_state for net in (quantized, simulated(model, plan)))

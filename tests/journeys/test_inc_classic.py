@@ -80,7 +80,7 @@ def test_static_int8_with_the_sensitive_layers_in_fp32() -> None:
     by_mixquant = MixQuant(qem=2.0)(measure(net, bits=range(2, 9), fold_bn=False))
     wanted = {layer.name for layer in by_mixquant.layers if layer.bits is not None and layer.bits < 7}
     checks = classic.verify(q_model, classic.plan_of(q_model), net)
-    assert {check.layer for check in checks if check.int8} == wanted
+    assert {check.layer for check in checks if check.activation_bits == 8} == wanted
     assert len(wanted) == 9
     assert evaluate(q_model.model, *images())[0] > 91.0
 

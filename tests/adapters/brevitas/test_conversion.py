@@ -160,7 +160,7 @@ def test_binary_layers_are_brevitas_own_and_ternary_ones_by_name() -> None:
     plan = planned(model, Affine(symmetric=True, granularity="per_channel"), Uniform(bits=2))
     plan = with_layer(plan, "fc", bits=1)
     quantized = mpq_brevitas.to_brevitas(model, plan, ternary=["conv1"])
-    kinds = {check.layer: check.quantizer for check in mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)}
+    kinds = {check.layer: check.stored for check in mpq_brevitas.verify(quantized, plan, model, batch=IMAGES)}
     assert kinds == {"conv1": "ternary", "conv2": "int", "fc": "binary"}
     with torch.no_grad():
         assert quantized(IMAGES).equal(simulated(model, plan)(IMAGES))
@@ -374,10 +374,6 @@ def test_outputs_are_compared_with_the_float_models() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
     quantized: Any = mpq_brevitas.to_brevitas(model, plan)
-    with pytest.raises(
-        SettingError, match="batch: its outputs are compared with the float model's; give the model too"
-    ):
-        mpq_brevitas.verify(quantized, plan, batch=IMAGES)
     quantized.relu.forward = lambda x: x
     mpq_brevitas.verify(quantized, plan, model)
     with pytest.raises(VerifyError, match=r"on the batch, beside mpq_plugins.apply's, its output is off by"):
@@ -408,7 +404,7 @@ def test_a_model_may_be_a_layer() -> None:
     inputs = torch.randn(3, 8)
     assert quantized(inputs).equal(simulated(model, plan)(inputs))
     with pytest.raises(VerifyError, match="was left in float"):
-        mpq_brevitas.verify(model, plan)
+        mpq_brevitas.verify_tuned(model, plan)
     with pytest.raises(MismatchError, match="the model itself"):
         mpq_brevitas.layer_map(plan, model)
 
@@ -439,7 +435,7 @@ def test_arguments_of_the_wrong_type_are_told_apart() -> None:
         (lambda: mpq_brevitas.to_brevitas("net.pt", plan), "model: is a str, no module"),
         (lambda: mpq_brevitas.to_brevitas(model.state_dict(), plan), "model: is a OrderedDict, no module"),
         (lambda: mpq_brevitas.layer_map(model), "plan: is a SmallNet"),
-        (lambda: mpq_brevitas.verify(model, "plan.json"), "plan: is a str"),
+        (lambda: mpq_brevitas.verify_tuned(model, "plan.json"), "plan: is a str"),
         (lambda: mpq_brevitas.save(model, "net.safetensors", plan), "plan: is a str"),
         (lambda: mpq_brevitas.load(model, "net.safetensors"), "takes a path and a module, not a SmallNet and a str"),
         (lambda: mpq_brevitas.to_brevitas(model, plan, activation_bits=8.0), "activation_bits: 8.0 is not allowed"),
@@ -546,14 +542,14 @@ def own_way(model: nn.Module, **settings: Any) -> nn.Module:
 def test_verify_sees_what_brevitas_alone_does_in_silence(settings: dict[str, Any], message: str) -> None:
     model = nets.made(nets.SmallNet)
     with pytest.raises(VerifyError, match=message):
-        mpq_brevitas.verify(own_way(model, **settings), planned(model))
+        mpq_brevitas.verify_tuned(own_way(model, **settings), planned(model))
 
 
 def test_verify_sees_the_nan_of_one_bit_integers() -> None:
     model = nets.made(nets.SmallNet)
     quantized = own_way(model, weight_bit_width=1, weight_scaling_per_output_channel=True)
     with pytest.raises(VerifyError, match="'conv1' has weights that are NaN"):
-        mpq_brevitas.verify(quantized, planned(model, allocator=Uniform(bits=1)))
+        mpq_brevitas.verify_tuned(quantized, planned(model, allocator=Uniform(bits=1)))
 
 
 def test_verify_sees_inputs_quantized_by_default() -> None:
@@ -561,7 +557,7 @@ def test_verify_sees_inputs_quantized_by_default() -> None:
     quantized = quantize.layerwise_quantize(copy.deepcopy(model))
     plan = planned(model, Affine(symmetric=True), Uniform(bits=8))
     with pytest.raises(VerifyError, match="'conv1' takes its input at 8 bits, the plan floating point"):
-        mpq_brevitas.verify(quantized, plan)
+        mpq_brevitas.verify_tuned(quantized, plan)
 
 
 def _left_out(model: Any, float_model: Any) -> None:
@@ -634,9 +630,9 @@ def test_verify_finds_what_is_planted(change: Any, message: str, seen_without_mo
         mpq_brevitas.verify(quantized, plan, model)
     if seen_without_model:
         with pytest.raises(VerifyError, match=message):
-            mpq_brevitas.verify(quantized, plan)
+            mpq_brevitas.verify_tuned(quantized, plan)
     else:
-        mpq_brevitas.verify(quantized, plan)
+        mpq_brevitas.verify_tuned(quantized, plan)
 
 
 def test_a_plan_may_come_from_numpy_and_json(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_codes_move_on_the_plans_grid_and_the_given_model_stays(tune: str, alloc
     tuned = TUNERS[tune](quantized, BATCHES)
     after = codes(tuned)
     assert any(not after[name].equal(before[name]) for name in before)
-    mpq_brevitas.verify(tuned, plan)
+    mpq_brevitas.verify_tuned(tuned, plan)
     with pytest.raises(VerifyError, match="not the plan's"):
         mpq_brevitas.verify(tuned, plan, model)
     assert error(tuned, model) < error(quantized, model)
@@ -86,7 +86,7 @@ def test_every_granularity_can_be_tuned(tune: str, scheme: Affine) -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model, scheme, Uniform(bits=3), skip=["conv1", "conv2"] if scheme.group_size else [])
     tuned = TUNERS[tune](mpq_brevitas.to_brevitas(model, plan), BATCHES)
-    mpq_brevitas.verify(tuned, plan)
+    mpq_brevitas.verify_tuned(tuned, plan)
 
 
 def test_learned_rounding_moves_codes_by_one_at_most() -> None:
@@ -121,7 +121,7 @@ def test_biases_can_be_corrected_afterwards(tune: str) -> None:
     _, plan, quantized = converted()
     tuned = TUNERS[tune](quantized, BATCHES)
     corrected = mpq_brevitas.correct_bias(tuned, BATCHES)
-    mpq_brevitas.verify(corrected, plan)
+    mpq_brevitas.verify_tuned(corrected, plan)
     assert not corrected.fc.bias.equal(tuned.fc.bias)
     assert all(codes(corrected)[name].equal(codes(tuned)[name]) for name in codes(tuned))
 
@@ -129,7 +129,7 @@ def test_biases_can_be_corrected_afterwards(tune: str) -> None:
 def test_bias_correction_takes_the_mean_error_away() -> None:
     model, plan, quantized = converted()
     corrected = mpq_brevitas.correct_bias(quantized, BATCHES)
-    mpq_brevitas.verify(corrected, plan)
+    mpq_brevitas.verify_tuned(corrected, plan)
     assert corrected.conv1.bias is not None  # where there was none
     seen: dict[str, Tensor] = {}
     for which in (model, quantized, corrected):
@@ -197,7 +197,7 @@ def test_a_users_own_conversion_that_is_on_its_grid_has_none_either() -> None:
     with pytest.raises(SettingError, match="the float weights of 'conv1', 'conv2', 'fc' are gone"):
         mpq_brevitas.correct_bias(mine, BATCHES)
     fresh = layerwise_quantize(copy.deepcopy(model), compute_layer_map=mpq_brevitas.layer_map(plan, model))
-    mpq_brevitas.verify(mpq_brevitas.gptq(fresh, BATCHES), plan)
+    mpq_brevitas.verify_tuned(mpq_brevitas.gptq(fresh, BATCHES), plan)
 
 
 @pytest.mark.parametrize("tune", TUNERS)
@@ -227,7 +227,7 @@ def test_shared_modules_and_tied_weights_can_be_tuned(tune: str) -> None:
     model = tied_net()
     plan = planned(model, allocator=Uniform(bits=3))
     tuned = getattr(mpq_brevitas, tune)(mpq_brevitas.to_brevitas(model, plan), [TOKENS])
-    mpq_brevitas.verify(tuned, plan)
+    mpq_brevitas.verify_tuned(tuned, plan)
     assert tuned.block is tuned.again
     assert tuned.lm_head.weight is tuned.embed.weight
 
@@ -333,7 +333,7 @@ def test_blocks_may_do_with_rows_what_they_like() -> None:
     pairs = [(torch.randn(8, 8, 6), torch.rand(8, 8)) for _ in range(4)]
     plan = planned(masked, allocator=Uniform(bits=2))
     tuned = mpq_brevitas.learned_round(mpq_brevitas.to_brevitas(masked, plan), pairs, steps=60)
-    mpq_brevitas.verify(tuned, plan)
+    mpq_brevitas.verify_tuned(tuned, plan)
 
 
 @pytest.mark.parametrize("tune", [*TUNERS, "correct_bias"])
@@ -428,9 +428,9 @@ def test_activations_are_calibrated_before_anything_else() -> None:
     checks = mpq_brevitas.verify(ready, with_bits, model)
     assert [check.activation_bits for check in checks] == [6, 6, 6]
     with pytest.raises(VerifyError, match="'conv1' takes its input at 6 bits, the plan floating point"):
-        mpq_brevitas.verify(ready, plan)
+        mpq_brevitas.verify_tuned(ready, plan)
     for tune in TUNERS.values():
-        mpq_brevitas.verify(tune(ready, BATCHES), with_bits)
+        mpq_brevitas.verify_tuned(tune(ready, BATCHES), with_bits)
 
 
 def test_calibrated_ranges_are_those_of_the_data() -> None:
@@ -483,7 +483,7 @@ def test_layers_that_are_left_alone_are_named(tune: str) -> None:
     with pytest.warns(UserWarning, match=f"leaves {left} as they were"):
         tuned = TUNERS[tune](quantized, [TOKENS])
     assert codes(tuned)["embed"].equal(codes(quantized)["embed"])
-    mpq_brevitas.verify(tuned, plan)
+    mpq_brevitas.verify_tuned(tuned, plan)
 
 
 class Deep(nn.Module):
@@ -592,7 +592,7 @@ def test_training_brings_the_model_closer_and_leaves_everything_trainable() -> N
         lr=1e-3,
         progress=lambda *what: told.append(what),
     )
-    mpq_brevitas.verify(trained, plan)
+    mpq_brevitas.verify_tuned(trained, plan)
     assert error(trained, model) < error(quantized, model)
     assert told[-1] == ("training", 60, 60)
     assert all(parameter.requires_grad for parameter in trained.parameters())

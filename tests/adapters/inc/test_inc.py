@@ -935,8 +935,8 @@ def test_the_compressors_own_rtn_has_the_plans_codes(scheme: Affine, tmp_path: P
     plan = mixed(model, scheme)
     quantized = incs.quantize(copy.deepcopy(model), inc.to_inc(plan, algo="rtn", model=model))
     checks = inc.verify(quantized, plan, model, batch=ROWS)
-    assert [(check.layer, check.bits[0][0], check.packed) for check in checks] == [
-        ("fc1", 3, True), ("fc10", 5, True), ("lm_head", 2, True)
+    assert [(check.layer, check.bits[0][0], check.stored) for check in checks] == [
+        ("fc1", 3, "packed"), ("fc10", 5, "packed"), ("lm_head", 2, "packed")
     ]  # fmt: skip
     inputs = torch.randn(5, 8)
     expected = quantized(inputs)

@@ -345,7 +345,9 @@ def test_constraints_that_the_strategy_would_override(option: str) -> None:
 
 def int8_layers(q_model: Any, model: nn.Module) -> set[str]:
     return {
-        check.layer for check in classic.verify(q_model, classic.plan_of(q_model), model, batch=IMAGES) if check.int8
+        check.layer
+        for check in classic.verify(q_model, classic.plan_of(q_model), model, batch=IMAGES)
+        if check.activation_bits == 8
     }
 
 

@@ -86,7 +86,7 @@ def test_8_bit_activations_are_counted() -> None:
     plan = planned(model, SYMMETRIC, Uniform(bits=8)).with_activation_bits(8)
     made = converted(model, plan, IMAGES)
     checks = pt2e.verify(made, plan, model, batch=IMAGES)
-    assert [check.activations for check in checks] == [True, True, True]
+    assert [check.activation_bits for check in checks] == [8, 8, 8]
     with torch.no_grad():
         exact, reached = model(IMAGES), made(IMAGES)
     assert not reached.equal(exact)

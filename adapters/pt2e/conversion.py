@@ -1,0 +1,50 @@
+"""A model quantized by PT2E from end to end: exported, prepared, calibrated and converted."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.export
+import torch.fx
+from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from mpq_plugins.common.text import what_it_said
+from mpq_plugins.errors import SourceError
+from mpq_plugins.models.running import call_model, own_copy, run_model
+from mpq_plugins.plans.plan import Plan
+
+from ..shared.batches import needed_batches
+from .checks import check
+from .quantizer import PlanQuantizer
+
+
+def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> torch.fx.GraphModule:
+    """A converted copy of the model, exported for inputs of the first batch's shapes; the model is unchanged.
+
+    batches: with 8-bit activations all are run to set their ranges, and have the first one's shapes. To export in
+    another way, use PlanQuantizer with torch's own export, prepare_pt2e and convert_pt2e. Raises as PlanQuantizer;
+    SettingError for no batch, or one that the model does not run on; SourceError where torch.export fails.
+    """
+    check(plan, model)
+    given = needed_batches(batches, "PT2E exports the model by one")
+    prepared = cast(nn.Module, prepare_pt2e(_exported(model, given[0]), PlanQuantizer(plan, model)))
+    if plan.activation_bits is not None:
+        with torch.no_grad():
+            for batch in given:
+                call_model(prepared, batch)
+    return cast(torch.fx.GraphModule, convert_pt2e(prepared))
+
+
+def _exported(model: nn.Module, batch: Any) -> nn.Module:
+    example = own_copy(batch)  # for an exported program keeps its example, and of a view all that it is a view of
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = () if kwargs else tuple(example) if isinstance(example, list | tuple) else (example,)
+    try:
+        return torch.export.export(model, args, kwargs).module()
+    except Exception as error:  # whatever a user's forward makes of it
+        run_model(model, batch)  # raises SettingError where it is the batch that is wrong
+        raise SourceError(
+            f"{type(model).__name__}: torch.export cannot export it ({what_it_said(error)}). Rewrite what depends on "
+            "values, or use mpq_plugins.apply or the torchao adapter, which do not export"
+        ) from error
