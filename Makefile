@@ -28,7 +28,7 @@ unit: $(READY)
 classic-env: $(CLASSIC_READY)
 
 classic: $(CLASSIC_READY)
-	$(CLASSIC)/bin/pytest tests/adapters/inc_classic tests/journeys/test_inc_classic.py
+	$(CLASSIC)/bin/pytest tests/adapters/inc_classic tests/adapters/test_contract.py tests/journeys/test_inc_classic.py
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
