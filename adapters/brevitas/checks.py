@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import HARMLESS, standard_class, why_not_plain
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
@@ -42,7 +43,13 @@ MODULE_NAMES = {*vars(nn.Module())}
 
 def check(plan: Plan, model: nn.Module) -> None:
     """Raise MismatchError or SettingError, naming layers and remedy, where Brevitas cannot run the plan."""
-    check_model(plan, model)
+    check_traced(plan, Traced(model))
+
+
+def check_traced(plan: Plan, traced: Traced) -> None:
+    """The same of a model that what follows asks for its graph too."""
+    model = traced.model
+    check_model(plan, model, traced)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     check_sizes(plan, "brevitas")
@@ -50,7 +57,7 @@ def check(plan: Plan, model: nn.Module) -> None:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")
     aside = _held_aside(model)
     problems = [problem for layer in planned_layers(plan) for problem in _troubles(layer, model, aside)]
-    borrowed = lent_weights(model)
+    borrowed = lent_weights(traced)
     problems += [
         f"{name!r} lends its weight to a functional call, which would take the float one: skip it"
         for name in planned_by_name(plan)

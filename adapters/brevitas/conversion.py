@@ -8,13 +8,14 @@ from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import nn
 
 from mpq_plugins.models.folding import folded_copy
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.batches import needed_batches
 from ..shared.folded import check_plan, planned_layers
 from .batches import Batch
-from .checks import check, check_ternary
+from .checks import check_ternary, check_traced
 from .float_weights import forget, mark
 from .graph import ModuleToModuleByInstance, brevitas_settings_kept
 from .layers import LAYERS
@@ -38,10 +39,11 @@ def to_brevitas(
     """
     check_plan(plan)
     plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
-    check(plan, model)
+    traced = Traced(model)
+    check_traced(plan, traced)
     names = (ternary,) if isinstance(ternary, str) else ternary
     check_ternary(plan, names)
-    quantized = folded_copy(model, plan)
+    quantized = folded_copy(traced, plan)
     with brevitas_settings_kept():
         config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
         for layer in planned_layers(plan):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
 from mpq_plugins.models.kinds import layer_kind
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
@@ -36,8 +37,9 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     SettingError where the float model does not run on the batch.
     """
     check_types(plan, quantized)
-    check_model(plan, model)
-    return _verified(quantized, plan, model, batch)
+    traced = Traced(model)
+    check_model(plan, model, traced)
+    return _verified(quantized, plan, traced, batch)
 
 
 def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
@@ -49,8 +51,8 @@ def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
     return _verified(quantized, plan, None, None)
 
 
-def _verified(quantized: nn.Module, plan: Plan, model: nn.Module | None, batch: Any) -> tuple[LayerCheck, ...]:
-    original = None if model is None else as_measured(model, plan)
+def _verified(quantized: nn.Module, plan: Plan, traced: Traced | None, batch: Any) -> tuple[LayerCheck, ...]:
+    original = None if traced is None else as_measured(traced, plan)
     planned = planned_by_name(plan)
     found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
     problems = [f"{name!r} is missing" for name in planned if name not in found]
@@ -71,8 +73,8 @@ def _verified(quantized: nn.Module, plan: Plan, model: nn.Module | None, batch: 
         with quiet_state_dict():
             weights = {weight_name(name) for name in planned}
             problems += changed_state(quantized, original, weights)
-    if model is not None:
-        problems = problems or output_problems(quantized, plan, model, batch)
+    if traced is not None:
+        problems = problems or output_problems(quantized, plan, traced.model, batch)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks.values())

@@ -1,5 +1,6 @@
 """What FX graph mode quantization would get wrong, or leave out, without a word: refused by name."""
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -9,14 +10,17 @@ from typing import Any, cast
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
-from mpq_plugins.models.folding import borrowed_weights
+from mpq_plugins.models.folding import Folded, borrowed_weights
 from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.running import first_input, run_model, seeded
+from mpq_plugins.models.tracing import BATCH_NORMS, Traced, tensors_kept
+from mpq_plugins.models.tracing import LAYERS as WEIGHTED
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
@@ -35,12 +39,12 @@ SAME = 1e-3  # of the outputs' norm: what another order of additions may come to
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def check_settings(plan: Plan, model: nn.Module) -> None:
+def check_settings(plan: Plan, model: nn.Module, traced: Traced | None = None) -> None:
     """Refuse what can be seen before the model is traced.
 
     Raises SettingError or MismatchError, naming the layers and the remedy.
     """
-    check_model(plan, model)
+    check_model(plan, model, traced)
     if plan.activation_bits is None:
         raise SettingError(
             "fx: the plan leaves activations in floating point, and FX would leave its convolutions and linear layers "
@@ -56,21 +60,21 @@ def check_settings(plan: Plan, model: nn.Module) -> None:
     check_state(model, "FX")
 
 
-def check_calls(plan: Plan, model: nn.Module, folded: nn.Module, graph: torch.fx.Graph) -> None:
+def check_calls(plan: Plan, folded: Folded, graph: torch.fx.Graph) -> None:
     """Refuse planned layers that FX would break or leave out, as they are called in the graph of the folded copy.
 
     Raises MismatchError, naming the layers and the remedy.
     """
-    check_scales(plan, model, "FX")
-    modules = dict(folded.named_modules(remove_duplicate=False))
+    check_scales(plan, folded.traced, "FX")
+    modules = dict(folded.model.named_modules(remove_duplicate=False))
     calls = Counter(str(node.target) for node in _live(graph) if node.op == "call_module")
     aliases = {name: next(n for n, m in modules.items() if m is module) for name, module in modules.items()}
     uses = Counter(aliases[name] for name in calls.elements())
-    borrowed = borrowed_weights(model)
+    borrowed = borrowed_weights(folded.traced)
     problems = [_trouble(layer, modules[layer.name], uses, borrowed) for layer in planned_layers(plan)]
     found = [problem for problem in problems if problem]
     if found:
-        raise MismatchError(f"fx cannot run this plan on {type(model).__name__}: {first_few(found)}")
+        raise MismatchError(f"fx cannot run this plan on {type(folded.model).__name__}: {first_few(found)}")
 
 
 def check_example(baked: nn.Module, exact: nn.Module, names: Collection[str], inputs: tuple[Any, ...]) -> None:
@@ -79,7 +83,7 @@ def check_example(baked: nn.Module, exact: nn.Module, names: Collection[str], in
     Raises MismatchError; SettingError where the model does not run on the inputs.
     """
     try:
-        with _single_samples(exact, names) as single:
+        with _single_samples(exact, names) as single, tensors_kept(exact):
             expected = _seeded_run(exact, inputs)
     except SettingError as error:
         raise SettingError(f"example_inputs: {str(error).removeprefix('batches: ')}") from error
@@ -88,7 +92,8 @@ def check_example(baked: nn.Module, exact: nn.Module, names: Collection[str], in
             f"fx: {first_few(single, ', ')} given one sample without a batch, which FX's "
             "kernels do not take: give batches (x.unsqueeze(0)), or skip the layer"
         )
-    problem = _problem_beside(baked, expected, inputs)
+    with tensors_kept(exact):
+        problem = _problem_beside(baked, expected, inputs)
     if problem:
         raise MismatchError(
             f"fx: {type(exact).__name__} does something else as torch.fx traces it ({problem}): it may change values "
@@ -175,8 +180,24 @@ def _misused(layer: LayerChoice, uses: Counter[str], borrowed: set[str]) -> str 
     return None
 
 
-def traced(model: nn.Module) -> torch.fx.Graph:
-    """The graph that FX quantization sees. Raises SourceError where there is none."""
+def graph_for_fx(folded: Folded) -> torch.fx.Graph:
+    """The graph that FX quantization sees, of the folded copy. Raises SourceError where there is none."""
+    traced, copied = folded.traced, folded.model
+    if any(_is_looked_into(module) for module in copied.modules()):
+        return traced_by_fx(copied)
+    for name, value in traced.constants.items():
+        setattr(copied, name, value)
+    return copy.deepcopy(traced.graph)  # nodes alone, to change
+
+
+def _is_looked_into(module: nn.Module) -> bool:
+    """Whether FX would see more or less of a module than a call: by its class it knows torch's own layers alone."""
+    ours = type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
+    return isinstance(module, _FusedModule) or (isinstance(module, (*WEIGHTED, *BATCH_NORMS)) and not ours)
+
+
+def traced_by_fx(model: nn.Module) -> torch.fx.Graph:
+    """A graph by FX's own tracer. Raises SourceError where there is none."""
     try:
         return QuantizationTracer([], []).trace(model)
     except Exception as error:  # a user's forward may raise anything while being traced

@@ -18,17 +18,17 @@ from torch.ao.quantization import (
 )
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
-from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.errors import MismatchError, SettingError, SourceError
 from mpq_plugins.models.copying import duplicate
-from mpq_plugins.models.folding import conv_bn_pairs, fold_batch_norm, fold_in_place
+from mpq_plugins.models.folding import Folded
 from mpq_plugins.models.plain import is_plain, standard_class
-from mpq_plugins.models.tracing import BATCH_NORMS
+from mpq_plugins.models.tracing import BATCH_NORMS, Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..shared.folded import integers_of
-from .checks import check_calls, check_example, check_settings, traced
+from .checks import check_calls, check_example, check_settings, graph_for_fx, traced_by_fx
 from .graph import InCodes, by_position, divide, lend_shapes, without
 from .inplace import follow_changes
 
@@ -151,9 +151,7 @@ def prepare(
     baked = _baked(model, plan)
     mapping = _mapping(plan, baked, activation_observer, reduce_range, qat)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    exact = fold_batch_norm(model, plan.skipped)
-    _set_weights(exact, baked.integers)
-    check_example(baked.model, exact, baked.integers, inputs)
+    check_example(baked.model, baked.exact, baked.integers, inputs)
     if qat:
         return prepare_qat_fx(baked.model.train(), mapping, inputs)
     return prepare_fx(baked.model, mapping, inputs)
@@ -188,29 +186,41 @@ def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
 
 @dataclass(frozen=True)
 class _Baked:
-    """What torch is given, the integers that its planned weights are, and what between them stays in codes."""
+    """What torch is given, the integers that its planned weights are, and what between them stays in codes.
+
+    exact: the same modules as the user's code calls them.
+    """
 
     model: torch.fx.GraphModule
+    exact: nn.Module
     integers: dict[str, IntegerWeight]
     in_codes: InCodes
 
 
 def _baked(model: nn.Module, plan: Plan) -> _Baked:
-    check_settings(plan, model)
-    copied = duplicate(model)
+    traced = Traced(model)
+    check_settings(plan, model, traced)
+    folded = _folded(traced, plan)
+    copied = folded.model
     _name_norms(copied)
-    graph = traced(copied)
-    norms = conv_bn_pairs(copied, plan.skipped).values()
-    fold_in_place(copied, plan.skipped)
-    without(graph, norms)
+    graph = graph_for_fx(folded)
+    without(graph, folded.pairs.values())
     by_position(copied, graph)
     follow_changes(graph, dict(copied.named_modules(remove_duplicate=False)))
-    check_calls(plan, model, copied, graph)
+    check_calls(plan, folded, graph)
     integers = integers_of(plan, copied)
     _set_weights(copied, integers)
     lend_shapes(copied, graph, integers)
     in_codes = divide(copied, graph, integers)
-    return _Baked(torch.fx.GraphModule(copied, graph), integers, in_codes)
+    return _Baked(torch.fx.GraphModule(copied, graph), copied, integers, in_codes)
+
+
+def _folded(traced: Traced, plan: Plan) -> Folded:
+    try:
+        traced.graph  # noqa: B018  # where there is none, FX's tracer says why
+    except SourceError:
+        traced_by_fx(duplicate(traced.model))
+    return Folded.of(traced, plan.skipped)
 
 
 def _name_norms(model: nn.Module) -> None:

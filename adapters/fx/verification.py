@@ -11,6 +11,7 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, SourceError, VerifyError
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.apply import apply
 from mpq_plugins.simulation.integers import IntegerWeight
@@ -44,13 +45,14 @@ def verify(
     Raises VerifyError listing what is wrong, MismatchError for another model, SettingError for a batch that the model
     does not run on, or after QAT, which trained more than the weights.
     """
-    check_model(plan, model)
+    traced = Traced(model)
+    check_model(plan, model, traced)
     if integers is not None and batch is not None:
         raise SettingError(
             "batch: after QAT biases and norms are trained too, so there is no float model to compare outputs with; "
             "verify the integers alone, and judge the outputs by their accuracy"
         )
-    folded = fold_batch_norm(model, plan.skipped)
+    folded = fold_batch_norm(traced, plan.skipped)
     expected = integers_of(plan, folded) if integers is None else integers
     biases = biases_of(folded)
     problems: list[str] = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import why_not_plain
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
@@ -99,7 +100,7 @@ class Exact:
         check_float(model)
         found = super().get_model_info(model)  # type: ignore[misc]
         packed = [name for name, _ in found if any(re.match(key, name) for key in self._patterns())]
-        lent = lent_weights(model)
+        lent = lent_weights(Traced(model))
         for name in packed:
             layer = model.get_submodule(name)
             weight, reason = cast(Tensor, layer.weight), why_not_plain(layer)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
 from mpq_plugins.models.kinds import layer_kind
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
@@ -37,9 +38,10 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     their norm; packed or in half precision 1e-2). Raises VerifyError listing what is wrong, MismatchError for another
     model, SettingError where the float model does not run on the batch.
     """
-    check_model(plan, model)
+    traced = Traced(model)
+    check_model(plan, model, traced)
     check_module(quantized)
-    original = as_measured(model, plan)
+    original = as_measured(traced, plan)
     planned = planned_by_name(plan)
     wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}
     found = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}

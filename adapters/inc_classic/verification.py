@@ -8,6 +8,7 @@ from torch import nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
 from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.apply import verify as verify_simulated
@@ -37,7 +38,8 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
     rounding (1e-4 of their norm; in half precision 1e-2), or of the static approach within 5 %. Raises VerifyError
     listing what is wrong, MismatchError for another model, SettingError where the float model does not run on it.
     """
-    check_model(plan, model)
+    traced = Traced(model)
+    check_model(plan, model, traced)
     module = cast(nn.Module, getattr(quantized, "model", quantized))
     check_module(module)
     if plan.activation_bits is not None:
@@ -45,7 +47,7 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
         _check_outputs(module, plan, model, batch)
         return checks
     verify_simulated(module, plan, model)
-    original = as_measured(model, plan)
+    original = as_measured(traced, plan)
     weights = {weight_name(name) for name in plan.by_any_name}
     changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
     if changed:

@@ -4,6 +4,7 @@ from torch import nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SourceError
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
 
@@ -24,7 +25,13 @@ CAPABILITIES = Capabilities(
 
 def check(plan: Plan, model: nn.Module) -> None:
     """Raise MismatchError or SettingError, naming layers and remedy, where PT2E cannot run the plan on the model."""
-    check_model(plan, model)
+    check_traced(plan, Traced(model))
+
+
+def check_traced(plan: Plan, traced: Traced) -> None:
+    """The same of a model that what follows asks for its graph too."""
+    model = traced.model
+    check_model(plan, model, traced)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     computing = [repr(name) if name else type(model).__name__ for name in computed_weights(model)]
@@ -34,7 +41,7 @@ def check(plan: Plan, model: nn.Module) -> None:
             "to fold into it: use mpq_plugins.apply or the inc adapter"
         )
     try:
-        check_folding(plan, model, "PT2E")
+        check_folding(plan, traced, "PT2E")
     except SourceError:  # torch.fx cannot trace it all; the exported graph says what was folded
         if plan.fold_bn:
             raise

@@ -16,7 +16,7 @@ from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.folding import fold_batch_norm, unfolded_norms
 from mpq_plugins.models.kinds import channel_axis_of, layer_kind
 from mpq_plugins.models.running import evaluating
-from mpq_plugins.models.tracing import BATCH_NORMS, opened_trace
+from mpq_plugins.models.tracing import BATCH_NORMS, Traced, opened_trace
 from mpq_plugins.plans.names import weight_name
 
 from ..shared.outputs import difference
@@ -80,29 +80,31 @@ def computed_weights(model: nn.Module) -> list[str]:
 
     PT2E, which goes by operators, fails to fold the norm into what is computed, or is a buffer or a plain tensor.
     """
-    found = ((prefix, _computed_weights(part)) for prefix, part in traceable_parts(model))
+    found = ((prefix, _computed_weights(part, graph)) for prefix, part, graph in traceable_parts(model))
     return [f"{prefix}{name}" for prefix, names in found for name in names]
 
 
 def wrong_pairs(model: nn.Module) -> dict[str, str]:
     """As `fold.unfolded_norms`, of the parts of a model that torch.fx can trace."""
-    found = ((prefix, unfolded_norms(part)) for prefix, part in traceable_parts(model))
+    found = ((prefix, unfolded_norms(part)) for prefix, part, _ in traceable_parts(model))
     return {f"{prefix}{layer}": f"{prefix}{norm}" for prefix, pairs in found for layer, norm in pairs.items()}
 
 
-def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules of a model that torch.fx can trace, after what their layers' names begin with."""
+def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, torch.fx.Graph]]:
+    """The largest modules of a model that torch.fx can trace, after what their layers' names begin with; their graphs.
+
+    Layers that compute in their own way are looked into.
+    """
     try:
-        opened_trace(model)
+        graph = opened_trace(model)
     except SourceError:
         for name, child in model.named_children():
             yield from traceable_parts(child, f"{prefix}{name}.")
     else:
-        yield prefix, model
+        yield prefix, model, graph
 
 
-def _computed_weights(model: nn.Module) -> list[str]:
-    graph = opened_trace(model)
+def _computed_weights(model: nn.Module, graph: torch.fx.Graph) -> list[str]:
     norms = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, BATCH_NORMS)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = []
@@ -135,12 +137,12 @@ def graph_problem(graph: torch.fx.GraphModule, model: nn.Module) -> str | None:
     )
 
 
-def traced_fold(model: nn.Module) -> nn.Module:
+def traced_fold(traced: Traced) -> nn.Module:
     """A copy with BatchNorm folded in as torch.fx sees it; the model itself where it sees nothing."""
     try:
-        return fold_batch_norm(model)
+        return fold_batch_norm(traced)
     except SourceError:
-        return model
+        return traced.model
 
 
 def _close(weight: Tensor, own: Tensor) -> bool:

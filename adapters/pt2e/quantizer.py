@@ -15,13 +15,14 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..shared.folded import integers_of, planned_by_name, planned_layers
-from .checks import check
+from .checks import check_traced
 from .folded import folding_factors, graph_problem, traced_fold, weight_names
 from .graph import ANNOTATION, replace_weight
 
@@ -57,8 +58,9 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         super().__init__()
-        check(plan, model)
-        self.plan, self.model, self.folded = plan, model, traced_fold(model)
+        traced = Traced(model)
+        check_traced(plan, traced)
+        self.plan, self.model, self.folded = plan, model, traced_fold(traced)
         self.integers, self.factors = integers_of(plan, self.folded), dict[str, Tensor]()
         if plan.activation_bits is not None:
             for layer in planned_layers(plan):

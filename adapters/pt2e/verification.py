@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SourceError, VerifyError
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
@@ -32,8 +33,9 @@ def verify(
     """
     if not isinstance(quantized, torch.fx.GraphModule):
         raise SourceError(f"{type(quantized).__name__}: no GraphModule; give what convert_pt2e made")
-    check_model(plan, model)
-    folded = traced_fold(model)
+    traced = Traced(model)
+    check_model(plan, model, traced)
+    folded = traced_fold(traced)
     expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
     found: dict[str, LayerCheck] = {}

@@ -13,6 +13,7 @@ from mpq_plugins.models.borrowed import borrowed_in_source
 from mpq_plugins.models.folding import borrowed_weights, conv_bn_pairs, fold_batch_norm, unfolded_norms
 from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import layer_kind, quantizable_weights
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
@@ -40,11 +41,11 @@ def check_types(plan: object, model: object) -> None:
     check_module(model)
 
 
-def check_model(plan: Plan, model: nn.Module) -> None:
+def check_model(plan: Plan, model: nn.Module, traced: Traced | None = None) -> None:
     """Refuse what is no plan or module, or quantizes inputs already (SettingError); another's plan (MismatchError)."""
     check_types(plan, model)
     refuse_input_ranges(model)
-    match(plan, model).require(type(model).__name__)
+    match(plan, model, traced=traced).require(type(model).__name__)
 
 
 def planned_layers(plan: Plan) -> list[LayerChoice]:
@@ -57,14 +58,14 @@ def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:
     return {name: layer for layer in planned_layers(plan) for name in layer.names}
 
 
-def as_measured(model: nn.Module, plan: Plan) -> nn.Module:
+def as_measured(traced: Traced, plan: Plan) -> nn.Module:
     """The model that the plan was made for: with BatchNorm folded in, in a copy, or itself."""
-    return fold_batch_norm(model, plan.skipped) if plan.fold_bn else model
+    return fold_batch_norm(traced, plan.skipped) if plan.fold_bn else traced.model
 
 
-def lent_weights(model: nn.Module) -> set[str]:
+def lent_weights(traced: Traced) -> set[str]:
     """Names of parameters that are used outside their layer, as torch.fx sees it or as the model's code says."""
-    return borrowed_weights(model) | borrowed_in_source(model)
+    return borrowed_weights(traced) | borrowed_in_source(traced.model)
 
 
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
@@ -124,7 +125,7 @@ def changed_modules(quantized: nn.Module, model: nn.Module, but: Collection[str]
     return sorted(dict.fromkeys(problems))
 
 
-def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
+def check_folding(plan: Plan, traced: Traced, backend: str) -> None:
     """Refuse what a backend's own folding of BatchNorm would corrupt, planned or not.
 
     That is every layer that feeds a BatchNorm which cannot be folded into it (it feeds something else too, is called
@@ -133,9 +134,9 @@ def check_folding(plan: Plan, model: nn.Module, backend: str) -> None:
     and models in training mode. Raises MismatchError or SettingError.
     """
     check_sizes(plan, backend)
-    check_state(model, backend)
-    refuse_wrong_pairs(unfolded_norms(model), backend)
-    check_scales(plan, model, backend)
+    check_state(traced.model, backend)
+    refuse_wrong_pairs(unfolded_norms(traced), backend)
+    check_scales(plan, traced, backend)
 
 
 def check_state(model: nn.Module, backend: str) -> None:
@@ -151,9 +152,9 @@ def check_state(model: nn.Module, backend: str) -> None:
         )
 
 
-def check_scales(plan: Plan, model: nn.Module, backend: str) -> None:
+def check_scales(plan: Plan, traced: Traced, backend: str) -> None:
     """Refuse per-tensor layers that were measured unfolded, for folding changes their scale. Raises MismatchError."""
-    pairs = {} if plan.fold_bn else conv_bn_pairs(model)
+    pairs = {} if plan.fold_bn else conv_bn_pairs(traced)
     unfolded = [
         f"{layer.name!r}"
         for layer in planned_layers(plan)

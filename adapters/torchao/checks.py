@@ -9,6 +9,7 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError
 from mpq_plugins.models.borrowed import borrowed_uses
 from mpq_plugins.models.plain import why_not_plain
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
@@ -30,12 +31,18 @@ FUNCTIONS = {F.linear, F.embedding, F.conv1d, F.conv2d}
 
 def check(plan: Plan, model: nn.Module) -> None:
     """Raise MismatchError or SettingError, naming layers and remedy, where torchao cannot run the plan on the model."""
-    check_model(plan, model)
+    check_traced(plan, Traced(model))
+
+
+def check_traced(plan: Plan, traced: Traced) -> None:
+    """The same of a model that what follows asks for its graph too."""
+    model = traced.model
+    check_model(plan, model, traced)
     require_legal(plan, CAPABILITIES)
     check_max_norm(plan, model)
     check_sizes(plan, "torchao")
     uses = borrowed_uses(model)
-    borrowed = {name for name in lent_weights(model) if not uses.get(name, {None}) <= FUNCTIONS}
+    borrowed = {name for name in lent_weights(traced) if not uses.get(name, {None}) <= FUNCTIONS}
     problems = [problem for name in planned_by_name(plan) for problem in _troubles(name, model, borrowed)]
     if problems:
         raise MismatchError(f"torchao cannot run this plan on {type(model).__name__}: {first_few(problems)}")

@@ -10,12 +10,13 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..shared.folded import planned_layers
-from .checks import check
+from .checks import check_traced
 
 DYNAMIC = "int8_asym_per_token"
 
@@ -36,8 +37,9 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Modul
     MismatchError (another model, or a layer whose weight is used where torchao's tensors fail) and SettingError (a plan
     that torchao cannot run), naming layers and remedy.
     """
-    check(plan, model)
-    quantized = folded_copy(model, plan)
+    traced = Traced(model)
+    check_traced(plan, traced)
+    quantized = folded_copy(traced, plan)
     weights = quantizable_weights(quantized)
     for layer in planned_layers(plan):
         parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)

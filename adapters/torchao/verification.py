@@ -9,6 +9,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
 from mpq_plugins.models.kinds import quantizable_weights
+from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
@@ -27,8 +28,9 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     half precision 1e-2), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError
     for another model, SettingError where the float model does not run on the batch.
     """
-    check_model(plan, model)
-    original_model = as_measured(model, plan)
+    traced = Traced(model)
+    check_model(plan, model, traced)
+    original_model = as_measured(traced, plan)
     original = quantizable_weights(original_model)
     stored = quantizable_weights(quantized)
     planned = {layer.name: layer for layer in planned_layers(plan)}

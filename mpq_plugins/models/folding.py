@@ -6,7 +6,8 @@ Only layers and norms that compute as torch's own (plain.py) are folded, and nor
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,10 +21,10 @@ from ..errors import SettingError, SourceError
 from .borrowed import borrowed_in_source
 from .copying import duplicate
 from .plain import is_plain, standard_class
-from .tracing import BATCH_NORMS, CONVOLUTIONS, TRAINING, TRANSPOSED, borrowed_parameters, memory, trace
+from .tracing import BATCH_NORMS, CONVOLUTIONS, TRAINING, TRANSPOSED, Traced, memory
 
 
-class Folded(Protocol):
+class Measured(Protocol):
     """What says whether BatchNorm was folded in when its layers were measured: a LayerTable or a Plan."""
 
     @property
@@ -42,7 +43,28 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, BATCH_NORMS) for module in model.modules())
 
 
-def conv_bn_pairs(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str]:
+@dataclass(frozen=True)
+class Folded:
+    """A copy of a model in which every foldable BatchNorm is folded and an Identity; layers have the same names.
+
+    pairs: convolution -> the BatchNorm that was folded into it; traced: the model as it was.
+    """
+
+    model: nn.Module
+    pairs: Mapping[str, str]
+    traced: Traced
+
+    @classmethod
+    def of(cls, model: nn.Module | Traced, skip: Collection[str] = ()) -> "Folded":
+        """Fold a copy. skip: convolutions that keep their BatchNorm. Raises as fold_batch_norm."""
+        traced = Traced.of(model)
+        copied = duplicate(traced.model)
+        pairs = conv_bn_pairs(traced, skip)
+        _fold_pairs(copied, pairs)
+        return cls(copied, pairs, traced)
+
+
+def conv_bn_pairs(model: nn.Module | Traced, skip: Collection[str] = ()) -> dict[str, str]:
     """Convolution name -> the BatchNorm that alone consumes its output and can be folded into it.
 
     A convolution with several consumers or a shared weight, either module when called more than once, computing in its
@@ -50,32 +72,34 @@ def conv_bn_pairs(model: nn.Module, skip: Collection[str] = ()) -> dict[str, str
     convolution stay unfolded: the result would be another function. Raises SourceError where torch.fx cannot trace the
     model.
     """
-    if not has_batch_norm(model):
+    traced = Traced.of(model)
+    if not has_batch_norm(traced.model):
         return {}
-    return {conv: norm for conv, norm in _pairs(trace(model), model, skip).items() if not _trains(model, norm)}
+    return {conv: norm for conv, norm in _pairs(traced, skip).items() if not _trains(traced.model, norm)}
 
 
-def unfolded_norms(model: nn.Module) -> dict[str, str]:
+def unfolded_norms(model: nn.Module | Traced) -> dict[str, str]:
     """Convolution or linear layer -> a BatchNorm that it feeds and that is not folded into it.
 
     Backends that fold by themselves, by torch's exact classes, parametrized or not, take them for a pair all the same.
     Raises SourceError as conv_bn_pairs.
     """
-    if not has_batch_norm(model):
+    traced = Traced.of(model)
+    if not has_batch_norm(traced.model):
         return {}
-    graph = trace(model)
-    pairs = {conv: norm for conv, norm in _pairs(graph, model, ()).items() if not _trains(model, norm)}
-    calls = _fed_norms(graph, model, (nn.Linear, *CONVOLUTIONS))
+    pairs = conv_bn_pairs(traced)
+    calls = _fed_norms(traced.graph, traced.model, (nn.Linear, *CONVOLUTIONS))
     fed = [(str(layer.target), str(norm.target)) for layer, norm in calls]
-    return {layer: norm for layer, norm in fed if pairs.get(layer) != norm and _is_torchs(model, layer)}
+    return {layer: norm for layer, norm in fed if pairs.get(layer) != norm and _is_torchs(traced.model, layer)}
 
 
-def borrowed_weights(model: nn.Module) -> set[str]:
+def borrowed_weights(model: nn.Module | Traced) -> set[str]:
     """Names of parameters that functional calls use, as torch.fx sees it; where it cannot trace, as the code says."""
+    traced = Traced.of(model)
     try:
-        return borrowed_parameters(model)
+        return traced.lent
     except SourceError:
-        return borrowed_in_source(model)
+        return borrowed_in_source(traced.model)
 
 
 def training_norms(model: nn.Module) -> list[str]:
@@ -87,36 +111,40 @@ def training_norms(model: nn.Module) -> list[str]:
     ]
 
 
-def folded_copy(model: nn.Module, measured: Folded) -> nn.Module:
+def folded_copy(model: nn.Module | Traced, measured: Measured) -> nn.Module:
     """A copy of the model as it was when a table or plan was measured: with BatchNorm folded into its layers, or not.
 
     Raises SettingError for a model that cannot be copied, or whose BatchNorms, folded then, are in training mode now.
     """
+    traced = Traced.of(model)
     if not measured.fold_bn:
-        return duplicate(model)
-    trained = _only_for_training(model, measured.skipped)
+        return duplicate(traced.model)
+    trained = _only_for_training(traced, measured.skipped)
     if trained:
         raise SettingError(
-            f"{type(model).__name__}: BatchNorm was folded in when its layers were measured, and is in training mode "
-            f"now ({first_few([repr(name) for name in trained], ', ')}), where it normalises by its batch; call "
+            f"{type(traced.model).__name__}: BatchNorm was folded in when its layers were measured, and is in training "
+            f"mode now ({first_few([repr(name) for name in trained], ', ')}), where it normalises by its batch; call "
             "model.eval()"
         )
-    return fold_batch_norm(model, measured.skipped)
+    return fold_batch_norm(traced, measured.skipped)
 
 
-def fold_batch_norm(model: nn.Module, skip: Collection[str] = ()) -> nn.Module:
+def fold_batch_norm(model: nn.Module | Traced, skip: Collection[str] = ()) -> nn.Module:
     """A copy of the model with every foldable BatchNorm folded and replaced by Identity; same layer names.
 
-    skip: convolutions that keep their BatchNorm.
+    skip: convolutions that keep their BatchNorm. Raises SettingError for a model that cannot be copied, SourceError
+    where torch.fx cannot trace it.
     """
-    model = duplicate(model)
-    fold_in_place(model, skip)
-    return model
+    return Folded.of(model, skip).model
 
 
 def fold_in_place(model: nn.Module, skip: Collection[str] = ()) -> None:
     """Fold the model itself. Raises SourceError where torch.fx cannot trace it."""
-    for conv_name, norm_name in conv_bn_pairs(model, skip).items():
+    _fold_pairs(model, conv_bn_pairs(model, skip))
+
+
+def _fold_pairs(model: nn.Module, pairs: Mapping[str, str]) -> None:
+    for conv_name, norm_name in pairs.items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         conv.weight, conv.bias = _fold(conv, norm)
         _make_identity(norm)
@@ -139,8 +167,9 @@ def _is_torchs(model: nn.Module, layer: str) -> bool:
     return type_before_parametrizations(module) is standard_class(module)
 
 
-def _pairs(graph: torch.fx.Graph, model: nn.Module, skip: Collection[str]) -> dict[str, str]:
+def _pairs(traced: Traced, skip: Collection[str]) -> dict[str, str]:
     """What can be folded once the model is in evaluation mode."""
+    graph, model = traced.graph, traced.model
     modules = dict(model.named_modules(remove_duplicate=False))
     calls = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
     weights = Counter(memory(weight) for weight in {id(p): p for p in model.parameters()}.values())
@@ -160,7 +189,7 @@ def _pairs(graph: torch.fx.Graph, model: nn.Module, skip: Collection[str]) -> di
             candidates[str(layer.target)] = str(call.target)
     if not candidates:
         return {}
-    lenders = {id(modules[name.rpartition(".")[0]]) for name in borrowed_parameters(model)}
+    lenders = {id(modules[name.rpartition(".")[0]]) for name in traced.lent}
     return {c: n for c, n in candidates.items() if not lenders & {id(modules[c]), id(modules[n])}}
 
 
@@ -189,14 +218,15 @@ def _trains(model: nn.Module, norm: str) -> bool:
     return model.get_submodule(norm).training
 
 
-def _only_for_training(model: nn.Module, skip: Collection[str]) -> list[str]:
+def _only_for_training(traced: Traced, skip: Collection[str]) -> list[str]:
     """Of a model in training mode: the BatchNorms that this alone keeps from being folded, where it is all of them.
 
     A norm that stays in training mode within a model in evaluation mode does so on purpose.
     """
+    model = traced.model
     if not model.training or not training_norms(model):
         return []
-    norms = _pairs(trace(model), model, skip).values()
+    norms = _pairs(traced, skip).values()
     return [] if any(not _trains(model, norm) for norm in norms) else list(norms)
 
 

@@ -4,7 +4,10 @@ Layers and norms of torch.nn, subclasses included, are nodes of the graph, not c
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock, get_ident
 from typing import Any
 
@@ -39,11 +42,12 @@ class _Tracer(torch.fx.Tracer):
 
     def __init__(self, inside: Collection[nn.Module] = ()) -> None:
         super().__init__()
-        self.thread, self.inside = get_ident(), inside
+        self.thread, self.inside, self.missed_a_bias = get_ident(), inside, False
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if get_ident() != self.thread:
             return attr_val
+        self.missed_a_bias |= attr == "bias" and attr_val is None
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(
@@ -62,9 +66,59 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(m, (*LAYERS, *BATCH_NORMS)) or super().is_leaf_module(m, module_qualified_name)
 
 
+class Traced:
+    """A model as torch.fx sees it. It is traced when first asked, once for all that is asked, and left as it was.
+
+    The model must not change meanwhile.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    def of(cls, model: "nn.Module | Traced") -> "Traced":
+        """A model that is traced already, or is going to be."""
+        return model if isinstance(model, Traced) else cls(model)
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The model's graph. Raises SourceError where torch.fx cannot trace it."""
+        return self._closed.graph
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """Tensors that the graph reads and the model does not hold, by the names that they have in the graph."""
+        return self._closed.constants
+
+    @cached_property
+    def lent(self) -> set[str]:
+        """Names of parameters and buffers whose values the model uses outside their own module, as torch.fx sees it.
+
+        Layers that compute in their own way are looked into; where torch.fx cannot do that, whatever such a layer could
+        reach counts. A plain layer without a bias lends it where it is asked for, for folding and correcting make one.
+        Of norms, which folding takes away, everything that is read counts. Raises SourceError where the model cannot be
+        traced at all.
+        """
+        odd = [name for name, module in self.model.named_modules() if _is_odd(module)]
+        if not odd and self._closed.lent is not None:
+            return self._closed.lent
+        try:
+            return _lent(self.model, odd)
+        except Exception:  # noqa: BLE001  # a user's layer may not be traceable; then it stays closed
+            self.graph  # noqa: B018  # which says why, where the model is not traceable either
+        return _lent(self.model, ()).union(*(_lent_by(self.model, name) for name in odd))
+
+    @cached_property
+    def _closed(self) -> "_Closed":
+        try:
+            return _closed(self.model)
+        except Exception:  # noqa: BLE001  # a user's forward may raise anything, and without the modes it may not
+            return _Closed(_graph(self.model, looks_inside=False), {}, None)
+
+
 def trace(model: nn.Module) -> torch.fx.Graph:
     """The model's graph, which leaves the model as it was. Raises SourceError where torch.fx cannot trace it."""
-    return _graph(model, looks_inside=False)
+    return Traced(model).graph
 
 
 def opened_trace(model: nn.Module) -> torch.fx.Graph:
@@ -86,19 +140,8 @@ def _graph(model: nn.Module, looks_inside: bool) -> torch.fx.Graph:
 
 
 def borrowed_parameters(model: nn.Module) -> set[str]:
-    """Names of parameters and buffers whose values the model uses outside their own module, as torch.fx sees it.
-
-    Layers that compute in their own way are looked into; where torch.fx cannot do that, whatever such a layer could
-    reach counts. A plain layer without a bias lends it where it is asked for, for folding and correcting make one. Of
-    norms, which folding takes away, everything that is read counts. Raises SourceError where the model cannot be
-    traced at all.
-    """
-    odd = [name for name, module in model.named_modules() if _is_odd(module)]
-    try:
-        return _lent(model, odd)
-    except Exception:  # noqa: BLE001  # a user's layer may not be traceable; then it stays closed
-        trace(model)  # which says why, where the model is not traceable either
-    return _lent(model, ()).union(*(_lent_by(model, name) for name in odd))
+    """What a model lends, as Traced.lent says."""
+    return Traced(model).lent
 
 
 def _lent_by(model: nn.Module, name: str) -> set[str]:
@@ -125,6 +168,29 @@ def _shadow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+@dataclass(frozen=True)
+class _Closed:
+    """A trace in which every layer is a node. lent: as in Traced, or None where this trace does not say it."""
+
+    graph: torch.fx.Graph
+    constants: Mapping[str, Tensor]
+    lent: set[str] | None
+
+
+def _closed(model: nn.Module) -> _Closed:
+    """lent: unknown where a layer computes in its own way, or a forward asked for a bias that folding would make."""
+    shadow = _shadow(model)
+    tracer = _Tracer()
+    eager = _EagerReads(tracer)
+    with _TRACING, _PutBack(), eager:
+        graph = tracer.trace(shadow)
+    reads = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    made = {name: getattr(shadow, name, None) for name in reads if "." not in name and not hasattr(model, name)}
+    constants = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    known = not tracer.missed_a_bias and not any(_is_odd(module) for module in shadow.modules())
+    return _Closed(graph, constants, _lent_in(graph, shadow, eager) if known else None)
+
+
 def _lent(model: nn.Module, inside: Collection[str]) -> set[str]:
     """inside: layers that are looked into."""
     shadow = _shadow(model)
@@ -135,6 +201,11 @@ def _lent(model: nn.Module, inside: Collection[str]) -> set[str]:
     eager = _EagerReads(tracer)
     with _TRACING, _PutBack(), eager:
         graph = tracer.trace(shadow)
+    return _lent_in(graph, shadow, eager)
+
+
+def _lent_in(graph: torch.fx.Graph, shadow: nn.Module, eager: "_EagerReads") -> set[str]:
+    """What a graph of the shadow, and what was worked with while it was made, lend."""
     owners = _Owners(shadow)
     reads = [(owners.tensor(node), user) for node in graph.nodes if node.op == "get_attr" for user in node.users]
     lent = {
@@ -143,6 +214,27 @@ def _lent(model: nn.Module, inside: Collection[str]) -> set[str]:
         if (_takes_values(user) or owners.is_norms(tensor)) and not owners.owns(_scope(user), tensor)
     } | {memory(tensor) for tensor, scope in eager.reads if not owners.owns(scope, tensor)}
     return _named(shadow, lent)
+
+
+@contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers and tensors in attributes as they were at the end, whatever the model writes into them as it runs."""
+    held = [tensor for module in model.modules() for name, tensor in _plain_tensors(module)]
+    known = [(tensor, tensor.clone()) for tensor in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in known:
+                if not tensor.equal(values):
+                    tensor.copy_(values)
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_buffers(recurse=False)
+    for name, value in vars(module).items():
+        if name not in ("_modules", "_parameters", "_buffers"):
+            yield from ((name, tensor) for tensor in _held(value) if not isinstance(tensor, nn.Parameter))
 
 
 def _is_odd(module: nn.Module) -> bool:

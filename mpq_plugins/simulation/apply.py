@@ -11,6 +11,7 @@ from ..common.text import first_few
 from ..errors import VerifyError
 from ..models.input_ranges import input_ranges
 from ..models.kinds import quantizable_weights
+from ..models.tracing import Traced
 from ..models.wrappers import renaming
 from ..plans.layers import LayerChoice, Part
 from ..plans.plan import Plan
@@ -41,15 +42,16 @@ def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = Non
     also says how an adapter gets them). Raises MismatchError (other layers or shapes), WeightError (NaN or infinity)
     and what `correct` raises.
     """
-    plan = match(plan, model, rewrapped=True).require(type(model).__name__)
+    traced = Traced(model)
+    plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
     if calibrate is not None:
-        model = correct(model, plan, calibrate)
+        traced = Traced(model := correct(model, plan, calibrate))
     if plan.activation_bits is not None and not _simulates_activations(model, plan):
         warnings.warn(
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
         )
-    return simulated(model, plan)
+    return simulated(traced, plan)
 
 
 def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> tuple[PartCheck, ...]:

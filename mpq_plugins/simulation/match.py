@@ -11,10 +11,11 @@ from ..common.files import unchanged
 from ..common.text import first_few
 from ..errors import MismatchError, WeightError
 from ..measurement.error import weights_fingerprint
+from ..models.tracing import Traced
 from ..models.wrappers import renaming
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
-from ..weights.find import checkpoint_weights, could_be_layers, find_weights, known_by
+from ..weights.find import checkpoint_weights, could_be_layers, known_by, weights_of_module
 from ..weights.from_checkpoint import Known, KnownLayer
 from ..weights.handles import Weight, Weights
 
@@ -51,24 +52,31 @@ def match(
     rewrapped: bool = False,
     key: str | None = None,
     model: nn.Module | None = None,
+    traced: Traced | None = None,
 ) -> Match:
     """Compare a plan with the layers of a module or checkpoint, and on request with its weights (read once).
 
     rewrapped: whether a module may be wrapped otherwise than the plan's was (DataParallel, torch.compile), so that the
     plan to use is the match's; of a checkpoint that is always so. key: of a torch checkpoint, the weights that are
-    meant, where they are not those the plan was made from. model: the module whose checkpoint the source is.
-    Raises SourceError where the source cannot be read.
+    meant, where they are not those the plan was made from. model: the module whose checkpoint the source is. traced:
+    the source, a module, as torch.fx sees it, where that is known. Raises SourceError where the source cannot be read.
     """
     with unchanged(source):
-        return _compared(plan, source, weights, rewrapped, key, model)
+        return _compared(plan, source, weights, rewrapped, key, model, traced)
 
 
 def _compared(
-    plan: Plan, source: nn.Module | str | Path, weights: bool, rewrapped: bool, key: str | None, model: nn.Module | None
+    plan: Plan,
+    source: nn.Module | str | Path,
+    weights: bool,
+    rewrapped: bool,
+    key: str | None,
+    model: nn.Module | None,
+    traced: Traced | None,
 ) -> Match:
     checkpoint = None
     if isinstance(source, nn.Module):
-        found = find_weights(source, fold_bn=plan.fold_bn, refuse=False)
+        found = weights_of_module(traced or Traced(source), fold_bn=plan.fold_bn, refuse=False)
         everything = [name for name, _ in source.named_modules(remove_duplicate=False)]
         own = as_called(plan, [name for weight in found for name in weight.names]) if rewrapped else plan
         remedy = ""

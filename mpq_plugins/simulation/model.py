@@ -5,11 +5,12 @@ from torch import nn
 
 from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
+from ..models.tracing import Traced
 from ..plans.plan import Plan
 from .layer import simulate
 
 
-def simulated(model: nn.Module, plan: Plan) -> nn.Module:
+def simulated(model: nn.Module | Traced, plan: Plan) -> nn.Module:
     """A copy, folded where the plan was measured so, whose planned weights are quantized and dequantized.
 
     The plan has the model's own names (see match). Raises WeightError (NaN or infinity).

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ..errors import SettingError, SourceError, WeightError
 from ..models.folding import conv_bn_pairs
+from ..models.tracing import Traced
 from ..models.wrappers import renaming
 from ..plans.names import are_experts, is_weight, layer_name, weight_name
 from .averages import refuse_averages
@@ -53,9 +54,7 @@ def find_weights(
     if isinstance(source, nn.Module):
         if weights is not None or model is not None:
             raise SettingError("weights, model: they say what a checkpoint holds, and the source is a module itself")
-        pairs = conv_bn_pairs(source) if fold_bn else {}
-        found, left_alone = module_weights(source, pairs)
-        return _chosen_weights(found, left_alone, skip, only, refuse, type(source).__name__, pairs=pairs)
+        return weights_of_module(Traced(source), skip, only, fold_bn, refuse)
     if fold_bn:
         raise SettingError(
             f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
@@ -69,6 +68,19 @@ def find_weights(
     if refuse and not only:
         refuse_averages({name: weight.shape for weight in stored for name in weight.names}, str(source))
     return stored
+
+
+def weights_of_module(
+    traced: Traced,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    fold_bn: bool = False,
+    refuse: bool = True,
+) -> Weights:
+    """The weights of a module, which is traced where BatchNorm is folded in. See find_weights."""
+    pairs = conv_bn_pairs(traced) if fold_bn else {}
+    found, left_alone = module_weights(traced.model, pairs)
+    return _chosen_weights(found, left_alone, skip, only, refuse, type(traced.model).__name__, pairs=pairs)
 
 
 def checkpoint_weights(
