@@ -39,7 +39,7 @@ from ..models.folding import borrowed_weights, folded_copy
 from ..models.kinds import layer_kind, quantizable_weights
 from ..models.plain import is_plain
 from ..models.running import checked_batches, evaluating, first_input, run_model
-from ..models.tracing import BATCH_NORMS, CONVOLUTIONS
+from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
 from ..quantization.fitted import check_fits, fitted
@@ -75,9 +75,10 @@ def correct(
     """
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage <= 2:
         raise SettingError(f"shrinkage: {shrinkage!r} is not allowed; a number from 0 to 2")
-    plan = match(plan, model, rewrapped=True).require(type(model).__name__)
+    traced = Traced(model)
+    plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
     given = checked_batches(batches)
-    copied = folded_copy(model, plan)
+    copied = folded_copy(traced, plan)
     exact = duplicate(copied) if fit_ranges else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)

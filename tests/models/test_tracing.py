@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins.errors import SourceError
-from mpq_plugins.models.tracing import borrowed_parameters, trace
+from mpq_plugins.models import tracing
+from mpq_plugins.models.tracing import Traced, borrowed_parameters, tensors_kept, trace
+from tests.helpers import odd
 
 
 class Pair(nn.Module):
@@ -166,3 +168,44 @@ def test_one_layer_that_cannot_be_looked_into_closes_no_other() -> None:
     first = nn.Linear(4, 4)
     closed = Holding(first, traceable=False)
     assert borrowed_parameters(nn.Sequential(first, closed, LowRank())) == {"0.weight", "0.bias"}
+
+
+def test_one_trace_says_what_a_second_would() -> None:
+    known = 0
+    for make in odd.CONVOLUTIONS.values():
+        for wiring in odd.WIRINGS.values():
+            model = wiring(make(), nn.BatchNorm2d(odd.CHANNELS)).eval()
+            try:
+                lent = Traced(model)._closed.lent
+            except SourceError:
+                continue
+            if lent is not None:
+                known += 1
+                assert lent == tracing._lent(model, ())
+    assert known > 10
+
+
+def test_a_model_is_traced_when_first_asked_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    closed = tracing._closed
+    monkeypatch.setattr(tracing, "_closed", lambda model: traces.append(model) or closed(model))  # type: ignore[func-returns-value]
+    traced = Traced(net(lambda s, x: s.b(s.a(x))))
+    assert traces == []
+    assert traced.lent == set()
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    assert traces == [traced.model]
+    assert Traced.of(traced) is traced
+
+
+def test_tensors_that_a_run_writes_into_are_kept() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("calls", torch.zeros(2))
+    model.plain = torch.zeros(2)
+    weight = model.weight.clone()
+    with tensors_kept(model):
+        for tensor in (model.calls, model.plain):
+            assert isinstance(tensor, Tensor)
+            tensor.add_(1)
+    assert torch.equal(model.calls, torch.zeros(2))  # type: ignore[arg-type]
+    assert torch.equal(model.plain, torch.zeros(2))
+    assert model.weight.equal(weight)
