@@ -69,26 +69,40 @@ def check_traced(plan: Plan, traced: Traced) -> None:
 
 def _troubles(layer: LayerChoice, model: nn.Module, aside: set[int]) -> Iterator[str]:
     for name in layer.names:
-        module = model.get_submodule(name)
-        own, weight = type(module).__name__, cast(Tensor, module.weight)
-        if hasattr(module, "weight_quant"):
-            yield f"{name!r} is quantized by Brevitas already: give the float model"
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            yield f"{name!r} is MultiheadAttention's own, which never calls it as a module: skip it"
-        elif weight.dtype != FLOAT:
-            yield f"{name!r} is {weight.dtype}, and Brevitas would round it otherwise: model.float(), or skip it"
-        elif why_not_plain(module, hooks=False):
-            yield f"{name!r} {why_not_plain(module, hooks=False)}, and its Brevitas twin as torch's class: skip it"
-        elif lost_names(module):
-            yield f"{name!r} is a {own} whose {lost_names(module)} its Brevitas twin would lack: skip it"
-        elif {*module.state_dict()} - {"weight", "bias"} or [*module.children()]:
-            yield f"{name!r} is a {own} with state of its own, which its Brevitas twin would lose: skip it"
-        elif id(module) in aside:
-            yield f"{name!r} is held in a list or attribute besides its name, and would stay in float there: skip it"
-        elif module._forward_hooks or module._forward_pre_hooks:
-            yield f"{name!r} has forward hooks, which its Brevitas twin would lose: remove them, or skip it"
+        module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        problem = _unfit(module, parent) or _lost(module, aside)
+        if problem:
+            yield f"{name!r} {problem}"
     if layer.tied and layer.scheme.granularity == "per_group":
         yield f"{layer.name!r} shares its weight, and Brevitas does not share quantizers per group: skip it"
+
+
+def _unfit(module: nn.Module, parent: nn.Module) -> str | None:
+    """Why Brevitas would not quantize a layer, or to other values."""
+    weight = cast(Tensor, module.weight)
+    if hasattr(module, "weight_quant"):
+        return "is quantized by Brevitas already: give the float model"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "is MultiheadAttention's own, which never calls it as a module: skip it"
+    if weight.dtype != FLOAT:
+        return f"is {weight.dtype}, and Brevitas would round it otherwise: model.float(), or skip it"
+    return None
+
+
+def _lost(module: nn.Module, aside: set[int]) -> str | None:
+    """What of a layer its Brevitas twin would lack, or not stand in for."""
+    kind = type(module).__name__
+    if why := why_not_plain(module, hooks=False):
+        return f"{why}, and its Brevitas twin as torch's class: skip it"
+    if names := lost_names(module):
+        return f"is a {kind} whose {names} its Brevitas twin would lack: skip it"
+    if {*module.state_dict()} - {"weight", "bias"} or [*module.children()]:
+        return f"is a {kind} with state of its own, which its Brevitas twin would lose: skip it"
+    if id(module) in aside:
+        return "is held in a list or attribute besides its name, and would stay in float there: skip it"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks, which its Brevitas twin would lose: remove them, or skip it"
+    return None
 
 
 def check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
