@@ -129,11 +129,11 @@ def lost_names(module: nn.Module) -> str:
 
 def _held_aside(model: nn.Module) -> set[int]:
     """The modules, by id, that a list, dict or plain attribute of some module holds, where replacing cannot reach."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for module in model.modules():
         for name, value in vars(module).items():
             if name.startswith("_") and name in MODULE_NAMES:
                 continue
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            found |= {id(one) for one in held if isinstance(one, nn.Module)}
-    return found
+            ids |= {id(one) for one in held if isinstance(one, nn.Module)}
+    return ids

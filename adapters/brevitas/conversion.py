@@ -80,9 +80,9 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         old = quantized.get_submodule(name)
         if bit_widths(old) is not None:
             continue  # within a module of two names, and replaced already
-        parent, _, own = name.rpartition(".")
+        parent, _, last = name.rpartition(".")
         if id(old) in made:
-            setattr(quantized.get_submodule(parent), own, made[id(old)])
+            setattr(quantized.get_submodule(parent), last, made[id(old)])
             continue
         weight, trains = cast(nn.Parameter, old.weight), old.training
         standard = next(cls for cls in LAYERS if isinstance(old, cls))
@@ -103,7 +103,7 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         if old is quantized:
             root: nn.Module = new
             return root
-        setattr(quantized.get_submodule(parent), own, new)
+        setattr(quantized.get_submodule(parent), last, new)
     return quantized
 
 

@@ -156,25 +156,27 @@ def _write(model: nn.Module, path: Path, inputs: tuple[Any, ...], format: Format
         raise SettingError(f"{format}: {type(model).__name__} cannot be exported ({what_it_said(error)})") from error
 
 
-def _check_weights(expected: dict[str, FileWeight], found: list[FileWeight], format: Format) -> None:
+def _check_weights(expected: dict[str, FileWeight], stored: list[FileWeight], format: Format) -> None:
     """Find every layer's weight in the file, with its bits."""
     problems = []
-    for name, own in expected.items():
-        same = [weight for weight in found if weight.value.shape == own.value.shape and weight.value.equal(own.value)]
+    for name, layer in expected.items():
+        same = [
+            weight for weight in stored if weight.value.shape == layer.value.shape and weight.value.equal(layer.value)
+        ]
         if not same:
             problems.append(f"{name!r} is not in the file as it is in the model (does the example reach it?)")
-        elif own.bits not in {weight.bits for weight in same}:
-            problems.append(f"{name!r} has {same[0].bits} bits in the file, and not {own.bits}")
+        elif layer.bits not in {weight.bits for weight in same}:
+            problems.append(f"{name!r} has {same[0].bits} bits in the file, and not {layer.bits}")
     if problems:
         raise VerifyError(f"{format}: the file does not hold the model: {first_few(problems)}")
 
 
-def _check_activations(bits: int | None, layers: int, found: list[int], format: Format) -> None:
+def _check_activations(bits: int | None, layers: int, stored: list[int], format: Format) -> None:
     """Every planned layer's input is quantized in the file, to the plan's bits."""
     expected = {bits} if layers else set()
-    if {*found} != expected or len(found) < layers:
+    if {*stored} != expected or len(stored) < layers:
         raise VerifyError(
-            f"{format}: the file quantizes {len(found)} inputs, to {sorted({*found})} bits; the model those of "
+            f"{format}: the file quantizes {len(stored)} inputs, to {sorted({*stored})} bits; the model those of "
             f"{layers} layers, to {sorted(map(str, expected))}"
         )
 

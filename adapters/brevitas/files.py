@@ -76,7 +76,7 @@ def _with_shared(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     names: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         names.setdefault(id(value), []).append(name)
-    shared = {name: state[own] for same in names.values() for own in same if own in state for name in same}
+    shared = {name: state[stored] for same in names.values() for stored in same if stored in state for name in same}
     return state | shared
 
 

@@ -237,5 +237,5 @@ def _view(integers: IntegerWeight, ndim: int, grouped: bool) -> Any:
 
 
 def _described(choice: Tensor) -> str:
-    found = LayerChoice.model_validate_json(bytes(choice.tolist()))
-    return f"{found.bits_text} bits, {found.scheme}"
+    layer = LayerChoice.model_validate_json(bytes(choice.tolist()))
+    return f"{layer.bits_text} bits, {layer.scheme}"

@@ -198,10 +198,10 @@ def _call(block: nn.Module, inputs: Call) -> Tensor:
 
 def _first(output: Any) -> Tensor:
     """A block's output; of several, the first."""
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(found, Tensor) or found.dim() == 0:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor) or first.dim() == 0:
         raise MismatchError(f"learned_round: a block gives a {type(output).__name__}, no tensor; choose other blocks")
-    return found
+    return first
 
 
 def _round_to_learned(module: nn.Module, injector: Any) -> None:

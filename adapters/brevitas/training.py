@@ -85,15 +85,15 @@ def distillation(teacher: nn.Module) -> Loss:
         with torch.no_grad():
             target = _logits(run(fixed, batch))
         logits = _logits(run(model, batch))
-        own, wanted = (F.log_softmax(values.reshape(-1, values.shape[-1]), -1) for values in (logits, target))
-        return F.kl_div(own, wanted, reduction="batchmean", log_target=True)
+        reached, wanted = (F.log_softmax(values.reshape(-1, values.shape[-1]), -1) for values in (logits, target))
+        return F.kl_div(reached, wanted, reduction="batchmean", log_target=True)
 
     return loss
 
 
 def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple | list) and found else found
-    if not isinstance(found, Tensor) or found.dim() == 0:
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
+    if not isinstance(logits, Tensor) or logits.dim() == 0:
         raise SettingError(f"distillation: the model gives a {type(output).__name__}, no logits; write your own loss")
-    return found
+    return logits

@@ -112,10 +112,10 @@ def _greedy(
     given = given_batches(batches)
     tuned = ready(quantized)
     reached = called_layers(tuned, given)
-    layers = {own: module for own, module in tuned.named_modules() if is_quantized(module)}
-    if not any(isinstance(layers[own], GREEDY) for own in reached):
+    layers = {layer: module for layer, module in tuned.named_modules() if is_quantized(module)}
+    if not any(isinstance(layers[layer], GREEDY) for layer in reached):
         raise SettingError(f"{name}: the batches reach no layer that Brevitas has it for (linear, convolutions)")
-    moving = [repr(own) for own, module in layers.items() if _scale_moves(module)]
+    moving = [repr(layer) for layer, module in layers.items() if _scale_moves(module)]
     if moving:
         raise SettingError(
             f"{name} would do nothing to {first_few(moving, ', ')}, whose scales follow their weights as these change: "
@@ -123,7 +123,7 @@ def _greedy(
         )
     require_float(tuned, name)
     begin_at_float(layers)
-    before = {own: weight_codes(module).codes for own, module in layers.items()}
+    before = {layer: weight_codes(module).codes for layer, module in layers.items()}
     own_forward = "forward" in vars(tuned)
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
@@ -138,7 +138,7 @@ def _greedy(
         vars(tuned).pop("forward", None)  # which Brevitas leaves on the instance
     _weigh(name, caught)
     _require_finite(tuned, name)
-    finish(name, tuned, before, {own for own in reached if isinstance(layers[own], GREEDY)}, calls=2)
+    finish(name, tuned, before, {layer for layer in reached if isinstance(layers[layer], GREEDY)}, calls=2)
     return tuned
 
 
@@ -147,8 +147,8 @@ def finish(name: str, tuned: nn.Module, before: Mapping[str, Tensor], treated: C
 
     calls: how many are between the user's and this one. Raises SettingError where every code is as it was before.
     """
-    layers = {own: tuned.get_submodule(own) for own in before}
-    same = [own for own, module in layers.items() if weight_codes(module).codes.equal(before[own])]
+    layers = {layer: tuned.get_submodule(layer) for layer in before}
+    same = [layer for layer, module in layers.items() if weight_codes(module).codes.equal(before[layer])]
     if len(same) == len(layers):
         raise SettingError(
             f"{name} changed no code: the batches say nothing that rounding to nearest has not got right"
@@ -157,7 +157,7 @@ def finish(name: str, tuned: nn.Module, before: Mapping[str, Tensor], treated: C
         weight = cast(Tensor, module.weight)
         weight.data.copy_(weight_codes(module).value.reshape(weight.shape))
     mark(tuned)
-    left = [repr(own) for own in same if own not in treated]
+    left = [repr(layer) for layer in same if layer not in treated]
     if left:
         warnings.warn(
             f"{name} leaves {first_few(left, ', ')} as they were: reached by no batch, or of a kind that Brevitas has "
@@ -170,10 +170,10 @@ def _scale_moves(module: nn.Module) -> bool:
     """Whether a layer's scale is worked out of its weights each time."""
     quantizer, weight = cast(Any, module).weight_quant.tensor_quant, cast(Tensor, module.weight)
     with torch.no_grad():
-        scale, own = quantizer(weight)[1].clone(), weight.clone()
+        scale, before = quantizer(weight)[1].clone(), weight.clone()
         weight.mul_(2)
         moved = not scale.equal(quantizer(weight)[1])
-        weight.copy_(own)
+        weight.copy_(before)
     return moved
 
 
@@ -196,10 +196,10 @@ def _weigh(name: str, caught: list[warnings.WarningMessage]) -> None:
 
 
 def _require_finite(tuned: nn.Module, name: str) -> None:
-    layers = [(own, module) for own, module in tuned.named_modules() if is_quantized(module)]
+    layers = [(layer, module) for layer, module in tuned.named_modules() if is_quantized(module)]
     broken = [
-        repr(own)
-        for own, module in layers
+        repr(layer)
+        for layer, module in layers
         if not all(torch.isfinite(value).all() for value in (*module.parameters(), *module.buffers()))
     ]
     if broken:

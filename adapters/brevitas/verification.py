@@ -54,19 +54,19 @@ def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
 def _verified(quantized: nn.Module, plan: Plan, traced: Traced | None, batch: Any) -> tuple[LayerCheck, ...]:
     original = None if traced is None else as_measured(traced, plan)
     planned = planned_by_name(plan)
-    found = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
-    problems = [f"{name!r} is missing" for name in planned if name not in found]
+    modules = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
+    problems = [f"{name!r} is missing" for name in planned if name not in modules]
     checks: dict[str, LayerCheck] = {}
     for name, layer in planned.items():
-        module = found.get(name)
-        own = None if original is None else original.get_submodule(name)
-        wrong = [] if module is None else [*_problems(module, layer, plan.activation_bits, own)]
+        module = modules.get(name)
+        float_layer = None if original is None else original.get_submodule(name)
+        wrong = [] if module is None else [*_problems(module, layer, plan.activation_bits, float_layer)]
         problems += [f"{name!r} {problem}" for problem in wrong]
         if module is not None and not wrong and layer.name not in checks:
             checks[layer.name] = _check(module, layer)
-    problems += _quantized_besides(quantized, {id(found[name]) for name in planned if name in found})
+    problems += _quantized_besides(quantized, {id(modules[name]) for name in planned if name in modules})
     for layer in planned_layers(plan):
-        tensors = {id(found[name].weight) for name in layer.names if name in found}
+        tensors = {id(modules[name].weight) for name in layer.names if name in modules}
         if len(tensors) > 1:
             problems.append(f"{layer.name!r} is no longer tied to {layer.tied[0]!r}")
     if original is not None:

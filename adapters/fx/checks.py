@@ -72,9 +72,9 @@ def check_calls(plan: Plan, folded: Folded, graph: torch.fx.Graph) -> None:
     uses = Counter(aliases[name] for name in calls.elements())
     borrowed = borrowed_weights(folded.traced)
     problems = [_trouble(layer, modules[layer.name], uses, borrowed) for layer in planned_layers(plan)]
-    found = [problem for problem in problems if problem]
-    if found:
-        raise MismatchError(f"fx cannot run this plan on {type(folded.model).__name__}: {first_few(found)}")
+    troubles = [problem for problem in problems if problem]
+    if troubles:
+        raise MismatchError(f"fx cannot run this plan on {type(folded.model).__name__}: {first_few(troubles)}")
 
 
 def check_example(baked: nn.Module, exact: nn.Module, names: Collection[str], inputs: tuple[Any, ...]) -> None:
@@ -119,17 +119,17 @@ def _seeded_run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
 @contextmanager
 def _single_samples(model: nn.Module, names: Collection[str]) -> Iterator[list[str]]:
     """The layers that are given samples without a batch's dimension, while the model runs."""
-    found: list[str] = []
+    single: list[str] = []
 
     def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         weight = cast(Tensor, layer.weight)
         if first_input(args, kwargs).dim() < weight.dim():
-            found.append(f"{name!r} is")
+            single.append(f"{name!r} is")
 
     layers = {name: model.get_submodule(name) for name in names}
     handles = [layer.register_forward_pre_hook(partial(look, name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        yield found
+        yield single
     finally:
         for handle in handles:
             handle.remove()

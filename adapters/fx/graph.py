@@ -51,8 +51,8 @@ def divide(root: nn.Module, graph: torch.fx.Graph, planned: Collection[str]) -> 
     for node in list(graph.nodes):
         _wall(graph, node, [user for user in node.users if _is_border(node, user, codes, modules)], node in codes)
     sums = [node for node in graph.nodes if node.op == "call_function" and node.target is torch.add]
-    own = tuple(name for name in names if name not in planned)
-    return InCodes(own, tuple(place for place, node in enumerate(sums) if node in codes))
+    between = tuple(name for name in names if name not in planned)
+    return InCodes(between, tuple(place for place, node in enumerate(sums) if node in codes))
 
 
 def _calls(node: Node, names: Collection[str]) -> bool:
@@ -61,10 +61,10 @@ def _calls(node: Node, names: Collection[str]) -> bool:
 
 def _keep(root: nn.Module, node: Node, planned: Collection[str], modules: Mapping[str, nn.Module]) -> bool:
     """Have an operator stay in codes, where it is one that can."""
-    own = _relu(node, planned, modules) or _pool(node, modules)
-    if own is not None:
+    operator_ = _relu(node, planned, modules) or _pool(node, modules)
+    if operator_ is not None:
         name = _unused(root, f"{node.name}_in_codes")
-        root.add_module(name, own.train(root.training))
+        root.add_module(name, operator_.train(root.training))
         node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
     elif _is_sum(node):
         node.op, node.target = "call_function", torch.add

@@ -65,9 +65,9 @@ def _sharing(value: Node, change: Node, modules: Mapping[str, nn.Module]) -> Ite
         value = value.all_input_nodes[0]
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        yield found
-        waiting += [user for user in found.users if user is not change and _views(user, modules)]
+        shared = waiting.pop()
+        yield shared
+        waiting += [user for user in shared.users if user is not change and _views(user, modules)]
 
 
 def _views(node: Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -122,8 +122,8 @@ def _mapping(
     observer = OBSERVERS[activation_observer]
     activation = FakeQuantize.with_args(observer=observer, **settings) if qat else observer.with_args(**settings)
     mapping = QConfigMapping().set_global(None)
-    for name, own in baked.integers.items():
-        weight = PlanWeight.with_args(choice=plan.by_name[name], integers=own, qat=qat)
+    for name, integers in baked.integers.items():
+        weight = PlanWeight.with_args(choice=plan.by_name[name], integers=integers, qat=qat)
         mapping.set_module_name(name, QConfig(activation=activation, weight=weight))
     unweighted = QConfig(activation=activation, weight=default_weight_observer)
     for name in baked.in_codes.modules:
@@ -160,15 +160,15 @@ def prepare(
 def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
     """End QAT: set every weight to what its integers mean, and return those, for `verify`; evaluation mode after."""
     prepared.eval()
-    found: dict[str, IntegerWeight] = {}
+    trained: dict[str, IntegerWeight] = {}
     for module in prepared.modules():
         quantizer = getattr(module, "weight_fake_quant", None)
         if isinstance(quantizer, PlanWeight):
             weight = cast(Tensor, module.weight)
-            quantizer.integers = found[quantizer.choice.name] = integer_weight(weight, quantizer.choice)
+            quantizer.integers = trained[quantizer.choice.name] = integer_weight(weight, quantizer.choice)
             with torch.no_grad():
                 weight.copy_(quantizer.integers.dequantized())
-    return found
+    return trained
 
 
 def check(plan: Plan, model: nn.Module) -> None:
@@ -234,8 +234,8 @@ def _set_weights(model: nn.Module, integers: dict[str, IntegerWeight]) -> None:
     """Set every planned weight to what its integers mean."""
     for name, weight in integers.items():
         layer = model.get_submodule(name)
-        own = cast(Tensor, layer.weight)
-        layer.weight = nn.Parameter(weight.dequantized().to(own), requires_grad=own.requires_grad)
+        before = cast(Tensor, layer.weight)
+        layer.weight = nn.Parameter(weight.dequantized().to(before), requires_grad=before.requires_grad)
 
 
 def needs_reduced_range() -> bool:

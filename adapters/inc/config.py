@@ -85,7 +85,7 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
         """The configuration as JSON has it, local ones and white_list included; `from_dict` reads it."""
         parameters: dict[str, Any] = _plain(self.get_params_dict())
         if isinstance(self.white_list, list):
-            parameters["white_list"] = [_key(own) for own in self.white_list]
+            parameters["white_list"] = [_key(listed) for listed in self.white_list]
         local = {
             _key(key): _plain(config.get_params_dict()) if isinstance(config, PlanningConfig) else {"dtype": FLOAT}
             for key, config in self.own_local().items()
@@ -111,11 +111,11 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
             return cls(**{str(name): value for name, value in config_dict.items()})
         _refuse_unknown(cls, {name: None for name in config_dict if name not in (GLOBAL, LOCAL)})
         local = config_dict.get(LOCAL) or {}
-        if not isinstance(local, dict) or not all(isinstance(own, dict) for own in local.values()):
+        if not isinstance(local, dict) or not all(isinstance(document, dict) for document in local.values()):
             raise SettingError(f"{cls.__name__}: {LOCAL} is to be a dict of configurations by name")
         config = cls.from_dict(config_dict[GLOBAL]) if GLOBAL in config_dict else cls(white_list=EMPTY_WHITE_LIST)
-        for name, own in local.items():
-            config.set_local(name, RTNConfig(dtype=FLOAT) if own == {"dtype": FLOAT} else cls.from_dict(own))
+        for name, document in local.items():
+            config.set_local(name, RTNConfig(dtype=FLOAT) if document == {"dtype": FLOAT} else cls.from_dict(document))
         return config
 
     def expand(self) -> list["PlanningConfig"]:
@@ -126,7 +126,7 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
     def variants(self) -> list["PlanningConfig"]:
         """The same, in the order of the lists."""
         values = self.get_params_dict()
-        varied = {name: own for name, own in values.items() if several(name, own, self.sequences)}
+        varied = {name: value for name, value in values.items() if several(name, value, self.sequences)}
         if not varied:
             return [self]
         made = []
@@ -156,13 +156,13 @@ class PlanningConfig(TorchBaseConfig):  # type: ignore[misc]  # Neural Compresso
     ) -> "OrderedDict[tuple[str, str], PlanningConfig]":
         """Every layer's configuration, by name and type; layers that stay in float are not in it."""
         layers = list(model_info or [])
-        found: dict[tuple[str, str], Any] = {}
+        configs: dict[tuple[str, str], Any] = {}
         if self.global_config is not None:
-            found = dict.fromkeys(layers, self)
+            configs = dict.fromkeys(layers, self)
         for key, config in self.local_config.items():
-            found.update(dict.fromkeys(matching(key, layers), config))
-        own = [layer for layer in layers if getattr(found.get(layer), "name", "") == self.name]
-        kept = OrderedDict((layer, found[layer]) for layer in own)
+            configs.update(dict.fromkeys(matching(key, layers), config))
+        ours = [layer for layer in layers if getattr(configs.get(layer), "name", "") == self.name]
+        kept = OrderedDict((layer, configs[layer]) for layer in ours)
         if not kept:
             raise MismatchError(f"{type(self).__name__}: quantizes none of the model's {len(layers)} layers")
         return kept
@@ -211,8 +211,8 @@ class AllocatingConfig(PlanningConfig):
         if listed:
             first = listed[0]
             raise SettingError(f"{first}: {values[first]!r} are several values, which autotune tries; give one")
-        own = {name: value for name, value in values.items() if name not in ("scheme", "skip")}
-        return cast(Allocator, self.allocator_class(**own))
+        parameters = {name: value for name, value in values.items() if name not in ("scheme", "skip")}
+        return cast(Allocator, self.allocator_class(**parameters))
 
     def plan_for(self, model: nn.Module, left_out: Sequence[str] = ()) -> Plan:
         """Measure the weights, and allocate."""

@@ -22,13 +22,13 @@ def mark(model: nn.Module, plan: Plan, configs: Any, save: Callable[..., None]) 
 
     Into its dict, for a module may forbid attributes, or have some of these names itself.
     """
-    own = vars(model)
-    own["mpq_plan"] = plan
-    own["mpq_weights"] = weights_digest(model)
+    attributes = vars(model)
+    attributes["mpq_plan"] = plan
+    attributes["mpq_weights"] = weights_digest(model)
     if not hasattr(model, "qconfig"):
-        own["qconfig"] = configs
+        attributes["qconfig"] = configs
     if not hasattr(model, "save"):
-        own["save"] = functools.partial(save, model)
+        attributes["save"] = functools.partial(save, model)
 
 
 def plan_of(quantized: nn.Module) -> Plan:

@@ -37,7 +37,7 @@ def checked_white_list(value: Any) -> Any:
     """Neural Compressor's `*`, None, or a list of names and module types. Raises SettingError."""
     if value in (DEFAULT_WHITE_LIST, EMPTY_WHITE_LIST):
         return value
-    if isinstance(value, list | tuple) and value and all(isinstance(own, str | type) for own in value):
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str | type) for item in value):
         return list(value)
     raise SettingError(f"white_list: {value!r:.60} is not allowed; a list of names or module types, '*' or None")
 

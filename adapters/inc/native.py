@@ -84,8 +84,8 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
     for layer in planned:
         scheme = cast(Affine, layer.scheme)
         group_size = -1 if scheme.group_size is None else scheme.group_size
-        own = ExactRTNConfig(bits=layer.bits, use_sym=scheme.symmetric, group_size=group_size, **common)
-        config.set_local(f"^{re.escape(layer.name)}$", own)
+        layer_config = ExactRTNConfig(bits=layer.bits, use_sym=scheme.symmetric, group_size=group_size, **common)
+        config.set_local(f"^{re.escape(layer.name)}$", layer_config)
     return config
 
 
@@ -98,8 +98,8 @@ class Exact:
         Raises SettingError, MismatchError and WeightError for what RTN would spoil.
         """
         check_float(model)
-        found = super().get_model_info(model)  # type: ignore[misc]
-        packed = [name for name, _ in found if any(re.match(key, name) for key in self._patterns())]
+        layers = super().get_model_info(model)  # type: ignore[misc]
+        packed = [name for name, _ in layers if any(re.match(key, name) for key in self._patterns())]
         lent = lent_weights(Traced(model))
         for name in packed:
             layer = model.get_submodule(name)
@@ -112,12 +112,12 @@ class Exact:
             if weight.dtype not in DTYPES:
                 raise SettingError(f"{name!r}: is {weight.dtype}, and RTN packs float32 and float16; convert it first")
             check_weight(weight, name)
-        return cast("list[tuple[str, str]]", found)
+        return cast("list[tuple[str, str]]", layers)
 
     def _patterns(self) -> list[str]:
         """Of the plan's names; RTN adds its own, of heads to keep in float."""
-        own = self.local_config  # type: ignore[attr-defined]
-        return [key for key in own if isinstance(key, str) and key not in LM_HEAD_NAMES]
+        keys = self.local_config  # type: ignore[attr-defined]
+        return [key for key in keys if isinstance(key, str) and key not in LM_HEAD_NAMES]
 
     def to_config_mapping(
         self, config_list: Any = None, model_info: Sequence[tuple[str, str]] | None = None
@@ -126,20 +126,20 @@ class Exact:
         # RTN looks for transformers as it is imported, and fails where that came later.
         if "transformers" in sys.modules and not hasattr(rtn, "transformers"):
             cast(Any, rtn).transformers = sys.modules["transformers"]
-        found = super().to_config_mapping(config_list, model_info)  # type: ignore[misc]
-        lost = [repr(key) for key in self._patterns() if not any(re.match(key, name) for name, _ in found)]
+        mapping = super().to_config_mapping(config_list, model_info)  # type: ignore[misc]
+        lost = [repr(key) for key in self._patterns() if not any(re.match(key, name) for name, _ in mapping)]
         if lost:
             raise MismatchError(
                 f"{first_few(lost, ', ')}: match no linear layer of the model; the plan was made for another one"
             )
-        others = [repr(name) for name, kind in found if kind == READ_BY_OTHERS]
+        others = [repr(name) for name, kind in mapping if kind == READ_BY_OTHERS]
         if others:
             raise SettingError(
                 f"{first_few(others, ', ')}: MultiheadAttention reads the weight itself, and fails on a packed one: "
                 "skip it, or use apply()"
             )
         # Its load takes for fc1 the last entry whose name contains fc1, so fc10's must come before.
-        return OrderedDict(sorted(found.items(), key=lambda item: -len(item[0][0])))
+        return OrderedDict(sorted(mapping.items(), key=lambda item: -len(item[0][0])))
 
 
 class ExactRTNConfig(Exact, RTNConfig):  # type: ignore[misc]

@@ -151,7 +151,7 @@ def _smallest_first(model: nn.Module, tune_config: TuningConfig) -> list[Plannin
     made = {}
     for config in configs:
         layers = config.to_config_mapping(model_info=config.get_model_info(model))
-        made[id(config)] = joint_plan(model, {name: own for (name, _), own in layers.items()})
+        made[id(config)] = joint_plan(model, {name: layer_config for (name, _), layer_config in layers.items()})
     order = smallest_first(list(made.values()))
     by_plan = {id(made[id(config)]): config for config in reversed(configs)}
     return [by_plan[id(plan)] for plan in order]

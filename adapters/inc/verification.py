@@ -44,23 +44,23 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     original = as_measured(traced, plan)
     planned = planned_by_name(plan)
     wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}
-    found = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}
-    problems = [f"{name!r} is missing" for name in wanted if name not in found]
-    problems += [f"{name!r} is not a layer of the model's" for name in found if name not in wanted]
+    modules = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}
+    problems = [f"{name!r} is missing" for name in wanted if name not in modules]
+    problems += [f"{name!r} is not a layer of the model's" for name in modules if name not in wanted]
     checks: list[LayerCheck] = []
-    for name in (name for name in wanted if name in found):
-        layer, module = planned.get(name), found[name]
+    for name in (name for name in wanted if name in modules):
+        layer, module = planned.get(name), modules[name]
         problem, ties = _problem(module, wanted[name], layer)
         if problem:
             problems.append(f"{name!r} {problem}")
         elif layer is not None and name == layer.name:
             stored = PACKED if isinstance(module, WeightOnlyLinear) else str(cast(Tensor, module.weight).dtype)
             checks.append(LayerCheck.of(layer, stored, ties=ties))
-    packed = [name for name, module in found.items() if isinstance(module, WeightOnlyLinear)]
-    seen = {_in(name, own) for name in wanted for own in ("weight", *(("bias",) if name in packed else ()))}
+    packed = [name for name, module in modules.items() if isinstance(module, WeightOnlyLinear)]
+    seen = {_in(name, parameter) for name in wanted for parameter in ("weight", *(("bias",) if name in packed else ()))}
     problems += changed_state(quantized, original, seen)
     problems += changed_modules(quantized, original, packed)
-    weights = {name: getattr(module, "weight", None) for name, module in found.items()}
+    weights = {name: getattr(module, "weight", None) for name, module in modules.items()}
     for layer in plan.layers:
         lost = [name for name in layer.tied if weights.get(name) is not weights.get(layer.name)]
         problems += [f"{name!r} is no longer tied to {layer.name!r}" for name in lost]
@@ -86,23 +86,23 @@ def _problem(module: nn.Module, original: nn.Module, layer: LayerChoice | None) 
             return "is packed, and the plan leaves it in float", 0
         bias = cast("Tensor | None", getattr(original, "bias", None))
         return _packed_problem(module, integer_weight(weight, layer), layer.bits, bias)
-    own = module.weight
+    stored = module.weight
     made = weight if layer is None else simulate(weight, layer)
-    same = isinstance(own, Tensor) and own.shape == made.shape and (own.is_meta or own.equal(made))
+    same = isinstance(stored, Tensor) and stored.shape == made.shape and (stored.is_meta or stored.equal(made))
     return "" if same and type(module) is type(original) else "is not what the plan makes of the model's", 0
 
 
-def _packed_problem(module: Any, own: IntegerWeight, bits: int | None, bias: Tensor | None) -> tuple[str, int]:
+def _packed_problem(module: Any, expected: IntegerWeight, bits: int | None, bias: Tensor | None) -> tuple[str, int]:
     """How a packed layer differs from the plan's integers, in words, if it does; and how many ties went elsewhere."""
     if module.bits != bits:
         return f"is packed at {module.bits} bits, the plan has {bits}", 0
     weight = module.recover().float()
-    if weight.shape != own.codes.shape:
-        return f"has shape {list(weight.shape)}, the plan {list(own.codes.shape)}", 0
+    if weight.shape != expected.codes.shape:
+        return f"has shape {list(weight.shape)}, the plan {list(expected.codes.shape)}", 0
     if not weight.isfinite().all():
         return "has weights beyond float16, which Neural Compressor keeps scales in; use apply()", 0
-    group = own.codes.shape[1] // own.scale.shape[1]
-    levels_off = (weight - own.dequantized()).abs() / own.scale.repeat_interleave(group, 1)
+    group = expected.codes.shape[1] // expected.scale.shape[1]
+    levels_off = (weight - expected.dequantized()).abs() / expected.scale.repeat_interleave(group, 1)
     ties = int((levels_off > SLACK).sum())
     between = ((levels_off > SLACK) & ((levels_off - 1).abs() > SLACK)).any()
     if between or ties > max(1, weight.numel() // CODES_PER_TIE):

@@ -33,9 +33,9 @@ class PlanAdaptor(PyTorchWeightOnlyAdaptor):  # type: ignore[misc]  # Neural Com
     @torch.inference_mode(False)
     def quantize(self, tune_cfg: dict[str, Any], model: Any, dataloader: Any, calib_func: Any = None) -> Any:
         """A quantized copy of the model, in Neural Compressor's wrapper."""
-        own = model.model
+        network = model.model
         # A copy of the wrapper around the quantized module, in the place of a copy of the user's.
-        q_model = copy.deepcopy(model, {id(own): simulated(own, carried_plan(tune_cfg))})
+        q_model = copy.deepcopy(model, {id(network): simulated(network, carried_plan(tune_cfg))})
         q_model.q_config = copy.deepcopy(tune_cfg)
         q_model.is_quantized = True
         return q_model

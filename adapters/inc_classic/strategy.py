@@ -78,8 +78,8 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
                 arguments["eval_func"] = self._checked(arguments["eval_func"])
             super().__init__(model=model, conf=conf, **arguments)
             if self._not_tuning:  # the compressor would work on the user's own model
-                own = self.model.model
-                self.model = copy.deepcopy(self.model, {id(own): duplicate(own)})
+                network = self.model.model
+                self.model = copy.deepcopy(self.model, {id(network): duplicate(network)})
         except BaseException:
             self._release()
             raise
@@ -128,7 +128,7 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
         """One configuration of every operator for each plan, the smallest first."""
         initial = self.initial_tuning_cfg()[2]
         layers = {name for name, module in self.model.model.named_modules() if layer_kind(module)}
-        kept = [name for (name, _), own in initial.items() if own.op_quant_mode not in QUANTIZED]
+        kept = [name for (name, _), operator in initial.items() if operator.op_quant_mode not in QUANTIZED]
         left_in_float = [glob.escape(name) for name in kept if name in layers]
         self._check_names(initial)
         parameters, skip, int8_below = self._parameters(left_in_float)
@@ -208,10 +208,10 @@ class PlanningTuneStrategy(TuneStrategy):  # type: ignore[misc]  # Neural Compre
     def _check_names(self, operators: dict[Any, Any]) -> None:
         """Raise MismatchError for the user's constraints that are of no operator, by the compressor's own matching."""
         for option, position in (("op_name_dict", 0), ("op_type_dict", 1)):
-            found = [str(operator[position]) for operator in operators]
+            names_or_types = [str(operator[position]) for operator in operators]
             for key in getattr(self.config, option) or {}:
-                if key != "default_qconfig" and not any(re.fullmatch(key, name) for name in found):
-                    names = ", ".join(map(repr, found[:3]))
+                if key != "default_qconfig" and not any(re.fullmatch(key, name) for name in names_or_types):
+                    names = ", ".join(map(repr, names_or_types[:3]))
                     raise MismatchError(
                         f"{option}[{key!r}]: is a regular expression that matches none whole; there are {names}"
                     )

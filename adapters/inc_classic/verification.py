@@ -71,14 +71,14 @@ def verify_static(module: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
     checks = []
     for layer in plan.layers:
         # A convolution that was fused with what follows it, and stays in float, is its first part.
-        found = next((modules[name] for name in (f"{layer.name}.0", layer.name) if name in modules), None)
-        int8 = type(found).__module__.startswith(RUN_IN_INT8)
-        if found is None:
+        stored = next((modules[name] for name in (f"{layer.name}.0", layer.name) if name in modules), None)
+        int8 = type(stored).__module__.startswith(RUN_IN_INT8)
+        if stored is None:
             problems.append(f"{layer.name!r} is missing")
         elif int8 != (layer.name in wanted):
             problems.append(f"{layer.name!r} runs in {'int8' if int8 else 'float'}, and the plan says otherwise")
         elif int8:
-            checks.append(LayerCheck.of(layer, class_name(found), plan.activation_bits))
+            checks.append(LayerCheck.of(layer, class_name(stored), plan.activation_bits))
     if problems:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)

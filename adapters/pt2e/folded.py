@@ -30,18 +30,18 @@ ROUNDING = 1e-3
 
 def attribute(graph: torch.fx.GraphModule, target: str) -> Tensor:
     """The tensor under a name."""
-    parent, _, own = target.rpartition(".")
-    return cast(Tensor, getattr(graph.get_submodule(parent), own))
+    parent, _, last = target.rpartition(".")
+    return cast(Tensor, getattr(graph.get_submodule(parent), last))
 
 
 def weight_names(model: nn.Module) -> dict[str, str]:
     """The names of all layers' weights as parameters -> the first name of a layer that has it."""
     first: dict[int, str] = {}
-    found = {}
+    names = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if layer_kind(module) is not None:
-            found[weight_name(name)] = first.setdefault(id(module.weight), name)
-    return found
+            names[weight_name(name)] = first.setdefault(id(module.weight), name)
+    return names
 
 
 def folding_factors(graph: torch.fx.GraphModule, model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -57,13 +57,13 @@ def folding_factors(graph: torch.fx.GraphModule, model: nn.Module) -> tuple[dict
         if name is None or not node.users:
             continue
         layer = model.get_submodule(name)
-        weight, own = attribute(graph, str(node.target)), cast(Tensor, layer.weight)
-        if weight.shape != own.shape:
+        weight, float_weight = attribute(graph, str(node.target)), cast(Tensor, layer.weight)
+        if weight.shape != float_weight.shape:
             strange.append(name)
-        elif not _close(weight, own):
+        elif not _close(weight, float_weight):
             axis = channel_axis_of(layer_kind(layer) or "")
-            factor = _factor(weight, own, axis)
-            if _close(weight, times(own, factor, axis)):
+            factor = _factor(weight, float_weight, axis)
+            if _close(weight, times(float_weight, factor, axis)):
                 factors[name] = factor
             else:
                 strange.append(name)
@@ -72,7 +72,7 @@ def folding_factors(graph: torch.fx.GraphModule, model: nn.Module) -> tuple[dict
 
 def times(weight: Tensor, factor: Tensor, axis: int) -> Tensor:
     """The weight with each output channel multiplied by its factor, (channels,)."""
-    return weight.detach() * factor.reshape([-1 if own == axis else 1 for own in range(weight.dim())])
+    return weight.detach() * factor.reshape([-1 if dimension == axis else 1 for dimension in range(weight.dim())])
 
 
 def computed_weights(model: nn.Module) -> list[str]:
@@ -80,14 +80,14 @@ def computed_weights(model: nn.Module) -> list[str]:
 
     PT2E, which goes by operators, fails to fold the norm into what is computed, or is a buffer or a plain tensor.
     """
-    found = ((prefix, _computed_weights(part, graph)) for prefix, part, graph in traceable_parts(model))
-    return [f"{prefix}{name}" for prefix, names in found for name in names]
+    by_part = ((prefix, _computed_weights(part, graph)) for prefix, part, graph in traceable_parts(model))
+    return [f"{prefix}{name}" for prefix, names in by_part for name in names]
 
 
 def wrong_pairs(model: nn.Module) -> dict[str, str]:
     """As `fold.unfolded_norms`, of the parts of a model that torch.fx can trace."""
-    found = ((prefix, unfolded_norms(part)) for prefix, part, _ in traceable_parts(model))
-    return {f"{prefix}{layer}": f"{prefix}{norm}" for prefix, pairs in found for layer, norm in pairs.items()}
+    by_part = ((prefix, unfolded_norms(part)) for prefix, part, _ in traceable_parts(model))
+    return {f"{prefix}{layer}": f"{prefix}{norm}" for prefix, pairs in by_part for layer, norm in pairs.items()}
 
 
 def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, torch.fx.Graph]]:
@@ -107,7 +107,7 @@ def traceable_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 def _computed_weights(model: nn.Module, graph: torch.fx.Graph) -> list[str]:
     norms = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, BATCH_NORMS)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    found = []
+    layers = []
     for node in graph.nodes:
         is_norm = node.target is F.batch_norm or (node.op == "call_module" and node.target in norms)
         source = node.all_input_nodes[0] if is_norm and node.all_input_nodes else None
@@ -115,8 +115,8 @@ def _computed_weights(model: nn.Module, graph: torch.fx.Graph) -> list[str]:
             weight = source.args[1] if len(source.args) > 1 else source.kwargs.get("weight")
             if not (isinstance(weight, torch.fx.Node) and weight.op == "get_attr" and weight.target in parameters):
                 stack = source.meta.get("nn_module_stack", {})  # none where the model's own forward does it
-                found.append(str(next(reversed(stack.values()), ("",))[0]))
-    return found
+                layers.append(str(next(reversed(stack.values()), ("",))[0]))
+    return layers
 
 
 def graph_problem(graph: torch.fx.GraphModule, model: nn.Module) -> str | None:
@@ -145,16 +145,16 @@ def traced_fold(traced: Traced) -> nn.Module:
         return traced.model
 
 
-def _close(weight: Tensor, own: Tensor) -> bool:
-    return not weight.numel() or bool((weight - own).abs().max() <= CLOSE * own.abs().max())
+def _close(weight: Tensor, other: Tensor) -> bool:
+    return not weight.numel() or bool((weight - other).abs().max() <= CLOSE * other.abs().max())
 
 
-def _factor(weight: Tensor, own: Tensor, axis: int) -> Tensor:
+def _factor(weight: Tensor, other: Tensor, axis: int) -> Tensor:
     """The factors that bring the model's weight closest to the graph's; 1 for channels that are all 0."""
-    there, here = (channel_rows(tensor.detach().double(), axis) for tensor in (weight, own))
+    there, here = (channel_rows(tensor.detach().double(), axis) for tensor in (weight, other))
     norm = here.square().sum(1)
-    found = torch.where(norm == 0, 1.0, (there * here).sum(1) / norm.clamp_min(torch.finfo(torch.float64).tiny))
-    return found.to(own.dtype)
+    factor = torch.where(norm == 0, 1.0, (there * here).sum(1) / norm.clamp_min(torch.finfo(torch.float64).tiny))
+    return factor.to(other.dtype)
 
 
 def _example(graph: torch.fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,7 +15,7 @@ def is_operator(node: torch.fx.Node, operator: str) -> bool:
 
 def replace_weight(model: torch.fx.GraphModule, target: str, weight: Tensor) -> None:
     """Another tensor under the name: the exported module shares its parameters with the user's model."""
-    parent, _, own = target.rpartition(".")
+    parent, _, last = target.rpartition(".")
     is_parameter = isinstance(attribute(model, target), nn.Parameter)
     weight = weight.to(attribute(model, target))
-    setattr(model.get_submodule(parent), own, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)
+    setattr(model.get_submodule(parent), last, nn.Parameter(weight, requires_grad=False) if is_parameter else weight)

@@ -69,8 +69,8 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """Set every planned weight of the exported graph, BatchNorm folded by now, to what its integers mean."""
-        found = {layer.name: node for node, layer in self._weights(model)}
-        problems = [f"{name!r} is not in the exported graph: skip it" for name in self.integers if name not in found]
+        nodes = {layer.name: node for node, layer in self._weights(model)}
+        problems = [f"{name!r} is not in the exported graph: skip it" for name in self.integers if name not in nodes]
         self.factors, others = folding_factors(model, self.folded)
         problems += [
             f"{name!r} has other weights there than in {type(self.model).__name__}: export that model"
@@ -88,7 +88,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
             problems += [f"{_listed(self.factors)}{problem}"] if problem else []
         if problems:
             raise MismatchError(f"pt2e cannot run this plan: {first_few(problems)}")
-        for name, node in found.items():
+        for name, node in nodes.items():
             if name in self.factors:
                 self.integers[name] = self.integers[name].rescaled(self.factors[name])
             replace_weight(model, str(node.target), self.integers[name].dequantized())

@@ -38,7 +38,7 @@ def verify(
     folded = traced_fold(traced)
     expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
-    found: dict[str, LayerCheck] = {}
+    checks: dict[str, LayerCheck] = {}
     for node in quantized.graph.nodes:
         name = _layer_of(node, plan)
         weight = next(
@@ -59,18 +59,18 @@ def verify(
         )
         if problem:
             problems.append(f"{name!r} {problem}")
-        found[name] = LayerCheck.of(plan.by_name[name], "int8", plan.activation_bits if inputs else None)
+        checks[name] = LayerCheck.of(plan.by_name[name], "int8", plan.activation_bits if inputs else None)
     problems += _changed_weights(quantized, folded, set(expected))
     problems += [
         f"{str(node.args[0])!r} is quantized in the graph and the plan does not say so"
         for node in quantized.graph.nodes
         if is_operator(node, "quantize_per_tensor") and (plan.activation_bits is None or _of_a_weight(node))
     ]
-    problems += [f"{name!r} was left in float" for name in expected if name not in found]
+    problems += [f"{name!r} was left in float" for name in expected if name not in checks]
     problems = problems or output_problems(quantized, plan, model, batch)
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
-    return tuple(found[name] for name in expected)
+    return tuple(checks[name] for name in expected)
 
 
 def _rescaled(expected: IntegerWeight, node: torch.fx.Node) -> IntegerWeight:
@@ -83,7 +83,7 @@ def _weight_sources(node: torch.fx.Node) -> list[torch.fx.Node]:
         return []
     if LAYER not in node.meta and len(node.all_input_nodes) == 1:
         return []  # a view itself
-    found: list[torch.fx.Node] = []
+    sources: list[torch.fx.Node] = []
     for source in node.all_input_nodes:
         while (
             LAYER not in source.meta
@@ -92,8 +92,8 @@ def _weight_sources(node: torch.fx.Node) -> list[torch.fx.Node]:
             and len(source.all_input_nodes) == 1
         ):
             (source,) = source.all_input_nodes
-        found.append(source)
-    return found
+        sources.append(source)
+    return sources
 
 
 def _input_problem(inputs: list[torch.fx.Node], wanted: bool) -> str | None:

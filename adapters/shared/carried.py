@@ -42,19 +42,19 @@ def read_carried(path: Path, format_name: str, writer: str, *more: str) -> tuple
     if metadata.get("format") != format_name or not {"plan", *more} <= metadata.keys():
         raise FormatError(f"{path}: carries no plan; give what {writer} wrote")
     # The library adds to the metadata which tensors are shared.
-    own = {name: metadata[name] for name in ("format", "plan", "tensors", *more, FIELD) if name in metadata}
-    if is_damaged(own) or (FIELD in own and digest != own.get("tensors")):
+    ours = {name: metadata[name] for name in ("format", "plan", "tensors", *more, FIELD) if name in metadata}
+    if is_damaged(ours) or (FIELD in ours and digest != ours.get("tensors")):
         raise FormatError(f"{path}: is damaged, its checksum is another's; write or fetch it again")
     return Plan.from_document(carried_json(path, metadata["plan"]), str(path)), metadata
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """Of a model's tensors, shared ones once, whatever name the file has them under."""
-    found = {
+    digests = {
         checksum_text(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor_bytes(tensor).tobytes())
         for tensor in tensors.values()
     }
-    return checksum_text(" ".join(sorted(found)).encode())
+    return checksum_text(" ".join(sorted(digests)).encode())
 
 
 def carried_json(path: Path, text: str) -> Any:

@@ -136,7 +136,7 @@ def several(name: str, value: Any, sequences: Sequence[str]) -> bool:
     """Whether a parameter is a list of values to try: for one that is itself a list, a list of lists."""
     if name not in sequences:
         return isinstance(value, list | tuple)
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(own, list | tuple) for own in value)
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, list | tuple) for one in value)
 
 
 def as_plan(value: Any) -> Plan:

@@ -106,12 +106,12 @@ def changed_modules(quantized: nn.Module, model: nn.Module, but: Collection[str]
     def spared(name: str) -> bool:
         return name in but or (bool(inside) and name.startswith(inside))
 
-    mine, theirs = (dict(net.named_modules(remove_duplicate=False)) for net in (model, quantized))
+    wanted, theirs = (dict(net.named_modules(remove_duplicate=False)) for net in (model, quantized))
     problems = [
         f"{name!r} is a {type(theirs[name]).__name__ if name in theirs else 'gap'}, the model has a "
-        f"{type(mine[name]).__name__ if name in mine else 'gap'} there"
-        for name in (mine.keys() | theirs.keys())
-        if name and not spared(name) and type(mine.get(name)) is not type(theirs.get(name))
+        f"{type(wanted[name]).__name__ if name in wanted else 'gap'} there"
+        for name in (wanted.keys() | theirs.keys())
+        if name and not spared(name) and type(wanted.get(name)) is not type(theirs.get(name))
     ]
     here, there = (dict(net.named_buffers(remove_duplicate=False)) for net in (model, quantized))
     buffers = [name for name in (here.keys() | there.keys()) if not spared(name.rpartition(".")[0])]

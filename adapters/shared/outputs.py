@@ -51,23 +51,23 @@ def output_problem(quantized: nn.Module, reference: nn.Module, batch: Any, toler
     """
     expected = _run(reference, batch)
     try:
-        found = _run(quantized, batch)
+        outputs = _run(quantized, batch)
     except SettingError as error:
         return f"it does not run: {error}"
-    return difference(found, expected, tolerance)
+    return difference(outputs, expected, tolerance)
 
 
 def difference(outputs: Any, reference: Any, tolerance: float) -> str | None:
     """How outputs differ from others of the same structure, in words, as in output_problem; None where they agree."""
-    found, expected = [*_tensors(outputs)], [*_tensors(reference)]
-    if len(found) != len(expected):
-        return f"it gives {len(found)} tensors, not {len(expected)}"
-    for number, (own, other) in enumerate(zip(found, expected, strict=True), 1):
+    given, expected = [*_tensors(outputs)], [*_tensors(reference)]
+    if len(given) != len(expected):
+        return f"it gives {len(given)} tensors, not {len(expected)}"
+    for number, (output, other) in enumerate(zip(given, expected, strict=True), 1):
         which = "its output" if len(expected) == 1 else f"output {number} of {len(expected)}"
-        if own.shape != other.shape:
-            return f"{which} has shape {list(own.shape)}, not {list(other.shape)}"
+        if output.shape != other.shape:
+            return f"{which} has shape {list(output.shape)}, not {list(other.shape)}"
         if other.is_floating_point() or other.is_complex():
-            problem = _distance(own, other, tolerance)
+            problem = _distance(output, other, tolerance)
             if problem is not None:
                 return f"{which} {problem}"
     return None
@@ -81,12 +81,12 @@ def _run(model: nn.Module, batch: Any) -> Any:
         return run_model(model, batch)
 
 
-def _distance(own: Tensor, other: Tensor, tolerance: float) -> str | None:
-    own, other = own.cpu(), other.cpu()
+def _distance(output: Tensor, other: Tensor, tolerance: float) -> str | None:
+    output, other = output.cpu(), other.cpu()
     finite = other.isfinite()
-    if not own.isfinite().equal(finite):
+    if not output.isfinite().equal(finite):
         return "is NaN or infinite where it is not to be"
-    off, norm = (own - other)[finite].double().norm(), other[finite].double().norm()
+    off, norm = (output - other)[finite].double().norm(), other[finite].double().norm()
     if off <= tolerance * norm:
         return None
     return f"is off by {float(off / norm):.1%} of its norm, and may be by {tolerance:.2%}"
