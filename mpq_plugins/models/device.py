@@ -20,14 +20,14 @@ def checked_device(device: object, here: bool = True, dtype: torch.dtype = torch
     if device is None:
         return None
     try:
-        found: torch.device = torch.device(device)  # type: ignore[call-overload]  # checks it
+        place: torch.device = torch.device(device)  # type: ignore[call-overload]  # checks it
         if here:
-            torch.zeros(1, device=found, dtype=dtype).sum().cpu()
+            torch.zeros(1, device=place, dtype=dtype).sum().cpu()
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         raise SettingError(
             f"device: {device!r:.60} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"
         ) from error
-    return found
+    return place
 
 
 @contextmanager

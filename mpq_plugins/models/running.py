@@ -21,10 +21,10 @@ def checked_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:
         )
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise SettingError(f"{name}: {type(batches).__name__} is no series of inputs; give a list of batches")
-    found = list(batches)
-    if not found:
+    series = list(batches)
+    if not series:
         raise SettingError(f"{name}: none given; a list of the model's inputs")
-    return found
+    return series
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:

@@ -251,7 +251,11 @@ class _PutBack(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
         given |= kwargs or {}
-        written = [given.get(own.name) for own in func._schema.arguments if own.alias_info and own.alias_info.is_write]
+        written = [
+            given.get(argument.name)
+            for argument in func._schema.arguments
+            if argument.alias_info and argument.alias_info.is_write
+        ]
         self.before += [(leaf, leaf.clone()) for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]
         return func(*args, **(kwargs or {}))
 
@@ -285,15 +289,15 @@ class _Owners:
 
     def tensor(self, node: torch.fx.Node) -> Tensor:
         """What a node that reads an attribute reads."""
-        found: Any = self.model
+        held: Any = self.model
         for part in str(node.target).split("."):
-            found = getattr(found, part, None)
-        return found if isinstance(found, Tensor) else torch.empty(0)
+            held = getattr(held, part, None)
+        return held if isinstance(held, Tensor) else torch.empty(0)
 
     def owns(self, path: str, tensor: Tensor) -> bool:
         """Whether the module at the path has this very memory as its own."""
         module = self.modules.get(path)
-        return module is not None and memory(tensor) in {memory(own) for own in _own(module)}
+        return module is not None and memory(tensor) in {memory(one) for one in _own(module)}
 
     def is_norms(self, tensor: Tensor) -> bool:
         """Whether a BatchNorm has it."""
