@@ -1,5 +1,6 @@
 """A plan in PyTorch's FX graph mode quantization: `prepare_fx`, `convert_fx` and `convert_to_reference_fx`."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from .graph import InCodes, by_position, divide, lend_shapes, without
 from .inplace import follow_changes
 
 NEAR = 1e-3  # of a step: a baked weight is what it should be
+REGISTERED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 class PercentileObserver(HistogramObserver):
@@ -210,9 +212,17 @@ def _baked(model: nn.Module, plan: Plan) -> _Baked:
     check_calls(plan, folded, graph)
     integers = integers_of(plan, copied)
     _set_weights(copied, integers)
-    lend_shapes(copied, graph, integers)
-    in_codes = divide(copied, graph, integers)
-    return _Baked(torch.fx.GraphModule(copied, graph), copied, integers, in_codes)
+    root = _stand_in(copied)
+    lend_shapes(root, graph, integers)
+    in_codes = divide(root, graph, integers)
+    return _Baked(torch.fx.GraphModule(root, graph), copied, integers, in_codes)
+
+
+def _stand_in(model: nn.Module) -> nn.Module:
+    """A module with all that the model has, to which more can be added: a Sequential's forward runs whatever it has."""
+    root = nn.Module()
+    vars(root).update({name: copy.copy(value) if name in REGISTERED else value for name, value in vars(model).items()})
+    return root
 
 
 def _folded(traced: Traced, plan: Plan) -> Folded:
