@@ -179,7 +179,7 @@ def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[st
     view = _view(integers, len(layer.shape), grouped)
     row_bits = channel_bits(layer)
     # Channels of 1 bit that are all 0 have code 0, all others +-1.
-    empty = (integers.region_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
+    empty = (integers.group_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
     # BinaryQuant knows +-scale alone, and so says 0 by the scale.
     scale = view(integers.scale.masked_fill(empty, 0) if layer.bits == 1 and not grouped else integers.scale)
     rows = row_bits[:, None].expand(integers.scale.shape)
@@ -195,7 +195,7 @@ def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[st
 def channel_bits(layer: LayerChoice) -> Tensor:
     """The bits of each output channel, float (channels,)."""
     bits = torch.zeros(layer.channels)
-    for part in layer.groups:
+    for part in layer.all_parts:
         bits[part.runs.array()] = part.bits
     return bits
 

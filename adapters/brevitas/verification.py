@@ -135,8 +135,8 @@ def _width_problem(read: WeightCodes, layer: LayerChoice) -> str | None:
 def _grid_problem(module: nn.Module, read: WeightCodes, layer: LayerChoice) -> str | None:
     assert isinstance(layer.scheme, Affine)
     one_scale = layer.scheme.granularity == "per_tensor" and layer.bits is not None
-    regions = 1 if one_scale else layer.scheme.regions_per_channel(layer.shape, layer.channel_axis, layer.name)
-    expected = 1 if one_scale else layer.channels * max(1, regions)
+    groups = 1 if one_scale else layer.scheme.groups_per_channel(layer.shape, layer.channel_axis, layer.name)
+    expected = 1 if one_scale else layer.channels * max(1, groups)
     if read.scale.numel() != expected:
         return f"has {read.scale.numel()} scales, the plan {expected}"
     if not torch.isfinite(read.value).all():

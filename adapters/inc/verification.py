@@ -12,7 +12,7 @@ from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.layer import simulate_layer
 
 from ..shared.compressor_quiet import quiet_import
 from ..shared.folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
@@ -96,7 +96,7 @@ def _problem(module: nn.Module, original: nn.Module, layer: LayerChoice | None) 
         bias = cast("Tensor | None", getattr(original, "bias", None))
         return _packed_problem(module, integer_weight(weight, layer), layer.bits, bias)
     own = module.weight
-    made = weight if layer is None else simulate(weight, layer)
+    made = weight if layer is None else simulate_layer(weight, layer)
     same = isinstance(own, Tensor) and own.shape == made.shape and (own.is_meta or own.equal(made))
     return "" if same and type(module) is type(original) else "is not what the plan makes of the model's", 0
 

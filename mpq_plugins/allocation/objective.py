@@ -99,7 +99,7 @@ def predicted(table: LayerTable, plan: Plan, name: str) -> float | None:
 
 
 def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name: str) -> float | None:
-    widths = [part.bits for part in choice.groups if part.bits not in FLOAT_BITS]
+    widths = [part.bits for part in choice.all_parts if part.bits not in FLOAT_BITS]
     if not widths:
         return 0.0
     if choice.scheme != table.scheme or not set(widths) <= set(table.bits):
@@ -109,7 +109,7 @@ def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name
     split = parts_of(name)[-1]
     if choice.scheme.granularity == "per_tensor" or split in NOT_BY_CHANNEL or _channel_curves(layer, split) is None:
         return None
-    parts = [part for part in choice.groups if part.bits not in FLOAT_BITS]
+    parts = [part for part in choice.all_parts if part.bits not in FLOAT_BITS]
     curves = channel_curves(table, layer, name, widths)
     return sum(float(curves[k, part.runs.array()].sum()) for k, part in enumerate(parts))
 

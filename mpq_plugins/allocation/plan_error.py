@@ -43,7 +43,7 @@ def _error_sum(table: LayerTable, layer: LayerStats, choice: LayerChoice, metric
         return None
     by_channel = sum(
         float(np.sum(table.channel_error(layer, metric, part.bits)[part.runs.array()]))
-        for part in choice.groups
+        for part in choice.all_parts
         if part.bits not in FLOAT_BITS
     )
     return by_channel * layer.numel / max(1, layer.channels)

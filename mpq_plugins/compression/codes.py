@@ -27,8 +27,8 @@ Quantized = QuantizedTensor | PiecewiseTensor | CodebookTensor
 
 @dataclass(frozen=True)
 class PartCodes:
-    """symbols: (weights,), output channel first; tables: float32, what regions have, one after the other: scales; units
-    of dense regions and then of tails; or centroids; zero_points: (regions,), of asymmetric codes, else (0,)."""
+    """symbols: (weights,), output channel first; tables: float32, what groups have, one after the other: scales; units
+    of dense intervals and then of tails; or centroids; zero_points: (groups,), of asymmetric codes, else (0,)."""
 
     symbols: Codes
     tables: NDArray[np.float32]
@@ -57,24 +57,24 @@ class PartShape:
 
     @property
     def width(self) -> int:
-        """Bits of a symbol, the region bit included."""
-        return self.bits + self.scheme.region_bits(self.bits)
+        """Bits of a symbol, the interval bit included."""
+        return self.bits + self.scheme.interval_bits(self.bits)
 
     @property
-    def regions(self) -> int:
-        """How many regions."""
+    def groups(self) -> int:
+        """How many groups."""
         channels = self.shape[self.channel_axis]
-        return self.scheme.region_count(self.shape, self.channel_axis, channels, self.layer)
+        return self.scheme.group_count(self.shape, self.channel_axis, channels, self.layer)
 
     @property
     def table_entries(self) -> int:
         """How many values `tables` has."""
-        return self.regions * (self.scheme.scales_per_region + self.scheme.codebook_entries(self.bits))
+        return self.groups * (self.scheme.scales_per_group + self.scheme.codebook_entries(self.bits))
 
     @property
     def zero_points(self) -> int:
         """How many zero points."""
-        return self.regions if self.scheme.zero_point_bits(self.bits) else 0
+        return self.groups if self.scheme.zero_point_bits(self.bits) else 0
 
 
 def encode(weight: Tensor, part: PartShape) -> PartCodes:
@@ -97,7 +97,7 @@ def encode(weight: Tensor, part: PartShape) -> PartCodes:
 
 
 def decode(codes: PartCodes, part: PartShape, dtype: torch.dtype) -> Tensor:
-    """The weights again, in their own shape: those that `simulate` makes."""
+    """The weights again, in their own shape: those that `simulate_layer` makes."""
     if not part.weights:
         return torch.zeros(part.shape, dtype=dtype)
     quantized = quantized_part(codes, part, dtype)
@@ -113,28 +113,28 @@ def are_zero(codes: PartCodes, part: PartShape) -> NDArray[np.bool_]:
     if not part.weights or not part.scheme.has_zero(part.bits):
         return np.zeros(part.weights, np.bool_)
     zero: NDArray[np.bool_] = codes.symbols == 0
-    if isinstance(part.scheme, Codebook):  # a region without zeros has no such entry
-        having = (codes.tables.reshape(part.regions, -1) == 0).any(axis=1)
-        zero = (zero.reshape(part.regions, -1) & having[:, None]).reshape(-1)
+    if isinstance(part.scheme, Codebook):  # a group without zeros has no such entry
+        having = (codes.tables.reshape(part.groups, -1) == 0).any(axis=1)
+        zero = (zero.reshape(part.groups, -1) & having[:, None]).reshape(-1)
     return zero
 
 
 def quantized_part(codes: PartCodes, part: PartShape, dtype: torch.dtype) -> Quantized:
     """Codes and grid as the scheme's own quantizer gives them."""
-    rows = codes.symbols.reshape(part.regions, -1).astype(np.int16)
+    rows = codes.symbols.reshape(part.groups, -1).astype(np.int16)
     widths, axis, scheme = np.array([part.bits], np.int64), part.channel_axis, part.scheme
     if isinstance(scheme, Codebook):
-        book = codes.tables.reshape(part.regions, -1)
+        book = codes.tables.reshape(part.groups, -1)
         entries = (rows + _zero_entries(book)) & (2**part.bits - 1)
         return CodebookTensor(_tensor(entries, part), CodebookGrids(widths, (book,)), scheme, axis, dtype)
     if isinstance(scheme, Piecewise):
-        dense, tail = codes.tables.reshape(2, part.regions, 1)
+        dense, tail = codes.tables.reshape(2, part.groups, 1)
         grid = PiecewiseGrids(widths, scheme.storage == "shared", dense, tail)
         outside = _tensor(rows >> _sign_and_magnitude(grid), part).bool()
         own = _tensor(rows & (2 ** _sign_and_magnitude(grid) - 1), part)
         return PiecewiseTensor(own, outside, grid, scheme, axis, dtype)
     assert isinstance(scheme, Affine)
-    zero_point = np.zeros((part.regions, 1), np.int32)
+    zero_point = np.zeros((part.groups, 1), np.int32)
     if part.zero_points:
         zero_point = codes.zero_points.astype(np.int32).reshape(-1, 1)
     if part.bits == 1:
@@ -154,19 +154,19 @@ def _from_entries(shared: CodebookTensor, part: PartShape) -> Codes:
 
 
 def _zero_entries(book: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Which entry of each region's codebook is 0, (regions, 1); the first where none is."""
+    """Which entry of each group's codebook is 0, (groups, 1); the first where none is."""
     entries: NDArray[np.int16] = np.argmax(book == 0, axis=1).astype(np.int16)
     return entries[:, None]
 
 
 def _sign_and_magnitude(grid: PiecewiseGrids) -> int:
-    """Bits of a code within its region."""
+    """Bits of a code within its interval."""
     return int(grid.magnitude_bits[0]) + 1
 
 
 def _rows(codes: Tensor, part: PartShape) -> NDArray[np.int16]:
     rows: NDArray[np.int16] = channel_rows(codes.cpu(), part.channel_axis).contiguous().numpy()
-    return rows.reshape(part.regions, -1)
+    return rows.reshape(part.groups, -1)
 
 
 def _symbols(rows: NDArray[np.int16], part: PartShape) -> Codes:
@@ -178,6 +178,6 @@ def _dtype(part: PartShape) -> "np.dtype[np.unsignedinteger[Any]]":
 
 
 def _tensor(rows: NDArray[np.int16], part: PartShape) -> Tensor:
-    """Rows (regions, n) as a tensor of the part's shape."""
+    """Rows (groups, n) as a tensor of the part's shape."""
     channels = part.shape[part.channel_axis]
     return from_channel_rows(torch.from_numpy(rows.reshape(channels, -1)), part.shape, part.channel_axis)

@@ -117,11 +117,11 @@ class Container:
             return _plain(self._streams(record)[0], record.shape, dtype, self._where(record))
         values = [
             own if isinstance(own, Tensor) else decode(own, part_shape(choice, part), dtype)
-            for part, own in zip(choice.groups, self.parts(name), strict=True)
+            for part, own in zip(choice.all_parts, self.parts(name), strict=True)
         ]
         if len(values) == 1:
             return values[0]
-        index = torch.from_numpy(np.concatenate([part.runs.array() for part in choice.groups]))
+        index = torch.from_numpy(np.concatenate([part.runs.array() for part in choice.all_parts]))
         return torch.cat(values, choice.channel_axis).index_select(choice.channel_axis, index.argsort())
 
     def parts(self, name: str) -> list[PartCodes | Tensor]:
@@ -133,7 +133,7 @@ class Container:
         streams = iter(self._streams(record))
         where = self._where(record)
         found: list[PartCodes | Tensor] = []
-        for part, own in zip(choice.groups, record.parts, strict=True):
+        for part, own in zip(choice.all_parts, record.parts, strict=True):
             shape = part_shape(choice, part)
             if isinstance(own, PartRecord):
                 found.append(read_part(own, shape, streams, index_bits(choice.kind), where))

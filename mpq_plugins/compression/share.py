@@ -21,7 +21,7 @@ from .parametrized import WeightMaker, put
 
 
 class SharedWeight(WeightMaker):
-    """A weight by its centroids (k,), those of all regions one after the other; what is 0 stays 0."""
+    """A weight by its centroids (k,), those of all groups one after the other; what is 0 stays 0."""
 
     index: Tensor
     pruned: Tensor
@@ -67,7 +67,7 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
     scheme, axis = choice.scheme, choice.channel_axis
-    if not isinstance(scheme, Codebook) or any(part.bits in FLOAT_BITS for part in choice.groups):
+    if not isinstance(scheme, Codebook) or any(part.bits in FLOAT_BITS for part in choice.all_parts):
         shared = isinstance(scheme, Codebook)
         found = "is partly in floating point" if shared else f"is planned {scheme}"
         remedy = "Give all of it bits" if shared else "Measure under Codebook()"
@@ -78,15 +78,15 @@ def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
     index = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     books: list[Tensor] = []
     known = 0
-    for part in choice.groups:
+    for part in choice.all_parts:
         channels = torch.from_numpy(part.runs.array()).to(weight.device)
         own = quantize(weight.index_select(axis, channels), part.bits, scheme, channel_axis=axis, layer=choice.name)
-        regions, entries = own.centroids.shape
+        groups, entries = own.centroids.shape
         rows = channel_rows(own.codes.int(), axis)
         if rows.numel():
-            first = known + entries * torch.arange(regions, dtype=torch.int32, device=weight.device)
-            rows = (rows.reshape(regions, -1) + first[:, None]).reshape(rows.shape)
+            first = known + entries * torch.arange(groups, dtype=torch.int32, device=weight.device)
+            rows = (rows.reshape(groups, -1) + first[:, None]).reshape(rows.shape)
         index.index_copy_(axis, channels, from_channel_rows(rows, own.codes.shape, axis))
         books.append(own.centroids.reshape(-1))
-        known += regions * entries
+        known += groups * entries
     return SharedWeight(torch.cat(books).to(weight), index)

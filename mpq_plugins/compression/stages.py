@@ -77,7 +77,7 @@ def layer_stages(container: Container, name: str) -> Stages:
     choice = container.choice(record)
     assert choice is not None, "the caller asks for a planned layer"
     itemsize = DTYPES[record.dtype].itemsize
-    parts = zip(choice.groups, container.parts(name), strict=True)
+    parts = zip(choice.all_parts, container.parts(name), strict=True)
     stages = [_part(part_shape(choice, part), own, choice, itemsize) for part, own in parts]
     return replace(total(stages), stored=record.block_bytes)
 

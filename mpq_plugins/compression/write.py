@@ -160,7 +160,7 @@ def _thresholds(prune: Pruning, source: _Source) -> dict[str, float]:
 
 def _without_zero(choice: LayerChoice) -> int | None:
     """A width of the layer's, or of a part's, at which no weight is 0."""
-    widths = (part.bits for part in choice.groups if part.bits not in FLOAT_BITS)
+    widths = (part.bits for part in choice.all_parts if part.bits not in FLOAT_BITS)
     return next((bits for bits in widths if not choice.scheme.has_zero(bits)), None)
 
 
@@ -242,7 +242,7 @@ class _Writer:
         weight = pruned(tensor, self.thresholds[choice.name]) if choice.name in self.thresholds else tensor
         records: list[PartRecord | StreamRecord] = []
         streams: list[Stream] = []
-        for part in choice.groups:
+        for part in choice.all_parts:
             record, own = _part(weight, choice, part, self.coding)
             records.append(record)
             streams += own

@@ -33,18 +33,18 @@ def check_bits(bits: int, name: str = "bits") -> int:
 
 
 class Granular:
-    """What schemes share: scales belong to regions, and the granularity says what a region is.
+    """What schemes share: scales belong to groups, and the granularity says what a group is.
 
-    A region is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
+    A group is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
     output channel (times the kernel's positions).
     """
 
     granularity: Granularity
     group_size: int | None
-    sorts: ClassVar[bool] = False  # whether a region's grid needs all of its weights at once
+    sorts: ClassVar[bool] = False  # whether a group's grid needs all of its weights at once
 
     def codebook_entries(self, bits: int) -> int:
-        """Values that a region keeps in a table of its own."""
+        """Values that a group keeps in a table of its own."""
         return 0
 
     def has_zero(self, bits: int) -> bool:
@@ -57,8 +57,8 @@ class Granular:
         `shape` is the weight's; the width is one of the scheme's.
         """
 
-    def regions_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
-        """How many regions one output channel has by itself (0 where a region spans channels).
+    def groups_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
+        """How many groups one output channel has by itself (0 where a group spans channels).
 
         `shape` is the weight's. Raises SettingError, naming `layer`, where the input axis does not divide
         into groups.
@@ -76,9 +76,9 @@ class Granular:
             )
         return inputs // self.group_size
 
-    def region_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
-        """How many regions `channels` of this weight's output channels have together."""
-        return max(1, channels * self.regions_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
+    def group_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
+        """How many groups `channels` of this weight's output channels have together."""
+        return max(1, channels * self.groups_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
 
     def _check_granularity(self) -> None:
         _allow("granularity", self.granularity, GRANULARITIES)
@@ -94,7 +94,7 @@ class Granular:
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Granular):
-    """Uniform integer codes: w' = (code - zero_point) * scale, one scale per region of the weight.
+    """Uniform integer codes: w' = (code - zero_point) * scale, one scale per group of the weight.
 
     With bits b on [lo, hi], lo <= 0 <= hi: asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale =
     max|w| / (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|. `range` picks [lo, hi]: the
@@ -104,7 +104,7 @@ class Affine(Granular):
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_region: ClassVar[int] = 1
+    scales_per_group: ClassVar[int] = 1
 
     name: Literal["affine"] = "affine"
     symmetric: bool = False
@@ -124,7 +124,7 @@ class Affine(Granular):
 
     @property
     def searches(self) -> bool:
-        """Whether each region's range is found by trying many."""
+        """Whether each group's range is found by trying many."""
         return self.range == "mse"
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
@@ -132,10 +132,10 @@ class Affine(Granular):
         return check_bits(bits, name)
 
     def levels(self, bits: int) -> int:
-        """The most different values a region can hold."""
+        """The most different values a group can hold."""
         return int(2**bits) - (self.symmetric and bits > 1)
 
-    def region_bits(self, bits: int) -> int:
+    def interval_bits(self, bits: int) -> int:
         """Bits a weight costs beyond its b-bit code."""
         return 0
 
@@ -144,16 +144,16 @@ class Affine(Granular):
         return bits > 1
 
     def zero_point_bits(self, bits: int) -> int:
-        """Bits of a region's zero point: a code. Binary weights are +-scale, with nothing to offset."""
+        """Bits of a group's zero point: a code. Binary weights are +-scale, with nothing to offset."""
         return 0 if self.symmetric or bits == 1 else bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piecewise(Granular):
-    """Two uniform quantizers per region, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
+    """Two uniform quantizers per group, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
 
     m = max|w|; the breakpoint p is by `breakpoint` the one with the least squared error on the weights
-    (`search`), or the optimum for a Gaussian or Laplacian of the region's root mean square: in closed form, or
+    (`search`), or the optimum for a Gaussian or Laplacian of the group's root mean square: in closed form, or
     as the root of the optimality condition. PWLQ (arXiv 2002.00104), used by PTILMPQ (arXiv 2404.02947).
 
     `storage` says what b bits buy. `region_bit`: b bits inside each of the two, sign(w) uni(|w|; b-1), so a
@@ -164,7 +164,7 @@ class Piecewise(Granular):
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_region: ClassVar[int] = 2
+    scales_per_group: ClassVar[int] = 2
 
     name: Literal["piecewise"] = "piecewise"
     granularity: Granularity = "per_tensor"
@@ -183,7 +183,7 @@ class Piecewise(Granular):
 
     @property
     def searches(self) -> bool:
-        """Whether each region's breakpoint is found by trying many."""
+        """Whether each group's breakpoint is found by trying many."""
         return self.breakpoint == "search"
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
@@ -196,10 +196,10 @@ class Piecewise(Granular):
         return bits
 
     def levels(self, bits: int) -> int:
-        """The most different values a region can hold; +-0, and +-p of either quantizer, are one each."""
+        """The most different values a group can hold; +-0, and +-p of either quantizer, are one each."""
         return int(2 ** (bits + 1) - 3 if self.storage == "region_bit" else 2**bits)
 
-    def region_bits(self, bits: int) -> int:
+    def interval_bits(self, bits: int) -> int:
         """Bits a weight costs beyond its b-bit code."""
         return int(self.storage == "region_bit")
 
@@ -214,19 +214,19 @@ class Piecewise(Granular):
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook(Granular):
-    """Shared weights: every weight is one of a region's 2^b centroids, and its code says which.
+    """Shared weights: every weight is one of a group's 2^b centroids, and its code says which.
 
     Deep Compression (arXiv 1510.00149, sec. 3). Centroids are what Lloyd's iteration makes of the paper's starts,
     `linear` (between the extremes, which large weights profit from), `density` (of equal shares) or `forgy` (drawn from
     the weights), or those of least squared error, `optimal`. Where some weights are exactly 0, as pruned ones are, 0 is
     one of the 2^b and stays it.
 
-    Bits are 1 to 8; a region of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
+    Bits are 1 to 8; a group of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
     listed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_region: ClassVar[int] = 0
+    scales_per_group: ClassVar[int] = 0
     sorts: ClassVar[bool] = True
 
     name: Literal["codebook"] = "codebook"
@@ -244,7 +244,7 @@ class Codebook(Granular):
 
     @property
     def searches(self) -> bool:
-        """Whether each region's centroids are found by trying many."""
+        """Whether each group's centroids are found by trying many."""
         return True
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
@@ -252,9 +252,9 @@ class Codebook(Granular):
         return check_bits(bits, name)
 
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
-        """Raise SettingError where there are more centroids than weights in a region."""
-        regions = self.region_count(shape, channel_axis, channels, layer)
-        weights = channels * (math.prod(shape) // shape[channel_axis]) // regions if regions else 2**bits
+        """Raise SettingError where there are more centroids than weights in a group."""
+        groups = self.group_count(shape, channel_axis, channels, layer)
+        weights = channels * (math.prod(shape) // shape[channel_axis]) // groups if groups else 2**bits
         if 2**bits > weights:
             remedy = f"at most {weights.bit_length() - 1} bits" if weights > 1 else "another scheme"
             raise SettingError(
@@ -263,10 +263,10 @@ class Codebook(Granular):
             )
 
     def levels(self, bits: int) -> int:
-        """The most different values a region can hold."""
+        """The most different values a group can hold."""
         return int(2**bits)
 
-    def region_bits(self, bits: int) -> int:
+    def interval_bits(self, bits: int) -> int:
         """Bits a weight costs beyond its b-bit code."""
         return 0
 
@@ -275,7 +275,7 @@ class Codebook(Granular):
         return 0
 
     def codebook_entries(self, bits: int) -> int:
-        """Centroids of a region."""
+        """Centroids of a group."""
         return int(2**bits)
 
 

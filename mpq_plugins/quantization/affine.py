@@ -15,7 +15,7 @@ from .grid import Grids
 class QuantizedTensor:
     """Integer codes and their grid.
 
-    codes: int16, the weight's shape; grid: one scale and zero point per region, (regions, 1), regions ordered by
+    codes: int16, the weight's shape; grid: one scale and zero point per group, (groups, 1), groups ordered by
     output channel, then along the input; dtype: the weight's.
     """
 
@@ -48,8 +48,8 @@ def quantize(
 def dequantize(quantized: QuantizedTensor) -> Tensor:
     """The weight (code - zero_point) * scale, computed in float32, in the original dtype and shape."""
     codes = channel_rows(quantized.codes, quantized.channel_axis)
-    regions = quantized.grid.scale.shape[0]
-    rows = codes.reshape(regions, -1) if codes.numel() else codes
+    groups = quantized.grid.scale.shape[0]
+    rows = codes.reshape(groups, -1) if codes.numel() else codes
     if rows.numel():
         scale, zero_point = _columns(quantized.grid, rows.device)
         rows = (rows - zero_point).float() * scale

@@ -1,4 +1,4 @@
-"""Codebook quantization of a weight (weight sharing): w' = c[code], c the 2^b centroids of its region.
+"""Codebook quantization of a weight (weight sharing): w' = c[code], c the 2^b centroids of its group.
 
 Deep Compression (arXiv 1510.00149), sec. 3; how centroids are found is in kmeans.py.
 """
@@ -20,7 +20,7 @@ from .kmeans import edges
 class CodebookTensor:
     """Codes and the centroids they stand for.
 
-    codes: int16, the weight's shape; grid: one codebook per region, ascending, regions ordered by output channel, then
+    codes: int16, the weight's shape; grid: one codebook per group, ascending, groups ordered by output channel, then
     along the input; dtype: the weight's.
     """
 
@@ -32,7 +32,7 @@ class CodebookTensor:
 
     @property
     def centroids(self) -> Tensor:
-        """(regions, 2^b), float32."""
+        """(groups, 2^b), float32."""
         return torch.from_numpy(self.grid.centroids[0])
 
 
@@ -41,7 +41,7 @@ def quantize(
 ) -> CodebookTensor:
     """Codes of `weight` at 1 to 8 bits, each that of the nearest centroid.
 
-    weight: float32, float16 or bfloat16, any shape, any strides; `channel_axis` is its output axis. A region of no more
+    weight: float32, float16 or bfloat16, any shape, any strides; `channel_axis` is its output axis. A group of no more
     than 2^b different values is represented exactly, and a weight of 0 always is. Raises SettingError for bits outside
     1..8, more centroids than weights, or groups that do not divide the input, and WeightError, naming `layer`, for NaN,
     infinity or another dtype.
@@ -79,7 +79,7 @@ def fake_quantize(
 
 
 def encode(rows: Tensor, centroids: Tensor) -> Tensor:
-    """Rows (regions, n), float32, and centroids (regions, k) -> codes int16 (regions, n)."""
+    """Rows (groups, n), float32, and centroids (groups, k) -> codes int16 (groups, n)."""
     if rows.numel() == 0:
         return rows.to(torch.int16)
     between = torch.from_numpy(edges(centroids.cpu().numpy())).to(rows.device)
@@ -87,6 +87,6 @@ def encode(rows: Tensor, centroids: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """Codes (regions, n) and centroids (regions, k) -> values, float32 (regions, n)."""
+    """Codes (groups, n) and centroids (groups, k) -> values, float32 (groups, n)."""
     first = torch.arange(len(centroids), device=codes.device, dtype=torch.int32) * centroids.shape[1]
     return centroids.reshape(-1)[first[:, None] + codes.int()]

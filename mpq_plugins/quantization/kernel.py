@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .grid import AnyGrids, CodebookGrids, Floats, Grids, PiecewiseGrids, RegionStats
+from .grid import AnyGrids, CodebookGrids, Floats, Grids, GroupStats, PiecewiseGrids
 from .kmeans import edges
 
 RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
@@ -19,7 +19,7 @@ RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
 def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
     """Sums over each row of |w - w'| / |w| (0 where w = 0), of (w - w')^2, and the largest |w - w'|.
 
-    rows: floating (R, n); grids: K quantizers for R regions, or for 1 shared by all rows. The largest error is
+    rows: floating (R, n); grids: K quantizers for R groups, or for 1 shared by all rows. The largest error is
     0 unless `largest` asks for it. Returns float64 (R, K, 3).
     """
     if rows.numel() == 0:
@@ -42,18 +42,18 @@ def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
 
 
 def error_totals(values: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
-    """As error_sums, over all of `values` taken as one region: float64 (1, K, 3)."""
+    """As error_sums, over all of `values` taken as one group: float64 (1, K, 3)."""
     return error_sums(values.reshape(1, -1), grids, largest)
 
 
-def row_stats(rows: Tensor) -> RegionStats:
+def row_stats(rows: Tensor) -> GroupStats:
     """What there is to know of each row of a floating (R, n) before quantizing it.
 
     Where a weight is NaN or infinite, so are the row's sums.
     """
     if rows.numel() == 0:
         zeros = np.zeros(rows.shape[0])
-        return RegionStats(zeros, zeros, zeros, zeros, 0)
+        return GroupStats(zeros, zeros, zeros, zeros, 0)
     if rows.device.type == "cpu" and numba_available():
         from .kernel_numba import row_table
 
@@ -64,7 +64,7 @@ def row_stats(rows: Tensor) -> RegionStats:
         columns = (values.amin(1), values.amax(1), values.abs().sum(1), values.square().sum(1))
         table = torch.stack(columns, dim=1).cpu().numpy()
     low, high, absolute, squared = np.ascontiguousarray(table.T)
-    return RegionStats(low, high, absolute, squared, rows.shape[1])
+    return GroupStats(low, high, absolute, squared, rows.shape[1])
 
 
 def add_sums(sums: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""k-means of the weights of one region: sorted once, so that a cluster is an interval and a mean two look-ups.
+"""k-means of the weights of one group: sorted once, so that a cluster is an interval and a mean two look-ups.
 
     minimise   sum over clusters i, weights w in i, of (w - c_i)^2          (arXiv 1510.00149, sec. 3, eq. 2)
 
@@ -23,13 +23,13 @@ ROUNDS = 1000  # of Lloyd's iteration at the most
 SEED = 0  # of the observations that Forgy's method draws
 
 
-def centroids(region: NDArray[np.float32], bits: Sequence[int], init: InitName) -> list[NDArray[np.float32]]:
-    """The centroids of one region's weights (n,) at each bit-width, ascending, (2^b,) each.
+def centroids(group: NDArray[np.float32], bits: Sequence[int], init: InitName) -> list[NDArray[np.float32]]:
+    """The centroids of one group's weights (n,) at each bit-width, ascending, (2^b,) each.
 
     Where some weights are exactly 0, which is how pruned ones look, 0 is a centroid and stays one. No more different
     weights than centroids: these are the weights themselves, the last one repeated.
     """
-    values = np.sort(region, axis=None)
+    values = np.sort(group, axis=None)
     starts = np.flatnonzero(np.concatenate((np.ones(1, bool), values[1:] != values[:-1])))  # of runs of equal values
     counts = [2**b for b in bits]
     searched = [k for k in counts if k < len(starts)]

@@ -1,4 +1,4 @@
-"""Two-region quantization of a weight: w' = sign(w) level(|w|), a uniform quantizer on either side of |w| = p.
+"""Two-interval quantization of a weight: w' = sign(w) level(|w|), a uniform quantizer on either side of |w| = p.
 
 PWLQ (arXiv 2002.00104), eq. for pw(r; b, m, p), as PTILMPQ (arXiv 2404.02947) uses it: the dense centre and the
 sparse tail do not overlap, so neither spends levels on the other's range.
@@ -19,10 +19,10 @@ from .grid import PiecewiseGrids
 
 @dataclass(frozen=True)
 class PiecewiseTensor:
-    """Codes of either region, which region each weight is in, and the grids.
+    """Codes of either interval, which interval each weight is in, and the grids.
 
     codes: int16, the weight's shape, sign << k | j with k magnitude bits; tail: bool, the weight's shape, true
-    outside p; grid: (regions, 1), regions ordered by output channel, then along the input; dtype: the weight's.
+    outside p; grid: (groups, 1), groups ordered by output channel, then along the input; dtype: the weight's.
     """
 
     codes: Tensor
@@ -38,13 +38,13 @@ class PiecewiseTensor:
         return self.codes.numel() * (int(self.grid.magnitude_bits[0]) + 1)
 
     @property
-    def region_bits(self) -> int:
-        """Bits of the region map, one a weight. Of 2^b levels in all it is one of the b bits."""
+    def interval_bits(self) -> int:
+        """Bits of the interval map, one a weight. Of 2^b levels in all it is one of the b bits."""
         return self.tail.numel()
 
     @property
-    def region_entropy_bits(self) -> float:
-        """Bits of the region map when entropy coded by itself: H(share of the tail) a weight."""
+    def interval_entropy_bits(self) -> float:
+        """Bits of the interval map when entropy coded by itself: H(share of the tail) a weight."""
         share = float(self.tail.float().mean()) if self.tail.numel() else 0.0
         if share in (0.0, 1.0):
             return 0.0
@@ -52,13 +52,13 @@ class PiecewiseTensor:
 
     @property
     def scale_bits(self) -> int:
-        """Bits of the two float32 units of every region."""
+        """Bits of the two float32 units of every group."""
         return 64 * self.grid.dense.size if self.codes.numel() else 0
 
     @property
     def total_bits(self) -> int:
-        """All of it, the region map as it is."""
-        return self.code_bits + self.region_bits + self.scale_bits
+        """All of it, the interval map as it is."""
+        return self.code_bits + self.interval_bits + self.scale_bits
 
 
 def quantize(
@@ -99,7 +99,7 @@ def fake_quantize(
 
 
 def encode(rows: Tensor, grid: PiecewiseGrids) -> tuple[Tensor, Tensor]:
-    """Rows (regions, n), float32 -> codes int16 and the tail's mask, both (regions, n)."""
+    """Rows (groups, n), float32 -> codes int16 and the tail's mask, both (groups, n)."""
     if rows.numel() == 0:
         return rows.to(torch.int16), rows.to(torch.bool)
     magnitude = rows.abs()
@@ -114,7 +114,7 @@ def encode(rows: Tensor, grid: PiecewiseGrids) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, tail: Tensor, grid: PiecewiseGrids) -> Tensor:
-    """Codes and the tail's mask, both (regions, n) -> values, float32."""
+    """Codes and the tail's mask, both (groups, n) -> values, float32."""
     if codes.numel() == 0:
         return codes.float()
     k = int(grid.magnitude_bits[0])

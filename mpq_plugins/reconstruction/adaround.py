@@ -4,7 +4,7 @@ A weight between two levels of its grid is low + step h(V), h(V) = clamp(sigmoid
 rectified sigmoid (eq. 23), and the regulariser sum 1 - |2 h(V) - 1|^beta (eq. 24) drives h to 0 or 1 as beta falls.
 Binary weights have two levels, so for them it is the sign that is learned.
 
-The plan's ranges are the weights' own extremes, or found from them: so one weight at either end of each region's range
+The plan's ranges are the weights' own extremes, or found from them: so one weight at either end of each group's range
 stays there, and whoever quantizes the rounded weights finds the same grid again. Weights beyond a clipped range stay at
 its end, as AdaRound's clamp has it.
 """
@@ -21,7 +21,7 @@ from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS, Affine
 from ..quantization import affine
-from ..simulation.layer import simulate
+from ..simulation.layer import simulate_layer
 
 ZETA, GAMMA = 1.1, -0.1
 HOTTEST, COLDEST = 20.0, 2.0  # beta
@@ -53,7 +53,7 @@ class Rounding:
         axis, own = choice.channel_axis, weight.detach()
         low, step, share = own.clone(), torch.zeros_like(own), torch.zeros_like(own)
         nearest = torch.zeros_like(own, dtype=torch.bool)
-        for part in choice.groups:
+        for part in choice.all_parts:
             if part.bits in FLOAT_BITS:
                 continue
             index = torch.from_numpy(part.runs.array()).to(own.device)
@@ -124,9 +124,9 @@ def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
 
     Raises WeightError, naming the layer, if the plan finds another grid in it.
     """
-    found = simulate(weight, choice)
+    found = simulate_layer(weight, choice)
     for _ in range(4):
-        again = simulate(found, choice)
+        again = simulate_layer(found, choice)
         if again.equal(found):
             break
         found = again
@@ -140,12 +140,12 @@ def nearest(weight: Tensor, choice: LayerChoice) -> Tensor:
     """The weight rounded to nearest, so that quantizing it again changes nothing where the scheme is affine."""
     if isinstance(choice.scheme, Affine) and weight.dtype == torch.float32:
         return settled(Rounding.of(weight, choice).to_nearest(), choice)
-    return simulate(weight, choice)
+    return simulate_layer(weight, choice)
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """Rows (regions, elements) of the levels below and what the ones above add; share: where in between, 0 to 1."""
+    """Rows (groups, elements) of the levels below and what the ones above add; share: where in between, 0 to 1."""
 
     low: Tensor
     step: Tensor
@@ -158,9 +158,9 @@ class _Cells:
         assert isinstance(scheme, Affine)
         quantized = affine.quantize(weight, bits, scheme, channel_axis=choice.channel_axis, layer=choice.name)
         grid = quantized.grid
-        regions = max(1, grid.scale.shape[0])
+        groups = max(1, grid.scale.shape[0])
         rows, codes = (
-            channel_rows(t, choice.channel_axis).reshape(regions, -1).float() for t in (weight, quantized.codes)
+            channel_rows(t, choice.channel_axis).reshape(groups, -1).float() for t in (weight, quantized.codes)
         )
         if not rows.numel():
             return cls(rows, rows, rows, rows.bool())
@@ -180,7 +180,7 @@ class _Cells:
 
 
 def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Which weights hold each region's range, and the codes with theirs at its ends.
+    """Which weights hold each group's range, and the codes with theirs at its ends.
 
     Asymmetric: the extreme on either side of zero, whose nearest code may be one short of the end where it is a tie;
     symmetric: the one farthest from zero.

@@ -22,7 +22,7 @@ from ..models.wrappers import bare_names
 from ..plans.layers import LayerChoice
 from ..plans.names import are_experts, is_weight, layer_name, stacks_of
 from ..plans.plan import Plan
-from .layer import simulate
+from .layer import simulate_layer
 from .match import Match, match
 
 
@@ -108,7 +108,7 @@ class _Quantizer:
         if self.progress is not None:
             self.progress(choice.name, sum(self.done.values()), self.total)
         self.done[choice.name] = choice.numel
-        return simulate(tensor, choice)
+        return simulate_layer(tensor, choice)
 
     def plans(self, parameter: str, tensor: Tensor) -> bool:
         stacked = layer_name(parameter) in self.stacks and are_experts(parameter, tensor.shape)

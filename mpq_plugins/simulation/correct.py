@@ -45,7 +45,7 @@ from ..plans.scheme import FLOAT_BITS
 from ..quantization.fitted import check_fits, fitted
 from ..weights.dtypes import check_weight
 from .match import match
-from .model import simulated
+from .model import simulate_model
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
@@ -81,7 +81,7 @@ def correct(
     exact = duplicate(copied) if fit_ranges else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)
-    quantized = simulated(copied, plan)
+    quantized = simulate_model(copied, plan)
     _own_biases(copied)
     shifts, unreached = _measure(exact, quantized, plan, given, progress)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             axis = choices[name].channel_axis
-            for part in choices[name].groups:
+            for part in choices[name].all_parts:
                 if part.bits in FLOAT_BITS:
                     continue
                 index = torch.from_numpy(part.runs.array()).to(weight.device)

@@ -15,7 +15,7 @@ from ..quantization import affine
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """w' = (codes - zero_point) scale, the weight `simulate` makes, to the last bit.
+    """w' = (codes - zero_point) scale, the weight `simulate_layer` makes, to the last bit.
 
     codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (at one bit -1 and 1, or 0 for weights
     that are all 0); scale: float32 (channels, groups), in the weights' units, one group unless per_group; zero_point:
@@ -30,7 +30,7 @@ class IntegerWeight:
 
     def dequantized(self) -> Tensor:
         """The weight in float32."""
-        rows = self.region_rows(self.codes).float() - self.zero_point.reshape(-1, 1).float()
+        rows = self.group_rows(self.codes).float() - self.zero_point.reshape(-1, 1).float()
         values = (rows * self.scale.reshape(-1, 1)).reshape(self.scale.shape[0], -1)
         return from_channel_rows(values, self.codes.shape, self.channel_axis)
 
@@ -47,7 +47,7 @@ class IntegerWeight:
         factor: (channels,). Codes are the same and scales follow; where the factor is negative, codes are mirrored, and
         where it is 0, they mean 0. Several channels of one scale have their own now.
         """
-        rows, zero_point = self.region_rows(self.codes).long(), self.zero_point.reshape(-1, 1)
+        rows, zero_point = self.group_rows(self.codes).long(), self.zero_point.reshape(-1, 1)
         sign = factor[:, None].expand(self.scale.shape).reshape(-1, 1)
         # -c, or -1 - c, which is in the same range of codes whatever that is, and moves the zero point likewise.
         shift = torch.where((zero_point == 0) & (rows.amin(1, keepdim=True) > -128), 0, -1)
@@ -57,7 +57,7 @@ class IntegerWeight:
         codes = from_channel_rows(rows.to(torch.int8), self.codes.shape, self.channel_axis)
         return replace(self, codes=codes, scale=scale, zero_point=zero_point.reshape(self.scale.shape), one_scale=False)
 
-    def region_rows(self, weight: Tensor) -> Tensor:
+    def group_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as one row for each scale."""
         return channel_rows(weight, self.channel_axis).reshape(self.scale.numel(), -1)
 
@@ -65,17 +65,17 @@ class IntegerWeight:
 def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
     """The integers of one layer, part by part.
 
-    Raises SettingError, naming the layer, for what has no such form: two regions, a part in floating point; and
+    Raises SettingError, naming the layer, for what has no such form: two intervals, a part in floating point; and
     WeightError for NaN or infinity.
     """
     scheme = choice.scheme
     if not isinstance(scheme, Affine):
         raise SettingError(f"layer {choice.name!r}: {scheme} has no integer codes on one grid; legalise the plan first")
     axis, channels = choice.channel_axis, choice.channels
-    groups = max(1, scheme.regions_per_channel(choice.shape, axis, choice.name))
+    groups = max(1, scheme.groups_per_channel(choice.shape, axis, choice.name))
     codes = torch.zeros(weight.shape, dtype=torch.int8)
     scale, zero_point = torch.ones(channels, groups), torch.zeros(channels, groups, dtype=torch.int64)
-    for part in choice.groups:
+    for part in choice.all_parts:
         if part.bits in FLOAT_BITS:
             count = len(part.channels)
             raise SettingError(f"layer {choice.name!r}: {count} channels are in float; legalise the plan first")
@@ -97,6 +97,6 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
 def _without_zero_scales(weight: IntegerWeight) -> IntegerWeight:
     """Binary codes of all-zero weights have the scale 0, by which backends divide: code 0 and scale 1 say the same."""
     empty = weight.scale.reshape(-1, 1) == 0
-    rows = weight.region_rows(weight.codes).masked_fill(empty, 0).reshape(weight.scale.shape[0], -1)
+    rows = weight.group_rows(weight.codes).masked_fill(empty, 0).reshape(weight.scale.shape[0], -1)
     codes = from_channel_rows(rows, weight.codes.shape, weight.channel_axis)
     return replace(weight, codes=codes, scale=torch.where(weight.scale == 0, 1.0, weight.scale))

@@ -11,7 +11,7 @@ from ..quantization.quantize import fake_quantize
 from ..weights.dtypes import check_weight
 
 
-def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:
+def simulate_layer(weight: Tensor, choice: LayerChoice) -> Tensor:
     """The weight the plan promises, in its own dtype and shape; at 16 or 32 bits the weight itself.
 
     Each part is quantized by itself: under per_tensor a part has its own scale. Raises WeightError for NaN or
@@ -22,7 +22,7 @@ def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:
         return _part(weight, choice.bits, choice)
     result = weight.detach().clone()
     axis = choice.channel_axis
-    for part in choice.groups:
+    for part in choice.all_parts:
         index = torch.from_numpy(part.runs.array()).to(weight.device)
         result.index_copy_(axis, index, _part(weight.detach().index_select(axis, index), part.bits, choice))
     return result
@@ -35,11 +35,11 @@ def _part(weight: Tensor, bits: int, choice: LayerChoice) -> Tensor:
 
 
 def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: Channels) -> int:
-    """The most different values any one region of these channels holds."""
+    """The most different values any one group of these channels holds."""
     axis = choice.channel_axis
     rows = channel_rows(weight.detach().index_select(axis, torch.from_numpy(channels.array()).to(weight.device)), axis)
     if rows.numel() == 0:
         return 0
-    regions = choice.scheme.region_count(choice.shape, axis, len(channels), choice.name)
-    ordered = rows.float().reshape(regions, -1).sort(dim=1).values
+    groups = choice.scheme.group_count(choice.shape, axis, len(channels), choice.name)
+    ordered = rows.float().reshape(groups, -1).sort(dim=1).values
     return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1

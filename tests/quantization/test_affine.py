@@ -112,14 +112,14 @@ def test_strides_do_not_matter(scheme: Affine) -> None:
     assert fake_quantize(strided, 4, scheme).equal(fake_quantize(weight, 4, scheme))
 
 
-def test_regions_follow_the_granularity() -> None:
+def test_groups_follow_the_granularity() -> None:
     weight = torch.randn(4, 6, 3, 3, generator=torch.Generator().manual_seed(0))
-    for scheme, regions in (
+    for scheme, groups in (
         (Affine(), weight.reshape(1, -1)),
         (Affine(granularity="per_channel"), weight.reshape(4, -1)),
         (Affine(granularity="per_group", group_size=2), weight.reshape(4 * 3, -1)),
     ):
-        expected = torch.stack([fake_quantize(region, 3) for region in regions]).reshape(weight.shape)
+        expected = torch.stack([fake_quantize(group, 3) for group in groups]).reshape(weight.shape)
         assert fake_quantize(weight, 3, scheme).equal(expected)
 
 

@@ -46,7 +46,7 @@ def test_symmetric_clipping_is_close_to_brute_force(name: str, bits: int) -> Non
         assert got <= best * 1.02
 
 
-def test_one_region_over_several_blocks_is_the_region_whole() -> None:
+def test_one_group_over_several_blocks_is_the_group_whole() -> None:
     from mpq_plugins.quantization.calibrate import choose_grids
     from mpq_plugins.quantization.kernel import row_stats
 

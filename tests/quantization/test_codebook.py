@@ -32,7 +32,7 @@ def weights(elements: st.SearchStrategy[float]) -> st.SearchStrategy[Tensor]:
 
 
 @given(weights(st.floats(-1e3, 1e3, width=32)), st.sampled_from([1, 2]), st.sampled_from(SCHEMES))
-def test_every_weight_gets_the_nearest_centroid_of_its_region(weight: Tensor, bits: int, scheme: Codebook) -> None:
+def test_every_weight_gets_the_nearest_centroid_of_its_group(weight: Tensor, bits: int, scheme: Codebook) -> None:
     quantized = quantize(weight, bits, scheme)
     centroids = quantized.centroids.double()
     rows = weight.double().reshape(len(centroids), -1)

@@ -238,8 +238,8 @@ def test_bfloat16_has_the_searched_grids_and_sums_of_the_same_floats(route: str,
 
     def of(own: Tensor) -> NDArray[np.float64]:
         stats = kernel.row_stats(own)
-        regions = stats.merged() if scheme.granularity == "per_tensor" else stats
-        return kernel.error_sums(own, choose_grids(lambda op: op(own), regions, (2, 4, 8), scheme), largest=True)
+        groups = stats.merged() if scheme.granularity == "per_tensor" else stats
+        return kernel.error_sums(own, choose_grids(lambda op: op(own), groups, (2, 4, 8), scheme), largest=True)
 
     np.testing.assert_array_equal(of(rows), of(rows.float()))
 
