@@ -32,7 +32,8 @@ from ..errors import FormatError
 from ..plans.layers import LayerChoice, Part
 from ..plans.names import layer_name
 from ..plans.plan import Plan
-from .codes import PartCodes, PartShape, decode
+from ..quantization.contract import PartCodes, PartShape
+from .codes import decode
 from .header import CHECKSUM, PROLOGUE, Header, PartRecord, TensorRecord, check_records, choice_of, read_header
 from .sparse import RelativeIndex, from_relative, index_bits
 from .streams import Stream, read_codes, read_values

@@ -13,7 +13,7 @@ from ..errors import SettingError
 from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS, Codebook
+from ..plans.scheme import FLOAT_BITS
 from ..quantization.codebook import quantize
 from ..simulation.match import match
 from ..weights.find import find_weights
@@ -66,10 +66,10 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
-    scheme, axis = choice.scheme, choice.channel_axis
-    if not isinstance(scheme, Codebook) or any(part.bits in FLOAT_BITS for part in choice.all_parts):
-        shared = isinstance(scheme, Codebook)
-        found = "is partly in floating point" if shared else f"is planned {scheme}"
+    scheme, axis = choice.scheme.as_codebook, choice.channel_axis
+    if scheme is None or any(part.bits in FLOAT_BITS for part in choice.all_parts):
+        shared = scheme is not None
+        found = "is partly in floating point" if shared else f"is planned {choice.scheme}"
         remedy = "Give all of it bits" if shared else "Measure under Codebook()"
         raise SettingError(
             f"layer {choice.name!r}: {found}, and only codebooks have centroids to train. {remedy}, or leave the layer "

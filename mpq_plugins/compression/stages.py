@@ -13,8 +13,9 @@ from torch import Tensor
 from ..checkpoints.readers import DTYPES
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS
+from ..quantization.contract import PartCodes, PartShape
 from .bitpack import Codes, packed_bytes
-from .codes import PartCodes, PartShape, are_zero
+from .codes import are_zero
 from .container import Container, part_shape
 from .huffman import coded_bytes, entropy_bits
 from .sparse import index_bits, to_relative

@@ -23,12 +23,13 @@ from ..plans.layers import LayerChoice, Part
 from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
+from ..quantization.contract import PartCodes, PartShape
 from ..simulation.checkpoint import require_unscaled
 from ..simulation.match import match
 from ..weights.dtypes import check_weight
 from ..weights.handles import Weight
 from .bitpack import Codes
-from .codes import PartCodes, PartShape, encode
+from .codes import encode
 from .container import Container, numpy_dtype, part_shape, read_part
 from .header import (
     PROLOGUE,

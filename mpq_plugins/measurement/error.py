@@ -19,7 +19,6 @@ from ..models.device import own_stream
 from ..models.fingerprint import fingerprint, layer_digest
 from ..plans.scheme import Scheme
 from ..plans.stats import LayerStats
-from ..quantization.calibrate import choose_grids
 from ..quantization.grid import GroupStats
 from ..quantization.groups import group_rows
 from ..quantization.kernel import (
@@ -32,6 +31,7 @@ from ..quantization.kernel import (
     kernel_name,
     row_stats,
 )
+from ..quantization.quantize import choose_grids
 from ..weights.chunks import Op, chunks, over_chunks, read
 from ..weights.handles import Weight
 from .importance import channel_importance, layer_importance

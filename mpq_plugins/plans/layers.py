@@ -17,7 +17,8 @@ from pydantic import (
 
 from ..common.documents import Strict
 from .channels import MOST_CHANNELS, Channels, cover
-from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
+from .scheme import FLOAT_BITS, INTEGER_BITS
+from .scheme_names import NamedScheme
 
 ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
 

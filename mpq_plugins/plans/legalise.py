@@ -155,10 +155,11 @@ def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]
     whys: list[str] = []
     if scheme.name not in able.schemes:
         whys.append(f"{able.backend} has no {scheme.name} scheme")
-        scheme = Affine(granularity=scheme.granularity, group_size=scheme.group_size)
-    if isinstance(scheme, Affine) and scheme.symmetric not in able.symmetric:
-        whys.append(f"{able.backend} has only {'asymmetric' if scheme.symmetric else 'symmetric'} scales")
-        scheme = replace(scheme, symmetric=not scheme.symmetric)
+        scheme = scheme.as_affine or Affine(granularity=scheme.granularity, group_size=scheme.group_size)
+    affine = scheme.as_affine
+    if affine is not None and affine.symmetric not in able.symmetric:
+        whys.append(f"{able.backend} has only {'asymmetric' if affine.symmetric else 'symmetric'} scales")
+        scheme = replace(affine, symmetric=not affine.symmetric)
     if scheme.granularity not in able.granularities:
         whys.append(f"{able.backend} has no {scheme.granularity} scales, only {', '.join(able.granularities)}")
         # The nearest there is: coarser than groups, finer than a whole tensor.

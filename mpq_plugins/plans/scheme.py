@@ -1,11 +1,17 @@
-"""How values become codes at a given bit-width: frozen values, free of torch, shared by plan and quantizer."""
+"""How values become codes at a given bit-width: frozen values, free of torch, shared by plan and quantizer.
+
+A scheme is a frozen dataclass whose fields are its settings. It answers for itself what plans, sizes and budgets ask,
+which are numbers alone; what touches tensors is its quantizer's, a class that the scheme names and that is imported
+when a weight is quantized (see quantization/contract.py). Files know a scheme by its name, under which an entry point
+of the group `mpq_plugins.schemes` declares it.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict
 
 from ..common.documents import STRICT
 from ..errors import SettingError
@@ -32,16 +38,121 @@ def check_bits(bits: int, name: str = "bits") -> int:
     return bits
 
 
+@runtime_checkable
+class Scheme(Protocol):
+    """The contract of a scheme: what is asked of its value. Weights that share a scale or a codebook are a group.
+
+    `Granular` answers all but `name`, `quantizer`, `check_bits` and `levels`, for a scheme of one scale per group whose
+    weights cost b bits. A scheme is a frozen dataclass, so that equal settings are one scheme; its fields are numbers,
+    texts and flags, which files keep under their names.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __hash__(self) -> int:
+        """As frozen dataclasses have it."""
+
+    @property
+    def name(self) -> str:
+        """What files and the command line call it; the name of its entry point."""
+
+    @property
+    def quantizer(self) -> str:
+        """Where its quantizer is, `package.module:Class`; see quantization/contract.py."""
+
+    @property
+    def granularity(self) -> Granularity:
+        """What a group is."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs of a group, where the granularity is `per_group`."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether each group's scale is found by trying many, which takes a hundred times as long."""
+
+    @property
+    def sorts(self) -> bool:
+        """Whether all weights of a group must be in memory at once."""
+
+    @property
+    def scales_per_group(self) -> int:
+        """How many 32-bit numbers a group has beside its codebook."""
+
+    @property
+    def as_affine(self) -> "Affine | None":
+        """The affine scheme that gives the same codes, which is what backends run; None where there is none."""
+
+    @property
+    def as_codebook(self) -> "Codebook | None":
+        """The codebook scheme that gives the same centroids; None where there is none."""
+
+    def check_bits(self, bits: int, name: str = "bits") -> int:
+        """Return `bits` if there are codes of that width, 1 to 8 at the most. Raises SettingError, naming `name`."""
+
+    def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
+        """Raise SettingError, naming `layer`, if `channels` of a weight of `shape` cannot have that width."""
+
+    def levels(self, bits: int) -> int:
+        """The most different values a group can hold."""
+
+    def has_zero(self, bits: int) -> bool:
+        """Whether a weight of 0 stays 0."""
+
+    def interval_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+
+    def zero_point_bits(self, bits: int) -> int:
+        """Bits of a group's zero point."""
+
+    def codebook_entries(self, bits: int) -> int:
+        """How many values a group keeps in a table of its own."""
+
+    def groups_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
+        """How many groups one output channel has by itself, 0 where a group spans channels."""
+
+    def group_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
+        """How many groups `channels` of a weight's output channels have together."""
+
+
 class Granular:
     """What schemes share: scales belong to groups, and the granularity says what a group is.
 
     A group is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
-    output channel (times the kernel's positions).
+    output channel (times the kernel's positions). A dataclass that inherits it has the fields `granularity` and
+    `group_size`, and calls `check_granularity` in its `__post_init__`.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     granularity: Granularity
     group_size: int | None
-    sorts: ClassVar[bool] = False  # whether a group's grid needs all of its weights at once
+    sorts: ClassVar[bool] = False
+    scales_per_group: ClassVar[int] = 1
+
+    @property
+    def searches(self) -> bool:
+        """Whether each group's scale is found by trying many."""
+        return False
+
+    @property
+    def as_affine(self) -> "Affine | None":
+        """The affine scheme that gives the same codes; None where there is none."""
+        return None
+
+    @property
+    def as_codebook(self) -> "Codebook | None":
+        """The codebook scheme that gives the same centroids; None where there is none."""
+        return None
+
+    def interval_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+        return 0
+
+    def zero_point_bits(self, bits: int) -> int:
+        """Bits of a group's zero point."""
+        return 0
 
     def codebook_entries(self, bits: int) -> int:
         """Values that a group keeps in a table of its own."""
@@ -80,7 +191,8 @@ class Granular:
         """How many groups `channels` of this weight's output channels have together."""
         return max(1, channels * self.groups_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
 
-    def _check_granularity(self) -> None:
+    def check_granularity(self) -> None:
+        """Raise SettingError for a granularity that there is not, or a group size that does not fit it."""
         _allow("granularity", self.granularity, GRANULARITIES)
         if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
             raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
@@ -88,7 +200,8 @@ class Granular:
             raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")
 
     @property
-    def _grain(self) -> str:
+    def grain(self) -> str:
+        """The granularity in words, `per_group(32)`."""
         return f"per_group({self.group_size})" if self.granularity == "per_group" else self.granularity
 
 
@@ -103,8 +216,7 @@ class Affine(Granular):
     Raises SettingError on a value outside what is listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_group: ClassVar[int] = 1
+    quantizer: ClassVar[str] = "mpq_plugins.quantization.affine:AffineQuantizer"
 
     name: Literal["affine"] = "affine"
     symmetric: bool = False
@@ -113,19 +225,24 @@ class Affine(Granular):
     range: RangeName = "minmax"
 
     def __post_init__(self) -> None:
-        self._check_granularity()
+        self.check_granularity()
         _allow("range", self.range, RANGES)
         _allow("scheme", self.name, ("affine",))
         if not isinstance(self.symmetric, bool):
             raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True or False")
 
     def __str__(self) -> str:
-        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self._grain} {self.range}"
+        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self.grain} {self.range}"
 
     @property
     def searches(self) -> bool:
         """Whether each group's range is found by trying many."""
         return self.range == "mse"
+
+    @property
+    def as_affine(self) -> "Affine":
+        """Itself."""
+        return self
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
@@ -134,10 +251,6 @@ class Affine(Granular):
     def levels(self, bits: int) -> int:
         """The most different values a group can hold."""
         return int(2**bits) - (self.symmetric and bits > 1)
-
-    def interval_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
-        return 0
 
     def has_zero(self, bits: int) -> bool:
         """Whether a weight of 0 stays 0 at that width: binary weights are +-scale."""
@@ -163,7 +276,7 @@ class Piecewise(Granular):
     Bits are 2 to 8. Raises SettingError on a value outside what is listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    quantizer: ClassVar[str] = "mpq_plugins.quantization.piecewise:PiecewiseQuantizer"
     scales_per_group: ClassVar[int] = 2
 
     name: Literal["piecewise"] = "piecewise"
@@ -173,13 +286,13 @@ class Piecewise(Granular):
     storage: StorageName = "region_bit"
 
     def __post_init__(self) -> None:
-        self._check_granularity()
+        self.check_granularity()
         _allow("breakpoint", self.breakpoint, BREAKPOINTS)
         _allow("storage", self.storage, STORAGES)
         _allow("scheme", self.name, ("piecewise",))
 
     def __str__(self) -> str:
-        return f"two-region {self._grain} {self.breakpoint}{' shared' if self.storage == 'shared' else ''}"
+        return f"two-region {self.grain} {self.breakpoint}{' shared' if self.storage == 'shared' else ''}"
 
     @property
     def searches(self) -> bool:
@@ -207,10 +320,6 @@ class Piecewise(Granular):
         """Whether a weight of 0 stays 0: of 2^b levels in all, none is 0."""
         return self.storage == "region_bit"
 
-    def zero_point_bits(self, bits: int) -> int:
-        """None: codes are signs and magnitudes."""
-        return 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook(Granular):
@@ -225,7 +334,7 @@ class Codebook(Granular):
     listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    quantizer: ClassVar[str] = "mpq_plugins.quantization.codebook:CodebookQuantizer"
     scales_per_group: ClassVar[int] = 0
     sorts: ClassVar[bool] = True
 
@@ -235,17 +344,22 @@ class Codebook(Granular):
     init: InitName = "linear"
 
     def __post_init__(self) -> None:
-        self._check_granularity()
+        self.check_granularity()
         _allow("init", self.init, INITS)
         _allow("scheme", self.name, ("codebook",))
 
     def __str__(self) -> str:
-        return f"codebook {self._grain} {self.init}"
+        return f"codebook {self.grain} {self.init}"
 
     @property
     def searches(self) -> bool:
         """Whether each group's centroids are found by trying many."""
         return True
+
+    @property
+    def as_codebook(self) -> "Codebook":
+        """Itself."""
+        return self
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
@@ -259,37 +373,31 @@ class Codebook(Granular):
             remedy = f"at most {weights.bit_length() - 1} bits" if weights > 1 else "another scheme"
             raise SettingError(
                 f"layer {layer!r}: {bits} bits are {2**bits} centroids, more than the {weights} weights that share "
-                f"them ({self._grain}). Use {remedy}, or leave the layer out (skip)."
+                f"them ({self.grain}). Use {remedy}, or leave the layer out (skip)."
             )
 
     def levels(self, bits: int) -> int:
         """The most different values a group can hold."""
         return int(2**bits)
 
-    def interval_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
-        return 0
-
-    def zero_point_bits(self, bits: int) -> int:
-        """None: centroids are values."""
-        return 0
-
     def codebook_entries(self, bits: int) -> int:
         """Centroids of a group."""
         return int(2**bits)
 
 
-Scheme = Affine | Piecewise | Codebook
-NamedScheme = Annotated[
-    Annotated[Affine, Tag("affine")] | Annotated[Piecewise, Tag("piecewise")] | Annotated[Codebook, Tag("codebook")],
-    Discriminator(
-        lambda value: value.get("name", "affine") if isinstance(value, dict) else getattr(value, "name", None),
-        custom_error_type="scheme",
-        custom_error_message="is not allowed; a scheme named affine, piecewise or codebook",
-    ),
-]
-"""A scheme in a file, told apart by its name; affine where it has none."""
-SCHEMES: dict[str, type[Scheme]] = {"affine": Affine, "piecewise": Piecewise, "codebook": Codebook}
+SCHEMES: dict[str, type[Affine | Piecewise | Codebook]] = {
+    "affine": Affine, "piecewise": Piecewise, "codebook": Codebook,
+}  # fmt: skip
+"""Those of this package, which files may have without anything being looked up; see scheme_names.py for all."""
+
+
+def has_width(scheme: Scheme, bits: int) -> bool:
+    """Whether the scheme has codes of that width."""
+    try:
+        scheme.check_bits(bits)
+    except SettingError:
+        return False
+    return True
 
 
 def _allow(field: str, value: object, allowed: Sequence[str]) -> None:

@@ -11,56 +11,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows
-from ..plans.scheme import Affine, Codebook, Piecewise, Scheme
+from ..plans.scheme import Affine, Scheme
 from ..weights.dtypes import check_weight
-from .breakpoint import choose_breakpoints
-from .grid import AnyGrids, CodebookGrids, Floats, Grids, GroupStats, SquaredErrors, affine_grids, minmax_grids
+from .contract import Each
+from .grid import AnyGrids, Floats, Grids, GroupStats, SquaredErrors, affine_grids, minmax_grids
 from .groups import group_rows
 from .kernel import SQUARED, error_sums, error_totals, row_stats
-from .kmeans import centroids
-
-Each = Callable[[Callable[[Tensor], Floats]], Floats]
-"""Applies a function to every block of a weight, and joins what it gives along the first axis: with one group for all,
-blocks are matrices of any shape; otherwise there is one, (groups, elements)."""
 
 Kind = TypeVar("Kind", bound=np.generic)
+AGrid = TypeVar("AGrid")
 
 COARSE = np.linspace(1.0, 0.04, 49)
 FINE = np.linspace(-0.02, 0.02, 9)
 ONE_SIDED = np.linspace(0.7, 1.15, 10)
 
 
-def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Scheme) -> AnyGrids:
-    """The grids of each group at these bit-widths under the scheme's rule, (R, len(bits)).
-
-    Raises SettingError for a bit-width that the scheme does not have.
-    """
+def squared_errors(each: Each, scheme: Scheme) -> SquaredErrors:
+    """What measures candidates for the grids of a weight under the scheme, block by block."""
     one_group = scheme.granularity == "per_tensor"
-    if isinstance(scheme, Codebook):
-        values = each(_values)
-        return choose_codebooks(values.reshape(1, -1) if one_group else values, bits, scheme)
 
-    def squared_errors(grids: AnyGrids) -> Floats:
+    def errors(grids: AnyGrids) -> Floats:
         sums = each(partial(error_totals if one_group else error_sums, grids=grids))[..., SQUARED]
         return sums.sum(axis=0, keepdims=True) if one_group else sums
 
-    if isinstance(scheme, Piecewise):
-        return choose_breakpoints(stats, bits, scheme, squared_errors)
-    return choose_affine_grids(stats, bits, scheme, squared_errors)
+    return errors
+
+
+def whole_rows(each: Each, scheme: Scheme) -> Floats:
+    """All weights of each group, float64 (groups, n)."""
+    values = each(_values)
+    return values.reshape(1, -1) if scheme.granularity == "per_tensor" else values
 
 
 def _values(rows: Tensor) -> Floats:
     return rows.detach().double().cpu().numpy()
-
-
-def choose_codebooks(rows: Floats, bits: Sequence[int], scheme: Codebook) -> CodebookGrids:
-    """The codebooks of each group's weights, float32 values in (R, n), at these bit-widths."""
-    widths = [scheme.check_bits(b) for b in bits]
-    books = tuple(np.zeros((len(rows), 2**b), np.float32) for b in widths)
-    for r, row in enumerate(rows if rows.size else ()):
-        for book, own in zip(books, centroids(row.astype(np.float32), widths, scheme.init), strict=True):
-            book[r] = own
-    return CodebookGrids(np.array(widths, np.int64), books)
 
 
 def choose_affine_grids(stats: GroupStats, bits: Sequence[int], scheme: Affine, squared_errors: SquaredErrors) -> Grids:
@@ -127,8 +111,12 @@ class _Clipping:
 
 
 def fitted_rows(
-    weight: Tensor, bits: int, scheme: Scheme, channel_axis: int, layer: str
-) -> tuple[Tensor, torch.Size, AnyGrids]:
+    weight: Tensor,
+    scheme: Scheme,
+    channel_axis: int,
+    layer: str,
+    choose: Callable[[Each, GroupStats], AGrid],
+) -> tuple[Tensor, torch.Size, AGrid]:
     """A weight as float32 rows, one per group; the shape of its channels' rows; and the grid of each group.
 
     Raises WeightError and SettingError, naming `layer`.
@@ -138,4 +126,4 @@ def fitted_rows(
     channels = channel_rows(weight.detach().float(), channel_axis)
     rows = group_rows(channels, scheme, per_channel)
     stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
-    return rows, channels.shape, choose_grids(lambda work: work(rows), stats, [bits], scheme)
+    return rows, channels.shape, choose(lambda work: work(rows), stats)

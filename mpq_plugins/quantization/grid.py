@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,21 @@ class CodebookGrids:
     centroids: tuple[NDArray[np.float32], ...]
 
 
-AnyGrids = Grids | PiecewiseGrids | CodebookGrids
+class AnyGrids(Protocol):
+    """K quantizers for each of R groups, of any scheme. Those of this package are measured by the loops of kernel.py;
+    others measure themselves."""
+
+    @property
+    def bits(self) -> NDArray[np.int64]:
+        """The bit-widths, (K,)."""
+
+
+class OwnGrids(AnyGrids, Protocol):
+    """Grids that measure themselves."""
+
+    def error_sums(self, rows: Any, largest: bool) -> Floats:
+        """Sums over each row (n,) of a floating tensor (R, n) as kernel.error_sums gives them, float64 (R, K, 3)."""
+
 
 SquaredErrors = Callable[[AnyGrids], Floats]
 """Grids of K candidates -> sums of (w - w')^2, (groups, K)."""

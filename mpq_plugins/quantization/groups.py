@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..plans.scheme import Granular
+from ..plans.scheme import Scheme
 
 
-def group_rows(rows: Tensor, scheme: Granular, groups_per_channel: int) -> Tensor:
+def group_rows(rows: Tensor, scheme: Scheme, groups_per_channel: int) -> Tensor:
     """Channel rows (C, n) -> one row per group that has its own scale."""
     if scheme.granularity == "per_tensor":
         return rows.reshape(1, -1)

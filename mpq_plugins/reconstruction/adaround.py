@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS, Affine
+from ..plans.scheme import FLOAT_BITS
 from ..quantization import affine
 from ..simulation.layer import simulate_layer
 
@@ -108,7 +108,7 @@ def beta_at(step: int, steps: int) -> float | None:
 
 def require_affine(weight: Tensor, choice: LayerChoice) -> None:
     """Raise SettingError, naming the layer, where its rounding cannot be learned."""
-    if not isinstance(choice.scheme, Affine):
+    if choice.scheme.as_affine is None:
         raise SettingError(
             f"layer {choice.name!r}: rounding is learned between the levels of one grid, which {choice.scheme} has "
             "not; plan it under the affine scheme"
@@ -138,7 +138,7 @@ def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
 
 def nearest(weight: Tensor, choice: LayerChoice) -> Tensor:
     """The weight rounded to nearest, so that quantizing it again changes nothing where the scheme is affine."""
-    if isinstance(choice.scheme, Affine) and weight.dtype == torch.float32:
+    if choice.scheme.as_affine is not None and weight.dtype == torch.float32:
         return settled(Rounding.of(weight, choice).to_nearest(), choice)
     return simulate_layer(weight, choice)
 
@@ -154,8 +154,8 @@ class _Cells:
 
     @classmethod
     def of(cls, weight: Tensor, bits: int, choice: LayerChoice) -> Self:
-        scheme = choice.scheme
-        assert isinstance(scheme, Affine)
+        scheme = choice.scheme.as_affine
+        assert scheme is not None
         quantized = affine.quantize(weight, bits, scheme, channel_axis=choice.channel_axis, layer=choice.name)
         grid = quantized.grid
         groups = max(1, grid.scale.shape[0])

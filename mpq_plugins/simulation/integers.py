@@ -9,7 +9,7 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS, Affine
+from ..plans.scheme import FLOAT_BITS
 from ..quantization import affine
 
 
@@ -68,9 +68,11 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
     Raises SettingError, naming the layer, for what has no such form: two intervals, a part in floating point; and
     WeightError for NaN or infinity.
     """
-    scheme = choice.scheme
-    if not isinstance(scheme, Affine):
-        raise SettingError(f"layer {choice.name!r}: {scheme} has no integer codes on one grid; legalise the plan first")
+    scheme = choice.scheme.as_affine
+    if scheme is None:
+        raise SettingError(
+            f"layer {choice.name!r}: {choice.scheme} has no integer codes on one grid; legalise the plan first"
+        )
     axis, channels = choice.channel_axis, choice.channels
     groups = max(1, scheme.groups_per_channel(choice.shape, axis, choice.name))
     codes = torch.zeros(weight.shape, dtype=torch.int8)

@@ -25,12 +25,13 @@ from mpq_plugins import (
     finish,
     prune,
 )
-from mpq_plugins.compression.codes import PartCodes, encode
+from mpq_plugins.compression.codes import encode
 from mpq_plugins.compression.container import part_shape
 from mpq_plugins.compression.prune import Pruning
 from mpq_plugins.compression.write import save_tensors
 from mpq_plugins.errors import CompressWarning, MismatchError, SettingError, SourceError, WeightError
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.quantization.contract import PartCodes
 from mpq_plugins.simulation.layer import simulate_layer
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net, tied_net

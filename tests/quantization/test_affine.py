@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpq_plugins import Affine
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.quantization.affine import dequantize, fake_quantize, quantize
+from mpq_plugins.quantization.affine import dequantize, quantize
+from mpq_plugins.quantization.quantize import fake_quantize
 from tests.quantization import oracle
 
 SCHEMES = [

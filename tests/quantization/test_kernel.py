@@ -14,8 +14,8 @@ from torch import Tensor
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.quantization import kernel
-from mpq_plugins.quantization.calibrate import choose_grids
 from mpq_plugins.quantization.grid import Grids, minmax_grids
+from mpq_plugins.quantization.quantize import choose_grids
 from tests.quantization import oracle
 
 # Lengths around the block size and around where float32 begins, where an off-by-one would show.

@@ -14,9 +14,10 @@ from torch import Tensor
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.plans.scheme import BREAKPOINTS, GRANULARITIES, STORAGES
-from mpq_plugins.quantization import affine, kernel
+from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.breakpoint import DISTRIBUTIONS, expected_error
-from mpq_plugins.quantization.piecewise import PiecewiseTensor, decode, dequantize, encode, fake_quantize, quantize
+from mpq_plugins.quantization.piecewise import PiecewiseTensor, decode, dequantize, encode, quantize
+from mpq_plugins.quantization.quantize import fake_quantize
 
 BITS = range(2, 9)
 SCHEMES = [
@@ -145,7 +146,7 @@ def test_the_search_is_close_to_brute_force(name: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_at_b_bits_in_each_interval_it_is_never_worse_than_one_symmetric_quantizer_of_b_bits(bits: int) -> None:
     for weight in samples().values():
-        one = affine.fake_quantize(weight, bits, Affine(symmetric=True, granularity="per_channel"))
+        one = fake_quantize(weight, bits, Affine(symmetric=True, granularity="per_channel"))
         two = squared_error(weight, bits, Piecewise(granularity="per_channel"))
         assert (two <= (one.double() - weight.double()).square().sum(1) * (1 + 1e-6)).all()
 
