@@ -3,7 +3,7 @@
 import json
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, GetCoreSchemaHandler, SerializationInfo, Tag, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError, core_schema
@@ -54,7 +54,7 @@ def _validated(value: Any, ours: Any, info: ValidationInfo) -> Any:
     if type(value) is kind:
         return value
     settings = {key: inner for key, inner in value.items() if key != "name"} if isinstance(value, dict) else value
-    adapter = _adapter(name)
+    adapter = _adapter(cast(Any, kind))
     return adapter.validate_json(json.dumps(settings)) if info.mode == "json" else adapter.validate_python(settings)
 
 
@@ -62,13 +62,13 @@ def _serialized(value: Any, ours: Any, info: SerializationInfo) -> Any:
     if type(value) in SCHEMES.values():
         return ours(value)
     mode: Literal["json", "python"] = "json" if info.mode == "json" else "python"
-    fields = _adapter(value.name).dump_python(value, mode=mode, exclude_none=info.exclude_none)
+    fields = _adapter(cast(Any, type(value))).dump_python(value, mode=mode, exclude_none=info.exclude_none)
     return {"name": value.name, **fields}
 
 
 @cache
-def _adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(scheme_class(name))
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 _Ours = Annotated[
