@@ -16,6 +16,7 @@ from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
 from ..quantization.codebook import quantize
 from ..simulation.match import match
+from ..simulation.parts import weight_parts
 from ..weights.find import find_weights
 from .parametrized import WeightMaker, put
 
@@ -78,15 +79,14 @@ def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
     index = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     books: list[Tensor] = []
     known = 0
-    for part in choice.all_parts:
-        channels = torch.from_numpy(part.runs.array()).to(weight.device)
-        own = quantize(weight.index_select(axis, channels), part.bits, scheme, channel_axis=axis, layer=choice.name)
-        groups, entries = own.centroids.shape
-        rows = channel_rows(own.codes.int(), axis)
+    for part in weight_parts(weight, choice):
+        quantized = quantize(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name)
+        groups, entries = quantized.centroids.shape
+        rows = channel_rows(quantized.codes.int(), axis)
         if rows.numel():
             first = known + entries * torch.arange(groups, dtype=torch.int32, device=weight.device)
             rows = (rows.reshape(groups, -1) + first[:, None]).reshape(rows.shape)
-        index.index_copy_(axis, channels, from_channel_rows(rows, own.codes.shape, axis))
-        books.append(own.centroids.reshape(-1))
+        part.put(index, from_channel_rows(rows, quantized.codes.shape, axis))
+        books.append(quantized.centroids.reshape(-1))
         known += groups * entries
     return SharedWeight(torch.cat(books).to(weight), index)

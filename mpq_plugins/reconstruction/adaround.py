@@ -19,9 +19,9 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS
 from ..quantization import affine
 from ..simulation.layer import simulate_layer
+from ..simulation.parts import weight_parts
 
 ZETA, GAMMA = 1.1, -0.1
 HOTTEST, COLDEST = 20.0, 2.0  # beta
@@ -50,17 +50,16 @@ class Rounding:
         WeightError for NaN or infinity.
         """
         require_affine(weight, choice)
-        axis, own = choice.channel_axis, weight.detach()
-        low, step, share = own.clone(), torch.zeros_like(own), torch.zeros_like(own)
-        nearest = torch.zeros_like(own, dtype=torch.bool)
-        for part in choice.all_parts:
-            if part.bits in FLOAT_BITS:
+        axis, exact = choice.channel_axis, weight.detach()
+        low, step, share = exact.clone(), torch.zeros_like(exact), torch.zeros_like(exact)
+        nearest = torch.zeros_like(exact, dtype=torch.bool)
+        for part in weight_parts(exact, choice):
+            if part.in_float:
                 continue
-            index = torch.from_numpy(part.runs.array()).to(own.device)
-            cells = _Cells.of(own.index_select(axis, index), part.bits, choice)
+            cells = _Cells.of(part.values, part.bits, choice)
             for whole, rows in ((low, cells.low), (step, cells.step), (share, cells.share), (nearest, cells.nearest)):
-                values = from_channel_rows(rows.reshape(len(index), -1), _shape(own, axis, len(index)), axis)
-                whole.index_copy_(axis, index, values.to(whole.dtype))
+                values = from_channel_rows(rows.reshape(len(part.channels), -1), part.values.shape, axis)
+                part.put(whole, values.to(whole.dtype))
         v = -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
         return cls(low, step, nearest, torch.where(step > 0, v, -DECIDED).requires_grad_())
 
@@ -195,7 +194,3 @@ def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: boo
         own = torch.zeros_like(held).scatter(1, extreme, True) & beyond & (rows.amin(1) < rows.amax(1))[:, None]
         held, codes = held | own, torch.where(own, float(end), codes)
     return held, codes
-
-
-def _shape(weight: Tensor, axis: int, channels: int) -> tuple[int, ...]:
-    return tuple(channels if dimension == axis else size for dimension, size in enumerate(weight.shape))

@@ -41,11 +41,11 @@ from ..models.plain import is_plain
 from ..models.running import checked_batches, evaluating, first_input, run_model
 from ..models.tracing import BATCH_NORMS, CONVOLUTIONS
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.fitted import check_fits, fitted
 from ..weights.dtypes import check_weight
 from .match import match
 from .model import simulate_model
+from .parts import weight_parts
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
@@ -116,12 +116,10 @@ def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             axis = choices[name].channel_axis
-            for part in choices[name].all_parts:
-                if part.bits in FLOAT_BITS:
-                    continue
-                index = torch.from_numpy(part.runs.array()).to(weight.device)
-                own, h = weight.index_select(axis, index), moments[name].index_select(axis, index)
-                weight.index_copy_(axis, index, fitted(own, part.bits, schemes[name], h, axis))
+            for part in weight_parts(weight, choices[name]):
+                if not part.in_float:
+                    h = moments[name].index_select(axis, part.channels)
+                    part.put(weight, fitted(part.values, part.bits, schemes[name], h, axis))
 
 
 @dataclass

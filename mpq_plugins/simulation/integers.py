@@ -9,8 +9,8 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS
 from ..quantization import affine
+from .parts import weight_parts
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,19 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
     groups = max(1, scheme.groups_per_channel(choice.shape, axis, choice.name))
     codes = torch.zeros(weight.shape, dtype=torch.int8)
     scale, zero_point = torch.ones(channels, groups), torch.zeros(channels, groups, dtype=torch.int64)
-    for part in choice.all_parts:
-        if part.bits in FLOAT_BITS:
+    for part in weight_parts(weight.cpu(), choice):
+        if part.in_float:
             count = len(part.channels)
             raise SettingError(f"layer {choice.name!r}: {count} channels are in float; legalise the plan first")
-        index = torch.from_numpy(part.runs.array())
-        own = weight.detach().cpu().index_select(axis, index)
-        quantized = affine.quantize(own, part.bits, scheme, channel_axis=axis, layer=choice.name)
+        quantized = affine.quantize(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name)
         # Asymmetric codes start at 0; signed ones at -2^(b-1).
         shift = 0 if scheme.symmetric or part.bits == 1 else 2 ** (part.bits - 1)
-        codes.index_copy_(axis, index, (quantized.codes - shift).to(torch.int8))
+        part.put(codes, (quantized.codes - shift).to(torch.int8))
         # One row a channel, or one for all of them.
-        scale[index] = torch.from_numpy(quantized.grid.scale.copy()).reshape(-1, groups)
-        zero_point[index] = torch.from_numpy(quantized.grid.zero_point.astype(np.int64) - shift).reshape(-1, groups)
+        scale[part.channels] = torch.from_numpy(quantized.grid.scale.copy()).reshape(-1, groups)
+        zero_point[part.channels] = torch.from_numpy(quantized.grid.zero_point.astype(np.int64) - shift).reshape(
+            -1, groups
+        )
     whole = IntegerWeight(
         codes, scale, zero_point, axis, scheme.granularity == "per_tensor" and choice.bits is not None
     )

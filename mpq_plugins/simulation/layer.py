@@ -6,9 +6,9 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows
 from ..plans.channels import Channels
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.quantize import fake_quantize
 from ..weights.dtypes import check_weight
+from .parts import weight_parts
 
 
 def simulate_layer(weight: Tensor, choice: LayerChoice) -> Tensor:
@@ -18,20 +18,15 @@ def simulate_layer(weight: Tensor, choice: LayerChoice) -> Tensor:
     infinity.
     """
     check_weight(weight, choice.name)
-    if choice.bits is not None:
-        return _part(weight, choice.bits, choice)
     result = weight.detach().clone()
-    axis = choice.channel_axis
-    for part in choice.all_parts:
-        index = torch.from_numpy(part.runs.array()).to(weight.device)
-        result.index_copy_(axis, index, _part(weight.detach().index_select(axis, index), part.bits, choice))
+    for part in weight_parts(weight, choice):
+        if not part.in_float:
+            axis = choice.channel_axis
+            quantized = fake_quantize(part.values, part.bits, choice.scheme, channel_axis=axis, layer=choice.name)
+            if choice.bits is not None:
+                return quantized
+            part.put(result, quantized)
     return result
-
-
-def _part(weight: Tensor, bits: int, choice: LayerChoice) -> Tensor:
-    if bits in FLOAT_BITS:
-        return weight.detach().clone()
-    return fake_quantize(weight, bits, choice.scheme, channel_axis=choice.channel_axis, layer=choice.name)
 
 
 def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: Channels) -> int:
