@@ -114,8 +114,6 @@ def test_the_channel_axis_is_anywhere() -> None:
 
 
 def test_odd_weights() -> None:
-    for value in (0.0, 1.3, -2.7, 1e-44, 3e38, -3e38):
-        assert fake_quantize(torch.full((4, 6), value), 2, Codebook()).equal(torch.full((4, 6), value))
     for shape in ((0, 4), (4, 0)):
         for scheme in SCHEMES:
             assert fake_quantize(torch.zeros(shape), 2, scheme).shape == shape

@@ -95,8 +95,6 @@ def test_degenerate_tensors_are_safe(scheme: Piecewise) -> None:
         back = fake_quantize(weight, bits, scheme)
         assert back.isfinite().all(), (name, bits)
         assert (back - weight).abs().max() <= weight.abs().max() * 1.001, (name, bits)
-    for value, bits in itertools.product((0.0, 1.3, -2.7, 1e-30, 1e-44, -3e38), BITS):
-        assert fake_quantize(torch.full((4, 6), value), bits, scheme).equal(torch.full((4, 6), value))
     for shape in ((0, 4), (4, 0)):
         assert fake_quantize(torch.zeros(shape), 2, scheme).shape == shape
 
