@@ -70,11 +70,11 @@ def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
     scheme, axis = choice.scheme.as_codebook, choice.channel_axis
     if scheme is None or any(part.bits in FLOAT_BITS for part in choice.all_parts):
         shared = scheme is not None
-        found = "is partly in floating point" if shared else f"is planned {choice.scheme}"
+        problem = "is partly in floating point" if shared else f"is planned {choice.scheme}"
         remedy = "Give all of it bits" if shared else "Measure under Codebook()"
         raise SettingError(
-            f"layer {choice.name!r}: {found}, and only codebooks have centroids to train. {remedy}, or leave the layer "
-            "out (skip)."
+            f"layer {choice.name!r}: {problem}, and only codebooks have centroids to train. {remedy}, or leave the "
+            "layer out (skip)."
         )
     index = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     books: list[Tensor] = []

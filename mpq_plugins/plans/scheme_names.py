@@ -39,6 +39,17 @@ def scheme_class(name: str) -> type[Any]:
     return loaded
 
 
+def _installed(name: object) -> type[Any]:
+    """The scheme of a name in a file, broken ones raising PluginError."""
+    try:
+        if isinstance(name, str):
+            return scheme_class(name)
+    except PluginError:
+        if name in names(GROUP):
+            raise
+    raise _unknown()
+
+
 def _unknown() -> PydanticCustomError:
     *first, last = scheme_names()
     return PydanticCustomError("scheme", f"is not allowed; a scheme named {', '.join(first)} or {last}")
@@ -48,9 +59,7 @@ def _validated(value: Any, ours: Any, info: ValidationInfo) -> Any:
     name = value.get("name", Affine.name) if isinstance(value, dict) else getattr(value, "name", None)
     if name in tuple(SCHEMES):
         return ours(value)
-    if name not in scheme_names():
-        raise _unknown()
-    kind = scheme_class(name)
+    kind = _installed(name)
     if type(value) is kind:
         return value
     settings = {key: inner for key, inner in value.items() if key != "name"} if isinstance(value, dict) else value

@@ -75,8 +75,8 @@ def choose_breakpoints(
     if scheme.breakpoint != "search":
         split = choice.by_formula(scheme.breakpoint)
         return choice.grids(np.repeat(split, len(widths), axis=1), widths)
-    found = [choice.search(b, squared_errors) for b in widths]
-    return choice.grids(np.hstack(found), widths)
+    splits = [choice.search(b, squared_errors) for b in widths]
+    return choice.grids(np.hstack(splits), widths)
 
 
 class _Groups:

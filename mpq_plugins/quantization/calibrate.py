@@ -98,16 +98,16 @@ class _Clipping:
         pick = errors.argmin(axis=1, keepdims=True)
 
         def better(new: NDArray[Kind], old: NDArray[Kind]) -> NDArray[Kind]:
-            return np.where(found < self.error, np.take_along_axis(new, pick, axis=1), old)
+            return np.where(least < self.error, np.take_along_axis(new, pick, axis=1), old)
 
-        found = np.take_along_axis(errors, pick, axis=1)
+        least = np.take_along_axis(errors, pick, axis=1)
         chosen = Grids(
             self.grid.bits,
             self.grid.symmetric,
             better(grids.scale, self.grid.scale),
             better(grids.zero_point, self.grid.zero_point),
         )
-        return _Clipping(chosen, np.minimum(found, self.error), better(lows, self.low), better(highs, self.high))
+        return _Clipping(chosen, np.minimum(least, self.error), better(lows, self.low), better(highs, self.high))
 
 
 def fitted_rows(

@@ -177,8 +177,8 @@ def _codebook_sums(grids: CodebookGrids, rows: Tensor, largest: bool) -> Floats:
         levels, between = (torch.from_numpy(array).to(rows.device) for array in (book, edges(book)))
         # One book for all rows, or one each.
         codes = torch.searchsorted(between.expand(rows.shape[0], -1).contiguous(), plain)
-        found = levels.double().expand(rows.shape[0], -1).gather(1, codes)
-        sums[:, k] = reduce_errors((values - found).abs(), reciprocal, largest)
+        nearest = levels.double().expand(rows.shape[0], -1).gather(1, codes)
+        sums[:, k] = reduce_errors((values - nearest).abs(), reciprocal, largest)
     return sums
 
 
