@@ -5,7 +5,7 @@
 1. Theoretical against actual size at alpha = beta = 0.5: what the shares promise, what the plan says, what packed
    codes take on disk.
 2. alpha from 0.1 to 0.9: size, error, accuracy.
-3. Two regions against one uniform quantizer at the same true size, the bit that tells the region included.
+3. Two regions against one uniform quantizer at the same true size, the bit that tells the interval included.
 
 Accuracy on 846 test images (one image is 0.12 points; read cross-entropy beside it). The networks and images are
 looked for in $MPQ_ZOO, by default ../shared/zoo.
@@ -49,7 +49,7 @@ def main() -> None:
     need_networks(parser)
     out = Console(width=130, highlight=False, markup=False)
     for number in options.experiment:
-        (sizes, alphas, regions)[number - 1](options.depth, out)
+        (sizes, alphas, intervals)[number - 1](options.depth, out)
 
 
 def sizes(depths: list[int], out: Console) -> None:
@@ -84,7 +84,7 @@ def alphas(depths: list[int], out: Console) -> None:
         out.print("\n".join(sweep_notes(rows)) + "\n")
 
 
-def regions(depths: list[int], out: Console) -> None:
+def intervals(depths: list[int], out: Console) -> None:
     """Two regions against one, at the same true size."""
     data = images()
     for depth in depths:
@@ -93,7 +93,7 @@ def regions(depths: list[int], out: Console) -> None:
         for true_bits in (2, 3, 4, 5):
             cells = []
             for scheme in SCHEMES.values():
-                bits = true_bits - scheme.region_bits(true_bits)
+                bits = true_bits - scheme.interval_bits(true_bits)
                 if bits < 2:
                     cells.append("")
                     continue
@@ -108,21 +108,21 @@ def regions(depths: list[int], out: Console) -> None:
 
 
 def on_disk(net: ResNet, plan: mpq.Plan) -> tuple[int, float]:
-    """Bytes of a file with every code, region bit, unit and part map packed; and bits with regions entropy coded."""
+    """Bytes of a file with every code, interval bit, unit and part map packed; bits with intervals entropy coded."""
     weights = quantizable_weights(net)
     saved = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.bin"
         with path.open("wb") as file:
             for layer in plan.layers:
-                for part in layer.groups:
+                for part in layer.all_parts:
                     tensor = quantized_part(weights[layer.name], layer, part)
-                    saved += tensor.region_bits - tensor.region_entropy_bits
+                    saved += tensor.interval_bits - tensor.interval_entropy_bits
                     file.write(pack(_flat(tensor.codes), part.bits))
                     file.write(pack(_flat(tensor.tail), 1))
                     file.write(tensor.grid.dense.tobytes() + tensor.grid.tail.tobytes())
                 if layer.parts is not None:
-                    high = set(layer.groups[-1].channels)
+                    high = set(layer.all_parts[-1].channels)
                     file.write(pack(np.array([channel in high for channel in range(layer.channels)], np.uint8), 1))
         size = path.stat().st_size
     return size, plan.size().total_bits - saved

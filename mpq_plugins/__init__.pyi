@@ -37,10 +37,12 @@ from .models.input_ranges import InputRange, input_ranges, with_input_ranges, wi
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
 from .plans.plan import Difference, Plan
-from .plans.scheme import Affine, Codebook, Piecewise
+from .plans.scheme import Affine, Codebook, Granular, Piecewise, Scheme
 from .plans.size import LayerSize, PlanSize
 from .plans.stats import LayerStats
 from .plans.table import LayerTable
+from .quantization.contract import PartCodes, PartShape, Quantizer
+from .quantization.row_quantizer import RowQuantizer
 from .reconstruction.brecq import reconstruct
 from .reconstruction.settings import BlockReport
 from .simulation.apply import PartCheck, apply, verify
@@ -67,6 +69,7 @@ __all__ = [
     "Difference",
     "FormatError",
     "GlobalSparsity",
+    "Granular",
     "InputRange",
     "LabelledPlan",
     "LatencyTable",
@@ -81,11 +84,16 @@ __all__ = [
     "Needs",
     "Part",
     "PartCheck",
+    "PartCodes",
+    "PartShape",
     "Piecewise",
     "Plan",
     "PlanSize",
     "PlanWarning",
     "PluginError",
+    "Quantizer",
+    "RowQuantizer",
+    "Scheme",
     "Sensitivity",
     "SettingError",
     "SourceError",

@@ -14,7 +14,6 @@ from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 
 from ..shared.folded import (
     FLOAT,
@@ -112,8 +111,9 @@ def check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
         if name not in names:
             raise SettingError(f"ternary: the plan quantizes no layer {name!r}; {first_few(names, ', ')}")
         layer = plan.by_name[name]
-        assert isinstance(layer.scheme, Affine)
-        if layer.bits != 2 or not layer.scheme.symmetric or layer.scheme.granularity == "per_group":
+        scheme = layer.scheme.as_affine
+        assert scheme is not None
+        if layer.bits != 2 or not scheme.symmetric or scheme.granularity == "per_group":
             raise SettingError(
                 f"ternary: layer {name!r} has {layer.bits or 'mixed'} bits, {layer.scheme}; ternary weights are 2 "
                 "symmetric bits, per tensor or per channel"

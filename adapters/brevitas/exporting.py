@@ -92,12 +92,12 @@ def _check_format(plan: Plan, format: Format, plan_beside: bool) -> None:
 
 def _stated(layer: LayerChoice, format: Format) -> int:
     """The bits that the file can state."""
-    widest = max(part.bits for part in layer.groups)
+    widest = max(part.bits for part in layer.all_parts)
     return widest if format == "qonnx" else max(widest, QCDQ_LEAST_BITS)
 
 
 def _widths(layer: LayerChoice) -> str:
-    return ", ".join(str(part.bits) for part in layer.groups)
+    return ", ".join(str(part.bits) for part in layer.all_parts)
 
 
 class _BinaryAsInt(nn.Module):

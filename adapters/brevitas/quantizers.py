@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 TERNARY_THRESHOLD = 0.5  # of the scale: where rounding to nearest turns
@@ -142,10 +141,11 @@ class PlanTernaryQuant(TernaryQuant):  # type: ignore[misc]
 
 def weight_quantizer(weight: Tensor, layer: LayerChoice, ternary: bool = False) -> type:
     """The injector for one layer, to be given as `weight_quant`. Raises as integer_weight."""
-    assert isinstance(layer.scheme, Affine)
+    scheme = layer.scheme.as_affine
+    assert scheme is not None
     integers = integer_weight(weight, layer)
-    grouped = layer.scheme.granularity == "per_group"
-    signed = layer.bits == 1 or layer.scheme.symmetric
+    grouped = scheme.granularity == "per_group"
+    signed = layer.bits == 1 or scheme.symmetric
     settings: dict[str, Any] = {
         "proxy_class": GroupwiseWeightQuantProxyFromInjector if grouped else WeightQuantProxyFromInjector,
         "quant_type": QuantType.INT,
@@ -179,7 +179,7 @@ def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[st
     view = _view(integers, len(layer.shape), grouped)
     row_bits = channel_bits(layer)
     # Channels of 1 bit that are all 0 have code 0, all others +-1.
-    empty = (integers.region_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
+    empty = (integers.group_rows(integers.codes) == 0).all(1).reshape(integers.scale.shape) & (row_bits == 1)[:, None]
     # BinaryQuant knows +-scale alone, and so says 0 by the scale.
     scale = view(integers.scale.masked_fill(empty, 0) if layer.bits == 1 and not grouped else integers.scale)
     rows = row_bits[:, None].expand(integers.scale.shape)
@@ -195,7 +195,7 @@ def _grid(integers: IntegerWeight, layer: LayerChoice, grouped: bool) -> dict[st
 def channel_bits(layer: LayerChoice) -> Tensor:
     """The bits of each output channel, float (channels,)."""
     bits = torch.zeros(layer.channels)
-    for part in layer.groups:
+    for part in layer.all_parts:
         bits[part.runs.array()] = part.bits
     return bits
 
@@ -207,8 +207,9 @@ def bit_widths(module: nn.Module) -> PlanBitWidth | None:
 
 def _zero_point(integers: IntegerWeight, layer: LayerChoice, row_bits: Tensor) -> Tensor:
     """Asymmetric codes start at 0 in Brevitas, and at -2^(b-1) in ours; channels of 1 bit are -1, 0, 1 beside them."""
-    assert isinstance(layer.scheme, Affine)
-    if layer.scheme.symmetric or layer.bits == 1:
+    scheme = layer.scheme.as_affine
+    assert scheme is not None
+    if scheme.symmetric or layer.bits == 1:
         return integers.zero_point.float()
     shift = torch.where(row_bits == 1, torch.tensor(1.0), 2 ** (row_bits - 1))
     return integers.zero_point.float() + shift[:, None]

@@ -15,7 +15,6 @@ from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.simulation.integers import integer_weight
 
 from ..contract import LayerCheck
@@ -131,15 +130,16 @@ def _width_problem(read: WeightCodes, layer: LayerChoice) -> str | None:
 
 
 def _grid_problem(module: nn.Module, read: WeightCodes, layer: LayerChoice) -> str | None:
-    assert isinstance(layer.scheme, Affine)
-    one_scale = layer.scheme.granularity == "per_tensor" and layer.bits is not None
-    regions = 1 if one_scale else layer.scheme.regions_per_channel(layer.shape, layer.channel_axis, layer.name)
-    expected = 1 if one_scale else layer.channels * max(1, regions)
+    scheme = layer.scheme.as_affine
+    assert scheme is not None
+    one_scale = scheme.granularity == "per_tensor" and layer.bits is not None
+    groups = 1 if one_scale else scheme.groups_per_channel(layer.shape, layer.channel_axis, layer.name)
+    expected = 1 if one_scale else layer.channels * max(1, groups)
     if read.scale.numel() != expected:
         return f"has {read.scale.numel()} scales, the plan {expected}"
     if not torch.isfinite(read.value).all():
         return "has weights that are NaN or infinite"
-    if (layer.scheme.symmetric or layer.bits == 1) and read.zero_point.any():
+    if (scheme.symmetric or layer.bits == 1) and read.zero_point.any():
         return "has zero points, and the plan's scheme is symmetric"
     exact = (read.codes - read.zero_point) * read.scale
     signed = int(bool(cast(Any, module).weight_quant.is_signed))

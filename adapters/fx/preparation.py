@@ -258,4 +258,4 @@ def _becomes(weight: Tensor, integers: IntegerWeight) -> bool:
     if weight.shape != integers.codes.shape:
         return False
     steps = (weight.detach().cpu() - integers.dequantized()).abs()
-    return bool((integers.region_rows(steps) < NEAR * integers.scale.reshape(-1, 1)).all())
+    return bool((integers.group_rows(steps) < NEAR * integers.scale.reshape(-1, 1)).all())

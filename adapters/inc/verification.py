@@ -12,7 +12,7 @@ from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.layer import simulate_layer
 
 from ..contract import LayerCheck
 from ..shared.compressor_quiet import quiet_import
@@ -87,7 +87,7 @@ def _problem(module: nn.Module, original: nn.Module, layer: LayerChoice | None) 
         bias = cast("Tensor | None", getattr(original, "bias", None))
         return _packed_problem(module, integer_weight(weight, layer), layer.bits, bias)
     stored = module.weight
-    made = weight if layer is None else simulate(weight, layer)
+    made = weight if layer is None else simulate_layer(weight, layer)
     same = isinstance(stored, Tensor) and stored.shape == made.shape and (stored.is_meta or stored.equal(made))
     return "" if same and type(module) is type(original) else "is not what the plan makes of the model's", 0
 

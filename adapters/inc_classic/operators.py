@@ -21,7 +21,7 @@ def int8_or_fp32(plan: Plan, below: int) -> Plan:
     layers = tuple(
         layer.model_copy(
             update={
-                "bits": INT8 if max(part.bits for part in layer.groups) < below else FP32,
+                "bits": INT8 if max(part.bits for part in layer.all_parts) < below else FP32,
                 "parts": None,
                 "scheme": Affine(symmetric=True, granularity="per_channel"),
             }
@@ -36,7 +36,7 @@ def weight_items(layer: LayerChoice) -> dict[Any, Any]:
     symmetric = getattr(layer.scheme, "symmetric", True)
     return {
         ("weight", "dtype"): "int",
-        ("weight", "bits"): max(part.bits for part in layer.groups),
+        ("weight", "bits"): max(part.bits for part in layer.all_parts),
         ("weight", "group_size"): layer.scheme.group_size or -1,
         ("weight", "scheme"): "sym" if symmetric else "asym",
         ("weight", "algorithm"): "RTN",

@@ -19,7 +19,8 @@ from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.kinds import KINDS
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import SCHEMES, Affine, NamedScheme, Scheme
+from mpq_plugins.plans.scheme import Affine, Scheme
+from mpq_plugins.plans.scheme_names import NamedScheme, scheme_names
 
 from .folded import check_model
 
@@ -30,7 +31,7 @@ CAPABILITIES = Capabilities(
     backend="Neural Compressor",
     bits=tuple(range(1, 9)),
     kinds=tuple(KINDS.values()),
-    schemes=tuple(SCHEMES),
+    schemes=scheme_names(),
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     float_parts=True,

@@ -12,7 +12,6 @@ from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 
 from ..shared.folded import check_model, check_plan, planned_layers
 
@@ -49,8 +48,8 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
 
 
 def _config(layer: LayerChoice) -> IntxWeightOnlyConfig:
-    scheme = layer.scheme
-    assert isinstance(scheme, Affine)
+    scheme = layer.scheme.as_affine
+    assert scheme is not None
     assert layer.bits is not None
     return IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{layer.bits}"),

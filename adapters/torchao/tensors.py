@@ -75,7 +75,7 @@ def activation_type(name: str | None) -> Any:
 
 def dtype_of(layer: LayerChoice) -> torch.dtype:
     """torchao's name for the widest part; its int1 has no +1, so binary codes are int2."""
-    dtype: torch.dtype = getattr(torch, f"int{max(2, *(part.bits for part in layer.groups))}")
+    dtype: torch.dtype = getattr(torch, f"int{max(2, *(part.bits for part in layer.all_parts))}")
     return dtype
 
 

@@ -55,7 +55,7 @@ class Allocation:
 class Budget:
     """The least predicted cost within every limit that is given; at least one of them is.
 
-    average_bits: most bits a weight, codes alone, region bits included (what papers quote). total_average_bits: the
+    average_bits: most bits a weight, codes alone, interval bits included (what papers quote). total_average_bits: the
     same with scales, zero points and channel-to-part maps. size_bytes: in total; weights_only_bytes: codes alone.
     bops: multiply-accumulates x weight bits x activation bits (`bops_activation_bits`), for tables with
     multiply-accumulates. latency: a table layer -> bits -> cost, or a JSON file of one; latency_limit: the most of it.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import PlanWarning
 from ..plans.plan import Plan
-from ..plans.scheme import Piecewise
+from ..plans.scheme import has_width
 from ..plans.size import layer_size
 from ..plans.table import LayerTable
 from .objective import check, layer_curve, predicted
@@ -122,7 +122,7 @@ class _Whole:
             from .choices import layer_choice
 
             # Those of the table that its scheme has codes of.
-            widths = [b for b in table.bits if b > 1 or not isinstance(table.scheme, Piecewise)]
+            widths = [b for b in table.bits if has_width(table.scheme, b)]
             sizes = [[layer_size(layer_choice(layer, b, table.scheme)).total for b in widths] for layer in table.layers]
             costs = [layer_curve(table, layer, name, widths) for layer in table.layers]
             known[name] = cls(

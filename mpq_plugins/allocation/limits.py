@@ -43,10 +43,10 @@ class Limit:
 
 
 def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:
-    """Bits of the codes, region bits included."""
+    """Bits of the codes, interval bits included."""
 
     def codes(layer: LayerStats, bits: Sequence[int], numel: int) -> Array:
-        return np.array([numel * (b if b in FLOAT_BITS else b + scheme.region_bits(b)) for b in bits], np.float64)
+        return np.array([numel * (b if b in FLOAT_BITS else b + scheme.interval_bits(b)) for b in bits], np.float64)
 
     return Limit(
         name, asked, most, unit,
@@ -57,13 +57,13 @@ def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, 
 
 
 def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:
-    """Bits of everything a file must hold: codes, region bits, scales, zero points and channel-to-part maps."""
+    """Bits of everything a file must hold: codes, interval bits, scales, zero points and channel-to-part maps."""
 
     def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
         return np.array([layer_size(layer_choice(layer, b, scheme)).total for b in bits], np.float64)
 
     def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
-        return whole(layer, bits) / max(1, layer.channels)  # every channel has regions of its own
+        return whole(layer, bits) / max(1, layer.channels)  # every channel has groups of its own
 
     return Limit(name, asked, most, unit, whole, channel, per, maps=True)
 

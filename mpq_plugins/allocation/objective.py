@@ -111,7 +111,7 @@ def plan_error(table: LayerTable, plan: Plan, metric: str = "relative") -> float
     if plan.by_name.keys() != {layer.name for layer in table.layers}:
         raise SettingError("plan: has other layers than the table; measure the model that the plan is for")
     for choice in plan.layers:
-        for part in choice.groups if choice.scheme == table.scheme else ():
+        for part in choice.all_parts if choice.scheme == table.scheme else ():
             if part.bits not in FLOAT_BITS:
                 table.position(part.bits)
     total = predicted(table, plan, metric)
@@ -119,7 +119,7 @@ def plan_error(table: LayerTable, plan: Plan, metric: str = "relative") -> float
 
 
 def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name: str) -> float | None:
-    widths = [part.bits for part in choice.groups if part.bits not in FLOAT_BITS]
+    widths = [part.bits for part in choice.all_parts if part.bits not in FLOAT_BITS]
     if not widths:
         return 0.0
     if choice.scheme != table.scheme or not set(widths) <= set(table.bits):
@@ -129,7 +129,7 @@ def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name
     split = parts_of(name)[-1]
     if choice.scheme.granularity == "per_tensor" or split in NOT_BY_CHANNEL or _channel_curves(layer, split) is None:
         return None
-    parts = [part for part in choice.groups if part.bits not in FLOAT_BITS]
+    parts = [part for part in choice.all_parts if part.bits not in FLOAT_BITS]
     curves = channel_curves(table, layer, name, widths)
     return sum(float(curves[k, part.runs.array()].sum()) for k, part in enumerate(parts))
 

@@ -34,7 +34,7 @@ class PTILMPQ:
     first of its pair of bits, (high, low), the rest the second. Equal importances go by the table's order.
 
     Instead of alpha: `layer_threshold`, the least F_l of an important layer (in the weights' units), or a size,
-    `average_bits` (codes, region bits included, per weight) or `size_bytes` (in total), for which the greatest
+    `average_bits` (codes, interval bits included, per weight) or `size_bytes` (in total), for which the greatest
     alpha that stays within it is found. Instead of the betas: `channel_threshold`, the least F_c of an important
     channel. The plan has the table's scheme; the paper's is `Piecewise`, which `mpq plan` measures under when no
     scheme is asked for. It records what was found.
@@ -126,7 +126,7 @@ class PTILMPQ:
     def _bits(self, layer: LayerStats, widths: Widths, table: LayerTable) -> int:
         """What the layer costs, in the accounting of the target."""
         size = layer_size(layer_choice(layer, widths, table.scheme))
-        return size.total if self.average_bits is None else size.codes + size.regions
+        return size.total if self.average_bits is None else size.codes + size.intervals
 
     def _largest_within(self, by_count: NDArray[np.int64], numel: int) -> int:
         if self.size_bytes is not None:

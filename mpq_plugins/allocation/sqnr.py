@@ -30,7 +30,7 @@ from .make import make_plan
 class SQNR:
     """b_l = b_0 - log2(n_l) / 2, rounded and kept within `bits`, b_0 the greatest that keeps the average.
 
-    average_bits: most bits a weight, codes alone, region bits included. Raises SettingError: an average that is not
+    average_bits: most bits a weight, codes alone, interval bits included. Raises SettingError: an average that is not
     above 0, widths outside 1..8, and, when called, an average below the least width.
     """
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import SettingError
 from ..plans.scheme import SCHEMES, Affine, Codebook, Scheme
+from ..plans.scheme_names import scheme_class, scheme_names
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Request:
         """
         base = default or Affine()
         if self.scheme_name not in (None, base.name):
-            if self.scheme_name not in SCHEMES:
-                raise SettingError(f"scheme: {self.scheme_name!r} is not allowed; {', '.join(SCHEMES)}")
-            chosen = SCHEMES[self.scheme_name]
+            if self.scheme_name not in scheme_names():
+                raise SettingError(f"scheme: {self.scheme_name!r} is not allowed; {', '.join(scheme_names())}")
+            chosen = scheme_class(self.scheme_name)
             # A codebook for each channel would take more than its codes, so that is only done where it is asked for.
             base = chosen() if chosen is Codebook else chosen(granularity=base.granularity, group_size=base.group_size)
         own = _field_names(base)

@@ -32,7 +32,8 @@ from ..errors import FormatError
 from ..plans.layers import LayerChoice, Part
 from ..plans.names import layer_name
 from ..plans.plan import Plan
-from .codes import PartCodes, PartShape, decode
+from ..quantization.contract import PartCodes, PartShape
+from .codes import decode
 from .header import CHECKSUM, PROLOGUE, Header, PartRecord, TensorRecord, check_records, choice_of, read_header
 from .sparse import RelativeIndex, from_relative, index_bits
 from .streams import Stream, read_codes, read_values
@@ -117,11 +118,11 @@ class Container:
             return _plain(self._streams(record)[0], record.shape, dtype, self._where(record))
         values = [
             own if isinstance(own, Tensor) else decode(own, part_shape(choice, part), dtype)
-            for part, own in zip(choice.groups, self.parts(name), strict=True)
+            for part, own in zip(choice.all_parts, self.parts(name), strict=True)
         ]
         if len(values) == 1:
             return values[0]
-        index = torch.from_numpy(np.concatenate([part.runs.array() for part in choice.groups]))
+        index = torch.from_numpy(np.concatenate([part.runs.array() for part in choice.all_parts]))
         return torch.cat(values, choice.channel_axis).index_select(choice.channel_axis, index.argsort())
 
     def parts(self, name: str) -> list[PartCodes | Tensor]:
@@ -133,7 +134,7 @@ class Container:
         streams = iter(self._streams(record))
         where = self._where(record)
         found: list[PartCodes | Tensor] = []
-        for part, own in zip(choice.groups, record.parts, strict=True):
+        for part, own in zip(choice.all_parts, record.parts, strict=True):
             shape = part_shape(choice, part)
             if isinstance(own, PartRecord):
                 found.append(read_part(own, shape, streams, index_bits(choice.kind), where))

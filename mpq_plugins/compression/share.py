@@ -13,15 +13,16 @@ from ..errors import SettingError
 from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS, Codebook
+from ..plans.scheme import FLOAT_BITS
 from ..quantization.codebook import quantize
 from ..simulation.match import match
+from ..simulation.parts import weight_parts
 from ..weights.find import find_weights
 from .parametrized import WeightMaker, put
 
 
 class SharedWeight(WeightMaker):
-    """A weight by its centroids (k,), those of all regions one after the other; what is 0 stays 0."""
+    """A weight by its centroids (k,), those of all groups one after the other; what is 0 stays 0."""
 
     index: Tensor
     pruned: Tensor
@@ -66,27 +67,26 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _shared(weight: Tensor, choice: LayerChoice) -> SharedWeight:
-    scheme, axis = choice.scheme, choice.channel_axis
-    if not isinstance(scheme, Codebook) or any(part.bits in FLOAT_BITS for part in choice.groups):
-        shared = isinstance(scheme, Codebook)
-        found = "is partly in floating point" if shared else f"is planned {scheme}"
+    scheme, axis = choice.scheme.as_codebook, choice.channel_axis
+    if scheme is None or any(part.bits in FLOAT_BITS for part in choice.all_parts):
+        shared = scheme is not None
+        problem = "is partly in floating point" if shared else f"is planned {choice.scheme}"
         remedy = "Give all of it bits" if shared else "Measure under Codebook()"
         raise SettingError(
-            f"layer {choice.name!r}: {found}, and only codebooks have centroids to train. {remedy}, or leave the layer "
-            "out (skip)."
+            f"layer {choice.name!r}: {problem}, and only codebooks have centroids to train. {remedy}, or leave the "
+            "layer out (skip)."
         )
     index = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
     books: list[Tensor] = []
     known = 0
-    for part in choice.groups:
-        channels = torch.from_numpy(part.runs.array()).to(weight.device)
-        own = quantize(weight.index_select(axis, channels), part.bits, scheme, channel_axis=axis, layer=choice.name)
-        regions, entries = own.centroids.shape
-        rows = channel_rows(own.codes.int(), axis)
+    for part in weight_parts(weight, choice):
+        quantized = quantize(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name)
+        groups, entries = quantized.centroids.shape
+        rows = channel_rows(quantized.codes.int(), axis)
         if rows.numel():
-            first = known + entries * torch.arange(regions, dtype=torch.int32, device=weight.device)
-            rows = (rows.reshape(regions, -1) + first[:, None]).reshape(rows.shape)
-        index.index_copy_(axis, channels, from_channel_rows(rows, own.codes.shape, axis))
-        books.append(own.centroids.reshape(-1))
-        known += regions * entries
+            first = known + entries * torch.arange(groups, dtype=torch.int32, device=weight.device)
+            rows = (rows.reshape(groups, -1) + first[:, None]).reshape(rows.shape)
+        part.put(index, from_channel_rows(rows, quantized.codes.shape, axis))
+        books.append(quantized.centroids.reshape(-1))
+        known += groups * entries
     return SharedWeight(torch.cat(books).to(weight), index)

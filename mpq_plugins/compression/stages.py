@@ -13,8 +13,9 @@ from torch import Tensor
 from ..checkpoints.readers import DTYPES
 from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS
+from ..quantization.contract import PartCodes, PartShape
 from .bitpack import Codes, packed_bytes
-from .codes import PartCodes, PartShape, are_zero
+from .codes import are_zero
 from .container import Container, part_shape
 from .huffman import coded_bytes, entropy_bits
 from .sparse import index_bits, to_relative
@@ -77,7 +78,7 @@ def layer_stages(container: Container, name: str) -> Stages:
     choice = container.choice(record)
     assert choice is not None, "the caller asks for a planned layer"
     itemsize = DTYPES[record.dtype].itemsize
-    parts = zip(choice.groups, container.parts(name), strict=True)
+    parts = zip(choice.all_parts, container.parts(name), strict=True)
     stages = [_part(part_shape(choice, part), own, choice, itemsize) for part, own in parts]
     return replace(total(stages), stored=record.block_bytes)
 

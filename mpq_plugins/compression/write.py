@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,16 +18,19 @@ from ..common.text import first_few
 from ..errors import CompressWarning, SettingError, SourceError, VerifyError
 from ..models.fingerprint import tensor_bytes
 from ..models.folding import folded_copy
-from ..plans.layers import LayerChoice, Part
-from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
+from ..plans.layers import LayerChoice
+from ..plans.names import weight_name
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
+from ..quantization.contract import PartCodes, PartShape
 from ..simulation.checkpoint import require_unscaled
 from ..simulation.match import match
+from ..simulation.parts import WeightPart, weight_parts
+from ..simulation.planned_tensors import PlannedTensors
 from ..weights.dtypes import check_weight
 from ..weights.handles import Weight
 from .bitpack import Codes
-from .codes import PartCodes, PartShape, encode
+from .codes import encode
 from .container import Container, numpy_dtype, part_shape, read_part
 from .header import (
     PROLOGUE,
@@ -160,7 +162,7 @@ def _thresholds(prune: Pruning, source: _Source) -> dict[str, float]:
 
 def _without_zero(choice: LayerChoice) -> int | None:
     """A width of the layer's, or of a part's, at which no weight is 0."""
-    widths = (part.bits for part in choice.groups if part.bits not in FLOAT_BITS)
+    widths = (part.bits for part in choice.all_parts if part.bits not in FLOAT_BITS)
     return next((bits for bits in widths if not choice.scheme.has_zero(bits)), None)
 
 
@@ -173,7 +175,7 @@ class _Writer:
         self.file, self.plan, self.thresholds, self.coding, self.progress = file, plan, thresholds, coding, progress
         self.records: dict[str, TensorRecord] = {}
         self.stacks: dict[str, int] = {}
-        self.stacked = stacks_of(plan.by_any_name)
+        self.planned = PlannedTensors(plan.by_any_name)
         self.done, self.total = 0, sum(layer.numel for layer in plan.layers)
 
     def add_all(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -181,7 +183,7 @@ class _Writer:
         chosen: dict[object, str] = {}
         for name, stored in tensors.items():
             known = chosen.setdefault(stored.identity, name)
-            if self._is_planned(name, stored) and not self._is_planned(known, tensors[known]):
+            if self.planned.has(name, stored.shape) and not self.planned.has(known, tensors[known].shape):
                 chosen[stored.identity] = name
         for name, stored in tensors.items():
             if chosen[stored.identity] == name:
@@ -202,30 +204,20 @@ class _Writer:
         if self.progress is not None:
             self.progress("", self.total, self.total)
 
-    def _is_planned(self, name: str, stored: StoredTensor) -> bool:
-        return self._is_layer(name) or self._is_stack(name, stored)
-
-    def _is_layer(self, name: str) -> bool:
-        return layer_name(name) in self.plan.by_any_name and is_weight(name)
-
-    def _is_stack(self, name: str, stored: StoredTensor) -> bool:
-        return layer_name(name) in self.stacked and are_experts(name, stored.shape)
-
     def _add(self, name: str, stored: StoredTensor) -> None:
         """A layer's weight, a stack of experts', or any other."""
         if stored.dtype not in DTYPE_NAMES:
             raise SourceError(f"tensor {name!r}: dtype {stored.dtype} has no place in safetensors files; convert it")
-        choices = self.plan.by_any_name
-        if self._is_layer(name):
-            self._layer(name, choices[layer_name(name)], stored.tensor())
-        elif self._is_stack(name, stored):
+        choice = self.planned.layer(name)
+        if choice is not None:
+            self._layer(name, choice, stored.tensor())
+        elif self.planned.is_stack(name, stored.shape):
             self.stacks[name] = stored.shape[0]
-            for position, matrix in enumerate(stored.tensor()):
-                own = f"{layer_name(name)}.{position}"
-                if own in choices:
-                    self._layer(own, choices[own], matrix)
+            for expert, one, matrix in self.planned.experts(name, stored.tensor()):
+                if one is not None:
+                    self._layer(expert, one, matrix)
                 else:
-                    self._plain(own, matrix)
+                    self._plain(expert, matrix)
         else:
             self._plain(name, stored.tensor())
 
@@ -242,10 +234,10 @@ class _Writer:
         weight = pruned(tensor, self.thresholds[choice.name]) if choice.name in self.thresholds else tensor
         records: list[PartRecord | StreamRecord] = []
         streams: list[Stream] = []
-        for part in choice.groups:
-            record, own = _part(weight, choice, part, self.coding)
+        for part in weight_parts(weight, choice):
+            record, held = _part(choice, part, self.coding)
             records.append(record)
-            streams += own
+            streams += held
         self._write(TensorRecord(name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records)), streams)
         self.done += choice.numel
 
@@ -262,18 +254,13 @@ class _Writer:
         self.records[record.name] = record
 
 
-def _part(
-    weight: Tensor, choice: LayerChoice, part: Part, coding: Choice
-) -> tuple[PartRecord | StreamRecord, list[Stream]]:
+def _part(choice: LayerChoice, part: WeightPart, coding: Choice) -> tuple[PartRecord | StreamRecord, list[Stream]]:
     """How a part of a layer is stored, and its streams; read back, and compared with what was encoded."""
-    axis = choice.channel_axis
-    channels = torch.from_numpy(part.runs.array()).to(weight.device)
-    own = weight if choice.bits is not None else weight.index_select(axis, channels)
-    if part.bits in FLOAT_BITS:
-        stream = _values(own, coding)
+    if part.in_float:
+        stream = _values(part.values, coding)
         return _record(stream), [stream]
-    shape = part_shape(choice, part)
-    codes = encode(own, shape)
+    shape = part_shape(choice, part.part)
+    codes = encode(part.values, shape)
     record, streams = _smallest(codes, shape, index_bits(choice.kind), coding)
     if not read_part(record, shape, iter(streams), index_bits(choice.kind), f"layer {choice.name!r}").equals(codes):
         raise VerifyError(f"layer {choice.name!r}: what was written reads back otherwise; please report this")

@@ -19,8 +19,8 @@ from ..models.device import own_stream
 from ..models.fingerprint import fingerprint, layer_digest
 from ..plans.scheme import Scheme
 from ..plans.stats import LayerStats
-from ..quantization.calibrate import choose_grids
-from ..quantization.grid import RegionStats
+from ..quantization.grid import GroupStats
+from ..quantization.groups import group_rows
 from ..quantization.kernel import (
     LARGEST,
     RELATIVE,
@@ -31,7 +31,7 @@ from ..quantization.kernel import (
     kernel_name,
     row_stats,
 )
-from ..quantization.regions import region_rows
+from ..quantization.quantize import choose_grids
 from ..weights.chunks import Op, chunks, over_chunks, read
 from ..weights.handles import Weight
 from .importance import channel_importance, layer_importance
@@ -59,7 +59,7 @@ class Request:
     device: torch.device | None = None
 
     @property
-    def one_region(self) -> bool:
+    def one_group(self) -> bool:
         """Whether a layer has one scale, so that all of it must be seen before any of it is quantized."""
         return self.scheme.granularity == "per_tensor"
 
@@ -76,7 +76,7 @@ def unit_sums(pieces: Sequence[Weight], request: Request) -> Sums:
     """
     _check_kernel(request)
     with own_stream(request.device):
-        if request.one_region:
+        if request.one_group:
             return _joined([whole_sums(piece, request) for piece in pieces])
         parts = [part for piece in pieces for part in chunks(piece)]
         rows = read(parts, request.device)
@@ -103,15 +103,15 @@ def whole_sums(weight: Weight, request: Request, each: Callable[[Op], Array] | N
 
 
 def _chunk_sums(weight: Weight, rows: Tensor, request: Request) -> Sums:
-    """Of one chunk, whose regions are complete."""
+    """Of one chunk, whose groups are complete."""
     # A layer without inputs has no group in a channel, and its rows are its channels.
-    regions = max(1, request.scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name))
-    finer = region_rows(rows, request.scheme, regions)
+    groups = max(1, request.scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
+    finer = group_rows(rows, request.scheme, groups)
     table = _stats_table(finer)
-    grids = choose_grids(lambda op: op(finer), _stats(table, weight, regions), request.bits, request.scheme)
+    grids = choose_grids(lambda op: op(finer), _stats(table, weight, groups), request.bits, request.scheme)
     sums = error_sums(finer, grids, request.largest)
-    by_channel = add_sums(sums.reshape(-1, regions, *sums.shape[1:]).swapaxes(0, 1))
-    of_channel = table.reshape(-1, regions, 4)
+    by_channel = add_sums(sums.reshape(-1, groups, *sums.shape[1:]).swapaxes(0, 1))
+    of_channel = table.reshape(-1, groups, 4)
     found = {
         "magnitudes": of_channel[:, :, 2:].sum(axis=1),
         "extremes": np.stack((of_channel[:, :, 0].min(axis=1), of_channel[:, :, 1].max(axis=1)), axis=1),
@@ -178,13 +178,13 @@ def _stats_table(rows: Tensor) -> Array:
     return np.stack((stats.low, stats.high, stats.absolute, stats.squared), axis=1)
 
 
-def _stats(table: Array, weight: Weight, regions: int = 1) -> RegionStats:
+def _stats(table: Array, weight: Weight, groups: int = 1) -> GroupStats:
     if not np.isfinite(table[:, 3]).all():
         raise WeightError(
             f"layer {weight.name!r}: holds NaN or infinite weights. Repair the checkpoint, or skip the layer."
         )
     low, high, absolute, squared = np.ascontiguousarray(table.T)
-    return RegionStats(low, high, absolute, squared, weight.numel // max(1, weight.channels * regions))
+    return GroupStats(low, high, absolute, squared, weight.numel // max(1, weight.channels * groups))
 
 
 def _metrics(sums: Array, squares: Array, numel: int, metrics: tuple[str, ...]) -> dict[str, Array]:

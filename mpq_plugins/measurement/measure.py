@@ -127,7 +127,7 @@ def _checked_and_measured(
     for weight in weights:  # what does not fit a layer is found before the first one is measured
         if isinstance(weight.read_rows, Expanded):
             raise weight.read_rows.error
-        scheme.regions_per_channel(weight.shape, weight.channel_axis, weight.name)
+        scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(request.bits), weight.shape, weight.channel_axis, weight.channels, weight.name)
     if journal is not None:
         _check_journal(Path(journal), source, weights)

@@ -42,14 +42,14 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of any shape, at the levels of its range."""
-        return fake_quantize(x, self.scale, self.zero_point, self.bits)
+        return fake_quantize_input(x, self.scale, self.zero_point, self.bits)
 
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"bits={self.bits}"
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def fake_quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Levels of x. Gradients pass through the rounding (LSQ, Esser et al. 2020, arXiv 1902.08153, eq. 1 to 3)."""
     position = x / scale
     codes = position + (position.round() - position).detach() + zero_point

@@ -17,7 +17,8 @@ from pydantic import (
 
 from ..common.documents import Strict
 from .channels import MOST_CHANNELS, Channels, cover
-from .scheme import FLOAT_BITS, INTEGER_BITS, NamedScheme
+from .scheme import FLOAT_BITS, INTEGER_BITS
+from .scheme_names import NamedScheme
 
 ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
 
@@ -147,7 +148,7 @@ class LayerChoice(LayerDocument):
             if bits not in FLOAT_BITS:
                 self.scheme.check_bits(bits, f"{where}: bits")
                 self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
-        self.scheme.regions_per_channel(self.shape, self.channel_axis, self.name)
+        self.scheme.groups_per_channel(self.shape, self.channel_axis, self.name)
         return self
 
     @property
@@ -156,7 +157,7 @@ class LayerChoice(LayerDocument):
         return (self.name, *self.tied)
 
     @property
-    def groups(self) -> tuple[Part, ...]:
+    def all_parts(self) -> tuple[Part, ...]:
         """The parts, a layer without parts being one."""
         if self.parts is not None:
             return self.parts
@@ -166,14 +167,14 @@ class LayerChoice(LayerDocument):
     @property
     def in_float(self) -> bool:
         """Whether all of the layer stays in floating point."""
-        return all(part.bits in FLOAT_BITS for part in self.groups)
+        return all(part.bits in FLOAT_BITS for part in self.all_parts)
 
     @property
     def widths(self) -> tuple[tuple[int, int], ...]:
         """Bits, and how many channels have them."""
         if self.bits is not None:
             return ((self.bits, self.channels),)
-        return tuple((part.bits, len(part.channels)) for part in self.groups)
+        return tuple((part.bits, len(part.channels)) for part in self.all_parts)
 
     @property
     def bits_text(self) -> str:
@@ -186,4 +187,4 @@ class LayerChoice(LayerDocument):
         if self.bits is not None:
             return self.numel * self.bits
         per_channel = self.numel // max(1, self.channels)
-        return sum(part.bits * len(part.channels) * per_channel for part in self.groups)
+        return sum(part.bits * len(part.channels) * per_channel for part in self.all_parts)

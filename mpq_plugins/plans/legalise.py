@@ -76,7 +76,7 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
 
     policy: "up" takes the next width the backend has, "nearest" the closest (of two the wider), "error" refuses any
     change. Channel parts where the backend has none become one width, the highest of the parts. A layer of a kind
-    that the backend does not quantize stays in floating point. Two-region layers become affine ones of the same
+    that the backend does not quantize stays in floating point. Two-interval layers become affine ones of the same
     true size. Raises SettingError: an unknown policy; a width that has no other to go up to; and, under "error",
     every layer that would change, with the remedy.
     """
@@ -118,7 +118,7 @@ def _legal(
     layer: LayerChoice, able: Capabilities, policy: Policy, activation_bits: int | None
 ) -> tuple[LayerChoice, list[str]]:
     """The layer as the backend can run it, and why it had to change."""
-    in_float = [part.bits in FLOAT_BITS for part in layer.groups]
+    in_float = [part.bits in FLOAT_BITS for part in layer.all_parts]
     if all(in_float):
         return layer, []
     left_in_float = layer.model_copy(update={"bits": 32, "parts": None})
@@ -132,14 +132,14 @@ def _legal(
             f"{able.backend} has no layers partly in floating point, and nothing above but all of it"
         ]
     scheme, whys = _legal_scheme(layer.scheme, able)
-    groups = layer.groups
-    if len(groups) > 1 and not able.parts:
+    parts = layer.all_parts
+    if len(parts) > 1 and not able.parts:
         whys.append(f"{able.backend} has one width per layer, so every channel goes up to the highest")
-        groups = (Part(bits=max(part.bits for part in groups), channels=range(layer.channels)),)
-    # What the region bit paid for is one more bit of an ordinary code.
-    extra = layer.scheme.region_bits(2) - scheme.region_bits(2)
+        parts = (Part(bits=max(part.bits for part in parts), channels=range(layer.channels)),)
+    # What the interval bit paid for is one more bit of an ordinary code.
+    extra = layer.scheme.interval_bits(2) - scheme.interval_bits(2)
     by_width: dict[int, list[Part]] = {}
-    for part in sorted(groups, key=lambda part: part.bits):
+    for part in sorted(parts, key=lambda part: part.bits):
         wanted = part.bits if part.bits in FLOAT_BITS else min(part.bits + extra, max(INTEGER_BITS))
         if wanted in FLOAT_BITS:
             width = wanted if able.float_parts else max(able.bits)
@@ -155,10 +155,11 @@ def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]
     whys: list[str] = []
     if scheme.name not in able.schemes:
         whys.append(f"{able.backend} has no {scheme.name} scheme")
-        scheme = Affine(granularity=scheme.granularity, group_size=scheme.group_size)
-    if isinstance(scheme, Affine) and scheme.symmetric not in able.symmetric:
-        whys.append(f"{able.backend} has only {'asymmetric' if scheme.symmetric else 'symmetric'} scales")
-        scheme = replace(scheme, symmetric=not scheme.symmetric)
+        scheme = scheme.as_affine or Affine(granularity=scheme.granularity, group_size=scheme.group_size)
+    affine = scheme.as_affine
+    if affine is not None and affine.symmetric not in able.symmetric:
+        whys.append(f"{able.backend} has only {'asymmetric' if affine.symmetric else 'symmetric'} scales")
+        scheme = replace(affine, symmetric=not affine.symmetric)
     if scheme.granularity not in able.granularities:
         whys.append(f"{able.backend} has no {scheme.granularity} scales, only {', '.join(able.granularities)}")
         # The nearest there is: coarser than groups, finer than a whole tensor.

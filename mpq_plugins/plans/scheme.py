@@ -1,11 +1,17 @@
-"""How values become codes at a given bit-width: frozen values, free of torch, shared by plan and quantizer."""
+"""How values become codes at a given bit-width: frozen values, free of torch, shared by plan and quantizer.
+
+A scheme is a frozen dataclass whose fields are its settings. It answers for itself what plans, sizes and budgets ask,
+which are numbers alone; what touches tensors is its quantizer's, a class that the scheme names and that is imported
+when a weight is quantized (see quantization/contract.py). Files know a scheme by its name, under which an entry point
+of the group `mpq_plugins.schemes` declares it.
+"""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from pydantic import ConfigDict, Discriminator, Tag
+from pydantic import ConfigDict
 
 from ..common.documents import STRICT
 from ..errors import SettingError
@@ -32,19 +38,124 @@ def check_bits(bits: int, name: str = "bits") -> int:
     return bits
 
 
-class Granular:
-    """What schemes share: scales belong to regions, and the granularity says what a region is.
+@runtime_checkable
+class Scheme(Protocol):
+    """The contract of a scheme: what is asked of its value. Weights that share a scale or a codebook are a group.
 
-    A region is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
-    output channel (times the kernel's positions).
+    `Granular` answers all but `name`, `quantizer`, `check_bits` and `levels`, for a scheme of one scale per group whose
+    weights cost b bits. A scheme is a frozen dataclass, so that equal settings are one scheme; its fields are numbers,
+    texts and flags, which files keep under their names.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __hash__(self) -> int:
+        """As frozen dataclasses have it."""
+
+    @property
+    def name(self) -> str:
+        """What files and the command line call it; the name of its entry point."""
+
+    @property
+    def quantizer(self) -> str:
+        """Where its quantizer is, `package.module:Class`; see quantization/contract.py."""
+
+    @property
+    def granularity(self) -> Granularity:
+        """What a group is."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs of a group, where the granularity is `per_group`."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether each group's scale is found by trying many, which takes a hundred times as long."""
+
+    @property
+    def sorts(self) -> bool:
+        """Whether all weights of a group must be in memory at once."""
+
+    @property
+    def scales_per_group(self) -> int:
+        """How many 32-bit numbers a group has beside its codebook."""
+
+    @property
+    def as_affine(self) -> "Affine | None":
+        """The affine scheme that gives the same codes, which is what backends run; None where there is none."""
+
+    @property
+    def as_codebook(self) -> "Codebook | None":
+        """The codebook scheme that gives the same centroids; None where there is none."""
+
+    def check_bits(self, bits: int, name: str = "bits") -> int:
+        """Return `bits` if there are codes of that width, 1 to 8 at the most. Raises SettingError, naming `name`."""
+
+    def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
+        """Raise SettingError, naming `layer`, if `channels` of a weight of `shape` cannot have that width."""
+
+    def levels(self, bits: int) -> int:
+        """The most different values a group can hold."""
+
+    def has_zero(self, bits: int) -> bool:
+        """Whether a weight of 0 stays 0."""
+
+    def interval_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+
+    def zero_point_bits(self, bits: int) -> int:
+        """Bits of a group's zero point."""
+
+    def codebook_entries(self, bits: int) -> int:
+        """How many values a group keeps in a table of its own."""
+
+    def groups_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
+        """How many groups one output channel has by itself, 0 where a group spans channels."""
+
+    def group_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
+        """How many groups `channels` of a weight's output channels have together."""
+
+
+class Granular:
+    """What schemes share: scales belong to groups, and the granularity says what a group is.
+
+    A group is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
+    output channel (times the kernel's positions). A dataclass that inherits it has the fields `granularity` and
+    `group_size`, and calls `check_granularity` in its `__post_init__`.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     granularity: Granularity
     group_size: int | None
-    sorts: ClassVar[bool] = False  # whether a region's grid needs all of its weights at once
+    sorts: ClassVar[bool] = False
+    scales_per_group: ClassVar[int] = 1
+
+    @property
+    def searches(self) -> bool:
+        """Whether each group's scale is found by trying many."""
+        return False
+
+    @property
+    def as_affine(self) -> "Affine | None":
+        """The affine scheme that gives the same codes; None where there is none."""
+        return None
+
+    @property
+    def as_codebook(self) -> "Codebook | None":
+        """The codebook scheme that gives the same centroids; None where there is none."""
+        return None
+
+    def interval_bits(self, bits: int) -> int:
+        """Bits a weight costs beyond its b-bit code."""
+        return 0
+
+    def zero_point_bits(self, bits: int) -> int:
+        """Bits of a group's zero point."""
+        return 0
 
     def codebook_entries(self, bits: int) -> int:
-        """Values that a region keeps in a table of its own."""
+        """Values that a group keeps in a table of its own."""
         return 0
 
     def has_zero(self, bits: int) -> bool:
@@ -57,8 +168,8 @@ class Granular:
         `shape` is the weight's; the width is one of the scheme's.
         """
 
-    def regions_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
-        """How many regions one output channel has by itself (0 where a region spans channels).
+    def groups_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
+        """How many groups one output channel has by itself (0 where a group spans channels).
 
         `shape` is the weight's. Raises SettingError, naming `layer`, where the input axis does not divide
         into groups.
@@ -76,11 +187,12 @@ class Granular:
             )
         return inputs // self.group_size
 
-    def region_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
-        """How many regions `channels` of this weight's output channels have together."""
-        return max(1, channels * self.regions_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
+    def group_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
+        """How many groups `channels` of this weight's output channels have together."""
+        return max(1, channels * self.groups_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
 
-    def _check_granularity(self) -> None:
+    def check_granularity(self) -> None:
+        """Raise SettingError for a granularity that there is not, or a group size that does not fit it."""
         _allow("granularity", self.granularity, GRANULARITIES)
         if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
             raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
@@ -88,13 +200,14 @@ class Granular:
             raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")
 
     @property
-    def _grain(self) -> str:
+    def grain(self) -> str:
+        """The granularity in words, `per_group(32)`."""
         return f"per_group({self.group_size})" if self.granularity == "per_group" else self.granularity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Granular):
-    """Uniform integer codes: w' = (code - zero_point) * scale, one scale per region of the weight.
+    """Uniform integer codes: w' = (code - zero_point) * scale, one scale per group of the weight.
 
     With bits b on [lo, hi], lo <= 0 <= hi: asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale =
     max|w| / (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|. `range` picks [lo, hi]: the
@@ -103,8 +216,7 @@ class Affine(Granular):
     Raises SettingError on a value outside what is listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_region: ClassVar[int] = 1
+    quantizer: ClassVar[str] = "mpq_plugins.quantization.affine:AffineQuantizer"
 
     name: Literal["affine"] = "affine"
     symmetric: bool = False
@@ -113,47 +225,48 @@ class Affine(Granular):
     range: RangeName = "minmax"
 
     def __post_init__(self) -> None:
-        self._check_granularity()
+        self.check_granularity()
         _allow("range", self.range, RANGES)
         _allow("scheme", self.name, ("affine",))
         if not isinstance(self.symmetric, bool):
             raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True or False")
 
     def __str__(self) -> str:
-        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self._grain} {self.range}"
+        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self.grain} {self.range}"
 
     @property
     def searches(self) -> bool:
-        """Whether each region's range is found by trying many."""
+        """Whether each group's range is found by trying many."""
         return self.range == "mse"
+
+    @property
+    def as_affine(self) -> "Affine":
+        """Itself."""
+        return self
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
         return check_bits(bits, name)
 
     def levels(self, bits: int) -> int:
-        """The most different values a region can hold."""
+        """The most different values a group can hold."""
         return int(2**bits) - (self.symmetric and bits > 1)
-
-    def region_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
-        return 0
 
     def has_zero(self, bits: int) -> bool:
         """Whether a weight of 0 stays 0 at that width: binary weights are +-scale."""
         return bits > 1
 
     def zero_point_bits(self, bits: int) -> int:
-        """Bits of a region's zero point: a code. Binary weights are +-scale, with nothing to offset."""
+        """Bits of a group's zero point: a code. Binary weights are +-scale, with nothing to offset."""
         return 0 if self.symmetric or bits == 1 else bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piecewise(Granular):
-    """Two uniform quantizers per region, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
+    """Two uniform quantizers per group, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
 
     m = max|w|; the breakpoint p is by `breakpoint` the one with the least squared error on the weights
-    (`search`), or the optimum for a Gaussian or Laplacian of the region's root mean square: in closed form, or
+    (`search`), or the optimum for a Gaussian or Laplacian of the group's root mean square: in closed form, or
     as the root of the optimality condition. PWLQ (arXiv 2002.00104), used by PTILMPQ (arXiv 2404.02947).
 
     `storage` says what b bits buy. `region_bit`: b bits inside each of the two, sign(w) uni(|w|; b-1), so a
@@ -163,8 +276,8 @@ class Piecewise(Granular):
     Bits are 2 to 8. Raises SettingError on a value outside what is listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_region: ClassVar[int] = 2
+    quantizer: ClassVar[str] = "mpq_plugins.quantization.piecewise:PiecewiseQuantizer"
+    scales_per_group: ClassVar[int] = 2
 
     name: Literal["piecewise"] = "piecewise"
     granularity: Granularity = "per_tensor"
@@ -173,17 +286,17 @@ class Piecewise(Granular):
     storage: StorageName = "region_bit"
 
     def __post_init__(self) -> None:
-        self._check_granularity()
+        self.check_granularity()
         _allow("breakpoint", self.breakpoint, BREAKPOINTS)
         _allow("storage", self.storage, STORAGES)
         _allow("scheme", self.name, ("piecewise",))
 
     def __str__(self) -> str:
-        return f"two-region {self._grain} {self.breakpoint}{' shared' if self.storage == 'shared' else ''}"
+        return f"two-region {self.grain} {self.breakpoint}{' shared' if self.storage == 'shared' else ''}"
 
     @property
     def searches(self) -> bool:
-        """Whether each region's breakpoint is found by trying many."""
+        """Whether each group's breakpoint is found by trying many."""
         return self.breakpoint == "search"
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
@@ -196,10 +309,10 @@ class Piecewise(Granular):
         return bits
 
     def levels(self, bits: int) -> int:
-        """The most different values a region can hold; +-0, and +-p of either quantizer, are one each."""
+        """The most different values a group can hold; +-0, and +-p of either quantizer, are one each."""
         return int(2 ** (bits + 1) - 3 if self.storage == "region_bit" else 2**bits)
 
-    def region_bits(self, bits: int) -> int:
+    def interval_bits(self, bits: int) -> int:
         """Bits a weight costs beyond its b-bit code."""
         return int(self.storage == "region_bit")
 
@@ -207,26 +320,22 @@ class Piecewise(Granular):
         """Whether a weight of 0 stays 0: of 2^b levels in all, none is 0."""
         return self.storage == "region_bit"
 
-    def zero_point_bits(self, bits: int) -> int:
-        """None: codes are signs and magnitudes."""
-        return 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook(Granular):
-    """Shared weights: every weight is one of a region's 2^b centroids, and its code says which.
+    """Shared weights: every weight is one of a group's 2^b centroids, and its code says which.
 
     Deep Compression (arXiv 1510.00149, sec. 3). Centroids are what Lloyd's iteration makes of the paper's starts,
     `linear` (between the extremes, which large weights profit from), `density` (of equal shares) or `forgy` (drawn from
     the weights), or those of least squared error, `optimal`. Where some weights are exactly 0, as pruned ones are, 0 is
     one of the 2^b and stays it.
 
-    Bits are 1 to 8; a region of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
+    Bits are 1 to 8; a group of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
     listed.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    scales_per_region: ClassVar[int] = 0
+    quantizer: ClassVar[str] = "mpq_plugins.quantization.codebook:CodebookQuantizer"
+    scales_per_group: ClassVar[int] = 0
     sorts: ClassVar[bool] = True
 
     name: Literal["codebook"] = "codebook"
@@ -235,61 +344,60 @@ class Codebook(Granular):
     init: InitName = "linear"
 
     def __post_init__(self) -> None:
-        self._check_granularity()
+        self.check_granularity()
         _allow("init", self.init, INITS)
         _allow("scheme", self.name, ("codebook",))
 
     def __str__(self) -> str:
-        return f"codebook {self._grain} {self.init}"
+        return f"codebook {self.grain} {self.init}"
 
     @property
     def searches(self) -> bool:
-        """Whether each region's centroids are found by trying many."""
+        """Whether each group's centroids are found by trying many."""
         return True
+
+    @property
+    def as_codebook(self) -> "Codebook":
+        """Itself."""
+        return self
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
         """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
         return check_bits(bits, name)
 
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
-        """Raise SettingError where there are more centroids than weights in a region."""
-        regions = self.region_count(shape, channel_axis, channels, layer)
-        weights = channels * (math.prod(shape) // shape[channel_axis]) // regions if regions else 2**bits
+        """Raise SettingError where there are more centroids than weights in a group."""
+        groups = self.group_count(shape, channel_axis, channels, layer)
+        weights = channels * (math.prod(shape) // shape[channel_axis]) // groups if groups else 2**bits
         if 2**bits > weights:
             remedy = f"at most {weights.bit_length() - 1} bits" if weights > 1 else "another scheme"
             raise SettingError(
                 f"layer {layer!r}: {bits} bits are {2**bits} centroids, more than the {weights} weights that share "
-                f"them ({self._grain}). Use {remedy}, or leave the layer out (skip)."
+                f"them ({self.grain}). Use {remedy}, or leave the layer out (skip)."
             )
 
     def levels(self, bits: int) -> int:
-        """The most different values a region can hold."""
+        """The most different values a group can hold."""
         return int(2**bits)
-
-    def region_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
-        return 0
-
-    def zero_point_bits(self, bits: int) -> int:
-        """None: centroids are values."""
-        return 0
 
     def codebook_entries(self, bits: int) -> int:
-        """Centroids of a region."""
+        """Centroids of a group."""
         return int(2**bits)
 
 
-Scheme = Affine | Piecewise | Codebook
-NamedScheme = Annotated[
-    Annotated[Affine, Tag("affine")] | Annotated[Piecewise, Tag("piecewise")] | Annotated[Codebook, Tag("codebook")],
-    Discriminator(
-        lambda value: value.get("name", "affine") if isinstance(value, dict) else getattr(value, "name", None),
-        custom_error_type="scheme",
-        custom_error_message="is not allowed; a scheme named affine, piecewise or codebook",
-    ),
-]
-"""A scheme in a file, told apart by its name; affine where it has none."""
-SCHEMES: dict[str, type[Scheme]] = {"affine": Affine, "piecewise": Piecewise, "codebook": Codebook}
+SCHEMES: dict[str, type[Affine | Piecewise | Codebook]] = {
+    "affine": Affine, "piecewise": Piecewise, "codebook": Codebook,
+}  # fmt: skip
+"""Those of this package, which files may have without anything being looked up; see scheme_names.py for all."""
+
+
+def has_width(scheme: Scheme, bits: int) -> bool:
+    """Whether the scheme has codes of that width."""
+    try:
+        scheme.check_bits(bits)
+    except SettingError:
+        return False
+    return True
 
 
 def _allow(field: str, value: object, allowed: Sequence[str]) -> None:

@@ -13,12 +13,12 @@ from .scheme import FLOAT_BITS
 class LayerSize:
     """Bits of one layer, by what they are spent on. Zero points are codes, so they take b bits each.
 
-    regions: the bit of every weight that tells its region, where two regions have b bits each.
+    intervals: the bit of every weight that tells its interval, where two intervals have b bits each.
     """
 
     numel: int
     codes: int
-    regions: int
+    intervals: int
     scales: int
     zero_points: int
     codebooks: int
@@ -27,7 +27,7 @@ class LayerSize:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.codes + self.regions + self.scales + self.zero_points + self.codebooks + self.part_map
+        return self.codes + self.intervals + self.scales + self.zero_points + self.codebooks + self.part_map
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class PlanSize:
 
     @property
     def weights_only_bits(self) -> int:
-        """Bits of the codes alone; the bit that tells a weight's region is part of its code."""
-        return sum(layer.codes + layer.regions for layer in self.layers.values())
+        """Bits of the codes alone; the bit that tells a weight's interval is part of its code."""
+        return sum(layer.codes + layer.intervals for layer in self.layers.values())
 
     @property
     def total_bits(self) -> int:
-        """Bits of codes, region bits, scales, zero points, codebooks and channel-to-part maps."""
+        """Bits of codes, interval bits, scales, zero points, codebooks and channel-to-part maps."""
         return sum(layer.total for layer in self.layers.values())
 
     @property
@@ -83,8 +83,8 @@ class PlanSize:
 
 
 def plan_size(layers: Iterable[LayerChoice], scale_bits: int = 32) -> PlanSize:
-    """Size of every layer: codes numel x b, region bits, scales, zero points (asymmetric), codebooks of 2^b centroids,
-    the channel-to-part map.
+    """Size of every layer: codes numel x b, interval bits, scales, zero points (asymmetric), codebooks of 2^b
+    centroids, the channel-to-part map.
 
     scale_bits: of a scale or centroid, 32 or 16. Raises SettingError on another.
     """
@@ -95,18 +95,18 @@ def plan_size(layers: Iterable[LayerChoice], scale_bits: int = 32) -> PlanSize:
 
 def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:
     """Size of one layer; see plan_size."""
-    regions = scales = zero_points = codebooks = 0
+    intervals = scales = zero_points = codebooks = 0
     scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
     for bits, channels in layer.widths:
         if bits in FLOAT_BITS:
             continue
-        count = scheme.region_count(layer.shape, layer.channel_axis, channels, layer.name)
-        regions += channels * per_channel * scheme.region_bits(bits)
-        scales += count * scheme.scales_per_region * scale_bits
+        count = scheme.group_count(layer.shape, layer.channel_axis, channels, layer.name)
+        intervals += channels * per_channel * scheme.interval_bits(bits)
+        scales += count * scheme.scales_per_group * scale_bits
         zero_points += count * scheme.zero_point_bits(bits)
         codebooks += count * scheme.codebook_entries(bits) * scale_bits
     part_map = map_bits(layer.channels, len(layer.widths))
-    return LayerSize(layer.numel, layer.code_bits, regions, scales, zero_points, codebooks, part_map)
+    return LayerSize(layer.numel, layer.code_bits, intervals, scales, zero_points, codebooks, part_map)
 
 
 def map_bits(channels: int, parts: int) -> int:

@@ -19,7 +19,8 @@ from ..common.documents import LARGEST_DOCUMENT, Strict, parse_json
 from ..common.files import atomic_path, open_regular
 from ..errors import FormatError, MeasureWarning, SettingError
 from .layers import LayerDocument, check_once
-from .scheme import INTEGER_BITS, NamedScheme
+from .scheme import INTEGER_BITS
+from .scheme_names import NamedScheme
 from .stats import METRICS, Array, LayerStats, Measured
 
 TABLE_FORMAT = "mpq-table"

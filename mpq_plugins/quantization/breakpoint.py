@@ -1,10 +1,10 @@
-"""Where to split a symmetric weight distribution on [-m, m] into a dense region [-p, p] and a tail.
+"""Where to split a symmetric weight distribution on [-m, m] into a dense interval [-p, p] and a tail.
 
 Expected squared error of two b-bit quantizers (PWLQ, arXiv 2002.00104, sec. 3), F the distribution function:
 
     E(p) = C ((m - p)^2 + m (2p - m) (2F(p) - 1)),
 
-C = 1 / (12 n^2) with n steps across each region. It is convex on (0, m/2), and its minimum satisfies
+C = 1 / (12 n^2) with n steps across each interval. It is convex on (0, m/2), and its minimum satisfies
 2m F(p) = 2m - p + m (m - 2p) f(p).
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from ..plans.scheme import Piecewise
-from .grid import Floats, PiecewiseGrids, RegionStats, SquaredErrors, piecewise_grids
+from .grid import Floats, GroupStats, PiecewiseGrids, SquaredErrors, piecewise_grids
 
 HALVINGS = 60  # of (0, m/2): down to the last bit
 COARSE = np.geomspace(0.02, 1.0, 24)  # of m; at 1 there is no tail, and what is left is one symmetric quantizer
@@ -47,9 +47,9 @@ DISTRIBUTIONS = {"gaussian": GAUSSIAN, "laplacian": LAPLACIAN}
 
 
 def expected_error(p: Floats, m: Floats, steps: int, distribution: Distribution) -> Floats:
-    """E(p) in units of the variance; p and m in standard deviations, `steps` n across each of the two regions.
+    """E(p) in units of the variance; p and m in standard deviations, `steps` n across each of the two intervals.
 
-    n = 2^(b-1) - 1 where each region has b bits, 2^(b-2) where 2^b levels serve both.
+    n = 2^(b-1) - 1 where each interval has b bits, 2^(b-2) where 2^b levels serve both.
     """
     inside = 2 * distribution.cdf(p) - 1
     error: Floats = ((m - p) ** 2 + m * (2 * p - m) * inside) / (12 * steps**2)
@@ -67,22 +67,22 @@ def optimal_root(m: Floats, distribution: Distribution) -> Floats:
 
 
 def choose_breakpoints(
-    stats: RegionStats, bits: Sequence[int], scheme: Piecewise, squared_errors: SquaredErrors
+    stats: GroupStats, bits: Sequence[int], scheme: Piecewise, squared_errors: SquaredErrors
 ) -> PiecewiseGrids:
-    """The two-region grids of each region at these bit-widths, breakpoints by the scheme's rule, (R, len(bits))."""
+    """The two-interval grids of each group at these bit-widths, breakpoints by the scheme's rule, (R, len(bits))."""
     widths = np.array([scheme.check_bits(b) for b in bits], np.int64)
-    choice = _Regions(stats, scheme.storage == "shared")
+    choice = _Groups(stats, scheme.storage == "shared")
     if scheme.breakpoint != "search":
         split = choice.by_formula(scheme.breakpoint)
         return choice.grids(np.repeat(split, len(widths), axis=1), widths)
-    found = [choice.search(b, squared_errors) for b in widths]
-    return choice.grids(np.hstack(found), widths)
+    splits = [choice.search(b, squared_errors) for b in widths]
+    return choice.grids(np.hstack(splits), widths)
 
 
-class _Regions:
-    """What a breakpoint is chosen from: the greatest magnitude and root mean square of each region, (R, 1)."""
+class _Groups:
+    """What a breakpoint is chosen from: the greatest magnitude and root mean square of each group, (R, 1)."""
 
-    def __init__(self, stats: RegionStats, shared: bool) -> None:
+    def __init__(self, stats: GroupStats, shared: bool) -> None:
         self.highest = np.maximum(-stats.low, stats.high)[:, None]
         self.deviation = np.sqrt(stats.squared / max(1, stats.count))[:, None]
         self.constant = (stats.low == stats.high)[:, None]
@@ -98,7 +98,7 @@ class _Regions:
         m = self.highest / deviation
         distribution = DISTRIBUTIONS[family]
         p = optimal_root(m, distribution) if root else distribution.closed_form(m)
-        # The optimum lies in (0, m/2); for an all-zero region that is 0.
+        # The optimum lies in (0, m/2); for an all-zero group that is 0.
         return np.clip(p, 0.0, m / 2) * deviation
 
     def search(self, bits: int, squared_errors: SquaredErrors) -> Floats:

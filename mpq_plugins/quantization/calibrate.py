@@ -1,4 +1,4 @@
-"""Choosing the grid of each region: by its extremes, by the clipping with the least squared error, or in two parts."""
+"""Choosing the grid of each group: by its extremes, by the clipping with the least squared error, or in two parts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,62 +11,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows
-from ..plans.scheme import Affine, Codebook, Piecewise, Scheme
+from ..plans.scheme import Affine, Scheme
 from ..weights.dtypes import check_weight
-from .breakpoint import choose_breakpoints
-from .grid import AnyGrids, CodebookGrids, Floats, Grids, RegionStats, SquaredErrors, affine_grids, minmax_grids
+from .contract import Each
+from .grid import AnyGrids, Floats, Grids, GroupStats, SquaredErrors, affine_grids, minmax_grids
+from .groups import group_rows
 from .kernel import SQUARED, error_sums, error_totals, row_stats
-from .kmeans import centroids
-from .regions import region_rows
-
-Each = Callable[[Callable[[Tensor], Floats]], Floats]
-"""Applies a function to every block of a weight, and joins what it gives along the first axis: with one region for all,
-blocks are matrices of any shape; otherwise there is one, (regions, elements)."""
 
 Kind = TypeVar("Kind", bound=np.generic)
+AGrid = TypeVar("AGrid")
 
 COARSE = np.linspace(1.0, 0.04, 49)
 FINE = np.linspace(-0.02, 0.02, 9)
 ONE_SIDED = np.linspace(0.7, 1.15, 10)
 
 
-def choose_grids(each: Each, stats: RegionStats, bits: Sequence[int], scheme: Scheme) -> AnyGrids:
-    """The grids of each region at these bit-widths under the scheme's rule, (R, len(bits)).
+def squared_errors(each: Each, scheme: Scheme) -> SquaredErrors:
+    """What measures candidates for the grids of a weight under the scheme, block by block."""
+    one_group = scheme.granularity == "per_tensor"
 
-    Raises SettingError for a bit-width that the scheme does not have.
-    """
-    one_region = scheme.granularity == "per_tensor"
-    if isinstance(scheme, Codebook):
-        values = each(_values)
-        return choose_codebooks(values.reshape(1, -1) if one_region else values, bits, scheme)
+    def errors(grids: AnyGrids) -> Floats:
+        sums = each(partial(error_totals if one_group else error_sums, grids=grids))[..., SQUARED]
+        return sums.sum(axis=0, keepdims=True) if one_group else sums
 
-    def squared_errors(grids: AnyGrids) -> Floats:
-        sums = each(partial(error_totals if one_region else error_sums, grids=grids))[..., SQUARED]
-        return sums.sum(axis=0, keepdims=True) if one_region else sums
+    return errors
 
-    if isinstance(scheme, Piecewise):
-        return choose_breakpoints(stats, bits, scheme, squared_errors)
-    return choose_affine_grids(stats, bits, scheme, squared_errors)
+
+def whole_rows(each: Each, scheme: Scheme) -> Floats:
+    """All weights of each group, float64 (groups, n)."""
+    values = each(_values)
+    return values.reshape(1, -1) if scheme.granularity == "per_tensor" else values
 
 
 def _values(rows: Tensor) -> Floats:
     return rows.detach().double().cpu().numpy()
 
 
-def choose_codebooks(rows: Floats, bits: Sequence[int], scheme: Codebook) -> CodebookGrids:
-    """The codebooks of each region's weights, float32 values in (R, n), at these bit-widths."""
-    widths = [scheme.check_bits(b) for b in bits]
-    books = tuple(np.zeros((len(rows), 2**b), np.float32) for b in widths)
-    for r, row in enumerate(rows if rows.size else ()):
-        for book, own in zip(books, centroids(row.astype(np.float32), widths, scheme.init), strict=True):
-            book[r] = own
-    return CodebookGrids(np.array(widths, np.int64), books)
-
-
-def choose_affine_grids(
-    stats: RegionStats, bits: Sequence[int], scheme: Affine, squared_errors: SquaredErrors
-) -> Grids:
-    """The affine grids of each region under the scheme's range rule, (R, len(bits))."""
+def choose_affine_grids(stats: GroupStats, bits: Sequence[int], scheme: Affine, squared_errors: SquaredErrors) -> Grids:
+    """The affine grids of each group under the scheme's range rule, (R, len(bits))."""
     widest = minmax_grids(stats, bits, scheme.symmetric)
     if scheme.range == "minmax":
         return widest
@@ -82,8 +64,8 @@ def choose_affine_grids(
     )
 
 
-def least_squares_grid(stats: RegionStats, widest: Grids, squared_errors: SquaredErrors) -> Grids:
-    """Search each region's clipping of [lo, hi] for the least sum of (w - w')^2, at one bit-width.
+def least_squares_grid(stats: GroupStats, widest: Grids, squared_errors: SquaredErrors) -> Grids:
+    """Search each group's clipping of [lo, hi] for the least sum of (w - w')^2, at one bit-width.
 
     Both ends shrink together over a coarse and then a fine set of ratios; an asymmetric range then tries
     each end alone. The unclipped grid (R, 1) is the first candidate, so the result is never worse than min-max.
@@ -100,15 +82,15 @@ def least_squares_grid(stats: RegionStats, widest: Grids, squared_errors: Square
 
 @dataclass(frozen=True)
 class _Clipping:
-    """For each region a grid (R, 1), its squared error, and the ratios of the two ends it keeps, all (R, 1)."""
+    """For each group a grid (R, 1), its squared error, and the ratios of the two ends it keeps, all (R, 1)."""
 
     grid: Grids
     error: Floats
     low: Floats
     high: Floats
 
-    def improved(self, stats: RegionStats, squared_errors: SquaredErrors, lows: Floats, highs: Floats) -> "_Clipping":
-        """The better, region by region, of this and the best of the candidates (ratios, (R, K))."""
+    def improved(self, stats: GroupStats, squared_errors: SquaredErrors, lows: Floats, highs: Floats) -> "_Clipping":
+        """The better, group by group, of this and the best of the candidates (ratios, (R, K))."""
         lows, highs = np.clip(lows, 0.0, 1.0), np.clip(highs, 0.0, 1.0)
         low, high = np.minimum(stats.low, 0.0)[:, None] * lows, np.maximum(stats.high, 0.0)[:, None] * highs
         grids = affine_grids(low, high, self.grid.bits.repeat(lows.shape[1]), self.grid.symmetric)
@@ -116,28 +98,32 @@ class _Clipping:
         pick = errors.argmin(axis=1, keepdims=True)
 
         def better(new: NDArray[Kind], old: NDArray[Kind]) -> NDArray[Kind]:
-            return np.where(found < self.error, np.take_along_axis(new, pick, axis=1), old)
+            return np.where(least < self.error, np.take_along_axis(new, pick, axis=1), old)
 
-        found = np.take_along_axis(errors, pick, axis=1)
+        least = np.take_along_axis(errors, pick, axis=1)
         chosen = Grids(
             self.grid.bits,
             self.grid.symmetric,
             better(grids.scale, self.grid.scale),
             better(grids.zero_point, self.grid.zero_point),
         )
-        return _Clipping(chosen, np.minimum(found, self.error), better(lows, self.low), better(highs, self.high))
+        return _Clipping(chosen, np.minimum(least, self.error), better(lows, self.low), better(highs, self.high))
 
 
 def fitted_rows(
-    weight: Tensor, bits: int, scheme: Scheme, channel_axis: int, layer: str
-) -> tuple[Tensor, torch.Size, AnyGrids]:
-    """A weight as float32 rows, one per region; the shape of its channels' rows; and the grid of each region.
+    weight: Tensor,
+    scheme: Scheme,
+    channel_axis: int,
+    layer: str,
+    choose: Callable[[Each, GroupStats], AGrid],
+) -> tuple[Tensor, torch.Size, AGrid]:
+    """A weight as float32 rows, one per group; the shape of its channels' rows; and the grid of each group.
 
     Raises WeightError and SettingError, naming `layer`.
     """
     check_weight(weight, layer)
-    per_channel = scheme.regions_per_channel(weight.shape, channel_axis, layer)
+    per_channel = scheme.groups_per_channel(weight.shape, channel_axis, layer)
     channels = channel_rows(weight.detach().float(), channel_axis)
-    rows = region_rows(channels, scheme, per_channel)
+    rows = group_rows(channels, scheme, per_channel)
     stats = row_stats(channels).merged() if scheme.granularity == "per_tensor" else row_stats(rows)
-    return rows, channels.shape, choose_grids(lambda work: work(rows), stats, [bits], scheme)
+    return rows, channels.shape, choose(lambda work: work(rows), stats)

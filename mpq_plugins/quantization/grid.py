@@ -1,7 +1,8 @@
-"""The levels of quantizers: scale and zero point from the range of each region, many bit-widths at once."""
+"""The levels of quantizers: scale and zero point from the range of each group, many bit-widths at once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Grids:
-    """K quantizers for each of R regions: levels (code - zero_point) * scale for code in qmin..qmax.
+    """K quantizers for each of R groups: levels (code - zero_point) * scale for code in qmin..qmax.
 
     bits: int (K,); scale: float32 (R, K), in the weights' units; zero_point: int32 (R, K). At 1 bit the codes
     are -1 and +1 alone.
@@ -45,7 +46,7 @@ class Grids:
 
 @dataclass(frozen=True)
 class PiecewiseGrids:
-    """K two-region quantizers for each of R regions: |w| <= p = reach * dense is the dense one, the rest the tail.
+    """K two-interval quantizers for each of R groups: |w| <= p = reach * dense is the dense one, the rest the tail.
 
     Levels are whole multiples of a unit on either side of zero: (stride j + offset) dense inside, p + (stride j +
     offset) tail outside, j = 0 .. top. With a b-bit sign and magnitude in each, units are steps; with 2^b levels
@@ -60,7 +61,7 @@ class PiecewiseGrids:
 
     @property
     def magnitude_bits(self) -> NDArray[np.int64]:
-        """Bits of j, (K,): what the sign, and of 2^b levels the region, leave of b."""
+        """Bits of j, (K,): what the sign, and of 2^b levels the interval, leave of b."""
         return self.bits - (2 if self.shared else 1)
 
     @property
@@ -75,12 +76,12 @@ class PiecewiseGrids:
 
     @property
     def offset(self) -> int:
-        """Units from a region's start to its first level."""
+        """Units from an interval's start to its first level."""
         return int(self.shared)
 
     @property
     def reach(self) -> NDArray[np.int64]:
-        """Units across each region, (K,)."""
+        """Units across each interval, (K,)."""
         return self.stride * (self.top + self.offset)
 
     @property
@@ -93,7 +94,7 @@ class PiecewiseGrids:
 
 @dataclass(frozen=True)
 class CodebookGrids:
-    """K codebooks for each of R regions: levels centroids[k][r, code], ascending.
+    """K codebooks for each of R groups: levels centroids[k][r, code], ascending.
 
     bits: int (K,); centroids: K times float32 (R, 2^bits), in the weights' units.
     """
@@ -102,15 +103,29 @@ class CodebookGrids:
     centroids: tuple[NDArray[np.float32], ...]
 
 
-AnyGrids = Grids | PiecewiseGrids | CodebookGrids
+class AnyGrids(Protocol):
+    """K quantizers for each of R groups, of any scheme. Those of this package are measured by the loops of kernel.py;
+    others measure themselves."""
+
+    @property
+    def bits(self) -> NDArray[np.int64]:
+        """The bit-widths, (K,)."""
+
+
+class OwnGrids(AnyGrids, Protocol):
+    """Grids that measure themselves."""
+
+    def error_sums(self, rows: Any, largest: bool) -> Floats:
+        """Sums over each row (n,) of a floating tensor (R, n) as kernel.error_sums gives them, float64 (R, K, 3)."""
+
 
 SquaredErrors = Callable[[AnyGrids], Floats]
-"""Grids of K candidates -> sums of (w - w')^2, (regions, K)."""
+"""Grids of K candidates -> sums of (w - w')^2, (groups, K)."""
 
 
 @dataclass(frozen=True)
-class RegionStats:
-    """What a range is chosen from, per region, float64 (regions,): extremes, sums of |w| and w^2; count of weights."""
+class GroupStats:
+    """What a range is chosen from, per group, float64 (groups,): extremes, sums of |w| and w^2; count of weights."""
 
     low: Floats
     high: Floats
@@ -120,23 +135,23 @@ class RegionStats:
 
     @property
     def mean_abs(self) -> Floats:
-        """Mean magnitude of each region."""
+        """Mean magnitude of each group."""
         return self.absolute / max(1, self.count)
 
-    def merged(self) -> "RegionStats":
-        """All regions as one."""
+    def merged(self) -> "GroupStats":
+        """All groups as one."""
         if not self.low.size:
             zero = np.zeros(1)
-            return RegionStats(zero, zero, zero, zero, 0)
+            return GroupStats(zero, zero, zero, zero, 0)
         low, high = self.low.min(keepdims=True), self.high.max(keepdims=True)
         absolute, squared = self.absolute.sum(keepdims=True), self.squared.sum(keepdims=True)
-        return RegionStats(low, high, absolute, squared, self.count * self.low.size)
+        return GroupStats(low, high, absolute, squared, self.count * self.low.size)
 
 
-def minmax_grids(stats: RegionStats, bits: Sequence[int], symmetric: bool) -> Grids:
-    """Grids that span each region's whole range (DESIGN: asymmetric on [lo, hi], lo <= 0 <= hi), (R, len(bits)).
+def minmax_grids(stats: GroupStats, bits: Sequence[int], symmetric: bool) -> Grids:
+    """Grids that span each group's whole range (asymmetric on [lo, hi], lo <= 0 <= hi), (R, len(bits)).
 
-    A constant region gets the scale |c| and so quantizes to itself, exactly; at 1 bit the scale is mean|w|.
+    A constant group gets the scale |c| and so quantizes to itself, exactly; at 1 bit the scale is mean|w|.
     """
     widths = np.array(bits, np.int64)
     low, high = stats.low[:, None], stats.high[:, None]
@@ -173,7 +188,7 @@ def piecewise_grids(
 ) -> PiecewiseGrids:
     """The grids with breakpoints `split` on [0, highest], float64 (R, K), 0 <= split <= highest; bits (K,).
 
-    A `constant` region (R, 1) gets a level at its value, so it quantizes to itself, exactly.
+    A `constant` group (R, 1) gets a level at its value, so it quantizes to itself, exactly.
     """
     empty = np.zeros(split.shape, np.float32)
     reach = PiecewiseGrids(bits, shared, empty, empty).reach
@@ -190,6 +205,6 @@ def _float32_scale(exact: Floats) -> NDArray[np.float32]:
     if exact.size == 0 or exact.min() >= SMALLEST_NORMAL:
         return exact.astype(np.float32)
     # Below the normal range float32 steps are coarse: round up there, so that no weight is clipped and no
-    # scale becomes 0. An all-zero region may have any scale.
+    # scale becomes 0. An all-zero group may have any scale.
     steps = np.maximum(np.ceil(exact / SMALLEST_SCALE), 1.0) * SMALLEST_SCALE
     return np.where(exact == 0, 1.0, np.where(exact < SMALLEST_NORMAL, steps, exact)).astype(np.float32)

@@ -3,14 +3,15 @@
 import importlib.util
 import os
 import warnings
-from functools import cache
+from functools import cache, singledispatch
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .grid import AnyGrids, CodebookGrids, Floats, Grids, PiecewiseGrids, RegionStats
+from .grid import AnyGrids, CodebookGrids, Floats, Grids, GroupStats, OwnGrids, PiecewiseGrids
 from .kmeans import edges
 
 RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
@@ -19,17 +20,27 @@ RELATIVE, SQUARED, LARGEST = range(3)  # what the last axis of the sums holds
 def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
     """Sums over each row of |w - w'| / |w| (0 where w = 0), of (w - w')^2, and the largest |w - w'|.
 
-    rows: floating (R, n); grids: K quantizers for R regions, or for 1 shared by all rows. The largest error is
+    rows: floating (R, n); grids: K quantizers for R groups, or for 1 shared by all rows. The largest error is
     0 unless `largest` asks for it. Returns float64 (R, K, 3).
     """
     if rows.numel() == 0:
         return np.zeros((rows.shape[0], len(grids.bits), 3))
-    compiled = rows.device.type == "cpu" and numba_available()
-    if isinstance(grids, CodebookGrids):
-        return _codebook_sums(rows, grids, largest)
-    if isinstance(grids, PiecewiseGrids):
-        return (_numba_piecewise if compiled else _torch_piecewise)(rows, grids, largest)
-    route = _numba_sums if compiled else _torch_sums
+    return _sums(grids, rows, largest)
+
+
+@singledispatch
+def _sums(grids: AnyGrids, rows: Tensor, largest: bool) -> Floats:
+    return cast(OwnGrids, grids).error_sums(rows, largest)
+
+
+@_sums.register
+def _piecewise_sums(grids: PiecewiseGrids, rows: Tensor, largest: bool) -> Floats:
+    return (_numba_piecewise if _compiled(rows) else _torch_piecewise)(rows, grids, largest)
+
+
+@_sums.register
+def _affine_sums(grids: Grids, rows: Tensor, largest: bool) -> Floats:
+    route = _numba_sums if _compiled(rows) else _torch_sums
     binary = np.flatnonzero(grids.bits == 1)
     if not binary.size:
         return route(rows, grids, largest)
@@ -41,19 +52,23 @@ def error_sums(rows: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
     return sums
 
 
+def _compiled(rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and numba_available()
+
+
 def error_totals(values: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
-    """As error_sums, over all of `values` taken as one region: float64 (1, K, 3)."""
+    """As error_sums, over all of `values` taken as one group: float64 (1, K, 3)."""
     return error_sums(values.reshape(1, -1), grids, largest)
 
 
-def row_stats(rows: Tensor) -> RegionStats:
+def row_stats(rows: Tensor) -> GroupStats:
     """What there is to know of each row of a floating (R, n) before quantizing it.
 
     Where a weight is NaN or infinite, so are the row's sums.
     """
     if rows.numel() == 0:
         zeros = np.zeros(rows.shape[0])
-        return RegionStats(zeros, zeros, zeros, zeros, 0)
+        return GroupStats(zeros, zeros, zeros, zeros, 0)
     if rows.device.type == "cpu" and numba_available():
         from .kernel_numba import row_table
 
@@ -64,7 +79,7 @@ def row_stats(rows: Tensor) -> RegionStats:
         columns = (values.amin(1), values.amax(1), values.abs().sum(1), values.square().sum(1))
         table = torch.stack(columns, dim=1).cpu().numpy()
     low, high, absolute, squared = np.ascontiguousarray(table.T)
-    return RegionStats(low, high, absolute, squared, rows.shape[1])
+    return GroupStats(low, high, absolute, squared, rows.shape[1])
 
 
 def add_sums(sums: Floats) -> Floats:
@@ -110,13 +125,13 @@ def _numba_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
 
 def _torch_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
     values = rows.double()
-    reciprocal = _reciprocal(values.abs())
+    reciprocal = reciprocal_of(values.abs())
     sums = np.empty((rows.shape[0], len(grids.bits), 3))
     levels = [torch.from_numpy(level).to(rows.device) for level in _levels(grids)]
     for k in range(len(grids.bits)):
         scale, low, high = (level[:, k : k + 1] for level in levels)
         steps = torch.clamp(torch.round(values / scale), low, high)
-        sums[:, k] = _reduce((values - steps * scale).abs(), reciprocal, largest)
+        sums[:, k] = reduce_errors((values - steps * scale).abs(), reciprocal, largest)
     return sums
 
 
@@ -124,7 +139,7 @@ def _binary_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
     magnitude = rows.double().abs()
     scale = torch.from_numpy(grids.scale).to(rows.device).double()
     errors = [(magnitude - scale[:, k : k + 1]).abs() for k in range(len(grids.bits))]
-    return np.stack([_reduce(error, _reciprocal(magnitude), largest) for error in errors], axis=1)
+    return np.stack([reduce_errors(error, reciprocal_of(magnitude), largest) for error in errors], axis=1)
 
 
 def _numba_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floats:
@@ -136,7 +151,7 @@ def _numba_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floa
 
 def _torch_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floats:
     magnitude = rows.double().abs()
-    reciprocal = _reciprocal(magnitude)
+    reciprocal = reciprocal_of(magnitude)
     arrays = (grids.split, grids.dense, grids.tail)
     split, dense, tail = (torch.from_numpy(array).to(rows.device).double() for array in arrays)
     sums = np.empty((rows.shape[0], len(grids.bits), 3))
@@ -147,22 +162,23 @@ def _torch_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floa
         steps = torch.where(unit > 0, (magnitude - base) / unit, 0)
         j = torch.round((steps - grids.offset) / grids.stride).clamp(0, top)
         level = base + (grids.stride * j + grids.offset) * unit
-        sums[:, k] = _reduce((magnitude - level).abs(), reciprocal, largest)
+        sums[:, k] = reduce_errors((magnitude - level).abs(), reciprocal, largest)
     return sums
 
 
-def _codebook_sums(rows: Tensor, grids: CodebookGrids, largest: bool) -> Floats:
+@_sums.register
+def _codebook_sums(grids: CodebookGrids, rows: Tensor, largest: bool) -> Floats:
     """On any device: what takes time is finding the centroids."""
     plain = rows.detach().float().contiguous()
     values = plain.double()
-    reciprocal = _reciprocal(values.abs())
+    reciprocal = reciprocal_of(values.abs())
     sums = np.empty((rows.shape[0], len(grids.bits), 3))
     for k, book in enumerate(grids.centroids):
         levels, between = (torch.from_numpy(array).to(rows.device) for array in (book, edges(book)))
         # One book for all rows, or one each.
         codes = torch.searchsorted(between.expand(rows.shape[0], -1).contiguous(), plain)
-        found = levels.double().expand(rows.shape[0], -1).gather(1, codes)
-        sums[:, k] = _reduce((values - found).abs(), reciprocal, largest)
+        nearest = levels.double().expand(rows.shape[0], -1).gather(1, codes)
+        sums[:, k] = reduce_errors((values - nearest).abs(), reciprocal, largest)
     return sums
 
 
@@ -181,11 +197,13 @@ def _values(rows: Tensor) -> "NDArray[np.float32] | NDArray[np.uint16]":
     return values
 
 
-def _reciprocal(magnitude: Tensor) -> Tensor:
+def reciprocal_of(magnitude: Tensor) -> Tensor:
+    """1 / |w|, and 0 where w = 0."""
     return torch.where(magnitude > 0, 1 / magnitude, 0)
 
 
-def _reduce(error: Tensor, reciprocal: Tensor, largest: bool) -> Floats:
+def reduce_errors(error: Tensor, reciprocal: Tensor, largest: bool) -> Floats:
+    """The three sums, (R, 3), of errors |w - w'| and reciprocals of |w|, both float64 (R, n)."""
     most = error.amax(1) if largest else error.new_zeros(error.shape[0])
     parts = ((error * reciprocal).sum(1), (error * error).sum(1), most)
     stacked: Floats = torch.stack(parts, dim=1).cpu().numpy()

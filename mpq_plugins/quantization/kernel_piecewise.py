@@ -1,4 +1,4 @@
-"""The compiled error kernel of two-region quantizers. Importing this module imports numba."""
+"""The compiled error kernel of two-interval quantizers. Importing this module imports numba."""
 
 import numpy as np
 from numpy.typing import NDArray

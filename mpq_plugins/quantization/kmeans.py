@@ -1,4 +1,4 @@
-"""k-means of the weights of one region: sorted once, so that a cluster is an interval and a mean two look-ups.
+"""k-means of the weights of one group: sorted once, so that a cluster is an interval and a mean two look-ups.
 
     minimise   sum over clusters i, weights w in i, of (w - c_i)^2          (arXiv 1510.00149, sec. 3, eq. 2)
 
@@ -23,19 +23,19 @@ ROUNDS = 1000  # of Lloyd's iteration at the most
 SEED = 0  # of the observations that Forgy's method draws
 
 
-def centroids(region: NDArray[np.float32], bits: Sequence[int], init: InitName) -> list[NDArray[np.float32]]:
-    """The centroids of one region's weights (n,) at each bit-width, ascending, (2^b,) each.
+def centroids(group: NDArray[np.float32], bits: Sequence[int], init: InitName) -> list[NDArray[np.float32]]:
+    """The centroids of one group's weights (n,) at each bit-width, ascending, (2^b,) each.
 
     Where some weights are exactly 0, which is how pruned ones look, 0 is a centroid and stays one. No more different
     weights than centroids: these are the weights themselves, the last one repeated.
     """
-    values = np.sort(region, axis=None)
+    values = np.sort(group, axis=None)
     starts = np.flatnonzero(np.concatenate((np.ones(1, bool), values[1:] != values[:-1])))  # of runs of equal values
     counts = [2**b for b in bits]
     searched = [k for k in counts if k < len(starts)]
-    found = dict(zip(searched, _searched(values, starts, searched, init), strict=True)) if searched else {}
+    by_count = dict(zip(searched, _searched(values, starts, searched, init), strict=True)) if searched else {}
     distinct = values[starts[: max(counts)]] + np.float32(0)  # -0 is 0
-    return [found[k] if k in found else np.pad(distinct, (0, k - len(distinct)), "edge") for k in counts]
+    return [by_count[k] if k in by_count else np.pad(distinct, (0, k - len(distinct)), "edge") for k in counts]
 
 
 def edges(ascending: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -58,9 +58,9 @@ def _searched(
     first, end = _zeros(values)
     total = _sums_from(values.astype(np.float64), _middle(values))
     begin = _optimal(values, starts, counts) if init == "optimal" else [_initial(values, k, init) for k in counts]
-    for own in begin:
-        lloyd(values, total, own, int(np.argmin(np.abs(own))) if end > first else -1, ROUNDS)
-    return [np.sort(own.astype(np.float32)) for own in begin]
+    for levels in begin:
+        lloyd(values, total, levels, int(np.argmin(np.abs(levels))) if end > first else -1, ROUNDS)
+    return [np.sort(levels.astype(np.float32)) for levels in begin]
 
 
 def _optimal(values: NDArray[np.float32], starts: NDArray[np.int64], counts: Sequence[int]) -> list[Floats]:
@@ -78,17 +78,17 @@ def _optimal(values: NDArray[np.float32], starts: NDArray[np.int64], counts: Seq
     total, square = _sums_from(shifted, middle)[bounds], _sums_from(shifted**2, middle)[bounds]
     alone = _own_costs(shifted, cuts, zero)
     splits = last_splits(bounds.astype(np.float64), total, square, alone, zero, max(counts))
-    found = []
+    clusterings = []
     for k in counts:
         ends = np.empty(k + 1, np.int64)
         ends[k] = len(cuts)
         for j in range(k - 1, -1, -1):
             ends[j] = splits[j, ends[j + 1]]
-        own = np.diff(total[ends]) / np.diff(bounds[ends]) + origin
+        means = np.diff(total[ends]) / np.diff(bounds[ends]) + origin
         if zero >= 0:
-            own[np.searchsorted(ends, zero, "right") - 1] = 0.0
-        found.append(own)
-    return found
+            means[np.searchsorted(ends, zero, "right") - 1] = 0.0
+        clusterings.append(means)
+    return clusterings
 
 
 def _own_costs(shifted: Floats, cuts: NDArray[np.int64], zero: int) -> Floats:

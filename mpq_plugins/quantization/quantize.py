@@ -1,15 +1,43 @@
-"""The weight that a scheme can hold at a bit-width, whichever the scheme."""
+"""The quantizer of a scheme, whichever the scheme, and what it makes of a weight."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from torch import Tensor
 
-from ..plans.scheme import Affine, Codebook, Scheme
-from . import affine, codebook, piecewise
+from ..common.registry import Plugin, imported, owner
+from ..plans.scheme import Affine, Scheme
+from .contract import QUANTIZER, Each, Quantizer
+from .grid import AnyGrids, GroupStats
 
 
-def fake_quantize(weight: Tensor, bits: int, scheme: Scheme, *, channel_axis: int = 0, layer: str = "weight") -> Tensor:
-    """Quantize and dequantize `weight`, in its own dtype and shape; see the scheme's own fake_quantize."""
-    if isinstance(scheme, Affine):
-        return affine.fake_quantize(weight, bits, scheme, channel_axis=channel_axis, layer=layer)
-    if isinstance(scheme, Codebook):
-        return codebook.fake_quantize(weight, bits, scheme, channel_axis=channel_axis, layer=layer)
-    return piecewise.fake_quantize(weight, bits, scheme, channel_axis=channel_axis, layer=layer)
+def quantizer(scheme: Scheme) -> Quantizer:
+    """The scheme's quantizer. Raises PluginError where its module cannot be imported or it lacks a method."""
+    made: Quantizer = _quantizer_class(scheme.name, scheme.quantizer)(scheme)
+    return made
+
+
+def fake_quantize(
+    weight: Tensor, bits: int, scheme: Scheme | None = None, *, channel_axis: int = 0, layer: str = "weight"
+) -> Tensor:
+    """Quantize and dequantize `weight`: what `bits` can hold, in its own dtype and shape.
+
+    weight: float32, float16 or bfloat16, any shape, any strides; `channel_axis` is its output axis. scheme: None for
+    Affine(). Raises SettingError for bits that the scheme does not have or groups that do not divide the input, and
+    WeightError, naming `layer`, for NaN, infinity or another dtype.
+    """
+    return quantizer(scheme or Affine()).fake_quantize(weight, bits, channel_axis=channel_axis, layer=layer)
+
+
+def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Scheme) -> AnyGrids:
+    """The grids of each group at these bit-widths under the scheme's rule, (R, len(bits)).
+
+    Raises SettingError for a bit-width that the scheme does not have.
+    """
+    return quantizer(scheme).grids(each, stats, bits)
+
+
+@cache
+def _quantizer_class(name: str, target: str) -> Any:
+    return imported(owner("schemes", name) or Plugin("schemes", name, target, "no distribution"), target, QUANTIZER)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..models.input_ranges import InputQuantizer, fake_quantize
+from ..models.input_ranges import InputQuantizer, fake_quantize_input
 from ..models.running import first_input
 
 MOST_VALUES = 1 << 14  # of a layer's input, a call, that a range is searched on
@@ -72,7 +72,7 @@ class InputValues:
         best = float("inf")
         for low, high in self._candidates():
             scale, zero_point = _grid(low, high, quantizer.bits)
-            error = float((fake_quantize(x, scale, zero_point, quantizer.bits) - x).square().sum())
+            error = float((fake_quantize_input(x, scale, zero_point, quantizer.bits) - x).square().sum())
             if error < best:
                 best = error
                 quantizer.scale.copy_(scale)

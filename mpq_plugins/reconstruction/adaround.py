@@ -4,7 +4,7 @@ A weight between two levels of its grid is low + step h(V), h(V) = clamp(sigmoid
 rectified sigmoid (eq. 23), and the regulariser sum 1 - |2 h(V) - 1|^beta (eq. 24) drives h to 0 or 1 as beta falls.
 Binary weights have two levels, so for them it is the sign that is learned.
 
-The plan's ranges are the weights' own extremes, or found from them: so one weight at either end of each region's range
+The plan's ranges are the weights' own extremes, or found from them: so one weight at either end of each group's range
 stays there, and whoever quantizes the rounded weights finds the same grid again. Weights beyond a clipped range stay at
 its end, as AdaRound's clamp has it.
 """
@@ -19,9 +19,9 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS, Affine
 from ..quantization import affine
-from ..simulation.layer import simulate
+from ..simulation.layer import simulate_layer
+from ..simulation.parts import weight_parts
 
 ZETA, GAMMA = 1.1, -0.1
 HOTTEST, COLDEST = 20.0, 2.0  # beta
@@ -50,17 +50,16 @@ class Rounding:
         WeightError for NaN or infinity.
         """
         require_affine(weight, choice)
-        axis, own = choice.channel_axis, weight.detach()
-        low, step, share = own.clone(), torch.zeros_like(own), torch.zeros_like(own)
-        nearest = torch.zeros_like(own, dtype=torch.bool)
-        for part in choice.groups:
-            if part.bits in FLOAT_BITS:
+        axis, exact = choice.channel_axis, weight.detach()
+        low, step, share = exact.clone(), torch.zeros_like(exact), torch.zeros_like(exact)
+        nearest = torch.zeros_like(exact, dtype=torch.bool)
+        for part in weight_parts(exact, choice):
+            if part.in_float:
                 continue
-            index = torch.from_numpy(part.runs.array()).to(own.device)
-            cells = _Cells.of(own.index_select(axis, index), part.bits, choice)
+            cells = _Cells.of(part.values, part.bits, choice)
             for whole, rows in ((low, cells.low), (step, cells.step), (share, cells.share), (nearest, cells.nearest)):
-                values = from_channel_rows(rows.reshape(len(index), -1), _shape(own, axis, len(index)), axis)
-                whole.index_copy_(axis, index, values.to(whole.dtype))
+                values = from_channel_rows(rows.reshape(len(part.channels), -1), part.values.shape, axis)
+                part.put(whole, values.to(whole.dtype))
         v = -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
         return cls(low, step, nearest, torch.where(step > 0, v, -DECIDED).requires_grad_())
 
@@ -108,7 +107,7 @@ def beta_at(step: int, steps: int) -> float | None:
 
 def require_affine(weight: Tensor, choice: LayerChoice) -> None:
     """Raise SettingError, naming the layer, where its rounding cannot be learned."""
-    if not isinstance(choice.scheme, Affine):
+    if choice.scheme.as_affine is None:
         raise SettingError(
             f"layer {choice.name!r}: rounding is learned between the levels of one grid, which {choice.scheme} has "
             "not; plan it under the affine scheme"
@@ -124,9 +123,9 @@ def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
 
     Raises WeightError, naming the layer, if the plan finds another grid in it.
     """
-    found = simulate(weight, choice)
+    found = simulate_layer(weight, choice)
     for _ in range(4):
-        again = simulate(found, choice)
+        again = simulate_layer(found, choice)
         if again.equal(found):
             break
         found = again
@@ -138,14 +137,14 @@ def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
 
 def nearest(weight: Tensor, choice: LayerChoice) -> Tensor:
     """The weight rounded to nearest, so that quantizing it again changes nothing where the scheme is affine."""
-    if isinstance(choice.scheme, Affine) and weight.dtype == torch.float32:
+    if choice.scheme.as_affine is not None and weight.dtype == torch.float32:
         return settled(Rounding.of(weight, choice).to_nearest(), choice)
-    return simulate(weight, choice)
+    return simulate_layer(weight, choice)
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """Rows (regions, elements) of the levels below and what the ones above add; share: where in between, 0 to 1."""
+    """Rows (groups, elements) of the levels below and what the ones above add; share: where in between, 0 to 1."""
 
     low: Tensor
     step: Tensor
@@ -154,13 +153,13 @@ class _Cells:
 
     @classmethod
     def of(cls, weight: Tensor, bits: int, choice: LayerChoice) -> Self:
-        scheme = choice.scheme
-        assert isinstance(scheme, Affine)
+        scheme = choice.scheme.as_affine
+        assert scheme is not None
         quantized = affine.quantize(weight, bits, scheme, channel_axis=choice.channel_axis, layer=choice.name)
         grid = quantized.grid
-        regions = max(1, grid.scale.shape[0])
+        groups = max(1, grid.scale.shape[0])
         rows, codes = (
-            channel_rows(t, choice.channel_axis).reshape(regions, -1).float() for t in (weight, quantized.codes)
+            channel_rows(t, choice.channel_axis).reshape(groups, -1).float() for t in (weight, quantized.codes)
         )
         if not rows.numel():
             return cls(rows, rows, rows, rows.bool())
@@ -180,7 +179,7 @@ class _Cells:
 
 
 def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Which weights hold each region's range, and the codes with theirs at its ends.
+    """Which weights hold each group's range, and the codes with theirs at its ends.
 
     Asymmetric: the extreme on either side of zero, whose nearest code may be one short of the end where it is a tie;
     symmetric: the one farthest from zero.
@@ -195,7 +194,3 @@ def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: boo
         own = torch.zeros_like(held).scatter(1, extreme, True) & beyond & (rows.amin(1) < rows.amax(1))[:, None]
         held, codes = held | own, torch.where(own, float(end), codes)
     return held, codes
-
-
-def _shape(weight: Tensor, axis: int, channels: int) -> tuple[int, ...]:
-    return tuple(channels if dimension == axis else size for dimension, size in enumerate(weight.shape))

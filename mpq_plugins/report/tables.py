@@ -43,7 +43,7 @@ def bits_summary(plan: Plan, size: PlanSize) -> Table:
     channels: Counter[int] = Counter()
     weights: Counter[int] = Counter()
     for layer in plan.layers:
-        for part in layer.groups:
+        for part in layer.all_parts:
             layers[part.bits] += 1
             channels[part.bits] += len(part.channels)
             weights[part.bits] += len(part.channels) * (layer.numel // max(1, layer.channels))
@@ -56,9 +56,9 @@ def bits_summary(plan: Plan, size: PlanSize) -> Table:
 
 def size_lines(size: PlanSize) -> list[str]:
     """The two accountings, in words."""
-    regions = sum(layer.regions for layer in size.layers.values())
+    intervals = sum(layer.intervals for layer in size.layers.values())
     books = ", codebooks" if any(layer.codebooks for layer in size.layers.values()) else ""
-    share = f", {regions / max(1, size.numel):.3f} of it telling the region" if regions else ""
+    share = f", {intervals / max(1, size.numel):.3f} of it telling the region" if intervals else ""
     smaller = f"{size.against_fp32:.2f}x smaller than fp32, {size.against_int8:.2f}x than int8"
     return [
         f"weights only  {bytes_text(size.weights_only_bytes)}, {size.average_bits:.3f} bits a weight{share}",

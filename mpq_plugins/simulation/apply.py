@@ -18,12 +18,12 @@ from ..plans.plan import Plan
 from .correct import correct
 from .layer import most_distinct_values
 from .match import as_called, match
-from .model import simulated
+from .model import simulate_model
 
 
 @dataclass(frozen=True)
 class PartCheck:
-    """One part of one layer: the most different values any of its regions holds, and how many it may hold."""
+    """One part of one layer: the most different values any of its groups holds, and how many it may hold."""
 
     layer: str
     bits: int
@@ -51,14 +51,14 @@ def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = Non
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
         )
-    return simulated(traced, plan)
+    return simulate_model(traced, plan)
 
 
 def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> tuple[PartCheck, ...]:
     """Prove that a model holds what the plan says: right layers, none missing, none extra, few enough values.
 
-    Every region that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b
-    - 1 symmetric, 2 at one bit), or 2^(b+1) - 3 with two regions of b bits.
+    Every group that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b
+    - 1 symmetric, 2 at one bit), or 2^(b+1) - 3 with two intervals of b bits.
     With `original`, the float model, every weight must also equal, to the bit, what `apply` makes of it, and
     skipped layers must be untouched. Inputs that the model quantizes itself must have the plan's activation bits.
     Returns one check per part; raises VerifyError listing what is wrong.
@@ -79,7 +79,7 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
         else:
             if not weight.isfinite().all():
                 problems.append(f"{name!r} holds NaN or infinite weights")
-            own = [_check_part(weight, choices[name], part) for part in choices[name].groups if part.bits <= 8]
+            own = [_check_part(weight, choices[name], part) for part in choices[name].all_parts if part.bits <= 8]
             problems += [_too_many(check) for check in own if check.values > check.allowed]
             checks += own
         if original is not None and not (name in expected and expected[name].equal(weight)):

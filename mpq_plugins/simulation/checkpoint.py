@@ -20,10 +20,10 @@ from ..common.text import first_sentence
 from ..errors import SettingError, SourceError
 from ..models.wrappers import bare_names
 from ..plans.layers import LayerChoice
-from ..plans.names import are_experts, is_weight, layer_name, stacks_of
 from ..plans.plan import Plan
-from .layer import simulate
+from .layer import simulate_layer
 from .match import Match, match
+from .planned_tensors import PlannedTensors
 
 
 def rewrite(
@@ -86,40 +86,28 @@ class _Quantizer:
         corrected: Mapping[str, Tensor],
         progress: Progress | None,
     ) -> None:
-        self.choices, self.total, self.progress = choices, total, progress
+        self.planned, self.total, self.progress = PlannedTensors(choices), total, progress
         self.done: dict[str, int] = {}  # layer -> weights; a tied one is quantized under each name that stands apart
         self.corrected = corrected
-        self.stacks = stacks_of(choices)
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
-        if not self.plans(parameter, tensor):
-            return self.corrected[parameter].to(tensor) if parameter in self.corrected else tensor
-        if not self._plans_whole(parameter):
-            return self._experts(layer_name(parameter), tensor)
-        return self._simulated(self.choices[layer_name(parameter)], tensor)
-
-    def _experts(self, stack: str, tensor: Tensor) -> Tensor:
-        """Each matrix of stacked experts as its own choice leaves it; one without a choice as it is."""
-        choices = [self.choices.get(f"{stack}.{expert}") for expert in range(len(tensor))]
-        pairs = zip(choices, tensor, strict=True)
-        return torch.stack([matrix if choice is None else self._simulated(choice, matrix) for choice, matrix in pairs])
+        choice = self.planned.layer(parameter)
+        if choice is not None:
+            return self._simulated(choice, tensor)
+        if self.planned.is_stack(parameter, tensor.shape):
+            experts = self.planned.experts(parameter, tensor)
+            return torch.stack([matrix if one is None else self._simulated(one, matrix) for _, one, matrix in experts])
+        return self.corrected[parameter].to(tensor) if parameter in self.corrected else tensor
 
     def _simulated(self, choice: LayerChoice, tensor: Tensor) -> Tensor:
         if self.progress is not None:
             self.progress(choice.name, sum(self.done.values()), self.total)
         self.done[choice.name] = choice.numel
-        return simulate(tensor, choice)
-
-    def plans(self, parameter: str, tensor: Tensor) -> bool:
-        stacked = layer_name(parameter) in self.stacks and are_experts(parameter, tensor.shape)
-        return stacked or self._plans_whole(parameter)
-
-    def _plans_whole(self, parameter: str) -> bool:
-        return is_weight(parameter) and layer_name(parameter) in self.choices
+        return simulate_layer(tensor, choice)
 
     def changes(self, parameter: str, tensor: Tensor) -> bool:
         """Whether what it makes of the parameter is another tensor."""
-        return self.plans(parameter, tensor) or parameter in self.corrected
+        return self.planned.has(parameter, tensor.shape) or parameter in self.corrected
 
     def finish(self) -> None:
         """Called before what was written takes its place."""

@@ -6,7 +6,7 @@ quantized one (q), each BatchNorm normalising by its batch,
 
     running_mean += mu_q - mu_f        running_var *= (v_q / v_f) / rho^shrinkage
 
-rho being the correlation of the two nets' values. shrinkage 0 restores the variance (DESIGN sec. 4); but part of v_q
+rho being the correlation of the two nets' values. shrinkage 0 restores the variance; but part of v_q
 is noise, which that takes for signal. The least squared error is at 2, where the scale is the regression of the float
 values on the quantized ones; 1 lies between, and was best on the real nets from 2 to 4 bits. Where no BatchNorm
 follows, the layer's bias takes the mean output error of each channel (Nagel et al. 2019, arXiv 1906.04721, sec. 4.2),
@@ -19,7 +19,7 @@ changes scales and biases, and no code.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,11 +41,11 @@ from ..models.plain import is_plain
 from ..models.running import checked_batches, evaluating, first_input, run_model
 from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.fitted import check_fits, fitted
 from ..weights.dtypes import check_weight
 from .match import match
-from .model import simulated
+from .model import simulate_model
+from .parts import weight_parts
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
@@ -82,7 +82,7 @@ def correct(
     exact = duplicate(copied) if fit_ranges else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)
-    quantized = simulated(copied, plan)
+    quantized = simulate_model(copied, plan)
     _own_biases(copied)
     shifts, unreached = _measure(exact, quantized, plan, given, progress)
     with torch.no_grad():
@@ -117,12 +117,10 @@ def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             axis = choices[name].channel_axis
-            for part in choices[name].groups:
-                if part.bits in FLOAT_BITS:
-                    continue
-                index = torch.from_numpy(part.runs.array()).to(weight.device)
-                own, h = weight.index_select(axis, index), moments[name].index_select(axis, index)
-                weight.index_copy_(axis, index, fitted(own, part.bits, schemes[name], h, axis))
+            for part in weight_parts(weight, choices[name]):
+                if not part.in_float:
+                    h = moments[name].index_select(axis, part.channels)
+                    part.put(weight, fitted(part.values, part.bits, schemes[name], h, axis))
 
 
 @dataclass
@@ -322,21 +320,18 @@ def _hooked(
             raise SettingError(f"layer {name!r}: gives a {type(output).__name__}, not a tensor; skip it")
         return layer(name, module, output)
 
-    handles = []
     modules = dict(net.named_modules())
     plain = {name for name in names if is_plain(modules[name])}
-    for name in names:
-        module = modules[name]
-        if isinstance(module, BATCH_NORMS):
-            handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(after_norm, name), with_kwargs=True))
-        else:
-            handles.append(module.register_forward_hook(lambda m, _, o, name=name: after_layer(name, m, o)))
-    try:
+    with ExitStack() as handles:  # which is how hooks are taken off again
+        for name in names:
+            module = modules[name]
+            if isinstance(module, BATCH_NORMS):
+                handles.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+                handles.enter_context(module.register_forward_hook(partial(after_norm, name), with_kwargs=True))
+            else:
+                hook = partial(lambda name, module, _, output: after_layer(name, module, output), name)
+                handles.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _by_batch(norm: Any, value: Tensor) -> Tensor:

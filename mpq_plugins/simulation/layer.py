@@ -6,40 +6,35 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows
 from ..plans.channels import Channels
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.quantize import fake_quantize
 from ..weights.dtypes import check_weight
+from .parts import weight_parts
 
 
-def simulate(weight: Tensor, choice: LayerChoice) -> Tensor:
+def simulate_layer(weight: Tensor, choice: LayerChoice) -> Tensor:
     """The weight the plan promises, in its own dtype and shape; at 16 or 32 bits the weight itself.
 
     Each part is quantized by itself: under per_tensor a part has its own scale. Raises WeightError for NaN or
     infinity.
     """
     check_weight(weight, choice.name)
-    if choice.bits is not None:
-        return _part(weight, choice.bits, choice)
     result = weight.detach().clone()
-    axis = choice.channel_axis
-    for part in choice.groups:
-        index = torch.from_numpy(part.runs.array()).to(weight.device)
-        result.index_copy_(axis, index, _part(weight.detach().index_select(axis, index), part.bits, choice))
+    for part in weight_parts(weight, choice):
+        if not part.in_float:
+            axis = choice.channel_axis
+            quantized = fake_quantize(part.values, part.bits, choice.scheme, channel_axis=axis, layer=choice.name)
+            if choice.bits is not None:
+                return quantized
+            part.put(result, quantized)
     return result
 
 
-def _part(weight: Tensor, bits: int, choice: LayerChoice) -> Tensor:
-    if bits in FLOAT_BITS:
-        return weight.detach().clone()
-    return fake_quantize(weight, bits, choice.scheme, channel_axis=choice.channel_axis, layer=choice.name)
-
-
 def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: Channels) -> int:
-    """The most different values any one region of these channels holds."""
+    """The most different values any one group of these channels holds."""
     axis = choice.channel_axis
     rows = channel_rows(weight.detach().index_select(axis, torch.from_numpy(channels.array()).to(weight.device)), axis)
     if rows.numel() == 0:
         return 0
-    regions = choice.scheme.region_count(choice.shape, axis, len(channels), choice.name)
-    ordered = rows.float().reshape(regions, -1).sort(dim=1).values
+    groups = choice.scheme.group_count(choice.shape, axis, len(channels), choice.name)
+    ordered = rows.float().reshape(groups, -1).sort(dim=1).values
     return int((ordered.diff(dim=1) != 0).sum(dim=1).max()) + 1

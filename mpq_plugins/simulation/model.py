@@ -7,10 +7,10 @@ from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
 from ..models.tracing import Traced
 from ..plans.plan import Plan
-from .layer import simulate
+from .layer import simulate_layer
 
 
-def simulated(model: nn.Module | Traced, plan: Plan) -> nn.Module:
+def simulate_model(model: nn.Module | Traced, plan: Plan) -> nn.Module:
     """A copy, folded where the plan was measured so, whose planned weights are quantized and dequantized.
 
     The plan has the model's own names (see match). Raises WeightError (NaN or infinity).
@@ -20,5 +20,5 @@ def simulated(model: nn.Module | Traced, plan: Plan) -> nn.Module:
     with torch.no_grad():
         for name, weight in quantizable_weights(quantized).items():
             if name in choices:
-                weight.copy_(simulate(weight, choices[name]))
+                weight.copy_(simulate_layer(weight, choices[name]))
     return quantized

@@ -119,7 +119,7 @@ def size_of(plan: Plan, limit: str) -> float:
 def widths_of(plan: Plan) -> Combination:
     found = []
     for own in plan.layers:
-        bits = {channel: part.bits for part in own.groups for channel in part.channels}
+        bits = {channel: part.bits for part in own.all_parts for channel in part.channels}
         found.append(tuple(bits[c] for c in range(own.channels)))
     return tuple(found)
 

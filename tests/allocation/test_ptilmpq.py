@@ -36,7 +36,7 @@ def widths(plan: Plan) -> list[list[int]]:
     """Bits of every channel of every layer."""
     found = []
     for layer in plan.layers:
-        own = {channel: part.bits for part in layer.groups for channel in part.channels}
+        own = {channel: part.bits for part in layer.all_parts for channel in part.channels}
         found.append([own[channel] for channel in range(layer.channels)])
     return found
 
@@ -129,9 +129,9 @@ def test_a_worked_example() -> None:
     plan = PTILMPQ(alpha=0.3, beta_important=0.5, beta_other=0.3, important_bits=(8, 4), other_bits=(4, 2))(table)
     # ceil(1.2) = 2 layers of 4; ceil(1.5) = 2 channels of 3 in those, ceil(0.9) = 1 in the others.
     assert widths(plan) == [[2, 2, 4], [4, 8, 8], [4, 8, 8], [2, 2, 4]]
-    assert [(part.bits, part.channels) for part in plan.layers[0].groups] == [(2, (0, 1)), (4, (2,))]
+    assert [(part.bits, part.channels) for part in plan.layers[0].all_parts] == [(2, (0, 1)), (4, (2,))]
     size = plan.size()
-    assert size.weights_only_bits == 10 * (8 + 20 + 20 + 8) + 120  # a region bit for each of the 120 weights
+    assert size.weights_only_bits == 10 * (8 + 20 + 20 + 8) + 120  # an interval bit for each of the 120 weights
     assert size.total_bits == size.weights_only_bits + 12 * 64 + 12
 
 
@@ -142,9 +142,9 @@ def test_the_scheme_and_the_importances_are_the_tables(scheme: Affine | Piecewis
     assert {layer.scheme for layer in plan.layers} == {scheme}
     sums = {name: net.get_submodule(name).weight.detach().abs().sum().item() for name in plan.by_name}  # type: ignore[operator]
     for name in sorted(sums, key=lambda name: -sums[name])[:2]:
-        assert max(part.bits for part in plan.by_name[name].groups) == 5
+        assert max(part.bits for part in plan.by_name[name].all_parts) == 5
     norms = net.fc.weight.norm(dim=1)
-    high = max(plan.by_name["fc"].groups, key=lambda part: part.bits)
+    high = max(plan.by_name["fc"].all_parts, key=lambda part: part.bits)
     assert set(high.channels) == set(norms.topk(5).indices.tolist())
 
 

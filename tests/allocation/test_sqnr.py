@@ -91,7 +91,7 @@ def test_a_worked_example() -> None:
 
 
 @pytest.mark.parametrize(("storage", "extra"), [("region_bit", 1), ("shared", 0)])
-def test_region_bits_count(storage: Any, extra: int) -> None:
+def test_interval_bits_count(storage: Any, extra: int) -> None:
     table = table_of([10, 10], Piecewise(storage=storage))
     table = LayerTable(
         tuple(

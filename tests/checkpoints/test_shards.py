@@ -15,7 +15,7 @@ from mpq_plugins.checkpoints.checkpoint import open_checkpoint
 from mpq_plugins.checkpoints.shards import INDEX_NAME, TORCH_INDEX_NAME
 from mpq_plugins.errors import SourceError
 from mpq_plugins.simulation.checkpoint import rewrite
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.layer import simulate_layer
 from tests.conftest import Ran
 from tests.helpers.checkpoints import sharded
 
@@ -194,7 +194,7 @@ def test_torch_shards_in_torch_shards_out(tmp_path: Path) -> None:
     written = {name: tensor.tensor() for name, tensor in open_checkpoint(tmp_path / "out").items()}
     assert written["a.bias"].equal(state["a.bias"])
     for layer in plan.layers:
-        assert written[f"{layer.name}.weight"].equal(simulate(state[f"{layer.name}.weight"], layer))
+        assert written[f"{layer.name}.weight"].equal(simulate_layer(state[f"{layer.name}.weight"], layer))
     compress(tmp_path / "in", plan, tmp_path / "x.mpq")
     assert all(value.equal(written[name]) for name, value in decompress(tmp_path / "x.mpq").items())
 
@@ -224,7 +224,7 @@ def test_a_directorys_only_weights_are_taken_whatever_they_are_called(tmp_path: 
     plan = Uniform(bits=2)(measure(tmp_path, bits=(2,)))
     target = tmp_path.with_name(f"{tmp_path.name}-out")
     rewrite(tmp_path, plan, target)
-    assert open_checkpoint(target)["a.weight"].tensor().equal(simulate(own["a.weight"], plan.layers[0]))
+    assert open_checkpoint(target)["a.weight"].tensor().equal(simulate_layer(own["a.weight"], plan.layers[0]))
 
 
 def test_an_index_of_a_variant_is_followed(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Codebook, Piecewise
-from mpq_plugins.compression.codes import PartShape, are_zero, decode, encode, quantized_part
+from mpq_plugins.compression.codes import are_zero, decode, encode
 from mpq_plugins.errors import WeightError
 from mpq_plugins.plans.scheme import GRANULARITIES, Scheme
 from mpq_plugins.quantization import affine, codebook, piecewise
-from mpq_plugins.quantization.quantize import fake_quantize
+from mpq_plugins.quantization.contract import PartShape
+from mpq_plugins.quantization.quantize import fake_quantize, quantizer
 
 GROUPS = [{"granularity": grain, "group_size": 2 if grain == "per_group" else None} for grain in GRANULARITIES]
 SCHEMES: list[Scheme] = [
@@ -69,7 +70,7 @@ def test_codes_and_grids_come_back_to_the_bit(scheme: Scheme) -> None:
         if part is None:
             continue
         weight = sample(part.shape)
-        found = quantized_part(encode(weight, part), part, torch.float32)
+        found = quantizer(scheme).restored(encode(weight, part), part, torch.float32)  # type: ignore[attr-defined]
         if isinstance(scheme, Codebook):
             book = codebook.quantize(weight, bits, scheme)
             assert isinstance(found, codebook.CodebookTensor)
@@ -83,6 +84,7 @@ def test_codes_and_grids_come_back_to_the_bit(scheme: Scheme) -> None:
             for own, other in ((found.grid.dense, two.grid.dense), (found.grid.tail, two.grid.tail)):
                 np.testing.assert_array_equal(own, other)
         else:
+            assert isinstance(scheme, Affine)
             one = affine.quantize(weight, bits, scheme)
             assert isinstance(found, affine.QuantizedTensor)
             assert found.codes.equal(one.codes)

@@ -25,13 +25,14 @@ from mpq_plugins import (
     finish,
     prune,
 )
-from mpq_plugins.compression.codes import PartCodes, encode
+from mpq_plugins.compression.codes import encode
 from mpq_plugins.compression.container import part_shape
 from mpq_plugins.compression.prune import Pruning
 from mpq_plugins.compression.write import save_tensors
 from mpq_plugins.errors import CompressWarning, MismatchError, SettingError, SourceError, WeightError
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.quantization.contract import PartCodes
+from mpq_plugins.simulation.layer import simulate_layer
 from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import SCHEMES, fits, plans, with_layer
@@ -75,7 +76,7 @@ def test_any_plan_of_any_weights(tmp_path: Path, plan: Plan, packed: bool) -> No
     compress(tmp_path / "x.safetensors", plan, tmp_path / "x.mpq", coding="packed" if packed else "smallest")
     found = decompress(tmp_path / "x.mpq")
     for layer in plan.layers:
-        assert found[f"{layer.name}.weight"].equal(simulate(state[f"{layer.name}.weight"], layer))
+        assert found[f"{layer.name}.weight"].equal(simulate_layer(state[f"{layer.name}.weight"], layer))
 
 
 def test_codes_scales_and_centroids_come_back_part_by_part(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_codes_scales_and_centroids_come_back_part_by_part(tmp_path: Path) -> No
         for layer in plan.layers:
             weight = net.get_submodule(layer.name).weight
             assert isinstance(weight, Tensor)
-            for part, own in zip(layer.groups, container.parts(f"{layer.name}.weight"), strict=True):
+            for part, own in zip(layer.all_parts, container.parts(f"{layer.name}.weight"), strict=True):
                 channels = weight.index_select(layer.channel_axis, torch.tensor(part.channels))
                 if isinstance(own, PartCodes):
                     assert own.equals(encode(channels, part_shape(layer, part)))
@@ -117,7 +118,7 @@ def test_from_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
     found = decompress(tmp_path / "x.mpq")
     for name, tensor in state.items():
         layer = plan.by_name.get(name.removesuffix(".weight"))
-        expected = tensor if layer is None else simulate(tensor, layer)
+        expected = tensor if layer is None else simulate_layer(tensor, layer)
         assert found[name].dtype == tensor.dtype
         assert found[name].float().equal(expected.float())
     save_tensors(found, tmp_path / "out.safetensors")
@@ -133,7 +134,7 @@ def test_from_shards(tmp_path: Path) -> None:
     compress(source, plan, tmp_path / "x.mpq")
     found = decompress(tmp_path / "x.mpq")
     assert found.keys() == state.keys()
-    assert found["layers.3.weight"].equal(simulate(state["layers.3.weight"], plan.by_name["layers.3"]))
+    assert found["layers.3.weight"].equal(simulate_layer(state["layers.3.weight"], plan.by_name["layers.3"]))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -167,7 +168,7 @@ def test_experts_go_into_their_stack(tmp_path: Path) -> None:
     assert found.keys() == state.keys()
     for expert, matrix in enumerate(state[stack]):
         choice = plan.by_name.get(f"{stack}.{expert}")
-        assert found[stack][expert].equal(matrix if choice is None else simulate(matrix, choice))
+        assert found[stack][expert].equal(matrix if choice is None else simulate_layer(matrix, choice))
     assert container.tensor(stack).equal(found[stack])
 
 
@@ -208,7 +209,7 @@ def test_a_weight_that_has_another_name_first(tmp_path: Path) -> None:
     assert container.records["table"].same == "fc.weight"
     found = decompress(container)
     assert found["table"] is found["fc.weight"]
-    assert found["table"].equal(simulate(net.table, plan.by_name["fc"]))
+    assert found["table"].equal(simulate_layer(net.table, plan.by_name["fc"]))
     torch.save({name: t for name, t in net.state_dict().items() if isinstance(t, Tensor)}, tmp_path / "x.pt")
     assert decompress(compress(tmp_path / "x.pt", plan, tmp_path / "y.mpq")).keys() == {"table", "fc.weight"}
 

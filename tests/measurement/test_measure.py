@@ -14,7 +14,8 @@ from mpq_plugins import Affine, LayerTable, measure
 from mpq_plugins.errors import MeasureWarning, SettingError
 from mpq_plugins.plans.stats import METRICS
 from mpq_plugins.quantization import kernel
-from mpq_plugins.quantization.affine import fake_quantize, quantize
+from mpq_plugins.quantization.affine import quantize
+from mpq_plugins.quantization.quantize import fake_quantize
 from mpq_plugins.weights import chunks
 from tests.helpers.nets import ConvNet, conv_net, tied_net
 from tests.quantization import oracle

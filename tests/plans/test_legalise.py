@@ -33,7 +33,7 @@ def test_what_comes_out_is_legal_and_every_difference_is_listed(plan: Plan, able
     assert legal.size().total_bits - plan.size().total_bits == cost
     assert Plan.model_validate_json(legal.to_json()) == legal
     for layer in legal.layers:
-        for part in layer.groups:
+        for part in layer.all_parts:
             assert part.bits in (16, 32) or part.bits in able.bits
 
 
@@ -89,7 +89,7 @@ def test_a_part_in_floating_point_is_a_change(policy: Policy, expected: int | No
     legal, (change,) = legalise(plan, EVEN, policy)
     assert legal.layers[0].bits == expected
     if expected is None:
-        assert {part.bits for part in legal.layers[0].groups} == {4, 8}
+        assert {part.bits for part in legal.layers[0].all_parts} == {4, 8}
     assert "16 bits" in change.why or "partly in floating point" in change.why
 
 

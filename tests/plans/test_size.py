@@ -15,24 +15,24 @@ def test_size_is_what_a_file_would_hold(plan: Plan) -> None:
     codes = total = 0
     for layer in plan.layers:
         inputs = layer.shape[1]
-        for part in layer.groups:
+        for part in layer.all_parts:
             with_bit = isinstance(layer.scheme, Piecewise) and layer.scheme.storage == "region_bit"
             width = part.bits + (with_bit and part.bits <= 8)
             codes += width * len(part.channels) * inputs
             total += width * len(part.channels) * inputs
             if part.bits > 8:
                 continue
-            regions = {
+            groups = {
                 "per_tensor": 1,
                 "per_channel": len(part.channels),
                 "per_group": len(part.channels) * inputs // 2,
             }
-            for _ in range(regions[layer.scheme.granularity]):
+            for _ in range(groups[layer.scheme.granularity]):
                 total += {"affine": 32, "piecewise": 64, "codebook": 32 * 2**part.bits}[layer.scheme.name]
                 if isinstance(layer.scheme, Affine) and not layer.scheme.symmetric and part.bits > 1:
                     total += part.bits
-        if len(layer.groups) > 1:
-            total += layer.channels * math.ceil(math.log2(len(layer.groups)))
+        if len(layer.all_parts) > 1:
+            total += layer.channels * math.ceil(math.log2(len(layer.all_parts)))
     size = plan.size()
     assert size.weights_only_bits == codes
     assert size.total_bits == total

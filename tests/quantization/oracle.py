@@ -32,7 +32,7 @@ def fake(weights: Sequence[float], bits: int, symmetric: bool) -> list[float]:
 
 
 def error(weights: Sequence[float], quantized: Sequence[float], metric: str) -> float:
-    """One metric over one region, in plain sums."""
+    """One metric over one group, in plain sums."""
     pairs = list(zip(weights, quantized, strict=True))
     squared = math.fsum((w - q) ** 2 for w, q in pairs)
     if metric == "relative":

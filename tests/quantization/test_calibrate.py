@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from mpq_plugins import Affine
-from mpq_plugins.quantization.affine import fake_quantize
 from mpq_plugins.quantization.grid import Grids, affine_grids
+from mpq_plugins.quantization.quantize import fake_quantize
 
 
 def squared_error(weight: torch.Tensor, bits: int, scheme: Affine) -> torch.Tensor:
@@ -46,9 +46,9 @@ def test_symmetric_clipping_is_close_to_brute_force(name: str, bits: int) -> Non
         assert got <= best * 1.02
 
 
-def test_one_region_over_several_blocks_is_the_region_whole() -> None:
-    from mpq_plugins.quantization.calibrate import choose_grids
+def test_one_group_over_several_blocks_is_the_group_whole() -> None:
     from mpq_plugins.quantization.kernel import row_stats
+    from mpq_plugins.quantization.quantize import choose_grids
 
     weight = samples()["laplacian"]
     scheme = Affine(range="mse")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.errors import SettingError
-from mpq_plugins.quantization.affine import fake_quantize, quantize
+from mpq_plugins.quantization.affine import quantize
 from mpq_plugins.quantization.fitted import check_fits, fitted
+from mpq_plugins.quantization.quantize import fake_quantize
 
 SCHEMES = [Affine(granularity="per_channel", symmetric=symmetric) for symmetric in (False, True)]
 PLAIN = SCHEMES[0]

@@ -14,8 +14,8 @@ from torch import Tensor
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.quantization import kernel
-from mpq_plugins.quantization.calibrate import choose_grids
 from mpq_plugins.quantization.grid import Grids, minmax_grids
+from mpq_plugins.quantization.quantize import choose_grids
 from tests.quantization import oracle
 
 # Lengths around the block size and around where float32 begins, where an off-by-one would show.
@@ -238,8 +238,8 @@ def test_bfloat16_has_the_searched_grids_and_sums_of_the_same_floats(route: str,
 
     def of(own: Tensor) -> NDArray[np.float64]:
         stats = kernel.row_stats(own)
-        regions = stats.merged() if scheme.granularity == "per_tensor" else stats
-        return kernel.error_sums(own, choose_grids(lambda op: op(own), regions, (2, 4, 8), scheme), largest=True)
+        groups = stats.merged() if scheme.granularity == "per_tensor" else stats
+        return kernel.error_sums(own, choose_grids(lambda op: op(own), groups, (2, 4, 8), scheme), largest=True)
 
     np.testing.assert_array_equal(of(rows), of(rows.float()))
 

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, SettingError
-from mpq_plugins.models.input_ranges import InputQuantizer, InputRange, fake_quantize, input_ranges, quantize_input
+from mpq_plugins.models.input_ranges import (
+    InputQuantizer,
+    InputRange,
+    fake_quantize_input,
+    input_ranges,
+    quantize_input,
+)
 from mpq_plugins.reconstruction.activations import ActivationRange, InputValues
 
 VALUES = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20)
@@ -32,7 +38,7 @@ def slowly(x: Tensor, scale: float, zero_point: int, bits: int) -> list[float]:
 def test_levels_are_those_of_a_slow_loop(values: list[float], scale: float, bits: int, data: st.DataObject) -> None:
     zero_point = data.draw(st.integers(0, 2**bits - 1))
     x = torch.tensor(values)
-    found = fake_quantize(x, torch.tensor(scale), torch.tensor(float(zero_point)), bits)
+    found = fake_quantize_input(x, torch.tensor(scale), torch.tensor(float(zero_point)), bits)
     assert found.tolist() == slowly(x, scale, zero_point, bits)
 
 
@@ -44,7 +50,7 @@ def test_the_gradients_are_lsqs(bits: int, scale: float, seed: int) -> None:
     x = (torch.randn(50, generator=generator) * scale * 2**bits).requires_grad_()
     learned = torch.tensor(scale, requires_grad=True)
     weights = torch.randn(50, generator=generator)
-    (fake_quantize(x, learned, torch.tensor(float(zero_point)), bits) * weights).sum().backward()
+    (fake_quantize_input(x, learned, torch.tensor(float(zero_point)), bits) * weights).sum().backward()
     position = x.detach() / scale
     code = position.round() + zero_point
     inside = (code >= 0) & (code <= top)

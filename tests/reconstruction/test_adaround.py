@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mpq_plugins import Affine, LayerChoice, Part, Piecewise, SettingError
 from mpq_plugins.reconstruction.adaround import Rounding, beta_at, settled, soft_weights, undecided
 from mpq_plugins.simulation.integers import integer_weight
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.layer import simulate_layer
 from tests.helpers.plans import linear
 
 SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")
@@ -41,7 +41,7 @@ def test_learned_codes_survive_quantizing(case: tuple[torch.Tensor, LayerChoice,
     _, choice, rounding = case
     learned = rounding.rounded()
     found = settled(learned, choice)
-    assert simulate(found, choice).equal(found)
+    assert simulate_layer(found, choice).equal(found)
     assert integer_weight(found, choice).dequantized().equal(found)
     gap = torch.where(rounding.step > 0, rounding.step, math.inf)
     assert ((found - learned).abs() < 0.01 * gap).all()
@@ -51,7 +51,7 @@ def test_learned_codes_survive_quantizing(case: tuple[torch.Tensor, LayerChoice,
 @given(roundings())
 def test_to_nearest_is_what_the_plan_makes(case: tuple[torch.Tensor, LayerChoice, Rounding]) -> None:
     weight, choice, rounding = case
-    assert torch.allclose(rounding.to_nearest(), simulate(weight, choice), rtol=1e-6, atol=0)
+    assert torch.allclose(rounding.to_nearest(), simulate_layer(weight, choice), rtol=1e-6, atol=0)
 
 
 @given(roundings())
@@ -67,7 +67,7 @@ def test_every_weight_goes_to_a_level_beside_it(case: tuple[torch.Tensor, LayerC
 
 
 def _widths(choice: LayerChoice) -> list[tuple[int, tuple[int, ...]]]:
-    by_channel = {channel: part.bits for part in choice.groups for channel in part.channels}
+    by_channel = {channel: part.bits for part in choice.all_parts for channel in part.channels}
     return [(by_channel[channel], (channel,)) for channel in range(choice.channels)]
 
 
@@ -132,7 +132,7 @@ def test_parts_in_float_and_another_axis_are_kept() -> None:
     choice = LayerChoice(name="up", kind="conv_transpose2d", shape=(4, 3, 2, 2), channel_axis=1, numel=48, parts=parts,
                          scheme=Affine(granularity="per_channel"))  # fmt: skip
     rounding = Rounding.of(weight, choice)
-    assert torch.allclose(rounding.to_nearest(), simulate(weight, choice))
+    assert torch.allclose(rounding.to_nearest(), simulate_layer(weight, choice))
     assert rounding.rounded()[:, 1].equal(weight[:, 1])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins import Affine, Codebook, LayerTable, Part, Plan, Uniform, apply, measure, verify
+from mpq_plugins import Affine, Codebook, LayerTable, Part, Piecewise, Plan, Uniform, apply, measure, verify
 from mpq_plugins.errors import MismatchError, VerifyError, WeightError
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.plans.stats import METRICS
@@ -43,11 +43,12 @@ def test_weights_are_the_fake_quantized_ones_and_nothing_else_changes(scheme: Sc
 
 
 def allowed(scheme: Scheme, bits: int) -> int:
-    """Counted by hand: two regions of b bits share zero and both breakpoints."""
+    """Counted by hand: two intervals of b bits share zero and both breakpoints."""
     if isinstance(scheme, Affine):
         return [2, 4, 8, 256][[1, 2, 3, 8].index(bits)] - (scheme.symmetric and bits > 1)
     if isinstance(scheme, Codebook):
         return int(2**bits)
+    assert isinstance(scheme, Piecewise)
     return {2: 5, 3: 13, 8: 509}[bits] if scheme.storage == "region_bit" else {2: 4, 3: 8, 8: 256}[bits]
 
 

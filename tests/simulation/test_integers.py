@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mpq_plugins import Affine, LayerChoice, Part, Piecewise
 from mpq_plugins.errors import SettingError
 from mpq_plugins.simulation.integers import integer_weight
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.layer import simulate_layer
 from tests.helpers.plans import linear
 
 SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")
@@ -21,7 +21,7 @@ def test_integers_are_the_weight_and_fit_their_bits(scheme: Affine, widths: list
     groups = {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)}
     choice = linear("fc", len(widths), 6, scheme, groups if len(groups) > 1 else widths[0])
     lowered = integer_weight(weight, choice)
-    assert lowered.dequantized().equal(simulate(weight, choice))
+    assert lowered.dequantized().equal(simulate_layer(weight, choice))
     for bits, codes in zip(widths, lowered.codes.tolist(), strict=True):
         assert all(-(2 ** (bits - 1)) <= code <= max(2 ** (bits - 1) - 1, 1) for code in codes)
     assert lowered.one_scale == (scheme.granularity == "per_tensor" and len(groups) == 1)
@@ -35,7 +35,7 @@ def test_all_zero_channels_have_a_scale_to_divide_by(scheme: Affine, bits: int) 
     for own in (weight, weight * 0):
         lowered = integer_weight(own, linear("fc", 4, 6, scheme, bits))
         assert (lowered.scale > 0).all()
-        assert lowered.dequantized().equal(simulate(own, linear("fc", 4, 6, scheme, bits)))
+        assert lowered.dequantized().equal(simulate_layer(own, linear("fc", 4, 6, scheme, bits)))
 
 
 def test_channels_lie_on_any_axis() -> None:
@@ -43,7 +43,7 @@ def test_channels_lie_on_any_axis() -> None:
     parts = (Part(bits=2, channels=(0, 2)), Part(bits=8, channels=(1,)))
     choice = LayerChoice(name="up", kind="conv_transpose2d", shape=(4, 3, 2, 2), channel_axis=1, numel=48, parts=parts,
                          scheme=Affine(granularity="per_channel"))  # fmt: skip
-    assert integer_weight(weight, choice).dequantized().equal(simulate(weight, choice))
+    assert integer_weight(weight, choice).dequantized().equal(simulate_layer(weight, choice))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mpq_plugins.errors import MismatchError, SourceError
 from mpq_plugins.measurement import measure as run
 from mpq_plugins.simulation import checkpoint as rewriting
 from mpq_plugins.simulation.checkpoint import rewrite
-from mpq_plugins.simulation.layer import simulate
+from mpq_plugins.simulation.layer import simulate_layer
 from mpq_plugins.simulation.match import match
 from tests.helpers.nets import conv_net, tied_net
 
@@ -107,7 +107,7 @@ def test_a_tied_plan_fits_two_copies_and_both_are_quantized(tmp_path: Path, name
     done: list[int] = []
     rewrite(path, plan, tmp_path / f"out-{name}", lambda _, weights, __: done.append(weights))
     assert done[-1] == one.numel()
-    expected = simulate(one, plan.layers[0])
+    expected = simulate_layer(one, plan.layers[0])
     written = open_checkpoint(tmp_path / f"out-{name}")
     assert all(written[f"{own}.weight"].tensor().equal(expected) for own in "ab")
     container = compress(path, plan, tmp_path / "net.mpq")
@@ -174,7 +174,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
     with pytest.raises(SourceError, match=rf"{name}: changed while it was read, so the result would be of two models"):
         measure(path)
     monkeypatch.undo()
-    monkeypatch.setattr(rewriting, "simulate", replacing(simulate))
+    monkeypatch.setattr(rewriting, "simulate_layer", replacing(simulate_layer))
     with pytest.raises(SourceError, match="changed while it was read"):
         rewrite(path, plan, tmp_path / f"out-{name}")
     monkeypatch.undo()

@@ -1,0 +1,134 @@
+"""A quantizer from three functions of rows: what a scheme of another distribution has to say, and no more."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..checkpoints.rows import channel_rows, from_channel_rows
+from ..errors import PluginError, SettingError
+from ..weights.dtypes import check_weight
+from .calibrate import whole_rows
+from .contract import Each, PartCodes, PartShape
+from .grid import Floats, GroupStats
+from .groups import group_rows
+from .kernel import reciprocal_of, reduce_errors
+
+
+class RowQuantizer:
+    """All that `Quantizer` asks, made of `fit`, `encode_rows` and `decode_rows`, which a subclass gives.
+
+    Rows are the groups of a weight, float32 (groups, n) on the weight's device, finite and with weights in them. Tables
+    are what a group keeps, float32 (groups, scales_per_group + codebook_entries(bits)).
+    """
+
+    def __init__(self, scheme: Any) -> None:
+        self.scheme = scheme
+
+    def fit(self, rows: Tensor, bits: int) -> Tensor:
+        """The tables of each group."""
+        raise NotImplementedError
+
+    def encode_rows(self, rows: Tensor, tables: Tensor, bits: int) -> Tensor:
+        """Codes of the weights, integers (groups, n) in 0 .. 2^(bits + interval_bits) - 1.
+
+        Each code is of one weight and its group's table alone, for large groups come in pieces. A code of 0 for the
+        weight 0 makes pruned weights take less room.
+        """
+        raise NotImplementedError
+
+    def decode_rows(self, codes: Tensor, tables: Tensor, bits: int) -> Tensor:
+        """The weights of these codes, float32 (groups, n)."""
+        raise NotImplementedError
+
+    def grids(self, each: Each, stats: GroupStats, bits: Sequence[int]) -> "RowGrids":
+        """The tables of each group at each bit-width."""
+        widths = [self.scheme.check_bits(b) for b in bits]
+        rows = torch.from_numpy(whole_rows(each, self.scheme).astype(np.float32))
+        tables = tuple(self._fitted(rows, b).numpy() for b in widths)
+        return RowGrids(np.array(widths, np.int64), tables, self)
+
+    def fake_quantize(self, weight: Tensor, bits: int, *, channel_axis: int, layer: str) -> Tensor:
+        """The weight that `bits` can hold."""
+        rows, tables, codes = self._quantized(weight, bits, channel_axis, layer)
+        values = self.decode_rows(codes, tables, bits) if rows.numel() else rows
+        return _as_weight(values, weight.shape, channel_axis, weight.dtype)
+
+    def encode(self, weight: Tensor, part: PartShape) -> PartCodes:
+        """Symbols, which are the codes, and tables."""
+        _, tables, codes = self._quantized(weight, part.bits, part.channel_axis, part.layer)
+        symbols = part.symbols(codes.cpu().numpy())
+        return PartCodes(symbols, tables.cpu().numpy().reshape(-1), np.zeros(0, np.uint8))
+
+    def decode(self, codes: PartCodes, part: PartShape, dtype: torch.dtype) -> Tensor:
+        """The weight again."""
+        rows = torch.from_numpy(codes.symbols.reshape(part.groups, -1).astype(np.int16))
+        tables = torch.from_numpy(codes.tables.reshape(part.groups, -1))
+        return _as_weight(self.decode_rows(rows, tables, part.bits), part.shape, part.channel_axis, dtype)
+
+    def zeros(self, codes: PartCodes, part: PartShape) -> NDArray[np.bool_]:
+        """Which weights are 0."""
+        values = channel_rows(self.decode(codes, part, torch.float32), part.channel_axis)
+        zero: NDArray[np.bool_] = (values == 0).numpy().reshape(-1)
+        return zero
+
+    def _quantized(self, weight: Tensor, bits: int, channel_axis: int, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, tables and codes (int16)."""
+        check_weight(weight, layer)
+        try:
+            self.scheme.check_bits(bits)
+        except SettingError as error:
+            raise SettingError(f"layer {layer!r}: {error}") from error
+        per_channel = self.scheme.groups_per_channel(weight.shape, channel_axis, layer)
+        rows = group_rows(channel_rows(weight.detach().float(), channel_axis), self.scheme, per_channel)
+        tables = self._fitted(rows, bits)
+        if not rows.numel():
+            return rows, tables, rows.to(torch.int16)
+        return rows, tables, self.encode_rows(rows, tables, bits).to(torch.int16)
+
+    def _fitted(self, rows: Tensor, bits: int) -> Tensor:
+        """Tables as they are stored. Raises PluginError where `fit` gives others than the scheme counts."""
+        entries = self.scheme.scales_per_group + self.scheme.codebook_entries(bits)
+        if not rows.numel():
+            return torch.zeros(len(rows), entries)
+        tables = self.fit(rows, bits)
+        if tables.shape != (len(rows), entries):
+            raise PluginError(
+                f"schemes: {self.scheme.name!r}, {type(self).__name__}.fit gave tables {list(tables.shape)} at {bits} "
+                f"bits; ({len(rows)}, {entries}) is what its scheme counts, groups times numbers of each"
+            )
+        return tables.float()
+
+
+@dataclass(frozen=True)
+class RowGrids:
+    """K quantizers for each of R groups, by their tables, float32 (R, entries) for each; bits: int (K,)."""
+
+    bits: NDArray[np.int64]
+    tables: tuple[NDArray[np.float32], ...]
+    quantizer: RowQuantizer
+
+    def error_sums(self, rows: Tensor, largest: bool) -> Floats:
+        """As kernel.error_sums, for one table each or one for all rows."""
+        plain = rows.detach().float()
+        values = plain.double()
+        reciprocal = reciprocal_of(values.abs())
+        sums = []
+        for bits, table in zip(self.bits.tolist(), self.tables, strict=True):
+            levels = torch.from_numpy(table).to(rows.device).expand(len(rows), -1)
+            codes = self.quantizer.encode_rows(plain, levels, bits)
+            error = (values - self.quantizer.decode_rows(codes, levels, bits).double()).abs()
+            sums.append(reduce_errors(error, reciprocal, largest))
+        return np.stack(sums, axis=1)
+
+
+def _as_weight(rows: Tensor, shape: Sequence[int], channel_axis: int, dtype: torch.dtype) -> Tensor:
+    """Rows (groups, n) as a weight, what lies beyond its dtype at its end."""
+    limit = torch.finfo(dtype).max
+    channels = shape[channel_axis] if shape else 1
+    values = rows.clamp(-limit, limit).to(dtype).reshape(channels, -1) if rows.numel() else rows.to(dtype)
+    return from_channel_rows(values, torch.Size(shape), channel_axis)

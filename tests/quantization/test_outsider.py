@@ -1,0 +1,229 @@
+"""A scheme of another distribution does all that ours do, and a broken one is in nobody's way."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mpq_plugins import (
+    Affine,
+    Budget,
+    Capabilities,
+    FormatError,
+    LayerTable,
+    Plan,
+    PluginError,
+    Scheme,
+    SettingError,
+    Uniform,
+    apply,
+    compress,
+    decompress,
+    legalise,
+    measure,
+    verify,
+)
+from mpq_plugins.common import registry
+from mpq_plugins.plans import scheme_names
+from mpq_plugins.quantization import quantize
+from tests.conftest import Ran
+from tests.helpers import powers
+from tests.helpers.distributions import install
+
+CODE = Path(powers.__file__).read_text()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path, where distributions come and go."""
+    path = tmp_path / "site"
+    path.mkdir()
+    monkeypatch.syspath_prepend(path)
+    known = (scheme_names.scheme_class, scheme_names._adapter, quantize._quantizer_class)
+    modules = set(sys.modules)
+    for function in known:
+        function.cache_clear()
+    yield path
+    for function in known:
+        function.cache_clear()
+    for module in set(sys.modules) - modules:
+        if module.startswith("mpq_"):
+            del sys.modules[module]
+
+
+@pytest.fixture
+def scheme(site: Path) -> Scheme:
+    install(site, "mpq-powers", CODE, {"schemes": {"powers": "Powers"}})
+    return scheme_names.scheme_class("powers")()  # type: ignore[no-any-return]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10), nn.ConvTranspose1d(4, 6, 2)).eval()
+
+
+def test_it_is_listed_and_answers_what_is_asked(scheme: Scheme) -> None:
+    assert isinstance(scheme, Scheme)
+    assert scheme_names.scheme_names() == ("affine", "piecewise", "codebook", "powers")
+    assert [p.distribution for p in registry.installed() if p.name == "powers"] == ["mpq-powers"]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"halve": False}, {"granularity": "per_tensor"}, {"granularity": "per_group", "group_size": 2},
+], ids=str)  # fmt: skip
+def test_it_is_measured_planned_applied_verified_compressed_and_read_back(
+    scheme: Scheme, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    scheme = type(scheme)(**settings)
+    model = net()
+    skip = ["0"] if settings.get("granularity") == "per_group" else []
+    table = measure(model, bits=(2, 3, 4, 8), scheme=scheme, skip=skip, per_channel=True)
+    table.save(tmp_path / "net.mpqt")
+    assert LayerTable.load(tmp_path / "net.mpqt").scheme == scheme
+    for allocator in (Uniform(bits=3), Budget(average_bits=3.5, bits=(2, 3, 4, 8), parts=False)):
+        plan = allocator(table)
+        assert {layer.scheme for layer in plan.layers} == {scheme}
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
+        quantized = apply(model, plan)
+        assert all(check.values <= check.allowed for check in verify(quantized, plan, model))
+        for layer in plan.layers:  # the table's error is that of the weights
+            before, after = (m.get_submodule(layer.name).get_parameter("weight").double() for m in (model, quantized))
+            error = table.error(next(own for own in table.layers if own.name == layer.name), "mse", layer.bits or 0)
+            assert (after - before).square().mean().item() == pytest.approx(error, rel=1e-5)
+        container = compress(model, plan, tmp_path / "net.mpqz", coding="packed")
+        assert container.plan == plan
+        for name, tensor in decompress(tmp_path / "net.mpqz").items():
+            assert tensor.equal(quantized.state_dict()[name])
+        # One scale a group, and b bits a weight.
+        size = plan.size()
+        assert size.weights_only_bits == sum(layer.numel * (layer.bits or 0) for layer in plan.layers)
+
+
+def test_parts_differ_in_bits(scheme: Scheme, tmp_path: Path) -> None:
+    model = net()
+    table = measure(model, bits=(2, 4), scheme=scheme, per_channel=True)
+    plan = Budget(average_bits=3.2, bits=(2, 4))(table)
+    assert any(layer.parts for layer in plan.layers)
+    quantized = apply(model, plan)
+    compress(model, plan, tmp_path / "net.mpqz")
+    assert all(t.equal(quantized.state_dict()[name]) for name, t in decompress(tmp_path / "net.mpqz").items())
+
+
+def test_backends_without_it_get_the_affine_scheme(scheme: Scheme) -> None:
+    plan = Uniform(bits=4)(measure(net(), bits=(4,), scheme=scheme))
+    able = Capabilities(backend="other", bits=(4, 8), kinds=("conv2d", "linear", "conv_transpose1d"))
+    legal, changes = legalise(plan, able)
+    assert {layer.scheme for layer in legal.layers} == {Affine(granularity="per_channel")}
+    assert all("other has no powers scheme" in change.why for change in changes)
+
+
+def test_the_command_line_takes_it(scheme: Scheme, mpq: Callable[..., Ran], tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "net.pt")
+    done = mpq("plan", tmp_path / "net.pt", "--scheme", "powers", "--allocator", "uniform", "--bits", "4", "-o",
+               tmp_path / "plan.json")  # fmt: skip
+    assert done.code == 0, done.err
+    planned = Plan.load(tmp_path / "plan.json")
+    assert {layer.scheme for layer in planned.layers} == {replace(scheme, granularity="per_tensor")}
+    assert mpq("apply", tmp_path / "net.pt", tmp_path / "plan.json", "-o", tmp_path / "out.pt").code == 0
+    assert "mpq-powers" in mpq("plugins").out
+
+
+def test_settings_in_files_are_checked(scheme: Scheme, tmp_path: Path) -> None:
+    plan = Uniform(bits=4)(measure(net(), bits=(4,), scheme=scheme))
+    for change, said in (
+        ({"halve": "yes"}, "halve"), ({"granularity": "per_row"}, "granularity: 'per_row' is not allowed"),
+        ({"thirds": 1}, "thirds"),
+    ):  # fmt: skip
+        document = plan.document()
+        document["layers"][0]["scheme"].update(change)
+        with pytest.raises(FormatError, match=rf"layers\[0\].*{said}"):
+            Plan.from_document(document, "plan.json")
+
+
+def test_without_its_distribution_the_name_is_unknown_and_those_installed_are_listed(
+    scheme: Scheme, site: Path, tmp_path: Path
+) -> None:
+    table = measure(net(), bits=(4,), scheme=scheme)
+    plan = Uniform(bits=4)(table)
+    plan.save(tmp_path / "plan.json")
+    table.save(tmp_path / "net.mpqt")
+    (site / "mpq_powers-1.0.dist-info" / "entry_points.txt").write_text("")
+    scheme_names.scheme_class.cache_clear()
+    for load, path in ((Plan.load, tmp_path / "plan.json"), (LayerTable.load, tmp_path / "net.mpqt")):
+        with pytest.raises(FormatError, match=r"scheme.* is not allowed; a scheme named affine, piecewise or codebook"):
+            load(path)
+    with pytest.raises(SettingError, match="a scheme named affine, piecewise or codebook"):
+        table.save(tmp_path / "again.mpqt")  # which nobody could read
+    with pytest.raises(PluginError, match="schemes: 'powers' is not installed; there are affine, codebook, piecewise"):
+        scheme_names.scheme_class("powers")
+
+
+BROKEN = {
+    "does not load": (
+        "raise ValueError('why')",
+        "Powers",
+        "cannot be imported from mpq_broken:Powers .ValueError: why",
+    ),
+    "is not there": ("", "Powers", "cannot be imported from mpq_broken:Powers"),
+    "lacks methods": ("class Powers: name = 'broken'; quantizer = 'a:b'", "Powers", "lacks granularity, .*check_bits"),
+    "is of another name": (CODE, "Powers", "name is 'broken'"),
+    "is no class": ("from mpq_plugins import Affine\nPowers = Affine()", "Powers", "name is 'broken'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_scheme_is_named_with_its_distribution_and_others_go_on(
+    scheme: Scheme, site: Path, tmp_path: Path, case: str
+) -> None:
+    code, what, said = BROKEN[case]
+    install(site, "mpq-broken", code, {"schemes": {"broken": what}})
+    document = Uniform(bits=4)(measure(net(), bits=(4,), scheme=scheme)).document()
+    document["layers"][0]["scheme"] = {"name": "broken"}
+    with pytest.raises(PluginError, match=f"schemes: 'broken' of mpq-broken.*{said}") as error:
+        Plan.from_document(document, "plan.json")
+    assert "\n" not in str(error.value)
+    other = net()
+    for working in (scheme, Affine()):
+        assert verify(apply(other, plan := Uniform(bits=4)(measure(other, bits=(4,), scheme=working))), plan, other)
+
+
+QUANTIZERS = {
+    "does not load": ("mpq_absent:Quantizer", "cannot be imported from mpq_absent:Quantizer"),
+    "lacks methods": ("builtins:dict", "lacks grids, fake_quantize, encode, decode, zeros"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZERS)
+def test_a_broken_quantizer_is_named_when_a_weight_is_quantized(site: Path, case: str) -> None:
+    target, said = QUANTIZERS[case]
+    code = CODE.replace('f"{__name__}:PowersQuantizer"', repr(target))
+    install(site, "mpq-half", code, {"schemes": {"powers": "Powers"}})
+    half = scheme_names.scheme_class("powers")()
+    with pytest.raises(PluginError, match=f"schemes: 'powers' of mpq-half.*{said}"):
+        measure(net(), bits=(4,), scheme=half)
+    assert measure(net(), bits=(4,)).layers
+
+
+def test_tables_of_another_shape_than_the_scheme_counts_are_refused(site: Path) -> None:
+    code = CODE.replace("rows.abs().amax(1, keepdim=True)", "rows.abs().amax(1)")
+    install(site, "mpq-shape", code, {"schemes": {"powers": "Powers"}})
+    with pytest.raises(PluginError, match=r"'powers', PowersQuantizer.fit gave tables \[8\] at 4 bits; \(8, 1\)"):
+        measure(net(), bits=(4,), scheme=scheme_names.scheme_class("powers")())
+
+
+def test_a_name_with_two_owners_is_an_error_naming_both_and_others_go_on(scheme: Scheme, site: Path) -> None:
+    for distribution in ("mpq-one", "mpq-two"):
+        install(site, distribution, CODE, {"schemes": {"twice": "Powers"}})
+    plan = Uniform(bits=4)(measure(net(), bits=(4,), scheme=scheme))
+    document = plan.document()
+    assert Plan.from_document(json.loads(json.dumps(document)), "plan.json") == plan
+    document["layers"][0]["scheme"]["name"] = "twice"
+    with pytest.raises(PluginError, match=r"'twice' is declared by both mpq-(one|two).* and mpq-(one|two)"):
+        Plan.from_document(document, "plan.json")
