@@ -1,9 +1,9 @@
 """MixQuant (arXiv 2309.17341, Alg. 1): per layer the fewest bits whose error stays within QEM of the baseline's."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, SkipValidation
+from pydantic import SkipValidation
 
 from ..common.settings import settings
 from ..errors import SettingError
@@ -14,18 +14,7 @@ from .contract import Needs
 from .fields import Candidates, Width, ranged
 from .make import make_plan
 
-METRICS = (
-    "relative",
-    "mse",
-    "rmse",
-    "max_abs",
-)  # sqnr_db grows as the error falls, so no bound QEM x QE fits it
-
-
-def _metric(value: Any) -> str:
-    if not isinstance(value, str) or value not in METRICS:
-        raise SettingError(f"metric: {value!r} is not allowed; {', '.join(METRICS)}")
-    return value
+Metric = Literal["relative", "mse", "rmse", "max_abs"]  # sqnr_db grows as the error falls: no bound QEM x QE fits it
 
 
 @settings
@@ -50,7 +39,7 @@ class MixQuant:
         "quantization error multiplier: how many times the baseline's error is acceptable",
         ranged("a number above 0 (the paper uses 1.1 to 3.5)", above=0),
     ] = 2.0
-    metric: Annotated[str, f"which error to bound: {', '.join(METRICS)}", BeforeValidator(_metric)] = "relative"
+    metric: Annotated[Metric, "which error to bound"] = "relative"
     bits: Candidates = tuple(range(2, 9))
     baseline: Annotated[Width, "bit-width whose error is the yardstick"] = 8
     scheme: SkipValidation[Scheme | None] = None

@@ -56,4 +56,7 @@ def _refusal(problem: ErrorDetails, name: str) -> Exception:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in OF_THE_CALL or problem["type"] == "missing":
         return TypeError(f"{name}() {place}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
-    return SettingError(f"{place}: {problem['input']!r:.60} is not allowed; {problem['msg']}")
+    allowed = problem["msg"]
+    if problem["type"] == "literal_error":
+        allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+    return SettingError(f"{place}: {problem['input']!r:.60} is not allowed; {allowed}")
