@@ -8,6 +8,12 @@ from ..errors import PluginError
 from .outsiders import outsiders
 
 GROUPS = ("allocators", "adapters", "sensitivities")
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "allocators": ("name", "needs", "__call__"),
+    "adapters": ("CAPABILITIES", "check", "apply", "verify"),
+    "sensitivities": ("name", "measure"),
+}
+"""What a plugin of each group must have, by name."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,22 @@ def installed() -> tuple[Plugin, ...]:
 
 
 def load(group: str, name: str) -> Any:
-    """Import what the entry point names. Raises PluginError: unknown (the known ones are listed) or broken."""
+    """Import what the entry point names.
+
+    Raises PluginError: unknown (the known ones are listed), broken, or lacking what its group requires.
+    """
     known = {plugin.name: plugin for plugin in _sorted(group)}
     if name not in known:
         raise PluginError(f"{group}: {name!r} is not installed; there are {', '.join(known) or 'none'}")
     plugin = known[name]
     where = f"{group}: {name!r} of {plugin.distribution}"
     with outsiders(lambda said: PluginError(f"{where} cannot be imported from {plugin.target} ({said})")):
-        return EntryPoint(plugin.name, plugin.target, f"mpq_plugins.{group}").load()
+        value = EntryPoint(plugin.name, plugin.target, f"mpq_plugins.{group}").load()
+        has = {*dir(value), *getattr(value, "__dataclass_fields__", ())}
+    lacking = [attribute for attribute in REQUIRED.get(group, ()) if attribute not in has]
+    if lacking:
+        raise PluginError(f"{where} ({plugin.target}) lacks {', '.join(lacking)}")
+    return value
 
 
 def _sorted(group: str) -> tuple[Plugin, ...]:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..common.text import first_sentence
 from ..errors import SettingError
 from ..models.running import one_sample, sample_count
-from .sensitivity import Curves, Job, unreached
+from .contract import Curves, Job, unreached
 
 
 @dataclass(frozen=True)

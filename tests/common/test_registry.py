@@ -18,7 +18,7 @@ def test_ours_are_found_like_anyone_elses() -> None:
 
 def test_listing_imports_nothing() -> None:
     code = (
-        "import sys; from mpq_plugins import registry; registry.installed();"
+        "import sys; from mpq_plugins.common import registry; registry.installed();"
         "print([m for m in sys.modules if m == 'torch' or m.startswith('mpq_plugins.allocation')])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
