@@ -32,7 +32,7 @@ from .error import weights_fingerprint
 from .moments import second_moments, weight_users
 
 
-def sensitivity(
+def sensitivity(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
     table: LayerTable,
     kind: "str | Sensitivity",

@@ -5,7 +5,7 @@ checkpoint, where no class can be asked: see stored_weights.py. Whatever is left
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,7 +25,17 @@ from .roles import BY_DEFAULT, PREFIX, Config, left_by_default, read_config
 from .select import select, why_none
 
 
-def find_weights(
+@dataclass(frozen=True)
+class _Asked:
+    """Which of a source's weights are wanted; see find_weights. where: the source, in words."""
+
+    skip: Sequence[str]
+    only: Sequence[str]
+    refuse: bool
+    where: str
+
+
+def find_weights(  # noqa: PLR0913  # each option is a user's word
     source: nn.Module | str | Path,
     *,
     skip: Sequence[str] = (),
@@ -55,7 +65,7 @@ def find_weights(
             raise SettingError("weights, model: they say what a checkpoint holds, and the source is a module itself")
         pairs = conv_bn_pairs(source) if fold_bn else {}
         found, left_alone = module_weights(source, pairs)
-        return _chosen_weights(found, left_alone, skip, only, refuse, type(source).__name__, pairs=pairs)
+        return _chosen_weights(found, left_alone, _Asked(skip, only, refuse, type(source).__name__), pairs=pairs)
     if fold_bn:
         raise SettingError(
             f"fold_bn: {source} is a checkpoint, and a checkpoint does not say which BatchNorm follows which "
@@ -87,7 +97,8 @@ def checkpoint_weights(
         refuse_packed(checkpoint.tensors, checkpoint.beside, config, str(path))
     found, left_alone = stored_weights(checkpoint.tensors, config, known)
     by_default = {name: role for name, role in left_by_default(found).items() if name not in known.layers}
-    made = _chosen_weights(found, left_alone, skip, only, refuse, str(path), config=config, by_default=by_default)
+    asked = _Asked(skip, only, refuse, str(path))
+    made = _chosen_weights(found, left_alone, asked, config=config, by_default=by_default)
     return replace(made, key=checkpoint.key)
 
 
@@ -135,27 +146,24 @@ def could_be_layers(checkpoint: Checkpoint) -> list[str]:
 def _chosen_weights(
     found: list[Weight],
     left_alone: list[tuple[str, str]],
-    skip: Sequence[str],
-    only: Sequence[str],
-    refuse: bool,
-    where: str,
+    asked: _Asked,
     *,
     config: Config = dict,
     by_default: Mapping[str, str] | None = None,
     pairs: Mapping[str, str] | None = None,
 ) -> Weights:
-    kept = select(found, skip, only, where, config)
-    by_default = {} if only else by_default or {}
+    kept = select(found, asked.skip, asked.only, asked.where, config)
+    by_default = {} if asked.only else by_default or {}
     left_alone = left_alone + [
         (weight_name(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
         for weight in kept
         if weight.name in by_default
     ]
     kept = [weight for weight in kept if weight.name not in by_default]
-    if not kept and refuse:
-        raise SourceError(f"{where}: no quantizable weights. {why_none(found, left_alone)}")
+    if not kept and asked.refuse:
+        raise SourceError(f"{asked.where}: no quantizable weights. {why_none(found, left_alone)}")
     for weight in kept:
-        if weight.refusal and refuse:
+        if weight.refusal and asked.refuse:
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in found if weight.name not in names)
