@@ -272,7 +272,7 @@ def chains(bias: bool) -> dict[str, tuple[nn.Module, Tensor]]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", chains(True))
 def test_the_mean_output_error_of_every_layer_is_gone(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.simulation.correction.LONGEST", 1e9)  # every output is of usual length
+    monkeypatch.setattr("mpq_plugins.simulation.correct.LONGEST", 1e9)  # every output is of usual length
     model, given = chains(bias)[name]
     plan = planned(model.eval(), 3)
     corrected = correct(model, plan, [given])
@@ -440,7 +440,7 @@ def test_apply_with_calibration_is_apply_of_the_corrected_model() -> None:
 
 
 def test_a_plan_measured_folded_gives_a_folded_copy_with_corrected_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.simulation.correction.LONGEST", 1e9)
+    monkeypatch.setattr("mpq_plugins.simulation.correct.LONGEST", 1e9)
     model = conv_net()
     before = state_of(model)
     plan = planned(model, 3, Affine())
@@ -545,7 +545,7 @@ class CalledTwice(nn.Module):
 
 
 def test_a_layer_called_twice_gets_the_mean_of_both_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.simulation.correction.LONGEST", 1e9)
+    monkeypatch.setattr("mpq_plugins.simulation.correct.LONGEST", 1e9)
     torch.manual_seed(0)
     model = CalledTwice().eval()
     plan = planned(model, 3)
