@@ -10,7 +10,6 @@ from .outsiders import outsiders
 GROUPS = ("allocators", "adapters", "sensitivities")
 REQUIRED: dict[str, tuple[str, ...]] = {
     "allocators": ("name", "needs", "__call__"),
-    "adapters": ("CAPABILITIES", "check", "apply", "verify"),
     "sensitivities": ("name", "measure"),
 }
 """What a plugin of each group must have, by name."""
