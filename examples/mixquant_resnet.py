@@ -41,13 +41,10 @@ def report(depth: int, scheme: mpq.Affine) -> None:
     net, (inputs, labels) = resnet(depth), images()
     accuracy, loss = evaluate(net, inputs, labels)
     rows: list[tuple[object, ...]] = [("float", "32", "", "", "", f"{accuracy:.2f}", f"{loss:.3f}")]
-    allocators = [(f"uniform {b}", mpq.Uniform(bits=b)) for b in UNIFORM]
-    mixed: list[tuple[str, mpq.Allocator]] = [
-        (f"MixQuant {metric} {qem:g}", mpq.MixQuant(qem=qem, metric=metric))
-        for metric, qems in (("relative", QEMS), ("mse", QEMS[-3:]))
-        for qem in qems
-    ]
-    for name, allocator in [*allocators, *mixed]:
+    allocators: list[tuple[str, mpq.Allocator]] = [(f"uniform {b}", mpq.Uniform(bits=b)) for b in UNIFORM]
+    mixed = [mpq.MixQuant(qem=qem) for qem in QEMS] + [mpq.MixQuant(qem=qem, metric="mse") for qem in QEMS[-3:]]
+    allocators += [(f"MixQuant {one.metric} {one.qem:g}", one) for one in mixed]
+    for name, allocator in allocators:
         plan = allocator(table)
         quantized = mpq.apply(net, plan)
         mpq.verify(quantized, plan, original=net)

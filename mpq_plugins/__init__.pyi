@@ -31,8 +31,9 @@ from .errors import (
 )
 from .evaluation.pareto import LabelledPlan, pareto
 from .evaluation.sweep import SweepRow, sweep
+from .measurement.contract import Curves, Job, Sensitivity
 from .measurement.measure import measure
-from .measurement.sensitivity import Sensitivity, sensitivity
+from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
@@ -65,12 +66,14 @@ __all__ = [
     "Comparison",
     "CompressWarning",
     "Container",
+    "Curves",
     "Deviations",
     "Difference",
     "FormatError",
     "GlobalSparsity",
     "Granular",
     "InputRange",
+    "Job",
     "LabelledPlan",
     "LatencyTable",
     "LayerChoice",

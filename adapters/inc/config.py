@@ -275,7 +275,7 @@ class PTILMPQConfig(AllocatingConfig):
     name = "ptilmpq"
     allocator_class = PTILMPQ
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # PTILMPQ's parameters, and what all configurations have
         self,
         alpha: OneOrMore[float | None] = None,
         beta_important: OneOrMore[float | None] = None,

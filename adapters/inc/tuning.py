@@ -24,7 +24,7 @@ with quiet_import():
     from neural_compressor.torch.quantization import autotune as incs_autotune
 
 
-def autotune(
+def autotune(  # noqa: PLR0913  # as Neural Compressor's
     model: nn.Module,
     tune_config: TuningConfig,
     eval_fn: Callable[..., Any],

@@ -14,15 +14,18 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator, PlainValidator, ValidationInfo
 
-from ..common.checks import is_number
+from ..common.checks import number
+from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS, Affine, check_bits
+from ..plans.scheme import FLOAT_BITS, Affine
 from ..plans.stats import METRICS
 from ..plans.table import LayerTable
 from .budget_problem import Layout, Rules, pinned_width, plan_bits
 from .contract import Needs
+from .fields import Candidates, Width, ranged
 from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, numel, total_limit
 from .make import make_plan
@@ -31,6 +34,7 @@ from .objective import parts_of
 Array = NDArray[np.float64]
 
 LARGEST = 1e18
+ABOVE_0 = f"a number above 0, at most {LARGEST:g}"
 SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes")
 LIMITS = (*SIZES, "bops", "latency_limit")
 
@@ -51,7 +55,53 @@ class Allocation:
     used: Mapping[str, tuple[float, float]]
 
 
-@dataclass(frozen=True)
+def _bytes(value: Any, info: ValidationInfo) -> int:
+    amount = number(str(info.field_name), value, ABOVE_0, above=0, most=LARGEST)
+    if amount != int(amount):
+        raise SettingError(f"{info.field_name}: {value!r} is not allowed; a whole number above 0")
+    return int(value)
+
+
+def _latency(value: Any) -> LatencyTable | None:
+    return None if value is None else LatencyTable.of(value)
+
+
+def _name(value: Any) -> Any:
+    parts_of(value)
+    return value
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """One, or a sequence of them."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+
+
+def _pins(value: Any) -> tuple[Any, ...]:
+    entries = _several(value)
+    for entry in entries:
+        pinned_width(entry)
+    return entries
+
+
+def _ties(value: Any) -> tuple[Any, ...]:
+    entries = _several(value)
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise SettingError(f"tie: {entry!r} is not allowed; names with alternatives, as '*.{{query,key,value}}'")
+    return entries
+
+
+def _ends(value: Any) -> int:
+    return plan_bits("ends", value)
+
+
+Most = Annotated[float, ranged(ABOVE_0, above=0, most=LARGEST)]
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+Pins = Annotated[tuple[str, ...], BeforeValidator(_pins)]
+Ties = Annotated[tuple[str, ...], BeforeValidator(_ties)]
+
+
+@settings
 class Budget:
     """The least predicted cost within every limit that is given; at least one of them is.
 
@@ -74,48 +124,26 @@ class Budget:
     name: ClassVar[str] = "budget"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"average_bits": (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)}
 
-    average_bits: Annotated[float | None, "most bits a weight, scales not counted"] = None
-    total_average_bits: Annotated[float | None, "most bits a weight in total"] = None
-    size_bytes: Annotated[int | None, "most bytes in total"] = None
-    weights_only_bytes: Annotated[int | None, "most bytes, scales not counted"] = None
-    bops: Annotated[float | None, "most multiply-accumulates x weight bits x activation bits"] = None
-    bops_activation_bits: Annotated[int, "activation bits in bops"] = 8
-    latency: Annotated[LatencyTable | str | None, "JSON file: layer -> bits -> cost"] = None
-    latency_limit: Annotated[float | None, "most of the latency table's cost"] = None
-    sensitivity: Annotated[str, "error or sensitivity to keep low: mse, kl, kl*mse ..."] = "mse"
-    bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(1, 9))
-    parts: Annotated[bool, "channels of one layer may differ in width"] = True
-    pin: Annotated[tuple[str, ...], "layers of a given width, GLOB=BITS"] = ()
-    tie: Annotated[tuple[str, ...], "layers that must agree, '*.{query,key,value}'; qkv, gate_up"] = ()
-    ends: Annotated[int | None, "width of the first and the last layer"] = None
+    average_bits: Annotated[Most | None, "most bits a weight, scales not counted"] = None
+    total_average_bits: Annotated[Most | None, "most bits a weight in total"] = None
+    size_bytes: Annotated[Bytes | None, "most bytes in total"] = None
+    weights_only_bytes: Annotated[Bytes | None, "most bytes, scales not counted"] = None
+    bops: Annotated[Most | None, "most multiply-accumulates x weight bits x activation bits"] = None
+    bops_activation_bits: Annotated[Width, "activation bits in bops"] = 8
+    latency: Annotated[LatencyTable | str | None, "JSON file: layer -> bits -> cost", BeforeValidator(_latency)] = None
+    latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
+    sensitivity: Annotated[str, "error or sensitivity to keep low: mse, kl, kl*mse ...", BeforeValidator(_name)] = "mse"
+    bits: Candidates = tuple(range(1, 9))
+    parts: Annotated[bool, "channels of one layer may differ in width", PlainValidator(bool)] = True
+    pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
+    tie: Annotated[Ties, "layers that must agree, '*.{query,key,value}'; qkv, gate_up"] = ()
+    ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None
 
     def __post_init__(self) -> None:
-        for field in LIMITS:
-            object.__setattr__(self, field, _positive(field, getattr(self, field)))
         if (self.latency is None) != (self.latency_limit is None):
             raise SettingError("latency and latency_limit belong together: a table of costs, and the most of them")
-        if self.latency is not None:
-            object.__setattr__(self, "latency", LatencyTable.of(self.latency))
         if all(getattr(self, field) is None for field in LIMITS):
             raise SettingError(f"budget: no limit given; one or more of {', '.join(LIMITS)}")
-        parts_of(self.sensitivity)
-        if not isinstance(self.bits, Sequence) or not self.bits:
-            raise SettingError(f"bits: {self.bits!r} is not allowed; a list of one or more of 1 to 8")
-        object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
-        for field in ("pin", "tie"):
-            value = getattr(self, field)
-            several = isinstance(value, Sequence) and not isinstance(value, str)
-            object.__setattr__(self, field, tuple(value) if several else (value,))
-        for entry in self.tie:
-            if not isinstance(entry, str):
-                raise SettingError(
-                    f"tie: {entry!r} is not allowed; names with alternatives, as '*.{{query,key,value}}'"
-                )
-        for entry in self.pin:
-            pinned_width(entry)
-        if self.ends is not None:
-            plan_bits("ends", self.ends)
-        check_bits(self.bops_activation_bits, "bops_activation_bits")
 
     @property
     def needs(self) -> Needs:
@@ -172,19 +200,6 @@ class Budget:
             yield bops_limit(self.bops, self.bops_activation_bits)
         if self.latency is not None and self.latency_limit is not None:
             yield latency_limit(self.latency_limit, LatencyTable.of(self.latency))
-
-
-def _positive(field: str, value: Any) -> float | int | None:
-    """As a float, or for bytes an integer: 3 and 3.0 make the same plan, to the byte."""
-    if value is None:
-        return None
-    if not is_number(value) or not 0 < value <= LARGEST:
-        raise SettingError(f"{field}: {value!r:.60} is not allowed; a number above 0, at most {LARGEST:g}")
-    if not field.endswith("_bytes"):
-        return float(value)
-    if value != int(value):
-        raise SettingError(f"{field}: {value!r} is not allowed; a whole number above 0")
-    return int(value)
 
 
 def _most(average: float, count: int) -> float:

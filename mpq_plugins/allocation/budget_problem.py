@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,30 +248,36 @@ def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
 def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterator[_Item]:
     """Everything that is not pinned, tied layers together; a layer without channels or weights as a whole."""
     layers = {layer.name: layer for layer in table.layers}
-    group: dict[str, tuple[str, ...]] = {}
-    for pattern in rules.tie:
-        found = families(pattern, layers)
-        if not any(len(own) > 1 for own in found.values()):
-            if pattern not in FUSED:
-                raise SettingError(
-                    f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(layers)[:3], ', ')}"
-                )
-            warnings.warn(PlanWarning(nothing_to_tie(pattern)), stacklevel=2)
-        for own in found.values():
-            for name in own:
-                if group.setdefault(name, own) != own:
-                    raise SettingError(f"tie: layer {name!r} is in two groups; give one pattern for it")
-    for own in dict.fromkeys(group.values()):
-        given = {name: pinned.get(name) for name in own}
+    families_of = _tied(rules, list(layers))
+    for family in dict.fromkeys(families_of.values()):
+        given = {name: pinned.get(name) for name in family}
         if len(set(given.values())) > 1:
             raise SettingError(
-                f"tie: {first_few(list(own), ', ')} must agree, but are pinned to {given}; pin all alike"
+                f"tie: {first_few(list(family), ', ')} must agree, but are pinned to {given}; pin all alike"
             )
     for layer in table.layers:
-        own = group.get(layer.name, (layer.name,))
-        if layer.name in pinned or own[0] != layer.name:
+        family = families_of.get(layer.name, (layer.name,))
+        if layer.name in pinned or family[0] != layer.name:
             continue
-        yield _Item(tuple(layers[name] for name in own), rules.parts and len(own) == 1 and layer.channels > 1)
+        yield _Item(tuple(layers[name] for name in family), rules.parts and len(family) == 1 and layer.channels > 1)
+
+
+def _tied(rules: Rules, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Layer -> those that it must agree with, itself among them, for layers that a pattern ties."""
+    tied: dict[str, tuple[str, ...]] = {}
+    for pattern in rules.tie:
+        matched = families(pattern, names).values()
+        if not any(len(family) > 1 for family in matched):
+            if pattern not in FUSED:
+                raise SettingError(
+                    f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(names)[:3], ', ')}"
+                )
+            warnings.warn(PlanWarning(nothing_to_tie(pattern)), stacklevel=2)
+        for family in matched:
+            for name in family:
+                if tied.setdefault(name, family) != family:
+                    raise SettingError(f"tie: layer {name!r} is in two groups; give one pattern for it")
+    return tied
 
 
 def nothing_to_tie(pattern: str) -> str:

@@ -9,15 +9,13 @@ fixing), so the integer program that remains is small even for a million items.
 """
 
 import math
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .highs import Matrix, Program, optimum
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
@@ -29,6 +27,7 @@ CORE_ITEMS = 60  # of a larger core: it decides these, and the others keep what 
 NODES = 20_000  # of its search tree; a limit in seconds would make a plan depend on the machine
 FEW_NODES = 500  # where the gap is parts in a million anyway
 EXACT_ATTEMPTS = 20  # choices over a limit by less than HiGHS sees that are refused one by one
+SMALLEST = 1e-200  # below it a limit is 0 but for its last bits, and nothing is measured in it
 ROOM = 1e-7  # of the largest weight, beyond a limit: HiGHS's presolve loses choices that meet it to the bit
 OBJECTIVE_SCALE = 1e6  # HiGHS stops at an absolute gap of 1e-6
 
@@ -80,7 +79,7 @@ def solve(problem: Problem, close: bool = True) -> Solution | None:
         return None
     largest = float(np.max(problem.costs, where=np.isfinite(problem.costs), initial=0.0))
     unit = largest or 1.0
-    limits = np.where(problem.limits > 0, problem.limits, 1.0)
+    limits = np.where(problem.limits > SMALLEST, problem.limits, 1.0)
     scaled = Problem(problem.costs / unit, problem.weights / limits[:, None, None], problem.limits / limits)
     prices, bound, start = _dual(scaled)
     choice = start if start is not None and problem.within(start) else _any_within(problem)
@@ -151,21 +150,15 @@ def _one_price(problem: Problem, over: _Cut) -> tuple[Floats, float, Choice | No
 
 def _many_prices(problem: Problem, first: _Cut) -> tuple[Floats, float, Choice | None]:
     """Kelley's cutting planes: the best prices of all cuts so far, until their bound is reached."""
-    from scipy.optimize import linprog
-
     count = len(problem.limits)
     cuts, prices, bound = [first], np.zeros(count), first.cost
     best: _Cut | None = None
     reach = 1.0
     for _ in range(MOST_CUTS):
-        rows = np.array([[1.0, *(-cut.excess)] for cut in cuts])
-        master = linprog(
-            [-1.0, *[0.0] * count], A_ub=rows, b_ub=[cut.cost for cut in cuts],
-            bounds=[(None, None), *[(0.0, reach)] * count],
-        )  # fmt: skip
-        if master.status != 0 or master.x is None or master.fun is None:
+        master = optimum(_master(cuts, reach))
+        if master is None:
             break
-        candidate = np.asarray(master.x[1:])
+        candidate = master.values[1:]
         cut = _minimiser(problem, candidate)
         value = cut.cost + float(candidate @ cut.excess)
         if value > bound:
@@ -174,10 +167,23 @@ def _many_prices(problem: Problem, first: _Cut) -> tuple[Floats, float, Choice |
             best = cut
         if (candidate >= reach).any() and reach < 1e12:
             reach *= 10
-        elif -master.fun - bound <= 1e-12 * max(1.0, abs(bound)):
+        elif -master.cost - bound <= 1e-12 * max(1.0, abs(bound)):
             break
         cuts.append(cut)
     return prices, bound, None if best is None else best.choice
+
+
+def _master(cuts: Sequence[_Cut], reach: float) -> Program:
+    """The greatest value that all cuts allow, at prices from 0 to `reach`; its x is (value, *prices)."""
+    count = cuts[0].excess.size
+    return Program(
+        costs=np.array([-1.0, *[0.0] * count]),
+        matrix=Matrix.of(np.array([[1.0, *(-cut.excess)] for cut in cuts])),
+        at_least=np.full(len(cuts), -np.inf),
+        at_most=np.array([cut.cost for cut in cuts]),
+        lowest=np.array([-np.inf, *[0.0] * count]),
+        highest=np.array([np.inf, *[reach] * count]),
+    )
 
 
 def _any_within(problem: Problem) -> Choice | None:
@@ -243,6 +249,60 @@ def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> S
     return replace(solution, bound=min(solution.cost, max(bound, below))) if whole else solution
 
 
+@dataclass(frozen=True)
+class _Core:
+    """What HiGHS decides of a problem: options of some items, the others fixed; in units that it adds exactly.
+
+    option, item: (open options,), which option of which item each is; costs: in `unit` of the problem's, beyond
+    `paid` for the fixed items; takes: (limits, open options) in `scale`, of what is `left`.
+    """
+
+    option: Choice
+    item: Choice
+    costs: Floats
+    takes: Floats
+    left: Floats
+    unit: float
+    paid: float
+    one_each: Matrix
+    items: int
+
+    @classmethod
+    def of(cls, problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_]) -> "_Core":
+        """The open options of these items."""
+        option, position = np.nonzero(open_[:, items])
+        others = np.setdiff1d(np.arange(fixed.size), items)
+        spent = np.array([math.fsum(weights[fixed[others], others]) for weights in problem.weights])
+        costs = problem.costs[option, items[position]]
+        unit = OBJECTIVE_SCALE / max(float(np.abs(costs).max()), 1e-300)
+        scale = np.array([_unit(weights) for weights in problem.weights])
+        return cls(
+            option=option,
+            item=items[position],
+            costs=costs * unit,
+            takes=problem.weights[:, option, items[position]] / scale[:, None],
+            left=(problem.limits - spent) / scale,
+            unit=unit,
+            paid=math.fsum(problem.costs[fixed[others], others]),
+            one_each=Matrix(position, np.arange(option.size), np.ones(option.size)),
+            items=items.size,
+        )
+
+    def program(self, refused: Floats, tight: float) -> Program:
+        """One option for each item, with this much less room; refused: (choices, open options), not to be made."""
+        limits = Matrix.of(np.concatenate([self.takes, refused]), below=self.items)
+        most_refused = np.full(len(refused), self.items - 1.0)
+        return Program(
+            costs=self.costs,
+            matrix=self.one_each.beside(limits),
+            at_least=np.concatenate([np.ones(self.items), np.full(len(self.left) + len(refused), -np.inf)]),
+            at_most=np.concatenate([np.ones(self.items), self.left - tight, most_refused]),
+            lowest=np.zeros(self.option.size),
+            highest=np.ones(self.option.size),
+            whole=True,
+        )
+
+
 def _program(
     problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_], nodes: int = NODES
 ) -> tuple[Choice, float] | None:
@@ -250,44 +310,19 @@ def _program(
 
     None where it finds none.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    option, position = np.nonzero(open_[:, items])
-    own = items[position]
-    others = np.ones(fixed.size, np.bool_)
-    others[items] = False
-    columns = np.flatnonzero(others)
-    spent = np.array([math.fsum(weights[fixed[columns], columns]) for weights in problem.weights])
-    paid = math.fsum(problem.costs[fixed[columns], columns])
-    costs = problem.costs[option, own]
-    unit = OBJECTIVE_SCALE / max(float(np.abs(costs).max()), 1e-300)
-    left = problem.limits - spent
-    scale = np.array([_unit(weights) for weights in problem.weights])
-    one_each = csr_array((np.ones(own.size), (position, np.arange(own.size))), shape=(items.size, own.size))
-    rows = problem.weights[:, option, own] / scale[:, None]
-    refused = np.zeros((0, own.size))
+    core = _Core.of(problem, fixed, items, open_)
+    refused = np.zeros((0, core.option.size))
     below, tight = -math.inf, -ROOM
     for attempt in range(2 * EXACT_ATTEMPTS):  # HiGHS keeps a limit to a tolerance; ours is kept to the bit
-        with _silence():
-            result = milp(
-            costs * unit,
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(rows, -np.inf, left / scale - tight),
-                LinearConstraint(refused, -np.inf, items.size - 1),
-            ],
-            integrality=np.ones(own.size, np.int64), bounds=Bounds(0, 1),
-            options={"node_limit": nodes, "mip_rel_gap": 0.0},
-        )  # fmt: skip
-        if result.x is None:
+        best = optimum(core.program(refused, tight), nodes)
+        if best is None:
             return None
         # Refusing a choice that is over a limit keeps the bound true; taking room away does not.
-        if attempt < EXACT_ATTEMPTS and result.mip_dual_bound is not None:
-            below = max(below, float(result.mip_dual_bound) / unit + paid)
+        if attempt < EXACT_ATTEMPTS:
+            below = max(below, best.bound / core.unit + core.paid)
+        taken = best.values > 0.5
         choice = fixed.copy()
-        taken = np.asarray(result.x) > 0.5
-        choice[own[taken]] = option[taken]
+        choice[core.item[taken]] = core.option[taken]
         if problem.within(choice):
             return choice, below
         refused = np.vstack([refused, taken.astype(np.float64)])
@@ -303,17 +338,3 @@ def _unit(weights: Floats) -> float:
         if (whole == weights).all():
             return float(np.gcd.reduce(whole, axis=None)) or 1.0
     return float(weights.max()) or 1.0
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """HiGHS prints a line of its own now and then, past Python's stdout, where a program expects JSON."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -1,28 +1,23 @@
 """MixQuant (arXiv 2309.17341, Alg. 1): per layer the fewest bits whose error stays within QEM of the baseline's."""
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import SkipValidation
 
+from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.plan import Plan
-from ..plans.scheme import Scheme, check_bits
+from ..plans.scheme import Scheme
 from ..plans.table import LayerTable
 from .contract import Needs
+from .fields import Candidates, Width, ranged
 from .make import make_plan
 
-METRICS = (
-    "relative",
-    "mse",
-    "rmse",
-    "max_abs",
-)  # sqnr_db grows as the error falls, so no bound QEM x QE fits it
+Metric = Literal["relative", "mse", "rmse", "max_abs"]  # sqnr_db grows as the error falls: no bound QEM x QE fits it
 
 
-@dataclass(frozen=True)
+@settings
 class MixQuant:
     """min b in `bits` with QE(b) <= qem * QE(baseline), layer by layer; `baseline` where none qualifies.
 
@@ -39,22 +34,15 @@ class MixQuant:
     name: ClassVar[str] = "mixquant"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"qem": (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)}
 
-    qem: Annotated[float, "quantization error multiplier: how many times the baseline's error is acceptable"] = 2.0
-    metric: Annotated[str, f"which error to bound: {', '.join(METRICS)}"] = "relative"
-    bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(2, 9))
-    baseline: Annotated[int, "bit-width whose error is the yardstick"] = 8
-    scheme: Scheme | None = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.qem, int | float) and 0 < self.qem <= sys.float_info.max):
-            raise SettingError(f"qem: {self.qem!r} is not allowed; a number above 0 (the paper uses 1.1 to 3.5)")
-        object.__setattr__(self, "qem", float(self.qem))  # 2 and 2.0 make the same plan, to the byte
-        if not isinstance(self.metric, str) or self.metric not in METRICS:
-            raise SettingError(f"metric: {self.metric!r} is not allowed; {', '.join(METRICS)}")
-        if not isinstance(self.bits, Sequence) or not self.bits:
-            raise SettingError(f"bits: {self.bits!r} is not allowed; a list of one or more of 1 to 8")
-        object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
-        check_bits(self.baseline, "baseline")
+    qem: Annotated[
+        float,
+        "quantization error multiplier: how many times the baseline's error is acceptable",
+        ranged("a number above 0 (the paper uses 1.1 to 3.5)", above=0),
+    ] = 2.0
+    metric: Annotated[Metric, "which error to bound"] = "relative"
+    bits: Candidates = tuple(range(2, 9))
+    baseline: Annotated[Width, "bit-width whose error is the yardstick"] = 8
+    scheme: SkipValidation[Scheme | None] = None
 
     @property
     def needs(self) -> Needs:

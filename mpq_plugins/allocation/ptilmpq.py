@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator, PlainValidator, ValidationInfo, model_validator
+from pydantic_core import ArgsKwargs
 
-from ..common.checks import is_number
+from ..common.checks import number
+from ..common.settings import said, settings
 from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.scheme import Piecewise, check_bits
@@ -17,15 +19,42 @@ from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .choices import layer_choice
 from .contract import Needs
+from .fields import ranged
 from .make import make_plan
 
 DEFAULT_ALPHA = 0.5
 DEFAULT_BETA = 0.5
+WHAT_COUNTS = ("alpha", "layer_threshold", "average_bits", "size_bytes")  # each says how many layers are important
 
 Widths = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+def _fraction(name: str, value: Any) -> float:
+    return number(name, value, "a share from 0 to 1", least=0, most=1)
+
+
+def _pair(value: Any, info: ValidationInfo) -> tuple[int, int]:
+    name = str(info.field_name)
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise SettingError(f"{name}: {value!r} is not allowed; two widths, high,low, as in 4,3")
+    high, low = (check_bits(bits, name) for bits in value)
+    if high < low:
+        raise SettingError(f"{name}: high {high} is below low {low}; write {low},{high}")
+    return high, low
+
+
+def _as_given(value: Any, info: ValidationInfo) -> Any:
+    number(str(info.field_name), value, "a number from 0 up", least=0)
+    return value
+
+
+Share = Annotated[float, ranged("a share from 0 to 1", least=0, most=1)]
+Pair = Annotated[tuple[int, int], BeforeValidator(_pair)]
+Amount = Annotated[float, PlainValidator(_as_given)]
+Bytes = Annotated[int, PlainValidator(_as_given)]
+
+
+@settings
 class PTILMPQ:
     """Bits by two partitions: layers by F_l = sum |w|, and the output channels of each by F_c = ||w_c||_2.
 
@@ -47,21 +76,42 @@ class PTILMPQ:
     name: ClassVar[str] = "ptilmpq"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"alpha": tuple(k / 10 for k in range(11))}
 
-    alpha: Annotated[float | None, f"share of layers that are important ({DEFAULT_ALPHA})"] = None
-    beta_important: Annotated[float | None, f"share of their channels that are ({DEFAULT_BETA})"] = None
-    beta_other: Annotated[float | None, "share of the other layers' channels that are (as beta_important)"] = None
-    important_bits: Annotated[tuple[int, int], "high,low of important layers"] = (5, 4)
-    other_bits: Annotated[tuple[int, int], "high,low of the other layers"] = (4, 3)
-    layer_threshold: Annotated[float | None, "instead of alpha: least sum |w| of an important layer"] = None
-    channel_threshold: Annotated[float | None, "instead of betas: least 2-norm of an important channel"] = None
-    average_bits: Annotated[float | None, "instead of alpha: most bits a weight, scales not counted"] = None
-    size_bytes: Annotated[int | None, "instead of alpha: most bytes in total"] = None
+    alpha: Annotated[Share | None, f"share of layers that are important ({DEFAULT_ALPHA})"] = None
+    beta_important: Annotated[Share | None, f"share of their channels that are ({DEFAULT_BETA})"] = None
+    beta_other: Annotated[Share | None, "share of the other layers' channels that are (as beta_important)"] = None
+    important_bits: Annotated[Pair, "high,low of important layers"] = (5, 4)
+    other_bits: Annotated[Pair, "high,low of the other layers"] = (4, 3)
+    layer_threshold: Annotated[Amount | None, "instead of alpha: least sum |w| of an important layer"] = None
+    channel_threshold: Annotated[Amount | None, "instead of betas: least 2-norm of an important channel"] = None
+    average_bits: Annotated[Amount | None, "instead of alpha: most bits a weight, scales not counted"] = None
+    size_bytes: Annotated[Bytes | None, "instead of alpha: most bytes in total"] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settled(cls, given: ArgsKwargs) -> dict[str, Any]:
+        """What is not said follows what is, so that one option sweeps both."""
+        named = said(cls, given).items()
+        values = {name: value for name, value in named if value is not None or name in ("important_bits", "other_bits")}
+        counts = [name for name in WHAT_COUNTS if name in values]
+        if len(counts) > 1:
+            raise SettingError(f"{counts[0]} and {counts[1]} say the same thing twice; give one")
+        if not counts:
+            values["alpha"] = DEFAULT_ALPHA
+        if "channel_threshold" in values:
+            if "beta_important" in values or "beta_other" in values:
+                raise SettingError("channel_threshold and the betas say the same thing twice; give one")
+            return values
+        if "beta_important" not in values:
+            values["beta_important"] = max(DEFAULT_BETA, _fraction("beta_other", values.get("beta_other", 0.0)))
+        return {"beta_other": values["beta_important"], **values}
 
     def __post_init__(self) -> None:
-        self._settle_alpha()
-        self._settle_betas()
-        for field in ("important_bits", "other_bits"):
-            object.__setattr__(self, field, _pair(field, getattr(self, field)))
+        important, other = self.beta_important, self.beta_other
+        if important is not None and other is not None and important < other:
+            raise SettingError(
+                f"beta_important: {important:g} is below beta_other {other:g}; important layers "
+                "keep at least the share of important channels that others do"
+            )
         if any(more < fewer for more, fewer in zip(self.important_bits, self.other_bits, strict=True)):
             raise SettingError(
                 f"important_bits: {_shown(self.important_bits)} is below other_bits {_shown(self.other_bits)}; "
@@ -145,63 +195,10 @@ class PTILMPQ:
             "beta_other."
         )
 
-    def _settle_alpha(self) -> None:
-        said = [
-            name
-            for name in ("alpha", "layer_threshold", "average_bits", "size_bytes")
-            if getattr(self, name) is not None
-        ]
-        if len(said) > 1:
-            raise SettingError(f"{said[0]} and {said[1]} say the same thing twice; give one")
-        if not said:
-            object.__setattr__(self, "alpha", DEFAULT_ALPHA)
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", _fraction("alpha", self.alpha))
-        for name in ("layer_threshold", "channel_threshold", "average_bits", "size_bytes"):
-            _check_positive(name, getattr(self, name))
-
-    def _settle_betas(self) -> None:
-        if self.channel_threshold is not None:
-            if self.beta_important is not None or self.beta_other is not None:
-                raise SettingError("channel_threshold and the betas say the same thing twice; give one")
-            return
-        important, other = self.beta_important, self.beta_other
-        if important is None:  # what is not said follows what is, so that one option sweeps both
-            important = max(DEFAULT_BETA, _fraction("beta_other", 0.0 if other is None else other))
-        object.__setattr__(self, "beta_important", _fraction("beta_important", important))
-        object.__setattr__(self, "beta_other", _fraction("beta_other", important if other is None else other))
-        assert self.beta_important is not None
-        assert self.beta_other is not None
-        if self.beta_important < self.beta_other:
-            raise SettingError(
-                f"beta_important: {self.beta_important:g} is below beta_other {self.beta_other:g}; important layers "
-                "keep at least the share of important channels that others do"
-            )
-
 
 def _share(fraction: float, count: int) -> int:
     """ceil(fraction x count), 0.07 of 100 being 7 and not, by the last bit of a double, 8."""
     return math.ceil(round(fraction * count, 9))
-
-
-def _fraction(name: str, value: float) -> float:
-    if not is_number(value) or not 0 <= value <= 1:
-        raise SettingError(f"{name}: {value!r} is not allowed; a share from 0 to 1")
-    return float(value)  # 1 and 1.0 make the same plan, to the byte
-
-
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not (is_number(value) and 0 <= value < math.inf):
-        raise SettingError(f"{name}: {value!r} is not allowed; a number from 0 up")
-
-
-def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise SettingError(f"{name}: {value!r} is not allowed; two widths, high,low, as in 4,3")
-    high, low = (check_bits(bits, name) for bits in value)
-    if high < low:
-        raise SettingError(f"{name}: high {high} is below low {low}; write {low},{high}")
-    return high, low
 
 
 def _shown(pair: tuple[int, int]) -> str:

@@ -10,23 +10,21 @@ a layer with four times the weights gets one bit less. A cheap reference: it loo
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
-from ..common.checks import is_number
+from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.plan import Plan
-from ..plans.scheme import check_bits
 from ..plans.table import LayerTable
 from .contract import Needs
+from .fields import AverageBits, Candidates
 from .limits import code_limit
 from .make import make_plan
 
 
-@dataclass(frozen=True)
+@settings
 class SQNR:
     """b_l = b_0 - log2(n_l) / 2, rounded and kept within `bits`, b_0 the greatest that keeps the average.
 
@@ -37,14 +35,8 @@ class SQNR:
     name: ClassVar[str] = "sqnr"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"average_bits": (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)}
 
-    average_bits: Annotated[float, "most bits a weight, scales not counted"] = 4.0
-    bits: Annotated[tuple[int, ...], "candidate bit-widths"] = tuple(range(2, 9))
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "average_bits", _average(self.average_bits))
-        if not isinstance(self.bits, Sequence) or not self.bits:
-            raise SettingError(f"bits: {self.bits!r} is not allowed; a list of one or more of 1 to 8")
-        object.__setattr__(self, "bits", tuple(sorted({check_bits(b) for b in self.bits})))
+    average_bits: Annotated[AverageBits, "most bits a weight, scales not counted"] = 4.0
+    bits: Candidates = tuple(range(2, 9))
 
     @property
     def needs(self) -> Needs:
@@ -73,9 +65,3 @@ class SQNR:
         chosen = widths[choices[int(within[-1])]].tolist()
         names = [layer.name for layer in table.layers]
         return make_plan(table, self, dict(zip(names, chosen, strict=True)))
-
-
-def _average(value: Any) -> float:
-    if not is_number(value) or not 0 < value <= 64:
-        raise SettingError(f"average_bits: {value!r:.60} is not allowed; a number above 0, at most 64")
-    return float(value)  # 4 and 4.0 make the same plan, to the byte

@@ -1,26 +1,23 @@
 """The same bits everywhere: what every other plan has to beat at equal size."""
 
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from ..common.settings import settings
 from ..plans.plan import Plan
-from ..plans.scheme import check_bits
 from ..plans.table import LayerTable
 from .contract import Needs
+from .fields import Width
 from .make import make_plan
 
 
-@dataclass(frozen=True)
+@settings
 class Uniform:
     """`bits` for every layer. Raises SettingError outside 1..8."""
 
     name: ClassVar[str] = "uniform"
     grid: ClassVar[dict[str, tuple[int, ...]]] = {"bits": tuple(range(2, 9))}
 
-    bits: Annotated[int, "bit-width of every layer"] = 8
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
+    bits: Annotated[Width, "bit-width of every layer"] = 8
 
     @property
     def needs(self) -> Needs:

@@ -61,6 +61,11 @@ def other_kind(path: Path) -> str | None:
     text = _as_text(start)
     if text is not None:
         return next(what for begins, what in WORDS if text.startswith(begins))
+    return _binary_kind(path, start)
+
+
+def _binary_kind(path: Path, start: bytes) -> str | None:
+    """As `other_kind`, of a file that begins with neither text nor what tells at once what it is."""
     if start[4:8] == b"TFL3":
         return "a TensorFlow Lite model; give the checkpoint it was made of"
     if start.startswith(b"PK"):

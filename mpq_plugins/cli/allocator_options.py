@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import math
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,16 +12,19 @@ from ..common import registry
 from ..common.outsiders import outsiders
 from ..common.text import printable
 from ..errors import PluginError, SettingError
-from .types import IntegerList, NumberList
+from .field_options import NAMES, option_fields, spelled
+from .scheme_options import SchemeCommand
+from .types import NumberList
 
 DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
 MOST_COMBINATIONS = 10_000
+SHARED = ("scheme",)  # fields that the shared options give
 
 
-class AllocatorCommand(click.Command):
+class AllocatorCommand(SchemeCommand):
     """A command whose options include the fields of the allocator that --allocator names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -31,7 +32,7 @@ class AllocatorCommand(click.Command):
         name = _named_allocator(args)
         allocator = registry.load("allocators", name)
         ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = allocator, name
-        taken = {option for parameter in self.params for option in parameter.opts}
+        taken = {option for parameter in self.get_params(ctx) for option in parameter.opts}
         with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
             ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
         try:
@@ -47,8 +48,8 @@ class AllocatorCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters, then the allocator's."""
-        own = super().get_params(ctx)
-        return [*own[:-1], *ctx.meta.get(FIELDS_KEY, ()), own[-1]]
+        given = super().get_params(ctx)
+        return [*given[:-1], *ctx.meta.get(FIELDS_KEY, ()), given[-1]]
 
 
 def allocators_from(
@@ -103,13 +104,6 @@ def _combined(
     return made
 
 
-OPTION_TYPES: dict[Any, Any] = {
-    int: NumberList(click.INT),
-    float: NumberList(click.FLOAT),
-    str: click.STRING,
-    tuple: IntegerList(),
-}
-NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and one value all together
 _UNSAID = object()
 
 
@@ -118,7 +112,7 @@ def _has_field(plugin: registry.Plugin, option: str) -> bool:
         return False
     allocator = registry.load("allocators", plugin.name)
     fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
-    return option in {f"--{field.name.replace('_', '-')}" for field in fields}
+    return option in {spelled(field.name) for field in fields}
 
 
 def _named_allocator(args: Sequence[str]) -> str:
@@ -135,52 +129,9 @@ def _named_allocator(args: Sequence[str]) -> str:
 
 
 def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click.Option]:
-    if not dataclasses.is_dataclass(allocator):
-        raise PluginError(f"allocators: {name!r} is no dataclass, so it has no fields to turn into options")
-    hints = typing.get_type_hints(allocator, include_extras=True)
-    for field in dataclasses.fields(allocator):
-        if not field.init or field.name == "scheme":  # the shared scheme options give it
-            continue
-        kind, help_text = _describe(hints[field.name])
-        option = f"--{field.name.replace('_', '-')}"
-        if option in taken:
-            raise PluginError(f"allocators: {name!r} has a field {field.name!r}, but {option} is the command's own")
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        default = "" if required or field.default in (None, ()) else f"default {_shown(field.default)}"
-        text = "; ".join(part for part in (help_text, "required" if required else default) if part)
-        if kind is bool:
-            yield click.Option(
-                [f"{option}/--no-{option[2:]}"], default=None, required=required, help=f"[{name}] {text}"
+    for field in option_fields(allocator, f"allocators: {name!r}", SHARED):
+        if field.option in taken:
+            raise PluginError(
+                f"allocators: {name!r} has a field {field.name!r}, but {field.option} is the command's own"
             )
-        elif kind is list:
-            shown = f"[{name}] {text}; repeatable"
-            yield click.Option([option], type=NAMES, multiple=True, required=required, help=shown)
-        elif kind in OPTION_TYPES:
-            shown = f"[{name}] {text}"
-            yield click.Option([option], type=OPTION_TYPES[kind], multiple=True, required=required, help=shown)
-        elif required:
-            raise PluginError(f"allocators: {name!r} needs {field.name!r}, whose type no option can give")
-
-
-def _describe(hint: Any) -> tuple[Any, str]:
-    """(bool | int | float | str | tuple | list | None, help) of an annotation, Optional and Annotated unwrapped.
-
-    tuple stands for one of integers, list for one of names.
-    """
-    text = ""
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, *notes = typing.get_args(hint)
-        text = next((note for note in notes if isinstance(note, str)), "")
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
-        hint = inner[0] if len(inner) == 1 else str if str in inner else None
-    if typing.get_origin(hint) is tuple:
-        inside = set(typing.get_args(hint)) - {...}
-        return (tuple if inside == {int} else list if inside == {str} else None), printable(text)
-    return (hint if hint in (bool, int, float, str) else None), printable(text)
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return printable(",".join(map(str, default)))
-    return printable(default)
+        yield field.made(f"Allocator {printable(name)}", said_of=name, several=True)

@@ -29,6 +29,7 @@ from .commands.reconstruct import reconstruct
 from .commands.show import show
 from .commands.sweep import sweep
 from .commands.tune import tune
+from .help import SectionGroup
 from .output import BAD_INPUT, INTERNAL
 
 
@@ -125,6 +126,7 @@ def _lost(failure: OSError, files: list[Path]) -> int:
 
 
 @click.group(
+    cls=SectionGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="A first run: mpq demo. On your own weights: mpq plan model.safetensors --qem 2 -o plan.json",
 )

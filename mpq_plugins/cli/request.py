@@ -14,13 +14,7 @@ class Request:
     """What the shared options of `mpq measure` and `mpq plan` ask for; None means not said."""
 
     scheme_name: str | None = None
-    symmetric: bool | None = None
-    granularity: str | None = None
-    group_size: int | None = None
-    range_name: str | None = None
-    breakpoint_rule: str | None = None
-    storage: str | None = None
-    init: str | None = None
+    scheme_fields: tuple[tuple[str, Any], ...] = ()
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     fold_bn: str | None = None
@@ -40,23 +34,16 @@ class Request:
             # A codebook for each channel would take more than its codes, so that is only done where it is asked for.
             base = chosen() if chosen is Codebook else chosen(granularity=base.granularity, group_size=base.group_size)
         own = _field_names(base)
-        said = {name: value for name, value in self._scheme_fields.items() if value is not None}
+        said = dict(self.scheme_fields)
         for name in said:
             if name not in own:
                 owner = next(key for key, scheme in SCHEMES.items() if name in _field_names(scheme))
                 raise SettingError(
                     f"{name}: means nothing with the {base.name} scheme; leave it out, or add --scheme {owner}"
                 )
-        if self.granularity is not None or self.group_size is not None:
-            said |= {"granularity": self.granularity or "per_group", "group_size": self.group_size}
+        if "granularity" in said or "group_size" in said:
+            said = {"granularity": "per_group", "group_size": None, **said}
         return dataclasses.replace(base, **said)
-
-    @property
-    def _scheme_fields(self) -> dict[str, Any]:
-        return {
-            "symmetric": self.symmetric, "range": self.range_name, "breakpoint": self.breakpoint_rule,
-            "storage": self.storage, "init": self.init,
-        }  # fmt: skip
 
     @property
     def fold(self) -> bool | str:

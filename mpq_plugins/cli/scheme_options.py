@@ -1,43 +1,75 @@
-"""The options that describe a measurement, and the request they make."""
+"""The options that describe a measurement: what of the source, and under which scheme, by the schemes' own fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
 
+from ..errors import PluginError
+from .field_options import OptionField, option_fields
+from .help import SectionCommand
 from .output import weights_option
+from .types import Known
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-SCHEME_NAMES = (
-    "scheme_name", "symmetric", "granularity", "group_size", "range_name", "breakpoint_rule", "storage", "init",
-    "skip", "only", "fold_bn", "weights", "already_quantized",
-)  # fmt: skip
+REQUEST_NAMES = ("scheme_name", "skip", "only", "fold_bn", "weights", "already_quantized")
+SCHEME_FIELDS_KEY = "mpq_plugins.scheme_fields"
+NO_OPTIONS = ("name",)  # which --scheme gives
+
+
+def known_schemes() -> Mapping[str, type]:
+    """Every scheme by its name."""
+    from ..plans.scheme import SCHEMES
+
+    return SCHEMES
+
+
+class SchemeCommand(SectionCommand):
+    """A command whose options include the fields of all schemes; a field that several have is one option."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, then the schemes', and --help."""
+        given = super().get_params(ctx)
+        if SCHEME_FIELDS_KEY not in ctx.meta:
+            taken = {option for parameter in given for option in parameter.opts}
+            ctx.meta[SCHEME_FIELDS_KEY] = list(_field_options(known_schemes(), taken))
+        return [*given[:-1], *ctx.meta[SCHEME_FIELDS_KEY], given[-1]]
+
+
+def request_values(values: dict[str, Any], ctx: click.Context | None = None) -> dict[str, Any]:
+    """The values of these options, taken out of a command's, as `Request` takes them."""
+    names = [str(option.name) for option in (ctx or click.get_current_context()).meta[SCHEME_FIELDS_KEY]]
+    fields = {name: values.pop(name) for name in names}
+    said = tuple((name, value) for name, value in fields.items() if value is not None)
+    return {"scheme_fields": said, **{name: values.pop(name) for name in REQUEST_NAMES}}
+
+
+def _field_options(schemes: Mapping[str, type], taken: set[str]) -> Iterator[click.Option]:
+    """An option for each field; which schemes have it is said where not all do."""
+    owners: dict[str, list[str]] = {}
+    fields: dict[str, OptionField] = {}
+    for name, scheme in schemes.items():
+        for field in option_fields(scheme, f"schemes: {name!r}", NO_OPTIONS):
+            if field.option in taken:
+                raise PluginError(
+                    f"schemes: {name!r} has a field {field.name!r}, but {field.option} is the command's own"
+                )
+            fields.setdefault(field.name, field)
+            owners.setdefault(field.name, []).append(name)
+    for name, field in fields.items():
+        yield field.made("Scheme", said_of="" if len(owners[name]) == len(schemes) else ", ".join(owners[name]))
 
 
 def scheme_options(command: Command) -> Command:
-    """The options that say what is measured, and under which scheme."""
+    """The options that say what is measured, and under which scheme; of a SchemeCommand."""
     for option in reversed(
         (
             click.option(
                 "--scheme",
                 "scheme_name",
-                help="affine, piecewise (two regions), codebook (shared weights); default: the allocator's, or affine.",
+                type=Known(known_schemes),
+                help="How weights become codes (default: the allocator's, or affine).",
             ),
-            click.option(
-                "--granularity", help="per_tensor (default: the allocator's, or this), per_channel or per_group."
-            ),
-            click.option("--group-size", type=int, help="Weights per group along the input axis; implies per_group."),
-            click.option("--symmetric/--asymmetric", default=None, help="Zero point at zero, or not (default)."),
-            click.option(
-                "--range", "range_name", help="minmax (default), or mse: the clipping of least squared error."
-            ),
-            click.option(
-                "--breakpoint",
-                "breakpoint_rule",
-                help="Of two regions: search (default), gaussian, laplacian, gaussian_root or laplacian_root.",
-            ),
-            click.option("--storage", help="Of two regions: region_bit (default, b + 1 bits a weight) or shared (b)."),
-            click.option("--init", help="Of a codebook: linear (default), optimal, density or forgy."),
             click.option(
                 "--skip",
                 multiple=True,

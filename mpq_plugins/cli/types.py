@@ -1,12 +1,15 @@
-"""Lists of numbers on the command line."""
+"""Lists of numbers, and names of closed lists, on the command line."""
 
 import re
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..common.checks import as_integer
+from ..errors import SettingError
 
 DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
 LARGEST = 1 << 16  # in a list of integers; shapes of images and lists of widths end well before
@@ -61,3 +64,84 @@ class NumberList(click.ParamType[tuple[Any, ...]]):
         if not 0 <= count < LARGEST:
             self.fail(f"{item!r:.60} has no end; a positive step goes up, from first to last", param, ctx)
         return [str(first + step * position) for position in range(count + 1)]
+
+
+class Known(click.ParamType[str]):
+    """One of the names that `known` gives, which is asked when it is needed: what is installed takes time to find."""
+
+    name = "name"
+
+    def __init__(self, known: Callable[[], Iterable[str]], *, checked: bool = True) -> None:
+        self.known, self.checked = known, checked
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """`[affine|codebook]`."""
+        return f"[{'|'.join(self.known())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name. Raises SettingError with all there are, and the one that was perhaps meant."""
+        if self.checked and value not in (names := list(self.known())):
+            raise _refusal(value, names, param)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that begin so."""
+        return [CompletionItem(name) for name in self.known() if name.startswith(incomplete)]
+
+
+class OneOf(Known):
+    """One of a closed list of names."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(lambda: names)
+
+
+class NameList(click.ParamType[tuple[str, ...]]):
+    """Names of a closed list: `relative,mse`."""
+
+    name = "list"
+
+    def __init__(self, known: Callable[[], Sequence[str]]) -> None:
+        self.known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Parse. Raises SettingError naming what is allowed."""
+        if isinstance(value, tuple):
+            return value
+        given = tuple(word.strip() for word in str(value).split(","))
+        names = self.known()
+        for word in given:
+            if word not in names:
+                raise _refusal(word, names, param)
+        return given
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that may follow those already there."""
+        there, comma, begun = incomplete.rpartition(",")
+        said = there.split(",")
+        return [
+            CompletionItem(f"{there}{comma}{name}")
+            for name in self.known()
+            if name.startswith(begun) and name not in said
+        ]
+
+
+def installed(group: str) -> Known:
+    """The name of a plugin of this group; one that is not installed is refused where it is loaded."""
+
+    def names() -> list[str]:
+        from ..common.registry import installed
+
+        return [plugin.name for plugin in installed() if plugin.group == group]
+
+    return Known(names, checked=False)
+
+
+def _refusal(value: Any, names: Sequence[str], param: click.Parameter | None) -> SettingError:
+    """`scheme: 'afine' is not allowed; affine, codebook. Did you mean affine?`, as the library says it."""
+    from difflib import get_close_matches
+
+    option = max(param.opts, key=len).lstrip("-") if param is not None else "value"
+    near = get_close_matches(str(value), names, 1)
+    meant = f". Did you mean {near[0]}?" if near else ""
+    return SettingError(f"{option}: {value!r:.60} is not allowed; {', '.join(names)}{meant}")

@@ -1,8 +1,17 @@
 """Checks that several places make, and pydantic's findings as one sentence."""
 
+import math
+import sys
+from contextlib import suppress
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from ..errors import SettingError
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from pydantic import ValidationError
+
+LARGEST_INTEGER = (1 << 63) - 1
 
 
 def is_number(value: object) -> bool:
@@ -10,12 +19,33 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def number(
+    name: str, value: Any, allowed: str, *, least: float = -math.inf, above: float = -math.inf,
+    most: float = sys.float_info.max,
+) -> float:  # fmt: skip
+    """`value` as a float, if it is a number from `least`, or beyond `above`, to `most`.
+
+    Raises SettingError naming it and what is allowed. 2 and 2.0 are the same setting, and make the same file.
+    """
+    with suppress(OverflowError):  # of integers that no float holds
+        if is_number(value) and least <= float(value) <= most and float(value) > above:
+            return float(value)
+    raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+
+
+def integer(name: str, value: Any, allowed: str, *, least: int = 0, most: int = LARGEST_INTEGER) -> int:
+    """`value`, if it is an integer from `least` to `most`. Raises SettingError naming it and what is allowed."""
+    if type(value) is not int or not least <= value <= most:
+        raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+    return value
+
+
 def as_integer(text: str) -> int | None:
     """The number that ASCII digits write, of up to 18; None for any other text. Python itself reads other scripts'."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def first_problem(error: ValidationError) -> str:
+def first_problem(error: "ValidationError") -> str:
     """`layers[3].bits: 9 is not allowed: ...`, and how many more problems there are."""
     problems = error.errors(include_url=False)
     first = problems[0]

@@ -63,7 +63,7 @@ class _Source:
     plan: Plan
 
 
-def write(
+def write(  # noqa: PLR0913  # as compress
     source: nn.Module | str | Path,
     plan: Plan,
     path: Path,
@@ -302,7 +302,7 @@ def _record(stream: Stream) -> StreamRecord:
     return (stream.coding, len(stream.data))
 
 
-def compress(
+def compress(  # noqa: PLR0913  # each option is a user's word
     source: nn.Module | str | Path,
     plan: Plan,
     path: str | Path,

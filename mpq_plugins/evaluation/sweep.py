@@ -64,7 +64,7 @@ class SweepRow:
         return at_least and (self.total_bytes < other.total_bytes or self.score > other.score)
 
 
-def sweep(
+def sweep(  # noqa: PLR0913  # each option is a user's word
     table: LayerTable,
     plans: Sequence[Plan],
     model: "nn.Module | None" = None,

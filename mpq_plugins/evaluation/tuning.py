@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..common.checks import number
 from ..errors import SettingError, TuningError
 from ..plans.plan import Plan
 from .scores import Evaluate, checked_scores
@@ -29,9 +30,7 @@ class Criterion:
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
-        loss = self.tolerable_loss
-        if isinstance(loss, bool) or not isinstance(loss, int | float) or not math.isfinite(loss):
-            raise SettingError(f"tolerable_loss: {loss!r} is not allowed; a number, 0.01 for 1 %")
+        loss = number("tolerable_loss", self.tolerable_loss, "a number, 0.01 for 1 %")
         if not self.absolute and not -1 < loss < 1:
             raise SettingError(f"tolerable_loss: {loss:g} is not allowed; a share of the float score, 0.01 for 1 %")
 

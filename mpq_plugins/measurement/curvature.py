@@ -18,7 +18,7 @@ from ..common.text import first_sentence
 from ..errors import SettingError
 from ..models.labels import own_labels_loss
 from ..models.running import one_sample, sample_count
-from .sensitivity import Curves, Job, unreached
+from .contract import Curves, Job, unreached
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ SHARED_AT_ONCE = 16  # layers that are handed out pass by pass; each only waits
 CUDA_THREADS = 4  # one reads and copies while others' kernels run
 
 
-def measure(
+def measure(  # noqa: PLR0913  # each option is a user's word
     source: nn.Module | str | Path,
     scheme: Scheme | None = None,
     bits: Sequence[int] = range(2, 9),

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..models.running import sample_count
 from ..plans.stats import LayerStats
+from .contract import Curves, Job, unreached
 from .replay import Replay
-from .sensitivity import Curves, Job, unreached
 
 Compare = Callable[[Tensor, Tensor], float]
 

@@ -16,9 +16,9 @@ import torch
 
 from ..models.plain import is_plain
 from ..plans.stats import LayerStats
+from .contract import Array, Curves, Job
 from .moments import second_moments
 from .own_output import output_errors
-from .sensitivity import Array, Curves, Job
 
 
 @dataclass(frozen=True)

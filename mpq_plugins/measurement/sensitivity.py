@@ -5,153 +5,34 @@ in every table. Each kind is a frozen dataclass that an entry point of the group
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..common import registry
 from ..common.journal import Journal
+from ..common.outsiders import outsiders
 from ..common.progress import Progress
 from ..common.text import first_few
-from ..errors import MismatchError, SettingError
+from ..errors import MismatchError, PluginError, SettingError
 from ..models.fingerprint import batches_digest, model_digest, source_digest
 from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
-from ..models.running import call_model, checked_batches, evaluating, own_copy, seeded
+from ..models.running import checked_batches, evaluating, seeded
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
-from ..quantization.fitted import check_fits, fitted
-from ..quantization.quantize import fake_quantize
+from ..quantization.fitted import check_fits
 from ..weights.find import find_weights
+from .contract import Curves, Job, Output, Sensitivity
 from .error import weights_fingerprint
 from .moments import second_moments, weight_users
 
-Array = NDArray[np.float64]
-Output = Callable[[nn.Module, Any], Tensor]
-"""A user's output function: (model, batch) -> (samples, features), such as embeddings."""
 
-
-@dataclass(frozen=True)
-class Curves:
-    """A layer's predicted cost at each bit-width of the table, (bits,), and that of its channels, (bits, channels)."""
-
-    layer: Array
-    channels: Array | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a sensitivity works on: a copy of the model in evaluation mode, in which it may change weights.
-
-    weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
-    output; moments: second moments of the layers' inputs, where ranges are fitted to them, which `ranges` keeps;
-    journal: rows of an interrupted run, for sensitivities that take long; generator: the job's own, on the CPU, for
-    whatever is drawn at random.
-    """
-
-    model: nn.Module
-    table: LayerTable
-    batches: Sequence[Any]
-    weights: Mapping[str, Tensor]
-    modules: Mapping[str, Sequence[nn.Module]]
-    output: Output | None
-    moments: Mapping[str, Tensor] | None
-    journal: Journal | None
-    progress: Progress | None
-    generator: torch.Generator
-    ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
-        """The layer's weight at each bit-width of the table, in its own shape."""
-        scheme, axis = self.table.scheme, layer.channel_axis
-        for b in self.table.bits:
-            weight = self.weights[layer.name]
-            if self.moments is not None:
-                weight = self._fitted(layer, b, weight)
-            yield fake_quantize(weight, b, scheme, channel_axis=axis, layer=layer.name)
-
-    def _fitted(self, layer: LayerStats, bits: int, weight: Tensor) -> Tensor:
-        """The weight clipped to its fitted ranges, which are searched once: every batch asks for them again."""
-        assert self.moments is not None
-        axis, key = layer.channel_axis, (layer.name, bits)
-        if key not in self.ranges:
-            scheme = check_fits(self.table.scheme, layer.name)
-            clipped = fitted(weight, bits, scheme, self.moments[layer.name], axis)
-            others = [other for other in range(clipped.dim()) if other != axis]
-            if bits == 1 or not clipped.numel():
-                return clipped
-            self.ranges[key] = clipped.amin(others, keepdim=True), clipped.amax(others, keepdim=True)
-        low, high = self.ranges[key]
-        return torch.minimum(torch.maximum(weight, low), high)
-
-    def squared_errors(self, layer: LayerStats, weight: Tensor) -> Array:
-        """sum_j weight_cj (w - w')_cj^2 at each bit-width, (bits, channels); `weight` has the layer's shape."""
-        own = self.weights[layer.name]
-        errors = [(w - own).double().square() * weight.double() for w in self.quantized(layer)]
-        axis = layer.channel_axis
-        summed = [error.movedim(axis, 0).flatten(1).sum(1) for error in errors]
-        return torch.stack(summed).cpu().numpy()
-
-    def run(self, batch: Any) -> Tensor:
-        """The output for a batch: the user's function's, or the model's own logits. Raises SettingError."""
-        found = call_model(self.model, batch) if self.output is None else self._custom(batch)
-        logits = getattr(found, "logits", found)
-        if not isinstance(logits, Tensor) or logits.dim() < 2:
-            raise SettingError(
-                f"output: {type(self.model).__name__} gives a {type(logits).__name__}, and a tensor (samples, features)"
-                " is needed; pass output=, a function of the model and a batch that returns one"
-            )
-        return logits
-
-    def logits(self, batch: Any) -> Tensor:
-        """As `run`, for what takes the last dimension for classes. Raises SettingError."""
-        found = self.run(batch)
-        if found.dim() > 3:
-            raise SettingError(
-                f"output: has the shape {list(found.shape)}, where the last dimension should be the classes; pass "
-                "output=, as in lambda model, batch: model(batch).movedim(1, -1)"
-            )
-        return found
-
-    def _custom(self, batch: Any) -> Tensor:
-        assert self.output is not None
-        try:
-            return self.output(self.model, own_copy(batch))
-        except SettingError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise SettingError(f"output: the function failed ({type(error).__name__}: {error})") from error
-
-    def said(self, done: int, total: int) -> None:
-        """Report progress."""
-        if self.progress is not None:
-            self.progress("", done, total)
-
-
-def unreached(layer: str) -> SettingError:
-    """The error for a layer whose sensitivity the inputs cannot tell."""
-    return SettingError(
-        f"layer {layer!r}: no batch reaches it, or the output does not depend on it; give inputs that do, or skip it"
-    )
-
-
-class Sensitivity(Protocol):
-    """A frozen dataclass named by an entry point."""
-
-    name: ClassVar[str]
-
-    def measure(self, job: Job) -> Mapping[str, Curves]:
-        """Curves by layer name, for every layer of the job's table."""
-        ...
-
-
-def sensitivity(
+def sensitivity(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
     table: LayerTable,
     kind: "str | Sensitivity",
@@ -195,13 +76,30 @@ def sensitivity(
         check_fits(table.scheme, layer.name)
     with evaluating(copied), seeded(seed) as generator:
         moments = second_moments(copied, modules, given) if fit_ranges else None
-        found = measurer.measure(
-            Job(copied, table, given, weights, modules, output, moments, kept, progress, generator)
+        found = _measured(
+            measurer, Job(copied, table, given, weights, modules, output, moments, kept, progress, generator)
         )
     layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
     if kept is not None:
         kept.path.unlink(missing_ok=True)
     return replace(table, layers=layers)
+
+
+def _measured(measurer: Sensitivity, job: Job) -> Mapping[str, Curves]:
+    """The curves of every layer. Raises PluginError naming a sensitivity of another package that fails."""
+    if type(measurer).__module__.startswith("mpq_plugins."):
+        return measurer.measure(job)
+    where = f"sensitivities: {getattr(measurer, 'name', type(measurer).__name__)!r}"
+    with outsiders(lambda said: PluginError(f"{where} failed ({said})")):
+        curves = measurer.measure(job)
+    for layer in job.table.layers:
+        given = curves.get(layer.name) if isinstance(curves, Mapping) else None
+        if not isinstance(given, Curves) or np.shape(given.layer) != (len(job.table.bits),):
+            raise PluginError(
+                f"{where} gives no curve of {len(job.table.bits)} bit-widths for layer {layer.name!r}; measure(job) "
+                "returns Curves for every layer of job.table"
+            )
+    return curves
 
 
 def _with_curves(layer: LayerStats, name: str, curves: Curves) -> LayerStats:

@@ -9,7 +9,7 @@ of the group `mpq_plugins.schemes` declares it.
 import math
 from collections.abc import Sequence
 from dataclasses import Field, dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import ConfigDict
 
@@ -21,6 +21,9 @@ RangeName = Literal["minmax", "mse"]
 BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "laplacian_root"]
 StorageName = Literal["region_bit", "shared"]
 InitName = Literal["linear", "optimal", "density", "forgy"]
+# As fields of schemes, with the texts of their options.
+Grain = Annotated[Granularity, "what has a scale of its own, where the allocator asks for nothing else"]
+GroupSize = Annotated[int | None, "weights per group along the input axis; implies per_group"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "mse")
@@ -219,10 +222,10 @@ class Affine(Granular):
     quantizer: ClassVar[str] = "mpq_plugins.quantization.affine:AffineQuantizer"
 
     name: Literal["affine"] = "affine"
-    symmetric: bool = False
-    granularity: Granularity = "per_tensor"
-    group_size: int | None = None
-    range: RangeName = "minmax"
+    symmetric: Annotated[bool, "zero point at zero", "asymmetric"] = False
+    granularity: Grain = "per_tensor"
+    group_size: GroupSize = None
+    range: Annotated[RangeName, "what codes span: the extremes, or the clipping of least squared error"] = "minmax"
 
     def __post_init__(self) -> None:
         self.check_granularity()
@@ -280,10 +283,10 @@ class Piecewise(Granular):
     scales_per_group: ClassVar[int] = 2
 
     name: Literal["piecewise"] = "piecewise"
-    granularity: Granularity = "per_tensor"
-    group_size: int | None = None
-    breakpoint: BreakpointName = "search"
-    storage: StorageName = "region_bit"
+    granularity: Grain = "per_tensor"
+    group_size: GroupSize = None
+    breakpoint: Annotated[BreakpointName, "where the two regions meet: searched for, or a distribution's"] = "search"
+    storage: Annotated[StorageName, "what b bits buy: region_bit (b + 1 bits a weight) or shared (b)"] = "region_bit"
 
     def __post_init__(self) -> None:
         self.check_granularity()
@@ -339,9 +342,9 @@ class Codebook(Granular):
     sorts: ClassVar[bool] = True
 
     name: Literal["codebook"] = "codebook"
-    granularity: Granularity = "per_tensor"
-    group_size: int | None = None
-    init: InitName = "linear"
+    granularity: Grain = "per_tensor"
+    group_size: GroupSize = None
+    init: Annotated[InitName, "where centroids start"] = "linear"
 
     def __post_init__(self) -> None:
         self.check_granularity()

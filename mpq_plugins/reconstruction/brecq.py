@@ -37,7 +37,7 @@ from .settings import MEMORY, BlockReport, Settings, usual_lr
 
 @torch.inference_mode(mode=False)
 @torch.enable_grad()
-def reconstruct(
+def reconstruct(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
     plan: Plan,
     batches: Iterable[Any],

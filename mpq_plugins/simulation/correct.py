@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..common.progress import Progress
 from ..common.text import first_few
@@ -292,6 +293,43 @@ def _another_path(name: str) -> SettingError:
     return SettingError(f"{name!r}: the model takes another path through it, or past it, with quantized weights")
 
 
+@dataclass(frozen=True)
+class _Hooks:
+    """What is done as modules run; see _hooked."""
+
+    norm: Callable[[str, nn.Module, Tensor], None]
+    layer: Callable[[str, nn.Module, Tensor], Tensor | None]
+
+    def put(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        """Hang them on a module."""
+        if not isinstance(module, BATCH_NORMS):
+            return [module.register_forward_hook(lambda module, _, output: self._after_layer(name, module, output))]
+        plain = is_plain(module)
+        return [
+            module.register_forward_pre_hook(partial(self._before_norm, name, plain), with_kwargs=True),
+            module.register_forward_hook(partial(self._after_norm, plain), with_kwargs=True),
+        ]
+
+    def _before_norm(self, name: str, plain: bool, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        self.norm(name, module, first_input(args, kwargs))
+        if not plain:  # its forward does more, so it is its own that runs, in training without learning
+            module.training, module.momentum, module.kept_momentum = True, 0.0, module.momentum
+
+    def _after_norm(self, plain: bool, module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
+        if plain:
+            return _by_batch(module, first_input(args, kwargs))
+        module.training, module.momentum = False, module.kept_momentum
+        del module.kept_momentum
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked -= 1
+        return output
+
+    def _after_layer(self, name: str, module: nn.Module, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            raise SettingError(f"layer {name!r}: gives a {type(output).__name__}, not a tensor; skip it")
+        return self.layer(name, module, output)
+
+
 @contextmanager
 def _hooked(
     net: nn.Module,
@@ -300,37 +338,11 @@ def _hooked(
     layer: Callable[[str, nn.Module, Tensor], Tensor | None],
 ) -> Iterator[None]:
     """Show each BatchNorm's input to `norm`, and let it normalise by its batch; show each layer's output to `layer`."""
-
-    def before(name: str, module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        norm(name, module, first_input(args, kwargs))
-        if name not in plain:  # its forward does more, so it is its own that runs, in training without learning
-            module.training, module.momentum, module.kept_momentum = True, 0.0, module.momentum
-
-    def after_norm(name: str, module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
-        if name in plain:
-            return _by_batch(module, first_input(args, kwargs))
-        module.training, module.momentum = False, module.kept_momentum
-        del module.kept_momentum
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked -= 1
-        return output
-
-    def after_layer(name: str, module: nn.Module, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            raise SettingError(f"layer {name!r}: gives a {type(output).__name__}, not a tensor; skip it")
-        return layer(name, module, output)
-
-    modules = dict(net.named_modules())
-    plain = {name for name in names if is_plain(modules[name])}
-    with ExitStack() as handles:  # which is how hooks are taken off again
+    hooks, modules = _Hooks(norm, layer), dict(net.named_modules())
+    with ExitStack() as stack:  # which is how hooks are taken off again
         for name in names:
-            module = modules[name]
-            if isinstance(module, BATCH_NORMS):
-                handles.enter_context(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-                handles.enter_context(module.register_forward_hook(partial(after_norm, name), with_kwargs=True))
-            else:
-                hook = partial(lambda name, module, _, output: after_layer(name, module, output), name)
-                handles.enter_context(module.register_forward_hook(hook))
+            for handle in hooks.put(name, modules[name]):
+                stack.enter_context(handle)
         yield
 
 

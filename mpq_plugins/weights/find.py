@@ -5,7 +5,7 @@ checkpoint, where no class can be asked: see stored_weights.py. Whatever is left
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -26,7 +26,17 @@ from .roles import BY_DEFAULT, PREFIX, Config, left_by_default, read_config
 from .select import select, why_none
 
 
-def find_weights(
+@dataclass(frozen=True)
+class _Asked:
+    """Which of a source's weights are wanted; see find_weights. where: the source, in words."""
+
+    skip: Sequence[str]
+    only: Sequence[str]
+    refuse: bool
+    where: str
+
+
+def find_weights(  # noqa: PLR0913  # each option is a user's word
     source: nn.Module | str | Path,
     *,
     skip: Sequence[str] = (),
@@ -80,7 +90,8 @@ def weights_of_module(
     """The weights of a module, which is traced where BatchNorm is folded in. See find_weights."""
     pairs = conv_bn_pairs(traced) if fold_bn else {}
     found, left_alone = module_weights(traced.model, pairs)
-    return _chosen_weights(found, left_alone, skip, only, refuse, type(traced.model).__name__, pairs=pairs)
+    asked = _Asked(skip, only, refuse, type(traced.model).__name__)
+    return _chosen_weights(found, left_alone, asked, pairs=pairs)
 
 
 def checkpoint_weights(
@@ -99,7 +110,8 @@ def checkpoint_weights(
         refuse_packed(checkpoint.tensors, checkpoint.beside, config, str(path))
     found, left_alone = stored_weights(checkpoint.tensors, config, known)
     by_default = {name: role for name, role in left_by_default(found).items() if name not in known.layers}
-    made = _chosen_weights(found, left_alone, skip, only, refuse, str(path), config=config, by_default=by_default)
+    asked = _Asked(skip, only, refuse, str(path))
+    made = _chosen_weights(found, left_alone, asked, config=config, by_default=by_default)
     return replace(made, key=checkpoint.key)
 
 
@@ -147,27 +159,24 @@ def could_be_layers(checkpoint: Checkpoint) -> list[str]:
 def _chosen_weights(
     found: list[Weight],
     left_alone: list[tuple[str, str]],
-    skip: Sequence[str],
-    only: Sequence[str],
-    refuse: bool,
-    where: str,
+    asked: _Asked,
     *,
     config: Config = dict,
     by_default: Mapping[str, str] | None = None,
     pairs: Mapping[str, str] | None = None,
 ) -> Weights:
-    kept = select(found, skip, only, where, config)
-    by_default = {} if only else by_default or {}
+    kept = select(found, asked.skip, asked.only, asked.where, config)
+    by_default = {} if asked.only else by_default or {}
     left_alone = left_alone + [
         (weight_name(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
         for weight in kept
         if weight.name in by_default
     ]
     kept = [weight for weight in kept if weight.name not in by_default]
-    if not kept and refuse:
-        raise SourceError(f"{where}: no quantizable weights. {why_none(found, left_alone)}")
+    if not kept and asked.refuse:
+        raise SourceError(f"{asked.where}: no quantizable weights. {why_none(found, left_alone)}")
     for weight in kept:
-        if weight.refusal and refuse:
+        if weight.refusal and asked.refuse:
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in found if weight.name not in names)

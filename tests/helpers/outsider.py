@@ -1,11 +1,9 @@
-"""An allocator as somebody else's distribution would bring it."""
+"""An allocator as somebody else's distribution would bring it: public names alone."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from mpq_plugins import LayerTable, Plan
-from mpq_plugins.allocation.contract import Needs
-from mpq_plugins.allocation.make import make_plan
+from mpq_plugins import LayerTable, Needs, Plan, make_plan
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch.func import functional_call
 
 from mpq_plugins import Affine, LayerTable, Piecewise, Uniform, apply, correct, measure, sensitivity
 from mpq_plugins.errors import MismatchError, MPQError, PluginError, SettingError
+from mpq_plugins.measurement.contract import Curves, Job
 from mpq_plugins.measurement.curvature import Hessian
 from mpq_plugins.measurement.replay import Replay
-from mpq_plugins.measurement.sensitivity import Curves, Job
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.stats import LayerStats

@@ -5,13 +5,15 @@ from pathlib import Path
 import click
 
 from ...report.progress import echo, say
+from ..help import SectionCommand
 from ..output import claim, json_option, print_json, weights_option
 from ..types import IntegerList
 
 
 @click.command(
+    cls=SectionCommand,
     epilog="Examples: mpq apply model.safetensors plan.json -o quantized.safetensors. With statistics and biases "
-    "corrected: mpq apply net.pt plan.json --model package.module:factory --calibrate package.module:batches -o q.pt"
+    "corrected: mpq apply net.pt plan.json --model package.module:factory --calibrate package.module:batches -o q.pt",
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))

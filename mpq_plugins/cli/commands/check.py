@@ -7,16 +7,35 @@ import click
 
 from ...errors import PluginError
 from ...report.progress import echo, say
+from ..help import SectionCommand
 from ..output import BAD_INPUT, claim, json_option, model_option, print_json, weights_option
+from ..types import Known, installed
+
+
+def _policies() -> tuple[str, ...]:
+    from ...plans.legalise import POLICIES
+
+    return POLICIES
 
 
 @click.command(
-    epilog="Examples: mpq check plan.json model.safetensors. mpq check plan.json SOURCE --backend fx -o legal.json"
+    cls=SectionCommand,
+    epilog="Examples: mpq check plan.json model.safetensors. mpq check plan.json SOURCE --backend fx -o legal.json",
 )
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.argument("source")
-@click.option("--backend", help="Also list what this backend would have to change; `mpq plugins` lists adapters.")
-@click.option("--policy", default="up", show_default=True, help="Where a width is missing: up, nearest, or error.")
+@click.option(
+    "--backend",
+    type=installed("adapters"),
+    help="Also list what this backend would have to change; `mpq plugins` lists adapters.",
+)
+@click.option(
+    "--policy",
+    type=Known(_policies),
+    default="up",
+    show_default=True,
+    help="Where a width is missing: up, nearest, or error.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write as the backend can run it.")
 @model_option
 @weights_option

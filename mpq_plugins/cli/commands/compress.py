@@ -8,6 +8,7 @@ import click
 
 from ...errors import SettingError
 from ...report.progress import echo, progress_bar, say
+from ..help import SectionCommand
 from ..output import claim, json_option, model_option, weights_option
 from .inspect import print_container
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for it
 
 
 @click.command(
+    cls=SectionCommand,
     epilog="Examples: mpq compress model.safetensors plan.json -o model.mpq. Pruned first: --prune 0.9, or by layer: "
-    "--prune 'conv*=0.6' --prune 'fc*=0.9'"
+    "--prune 'conv*=0.6' --prune 'fc*=0.9'",
 )
 @click.argument("source")
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))

@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from ...report.progress import echo, progress_bar
+from ..help import SectionCommand
 from ..output import claim, json_option, print_json
 
 
-@click.command(epilog="Example: mpq decompress model.mpq -o model.safetensors")
+@click.command(cls=SectionCommand, epilog="Example: mpq decompress model.mpq -o model.safetensors")
 @click.argument("container_file", metavar="CONTAINER", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write (.safetensors)."

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import click
 
+from ..help import SectionCommand
 from ..output import claim, json_option, print_json, say_written
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="plan.json", show_default=True)
 @json_option
 def demo(output: Path, as_json: bool) -> None:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import click
 
+from ..help import SectionCommand
 from ..output import json_option, print_json
 
 
-@click.command(epilog="Example: mpq diff uniform4.json mixed.json")
+@click.command(cls=SectionCommand, epilog="Example: mpq diff uniform4.json mixed.json")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @json_option

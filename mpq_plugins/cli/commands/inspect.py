@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...report.progress import echo
+from ..help import SectionCommand
 from ..output import claim, json_option, print_json
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -13,7 +14,10 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...compression.stages import Stages
 
 
-@click.command(epilog="Examples: mpq inspect model.mpq. The plan inside: mpq inspect model.mpq --plan plan.json")
+@click.command(
+    cls=SectionCommand,
+    epilog="Examples: mpq inspect model.mpq. The plan inside: mpq inspect model.mpq --plan plan.json",
+)
 @click.argument("container_file", metavar="CONTAINER", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Write the plan inside to this file.")
 @json_option

@@ -6,19 +6,30 @@ from typing import Any
 import click
 
 from ..output import claim, json_option, print_json, say_left_alone, say_written
-from ..scheme_options import scheme_options
-from ..types import IntegerList
+from ..scheme_options import SchemeCommand, request_values, scheme_options
+from ..types import IntegerList, NameList, installed
 
 
-@click.command(epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt")
+def _metrics() -> tuple[str, ...]:
+    from ...plans.stats import METRICS
+
+    return METRICS
+
+
+@click.command(
+    cls=SchemeCommand, epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt"
+)
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
 @click.option("--bits", type=IntegerList(), default="2-8", show_default=True, help="Bit-widths to measure.")
-@click.option("--metrics", default="relative,mse", show_default=True, help="relative, mse, rmse, sqnr_db, max_abs.")
+@click.option(
+    "--metrics", type=NameList(_metrics), default="relative,mse", show_default=True,
+    help="Errors of the weights: relative, mse, rmse, sqnr_db, max_abs.",
+)  # fmt: skip
 @click.option("--per-channel-errors", is_flag=True, help="Keep the error of every output channel too.")
 @click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
 @click.option(
-    "--sensitivity", "sensitivities", multiple=True, metavar="NAME",
+    "--sensitivity", "sensitivities", type=installed("sensitivities"), multiple=True,
     help="Also what quantizing each layer does to outputs: output_mse, kl, distance, fisher, hessian; repeatable.",
 )  # fmt: skip
 @click.option(
@@ -37,7 +48,7 @@ def measure(
     source: str,
     output: Path | None,
     bits: tuple[int, ...],
-    metrics: str,
+    metrics: tuple[str, ...],
     per_channel_errors: bool,
     input_shape: tuple[int, ...] | None,
     sensitivities: tuple[str, ...],
@@ -47,7 +58,7 @@ def measure(
     dask: str | None,
     device: str | None,
     as_json: bool,
-    **scheme: Any,
+    **options: Any,
 ) -> None:
     """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs.
 
@@ -72,7 +83,7 @@ def measure(
     journal = partial_file(output)
     check_output(journal, *inputs)
     claim(output)
-    needs = Needs(bits, tuple(metric.strip() for metric in metrics.split(",")), per_channel_errors)
+    needs = Needs(bits, metrics, per_channel_errors)
     resolved = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):
         raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
@@ -82,7 +93,13 @@ def measure(
         check_sensitivities(resolved, sensitivities)
     with chosen_executor(workers, dask) as executor:
         table = measure_now(
-            resolved, needs, Request(**scheme), input_shape, journal=journal, executor=executor, device=device
+            resolved,
+            needs,
+            Request(**request_values(options)),
+            input_shape,
+            journal=journal,
+            executor=executor,
+            device=device,
         )
     if calibration is not None:
         table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)

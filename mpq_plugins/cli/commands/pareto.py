@@ -7,15 +7,16 @@ import click
 
 from ..output import json_option
 from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from ..scheme_options import SCHEME_NAMES, scheme_options
+from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..types import IntegerList, NumberList
 
 BUDGETS = "2,2.5,3,4"
 
 
 @click.command(
+    cls=SchemeCommand,
     epilog="Examples: mpq pareto net.safetensors -o pareto.csv --plot pareto.png. mpq pareto package.module:factory "
-    "--eval package.module:accuracy --calibrate package.module:batches -o pareto.csv --plot pareto.png"
+    "--eval package.module:accuracy --calibrate package.module:batches -o pareto.csv --plot pareto.png",
 )
 @click.argument("source")
 @click.option(
@@ -70,7 +71,7 @@ def pareto(
     from ..sources import named_function, resolve_source
 
     files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
-    request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    request = Request(**request_values(options))
     evaluate = named_function(evaluation) if evaluation is not None else None
     if calibration is not None and evaluate is None:
         raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")

@@ -8,7 +8,8 @@ import click
 from ...report.progress import say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocators_from
 from ..output import claim, json_option, print_json, say_left_alone, say_written
-from ..scheme_options import SCHEME_NAMES, scheme_options
+from ..scheme_options import request_values, scheme_options
+from ..types import installed
 
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
@@ -19,7 +20,14 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
     "plan each from one measurement: mpq plan SOURCE --qem 2 --qem 3 -o plans",
 )
 @click.argument("source")
-@click.option("-a", "--allocator", default="mixquant", show_default=True, help="`mpq plugins` lists them.")
+@click.option(
+    "-a",
+    "--allocator",
+    type=installed("allocators"),
+    default="mixquant",
+    show_default=True,
+    help="How widths are decided; `mpq plugins` lists them.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write, or a directory for several.")
 @click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
 @click.option("--activation-bits", type=int, help="Record bits for activations; floating point when left out.")
@@ -50,7 +58,7 @@ def plan(
     from ..request import Request
     from ..sources import named_files
 
-    request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    request = Request(**request_values(options))
     inputs = (source, *named_files(options))
     check_output(output, *inputs, cache)
     check_output(cache, *inputs)

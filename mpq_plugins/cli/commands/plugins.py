@@ -2,10 +2,11 @@
 
 import click
 
+from ..help import SectionCommand
 from ..output import json_option, print_json
 
 
-@click.command()
+@click.command(cls=SectionCommand)
 @json_option
 def plugins(as_json: bool) -> None:
     """List what is installed, importing none of it."""

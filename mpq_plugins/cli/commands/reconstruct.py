@@ -13,6 +13,7 @@ import click
 from ...common.files import exists
 from ...errors import SettingError
 from ...report.progress import echo, progress_bar, say
+from ..help import SectionCommand
 from ..output import claim, json_option, print_json
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -25,8 +26,9 @@ GIGABYTE = 1 << 30
 
 
 @click.command(
+    cls=SectionCommand,
     epilog="Example: mpq reconstruct package.module:factory plan.json --calibrate package.module:batches --steps 2000 "
-    "-o learned.safetensors"
+    "-o learned.safetensors",
 )
 @click.argument("source", metavar="MODULE:FACTORY")
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))

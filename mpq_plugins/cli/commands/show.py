@@ -4,10 +4,11 @@ from pathlib import Path
 
 import click
 
+from ..help import SectionCommand
 from ..output import json_option, print_json
 
 
-@click.command(epilog="Example: mpq show plan.json")
+@click.command(cls=SectionCommand, epilog="Example: mpq show plan.json")
 @click.argument("file", type=click.Path(path_type=Path))
 @json_option
 def show(file: Path, as_json: bool) -> None:

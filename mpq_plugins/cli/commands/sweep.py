@@ -10,7 +10,8 @@ import click
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from ..output import json_option
 from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
-from ..scheme_options import SCHEME_NAMES, scheme_options
+from ..scheme_options import request_values, scheme_options
+from ..types import installed
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.contract import Allocator, Needs
@@ -27,7 +28,14 @@ UNIFORM_BITS = range(2, 9)
     "ptilmpq --alpha 0.1:0.9:0.1 --beta-important 0.3,0.5 --eval package.module:accuracy -o sweep.csv --plot sweep.png",
 )
 @click.argument("source")
-@click.option("-a", "--allocator", default="mixquant", show_default=True, help="`mpq plugins` lists them.")
+@click.option(
+    "-a",
+    "--allocator",
+    type=installed("allocators"),
+    default="mixquant",
+    show_default=True,
+    help="How widths are decided; `mpq plugins` lists them.",
+)
 @run_options
 @click.option("--uniform/--no-uniform", default=True, help="Uniform plans of about the same sizes too (default).")
 @scheme_options
@@ -60,7 +68,7 @@ def sweep(
     from ..request import Request
     from ..sources import named_files, named_function, resolve_source
 
-    request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    request = Request(**request_values(options))
     files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None

@@ -11,7 +11,8 @@ from ...errors import PluginError, SettingError, TuningError
 from ...report.progress import echo, progress_bar, say
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from ..output import claim, json_option, print_json, say_left_alone, say_written
-from ..scheme_options import SCHEME_NAMES, scheme_options
+from ..scheme_options import request_values, scheme_options
+from ..types import installed
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -27,7 +28,14 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
     epilog="Example: mpq tune package.module:factory --eval package.module:accuracy --qem 4,3,2,1.5 -o plan.json",
 )
 @click.argument("source", metavar="MODULE:FACTORY")
-@click.option("-a", "--allocator", default="mixquant", show_default=True, help="`mpq plugins` lists them.")
+@click.option(
+    "-a",
+    "--allocator",
+    type=installed("allocators"),
+    default="mixquant",
+    show_default=True,
+    help="How widths are decided; `mpq plugins` lists them.",
+)
 @click.option(
     "--eval", "evaluation", metavar="MODULE:FUNCTION", required=True,
     help="Called with the float model and each quantized one; returns a score above 0, larger is better.",
@@ -35,7 +43,11 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 @click.option(
     "--tolerable-loss", type=float, default=0.01, show_default=True, help="Share of the float score that may be lost."
 )
-@click.option("--backend", help="Whose tuner: inc or inc_classic (default: the one that is installed).")
+@click.option(
+    "--backend",
+    type=installed("adapters"),
+    help="Whose tuner: inc or inc_classic (default: the one that is installed).",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write.")
 @scheme_options
 @json_option
@@ -68,7 +80,7 @@ def tune(
     check_output(output, source, evaluation, *named_files(options))
     claim(output)
     Criterion(tolerable_loss)
-    request = Request(**{name: options.pop(name) for name in SCHEME_NAMES})
+    request = Request(**request_values(options))
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     run = _tuner(backend)
     evaluate = named_function(evaluation)

@@ -1,0 +1,132 @@
+"""A frozen dataclass's fields as command-line options: an allocator's, or a scheme's.
+
+A field's annotation says it all: `Annotated[type, "text"]` gives the help, a Literal what is allowed, and a second text
+of a flag what its opposite is called.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from ..common.text import printable
+from ..errors import PluginError
+from .help import SectionOption
+from .types import IntegerList, NumberList, OneOf
+
+NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and one value all together
+SINGLE: dict[Any, click.ParamType[Any]] = {
+    int: click.INT, float: click.FLOAT, str: click.STRING, tuple: IntegerList(), list: NAMES,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FieldKind:
+    """What a field's annotation says.
+
+    type: bool, int, float or str; tuple, of integers; list, of names; None for what no option can give. texts: the
+    help and, of a flag, the opposite's name; allowed: of a str, the values there are.
+    """
+
+    type: Any
+    texts: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """A field that an option gives: its name, kind, default in words ("" where there is none to say), and help."""
+
+    name: str
+    kind: FieldKind
+    required: bool
+    default: str
+    text: str
+
+    @property
+    def option(self) -> str:
+        """As it is written on the command line, `--group-size`."""
+        return spelled(self.name)
+
+    def made(self, section: str, *, said_of: str = "", several: bool = False) -> click.Option:
+        """The option, in this section of the help; said_of: what has the field, before its text.
+
+        several: whether it takes several values, for a plan each.
+        """
+        head = f"[{said_of}] " if said_of else ""
+        more = "required" if self.required else self.default
+        shown = head + "; ".join(part for part in (self.text, more) if part)
+        if self.kind.type is bool:
+            opposite = self.kind.texts[1] if len(self.kind.texts) > 1 else f"no-{self.option[2:]}"
+            flags = f"{self.option}/--{opposite}"
+            return SectionOption([flags], default=None, required=self.required, help=shown, section=section)
+        if self.kind.type is list:
+            shown, several = f"{shown}; repeatable", True
+        return SectionOption(
+            [self.option], type=self._type(several), multiple=several, required=self.required, help=shown,
+            section=section,
+        )  # fmt: skip
+
+    def _type(self, several: bool) -> click.ParamType[Any]:
+        if self.kind.allowed:
+            return OneOf(self.kind.allowed)
+        kind = SINGLE[self.kind.type]
+        return NumberList(kind) if several and self.kind.type in (int, float) else kind
+
+
+def option_fields(cls: type, where: str, without: Iterable[str] = ()) -> Iterator[OptionField]:
+    """The fields of a dataclass that its call takes, but `without` these.
+
+    Raises PluginError, saying `where`, for what is no dataclass or needs a field that no option can give.
+    """
+    if not dataclasses.is_dataclass(cls):
+        raise PluginError(f"{where} is no dataclass, so it has no fields to turn into options")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        if not field.init or field.name in without:
+            continue
+        kind = field_kind(hints[field.name])
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if kind.type is None:
+            if required:
+                raise PluginError(f"{where} needs {field.name!r}, whose type no option can give")
+            continue
+        unsaid = required or field.default in (None, ())
+        default = "" if unsaid else f"default {_shown(field.default)}"
+        yield OptionField(field.name, kind, required, default, kind.texts[0] if kind.texts else "")
+
+
+def spelled(name: str) -> str:
+    """A field's name as an option, `--group-size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def field_kind(hint: Any) -> FieldKind:
+    """What an annotation says, Optional and Annotated unwrapped."""
+    texts: tuple[str, ...] = ()
+    while True:
+        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+        if origin is typing.Annotated:
+            hint = arguments[0]
+            texts = texts or tuple(printable(note) for note in arguments[1:] if isinstance(note, str))
+        elif origin in (typing.Union, types.UnionType):
+            inner = [argument for argument in arguments if argument is not type(None)]
+            hint = inner[0] if len(inner) == 1 else str if str in inner else None
+        else:
+            break
+    if origin is typing.Literal and all(isinstance(value, str) for value in arguments):
+        return FieldKind(str, texts, arguments)
+    if origin is tuple:
+        inside = set(arguments) - {...}
+        return FieldKind(tuple if inside == {int} else list if inside == {str} else None, texts)
+    return FieldKind(hint if hint in (bool, int, float, str) else None, texts)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return printable(",".join(map(str, default)))
+    return printable(default)

@@ -1,0 +1,79 @@
+"""An allocator of another distribution: found by its entry point, planned with, and named where it is broken."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_model
+
+from mpq_plugins import Allocator, Plan, measure
+from mpq_plugins.common import registry
+from mpq_plugins.errors import PluginError
+from tests.conftest import Ran
+from tests.helpers import outsider
+from tests.helpers.distributions import install
+from tests.helpers.nets import conv_net
+
+Mpq = Callable[..., Ran]
+WORKING = inspect.getsource(outsider)
+# What its module holds -> what is said of it; `best` is the class that the entry point names.
+BROKEN = {
+    "no-needs": ("class Best:\n    name = 'best'\n    def __call__(self, table): ...", "lacks needs"),
+    "no-call": ("class Best:\n    name = 'best'\n    needs = None", "lacks __call__"),
+    "nothing": ("class Best: ...", "lacks name, needs, __call__"),
+    "no-class": ("Other = 1", "cannot be imported from"),
+    "fails": ("raise ValueError('no licence')", "ValueError: no licence"),
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path for distributions of others."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "net.safetensors"
+    save_model(conv_net(), str(path))
+    return path
+
+
+def test_it_uses_public_names_alone() -> None:
+    imported = [line for line in WORKING.splitlines() if "import" in line and "mpq_plugins" in line]
+    assert imported == ["from mpq_plugins import LayerTable, Needs, Plan, make_plan"]
+    known: Allocator = outsider.FirstLast(edge=8)
+    assert known.name == "firstlast"
+
+
+def test_it_plans_as_ours_do(mpq: Mpq, site: Path, checkpoint: Path, tmp_path: Path) -> None:
+    install(site, "working-allocator", WORKING, {"allocators": {"firstlast": "FirstLast"}})
+    ran = mpq("plan", checkpoint, "-a", "firstlast", "--edge", "8", "--inner-bits", "3", "-o", tmp_path / "plan.json")
+    assert ran.code == 0, ran.err
+    plan = Plan.load(tmp_path / "plan.json")
+    table = measure(checkpoint, bits=(3, 4, 8))
+    assert plan.to_json() == outsider.FirstLast(edge=8, inner_bits=3)(table).to_json()
+    assert plan.allocator.name == "firstlast"
+    assert "[firstlast] bits at both ends; required" in " ".join(mpq("plan", "-a", "firstlast", "--help").out.split())
+    assert ("firstlast", "working-allocator") in [
+        (plugin["name"], plugin["distribution"]) for plugin in json.loads(mpq("plugins", "--json").out)
+    ]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_one_is_named_and_others_go_on(mpq: Mpq, site: Path, checkpoint: Path, name: str) -> None:
+    code, said = BROKEN[name]
+    install(site, f"broken-{name}", code, {"allocators": {"best": "Best"}})
+    ran = mpq("plan", checkpoint, "-a", "best")
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
+    assert all(fact in ran.err for fact in ("allocators: 'best'", f"broken-{name}", said)), ran.err
+    with pytest.raises(PluginError):
+        registry.load("allocators", "best")
+    assert f"broken-{name}" in mpq("plugins").out
+    assert mpq("plan", checkpoint, "-a", "uniform", "--bits", "4").code == 0

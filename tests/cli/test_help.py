@@ -1,0 +1,107 @@
+"""Help by sections, and options of closed lists: completion, and what was perhaps meant."""
+
+from collections.abc import Callable
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+
+from mpq_plugins.cli.help import OTHER, SECTIONS, SectionOption, section_of
+from mpq_plugins.cli.main import cli
+from tests.conftest import Ran
+
+Mpq = Callable[..., Ran]
+COMMANDS = sorted(cli.commands)
+
+
+def context(name: str) -> click.Context:
+    return click.Context(cli.commands[name], info_name=name, parent=click.Context(cli, info_name="mpq"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_a_section(name: str) -> None:
+    with context(name) as ctx:
+        options = [one for one in cli.commands[name].get_params(ctx) if isinstance(one, click.Option)]
+    others = [option.name for option in options if section_of(option) == OTHER]
+    assert len(others) == 1  # --help itself
+
+
+def test_no_section_names_an_option_that_no_command_has() -> None:
+    known = set()
+    for name in COMMANDS:
+        with context(name) as ctx:
+            known |= {parameter.name for parameter in cli.commands[name].get_params(ctx)}
+    assert {name for names in SECTIONS.values() for name in names} <= known
+
+
+def test_help_names_every_command_once() -> None:
+    text = cli.get_help(click.Context(cli, info_name="mpq"))
+    assert [text.count(f"\n  {name} ") for name in COMMANDS] == [1] * len(COMMANDS)
+
+
+def test_an_allocators_options_follow_the_plans(mpq: Mpq) -> None:
+    ran = mpq("plan", "-a", "budget", "--help")
+    assert ran.code == 0
+    titles = [
+        line.removesuffix(":") for line in ran.out.splitlines() if line.endswith(":") and not line.startswith(" ")
+    ]
+    assert titles == ["Plan", "Allocator budget", "Layers and weights", "Scheme", "Output", "Options"]
+
+
+def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:
+    text = " ".join(mpq("measure", "--help").out.split())
+    assert "--range [minmax|mse] [affine] " in text
+    assert "--symmetric / --asymmetric [affine] " in text
+    assert "--granularity [per_tensor|per_channel|per_group] what has a scale" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "completions"),
+    [
+        (["plan", "--scheme"], "", ["affine", "piecewise", "codebook"]),
+        (["plan", "--granularity"], "per_c", ["per_channel"]),
+        (["plan", "--range"], "m", ["minmax", "mse"]),
+        (["plan", "--allocator"], "mix", ["mixquant"]),
+        (["plan", "-a", "mixquant", "--metric"], "r", ["relative", "rmse"]),
+        (["check", "--policy"], "n", ["nearest"]),
+        (["check", "--backend"], "t", ["torchao"]),
+        (["measure", "--sensitivity"], "k", ["kl"]),
+        (["measure", "--metrics"], "mse,r", ["mse,relative", "mse,rmse"]),
+        (["measure", "--metrics"], "", ["relative", "mse", "rmse", "sqnr_db", "max_abs"]),
+    ],
+)
+def test_closed_lists_are_completed(words: list[str], begun: str, completions: list[str]) -> None:
+    found = ShellComplete(cli, {}, "mpq", "_MPQ_COMPLETE").get_completions(words, begun)
+    assert [item.value for item in found] == completions
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "value", "meant"),
+    [
+        (["measure", "x", "--scheme", "afine"], "scheme", "afine", "affine"),
+        (["measure", "x", "--granularity", "perchannel"], "granularity", "perchannel", "per_channel"),
+        (["measure", "x", "--range", "msee"], "range", "msee", "mse"),
+        (["measure", "x", "--breakpoint", "gausian"], "breakpoint", "gausian", "gaussian"),
+        (["measure", "x", "--metrics", "mse,relativ"], "metrics", "relativ", "relative"),
+        (["check", "x", "y", "--policy", "upp"], "policy", "upp", "up"),
+        (["plan", "x", "--metric", "relatve"], "metric", "relatve", "relative"),
+    ],
+)
+def test_what_is_not_in_a_closed_list_is_named_with_what_is(
+    mpq: Mpq, words: list[str], option: str, value: str, meant: str
+) -> None:
+    ran = mpq(*words)
+    assert ran.code == 2
+    assert f"{option}: {value!r} is not allowed; " in ran.err
+    assert f"Did you mean {meant}?" in ran.err
+
+
+@pytest.mark.parametrize("words", [("plann",), ("plan", "x", "--shceme", "affine")])
+def test_a_word_misspelled_is_said_with_what_was_perhaps_meant(mpq: Mpq, words: tuple[str, ...]) -> None:
+    ran = mpq(*words)
+    assert ran.code == 2
+    assert "Did you mean" in ran.err
+
+
+def test_an_option_made_from_a_field_says_its_section() -> None:
+    assert section_of(SectionOption(["--edge"], section="Allocator firstlast")) == "Allocator firstlast"
