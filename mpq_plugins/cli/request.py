@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingError
-from ..plans.scheme import SCHEMES, Affine, Codebook, Scheme
+from ..plans.scheme import Affine, Codebook, Scheme
 from ..plans.scheme_names import scheme_class, scheme_names
+from .scheme_options import usable_schemes
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Request:
         said = dict(self.scheme_fields)
         for name in said:
             if name not in own:
-                owner = next(key for key, scheme in SCHEMES.items() if name in _field_names(scheme))
+                owner = next(key for key, scheme in usable_schemes().items() if name in _field_names(scheme))
                 raise SettingError(
                     f"{name}: means nothing with the {base.name} scheme; leave it out, or add --scheme {owner}"
                 )
@@ -56,5 +57,5 @@ class Request:
         return self == Request()
 
 
-def _field_names(scheme: Scheme | type[Scheme]) -> set[str]:
+def _field_names(scheme: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(scheme)}

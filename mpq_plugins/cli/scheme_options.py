@@ -1,6 +1,7 @@
 """The options that describe a measurement: what of the source, and under which scheme, by the schemes' own fields."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
@@ -17,11 +18,21 @@ SCHEME_FIELDS_KEY = "mpq_plugins.scheme_fields"
 NO_OPTIONS = ("name",)  # which --scheme gives
 
 
-def known_schemes() -> Mapping[str, type]:
-    """Every scheme by its name."""
-    from ..plans.scheme import SCHEMES
+def _names() -> Iterable[str]:
+    from ..plans.scheme_names import scheme_names
 
-    return SCHEMES
+    return scheme_names()
+
+
+def usable_schemes() -> Mapping[str, type]:
+    """The schemes whose fields are options, by name: all that can be imported; of another the error says more."""
+    from ..plans.scheme_names import scheme_class
+
+    usable: dict[str, type] = {}
+    for name in _names():
+        with suppress(PluginError):  # which is raised where it is asked for
+            usable[name] = scheme_class(name)
+    return usable
 
 
 class SchemeCommand(SectionCommand):
@@ -32,7 +43,7 @@ class SchemeCommand(SectionCommand):
         given = super().get_params(ctx)
         if SCHEME_FIELDS_KEY not in ctx.meta:
             taken = {option for parameter in given for option in parameter.opts}
-            ctx.meta[SCHEME_FIELDS_KEY] = list(_field_options(known_schemes(), taken))
+            ctx.meta[SCHEME_FIELDS_KEY] = list(_field_options(usable_schemes(), taken))
         return [*given[:-1], *ctx.meta[SCHEME_FIELDS_KEY], given[-1]]
 
 
@@ -67,7 +78,7 @@ def scheme_options(command: Command) -> Command:
             click.option(
                 "--scheme",
                 "scheme_name",
-                type=Known(known_schemes),
+                type=Known(_names),
                 help="How weights become codes (default: the allocator's, or affine).",
             ),
             click.option(
