@@ -83,7 +83,7 @@ def test_a_place_that_has_no_name_is_no_output(mpq: Mpq, folder: Path, command: 
     assert names(folder) == before
 
 
-RUN = "import mpq_plugins.interrupts; print('up', flush=True); from mpq_plugins.__main__ import main; main()"
+RUN = "import mpq_plugins.common.interrupts; print('up', flush=True); from mpq_plugins.__main__ import main; main()"
 
 
 @pytest.mark.parametrize("delay", [0.03, 0.15, 0.4, 0.8, 1.4])
