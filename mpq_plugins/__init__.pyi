@@ -9,6 +9,7 @@ from .allocation.mixquant import MixQuant
 from .allocation.ptilmpq import PTILMPQ
 from .allocation.sqnr import SQNR
 from .allocation.uniform import Uniform
+from .common.store import Store
 from .compression.container import Container, decompress
 from .compression.parametrized import finish
 from .compression.prune import Deviations, GlobalSparsity, Sparsity, prune
@@ -101,6 +102,7 @@ __all__ = [
     "SettingError",
     "SourceError",
     "Sparsity",
+    "Store",
     "SweepRow",
     "TuningError",
     "Uniform",

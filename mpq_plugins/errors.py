@@ -20,7 +20,7 @@ class PlanWarning(UserWarning):
 
 
 class MeasureWarning(UserWarning):
-    """A measurement that goes another way than it was asked to: its partial file is damaged, its workers are gone."""
+    """A measurement that goes another way than it was asked to: its store is damaged, its workers are gone."""
 
 
 class CompressWarning(UserWarning):

@@ -18,7 +18,7 @@ from ..models.wrappers import bare_names
 from .file_kinds import damage, of_quantizers, other_kind, pickled_objects
 from .readers import MemoryRows, StoredTensor, safetensors_tensors
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
-from .state_dicts import TOP, beside, chosen_state_dict
+from .state_dicts import TOP, StateDict, beside, chosen_state_dict
 from .torch_files import archive_places, expanded, expands, in_file, lie_there, refuse_overlaps
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
@@ -31,12 +31,15 @@ class Checkpoint:
     """What a checkpoint holds, by the names that its model has.
 
     tensors: by name; key: where in a torch checkpoint the weights were found, dots between keys, or None for the top;
-    beside: what a torch checkpoint holds beside them.
+    beside: what a torch checkpoint holds beside them; content, chosen: of a torch checkpoint that was read whole, all
+    of it, and the mapping in it that holds the weights.
     """
 
     tensors: Mapping[str, StoredTensor]
     key: str | None = None
     beside: tuple[str, ...] = ()
+    content: Any = None
+    chosen: StateDict | None = None
 
 
 def open_checkpoint(path: Path, weights: str | None = None) -> Mapping[str, StoredTensor]:
@@ -44,11 +47,14 @@ def open_checkpoint(path: Path, weights: str | None = None) -> Mapping[str, Stor
     return read_checkpoint(path, weights).tensors
 
 
-def read_checkpoint(path: Path, weights: str | None = None, *, prefer: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path, weights: str | None = None, *, prefer: str | None = None, whole: bool = False
+) -> Checkpoint:
     """A checkpoint's tensors, which stay where they are until they are read.
 
     weights: the key of the set that is meant, in a torch checkpoint with several (see chosen_state_dict); prefer: the
-    key to take, if it is there, where nothing is meant. Raises SourceError.
+    key to take, if it is there, where nothing is meant; whole: read all of a torch checkpoint that is one file, for
+    whoever writes it anew. Raises SourceError.
     """
     if not exists(path):
         raise SourceError(
@@ -63,10 +69,12 @@ def read_checkpoint(path: Path, weights: str | None = None, *, prefer: str | Non
     if path.suffix == ".safetensors":
         _check_one_set(path, weights)
         return Checkpoint(_bare(safetensors_tensors(path)))
-    content = load_lazily(path)
+    content = load_torch(path) if whole else load_lazily(path)
     chosen = chosen_state_dict(content, path, weights, prefer=prefer)
     key = None if chosen.key == TOP else chosen.key
-    return Checkpoint(_bare(stored_tensors(chosen.state, path)), key, beside=beside(content, chosen))
+    others = beside(content, chosen)
+    kept = (content, chosen) if whole else ()
+    return Checkpoint(_bare(stored_tensors(chosen.state, path)), key, others, *kept)
 
 
 def refuse_other_kinds(path: Path) -> None:

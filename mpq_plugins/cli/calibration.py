@@ -16,6 +16,8 @@ from .sources import named_function
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..checkpoints.readers import StoredTensor
+    from ..common.store import Store
     from ..plans.plan import Plan
     from ..plans.table import LayerTable
 
@@ -44,22 +46,21 @@ def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
 
 def corrected_tensors(
     checkpoint: Path,
+    stored: "Mapping[str, StoredTensor]",
     plan: "Plan",
     model: "nn.Module",
     factory: str,
     calibration: str | Sequence[int],
-    weights: str | None,
 ) -> Mapping[str, "Tensor"]:
     """Biases and statistics that calibration changes, by the names that they have in the checkpoint.
 
-    calibration: a function that returns batches, or the shape of synthetic ones. factory: what made the model, whose
-    weights become the checkpoint's; weights: the key of those in a torch checkpoint, where it is not the plan's.
-    Raises as `correct`, or SourceError.
+    stored: what the checkpoint holds. calibration: a function that returns batches, or the shape of synthetic ones.
+    factory: what made the model, whose weights become the checkpoint's. Raises as `correct`, or SourceError.
     """
     from ..simulation.correct import correct
     from ..simulation.match import match
 
-    names = _load(model, checkpoint, factory, weights, plan.weights)
+    names = _load(model, checkpoint, stored, factory)
     plan = match(plan, model, rewrapped=True).require(factory)
     named = isinstance(calibration, str)
     batches = calibration_batches(str(calibration)) if named else synthetic(model, [int(n) for n in calibration])
@@ -92,28 +93,25 @@ def with_sensitivities(
     names: Sequence[str],
     calibration: str,
     output_function: str | None,
-    output: Path | None,
+    store: "Store | None",
 ) -> "LayerTable":
-    """The table with these sensitivities; finished layers are kept beside `output`. Raises as `sensitivity`."""
+    """The table with these sensitivities; finished layers are kept in the store. Raises as `sensitivity`."""
     from ..measurement.sensitivity import sensitivity
 
     batches = calibration_batches(calibration)
     function = named_function(output_function) if output_function is not None else None
     for name in names:
-        journal = output.with_name(f"{output.name}.{name}.partial") if output is not None else None
         with progress_bar(name) as progress, redirect_stdout(sys.stderr):
-            table = sensitivity(model, table, name, batches, output=function, journal=journal, progress=progress)
+            table = sensitivity(model, table, name, batches, output=function, store=store, progress=progress)
     return table
 
 
 def _load(
-    model: "nn.Module", checkpoint: Path, factory: str, weights: str | None, prefer: str | None
+    model: "nn.Module", checkpoint: Path, stored: "Mapping[str, StoredTensor]", factory: str
 ) -> Mapping[str, str]:
     """Put the checkpoint's tensors into the model; what its tensors are called there."""
-    from ..checkpoints.checkpoint import read_checkpoint
     from ..models.wrappers import renaming
 
-    stored = read_checkpoint(checkpoint, weights, prefer=prefer).tensors
     state = model.state_dict()
     wanted = [name for name, value in state.items() if value.dim()]
     names = renaming([(name,) for name in wanted], (), stored) or {name: name for name in wanted}

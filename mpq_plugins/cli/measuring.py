@@ -1,78 +1,87 @@
 """From a source and a request to a table: measured now, or read where it was measured before."""
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from ..allocation.contract import Needs
-from ..common.files import claimed, exists
+from ..common.files import exists
+from ..common.store import Store
 from ..errors import SettingError
 from ..plans.table import LayerTable
-from ..plans.table_file import is_table
 from ..report.progress import progress_bar, say
 from .output import check_output
-from .partial import kept_at, partial_file, save_measured
 from .request import Request
-from .sources import PRINTED, resolve_source
+from .sources import PRINTED, Source
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from torch import Tensor
 
 MOST_VALUES = 1 << 28  # of an input whose multiply-accumulates are counted: a gibibyte in float
 
 
-def measured(source: "str | Path | nn.Module", needs: Needs, request: Request, cache: Path | None) -> LayerTable:
+def measured(source: Source, needs: Needs, request: Request, cache: Path | None) -> LayerTable:
     """The table for a source: the source itself if it is one, the cache if it answers the request, or measured now."""
-    if isinstance(source, str) and is_table(Path(source)):
-        return _given_table(Path(source), needs, request, cache)
-    resolved = resolve_source(source) if isinstance(source, str) else source
-    if cache is not None and exists(cache):
-        if not is_table(cache):
-            raise SettingError(f"table: {cache} exists and is no table; remove it, or name another file")
-        table = LayerTable.load(cache)
-        reason = _why_stale(table, resolved, needs, request)
-        if reason is None:
-            say(f"reusing the measurement in {cache}")
-            return table
-        say(f"measuring again: {cache} {reason}")
-    journal = partial_file(cache)
-    check_output(journal, source if isinstance(source, str) else None)
-    with nullcontext() if cache is None else claimed(cache):
-        table = measure_now(resolved, needs, request, None, journal=journal)
-        save_measured(table, cache)
-    return table
+    from ..measurement.cache import cached
+
+    if source.is_table:
+        return _given_table(source.path, needs, request, cache)
+    if cache is None:
+        return measure_now(source, needs, request)
+    check_output(Store.beside(cache).path, source.text)
+    return cached(
+        cache, source.weights, request.of_measurement(needs),
+        lambda store: measure_now(source, needs, request, store=store), lambda: kept_beside(cache), say,
+    )  # fmt: skip
 
 
 def measure_now(
-    source: "Path | nn.Module",
+    source: Source,
     needs: Needs,
     request: Request,
-    input_shape: tuple[int, ...] | None,
+    input_shape: tuple[int, ...] | None = None,
     *,
-    journal: Path | None = None,
+    store: Store | None = None,
     executor: Executor | None = None,
     device: str | None = None,
 ) -> LayerTable:
     """Measure with a progress bar."""
-    from ..measurement.measure import measure
+    from ..measurement.measure import Means, run
 
     example = _zeros(input_shape) if input_shape is not None else None
-    with kept_at(journal), progress_bar("measuring") as progress:
-        table = measure(
-            source, request.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors,
-            skip=request.skip, only=request.only, fold_bn=request.fold,  # type: ignore[arg-type]
-            weights=request.weights, already_quantized=bool(request.already_quantized),
-            example_input=example, journal=journal, executor=executor, device=device, progress=progress,
-        )  # fmt: skip
-    _say_file(source)
+    with progress_bar("measuring") as progress:
+        table = run(source.weights, request.of_measurement(needs), Means(executor, store, device, progress), example)
+    if source.module is None:
+        _say_file(source.path)
     return table
 
 
-def _say_file(source: "Path | nn.Module") -> None:
+@contextmanager
+def kept_beside(output: Path | None) -> Iterator[Store | None]:
+    """The store of a result, which says where finished work is when a run goes on from it, or is interrupted."""
+    if output is None:
+        yield None
+        return
+    with Store.beside(output) as store:
+        before = len(store)
+        if before:
+            say(f"an earlier run left {store.path}: what it finished of this measurement is used")
+        try:
+            yield store
+        except BaseException:
+            if len(store) != before:
+                say(f"what is finished is kept in {store.path}: the same command goes on from there")
+            raise
+
+
+def _say_file(source: Path) -> None:
     """Which file of a directory is read, where it has another name than weights have."""
     from ..checkpoints.shards import USUAL, weight_files
 
-    if isinstance(source, Path) and exists(source) and source.is_dir():
+    if exists(source) and source.is_dir():
         file = weight_files(source).chosen
         if file.name not in USUAL:
             say(f"weights: {file.name}, the only ones in {source}")
@@ -104,25 +113,3 @@ def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None)
     if needs.scheme is not None and type(needs.scheme) is not type(table.scheme):
         say(f"note: {path} was measured under {table.scheme}, so that is the plan's scheme, not {needs.scheme}")
     return table
-
-
-def _why_stale(table: LayerTable, source: "Path | nn.Module", needs: Needs, request: Request) -> str | None:
-    from ..measurement.error import weights_fingerprint
-    from ..measurement.measure import resolve_fold
-    from ..weights.find import find_weights
-
-    scheme = request.scheme(needs.scheme)
-    if table.scheme != scheme:
-        return f"holds the scheme {table.scheme}"
-    if not table.covers(needs.bits, needs.metrics, needs.channel_errors):
-        return "lacks bit-widths or metrics"
-    fold = resolve_fold(source, scheme, request.fold)  # type: ignore[arg-type]  # checked there
-    found = find_weights(
-        source, skip=request.skip, only=request.only, fold_bn=fold, weights=request.weights,
-        already_quantized=bool(request.already_quantized),
-    )  # fmt: skip
-    if found.folded != table.fold_bn:
-        return "was measured with another BatchNorm folding"
-    if weights_fingerprint(found) != table.fingerprint or found.skipped != table.skipped:
-        return "is of other weights"
-    return None

@@ -2,12 +2,18 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..allocation.contract import Needs
 from ..errors import SettingError
 from ..plans.scheme import Affine, Codebook, Scheme
 from ..plans.scheme_names import scheme_class, scheme_names
 from .scheme_options import usable_schemes
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ..measurement.request import MeasureRequest
+
+FOLDS: dict[str, bool | Literal["auto"]] = {"yes": True, "no": False, "auto": "auto"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,15 @@ class Request:
             said = {"granularity": "per_group", "group_size": None, **said}
         return dataclasses.replace(base, **said)
 
-    @property
-    def fold(self) -> bool | str:
-        """fold_bn as `measure` takes it."""
-        return {"yes": True, "no": False}.get(self.fold_bn or "auto", "auto")
+    def of_measurement(self, needs: Needs) -> "MeasureRequest":
+        """The same as a measurement takes it, for what allocators need. Raises SettingError."""
+        from ..measurement.request import MeasureRequest
+
+        return MeasureRequest(
+            self.scheme(needs.scheme), needs.bits, needs.metrics, per_channel=needs.channel_errors, skip=self.skip,
+            only=self.only, fold_bn=FOLDS[self.fold_bn or "auto"], weights=self.weights,
+            already_quantized=bool(self.already_quantized),
+        ).checked()  # fmt: skip
 
     @property
     def empty(self) -> bool:

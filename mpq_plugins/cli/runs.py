@@ -12,11 +12,12 @@ from ..errors import SettingError
 from ..report.progress import echo, say
 from .output import claim, print_json, say_left_alone, say_written
 from .scheme_options import Command
+from .sources import Source
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
-    from ..common.journal import Journal
+    from ..common.store import Store
     from ..evaluation.sweep import SweepRow
     from ..plans.plan import Plan
     from ..plans.table import LayerTable
@@ -68,7 +69,7 @@ def run_files(
     files = RunFiles.beside(output, plot, cache)
     check_plot(files.plot)
     taken: list[str | Path | None] = [source, *inputs]
-    for path in (files.measurement, files.output, files.plot, files.journal):
+    for path in (files.measurement, files.output, files.plot, files.store):
         check_output(path, *taken)
         if path is not None and exists(path) and not path.is_file():
             raise SettingError(f"{path}: is no file; name another output")
@@ -81,23 +82,25 @@ def run_files(
 class RunFiles:
     """Where things go, as absolute paths: an evaluation may change directory.
 
-    measurement is the table the user named, or one beside the output that lives as long as the journal.
+    measurement is the table the user named, or one beside the output that lives as long as the store.
     """
 
     output: Path | None
     plot: Path | None
     measurement: Path | None
-    journal: Path | None
+    store: Path | None
     temporary_measurement: bool
 
     @classmethod
     def beside(cls, output: Path | None, plot: Path | None, cache: Path | None) -> "RunFiles":
-        """The journal, and a measurement of its own, beside the output."""
+        """The store, and a measurement of its own, beside the output. Raises SettingError as Store.beside."""
+        from ..common.store import Store
+
         output, plot, cache = (path.absolute() if path is not None else None for path in (output, plot, cache))
         if output is None:
             return cls(None, plot, cache, None, False)
         measurement = cache or output.with_name(f"{output.name}.partial.mpqt")
-        return cls(output, plot, measurement, output.with_name(f"{output.name}.partial"), cache is None)
+        return cls(output, plot, measurement, Store.beside(output).path, cache is None)
 
 
 def write_rows(rows: "Sequence[SweepRow]", files: RunFiles, title: str) -> None:
@@ -130,9 +133,7 @@ def print_rows(
     say_left_alone(table)
 
 
-def model_to_evaluate(
-    given: "str | Path | nn.Module", evaluation: str | None, factory: str | None
-) -> "nn.Module | None":
+def model_to_evaluate(given: Source, evaluation: str | None, factory: str | None) -> "nn.Module | None":
     """The module that --eval scores; None without --eval. Raises SettingError where there is none to score."""
     from .sources import make_module
 
@@ -142,12 +143,12 @@ def model_to_evaluate(
         return None
     if factory is not None:
         return make_module(factory)
-    if isinstance(given, str | Path):
+    if given.module is None:
         raise SettingError(
-            f"eval: {given} is a file, and only a module can be evaluated; name its model with --model "
+            f"eval: {given.text} is a file, and only a module can be evaluated; name its model with --model "
             "package.module:factory"
         )
-    return given
+    return given.module
 
 
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
@@ -162,33 +163,43 @@ def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
 
 @contextmanager
 def resumable(
-    files: RunFiles, model: "nn.Module | None", evaluation: str | None, evaluate: Callable[..., Any] | None
-) -> "Iterator[Journal | None]":
-    """Give the journal of a sweep with evaluations and an output; what takes no time needs none.
+    files: RunFiles,
+    model: "nn.Module | None",
+    evaluate: Callable[..., Any] | None,
+    calibrate: "Sequence[Any] | None" = None,
+) -> "Iterator[Store | None]":
+    """Give the store of a sweep with evaluations and an output; what takes no time needs none.
 
     Interrupted, rows and measurement stay for the next run, if there are rows; otherwise nothing stays behind.
     """
-    from ..common.journal import Journal
-    from ..models.fingerprint import model_digest, source_digest
+    if model is None or files.store is None:
+        if model is not None:
+            say("note: without -o an interrupted sweep starts over")
+        with _measurement_until_the_end(files, None):
+            yield None
+        return
+    from ..common.store import Store
+    from ..evaluation.sweep import JOB, sweep_facts
+
+    with Store(files.store) as store:
+        rows = store.job(JOB, sweep_facts(model, evaluate, calibrate))
+        if len(rows):
+            say(f"going on: rows already in {store.path}: {len(rows)}")
+        with _measurement_until_the_end(files, store):
+            yield store
+
+
+@contextmanager
+def _measurement_until_the_end(files: RunFiles, store: "Store | None") -> Iterator[None]:
+    """A measurement of the run's own goes with it, unless the run is interrupted and there are rows to go on from."""
     from ..plans.table_file import is_table
 
-    journal = None
-    if files.journal is not None and model is not None:
-        job = {"evaluation": str(evaluation), "source": source_digest(evaluate), "model": model_digest(model)}
-        journal = Journal(files.journal, job)
-        if journal.rows:
-            say(f"going on: rows already in {journal.path}: {len(journal.rows)}")
-    elif model is not None:
-        say("note: without -o an interrupted sweep starts over")
     finished = False
     try:
-        yield journal
+        yield
         finished = True
     finally:
-        if journal is not None and journal.rows and not finished:
-            say(f"rows finished and kept: {len(journal.rows)}, in {journal.path}; the same command goes on there")
-        else:
-            if journal is not None:
-                journal.path.unlink(missing_ok=True)
-            if files.temporary_measurement and files.measurement is not None and is_table(files.measurement):
-                files.measurement.unlink()
+        if store is not None and len(store) and not finished:
+            say(f"rows finished and kept: {len(store)}, in {store.path}; the same command goes on there")
+        elif files.temporary_measurement and files.measurement is not None and is_table(files.measurement):
+            files.measurement.unlink()

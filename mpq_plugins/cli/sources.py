@@ -5,8 +5,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.files import exists
 from ..common.outsiders import contained, outsiders
@@ -19,12 +20,41 @@ PRINTED = 128  # bits of a number; of thousands of digits Python makes no text
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def resolve_source(text: str) -> "Path | nn.Module":
-    """A path, or the module that `package.module:factory` returns. Raises SourceError."""
+@dataclass(frozen=True)
+class Source:
+    """What a word on the command line names: looked at once, and handed on.
+
+    weights: the module that a factory made, or the path of a checkpoint or table.
+    """
+
+    text: str
+    kind: Literal["table", "module", "checkpoint"]
+    weights: "Path | nn.Module"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is measured already."""
+        return self.kind == "table"
+
+    @property
+    def module(self) -> "nn.Module | None":
+        """The module that it is."""
+        return None if isinstance(self.weights, Path) else self.weights
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint or table is."""
+        return self.weights if isinstance(self.weights, Path) else Path(self.text)
+
+
+def resolve_source(text: str) -> Source:
+    """A table, a checkpoint, or the module that `package.module:factory` returns. Raises SourceError."""
+    from ..plans.table_file import is_table
+
     path = Path(text)
-    if not FACTORY.fullmatch(text) or exists(path):
-        return path
-    return make_module(text)
+    if FACTORY.fullmatch(text) and not exists(path):
+        return Source(text, "module", make_module(text))
+    return Source(text, "table" if is_table(path) else "checkpoint", path)
 
 
 def make_module(text: str) -> "nn.Module":

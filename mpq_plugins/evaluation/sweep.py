@@ -5,10 +5,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.objective import PLAN_ERRORS, plan_error, predicted
 from ..common.progress import Progress
+from ..common.store import Finished, Store, opened
 from ..errors import SettingError, SourceError
 from ..models.copying import duplicate
 from ..plans.plan import Plan
@@ -18,10 +20,8 @@ from .scores import Evaluate, Scores, checked_scores
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..common.journal import Journal
 
-
-FLOAT = "float"
+FLOAT, JOB = "float", "sweep"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     series: Sequence[str] = (),
     sensitivity: str | None = None,
     calibrate: "Sequence[Any] | None" = None,
-    journal: "Journal | None" = None,
+    store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
     """A row for each of the table's plans, in their order, those on the Pareto front marked.
@@ -81,13 +81,44 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first
     row is the float model. series: a name for each plan's row. sensitivity: what the rows' error is, summed over the
     network; without it, the mean errors of the weights. calibrate: batches of inputs on which every quantized copy is
-    corrected (`correct`). Evaluations that the journal holds are taken from there, new ones are added to it.
+    corrected (`correct`). store: where evaluations are kept, so that an interrupted sweep goes on, as in `measure`.
     Raises SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with
     numbers every time; and what `apply`, `correct` and `verify` raise.
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
-    scored = _Scored(model, evaluate, calibrate, journal)
+    with opened(store) as kept:
+        finished = (
+            kept.job(JOB, sweep_facts(model, evaluate, calibrate)) if kept is not None and model is not None else None
+        )
+        return _rows(table, plans, _Scored(model, evaluate, calibrate, finished), series, sensitivity, progress)
+
+
+def sweep_facts(
+    model: "nn.Module", evaluate: Evaluate | None, calibrate: "Sequence[Any] | None" = None
+) -> dict[str, str]:
+    """What decides the scores of a plan: the model, the function's code, and what is corrected on."""
+    from ..models.fingerprint import batches_digest, model_digest, source_digest
+
+    code = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
+    return {
+        "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(code)}",
+        "calibration": "" if calibrate is None else batches_digest(calibrate),
+    }  # fmt: skip
+
+
+def _name(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+
+
+def _rows(
+    table: LayerTable,
+    plans: Sequence[Plan],
+    scored: "_Scored",
+    series: Sequence[str],
+    sensitivity: str | None,
+    progress: Progress | None,
+) -> tuple[SweepRow, ...]:
     measured = (
         (sensitivity,) if sensitivity is not None else tuple(name for name in PLAN_ERRORS if name in table.metrics)
     )
@@ -109,12 +140,12 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
 
 @dataclass(frozen=True)
 class _Scored:
-    """The scores of a plan, or of the float model, from the journal or from an evaluation."""
+    """The scores of a plan, or of the float model, from the store or from an evaluation."""
 
     model: "nn.Module | None"
     evaluate: Evaluate | None
     calibrate: "Sequence[Any] | None"
-    journal: "Journal | None"
+    finished: Finished | None
 
     @property
     def possible(self) -> bool:
@@ -124,14 +155,15 @@ class _Scored:
         if self.model is None or self.evaluate is None:
             return {}
         key = FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
-        if self.journal is not None and key in self.journal.rows:
-            return self.journal.rows[key]
+        known = self.finished.row(key) if self.finished is not None else None
+        if known is not None:
+            return known
         # A copy for the float model too: an evaluation may leave its mark on what it is given.
         given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
         scores = checked_scores(self.evaluate, given, what)
-        if self.journal is not None:
-            self.journal.add(key, scores)
+        if self.finished is not None:
+            self.finished.add_row(key, scores)
         return scores
 
 

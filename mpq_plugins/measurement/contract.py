@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..common.journal import Journal
 from ..common.progress import Progress
+from ..common.store import Finished
 from ..errors import SettingError
 from ..models.running import call_model, own_copy
 from ..plans.stats import LayerStats
@@ -37,7 +37,7 @@ class Job:
 
     weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
     output; moments: second moments of the layers' inputs, where ranges are fitted to them, which `ranges` keeps;
-    journal: rows of an interrupted run, for sensitivities that take long; generator: the job's own, on the CPU, for
+    finished: rows of an interrupted run, for sensitivities that take long; generator: the job's own, on the CPU, for
     whatever is drawn at random.
     """
 
@@ -48,7 +48,7 @@ class Job:
     modules: Mapping[str, Sequence[nn.Module]]
     output: Output | None
     moments: Mapping[str, Tensor] | None
-    journal: Journal | None
+    finished: Finished | None
     progress: Progress | None
     generator: torch.Generator
     ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)

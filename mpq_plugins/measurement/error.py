@@ -45,8 +45,8 @@ LARGEST_METRIC = "max_abs"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is measured of every layer.
+class UnitRequest:
+    """What a worker is asked of every unit.
 
     kernel: what does the arithmetic, which every worker must have; device: where, None for where the weights are.
     """
@@ -69,7 +69,7 @@ class Request:
         return LARGEST_METRIC in self.metrics
 
 
-def unit_sums(pieces: Sequence[Weight], request: Request) -> Sums:
+def unit_sums(pieces: Sequence[Weight], request: UnitRequest) -> Sums:
     """The sums of all pieces, joined: whole layers, or whole chunks of them where no scale goes beyond a channel.
 
     Raises WeightError for NaN or infinity, SourceError where it cannot be read.
@@ -83,7 +83,7 @@ def unit_sums(pieces: Sequence[Weight], request: Request) -> Sums:
         return _joined([_chunk_sums(weight, own, request) for (weight, _, _), own in zip(parts, rows, strict=True)])
 
 
-def whole_sums(weight: Weight, request: Request, each: Callable[[Op], Array] | None = None) -> Sums:
+def whole_sums(weight: Weight, request: UnitRequest, each: Callable[[Op], Array] | None = None) -> Sums:
     """The sums of a layer with one scale. `each` asks all of its chunks something, here or elsewhere.
 
     A layer of several chunks is read twice, for its range and then its errors; again for each step of a search.
@@ -102,7 +102,7 @@ def whole_sums(weight: Weight, request: Request, each: Callable[[Op], Array] | N
     }
 
 
-def _chunk_sums(weight: Weight, rows: Tensor, request: Request) -> Sums:
+def _chunk_sums(weight: Weight, rows: Tensor, request: UnitRequest) -> Sums:
     """Of one chunk, whose groups are complete."""
     # A layer without inputs has no group in a channel, and its rows are its channels.
     groups = max(1, request.scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
@@ -120,7 +120,7 @@ def _chunk_sums(weight: Weight, rows: Tensor, request: Request) -> Sums:
     return found | {"channels": by_channel} if request.per_channel else found
 
 
-def layer_stats(weight: Weight, parts: Sequence[Sums], request: Request) -> LayerStats:
+def layer_stats(weight: Weight, parts: Sequence[Sums], request: UnitRequest) -> LayerStats:
     """Errors and importances of one layer from the sums of its pieces, in its chunks' order."""
     joined = _joined(parts)
     magnitudes, totals = joined["magnitudes"], add_sums(joined["totals"])
@@ -141,14 +141,14 @@ def layer_stats(weight: Weight, parts: Sequence[Sums], request: Request) -> Laye
     )
 
 
-def answers(piece: Weight, op: Op, request: Request) -> Sums:
+def answers(piece: Weight, op: Op, request: UnitRequest) -> Sums:
     """What the chunks of a piece answer, joined under `values`: a unit of work of its own."""
     _check_kernel(request)
     with own_stream(request.device):
         return {"values": over_chunks(piece, request.device)(op)}
 
 
-def _check_kernel(request: Request) -> None:
+def _check_kernel(request: UnitRequest) -> None:
     """Raise WorkerError where this worker would add up in another order than the others."""
     if kernel_name() != request.kernel:
         raise WorkerError(

@@ -1,14 +1,14 @@
 """One measurement: check the request, cut the work, hand it out, build the table from what comes back."""
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +19,22 @@ from ..checkpoints.scaled import ScaledRows
 from ..checkpoints.torch_files import Expanded
 from ..common.files import exists, unchanged
 from ..common.progress import Progress
-from ..common.record import Arrays, Record
+from ..common.store import Arrays, Finished, Store, opened
 from ..common.text import first_few
 from ..errors import MeasureWarning, SettingError
 from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
-from ..models.folding import has_batch_norm, training_norms
+from ..models.folding import training_norms
 from ..plans.scheme import Affine, Scheme
-from ..plans.stats import METRICS, LayerStats
+from ..plans.stats import LayerStats
 from ..plans.table import LayerTable, with_macs
 from ..quantization.kernel import kernel_name
 from ..weights.chunks import Array, Op, chunks
-from ..weights.find import find_weights
 from ..weights.handles import Weight, Weights
-from .error import Request, Sums, answers, layer_stats, unit_sums, whole_sums
+from .cache import cached
+from .error import Sums, UnitRequest, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
+from .request import DEFAULT_BITS, DEFAULT_METRICS, FoldBN, MeasureRequest
 from .units import Unit, Work, cut, cut_layer
 from .workers import Call, Workers
 
@@ -44,19 +45,20 @@ CUDA_THREADS = 4  # one reads and copies while others' kernels run
 def measure(  # noqa: PLR0913  # each option is a user's word
     source: nn.Module | str | Path,
     scheme: Scheme | None = None,
-    bits: Sequence[int] = range(2, 9),
-    metrics: Sequence[str] = ("relative", "mse"),
+    bits: Sequence[int] = DEFAULT_BITS,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     *,
     per_channel: bool = False,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
-    fold_bn: bool | Literal["auto"] = "auto",
+    fold_bn: FoldBN = "auto",
     weights: str | None = None,
     model: nn.Module | None = None,
     already_quantized: bool = False,
     example_input: Any = None,
     executor: Executor | None = None,
-    journal: str | Path | None = None,
+    store: str | Path | Store | None = None,
+    cache: str | Path | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> LayerTable:
@@ -75,52 +77,85 @@ def measure(  # noqa: PLR0913  # each option is a user's word
     a layer with one scale up to 256 MiB): threads, processes, or dask's `client.get_executor()`, whose machines need
     the files under the same paths, and the same processors and packages; a module's weights travel to them. As many
     threads as torch uses by default. The table is the same to the last bit whoever measures. Each worker needs 20 MiB,
-    beside libraries and the table itself, whatever the model. journal: a file where finished units are kept, so that
-    an interrupted measurement goes on; it stays, to be removed once the table is saved. Another job's is written anew,
-    with a MeasureWarning. device: where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
+    beside libraries and the table itself, whatever the model. store: where finished units are kept, so that an
+    interrupted measurement goes on: a file's path, which is there until the table is returned, or an open `Store`,
+    which is there until its block ends; another job's is refused. cache: a file for the table itself: read where it is
+    of these weights and has what is asked for, and otherwise written anew, with a store beside it until then. device:
+    where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
 
     Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
     executor's workers fail.
     """
-    scheme = scheme or Affine()
-    widths = checked_bits(bits, scheme)
-    found_device = checked_device(device, here=executor is None)  # its workers may have what this process lacks
-    request = Request(scheme, widths, checked_metrics(metrics), per_channel, kernel_name(), found_device)
-    if example_input is not None and not isinstance(source, nn.Module):
-        raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
-    fold = resolve_fold(source, scheme, fold_bn)
+    request = MeasureRequest(
+        scheme or Affine(), bits, metrics, per_channel, skip, only, fold_bn, weights, model, already_quantized
+    ).checked()
+    means = Means(executor, store, device, progress)
+    if cache is None:
+        return run(source, request, means, example_input)
+    _check_example(source, example_input)
+    place = Path(cache)
+    table = cached(
+        place, source, request, lambda kept: run(source, request, replace(means, store=kept), example_input),
+        None if store is None else lambda: opened(store),
+    )  # fmt: skip
+    return table if example_input is None else _with_macs(table, source, example_input)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What measures, and what is told of it; none of it changes the table. The fields are arguments of `measure`."""
+
+    executor: Executor | None = None
+    store: str | Path | Store | None = None
+    device: torch.device | str | None = None
+    progress: Progress | None = None
+
+
+def run(
+    source: nn.Module | str | Path, request: MeasureRequest, means: Means = Means(), example_input: Any = None
+) -> LayerTable:
+    """What `measure` does for a request that is made already, without a cache."""
+    # Its workers may have a device that this process lacks.
+    device = checked_device(means.device, here=means.executor is None)
+    of_unit = UnitRequest(
+        request.scheme, tuple(request.bits), tuple(request.metrics), request.per_channel, kernel_name(), device
+    )
+    _check_example(source, example_input)
+    fold = request.folds(source)
     with unchanged(source):
-        found = find_weights(
-            source, skip=skip, only=only, fold_bn=fold, weights=weights, model=model,
-            already_quantized=already_quantized,
-        )  # fmt: skip
+        weights = request.find(source)
         if fold:
-            _check_norms(source, fold_bn)
-        layers = _checked_and_measured(found, request, source, executor, journal, progress)
+            _check_norms(source, request.fold_bn)
+        layers = _checked_and_measured(weights, of_unit, source, means)
     table = LayerTable(
         tuple(layers),
-        scheme,
-        widths,
-        request.metrics,
-        found.folded,
+        of_unit.scheme,
+        of_unit.bits,
+        of_unit.metrics,
+        weights.folded,
         fingerprint(layer.digest for layer in layers),
-        found.skipped,
-        found.left_alone,
-        found.key,
+        weights.skipped,
+        weights.left_alone,
+        weights.key,
     )
-    if example_input is None:
-        return table
+    return table if example_input is None else _with_macs(table, source, example_input)
+
+
+def _check_example(source: object, example_input: Any) -> None:
+    if example_input is not None and not isinstance(source, nn.Module):
+        raise SettingError("example_input: multiply-accumulates can only be counted on a module, not on a file")
+
+
+def _with_macs(table: LayerTable, source: object, example_input: Any) -> LayerTable:
     assert isinstance(source, nn.Module)
     return with_macs(table, count_macs(source, example_input))
 
 
 def _checked_and_measured(
     weights: Weights,
-    request: Request,
+    request: UnitRequest,
     source: nn.Module | str | Path,
-    executor: Executor | None,
-    journal: str | Path | None,
-    progress: Progress | None,
+    means: Means,
 ) -> list[LayerStats]:
     """Every layer's numbers, once none of them is known to be impossible."""
     scheme = request.scheme
@@ -129,23 +164,19 @@ def _checked_and_measured(
             raise weight.read_rows.error
         scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(request.bits), weight.shape, weight.channel_axis, weight.channels, weight.name)
-    if journal is not None:
-        _check_journal(Path(journal), source, weights)
-    return _measured(list(weights), request, executor, journal, progress)
+    if isinstance(means.store, str | Path):
+        _check_store(Path(means.store), source, weights)
+    with opened(means.store) as store:
+        return _measured(list(weights), request, means, store)
 
 
-def _measured(
-    weights: list[Weight],
-    request: Request,
-    executor: Executor | None,
-    journal: str | Path | None,
-    progress: Progress | None,
-) -> list[LayerStats]:
+def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: Store | None) -> list[LayerStats]:
     """Every layer's numbers, in the layers' order."""
     work = cut(weights, request.scheme)
     on_cuda = request.device is not None and request.device.type == "cuda"
-    workers = Workers(executor, max(CUDA_THREADS if on_cuda else 1, torch.get_num_threads()))
-    record = Record(Path(journal), _job(weights, request, work)) if journal is not None else None
+    workers = Workers(means.executor, max(CUDA_THREADS if on_cuda else 1, torch.get_num_threads()))
+    kept = store.job("measure", _facts(weights, request, work)) if store is not None else None
+    progress = means.progress
     layers: dict[int, LayerStats] = {}
     total, done = sum(weight.numel for weight in weights), 0
     coordinators = ThreadPoolExecutor(SHARED_AT_ONCE, "mpq-shared")
@@ -153,10 +184,10 @@ def _measured(
         if progress is not None:
             progress(weights[0].name, 0, total)
         shared = {
-            position: coordinators.submit(_shared, position, weights[position], request, work.size, workers, record)
+            position: coordinators.submit(_shared, position, weights[position], request, work.size, workers, kept)
             for position in work.shared
         }
-        for name, numel, found in _by_unit(weights, request, work, workers, record):
+        for name, numel, found in _by_unit(weights, request, work, workers, kept):
             layers |= found
             done += numel
             if progress is not None:
@@ -169,15 +200,13 @@ def _measured(
     finally:  # an error in one layer, or Ctrl-C, must not wait for all the others
         workers.close()
         coordinators.shutdown(cancel_futures=True)
-        if record is not None:
-            record.close()
     if progress is not None:
         progress("", total, total)
     return [layers[position] for position in range(len(weights))]
 
 
 def _by_unit(
-    weights: Sequence[Weight], request: Request, work: Work, workers: Workers, record: Record | None
+    weights: Sequence[Weight], request: UnitRequest, work: Work, workers: Workers, kept: Finished | None
 ) -> Iterator[tuple[str, int, dict[int, LayerStats]]]:
     """A unit's first layer, its weights, and the layers that are complete with it."""
     waiting: dict[int, list[Sums | None]] = {}
@@ -189,7 +218,7 @@ def _by_unit(
             slots[-1].append(len(own))
             own.append(None)
     calls = [Call(str(n), unit_sums, (unit.pieces, request), unit.pieces[0].name) for n, unit in enumerate(work.units)]
-    for call, sums in _finished(calls, workers, record):
+    for call, sums in _finished(calls, workers, kept):
         n = int(call.name)
         unit = work.units[n]
         complete: dict[int, LayerStats] = {}
@@ -203,7 +232,7 @@ def _by_unit(
 
 
 def _shared(
-    position: int, weight: Weight, request: Request, size: int, workers: Workers, record: Record | None
+    position: int, weight: Weight, request: UnitRequest, size: int, workers: Workers, kept: Finished | None
 ) -> LayerStats:
     """A large layer with one scale: each pass over it handed out in pieces."""
     pieces = cut_layer(weight, size)
@@ -212,23 +241,24 @@ def _shared(
     def each(op: Op) -> Array:
         own = f"{position}.{next(passes)}"
         calls = [Call(f"{own}.{k}", answers, (piece, op, request), weight.name) for k, piece in enumerate(pieces)]
-        found = {call.name: result["values"] for call, result in _finished(calls, workers, record)}
+        found = {call.name: result["values"] for call, result in _finished(calls, workers, kept)}
         return np.concatenate([found[call.name] for call in calls])
 
     return layer_stats(weight, [whole_sums(weight, request, each)], request)
 
 
-def _finished(calls: Iterable[Call], workers: Workers, record: Record | None) -> Iterator[tuple[Call, Arrays]]:
+def _finished(calls: Iterable[Call], workers: Workers, kept: Finished | None) -> Iterator[tuple[Call, Arrays]]:
     """What an earlier run finished, then what the workers do."""
     left: list[Call] = []
     for call in calls:
-        if record is not None and call.name in record:
-            yield call, record.take(call.name)
+        known = kept.arrays(call.name) if kept is not None else None
+        if known is not None:
+            yield call, known
         else:
             left.append(call)
     for call, result in workers.finished(left):
-        if record is not None:
-            record.add(call.name, result)
+        if kept is not None:
+            kept.add_arrays(call.name, result)
         yield call, result
 
 
@@ -240,42 +270,30 @@ def _split(unit: Unit, sums: Sums) -> list[Sums]:
     return [{name: own[k] for name, own in parts.items()} for k in range(len(unit.pieces))]
 
 
-def _check_journal(path: Path, source: nn.Module | str | Path, weights: Iterable[Weight]) -> None:
+def _check_store(path: Path, source: nn.Module | str | Path, weights: Iterable[Weight]) -> None:
     """Raise SettingError where finished units would be written over what is measured."""
     readers = [own.codes if isinstance(own, ScaledRows) else own for own in (weight.read_rows for weight in weights)]
     files = {reader.path for reader in readers if isinstance(reader, FileRows | FileColumns)}
     if not isinstance(source, nn.Module):
         files.add(Path(source))
     if exists(path) and any(path.samefile(file) for file in files):
-        raise SettingError(f"journal: {path} is what is measured; name another file")
+        raise SettingError(f"store: {path} is what is measured; name another file")
 
 
-def _job(weights: Sequence[Weight], request: Request, work: Work) -> str:
-    """What a record is told apart by: weights, to the byte or by their files' times and sizes, and every setting."""
+def _facts(weights: Sequence[Weight], request: UnitRequest, work: Work) -> dict[str, str]:
+    """What decides the units' numbers: weights, to the byte or by their files' times and sizes, and every setting."""
     digest = hashlib.sha256()
     for weight in weights:
         facts = (weight.name, weight.kind, weight.shape, str(weight.dtype), weight.channel_axis)
         digest.update(f"{facts} {weight.read_rows.signature()}".encode())
-    return json.dumps(
-        {
-            "mpq-plugins": version("mpq-plugins"), "weights": digest.hexdigest(), "scheme": repr(request.scheme),
-            "bits": request.bits, "metrics": request.metrics, "per_channel": request.per_channel,
-            "device": str(request.device), "kernel": request.kernel, "unit": work.size,
-        },
-        sort_keys=True,
-    )  # fmt: skip
+    return {
+        "version": version("mpq-plugins"), "weights": digest.hexdigest(), "scheme": repr(request.scheme),
+        "bits": str(request.bits), "metrics": str(request.metrics), "per_channel": str(request.per_channel),
+        "device": str(request.device), "kernel": request.kernel, "unit": str(work.size),
+    }  # fmt: skip
 
 
-def resolve_fold(source: nn.Module | str | Path, scheme: Scheme, fold_bn: bool | Literal["auto"]) -> bool:
-    """Whether to fold: "auto" folds a module's BatchNorm for per_tensor, and nothing else."""
-    if fold_bn == "auto":
-        return isinstance(source, nn.Module) and scheme.granularity == "per_tensor" and has_batch_norm(source)
-    if not isinstance(fold_bn, bool):
-        raise SettingError(f"fold_bn: {fold_bn!r} is not allowed; True, False or 'auto'")
-    return fold_bn
-
-
-def _check_norms(source: nn.Module | str | Path, fold_bn: bool | Literal["auto"]) -> None:
+def _check_norms(source: nn.Module | str | Path, fold_bn: FoldBN) -> None:
     """Say that norms in training mode are not folded; raise SettingError where that was asked for."""
     trained = training_norms(source) if isinstance(source, nn.Module) else []
     if not trained:
@@ -287,20 +305,3 @@ def _check_norms(source: nn.Module | str | Path, fold_bn: bool | Literal["auto"]
     if fold_bn is True:
         raise SettingError(f"{text}; call model.eval(), or measure with fold_bn=False")
     warnings.warn(MeasureWarning(f"{text}; call model.eval() first to have it folded"), stacklevel=4)
-
-
-def checked_bits(bits: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
-    """Distinct bit-widths, ascending. Raises SettingError outside what the scheme has, or for none."""
-    if isinstance(bits, int) or not len(bits):
-        raise SettingError(f"bits: {bits!r} is not allowed; a list of one or more of 1 to 8")
-    return tuple(sorted({scheme.check_bits(b) for b in bits}))
-
-
-def checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
-    """The metrics, in the order METRICS has them. Raises SettingError for an unknown one or for none."""
-    for metric in metrics:
-        if metric not in METRICS:
-            raise SettingError(f"metrics: {metric!r} is not allowed; {', '.join(METRICS)}")
-    if not metrics:
-        raise SettingError(f"metrics: none given; one or more of {', '.join(METRICS)}")
-    return tuple(metric for metric in METRICS if metric in metrics)

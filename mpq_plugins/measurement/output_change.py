@@ -57,15 +57,15 @@ def _one_at_a_time(job: Job, run: Callable[[Any], Tensor], compare: Compare) -> 
             job.said(done, len(layers) * len(job.batches))
             done += 1
             key = f"{position} {layer.name}"
-            row = job.journal.rows.get(key) if job.journal is not None else None
+            row = job.finished.row(key) if job.finished is not None else None
             if row is None or row.keys() != widths or min(row.values()) < 0:
                 if replay is None:
                     replay = Replay(job.model, lambda batch=batch: run(batch), replays)  # type: ignore[misc]
                 row = _row(job, layer, replay, compare, check=layer.name not in checked)
                 checked.add(layer.name)
                 replays = replay.replays
-                if job.journal is not None:
-                    job.journal.add(key, row)
+                if job.finished is not None:
+                    job.finished.add_row(key, row)
             sums[layer.name] += samples[position] * np.array([row[str(b)] for b in job.table.bits])
     job.said(done, done)
     for layer in layers:

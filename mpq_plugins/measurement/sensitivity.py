@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..common import registry
-from ..common.journal import Journal
 from ..common.outsiders import outsiders
 from ..common.progress import Progress
+from ..common.store import Store, opened
 from ..common.text import first_few
 from ..errors import MismatchError, PluginError, SettingError
 from ..models.fingerprint import batches_digest, model_digest, source_digest
@@ -41,7 +41,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     output: Output | None = None,
     seed: int = 0,
     fit_ranges: bool = False,
-    journal: str | Path | None = None,
+    store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> LayerTable:
     """The table with one more sensitivity: what quantizing each layer is predicted to cost, at all of its bit-widths.
@@ -52,9 +52,9 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     Hessian(probes=16). batches: a few hundred inputs without labels, as for `correct`. output: (model, batch) -> tensor
     (samples, features), for models whose own output is no logits. seed: of labels and probes; the same seed gives the
     same table. fit_ranges: quantize by the ranges of least input-weighted squared error, as the same argument of
-    `correct` puts them into the model (for tables measured under affine per_channel minmax). journal: a file where
-    finished layers are kept (kl and distance), so that an interrupted measurement goes on; it is removed at the end.
-    The model is not changed.
+    `correct` puts them into the model (for tables measured under affine per_channel minmax). store: where
+    finished layers are kept (kl and distance), so that an interrupted measurement goes on, as in `measure`. The model
+    is not changed.
 
     Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
     PluginError (a kind that is not installed).
@@ -67,21 +67,19 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
     copied = folded_copy(model, table)
     weights = _weights(copied, table)
-    kept = None
-    if journal is not None:
-        identity = _identity(copied, table, measurer, given, output, seed) | {"fit_ranges": str(fit_ranges)}
-        kept = Journal(Path(journal), identity)
     modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
     for layer in table.layers if fit_ranges else ():
         check_fits(table.scheme, layer.name)
-    with evaluating(copied), seeded(seed) as generator:
-        moments = second_moments(copied, modules, given) if fit_ranges else None
-        found = _measured(
-            measurer, Job(copied, table, given, weights, modules, output, moments, kept, progress, generator)
-        )
-    layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
-    if kept is not None:
-        kept.path.unlink(missing_ok=True)
+    with opened(store) as kept:
+        finished = None
+        if kept is not None:
+            facts = _facts(copied, table, measurer, given, output, seed) | {"fit_ranges": str(fit_ranges)}
+            finished = kept.job(measurer.name, facts)
+        with evaluating(copied), seeded(seed) as generator:
+            moments = second_moments(copied, modules, given) if fit_ranges else None
+            job = Job(copied, table, given, weights, modules, output, moments, finished, progress, generator)
+            found = _measured(measurer, job)
+        layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
     return replace(table, layers=layers)
 
 
@@ -129,11 +127,11 @@ def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
     return {layer.name: found[layer.name].detach() for layer in table.layers}
 
 
-def _identity(
+def _facts(
     model: nn.Module, table: LayerTable, kind: Sensitivity, batches: Sequence[Any], output: Output | None, seed: int
 ) -> dict[str, str]:
-    plan = hashlib.sha256(f"{table.fingerprint} {table.scheme} {table.bits}".encode()).hexdigest()
+    measured = hashlib.sha256(f"{table.fingerprint} {table.scheme} {table.bits}".encode()).hexdigest()
     return {
-        "sensitivity": repr(kind), "model": model_digest(model), "table": plan, "batches": batches_digest(batches),
+        "sensitivity": repr(kind), "model": model_digest(model), "table": measured, "batches": batches_digest(batches),
         "output": source_digest(output) if output is not None else "", "seed": str(seed),
     }  # fmt: skip

@@ -111,7 +111,7 @@ class Workers:
             )
             raise WorkerError(
                 f"executor: measuring {call.layer!r} failed on a worker ({said}). Workers need this version of "
-                "mpq-plugins, the same files and memory for a few chunks; with a journal what was finished is kept"
+                "mpq-plugins, the same files and memory for a few chunks; with a store what was finished is kept"
             ) from error
 
     def _replace(self, broken: Executor, left: int) -> None:

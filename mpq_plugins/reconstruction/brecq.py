@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.progress import Progress
+from ..common.store import Store, opened
 from ..errors import SettingError
 from ..models.device import checked_device
 from ..models.input_ranges import NAME, refuse_input_ranges
@@ -26,8 +27,8 @@ from .activations import ActivationRange, InputValues
 from .adaround import Rounding, settled
 from .cache import Cache
 from .capture import calls_of, first_tensor, inputs_of
-from .checkpoint import Checkpoint, job_of
 from .collect import Collector
+from .finished import FinishedBlocks, job_of
 from .fisher import importance_of
 from .learn import Block, Learned, inner_name, learn
 from .nets import Nets, on_device
@@ -54,7 +55,7 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
     seed: int = 0,
     device: str | torch.device | None = None,
     memory: int = MEMORY,
-    checkpoint: str | Path | None = None,
+    store: str | Path | Store | None = None,
     progress: Progress | None = None,
     finished: Callable[[BlockReport], None] | None = None,
 ) -> nn.Module:
@@ -76,46 +77,51 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
     parameters along. Where the plan quantizes activations, each layer's input gets a range that is learned along and
     stays in the result (`input_ranges`). seed: the same gives the same model, whatever was interrupted. device: where
     blocks are learned, by default where the model is. memory: bytes of cached inputs and outputs; more go to disk.
-    checkpoint: a folder for finished blocks; the same call goes on there, and the folder stays. progress: called with
+    store: where finished blocks are kept, so that the same call goes on there: a file's path, which is there until the
+    model is returned, or an open `Store`, which is there until its block ends. progress: called with
     (block, steps done, steps in all); finished: with each block's BlockReport.
 
     A block that learning makes no better than rounding to nearest keeps that. Embeddings are rounded to nearest, and so
     are weights shared with one. The model itself is unchanged.
 
     Raises SettingError (arguments, a model in training mode, inputs it does not run on, a block that no batch reaches
-    or whose inputs cannot be captured, a loss that is NaN, naming the block; a checkpoint of another job),
+    or whose inputs cannot be captured, a loss that is NaN, naming the block; a store of another job),
     MismatchError (a plan for another model), WeightError and SourceError (a disk that is full); finished blocks stay
-    in the checkpoint.
+    in the store.
     """
     named = tuple(blocks) if isinstance(blocks, list | tuple) else (blocks,)
     settings = Settings(
         blocks=named, steps=steps, batch_size=batch_size, lr=usual_lr(steps) if lr is None else lr,
         loss=loss, regulariser=regulariser, mix=mix, correct=correct, tune=tune, seed=seed,
     )  # fmt: skip
-    given = _checked(model, plan, batches, memory, checkpoint)
+    given = _checked(model, plan, batches, memory)
     _check_callbacks(progress, finished)
     home = _device_of(model)
     place = checked_device(device, dtype=torch.float32) or home
-    kept = None
-    if checkpoint is not None:
-        kept = Checkpoint(Path(checkpoint), job_of(model, plan, given, settings, place))
-    nets = Nets.of(model, plan, given, settings, place)
-    if kept is not None:
-        kept.begin()
-    job = _Job(nets, given, settings, memory, kept)
-    total = settings.steps * len(nets.units)
+    with opened(store) as kept:
+        blocks_kept = None
+        if kept is not None:
+            blocks_kept = FinishedBlocks(kept.job("reconstruct", job_of(model, plan, given, settings, place)))
+        nets = Nets.of(model, plan, given, settings, place)
+        _reconstruct(_Job(nets, given, settings, memory, blocks_kept), progress, finished)
+    known = dict(model.named_parameters())
+    for name, parameter in nets.rough.named_parameters():  # a bias may be new
+        parameter.requires_grad_(known[name].requires_grad if name in known else bool(known))
+    return nets.rough.to(home)
+
+
+def _reconstruct(job: "_Job", progress: Progress | None, finished: Callable[[BlockReport], None] | None) -> None:
+    """Every unit of the nets, in their order."""
+    nets, steps = job.nets, job.settings.steps
+    total = steps * len(nets.units)
     with evaluating(nets.exact), evaluating(nets.rough):
         for position, name in enumerate(nets.units):
-            report = job.reconstruct(position, name, _words(progress, name, position * settings.steps, total))
+            report = job.reconstruct(position, name, _words(progress, name, position * steps, total))
             if finished is not None:
                 finished(report)
     nets.restore_buffers()
     if progress is not None:
         progress("", total, total)
-    known = dict(model.named_parameters())
-    for name, parameter in nets.rough.named_parameters():  # a bias may be new
-        parameter.requires_grad_(known[name].requires_grad if name in known else bool(known))
-    return nets.rough.to(home)
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,12 @@ class _Job:
     batches: list[Any]
     settings: Settings
     memory: int
-    checkpoint: Checkpoint | None
+    finished: FinishedBlocks | None
 
     def reconstruct(self, position: int, name: str, said: Callable[[int], None]) -> BlockReport:
         """One unit, learned or read back."""
         self.nets.quantize_inputs(name)
-        stored = self.checkpoint.read(position, name) if self.checkpoint is not None else None
+        stored = self.finished.read(position, name) if self.finished is not None else None
         if stored is not None:
             tensors, report = stored
             self.nets.put(tensors)
@@ -139,8 +145,7 @@ class _Job:
         start = time.perf_counter()
         # Of its own, so that a run that was interrupted before this unit goes on alike.
         generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + position) % (1 << 63))
-        folder = self.checkpoint.folder if self.checkpoint is not None else None
-        with Cache(self.memory, folder) as cache:
+        with self._cache() as cache:
             samples = self._collect(name, cache, generator)
             block = self._block(name, samples)
             learned = learn(block, samples, self.settings, generator, said)
@@ -152,9 +157,15 @@ class _Job:
             name, self.nets.units[name], learned.nearest, learned.learned, learned.changed, weights,
             time.perf_counter() - start,
         )  # fmt: skip
-        if self.checkpoint is not None:
-            self.checkpoint.write(position, tensors, report)
+        if self.finished is not None:
+            self.finished.write(position, tensors, report)
         return report
+
+    def _cache(self) -> Cache:
+        """What does not stay in memory goes beside the store, which there is room for, or to the system's place."""
+        if self.finished is None:
+            return Cache(self.memory)
+        return Cache(self.memory, self.finished.folder, self.finished.cache_name)
 
     def _collect(self, name: str, cache: Cache, generator: torch.Generator) -> Samples:
         """The unit's inputs and targets on every batch. Raises SettingError where the nets call it differently."""
@@ -225,7 +236,7 @@ def _words(progress: Progress | None, name: str, done: int, total: int) -> Calla
     return lambda step: progress(name, done + step, total) if progress is not None else None
 
 
-def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int, checkpoint: object) -> list[Any]:
+def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) -> list[Any]:
     if not isinstance(plan, Plan) or not isinstance(model, nn.Module):
         raise SettingError(
             f"reconstruct: takes a module, a Plan and batches, not a {type(model).__name__} and a {type(plan).__name__}"
@@ -240,8 +251,6 @@ def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int, 
             f"model: {training!r} is in training mode, and would be reconstructed with dropout and batch statistics; "
             "call model.eval() first"
         )
-    if checkpoint is not None and not isinstance(checkpoint, str | Path):
-        raise SettingError(f"checkpoint: {checkpoint!r:.60} is not allowed; a folder's path")
     given = checked_batches(batches)
     empty = next((position for position, batch in enumerate(given) if not sample_count(batch)), None)
     if empty is not None:

@@ -13,18 +13,18 @@ from torch import Tensor
 from ..errors import SourceError
 
 IMAGES = 4  # dimensions
-CACHE = "mpq-cache-"  # how folders of cached tensors begin
+CACHE = "cache-"  # how folders of cached tensors are named
 
 
 class Cache:
     """Rows of several columns, appended batch by batch; `memory` bytes of them all stay in memory.
 
-    folder: where files go, a temporary one inside it; by default the system's. A context manager, at whose end the
-    files are gone; tensors of it live on until they are let go.
+    folder: where files go, in a temporary one inside it whose name begins with `name`; by default the system's. A
+    context manager, at whose end the files are gone; tensors of it live on until they are let go.
     """
 
-    def __init__(self, memory: int, folder: Path | None = None) -> None:
-        self._left, self._parent = memory, folder
+    def __init__(self, memory: int, folder: Path | None = None, name: str = f"mpq-{CACHE}") -> None:
+        self._left, self._parent, self._name = memory, folder, name
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
 
@@ -59,7 +59,7 @@ class Cache:
         """A name for a file of a column."""
         if self._folder is None:
             try:
-                self._folder = tempfile.TemporaryDirectory(prefix=CACHE, dir=self._parent)
+                self._folder = tempfile.TemporaryDirectory(prefix=self._name, dir=self._parent)
             except OSError as error:
                 raise SourceError(
                     f"{self._parent or tempfile.gettempdir()}: cannot keep the blocks' inputs there ({error.strerror})"
@@ -125,5 +125,5 @@ class Column:
         except OSError as error:
             raise SourceError(
                 f"{self._file.parent}: cannot keep the blocks' inputs there ({error.strerror}); give a folder with "
-                "more room (TMPDIR, or checkpoint=), fewer batches, or more memory="
+                "more room (TMPDIR, or store=), fewer batches, or more memory="
             ) from error

@@ -3,16 +3,17 @@
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import load_lazily, load_torch, storage_identity
+from ..checkpoints.checkpoint import Checkpoint, load_lazily, load_torch, read_checkpoint, storage_identity
 from ..checkpoints.readers import StoredTensor, read_header, safetensors_tensors
 from ..checkpoints.shards import weight_files
-from ..checkpoints.state_dicts import TOP, chosen_state_dict
+from ..checkpoints.state_dicts import StateDict, chosen_state_dict
 from ..checkpoints.torch_files import refuse_expanded
 from ..common.files import atomic_directory, atomic_path, unchanged
 from ..common.progress import Progress
@@ -26,7 +27,7 @@ from .match import Match, match
 from .planned_tensors import PlannedTensors
 
 
-def rewrite(
+def rewrite(  # noqa: PLR0913  # each option is what one caller knows
     source: Path,
     plan: Plan,
     target: Path,
@@ -35,17 +36,21 @@ def rewrite(
     corrected: Mapping[str, Tensor] | None = None,
     model: nn.Module | None = None,
     weights: str | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Match:
     """Write `source` with the plan's weights to `target`: a file as a file, a sharded directory as a directory.
 
     Everything else in the checkpoint (biases, norms, skipped layers, other sets of weights, metadata, a directory's
     other files) is carried over, but for what `corrected` replaces by name (see correct.py). model: the module whose
     checkpoint it is, which says what of it are layers where the plan does not; weights: the key of the set that is
-    meant, where it is not the one the plan was made from. Returns how the plan fits. Raises MismatchError for a plan
+    meant, where it is not the one the plan was made from; checkpoint: the source's own, where it has been read whole.
+    Returns how the plan fits. Raises MismatchError for a plan
     made for another model, SettingError for a target of another format or weights that cannot be written as they are
     stored, SourceError where reading or writing fails; nothing is left half written.
     """
-    fit = match(plan, source, model=model, key=weights)
+    with unchanged(source):
+        checkpoint = checkpoint or read_checkpoint(source, weights, prefer=plan.weights, whole=True)
+        fit = match(plan, source, model=model, checkpoint=checkpoint)
     own = fit.require(str(source))
     require_unscaled(fit)
     _check_target(source, target)
@@ -59,7 +64,8 @@ def rewrite(
             quantizer.finish()
     else:
         with atomic_path(target) as temporary, unchanged(source):
-            _rewrite_torch(source, temporary, quantizer, fit.found.key or TOP)
+            assert checkpoint.chosen is not None, "a torch checkpoint that was not read whole"
+            _rewrite_torch(source, temporary, quantizer, checkpoint.content, checkpoint.chosen)
             quantizer.finish()
     return fit
 
@@ -156,11 +162,14 @@ def _values(source: Path, name: str, stored: StoredTensor) -> Tensor:
 
 
 def _rewrite_torch(
-    source: Path, target: Path, quantizer: _Quantizer, key: str | None, names: Mapping[str, str] | None = None
+    source: Path,
+    target: Path,
+    quantizer: _Quantizer,
+    content: Any,
+    chosen: StateDict,
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """key: of the set of weights, where one is meant; names: what the model calls tensors, of a shard."""
-    content = load_torch(source)
-    chosen = chosen_state_dict(content, source, key)
+    """content: all of the file, and of it `chosen`, the weights; names: what the model calls tensors, of a shard."""
     state, tensors = chosen.state, chosen.tensors
     names = names or bare_names({name: tensor.shape for name, tensor in tensors.items()})
     identities = {name: storage_identity(name, tensor) for name, tensor in tensors.items()}
@@ -186,7 +195,9 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
             if shard.endswith(".safetensors"):
                 _rewrite_safetensors(source / shard, temporary / shard, quantizer, names)
             else:
-                _rewrite_torch(source / shard, temporary / shard, quantizer, None, names)
+                content = load_torch(source / shard)
+                chosen = chosen_state_dict(content, source / shard)
+                _rewrite_torch(source / shard, temporary / shard, quantizer, content, chosen, names)
         quantizer.finish()
         _copy_others(source, temporary, {*shards})
         temporary.chmod(source.stat().st_mode & 0o777)

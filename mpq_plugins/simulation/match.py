@@ -44,7 +44,7 @@ class Match:
         return self.plan
 
 
-def match(
+def match(  # noqa: PLR0913  # each option is what one caller knows
     plan: Plan,
     source: nn.Module | str | Path,
     *,
@@ -52,17 +52,21 @@ def match(
     rewrapped: bool = False,
     key: str | None = None,
     model: nn.Module | None = None,
+    checkpoint: Checkpoint | None = None,
     traced: Traced | None = None,
 ) -> Match:
     """Compare a plan with the layers of a module or checkpoint, and on request with its weights (read once).
 
     rewrapped: whether a module may be wrapped otherwise than the plan's was (DataParallel, torch.compile), so that the
     plan to use is the match's; of a checkpoint that is always so. key: of a torch checkpoint, the weights that are
-    meant, where they are not those the plan was made from. model: the module whose checkpoint the source is. traced:
-    the source, a module, as torch.fx sees it, where that is known. Raises SourceError where the source cannot be read.
+    meant, where they are not those the plan was made from. model: the module whose checkpoint the source is;
+    checkpoint: the source's own, where it has been read. traced: the source, a module, as torch.fx sees it, where that
+    is known. Raises SourceError where the source cannot be read.
     """
     with unchanged(source):
-        return _compared(plan, source, weights, rewrapped, key, model, traced)
+        if checkpoint is None and not isinstance(source, nn.Module):
+            checkpoint = read_checkpoint(Path(source), key, prefer=plan.weights)
+        return _compared(plan, source, weights, rewrapped, checkpoint, model, traced)
 
 
 def _compared(
@@ -70,18 +74,17 @@ def _compared(
     source: nn.Module | str | Path,
     weights: bool,
     rewrapped: bool,
-    key: str | None,
+    checkpoint: Checkpoint | None,
     model: nn.Module | None,
     traced: Traced | None,
 ) -> Match:
-    checkpoint = None
     if isinstance(source, nn.Module):
         found = weights_of_module(traced or Traced(source), fold_bn=plan.fold_bn, refuse=False)
         everything = [name for name, _ in source.named_modules(remove_duplicate=False)]
         own = as_called(plan, [name for weight in found for name in weight.names]) if rewrapped else plan
         remedy = ""
     else:
-        checkpoint = read_checkpoint(Path(source), key, prefer=plan.weights)
+        assert checkpoint is not None, "a file that was not read"
         own = as_called(plan, could_be_layers(checkpoint))
         known = _known(own)
         if model is not None:

@@ -28,6 +28,7 @@ from tests.conftest import Ran
 from tests.helpers import outsider
 from tests.helpers.checkpoints import harmful
 from tests.helpers.nets import conv_net, tied_net
+from tests.helpers.stores import has_units
 
 Mpq = Callable[..., Ran]
 
@@ -344,7 +345,7 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
                "-o", str(tmp_path / "out.mpqt")]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
-    while not (tmp_path / "out.mpqt.measure.partial").exists() and time.monotonic() < end:
+    while not has_units(tmp_path / "out.mpqt.partial") and time.monotonic() < end:
         time.sleep(0.05)  # a first unit is finished: well before the end of some 100 million weights
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -353,5 +354,5 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     assert "what is finished is kept in" in kept
     assert said == "mpq: interrupted; nothing half written"
     assert (tmp_path / "out.mpqt").read_text() == "old"
-    names = ["net.safetensors", "out.mpqt", "out.mpqt.measure.partial"]
+    names = ["net.safetensors", "out.mpqt", "out.mpqt.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names

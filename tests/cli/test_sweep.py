@@ -164,7 +164,7 @@ def test_another_model_or_evaluation_does_not_go_on_with_the_rows(
     for source, evaluation in ((f"{HERE}:shifted_net", "score"), (f"{HERE}:net", "moves_away")):
         ran = mpq("sweep", source, *words, "--eval", f"{HERE}:{evaluation}")
         assert ran.code == 2
-        assert "holds finished rows of another job (another model or evaluation); remove it" in ran.err
+        assert "out.csv.partial: holds what another job finished (it differs in " in ran.err
         assert (tmp_path / "out.csv.partial").read_bytes() == kept
 
 

@@ -1,12 +1,13 @@
 """Who measures, as the command line asks for it."""
 
 import socket
+import sqlite3
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mpq_plugins import Store, measure
 from mpq_plugins.cli import workers as cli_workers
 from tests.conftest import Ran
 
@@ -160,15 +162,31 @@ def test_a_device_that_is_none(source: Path, tmp_path: Path, mpq: Callable[..., 
     assert sorted(tmp_path.iterdir()) == [source]
 
 
-def test_a_partial_file_of_another_measurement_is_said_and_the_table_is_right(
-    source: Path, tmp_path: Path, mpq: Callable[..., Ran]
+@pytest.mark.parametrize("command", [("measure", "-o"), ("plan", "--table"), ("sweep", "--table")])
+def test_what_an_earlier_version_left_beside_the_table_is_refused(
+    source: Path, tmp_path: Path, mpq: Callable[..., Ran], command: tuple[str, str]
 ) -> None:
+    left = tmp_path / "t.mpqt.measure.partial"
+    left.write_text("mpq-partial 1\nof something else\n")
+    ran = mpq(command[0], source, command[1], tmp_path / "t.mpqt")
+    refused(ran, "t.mpqt.measure.partial: is a partial file of a measurement that an earlier mpq-plugins left")
+    assert ran.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == sorted([source, left])
+
+
+def test_a_damaged_store_is_said_and_the_table_is_right(source: Path, tmp_path: Path, mpq: Callable[..., Ran]) -> None:
     assert mpq("measure", source, "-o", tmp_path / "plain.mpqt").code == 0
-    (tmp_path / "t.mpqt.measure.partial").write_text("mpq-partial 1\nof something else\n")
+    left = tmp_path / "t.mpqt.partial"
+    with suppress(KeyboardInterrupt), Store(left) as store:
+        measure(source, store=store)
+        raise KeyboardInterrupt
+    with closing(sqlite3.connect(left)) as connection:
+        connection.execute("UPDATE unit SET data = zeroblob(9) WHERE id = 1")
+        connection.commit()
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # as where the command is run
         ran = mpq("measure", source, "-o", tmp_path / "t.mpqt")
     assert ran.code == 0
-    assert "t.mpqt.measure.partial: is of another measurement" in " ".join(ran.err.split())
+    assert "t.mpqt.partial: is damaged; " in " ".join(ran.err.split())
     assert (tmp_path / "t.mpqt").read_bytes() == (tmp_path / "plain.mpqt").read_bytes()
-    assert not (tmp_path / "t.mpqt.measure.partial").exists()
+    assert not left.exists()

@@ -13,7 +13,6 @@ from torch import nn
 
 from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measure
 from mpq_plugins.allocation.objective import plan_error
-from mpq_plugins.common.journal import Journal
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.evaluation.sweep import SweepRow, mark_pareto, sweep
 from tests.helpers.nets import conv_net
@@ -92,10 +91,11 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     table = measure(net, PER_CHANNEL, per_channel=True)
     plans = [PTILMPQ(alpha=k / 4)(table) for k in range(5)]
     with pytest.raises(KeyboardInterrupt):
-        sweep(table, plans, net, Counting(stop_at=3), journal=Journal(tmp_path / "j", {}))
+        sweep(table, plans, net, Counting(stop_at=3), store=tmp_path / "rows.partial")
     rest = Counting()
-    resumed = sweep(table, plans, net, rest, journal=Journal(tmp_path / "j", {}))
+    resumed = sweep(table, plans, net, rest, store=tmp_path / "rows.partial")
     assert rest.calls == 3
+    assert list(tmp_path.iterdir()) == []
     whole = sweep(table, plans, net, Counting())
     for one, other in zip(resumed, whole, strict=True):
         assert one.scores["score"] == other.scores["score"]

@@ -146,12 +146,8 @@ def _partials(arguments: Sequence[str], seeds: Path, folder: Path, rng: random.R
     """What an earlier run left, at times, whole or not."""
     for output in {"out.csv", "out.mpqt"} & {*arguments}:
         if rng.random() < 0.3:
-            name, left = (
-                ("rows.partial", f"{output}.partial")
-                if output == "out.csv"
-                else ("record.partial", f"{output}.measure.partial")
-            )
-            shutil.copyfile(seeds / name, folder / left)
+            left = f"{output}.partial"
+            shutil.copyfile(seeds / ("store.partial" if rng.random() < 0.8 else "old.partial"), folder / left)
             if rng.random() < 0.7:
                 tamper(folder / left, rng)
 

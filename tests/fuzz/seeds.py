@@ -3,16 +3,15 @@
 import json
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from mpq_plugins import Affine, Codebook, MixQuant, Piecewise, Plan, Uniform, compress, measure
+from mpq_plugins import Affine, Codebook, MixQuant, Piecewise, Plan, Store, Uniform, compress, measure
 from mpq_plugins.allocation.ptilmpq import PTILMPQ
-from mpq_plugins.common.journal import Journal
-from mpq_plugins.common.record import Record
 from tests.helpers.checkpoints import sharded
 
 from .odd import NAMES, damaged, json_bytes, odd_value, tampered
@@ -54,11 +53,11 @@ def make(folder: Path) -> None:
     for name in ("plan", "parts", "book"):
         compress(folder / "net.safetensors", Plan.load(folder / f"{name}.json"), folder / f"{name}.mpq")
     (folder / "latency.json").write_text(json.dumps({layer: {"4": 0.1, "8": 0.2} for layer in ("conv", "fc", "embed")}))
-    journal = Journal(folder / "rows.partial", {"evaluation": "e"})
-    journal.add("a", {"score": 0.5})
-    record = Record(folder / "record.partial", "job")
-    record.add("conv", {"mse": torch.ones(2).double().numpy()})
-    record.close()
+    with suppress(KeyboardInterrupt), Store(folder / "store.partial") as store:
+        store.job("sweep", {"evaluation": "e"}).add_row("a", {"score": 0.5})
+        store.job("measure", {"weights": "w"}).add_arrays("conv", {"mse": torch.ones(2).double().numpy()})
+        raise KeyboardInterrupt  # or it would go
+    (folder / "old.partial").write_bytes(b"mpq-partial 1\njob\n")
 
 
 def tamper(path: Path, rng: random.Random) -> None:

@@ -16,6 +16,7 @@ from mpq_plugins.checkpoints.shards import INDEX_NAME
 from mpq_plugins.quantization.quantize import fake_quantize
 from tests.benchmarks import llm
 from tests.conftest import Ran
+from tests.helpers.stores import has_units
 
 OPTIONS = ("--granularity", "per_channel", "--range", "mse", "--bits", "2-8", "--per-channel-errors")
 SKIP = ("--skip", "role:embeddings", "--skip", "role:lm_head", "--skip", "role:routers")
@@ -34,7 +35,7 @@ def killed_in_the_middle(arguments: list[str], partial: Path) -> None:
     """Start it, and send SIGKILL once a unit is recorded."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+        while process.poll() is None and not has_units(partial):
             time.sleep(0.001)
     finally:
         process.kill()
@@ -46,7 +47,7 @@ def test_a_measurement_killed_goes_on_to_the_same_bytes(
 ) -> None:
     whole, table = tmp_path / "whole.mpqt", tmp_path / "killed.mpqt"
     assert mpq("measure", checkpoint, *OPTIONS, "-o", whole).code == 0
-    partial = tmp_path / "killed.mpqt.measure.partial"
+    partial = tmp_path / "killed.mpqt.partial"
     killed_in_the_middle(command(checkpoint, *OPTIONS, "-o", table, "--workers", 1), partial)
     assert partial.exists()
     assert not table.exists()

@@ -628,7 +628,7 @@ def test_positions_of_a_language_model_count_as_one_sample() -> None:
         np.testing.assert_allclose(thrice[name], row, rtol=1e-5)
 
 
-# ---- seeds, tables, journals
+# ---- seeds, tables, stores
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -751,14 +751,14 @@ def evaluations(fails_at: int = 0, **options: Any) -> tuple[LayerTable | None, i
 @pytest.mark.parametrize("kind", ["kl", "distance"])
 @pytest.mark.parametrize("fails_at", [1, 2, 6, 8, 13, 20, 22, 26])
 def test_an_interrupted_measurement_goes_on(kind: str, fails_at: int, tmp_path: Path) -> None:
-    journal = tmp_path / "net.partial"
+    place = tmp_path / "net.partial"
     expected, whole = evaluations(kind=kind)
     assert expected is not None
     assert whole == 2 * (1 + 3 * len(BITS)) + 3 * 2  # each layer's first re-run is held against a whole run
-    assert evaluations(fails_at, kind=kind, journal=journal) == (None, fails_at)
+    assert evaluations(fails_at, kind=kind, store=place) == (None, fails_at)
     finished = [call for call in (6, 11, 16, 20, 23, 26) if call < fails_at]  # the calls that end a layer's row
-    assert journal.exists() == bool(finished)
-    again, rest = evaluations(kind=kind, journal=journal)
+    assert place.exists() == bool(finished)
+    again, rest = evaluations(kind=kind, store=place)
     assert again is not None
     assert rows_of(again, kind) == rows_of(expected, kind)
     assert rest < whole or not finished
@@ -768,16 +768,15 @@ def test_an_interrupted_measurement_goes_on(kind: str, fails_at: int, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_measurement_leaves_no_journal_for_kinds_without_one(tmp_path: Path) -> None:
+def test_a_finished_measurement_leaves_no_store_for_kinds_without_one(tmp_path: Path) -> None:
     for kind in ("output_mse", "fisher"):
-        sensitivity(chain(), table_of(chain()), kind, [ROWS], journal=tmp_path / "net.partial")
+        sensitivity(chain(), table_of(chain()), kind, [ROWS], store=tmp_path / "net.partial")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"kind": "distance"},
         {"seed": 1},
         {"batches": [ROWS]},
         {"batches": [row + 1e-6 for row in ROWS.split(6)]},
@@ -787,31 +786,44 @@ def test_a_finished_measurement_leaves_no_journal_for_kinds_without_one(tmp_path
         {"table": table_of(chain(), Affine(granularity="per_channel", symmetric=True))},
     ],
 )
-def test_another_jobs_journal_is_refused_and_kept(other: dict[str, Any], tmp_path: Path) -> None:
-    journal = tmp_path / "net.partial"
-    assert evaluations(12, kind="kl", journal=journal)[0] is None
-    before = journal.read_bytes()
+def test_another_jobs_store_is_refused_and_kept(other: dict[str, Any], tmp_path: Path) -> None:
+    place = tmp_path / "net.partial"
+    assert evaluations(12, kind="kl", store=place)[0] is None
+    before = place.read_bytes()
     CALLS[:] = [0, 0]
     same: dict[str, Any] = {
         "table": table_of(chain()),
         "kind": "kl",
         "batches": ROWS.split(6),
         "output": failing,
-        "journal": journal,
+        "store": place,
     }
-    with pytest.raises(SettingError, match="holds finished rows of another job"):
+    with pytest.raises(SettingError, match="holds what another job finished"):
         sensitivity(chain(), **(same | other))
     changed = chain()
     with torch.no_grad():
         changed[4].bias.add_(1)  # type: ignore[operator]
-    with pytest.raises(SettingError, match="holds finished rows of another job"):
+    with pytest.raises(SettingError, match="holds what another job finished"):
         sensitivity(changed, **same)
     assert CALLS[0] == 0
-    assert journal.read_bytes() == before
-    journal.write_text("my notes\n")
-    with pytest.raises(SettingError, match="is in the way, and no journal of ours"):
+    assert place.read_bytes() == before
+    place.write_text("my notes\n")
+    with pytest.raises(SettingError, match="is in the way, and no store of finished work"):
         sensitivity(chain(), **same)
-    assert journal.read_text() == "my notes\n"
+    assert place.read_text() == "my notes\n"
+
+
+def test_another_kind_keeps_its_own_in_the_same_store(tmp_path: Path) -> None:
+    place = tmp_path / "net.partial"
+    expected, _ = evaluations(kind="kl")
+    assert evaluations(12, kind="kl", store=place)[0] is None
+    assert evaluations(kind="distance", store=place)[0] is not None
+    again, rest = evaluations(kind="kl", store=place)
+    assert expected is not None
+    assert again is not None
+    assert rows_of(again, "kl") == rows_of(expected, "kl")
+    assert rest < evaluations(kind="kl")[1]
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- ranges fitted to inputs

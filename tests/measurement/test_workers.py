@@ -21,7 +21,7 @@ from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, Weight
 from mpq_plugins.measurement import measure as run
 from mpq_plugins.measurement import units
 from mpq_plugins.measurement import workers as workers_module
-from mpq_plugins.measurement.error import Request, unit_sums
+from mpq_plugins.measurement.error import UnitRequest, unit_sums
 from mpq_plugins.measurement.units import cut
 from mpq_plugins.measurement.workers import Call, Workers
 from mpq_plugins.plans.scheme import Scheme
@@ -310,7 +310,7 @@ def test_workers_that_say_nothing_are_asked_after_once(monkeypatch: pytest.Monke
 
 def test_a_worker_with_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     (weight,) = find_weights(torch.nn.Linear(4, 4))
-    request = Request(Affine(), (4,), ("mse",), False, "numba 0.1 on another processor")
+    request = UnitRequest(Affine(), (4,), ("mse",), False, "numba 0.1 on another processor")
     with pytest.raises(WorkerError, match=r"a worker measures with .*, and this process with numba 0\.1 on another"):
         unit_sums([weight], request)
 

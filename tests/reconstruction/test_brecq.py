@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("settings", [{}, {"tune": "norms", "mix": 0.3, "correct": True}])
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, settings: dict[str, Any]) -> None:
-    net, folder = resnet(), tmp_path / "finished"
+    net, place = resnet(), tmp_path / "out.partial"
     plan = plan_of(net)
     whole = learn(net, plan, **settings)
 
@@ -183,34 +184,51 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, settings:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        learn(net, plan, steps=80, checkpoint=folder, progress=stop, **settings)
-    interrupted = copy.deepcopy(sorted(folder.iterdir()))
+        learn(net, plan, steps=80, store=place, progress=stop, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     reports: list[BlockReport] = []
-    resumed = learn(net, plan, steps=80, checkpoint=folder, finished=reports.append, **settings)
+    with suppress(StoppedError), mpq.Store(place) as store:
+        resumed = learn(net, plan, steps=80, store=store, finished=reports.append, **settings)
+        raise StoppedError  # before the model is saved
     assert [report.resumed for report in reports] == [True, True, False, False]
-    assert set(interrupted) < set(folder.iterdir())
     assert same(resumed, learn(net, plan, steps=80, **settings))
     assert not same(resumed, whole)
-    again = learn(net, plan, steps=80, checkpoint=folder, **settings)
+    again = learn(net, plan, steps=80, store=place, finished=reports.append, **settings)
+    assert [report.resumed for report in reports[4:]] == [True] * 4
     assert same(again, resumed)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
+def left_by(place: Path, net: nn.Module, plan: mpq.Plan) -> Path:
+    """A store that a run left which was interrupted before its result was saved."""
+    with suppress(StoppedError), mpq.Store(place) as store:
+        learn(net, plan, steps=2, store=store)
+        raise StoppedError
+    return place
+
+
+def test_a_store_of_another_job_is_refused(tmp_path: Path) -> None:
     net = resnet()
-    learn(net, plan_of(net), steps=2, checkpoint=tmp_path / "own")
-    for changed in ({"steps": 3}, {"seed": 1}, {"batches": inputs(3)}):
-        with pytest.raises(SettingError, match="holds blocks of another job"):
-            learn(net, plan_of(net), **{"steps": 2, "checkpoint": tmp_path / "own"} | changed)  # type: ignore[arg-type]
-    with pytest.raises(SettingError, match="holds blocks of another job"):
-        learn(net, plan_of(net, 3), steps=2, checkpoint=tmp_path / "own")
+    place = left_by(tmp_path / "out.partial", net, plan_of(net))
+    for changed, fact in (({"steps": 3}, "settings"), ({"seed": 1}, "settings"), ({"batches": inputs(3)}, "batches")):
+        with pytest.raises(SettingError, match=rf"holds what another job finished \(it differs in {fact}\)"):
+            learn(net, plan_of(net), **{"steps": 2, "store": place} | changed)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"holds what another job finished \(it differs in plan\)"):
+        learn(net, plan_of(net, 3), steps=2, store=place)
 
 
 def test_what_spills_to_disk_changes_nothing(tmp_path: Path) -> None:
     net = resnet()
     plan = plan_of(net)
-    spilled = learn(net, plan, memory=0, mix=0.5, checkpoint=tmp_path / "own")
+    seen: set[str] = set()
+
+    def look(name: str, done: int, total: int) -> None:
+        seen.update(path.name.partition("-cache-")[0] for path in tmp_path.iterdir() if path.is_dir())
+
+    spilled = learn(net, plan, memory=0, mix=0.5, store=tmp_path / "out.partial", progress=look)
     assert same(spilled, learn(net, plan, mix=0.5))
-    assert not [path for path in (tmp_path / "own").iterdir() if path.is_dir()]
+    assert seen == {"out.partial"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_counts_all_steps() -> None:
@@ -362,10 +380,9 @@ def test_a_loss_that_is_nan_names_its_block_and_keeps_the_others(tmp_path: Path)
     with torch.no_grad():
         net.get_parameter("blocks.1.bn1.bias")[0] = 1e30
     with pytest.raises((SettingError, WeightError), match=r"block 'blocks\.1'"):
-        learn(net, plan, checkpoint=tmp_path / "own")
-    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == [
-        "00000.safetensors", "00001.safetensors", "job.json",
-    ]  # fmt: skip
+        learn(net, plan, store=tmp_path / "out.partial")
+    with mpq.Store(tmp_path / "out.partial") as store:
+        assert len(store) == 2
 
 
 @pytest.mark.parametrize(
@@ -451,9 +468,9 @@ def test_another_architecture_with_the_same_weights_is_another_job(tmp_path: Pat
     first, second = resnet(), resnet()
     second.blocks[0].conv1.padding_mode = "circular"  # type: ignore[union-attr]
     plan = plan_of(first)
-    learn(first, plan, steps=2, checkpoint=tmp_path / "own")
-    with pytest.raises(SettingError, match="holds blocks of another job"):
-        learn(second, plan, steps=2, checkpoint=tmp_path / "own")
+    place = left_by(tmp_path / "out.partial", first, plan)
+    with pytest.raises(SettingError, match=r"holds what another job finished \(it differs in architecture\)"):
+        learn(second, plan, steps=2, store=place)
 
 
 def test_a_parameter_with_an_earlier_name_and_a_shared_norm_are_set() -> None:

@@ -44,6 +44,7 @@ def apply(
     as_json: bool,
 ) -> None:
     """Write CHECKPOINT with fake-quantized weights, in its own format."""
+    from ...checkpoints.checkpoint import read_checkpoint
     from ...plans.plan import Plan
     from ...report.progress import progress_bar
     from ...simulation.checkpoint import rewrite
@@ -60,11 +61,12 @@ def apply(
     if inputs is not None and model_factory is None:
         raise click.UsageError("a correction runs the checkpoint's model: give --model too")
     model = make_module(model_factory) if model_factory is not None else None
+    stored = read_checkpoint(checkpoint, weights, prefer=loaded.weights, whole=True)
     corrected = {}
     if inputs is not None and model is not None:
-        corrected = dict(corrected_tensors(checkpoint, loaded, model, str(model_factory), inputs, weights))
+        corrected = dict(corrected_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), inputs))
     with progress_bar("quantizing") as progress:
-        fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, weights=weights)
+        fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, checkpoint=stored)
     if fit.found.key is not None:
         say(f"weights: those under {fit.found.key!r}; others in the file are as they were")
     if loaded.activation_bits is not None:

@@ -61,7 +61,7 @@ def check(
     check_output(output, plan_file, source)
     claim(output)
     plan = Plan.load(plan_file)
-    resolved = resolve_source(source)
+    resolved = resolve_source(source).weights
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None

@@ -62,16 +62,16 @@ def measure(
 ) -> None:
     """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs.
 
-    With -o, what is finished is kept in FILE.measure.partial until the table is written: interrupted or killed, the
+    With -o, what is finished is kept in FILE.partial until the table is written: interrupted or killed, the
     same command goes on from there.
     """
     from ...allocation.contract import Needs
+    from ...common.store import Store
     from ...report.console import console
     from ...report.tables import measurement_table
     from ..calibration import check_sensitivities, with_sensitivities
-    from ..measuring import measure_now
+    from ..measuring import kept_beside, measure_now
     from ..output import check_output
-    from ..partial import partial_file, save_measured
     from ..request import Request
     from ..sources import resolve_source
     from ..workers import chosen_executor
@@ -80,30 +80,32 @@ def measure(
         raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     inputs = (source, calibration, output_function)
     check_output(output, *inputs)
-    journal = partial_file(output)
-    check_output(journal, *inputs)
+    if output is not None:
+        check_output(Store.beside(output).path, *inputs)
     claim(output)
     needs = Needs(bits, metrics, per_channel_errors)
-    resolved = resolve_source(source)
+    given = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):
         raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
     if output_function is not None and not sensitivities:
         raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
     if sensitivities:
-        check_sensitivities(resolved, sensitivities)
-    with chosen_executor(workers, dask) as executor:
-        table = measure_now(
-            resolved,
-            needs,
-            Request(**request_values(options)),
-            input_shape,
-            journal=journal,
-            executor=executor,
-            device=device,
-        )
-    if calibration is not None:
-        table = with_sensitivities(table, resolved, sensitivities, calibration, output_function, output)
-    save_measured(table, output)
+        check_sensitivities(given.weights, sensitivities)
+    with kept_beside(output) as store:
+        with chosen_executor(workers, dask) as executor:
+            table = measure_now(
+                given,
+                needs,
+                Request(**request_values(options)),
+                input_shape,
+                store=store,
+                executor=executor,
+                device=device,
+            )
+        if calibration is not None:
+            table = with_sensitivities(table, given.weights, sensitivities, calibration, output_function, store)
+        if output is not None:
+            table.save(output)
     if as_json:
         print_json(
             {

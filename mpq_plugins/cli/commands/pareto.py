@@ -61,9 +61,7 @@ def pareto(
     from ...errors import SettingError
     from ...evaluation.pareto import pareto as plans_within
     from ...evaluation.sweep import sweep as run
-    from ...models.fingerprint import batches_digest
     from ...plans.stats import METRICS
-    from ...plans.table_file import is_table
     from ...report.progress import progress_bar
     from ..calibration import calibration_batches
     from ..measuring import measured
@@ -75,17 +73,15 @@ def pareto(
     evaluate = named_function(evaluation) if evaluation is not None else None
     if calibration is not None and evaluate is None:
         raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")
-    given = source if is_table(Path(source)) else resolve_source(source)
+    given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
     scheme = Budget(average_bits=max(budgets)).needs.scheme
     metrics = tuple(dict.fromkeys(["mse", "relative", *(n for n in parts_of(sensitivity) if n in METRICS)]))
     granular = request.scheme(scheme).granularity != "per_tensor"
     needs = Needs(bits, metrics, granular, scheme)
     batches = calibration_batches(calibration) if calibration is not None else None
-    corrected_on = "" if batches is None else batches_digest(batches)
-    job = f"{evaluation} {calibration} {corrected_on}"
-    with resumable(files, model, job, evaluate) as journal:
-        table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
+    with resumable(files, model, evaluate, batches) as store:
+        table = measured(given, needs, request, cache if given.is_table else files.measurement)
         labelled = plans_within(table, budgets, sensitivity, bits)
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
         if model is not None:
@@ -99,7 +95,7 @@ def pareto(
                 series=series,
                 sensitivity=sensitivity,
                 calibrate=batches,
-                journal=journal,
+                store=store,
                 progress=progress,
             )
         write_rows(rows, files, title := f"{source}, {table.scheme}{', corrected' if batches is not None else ''}")

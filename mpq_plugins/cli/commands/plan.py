@@ -49,14 +49,13 @@ def plan(
     from dataclasses import replace
 
     from ...allocation.guard import compare, worse_text
-    from ...plans.table_file import is_table
     from ...report.console import console
     from ...report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
     from ..measuring import measured
     from ..output import check_output
     from ..plans import joint_needs, plan_files, plans_by, save_plans, untied
     from ..request import Request
-    from ..sources import named_files
+    from ..sources import named_files, resolve_source
 
     request = Request(**request_values(options))
     inputs = (source, *named_files(options))
@@ -66,9 +65,10 @@ def plan(
     assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
     needs = joint_needs(allocators)
-    if request.scheme(needs.scheme).granularity != "per_tensor" and not is_table(Path(source)):
+    given = resolve_source(source)
+    if request.scheme(needs.scheme).granularity != "per_tensor" and not given.is_table:
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
-    table = measured(source, needs, request, cache)
+    table = measured(given, needs, request, cache)
     plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
     files = plan_files(plans, output)
     for file in files:

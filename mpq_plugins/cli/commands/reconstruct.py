@@ -1,6 +1,5 @@
 """`mpq reconstruct`: a model's codes learned block by block under a plan, written as a checkpoint."""
 
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -86,9 +85,9 @@ def reconstruct(
     The result is a float checkpoint whose weights lie on the plan's grids: `mpq apply`, and every adapter, find the
     learned codes in it.
     """
+    from ...common.store import Store
     from ...plans.plan import Plan
     from ...reconstruction.brecq import reconstruct as learn
-    from ...reconstruction.checkpoint import JOB
     from ..calibration import calibration_batches
     from ..output import check_output
     from ..sources import make_module, named_function
@@ -103,21 +102,17 @@ def reconstruct(
     score = named_function(evaluation) if evaluation is not None else None
     plan = Plan.load(plan_file)
     model = make_module(source)
-    partial = output.with_name(f"{output.name}.partial")
+    store = Store.beside(output)
     batches = calibration_batches(calibration)
     _require_same_names(model, plan, batches, settings["correct"])
     reports: list[BlockReport] = []
-    try:
+    with store:
         with progress_bar("reconstructing") as progress, redirect_stdout(sys.stderr):
             learned = learn(
-                model, plan, batches, **settings, memory=_bytes(memory), checkpoint=partial, progress=progress,
+                model, plan, batches, **settings, memory=_bytes(memory), store=store, progress=progress,
                 finished=lambda report: _finished(report, reports),
             )  # fmt: skip
         _save(learned, output)
-    finally:
-        if partial.is_dir() and {path.name for path in partial.iterdir()} <= {JOB}:
-            shutil.rmtree(partial, ignore_errors=True)  # nothing to go on with
-    shutil.rmtree(partial, ignore_errors=True)
     scores = _scores(model, plan, learned, score) if score is not None else {}
     _print(reports, plan, scores, output, as_json)
 

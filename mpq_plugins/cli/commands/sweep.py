@@ -61,7 +61,6 @@ def sweep(
     any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
     """
     from ...evaluation.sweep import sweep as run
-    from ...plans.table_file import is_table
     from ...report.progress import progress_bar
     from ..measuring import measured
     from ..plans import plans_by
@@ -72,17 +71,17 @@ def sweep(
     files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
-    given = source if is_table(Path(source)) else resolve_source(source)
+    given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
-    needs = _needs(allocators, request, uniform, measure=not isinstance(given, str))
-    with resumable(files, model, evaluation, evaluate) as journal:
-        table = measured(given, needs, request, files.measurement if not isinstance(given, str) else cache)
+    needs = _needs(allocators, request, uniform, measure=not given.is_table)
+    with resumable(files, model, evaluate) as store:
+        table = measured(given, needs, request, cache if given.is_table else files.measurement)
         plans = plans_by(allocators, table)
         plans += _uniform_beside(plans, table) if uniform else []
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
-            rows = run(table, _distinct(plans), model, evaluate, journal=journal, progress=progress)
+            rows = run(table, _distinct(plans), model, evaluate, store=store, progress=progress)
         write_rows(rows, files, title := f"{source}, {table.scheme}")
     print_rows(rows, table, title, as_json, output, plot)
 

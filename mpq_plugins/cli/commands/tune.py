@@ -75,7 +75,7 @@ def tune(
     from ..output import check_output
     from ..plans import joint_needs, plans_by
     from ..request import Request
-    from ..sources import make_module, named_files, named_function
+    from ..sources import Source, make_module, named_files, named_function
 
     check_output(output, source, evaluation, *named_files(options))
     claim(output)
@@ -85,7 +85,7 @@ def tune(
     run = _tuner(backend)
     evaluate = named_function(evaluation)
     model: nn.Module = make_module(source)
-    table = measure_now(model, joint_needs(allocators), request, None)
+    table = measure_now(Source(source, "module", model), joint_needs(allocators), request)
     with progress_bar("tuning") as progress:
         plans = plans_by(allocators, table)
         _say_merged(plans)
