@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from mpq_plugins.cli import main as cli
 from tests.helpers.checkpoints import minilm_file
@@ -30,6 +30,10 @@ for ignored, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGH
 settings.register_profile("mpq", deadline=None, max_examples=60, derandomize=True)
 # Another draw each time, for `make fuzz`: what fails is kept in .hypothesis, and is printed as a decorator.
 settings.register_profile("fuzz", deadline=None, max_examples=300, derandomize=False, print_blob=True)
+# For `make mutants`: that a test fails is enough, and the smallest input it fails on is not looked for.
+settings.register_profile(
+    "mutants", settings.get_profile("mpq"), phases=[phase for phase in Phase if phase is not Phase.shrink]
+)
 settings.load_profile("mpq")
 
 

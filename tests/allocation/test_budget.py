@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Budget, LatencyTable, LayerStats, LayerTable, Piecewise, Plan, Uniform
+from mpq_plugins.allocation.budget_problem import Layout
 from mpq_plugins.allocation.objective import predicted
 from mpq_plugins.errors import FormatError, PlanWarning, SettingError
 from mpq_plugins.plans.scheme import Scheme
@@ -513,6 +514,48 @@ def test_a_limit_just_met_is_met() -> None:
         assert found.objective <= uniform
 
 
+def test_an_average_that_a_plan_has_to_the_bit_is_within_reach() -> None:
+    table = table_of(layer("a", [falling(1.0)], inputs=1), layer("b", [falling(1.0)], inputs=48))
+    tried = 0
+    for a, b in itertools.product(BITS, BITS):
+        average = (a + 48 * b) / 49
+        if math.floor(average * 49) < a + 48 * b:  # a double below the bits that it stands for
+            tried += 1
+            assert widths_of(Budget(average_bits=average, pin=(f"a={a}", f"b={b}"), parts=False)(table)) == ((a,), (b,))
+    assert tried
+
+
+def test_the_gap_is_of_the_whole_objective_pinned_layers_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = seeded([(4, 8), (4, 8)], names=["pinned", "free"])
+    solved = Layout.solved
+
+    def half_known(self: Layout) -> Any:
+        widths, solution = solved(self)
+        return widths, dataclasses.replace(solution, bound=solution.cost / 2)
+
+    monkeypatch.setattr(Layout, "solved", half_known)
+    found = Budget(average_bits=4.0, pin=("pinned=4",), parts=False).solve(table)
+    pinned = 4 * 8 * float(table.layers[0].errors["mse"][3])
+    assert found.objective > pinned > 0
+    assert found.gap == pytest.approx((found.objective - pinned) / 2 / found.objective)
+
+
+def test_a_change_that_fits_the_room_to_the_bit_is_not_what_a_limit_prevents() -> None:
+    table = table_of(layer("a", [falling(1.0)], inputs=8))
+    settings: dict[str, Any] = {"bits": (2, 4), "parts": False, "weights_only_bytes": 4}
+    assert Budget(average_bits=3.9, **settings).solve(table).binding == ("average_bits",)
+    settings["weights_only_bytes"] = 3
+    assert Budget(average_bits=4.0, **settings).solve(table).binding == ("weights_only_bytes",)
+
+
+@pytest.mark.parametrize("limit", ["average_bits", "weights_only_bytes"])
+def test_a_layer_in_floating_point_has_no_region_bits(limit: str) -> None:
+    table = seeded([(2, 8), (2, 8)], scheme=Piecewise(granularity="per_channel"), names=["float", "free"])
+    asked: dict[str, Any] = {limit: 100.0}
+    found = Budget(**asked, bits=(4,), pin=("float=16",), parts=False).solve(table)
+    assert found.used[limit][0] == size_of(found.plan, limit)
+
+
 def test_a_width_that_was_not_timed_is_refused() -> None:
     table = seeded(SHAPES)
     times = latencies(table, (4, 8))
@@ -657,16 +700,27 @@ def test_groups_have_scales_of_their_own(limit: str) -> None:
     assert 0.98 * most < size_of(found.plan, limit) <= most
 
 
+EMPTY = LayerStats(
+    "none", "linear", (0, 4), 0, 0.0, np.zeros(0), {"mse": np.zeros(8)}, {"mse": np.zeros((8, 0))}, macs=0
+)
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 8), st.integers(1, 8), st.floats(1, 8))
 def test_a_layer_with_one_channel_or_without_any_is_no_trouble(first: int, second: int, average: float) -> None:
-    empty = LayerStats(
-        "none", "linear", (0, 4), 0, 0.0, np.zeros(0), {"mse": np.zeros(8)}, {"mse": np.zeros((8, 0))}, macs=0
-    )
-    table = table_of(layer("a", [falling(1.0)], first), empty, layer("b", [falling(2.0)] * 2, second))
+    table = table_of(layer("a", [falling(1.0)], first), EMPTY, layer("b", [falling(2.0)] * 2, second))
     found = Budget(average_bits=average, bops=1e9).solve(table)
     assert found.plan.size().average_bits <= average
     assert Plan.model_validate_json(found.plan.to_json()) == found.plan
+
+
+def test_a_layer_without_channels_is_no_trouble_where_maps_count() -> None:
+    table = seeded([(8, 16), (8, 16)])
+    beside = table_of(*table.layers, EMPTY)
+    for average in np.linspace(4.5, 7, 6):
+        one, other = (Budget(total_average_bits=float(average)).solve(measured) for measured in (table, beside))
+        assert widths_of(one.plan) == widths_of(other.plan)[:-1]
+        assert one.objective == other.objective
 
 
 def test_everything_pinned_leaves_nothing_to_decide() -> None:

@@ -19,6 +19,7 @@ from mpq_plugins import (
     compare,
 )
 from mpq_plugins.allocation.contract import Widths
+from mpq_plugins.allocation.guard import Comparison
 from mpq_plugins.allocation.make import make_plan
 from mpq_plugins.plans.scheme import Scheme
 
@@ -60,6 +61,12 @@ def test_a_plan_the_wrong_way_round_is_worse_than_uniform_and_says_so() -> None:
     assert found.uniform is not None
     assert found.best < found.uniform < found.plan
     assert f"{found.plan:.4g}" in found.text()
+
+
+@pytest.mark.parametrize(("plan", "worse"), [(1.0, False), (1.0005, False), (1.002, True), (1.05, True)])
+def test_a_prediction_is_worse_from_a_thousandth_on(plan: float, worse: bool) -> None:
+    found = Comparison("mse", 100, 4.0, plan, uniform=1.0, best=1.0)
+    assert found.beaten == found.worse == worse
 
 
 def test_a_plan_the_right_way_round_is_not_worse_and_silent() -> None:

@@ -3,12 +3,14 @@
 import itertools
 import math
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpq_plugins.allocation import knapsack
 from mpq_plugins.allocation.knapsack import Choice, Problem, Solution, least, solve
 
 CLOSE = 1e-9  # of the largest cost; HiGHS itself stops at 1e-12 of it
@@ -149,6 +151,31 @@ def test_least_is_what_takes_least(problem: Problem) -> None:
     amounts = [problem.used(choice)[0] for choice in every_choice(problem) if problem.cost(choice) < math.inf]
     if amounts:
         assert problem.used(least(problem, 0))[0] == min(amounts)
+
+
+def test_of_options_that_cost_the_same_the_one_that_takes_least_is_chosen() -> None:
+    problem = Problem(np.ones((3, 4)), np.arange(12.0).reshape(1, 3, 4), np.array([1000.0]))
+    solution = solve(problem)
+    assert solution is not None
+    assert solution.choice.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("known", [-math.inf, 0.999])
+def test_what_a_search_that_was_cut_short_knows_is_the_bound(known: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = seeded(20)
+    exact = solve(problem)
+    assert exact is not None
+    below = known * exact.cost if math.isfinite(known) else known
+
+    def cut_short(problem: Problem, fixed: Choice, *_: Any) -> tuple[Choice, float]:
+        return fixed, below
+
+    monkeypatch.setattr(knapsack, "_program", cut_short)
+    solution = solve(problem)
+    assert solution is not None
+    assert below <= solution.bound <= exact.cost * (1 + 1e-12)
+    assert solution.bound < solution.cost
+    assert solution.gap > 0
 
 
 def test_an_item_without_options_cannot_be_met() -> None:

@@ -106,6 +106,22 @@ def test_the_size_a_plan_reports_gives_that_plan_back(network: list[tuple[float,
     assert same.size().average_bits == plan.size().average_bits
 
 
+def test_a_share_is_not_one_more_by_the_last_bit_of_a_double() -> None:
+    table = table_of([(1.0, [float(c) for c in range(100)])])
+    assert math.ceil(0.07 * 100) == 8
+    plan = PTILMPQ(alpha=1.0, beta_important=0.07, beta_other=0.07)(table)
+    (bits,) = widths(plan)
+    assert bits.count(max(bits)) == 7
+
+
+def test_a_size_that_a_plan_has_to_the_byte_is_within_reach() -> None:
+    table = table_of([(2.0, [1.0] * 8), (1.0, [1.0] * 8)])
+    for alpha in (0.0, 0.5, 1.0):
+        size = PTILMPQ(alpha)(table).size()
+        assert size.total_bits == 8 * size.total_bytes
+        assert PTILMPQ(size_bytes=size.total_bytes)(table).size().total_bits == size.total_bits
+
+
 def test_a_layer_without_channels_is_no_trouble(tmp_path: Path) -> None:
     table = norms_table([1.0, 2.0], [[], [1.0, 2.0]])
     plan = PTILMPQ()(table)

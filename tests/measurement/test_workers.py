@@ -42,6 +42,7 @@ SCHEMES: list[Scheme] = [
     Piecewise(),
     Piecewise(granularity="per_channel"),
 ]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("processes", "dask")]  # to start
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
 
 
@@ -106,7 +107,7 @@ def test_the_checkpoint_is_many_units_and_chunks(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("kind", ["one thread", "three threads", "processes", "dask"])
+@pytest.mark.parametrize("kind", ["one thread", "three threads", *SLOW])
 def test_every_executor_gives_the_same_table(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, kind: str, request: pytest.FixtureRequest
 ) -> None:

@@ -75,6 +75,30 @@ def test_two_regions_become_an_ordinary_quantizer_of_the_same_size() -> None:
     assert all("x has no piecewise scheme" in change.why for change in changes)
 
 
+def test_eight_bits_with_a_region_bit_stay_eight_for_nothing_is_wider() -> None:
+    plan = plan_of(linear("a", 4, 8, Piecewise(granularity="per_channel"), 8))
+    legal, (change,) = legalise(plan, Capabilities(backend="x", bits=tuple(range(2, 9)), kinds=("linear",)))
+    assert legal.layers[0].bits == 8
+    assert change.why == "x has no piecewise scheme"
+
+
+def test_scales_of_groups_become_those_of_channels_where_the_backend_has_both_others() -> None:
+    plan = plan_of(linear("a", 4, 8, Affine(granularity="per_group", group_size=2), 4))
+    legal, (change,) = legalise(plan, Capabilities(backend="x", bits=(4,), kinds=("linear",)))
+    assert legal.layers[0].scheme == PER_CHANNEL
+    assert "no per_group scales" in change.why
+
+
+def test_scales_beside_quantized_activations_are_those_the_backend_has_there() -> None:
+    able = Capabilities(backend="x", bits=(4,), kinds=("linear",), activation_bits=(None, 8),
+                        activation_symmetric=(True,))  # fmt: skip
+    plan = plan_of(linear("fc", 4, 2, PER_CHANNEL, 4))
+    assert legalise(plan, able) == (plan, ())
+    legal, (change,) = legalise(plan.with_activation_bits(8), able)
+    assert legal.layers[0].scheme == Affine(symmetric=True, granularity="per_channel")
+    assert "only symmetric scales" in change.why
+
+
 def test_a_kind_that_is_not_quantized_is_listed_and_stays_in_floating_point() -> None:
     able = Capabilities(backend="convs", bits=(8,), kinds=("conv2d",))
     legal, (change,) = legalise(plan_of(linear("fc", 4, 2, Affine(), 8)), able)

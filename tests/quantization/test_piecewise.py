@@ -16,6 +16,7 @@ from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.plans.scheme import BREAKPOINTS, GRANULARITIES, STORAGES
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.breakpoint import DISTRIBUTIONS, expected_error
+from mpq_plugins.quantization.grid import PiecewiseGrids
 from mpq_plugins.quantization.piecewise import PiecewiseTensor, decode, dequantize, encode, quantize
 from mpq_plugins.quantization.quantize import fake_quantize
 
@@ -43,6 +44,26 @@ def oracle(w: float, bits: int, p: float, m: float, storage: str) -> float:
         inside = min(math.floor((abs(w) - start) / cell), 2 ** (bits - 2) - 1) if cell else 0
         level = start + (inside + 0.5) * cell
     return math.copysign(level, w)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weight_at_the_breakpoint_is_inside_and_there_is_one_zero(shared: bool) -> None:
+    unit = np.ones((1, 1), np.float32)
+    grid = PiecewiseGrids(np.array([4]), shared, unit, 8 * unit)
+    split = float(grid.split[0, 0])
+    codes, tail = encode(torch.tensor([[split, -split, np.nextafter(np.float32(split), np.inf)]]), grid)
+    assert tail.tolist() == [[False, False, True]]
+    assert decode(codes, tail, grid)[0, :2].tolist() == [split - grid.offset, grid.offset - split]
+    codes, tail = encode(torch.tensor([[0.0, -0.0, 0.25, -0.25]]), grid)
+    assert len(set(codes[0].tolist())) == (2 if shared else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_greatest_weights_stay_finite(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    for bits, small in itertools.product(BITS, (0.01, 1 / 3, 2 / 3)):
+        weight = torch.tensor([[most, -most * small, most / 8, -most]], dtype=dtype)
+        assert fake_quantize(weight, bits, Piecewise()).isfinite().all()
 
 
 @given(weights(st.floats(-1e3, 1e3, width=32)), st.sampled_from(BITS), st.sampled_from(STORAGES))

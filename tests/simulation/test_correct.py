@@ -15,8 +15,10 @@ from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.quantization.quantize import fake_quantize
+from mpq_plugins.simulation.correct import _usual
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
+from tests.helpers.odd import CHANNELS, NormAct
 from tests.helpers.plans import with_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,6 +213,24 @@ def test_dead_channels_keep_their_statistics_and_give_no_nan() -> None:
         assert not after[[0, 1, 3]].equal(before[[0, 1, 3]])
 
 
+def test_a_channel_that_quantizing_makes_constant_keeps_its_scale() -> None:
+    model = conv_net()
+    with torch.no_grad():
+        model.conv1.weight[2] *= 1e-3  # less than half a step of the whole tensor's scale
+    plan = planned(model, 2, Affine(symmetric=True), fold_bn=False)
+    assert not quantizable_weights(apply(model, plan))["conv1"][2].any()
+    corrected = correct(model, plan, [IMAGES])
+    assert norm_of(corrected, "bn1")[1][2] == norm_of(model, "bn1")[1][2]
+
+
+def test_a_norm_with_a_forward_of_its_own_counts_no_batches() -> None:
+    model: Any = seeded(nn.Conv2d(3, CHANNELS, 3), NormAct(CHANNELS))
+    model[1].num_batches_tracked += 5
+    corrected: Any = correct(model, planned(model), IMAGES.split(16))
+    assert not norm_of(corrected, "1")[0].equal(norm_of(model, "1")[0])
+    assert int(corrected[1].num_batches_tracked) == 5
+
+
 def test_inputs_that_are_all_zero_give_no_nan() -> None:
     model = conv_net()
     corrected = correct(model, planned(model), [torch.zeros(4, 3, 8, 8)])
@@ -308,6 +328,26 @@ def test_rare_long_outputs_are_left_out_of_the_mean() -> None:
     long = torch.full((1, 8), 200.0)
     spoiled = correct(model, plan, [torch.cat([ROWS, long])])
     torch.testing.assert_close(bias_of(spoiled, "0"), bias_of(correct(model, plan, [ROWS]), "0"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("times", "usual"), [(2.9, True), (3.1, False), (10.0, False)])
+def test_an_output_of_three_times_the_median_length_is_long(times: float, usual: bool) -> None:
+    vectors = torch.cat([torch.ones(9, 4), torch.full((1, 4), times)])
+    assert _usual(vectors).tolist() == [True] * 9 + [usual]
+
+
+def test_padding_of_zeros_makes_no_output_long() -> None:
+    vectors = torch.cat([torch.zeros(20, 4), torch.ones(9, 4), torch.full((1, 4), 10.0)])
+    assert _usual(vectors).tolist() == [True] * 29 + [False]
+
+
+def test_layers_that_share_a_bias_get_one_each() -> None:
+    model: Any = seeded(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].bias = model[0].bias
+    corrected: Any = correct(model, planned(model), [ROWS])
+    assert corrected[0].bias is not corrected[2].bias
+    assert not corrected[0].bias.equal(corrected[2].bias)
+    assert model[2].bias is model[0].bias
 
 
 def test_in_place_activations_change_nothing() -> None:
