@@ -117,6 +117,7 @@ def test_it_is_the_best_that_dynamic_programming_finds(seed: int) -> None:
     assert solution is None or best * (1 - 1e-9) <= solution.bound <= best * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @given(problems(), st.lists(st.floats(0, 5), min_size=2, max_size=2))
 def test_more_room_never_costs_more(problem: Problem, more: list[float]) -> None:
     wider = Problem(problem.costs, problem.weights, problem.limits + more[: len(problem.limits)])
@@ -138,6 +139,7 @@ def test_the_unit_of_cost_does_not_matter(problem: Problem, unit: float) -> None
     assert cost_of(solve(other)) / unit == pytest.approx(expected, abs=CLOSE * largest(problem))
 
 
+@pytest.mark.slow
 @given(problems(), st.sampled_from([1e-9, 1 / 3, 1e9]))
 def test_the_unit_of_a_limit_does_not_matter(problem: Problem, unit: float) -> None:
     other = Problem(

@@ -61,6 +61,7 @@ def test_it_is_the_two_partitions(
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 @given(networks, st.tuples(shares, shares), st.tuples(pairs, pairs), st.sampled_from(["region_bit", "shared"]))
 def test_size_never_falls_as_alpha_rises(
     network: list[tuple[float, list[float]]],

@@ -37,6 +37,7 @@ def meant(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     return wide
 
 
+@pytest.mark.slow
 @given(sides, sides, st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]), st.sampled_from([128, 64, None]))
 def test_blocks_of_deepseeks(
     tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, dtype: torch.dtype, said: int | None

@@ -63,6 +63,7 @@ def states(draw: st.DrawFn) -> dict[str, Tensor]:
     return {f"t{k}": draw(views(storage)) for k, storage in enumerate(chosen)}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(states(), st.sampled_from(["torch", "legacy", "stored", "deflated"]))
 def test_it_reads_what_torch_reads(
@@ -97,6 +98,7 @@ def test_nothing_is_loaded_before_it_is_read(tmp_path: Path) -> None:
     assert all(isinstance(own.read_rows, FileRows) for own in open_checkpoint(path).values())
 
 
+@pytest.mark.slow
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_not_the_end(tmp_path: Path) -> None:
     path = saved(tmp_path, {"fc.weight": torch.randn(1 << 9, 1 << 9)})
     code = (

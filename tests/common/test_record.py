@@ -126,6 +126,7 @@ def partials(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return found
 
 
+@pytest.mark.slow
 @given(position=st.integers(0, 1 << 20), which=st.integers(0, len(SCHEMES) - 1))
 def test_a_partial_file_cut_anywhere_gives_the_same_table(
     partials: list[tuple[Scheme, bytes, object]],
@@ -145,6 +146,7 @@ def test_a_partial_file_cut_anywhere_gives_the_same_table(
     assert len(journal.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 @given(position=st.integers(0, 1 << 20), flip=st.integers(1, 255), which=st.integers(0, len(SCHEMES) - 1))
 def test_a_partial_file_with_any_byte_flipped_gives_the_same_table(
     partials: list[tuple[Scheme, bytes, object]],

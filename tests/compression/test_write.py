@@ -67,6 +67,7 @@ def test_what_comes_back_is_what_apply_makes(tmp_path: Path, scheme: Scheme, cod
             mpq.verify(loaded, plan, original=net)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans, st.booleans())
 def test_any_plan_of_any_weights(tmp_path: Path, plan: Plan, packed: bool) -> None:
@@ -290,6 +291,7 @@ def test_codes_of_which_most_are_zero_are_stored_by_the_gaps_between_the_others(
     assert sizes[0.8] < 0.5 * sizes[0.0]  # 8 bits and 5 of a gap for a fifth of the weights
 
 
+@pytest.mark.slow
 def test_sizes_are_what_the_plan_promised(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100, bias=False))

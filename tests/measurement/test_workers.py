@@ -170,6 +170,7 @@ def kill_once(pids: Callable[[], Iterable[int]]) -> tuple[Callable[[str, int, in
     return progress, killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Affine(range="mse"), SCHEMES[4]], ids=str)
 def test_a_dask_worker_killed_in_the_middle_changes_nothing(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, cluster: Any, dask: Executor
@@ -180,6 +181,7 @@ def test_a_dask_worker_killed_in_the_middle_changes_nothing(
     assert contents(found) == expected(scheme)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_leaves_the_rest_to_threads(
     checkpoint: Path, expected: Callable[[Scheme], object]
 ) -> None:
@@ -316,6 +318,7 @@ def test_a_worker_with_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
         unit_sums([weight], request)
 
 
+@pytest.mark.slow
 def test_a_device_is_looked_for_where_the_work_is_done(processes: Executor) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is such a device here")

@@ -83,6 +83,7 @@ def test_statistics_that_normalise_are_told_from_others(make: Callable[[], nn.Mo
     assert all(value.equal(before[name]) for name, value in norm.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_does_otherwise_is_not_corrected_and_named() -> None:
     model = odd.Recipe((("rectified", "shifted", "Wiring"), ("standardised", "with activation", "Wiring")), "Cosine", 4)
     net, batch = model.build(), odd.inputs()

@@ -168,6 +168,7 @@ def test_a_partial_that_is_given_the_layer_is_copied() -> None:
     assert not copied.first(torch.ones(1, 3)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_is_copied() -> None:
     compiled: Any = torch.compile(Net())

@@ -107,6 +107,7 @@ def test_every_part_has_its_own_levels() -> None:
     assert weight[4:].equal(net.blocks[1].conv2.weight[4:])  # type: ignore[union-attr,index]
 
 
+@pytest.mark.slow
 def test_blocks_come_closer_to_the_float_net_and_never_farther() -> None:
     net, batches = resnet(), inputs()
     plan = plan_of(net)
@@ -156,6 +157,7 @@ def test_learning_that_goes_wrong_leaves_rounding_to_nearest() -> None:
             assert torch.allclose(mine, others, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"mix": 0.5}, {"loss": "fisher"}, {"tune": "norms"}, {"correct": True}, {"blocks": "blocks"}]
 )
@@ -172,6 +174,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"tune": "norms", "mix": 0.3, "correct": True}])
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, settings: dict[str, Any]) -> None:
     net, folder = resnet(), tmp_path / "finished"
@@ -195,6 +198,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, settings:
     assert same(again, resumed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
     net = resnet()
     learn(net, plan_of(net), steps=2, checkpoint=tmp_path / "own")
@@ -272,6 +276,7 @@ def test_transformer_layers_are_blocks_with_masks_and_uneven_batches(batch_first
     assert same(mpq.apply(learned, plan), learned)
 
 
+@pytest.mark.slow
 def test_activations_are_quantized_in_ranges_that_are_learned() -> None:
     net = resnet()
     plan = plan_of(net, 4).with_activation_bits(3)

@@ -144,6 +144,7 @@ def weighing(weight: object) -> nn.Module:
     return net
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
 def test_what_is_kept_in_another_form_is_refused_by_name_unless_skipped() -> None:
     torchao = pytest.importorskip("torchao.quantization")

@@ -35,6 +35,7 @@ def saved(folder: Path, state: dict[str, Tensor], **config: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @given(odd_modules(), st.sampled_from(["safetensors", "pt"]), st.sampled_from(["", "module.", "_orig_mod.", "model."]))
 @SLOW
 def test_a_modules_plan_fits_its_own_checkpoint_and_makes_of_it_what_it_makes_of_the_module(
