@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mpq_plugins.common.checksum import sealed
 from mpq_plugins.common.journal import Journal
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError
+from tests.helpers.says import naming
 
 JOB = {"model": "sha256:test"}
 HEAD = json.dumps(sealed({"version": 2, "job": JOB})) + "\n"
@@ -42,7 +43,7 @@ def test_what_was_written_whole_is_there_again(
 def test_a_foreign_file_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "sweep.partial"
     path.write_text(content)
-    with pytest.raises(SettingError, match="is in the way, and no journal of ours; remove it, or name another output"):
+    with pytest.raises(SettingError, match=naming("no journal", "remove", "another output")):
         Journal(path, JOB)
     assert path.read_text() == content
 
@@ -69,7 +70,7 @@ def test_damaged_rows_are_done_again_and_said(tmp_path: Path, line: Any) -> None
     path = tmp_path / "sweep.partial"
     own = sealed(line) if isinstance(line, dict) and "checksum" not in line else line
     path.write_text(f"{HEAD}{json.dumps(sealed(ROW))}\n{json.dumps(own)}\n")
-    with pytest.warns(MeasureWarning, match="sweep.partial: 1 of its rows are damaged, and done again"):
+    with pytest.warns(MeasureWarning, match=naming("sweep.partial", 1, "damaged", "again")):
         assert Journal(path, JOB).rows == {"a": {"score": 1.0}}
 
 

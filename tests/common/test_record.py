@@ -24,6 +24,7 @@ from mpq_plugins.measurement import units
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import chunks
 from tests.helpers.checkpoints import sharded
+from tests.helpers.says import naming
 from tests.helpers.tables import contents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,7 +206,7 @@ def test_a_record_that_somebody_else_cut_while_it_is_in_use(tmp_path: Path) -> N
     whole = record.path.read_bytes()
     record.path.write_bytes(whole[:-1])
     assert again.take("a")["values"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(SourceError, match=r"partial: was changed by somebody else while in use; run again"):
+    with pytest.raises(SourceError, match=naming("partial", "changed", "run again")):
         again.take("b")
     again.close()
 
@@ -215,7 +216,7 @@ def test_two_measurements_do_not_write_one_file(tmp_path: Path) -> None:
     first = Record(tmp_path / "partial", "job")
     first.add("a", {"values": np.arange(4.0)})
     for job in ("job", "other"):
-        with pytest.raises(SettingError, match=r"partial: another measurement is writing it; wait for that, or name"):
+        with pytest.raises(SettingError, match=naming("partial", "another measurement", "wait", "name")):
             Record(tmp_path / "partial", job)
     first.close()
     assert recorded(tmp_path / "partial", "job") == 1
@@ -237,7 +238,7 @@ def test_what_is_no_partial_file_is_set_aside_and_not_written_over(checkpoint: P
     journal = tmp_path / "notes"
     journal.write_text("dear diary")
     known = contents(table_of(checkpoint, SCHEMES[1], None))
-    with pytest.warns(MeasureWarning, match=r"notes: is damaged, or no partial file of ours; moved to .*notes\.old"):
+    with pytest.warns(MeasureWarning, match=naming("notes", "damaged", "notes.old")):
         assert contents(table_of(checkpoint, SCHEMES[1], journal)) == known
     assert (tmp_path / "notes.old").read_text() == "dear diary"
     assert contents(table_of(checkpoint, SCHEMES[1], journal)) == known
@@ -288,7 +289,7 @@ def test_the_partial_file_of_another_measurement_is_written_anew(
         }  # fmt: skip
         asked[change] = other[change]
     expected = contents(measure(source, **asked))
-    with pytest.warns(MeasureWarning, match=r"table\.partial: is of another measurement .* from the start"):
+    with pytest.warns(MeasureWarning, match=naming("table.partial", "another measurement", "from the start")):
         assert contents(measure(source, **asked, journal=journal)) == expected
     counted = Counted(monkeypatch)
     assert contents(measure(source, **asked, journal=journal)) == expected  # it is this measurement's now
@@ -345,7 +346,7 @@ def test_a_full_disk_is_said_and_what_was_written_before_is_used(
     journal = tmp_path / "table.partial"
     with (
         largest_file(int(share * len(whole))),
-        pytest.raises(SourceError, match=r"table\.partial: cannot write there .*run again to go on"),
+        pytest.raises(SourceError, match=naming("table.partial", "cannot write", "run again")),
     ):
         table_of(checkpoint, scheme, journal)
     assert journal.stat().st_size <= share * len(whole)
