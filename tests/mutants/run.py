@@ -54,8 +54,9 @@ class Tree:
         return test in self.sound
 
     def _failing(self, group: Sequence[str], anew: bool) -> str:
+        without = [f"--deselect={test}" for test in self.unsound]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider",
-                   "--hypothesis-profile=mutants", *(f"--deselect={test}" for test in self.unsound), *group]  # fmt: skip
+                   "--hypothesis-profile=mutants", *without, *group]  # fmt: skip
         with tempfile.TemporaryDirectory(dir=self.scratch) as scratch:
             cache = scratch if anew else str(self.scratch / "numba")
             process = subprocess.Popen(
