@@ -213,6 +213,7 @@ def test_two_limits_are_both_kept(table: LayerTable, first: float, second: float
 SHAPES = [(8, 27), (16, 72), (16, 144), (32, 144), (10, 32), (1, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("limit", SIZES)
 def test_a_network_gets_what_it_may_take(limit: str, parts: bool) -> None:

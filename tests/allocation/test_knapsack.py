@@ -243,6 +243,7 @@ def test_huge_costs_raise_no_warning(room: int) -> None:
     assert cost_of(solve(problem)) == cheapest(problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("limits", "share", "most"), [(1, 0.3, 1e-6), (1, 0.5, 1e-6), (2, 0.5, 1e-3)])
 def test_thousands_of_items_are_solved_all_but_exactly(limits: int, share: float, most: float, seed: int) -> None:

@@ -78,6 +78,7 @@ def test_inspect_shows_every_layer_and_gives_the_plan_back(mpq: Mpq, folder: Pat
     assert document["planned_bytes"] == Plan.load(folder / "plan.json").size().total_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "pruning"),
     [

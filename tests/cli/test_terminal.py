@@ -157,6 +157,7 @@ def test_a_terminal_gets_colours_and_nothing_else_to_obey(files: Path) -> None:
     assert r"\x1b[31mred" in plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "term"), [("1", "xterm"), ("0", "dumb"), ("²", ""), ("-5", "unknown")])
 def test_a_terminal_may_be_of_any_size_and_kind(files: Path, columns: str, term: str) -> None:
     code, written = on_a_terminal(["show", str(files / "plan3.json")], COLUMNS=columns, LINES=columns, TERM=term)
@@ -212,6 +213,7 @@ def test_an_error_is_the_same_exit_whatever_becomes_of_the_output(tmp_path: Path
     assert "Traceback" not in ran.stderr + ran.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "code"), [(">&-", 0), ("| true", 0), ("| head -c 5", 0), ("> /dev/full", 2), ("> /dev/full 2>&-", 2)]
 )

@@ -164,6 +164,7 @@ def part_of(document: Document) -> Document:
     return part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

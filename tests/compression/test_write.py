@@ -51,6 +51,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.group_size is None], ids=str)
 @pytest.mark.parametrize("coding", ["smallest", "packed"])
 def test_what_comes_back_is_what_apply_makes(tmp_path: Path, scheme: Scheme, coding: str) -> None:

@@ -35,6 +35,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("chunk", [1 << 21, 40])
 def test_errors_are_those_of_the_fake_quantized_weights(

@@ -119,6 +119,7 @@ def test_every_executor_gives_the_same_table(
     assert contents(found) == expected(scheme)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_files_that_must_be_waited_for_give_the_same_table(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, monkeypatch: pytest.MonkeyPatch

@@ -235,6 +235,7 @@ def test_bfloat16_has_the_sums_of_the_same_floats(route: str, name: str, shared:
         np.testing.assert_array_equal(found, kernel.error_totals(rows.float(), grids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in bfloat16_rows() if name != "every bit pattern"])
 @pytest.mark.parametrize("scheme", [
     Piecewise(), Piecewise(granularity="per_channel"), Affine(granularity="per_channel", range="mse"),

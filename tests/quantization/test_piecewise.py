@@ -104,6 +104,7 @@ def test_no_weight_leaves_its_interval_by_more_than_half_a_step(weight: Tensor, 
     assert (error <= unit.double() * (1 if grid.shared else 0.5) + rounding).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_degenerate_tensors_are_safe(scheme: Piecewise) -> None:
     one_outlier = torch.full((4, 6), 1e-3)
@@ -133,6 +134,7 @@ def samples() -> dict[str, Tensor]:
             "uniform": torch.rand(8, 300, generator=generator) - 0.5, "few": gaussian[:, :4]}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", samples())
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("bits", BITS)
@@ -148,6 +150,7 @@ def test_the_search_is_never_worse_than_any_formula(name: str, storage: str, bit
             assert (found <= bound * (1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian", "laplacian", "outliers"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_search_is_close_to_brute_force(name: str, bits: int) -> None:
@@ -170,6 +173,7 @@ def test_at_b_bits_in_each_interval_it_is_never_worse_than_one_symmetric_quantiz
         assert (two <= (one.double() - weight.double()).square().sum(1) * (1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 # The formula takes rounding errors for uniform within a cell; two wide cells of a bell are not, nor eight of an
 # exponential.
 @pytest.mark.parametrize(
@@ -236,6 +240,7 @@ def test_sizes_are_true() -> None:
     assert quantize(torch.ones(4, 0), 2).total_bits == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_group_holds_as_many_values_as_the_scheme_says(storage: str, bits: int) -> None:

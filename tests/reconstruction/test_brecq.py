@@ -76,6 +76,7 @@ SCHEMES: list[Scheme] = [Affine(symmetric=s, granularity=g, range=r) for s in (F
                          for g in ("per_tensor", "per_channel") for r in ("minmax", "mse")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 5])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_plan_finds_the_learned_codes_in_the_result(scheme: Scheme, bits: int) -> None:
