@@ -1,4 +1,5 @@
 # Two commands are enough: `make demo` and `make test`. Each sets up .venv on a bare machine first.
+# `make quick` is for while one writes: the linters, and the tests that need no adapter and are not slow.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,12 +9,18 @@ CLASSIC := .venv-classic
 CLASSIC_READY := $(CLASSIC)/.ready
 CLASSIC_PINS := neural-compressor==3.4.1 numpy==1.26.4 pandas==2.3.3 six==1.17.0 setuptools==80.9.0
 
-.PHONY: demo test lint types unit classic classic-env bench examples fuzz clean
+# Two workers of one thread each (tests/conftest.py). One test run alone needs none: .venv/bin/pytest FILE.
+WORKERS := -n 2 --dist worksteal
+
+.PHONY: demo test quick lint types unit classic classic-env bench examples fuzz mutants clean
 
 demo: $(READY)
 	$(BIN)/mpq demo -o plan.json
 
 test: lint types unit classic
+
+quick: lint types
+	$(BIN)/pytest $(WORKERS) -m "not slow" --ignore=tests/adapters --ignore=tests/journeys
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -23,12 +30,12 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 classic-env: $(CLASSIC_READY)
 
 classic: $(CLASSIC_READY)
-	$(CLASSIC)/bin/pytest tests/adapters/inc_classic tests/adapters/test_contract.py tests/journeys/test_inc_classic.py
+	$(CLASSIC)/bin/pytest $(WORKERS) tests/adapters/inc_classic tests/adapters/test_contract.py tests/journeys/test_inc_classic.py
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
@@ -53,11 +60,20 @@ examples: $(READY) $(CLASSIC_READY)
 	$(CLASSIC)/bin/python -m examples.inc_classic
 
 # Hostile input by the thousand: make fuzz FUZZ=100000 SEED=0. What is found is run again by --only SEED:NUMBER.
+# Then the property tests on inputs that are drawn anew each time, for MINUTES.
 FUZZ ?= 5000
 SEED ?= 0
+MINUTES ?= 5
 
 fuzz: $(READY)
 	$(BIN)/python -W ignore -m tests.fuzz $(FUZZ) --seed $(SEED)
+	$(BIN)/python -m tests.fuzz.properties --minutes $(MINUTES)
+
+# N small changes of meaning, drawn at random: do the tests notice? Goes on where it was interrupted.
+N ?= 200
+
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants $(N) --seed $(SEED)
 
 # torch comes first and pinned: unpinned, pip fetches several gigabytes of CUDA packages.
 # setuptools says of every editable install that it is one; PYTHONWARNINGS keeps that to itself.
@@ -76,7 +92,7 @@ $(CLASSIC_READY): pyproject.toml constraints.txt Makefile
 	grep -v '^numpy==\|^setuptools==' constraints.txt > $(CLASSIC)/constraints.txt
 	$(CLASSIC)/bin/python -m pip install --quiet -c $(CLASSIC)/constraints.txt torch $(CLASSIC_PINS)
 	PYTHONWARNINGS=ignore $(CLASSIC)/bin/python -m pip install --quiet -c $(CLASSIC)/constraints.txt \
-		-e '.[inc-classic]' hypothesis pytest $(CLASSIC_PINS)
+		-e '.[inc-classic]' hypothesis pytest pytest-xdist $(CLASSIC_PINS)
 	touch $(CLASSIC_READY)
 
 clean:

@@ -1,28 +1,48 @@
-"""Shared by all tests: two threads, the zoo, the MiniLM checkpoint, and `mpq` as a function."""
+"""Shared by all tests: threads, what was skipped, the zoo, the MiniLM checkpoint, and `mpq` as a function."""
 
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from mpq_plugins.cli import main as cli
 from tests.helpers.checkpoints import minilm_file
 
-# Two processes of one thread each (pytest -n 2), or one of two: the machine has two cores.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:
+    # Two workers share two cores, with what they start. Each compiles for itself: numba's cache can mistake one
+    # function for another where two processes write it at the same moment.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["NUMBA_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / f"numba-{WORKER}")
+torch.set_num_threads(1 if WORKER else 2)
 # Whoever starts the tests in the background may have these ignored, which is respected and not what is tried here.
 for ignored, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, usual)
 
 settings.register_profile("mpq", deadline=None, max_examples=60, derandomize=True)
+# Another draw each time, for `make fuzz`: what fails is kept in .hypothesis, and is printed as a decorator.
+settings.register_profile("fuzz", deadline=None, max_examples=300, derandomize=False, print_blob=True)
+# For `make mutants`: that a test fails is enough, and the smallest input it fails on is not looked for.
+settings.register_profile(
+    "mutants", settings.get_profile("mpq"), phases=[phase for phase in Phase if phase is not Phase.shrink]
+)
 settings.load_profile("mpq")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was skipped and why, a line a reason."""
+    skipped = terminalreporter.getreports("skipped")
+    reasons = Counter(str(report.longrepr[2]) for report in skipped if isinstance(report.longrepr, tuple))
+    for reason, count in sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])):
+        terminalreporter.write_line(f"{count} skipped: {' '.join(reason.removeprefix('Skipped: ').split())}")
 
 
 @dataclass(frozen=True)

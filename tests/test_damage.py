@@ -125,6 +125,7 @@ def check(kind: Kind, found: Any, expected: Any) -> None:
     assert all(expected[key] == value for key, value in found.items()), "a row that nobody wrote"
 
 
+@pytest.mark.slow
 @kinds
 def test_every_flipped_bit_is_noticed(kind: Kind, samples: dict[str, Any], tmp_path: Path) -> None:
     data, expected = samples[next(name for name, own in KINDS.items() if own is kind)]
@@ -144,6 +145,7 @@ def test_every_shorter_file_is_noticed(kind: Kind, samples: dict[str, Any], tmp_
         check(kind, read_as(kind, tmp_path, data[:length]), expected)
 
 
+@pytest.mark.slow
 @kinds
 @settings(max_examples=300, deadline=None)
 @given(st.data())
@@ -187,6 +189,7 @@ def changed(document: Any, path: tuple[Any, ...], value: Any) -> Any:
     return copied
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(plans, st.data())
 def test_a_changed_plan_is_refused_or_is_a_plan(made: Plan, data: st.DataObject) -> None:

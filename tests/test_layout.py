@@ -83,6 +83,7 @@ def test_every_direct_dependency_is_pinned() -> None:
     assert names - {"mpq-plugins"} <= pinned
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_everything_and_imports_under_its_own_name(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a copy, for building leaves a folder behind that the next build would pick up
     for name in ("mpq_plugins", "adapters"):

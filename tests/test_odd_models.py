@@ -85,6 +85,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=MODELS, phases=[Phase.explicit, Phase.generate])
 @given(recipes())

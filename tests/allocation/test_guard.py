@@ -19,8 +19,10 @@ from mpq_plugins import (
     compare,
 )
 from mpq_plugins.allocation.contract import Widths
+from mpq_plugins.allocation.guard import Comparison
 from mpq_plugins.allocation.make import make_plan
 from mpq_plugins.plans.scheme import Scheme
+from tests.helpers.says import naming
 
 BITS = tuple(range(2, 9))
 PER_CHANNEL = Affine(granularity="per_channel")
@@ -51,7 +53,7 @@ SENSITIVE, TOUGH = layer("a", mse=100.0), layer("b", mse=0.01)
 
 def test_a_plan_the_wrong_way_round_is_worse_than_uniform_and_says_so() -> None:
     measured = table(SENSITIVE, TOUGH)
-    with pytest.warns(PlanWarning, match=r"worse than uniform widths: predicted mse at .* uniform widths of that size"):
+    with pytest.warns(PlanWarning, match=naming("worse", "uniform", "mse")):
         plan = by_hand(measured, a=3, b=5)
     found = compare(measured, plan)
     assert found is not None
@@ -60,6 +62,12 @@ def test_a_plan_the_wrong_way_round_is_worse_than_uniform_and_says_so() -> None:
     assert found.uniform is not None
     assert found.best < found.uniform < found.plan
     assert f"{found.plan:.4g}" in found.text()
+
+
+@pytest.mark.parametrize(("plan", "worse"), [(1.0, False), (1.0005, False), (1.002, True), (1.05, True)])
+def test_a_prediction_is_worse_from_a_thousandth_on(plan: float, worse: bool) -> None:
+    found = Comparison("mse", 100, 4.0, plan, uniform=1.0, best=1.0)
+    assert found.beaten == found.worse == worse
 
 
 def test_a_plan_the_right_way_round_is_not_worse_and_silent() -> None:
@@ -147,7 +155,7 @@ def test_below_the_smallest_uniform_plan_there_is_none_to_compare_with() -> None
 
 def test_a_sensitivity_that_was_not_measured_is_refused() -> None:
     measured = table(SENSITIVE, TOUGH)
-    with pytest.raises(SettingError, match="'kl' was not measured; this table has relative, mse"):
+    with pytest.raises(SettingError, match=naming("'kl'", "relative", "mse")):
         compare(measured, Uniform(bits=4)(measured), "kl")
 
 

@@ -3,12 +3,14 @@
 import itertools
 import math
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpq_plugins.allocation import knapsack
 from mpq_plugins.allocation.knapsack import Choice, Problem, Solution, least, solve
 
 CLOSE = 1e-9  # of the largest cost; HiGHS itself stops at 1e-12 of it
@@ -115,6 +117,7 @@ def test_it_is_the_best_that_dynamic_programming_finds(seed: int) -> None:
     assert solution is None or best * (1 - 1e-9) <= solution.bound <= best * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @given(problems(), st.lists(st.floats(0, 5), min_size=2, max_size=2))
 def test_more_room_never_costs_more(problem: Problem, more: list[float]) -> None:
     wider = Problem(problem.costs, problem.weights, problem.limits + more[: len(problem.limits)])
@@ -136,6 +139,7 @@ def test_the_unit_of_cost_does_not_matter(problem: Problem, unit: float) -> None
     assert cost_of(solve(other)) / unit == pytest.approx(expected, abs=CLOSE * largest(problem))
 
 
+@pytest.mark.slow
 @given(problems(), st.sampled_from([1e-9, 1 / 3, 1e9]))
 def test_the_unit_of_a_limit_does_not_matter(problem: Problem, unit: float) -> None:
     other = Problem(
@@ -149,6 +153,31 @@ def test_least_is_what_takes_least(problem: Problem) -> None:
     amounts = [problem.used(choice)[0] for choice in every_choice(problem) if problem.cost(choice) < math.inf]
     if amounts:
         assert problem.used(least(problem, 0))[0] == min(amounts)
+
+
+def test_of_options_that_cost_the_same_the_one_that_takes_least_is_chosen() -> None:
+    problem = Problem(np.ones((3, 4)), np.arange(12.0).reshape(1, 3, 4), np.array([1000.0]))
+    solution = solve(problem)
+    assert solution is not None
+    assert solution.choice.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("known", [-math.inf, 0.999])
+def test_what_a_search_that_was_cut_short_knows_is_the_bound(known: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = seeded(20)
+    exact = solve(problem)
+    assert exact is not None
+    below = known * exact.cost if math.isfinite(known) else known
+
+    def cut_short(problem: Problem, fixed: Choice, *_: Any) -> tuple[Choice, float]:
+        return fixed, below
+
+    monkeypatch.setattr(knapsack, "_program", cut_short)
+    solution = solve(problem)
+    assert solution is not None
+    assert below <= solution.bound <= exact.cost * (1 + 1e-12)
+    assert solution.bound < solution.cost
+    assert solution.gap > 0
 
 
 def test_an_item_without_options_cannot_be_met() -> None:
@@ -214,6 +243,7 @@ def test_huge_costs_raise_no_warning(room: int) -> None:
     assert cost_of(solve(problem)) == cheapest(problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("limits", "share", "most"), [(1, 0.3, 1e-6), (1, 0.5, 1e-6), (2, 0.5, 1e-3)])
 def test_thousands_of_items_are_solved_all_but_exactly(limits: int, share: float, most: float, seed: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from mpq_plugins import LatencyTable
 from mpq_plugins.errors import FormatError, SettingError
+from tests.helpers.says import naming
 
 TIMES = {"conv1": {"4": 0.5, "8": 1.25}, "fc": {"4": 2, "8": 3, "32": 9.5}}
 
@@ -26,7 +27,7 @@ def test_a_curve_is_in_the_order_that_was_asked() -> None:
 
 
 def test_what_was_not_timed_is_refused() -> None:
-    with pytest.raises(SettingError, match="latency: 'conv1' has 4, 8, and not 2, 3; time it, or leave"):
+    with pytest.raises(SettingError, match=naming("latency", "'conv1'", 4, 8, "not 2, 3", "time")):
         LatencyTable.of(TIMES).curve("conv1", (2, 3, 4))
     with pytest.raises(SettingError, match="latency: 'conv9' has no bit-width, and not 4"):
         LatencyTable.of(TIMES).curve("conv9", (4,))

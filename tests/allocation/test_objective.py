@@ -21,6 +21,7 @@ from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import linear, plan_of, with_layer
+from tests.helpers.says import naming
 from tests.helpers.tables import resealed, version_1
 
 BITS = (2, 4, 8)
@@ -209,12 +210,12 @@ def test_names_are_read_with_spaces() -> None:
 
 def test_what_was_not_measured_is_refused_with_what_to_do() -> None:
     table = table_of()
-    with pytest.raises(SettingError, match="bits: 3 was not measured; this table has 2, 4, 8"):
+    with pytest.raises(SettingError, match=naming("bits", 3, 2, 4, 8)):
         layer_curve(table, table.layers[0], "mse", (2, 3))
-    with pytest.raises(SettingError, match=r"layer 'a': no kl per channel .*split by another, as in kl\*mse"):
+    with pytest.raises(SettingError, match=naming("'a'", "kl", "per channel", "kl*mse")):
         channel_curves(table, table.layers[0], "kl", BITS)
     bare = changed(table, "a", channel_errors={})
-    with pytest.raises(SettingError, match=r"layer 'a': no mse per channel .*measure\(per_channel=True\)"):
+    with pytest.raises(SettingError, match=naming("'a'", "mse", "measure(per_channel=True)")):
         channel_curves(bare, bare.layers[0], "kl*mse", BITS)
 
 

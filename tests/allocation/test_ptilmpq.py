@@ -1,7 +1,6 @@
 """PTILMPQ against its two partitions written out as loops."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from mpq_plugins import PTILMPQ, Affine, LayerTable, Piecewise, Plan, measure
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.stats import LayerStats
 from tests.helpers.nets import conv_net
+from tests.helpers.says import naming
 from tests.helpers.tables import norms_table
 
 importances = st.floats(0, 100)
@@ -61,6 +61,7 @@ def test_it_is_the_two_partitions(
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 @given(networks, st.tuples(shares, shares), st.tuples(pairs, pairs), st.sampled_from(["region_bit", "shared"]))
 def test_size_never_falls_as_alpha_rises(
     network: list[tuple[float, list[float]]],
@@ -88,7 +89,7 @@ def test_a_size_gets_the_greatest_alpha_that_stays_within_it(
     limit = 8 * math.floor(bits * numel / 8) if in_bytes else bits * numel
     allocator = PTILMPQ(size_bytes=limit // 8) if in_bytes else PTILMPQ(average_bits=bits)  # type: ignore[arg-type]
     if min(sizes) > limit:
-        with pytest.raises(SettingError, match="cannot be reached: at these widths the smallest plan has"):
+        with pytest.raises(SettingError, match=naming("cannot be reached", "smallest")):
             allocator(table)
         return
     plan = allocator(table)
@@ -104,6 +105,22 @@ def test_the_size_a_plan_reports_gives_that_plan_back(network: list[tuple[float,
     plan = PTILMPQ(alpha=alpha)(table)
     same = PTILMPQ(average_bits=plan.size().average_bits)(table)
     assert same.size().average_bits == plan.size().average_bits
+
+
+def test_a_share_is_not_one_more_by_the_last_bit_of_a_double() -> None:
+    table = table_of([(1.0, [float(c) for c in range(100)])])
+    assert math.ceil(0.07 * 100) == 8
+    plan = PTILMPQ(alpha=1.0, beta_important=0.07, beta_other=0.07)(table)
+    (bits,) = widths(plan)
+    assert bits.count(max(bits)) == 7
+
+
+def test_a_size_that_a_plan_has_to_the_byte_is_within_reach() -> None:
+    table = table_of([(2.0, [1.0] * 8), (1.0, [1.0] * 8)])
+    for alpha in (0.0, 0.5, 1.0):
+        size = PTILMPQ(alpha)(table).size()
+        assert size.total_bits == 8 * size.total_bytes
+        assert PTILMPQ(size_bytes=size.total_bytes)(table).size().total_bits == size.total_bits
 
 
 def test_a_layer_without_channels_is_no_trouble(tmp_path: Path) -> None:
@@ -176,14 +193,11 @@ def resnet152_table() -> LayerTable:
     )
 
 
-def test_resnet_152_takes_far_less_than_a_second() -> None:
+def test_every_layer_of_resnet_152_is_planned() -> None:
     table = resnet152_table()
     assert sum(layer.channels for layer in table.layers) >= 26_560
-    start = time.process_time()
-    plan = PTILMPQ()(table)
-    PTILMPQ(average_bits=5.2)(table)
-    assert time.process_time() - start < 1.0
-    assert len(plan.layers) == len(table.layers)
+    assert len(PTILMPQ()(table).layers) == len(table.layers)
+    assert PTILMPQ(average_bits=5.2)(table).size().average_bits <= 5.2
 
 
 @pytest.mark.parametrize(
@@ -223,5 +237,5 @@ def test_one_bit_needs_the_affine_scheme() -> None:
 def test_a_table_without_channel_norms_is_refused(norms: list[float]) -> None:
     table = norms_table([1.0], [[1.0, 2.0]])
     object.__setattr__(table.layers[0], "channel_importance", np.array(norms))
-    with pytest.raises(SettingError, match="layer 'layer0': the table has no norm for each of its 2 channels"):
+    with pytest.raises(SettingError, match=naming("'layer0'", "norm", 2)):
         PTILMPQ()(table)

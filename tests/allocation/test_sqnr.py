@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mpq_plugins import SQNR, Affine, LayerStats, LayerTable, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.scheme import Scheme
+from tests.helpers.says import naming
 from tests.helpers.tables import BITS
 
 sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=6)
@@ -53,7 +54,7 @@ def test_it_is_the_closed_form_at_the_greatest_b0(counts: list[int], average: fl
     expected = by_hand(counts, average, bits)
     allocator = SQNR(average_bits=average, bits=bits)
     if expected is None:
-        with pytest.raises(SettingError, match=f"cannot be reached: the least of these widths gives {min(bits)}"):
+        with pytest.raises(SettingError, match=naming("cannot be reached", min(bits))):
             allocator(table_of(counts))
         return
     plan = allocator(table_of(counts))

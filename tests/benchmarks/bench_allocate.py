@@ -1,4 +1,4 @@
-"""How long Budget takes, per layer and per channel, and what replaying saves when KL is measured.
+"""How long Budget takes, per layer and per channel, how long PTILMPQ, and what replaying saves when KL is measured.
 
     python -m tests.benchmarks.bench_allocate
 
@@ -33,6 +33,10 @@ def main() -> None:
         found = mpq.Budget(average_bits=average, parts=False).solve(table)
         print(f"ResNet-152, {len(table.layers)} layers, {average:g} bits: {since(start)}, gap {found.gap:.1e}")
         start = time.perf_counter()
+    start = time.perf_counter()
+    mpq.PTILMPQ()(table)
+    mpq.PTILMPQ(average_bits=5.2)(table)
+    print(f"PTILMPQ of ResNet-152, by alpha and by average bits: {since(start)}")
     for name in ("ResNet-50", "ResNet-152"):
         table = measured_numbers(ARCHITECTURES[name]())
         for average in AVERAGES:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mpq_plugins.checkpoints.buffers import LARGE, Scratch, chunk_buffer
 from mpq_plugins.checkpoints.readers import DTYPES, FileColumns, FileRows, MemoryRows, RowReader, safetensors_tensors
 from mpq_plugins.errors import SourceError
+from tests.helpers.says import naming
 
 MATRICES = (5, 7, 4)
 SOME = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]
@@ -174,7 +175,7 @@ def test_a_file_that_is_gone_or_cut_short_is_named(tmp_path: Path, transposed: b
     assert reader.at_once(0, 4, chunk_buffer) is None
     reader.path.unlink()
     for read in (lambda: reader(0, 4), reader.signature):
-        with pytest.raises(SourceError, match=r"model\.safetensors: cannot be read \(No such file"):
+        with pytest.raises(SourceError, match=naming("model.safetensors", "No such file")):
             read()
 
 
@@ -187,7 +188,7 @@ def test_a_tensor_of_a_dtype_that_is_not_read_is_there_and_refused_when_it_is_as
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
     tensor = safetensors_tensors(tmp_path / "model.safetensors")["t"]
     assert (tensor.shape, tensor.foreign) == ((2, 4), dtype)
-    with pytest.raises(SourceError, match=rf"'t' has dtype {dtype}, which is not supported"):
+    with pytest.raises(SourceError, match=naming("'t'", dtype, "not supported")):
         tensor.tensor()
 
 

@@ -16,6 +16,7 @@ from mpq_plugins import Affine, Uniform, compress, find_weights, measure
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.simulation.checkpoint import rewrite
 from mpq_plugins.simulation.match import match
+from tests.helpers.says import naming
 
 sides = st.sampled_from([1, 3, 127, 128, 129, 200, 256, 300])
 
@@ -37,6 +38,7 @@ def meant(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     return wide
 
 
+@pytest.mark.slow
 @given(sides, sides, st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]), st.sampled_from([128, 64, None]))
 def test_blocks_of_deepseeks(
     tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, dtype: torch.dtype, said: int | None
@@ -87,7 +89,7 @@ def test_what_a_plan_makes_of_it_cannot_be_written_into_eight_bits(tmp_path: Pat
     plan = Uniform(bits=4)(measure(source, bits=(4,)))
     assert match(plan, source, weights=True).notes == ()
     for write in (lambda: rewrite(source, plan, tmp_path / "out"), lambda: compress(source, plan, tmp_path / "x.mpq")):
-        with pytest.raises(SettingError, match=r"'a\.fc'.* scaled by 'a\.fc\.weight_scale_inv'.*bfloat16 first"):
+        with pytest.raises(SettingError, match=naming("'a.fc'", "'a.fc.weight_scale_inv'", "bfloat16")):
             write()
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "x.mpq").exists()

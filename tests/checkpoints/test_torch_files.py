@@ -21,6 +21,7 @@ from mpq_plugins.checkpoints.checkpoint import load_lazily, open_checkpoint
 from mpq_plugins.checkpoints.readers import FileRows
 from mpq_plugins.errors import SourceError
 from mpq_plugins.simulation.checkpoint import rewrite
+from tests.helpers.says import naming
 
 
 def saved(folder: Path, content: Any, **options: Any) -> Path:
@@ -63,6 +64,7 @@ def states(draw: st.DrawFn) -> dict[str, Tensor]:
     return {f"t{k}": draw(views(storage)) for k, storage in enumerate(chosen)}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(states(), st.sampled_from(["torch", "legacy", "stored", "deflated"]))
 def test_it_reads_what_torch_reads(
@@ -97,6 +99,7 @@ def test_nothing_is_loaded_before_it_is_read(tmp_path: Path) -> None:
     assert all(isinstance(own.read_rows, FileRows) for own in open_checkpoint(path).values())
 
 
+@pytest.mark.slow
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_not_the_end(tmp_path: Path) -> None:
     path = saved(tmp_path, {"fc.weight": torch.randn(1 << 9, 1 << 9)})
     code = (
@@ -141,7 +144,7 @@ def test_many_tensors_in_the_same_bytes_are_refused(tmp_path: Path) -> None:
 def test_a_plan_of_an_expanded_layer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     plan = Uniform(bits=4)(measure(saved(tmp_path, {"fc.weight": torch.randn(1 << 10, 1 << 10)})))
     path = saved(tmp_path, {"fc.weight": torch.ones(1).expand(1 << 10, 1 << 10)})
-    with pytest.raises(SourceError, match=r"tensor 'fc.weight' has 1048576 values, and 1 are stored"):
+    with pytest.raises(SourceError, match=naming("'fc.weight'", 1048576, 1)):
         rewrite(path, plan, tmp_path / "out.pt")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -173,7 +176,7 @@ def test_what_has_no_values_of_its_own_is_refused_by_name(
 
 
 def test_names_that_are_no_text_are_refused_and_keys_that_are_no_names_left_where_they_are(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"net.pt: tensor 'fc\\ud800.weight' has a name that is no text; rename it"):
+    with pytest.raises(SourceError, match=naming("net.pt", r"'fc\ud800.weight'", "rename")):
         open_checkpoint(saved(tmp_path, {"fc\ud800.weight": torch.ones(2, 2)}))
     path = saved(tmp_path, {"fc.weight": torch.randn(4, 4), 0: torch.ones(2), None: 3, (1, 2): "x"})
     assert list(open_checkpoint(path)) == ["fc.weight"]

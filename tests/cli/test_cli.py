@@ -175,6 +175,7 @@ def test_a_table_of_something_else_is_measured_again(mpq: Mpq, checkpoint: Path,
     assert "measuring again" in ran.err
 
 
+@pytest.mark.slow
 def test_measure_prints_saves_and_counts_macs(mpq: Mpq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = mpq("measure", "tests.helpers.nets:conv_net", "--input-shape", "1,3,8,8", "-o", tmp_path / "net.mpqt")
     assert ran.code == 0
@@ -319,6 +320,7 @@ def test_bad_input_is_one_clear_line_and_touches_nothing(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
     save_file({f"layer{i}.weight": torch.randn(64, 64) for i in range(4)}, tmp_path / "net.safetensors")
     command = [sys.executable, "-m", "mpq_plugins", "plan", str(tmp_path / "net.safetensors"), "--json"]
@@ -338,6 +340,7 @@ def test_progress_is_drawn_on_a_terminal_only(tmp_path: Path) -> None:
     assert json.loads(printed)["layers"]["layer0"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     save_file({f"layer{i}.weight": torch.randn(2048, 2048) for i in range(24)}, tmp_path / "net.safetensors")
     (tmp_path / "out.mpqt").write_text("old")

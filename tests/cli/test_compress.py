@@ -78,6 +78,7 @@ def test_inspect_shows_every_layer_and_gives_the_plan_back(mpq: Mpq, folder: Pat
     assert document["planned_bytes"] == Plan.load(folder / "plan.json").size().total_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "pruning"),
     [
@@ -188,6 +189,7 @@ def test_more_centroids_than_weights(mpq: Mpq, folder: Path) -> None:
     assert "layer 'conv1': 8 bits are 256 centroids, more than the 216 weights that share them" in ran.err
 
 
+@pytest.mark.slow
 def test_codebooks_are_of_whole_layers_unless_asked_otherwise(mpq: Mpq, folder: Path) -> None:
     words = ["-a", "budget", "--average-bits", 2, "--bits", "1-3", "--scheme", "codebook", "--no-parts"]
     source, plan_file = folder / "net.safetensors", folder / "budget.json"
@@ -212,6 +214,7 @@ def test_a_damaged_file_is_said_by_both_and_nothing_is_written(mpq: Mpq, folder:
     assert not (folder / "x.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(folder: Path) -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))

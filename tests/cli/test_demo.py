@@ -51,6 +51,7 @@ def test_the_command_writes_the_plan_it_reports(mpq: Callable[..., Ran], tmp_pat
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_training_script_makes_both_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

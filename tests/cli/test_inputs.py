@@ -61,6 +61,7 @@ WRITES = [  # the command, and what of the inputs the result would replace
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["itself", "another spelling", "symbolic link", "hard link"])
 @pytest.mark.parametrize(("command", "target"), WRITES, ids=[f"{own[0]} {name}" for own, name in WRITES])
 def test_no_input_is_written_over(

@@ -196,6 +196,7 @@ def test_a_folded_plan_gives_a_checkpoint_for_the_model_or_is_refused(mpq: Mpq, 
         assert left_in(tmp_path) == ["plan.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "changes"),
     [

@@ -90,6 +90,7 @@ def test_a_grid_of_qems_from_a_file(mpq: Mpq, checkpoint: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.safetensors", "out.csv"]
 
 
+@pytest.mark.slow
 def test_alpha_times_beta_with_an_evaluation_and_a_plot(mpq: Mpq, tmp_path: Path) -> None:
     grid = ("--alpha", "0,0.5,1", "--beta-important", 0.25, "--beta-important", 0.5)
     files = ("-o", tmp_path / "out.csv", "--plot", tmp_path / "out.png")
@@ -124,6 +125,7 @@ def test_a_sweep_without_values_takes_the_allocators_own_grid(mpq: Mpq, checkpoi
     assert [row["parameters"]["bits"] for row in uniform] == list(range(2, 9))
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_resumes(mpq: Mpq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ("sweep", f"{HERE}:net", "-a", "ptilmpq", "--alpha", "0:1:0.25", "--no-uniform", "--eval",
                f"{HERE}:score", "-o", tmp_path / "out.csv")  # fmt: skip

@@ -93,6 +93,7 @@ def commands(folder: Path) -> Iterator[list[str]]:
     yield ["pareto", net, "--plot", str(folder / "\x1b[31mout.gif")]
 
 
+@pytest.mark.slow
 def test_nothing_that_a_terminal_would_obey_is_printed_by_any_command(mpq: Mpq, files: Path) -> None:
     for arguments in commands(files):
         ran = mpq(*arguments)
@@ -156,6 +157,7 @@ def test_a_terminal_gets_colours_and_nothing_else_to_obey(files: Path) -> None:
     assert r"\x1b[31mred" in plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "term"), [("1", "xterm"), ("0", "dumb"), ("²", ""), ("-5", "unknown")])
 def test_a_terminal_may_be_of_any_size_and_kind(files: Path, columns: str, term: str) -> None:
     code, written = on_a_terminal(["show", str(files / "plan3.json")], COLUMNS=columns, LINES=columns, TERM=term)
@@ -163,6 +165,7 @@ def test_a_terminal_may_be_of_any_size_and_kind(files: Path, columns: str, term:
     assert "Traceback" not in written
 
 
+@pytest.mark.slow
 def test_progress_shows_names_that_are_markup(files: Path) -> None:
     code, written = on_a_terminal(["measure", str(files / "\x1b[31mnet.safetensors")], COLUMNS="100", TERM="xterm")
     assert code == 0, written
@@ -191,6 +194,7 @@ LOST = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", LOST)
 def test_a_file_is_written_whatever_becomes_of_the_output(files: Path, tmp_path: Path, where: str) -> None:
     (tmp_path / "net.mpqt").write_bytes((files / "net.mpqt").read_bytes())
@@ -209,6 +213,7 @@ def test_an_error_is_the_same_exit_whatever_becomes_of_the_output(tmp_path: Path
     assert "Traceback" not in ran.stderr + ran.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "code"), [(">&-", 0), ("| true", 0), ("| head -c 5", 0), ("> /dev/full", 2), ("> /dev/full 2>&-", 2)]
 )
@@ -219,6 +224,7 @@ def test_a_printed_result_that_a_full_disk_loses_is_an_error(files: Path, where:
     assert ran.stderr == (said if code and "2>" not in where else "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "locale",
     [

@@ -133,7 +133,7 @@ def test_an_address_where_something_else_answers(
     with answering(ANSWERS[what]) as address:
         began = time.monotonic()
         ran = mpq("measure", source, "--dask", address, "-o", tmp_path / "t.mpqt")
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60  # it does not wait for ever
     refused(ran, "mpq: error: dask: no scheduler answers at", address)
     assert ran.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == [source]

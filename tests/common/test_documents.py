@@ -27,6 +27,7 @@ def finite(value: Any) -> bool:
     return all(map(finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
 
 
+@pytest.mark.slow
 @given(values)
 def test_what_is_written_is_read_unless_it_is_no_number(value: Any) -> None:
     text = json.dumps(value)

@@ -47,6 +47,7 @@ def sample(shape: tuple[int, ...], zeros: float = 0.3, shift: float = 0.2) -> to
     return weight.masked_fill(torch.rand(shape, generator=generator) < zeros, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_weights_come_back_as_the_scheme_makes_them(scheme: Scheme, axis: int) -> None:

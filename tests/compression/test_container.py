@@ -74,6 +74,7 @@ def read(path: Path) -> None:
     opened.tensors()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "kept", "uses"),
     [(Affine(granularity="per_channel"), 0.1, "raw packed gaps"), (Codebook(), 0.4, "raw huffman")],
@@ -93,6 +94,7 @@ def test_every_flip_of_a_byte_is_found(tmp_path: Path, scheme: "Affine | Codeboo
                 read(path)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(st.data())
 def test_any_damage_is_found(tmp_path: Path, data: st.DataObject) -> None:
@@ -162,6 +164,7 @@ def part_of(document: Document) -> Document:
     return part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -250,6 +253,7 @@ def test_prologues_that_lie_are_refused(tmp_path: Path, changes: dict[str, int],
         read(with_prologue(small(tmp_path), **changes))
 
 
+@pytest.mark.slow
 def test_a_header_that_would_fill_the_memory_is_cut_off(tmp_path: Path) -> None:
     path = small(tmp_path)
     data = path.read_bytes()

@@ -104,6 +104,7 @@ def test_what_is_zero_stays_so_and_counts() -> None:
     assert not torch.signbit(pruned(weight, 3.5)).any()
 
 
+@pytest.mark.slow
 def test_masks_last_through_training_and_the_model_given_is_never_changed() -> None:
     torch.manual_seed(0)
     net = conv_net().train()

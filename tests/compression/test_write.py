@@ -51,6 +51,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.group_size is None], ids=str)
 @pytest.mark.parametrize("coding", ["smallest", "packed"])
 def test_what_comes_back_is_what_apply_makes(tmp_path: Path, scheme: Scheme, coding: str) -> None:
@@ -67,6 +68,7 @@ def test_what_comes_back_is_what_apply_makes(tmp_path: Path, scheme: Scheme, cod
             mpq.verify(loaded, plan, original=net)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans, st.booleans())
 def test_any_plan_of_any_weights(tmp_path: Path, plan: Plan, packed: bool) -> None:
@@ -277,6 +279,20 @@ def test_only_what_is_quantized_is_pruned(tmp_path: Path) -> None:
     assert (found["conv1.weight"] == 0).float().mean() >= 0.5
 
 
+def test_codes_of_which_most_are_zero_are_stored_by_the_gaps_between_the_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(300, 200, bias=False))
+    plan = uniform(net, Affine(symmetric=True), 8)
+    sizes = {}
+    for share in (0.0, 0.3, 0.8):
+        path = tmp_path / f"{share}.mpq"
+        compress(net, plan, path, coding="packed", prune=Sparsity(share))
+        sizes[share] = path.stat().st_size
+    assert abs(sizes[0.3] - sizes[0.0]) < 100
+    assert sizes[0.8] < 0.5 * sizes[0.0]  # 8 bits and 5 of a gap for a fifth of the weights
+
+
+@pytest.mark.slow
 def test_sizes_are_what_the_plan_promised(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100, bias=False))

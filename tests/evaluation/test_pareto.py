@@ -77,6 +77,7 @@ def test_bad_budgets_are_refused(table: LayerTable, budgets: list[float], messag
         pareto(table, budgets)
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_csv_and_picture(mpq: Mpq, tmp_path: Path) -> None:
     save_model(conv_net(), str(tmp_path / "net.safetensors"))
     files = "-o", tmp_path / "front.csv", "--plot", tmp_path / "front.png"
@@ -89,6 +90,7 @@ def test_the_command_writes_table_csv_and_picture(mpq: Mpq, tmp_path: Path) -> N
     assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_command_corrects_and_evaluates(mpq: Mpq, tmp_path: Path) -> None:
     here = "tests.evaluation.test_pareto"
     common = "pareto", "tests.helpers.nets:conv_net", "--budgets", "2", "--bits", "1-3", "--json", "--eval"

@@ -16,6 +16,7 @@ from mpq_plugins.allocation.objective import plan_error
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.evaluation.sweep import SweepRow, mark_pareto, sweep
 from tests.helpers.nets import conv_net
+from tests.helpers.says import naming
 
 PER_CHANNEL = Piecewise(granularity="per_channel", breakpoint="gaussian")
 
@@ -124,7 +125,7 @@ def test_an_evaluation_cannot_spoil_the_rows_after_it() -> None:
 def test_other_names_for_another_model_are_an_error() -> None:
     net, names = conv_net(), iter("ab")
     table = measure(net, bits=(8,))
-    with pytest.raises(SourceError, match="the evaluation returned a for one model and b for another"):
+    with pytest.raises(SourceError, match=naming("evaluation", "a", "b")):
         sweep(table, [Uniform(bits=8)(table)], net, lambda _: {next(names): 1.0})
 
 

@@ -24,6 +24,7 @@ def place() -> Iterator[tuple[Path, Path]]:
         yield made
 
 
+@pytest.mark.slow
 def test_no_odd_input_is_more_than_one_clear_line(place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPQ_DEBUG", "1")
     monkeypatch.setattr("mpq_plugins.common.registry.entry_points", functools.cache(entry_points))

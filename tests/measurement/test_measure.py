@@ -35,6 +35,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("chunk", [1 << 21, 40])
 def test_errors_are_those_of_the_fake_quantized_weights(
@@ -87,6 +88,7 @@ def test_importances_are_the_papers_norms() -> None:
         np.testing.assert_allclose(layer.channel_importance, rows.norm(dim=1).detach().numpy(), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_macs_are_counted_for_an_example_input() -> None:
     table = measure(conv_net(), example_input=torch.zeros(2, 3, 8, 8))
     assert {layer.name: layer.macs for layer in table.layers} == {

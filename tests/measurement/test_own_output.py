@@ -1,6 +1,7 @@
 """Layers that compute in their own way are measured at their own output: against runs of copies, and exact slopes."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins import Affine, Budget, Uniform, apply, correct, measure, sensitivity
+from mpq_plugins import Affine, Budget, LayerTable, Uniform, apply, correct, measure, sensitivity
 from mpq_plugins.errors import SettingError
 from mpq_plugins.measurement.moments import second_moments
 from mpq_plugins.measurement.own_output import PROBES, squared_slopes
@@ -77,10 +78,15 @@ def leaves(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else output
 
 
+@cache
+def measured_text() -> tuple[Text, LayerTable]:
+    model = Text().eval()
+    return model, sensitivity(model, measure(model, PER_CHANNEL, BITS, per_channel=True), "output_mse", IDS.split(5))
+
+
 @pytest.mark.parametrize("name", ["tokens", "positions", "pair", "stepped", "noisy", "head"])
 def test_output_mse_is_the_error_at_the_layers_own_output(name: str) -> None:
-    model = Text().eval()
-    table = sensitivity(model, measure(model, PER_CHANNEL, BITS, per_channel=True), "output_mse", IDS.split(5))
+    model, table = measured_text()
     layer = next(layer for layer in table.layers if layer.name == name)
     for k, bits in enumerate(BITS):
         quantized = apply(model, Uniform(bits=bits)(table)).get_submodule(name)

@@ -38,6 +38,7 @@ def somebody_drawing() -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fisher", "hessian"])
 def test_other_threads_change_nothing(kind: str) -> None:
     model = conv_net().eval()

@@ -42,6 +42,7 @@ SCHEMES: list[Scheme] = [
     Piecewise(),
     Piecewise(granularity="per_channel"),
 ]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("processes", "dask")]  # to start
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
 
 
@@ -106,7 +107,7 @@ def test_the_checkpoint_is_many_units_and_chunks(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("kind", ["one thread", "three threads", "processes", "dask"])
+@pytest.mark.parametrize("kind", ["one thread", "three threads", *SLOW])
 def test_every_executor_gives_the_same_table(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, kind: str, request: pytest.FixtureRequest
 ) -> None:
@@ -118,6 +119,7 @@ def test_every_executor_gives_the_same_table(
     assert contents(found) == expected(scheme)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_files_that_must_be_waited_for_give_the_same_table(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +171,7 @@ def kill_once(pids: Callable[[], Iterable[int]]) -> tuple[Callable[[str, int, in
     return progress, killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [Affine(range="mse"), SCHEMES[4]], ids=str)
 def test_a_dask_worker_killed_in_the_middle_changes_nothing(
     checkpoint: Path, expected: Callable[[Scheme], object], scheme: Scheme, cluster: Any, dask: Executor
@@ -179,6 +182,7 @@ def test_a_dask_worker_killed_in_the_middle_changes_nothing(
     assert contents(found) == expected(scheme)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_leaves_the_rest_to_threads(
     checkpoint: Path, expected: Callable[[Scheme], object]
 ) -> None:
@@ -315,6 +319,7 @@ def test_a_worker_with_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch
         unit_sums([weight], request)
 
 
+@pytest.mark.slow
 def test_a_device_is_looked_for_where_the_work_is_done(processes: Executor) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is such a device here")

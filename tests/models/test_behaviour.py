@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mpq_plugins import Affine, Uniform, correct, measure
 from mpq_plugins.models.behaviour import adds_its_bias, follows_its_statistics
 from tests.helpers import odd
+from tests.helpers.says import naming
 
 
 class Unbiased(nn.Linear):
@@ -83,11 +84,12 @@ def test_statistics_that_normalise_are_told_from_others(make: Callable[[], nn.Mo
     assert all(value.equal(before[name]) for name, value in norm.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_does_otherwise_is_not_corrected_and_named() -> None:
     model = odd.Recipe((("rectified", "shifted", "Wiring"), ("standardised", "with activation", "Wiring")), "Cosine", 4)
     net, batch = model.build(), odd.inputs()
     plan = Uniform(bits=3)(measure(net, Affine(granularity="per_channel"), [3]))
-    with pytest.warns(UserWarning, match=r"not corrected.*'body\.0\.layer', 'body\.0\.norm', 'head'"):
+    with pytest.warns(UserWarning, match=naming("not corrected", "'body.0.layer'", "'body.0.norm'", "'head'")):
         corrected = correct(net, plan, [batch])
     own, others = net.state_dict(), corrected.state_dict()
     changed = {name for name in own if not own[name].equal(others[name])}

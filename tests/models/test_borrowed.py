@@ -410,6 +410,7 @@ def test_code_without_source_is_judged_by_its_names() -> None:
     assert borrowed_in_source(net(space["calls"])) == set()
 
 
+@pytest.mark.slow
 def test_a_trained_transformers_code_is_followed() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, state_size=4)

@@ -93,6 +93,7 @@ def test_a_layer_that_is_not_there_is_not_found_under_another_name(plain: list[s
     assert found == ({name: name for name in plain} if not gone else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", WRAPPINGS)
 @pytest.mark.parametrize("made", WRAPPINGS)
 def test_a_plan_made_under_any_wrapping_fits_under_any_other(made: str, there: str) -> None:

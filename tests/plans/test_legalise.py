@@ -10,6 +10,7 @@ from mpq_plugins import Affine, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.legalise import Capabilities, Policy, legalise, require_legal
 from tests.helpers.plans import linear, plan_of, plans
+from tests.helpers.says import names, naming
 
 ANYTHING = Capabilities(
     backend="anything", bits=tuple(range(1, 9)), kinds=("linear",), schemes=("affine", "piecewise", "codebook"),
@@ -75,12 +76,36 @@ def test_two_regions_become_an_ordinary_quantizer_of_the_same_size() -> None:
     assert all("x has no piecewise scheme" in change.why for change in changes)
 
 
+def test_eight_bits_with_a_region_bit_stay_eight_for_nothing_is_wider() -> None:
+    plan = plan_of(linear("a", 4, 8, Piecewise(granularity="per_channel"), 8))
+    legal, (change,) = legalise(plan, Capabilities(backend="x", bits=tuple(range(2, 9)), kinds=("linear",)))
+    assert legal.layers[0].bits == 8
+    assert change.why == "x has no piecewise scheme"
+
+
+def test_scales_of_groups_become_those_of_channels_where_the_backend_has_both_others() -> None:
+    plan = plan_of(linear("a", 4, 8, Affine(granularity="per_group", group_size=2), 4))
+    legal, (change,) = legalise(plan, Capabilities(backend="x", bits=(4,), kinds=("linear",)))
+    assert legal.layers[0].scheme == PER_CHANNEL
+    assert "no per_group scales" in change.why
+
+
+def test_scales_beside_quantized_activations_are_those_the_backend_has_there() -> None:
+    able = Capabilities(backend="x", bits=(4,), kinds=("linear",), activation_bits=(None, 8),
+                        activation_symmetric=(True,))  # fmt: skip
+    plan = plan_of(linear("fc", 4, 2, PER_CHANNEL, 4))
+    assert legalise(plan, able) == (plan, ())
+    legal, (change,) = legalise(plan.with_activation_bits(8), able)
+    assert legal.layers[0].scheme == Affine(symmetric=True, granularity="per_channel")
+    assert "only symmetric scales" in change.why
+
+
 def test_a_kind_that_is_not_quantized_is_listed_and_stays_in_floating_point() -> None:
     able = Capabilities(backend="convs", bits=(8,), kinds=("conv2d",))
     legal, (change,) = legalise(plan_of(linear("fc", 4, 2, Affine(), 8)), able)
     assert legal.layers[0].bits == 32
     assert (change.after, change.cost) == ("floating point", 4 * 2 * 24 - 40)
-    assert change.why == "convs does not quantize linear layers, so it stays in floating point"
+    assert names(change.why, "convs", "linear", "floating point")
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("up", 32), ("nearest", None)])
@@ -120,12 +145,12 @@ def test_activations_are_a_change_like_any_other() -> None:
 
 def test_refusals_list_every_layer_and_the_remedy() -> None:
     plan = plan_of(linear("a", 4, 2, PER_CHANNEL, 3), linear("b", 4, 2, PER_CHANNEL, 5)).with_activation_bits(8)
-    with pytest.raises(SettingError, match=r"int8 cannot run .*'a': 3 bits.*no 3 bits, only 8; 'b': 5 bits.*legalise"):
+    with pytest.raises(SettingError, match=naming("int8", "'a'", 3, "'b'", 5, 8, "legalise")):
         require_legal(plan, INT8)
     four = Capabilities(backend="four", bits=(4,), kinds=("linear",))
-    with pytest.raises(SettingError, match=r"layer 'b': 5 bits, and four has nothing above, only 4. Use policy="):
+    with pytest.raises(SettingError, match=naming("'b'", 5, "four", 4, "policy=")):
         legalise(plan.with_activation_bits(None), four)
-    with pytest.raises(SettingError, match="policy: 'down' is not allowed; up, nearest, error"):
+    with pytest.raises(SettingError, match=naming("policy", "'down'", "up", "nearest", "error")):
         legalise(plan, INT8, "down")  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ from mpq_plugins.errors import FormatError, SettingError
 from mpq_plugins.plans import plan
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import linear, plan_of, plans
+from tests.helpers.says import naming
 
 SCHEMA = json.loads((files("mpq_plugins.plans") / "plan.schema.json").read_text())
 
@@ -195,7 +196,7 @@ def test_plans_of_the_version_without_checksums_are_read(tmp_path: Path) -> None
 def test_what_was_edited_says_so_until_the_checksum_is_taken_out() -> None:
     made = plan_of(linear("fc", 4, 2, Affine(), 4))
     edited = made.to_json().replace('"bits": 4', '"bits": 3')
-    with pytest.raises(FormatError, match=r"was damaged or edited .* remove the line 'checksum'; else make or fetch"):
+    with pytest.raises(FormatError, match=naming("edited", "'checksum'", "remove")):
         Plan.model_validate_json(edited)
     by_hand = "\n".join(line for line in edited.splitlines() if '"checksum"' not in line)
     assert Plan.model_validate_json(by_hand).layers[0].bits == 3

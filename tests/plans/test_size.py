@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 
-from mpq_plugins import Affine, Piecewise, Plan
+from mpq_plugins import Affine, Codebook, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from tests.helpers.plans import linear, plan_of, plans
 
@@ -53,6 +53,13 @@ def test_a_worked_example() -> None:
     assert size.against_fp32 == 320_000 / size.total_bits
     assert size.against_int8 == 80_000 / size.total_bits
     assert plan.size().total_bits == size.total_bits + 200 * 16
+
+
+@pytest.mark.parametrize("scale_bits", [16, 32])
+def test_centroids_are_as_wide_as_scales(scale_bits: int) -> None:
+    plan = plan_of(linear("a", 4, 8, Codebook(granularity="per_channel"), 3))
+    size = plan.size(scale_bits=scale_bits)
+    assert size.total_bits == 4 * 8 * 3 + 4 * 2**3 * scale_bits
 
 
 def test_other_scales_are_refused() -> None:

@@ -64,6 +64,26 @@ def test_min_max_error_is_at_most_half_a_step(weight: Tensor, bits: int, scheme:
     assert (error <= steps * (limit + 1e-4)).all()
 
 
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_search_clips_either_end_alone(side: float) -> None:
+    """An outlier at one end costs the other nothing: the error is that of the best pair of ends."""
+    usual = torch.linspace(-1, 1, 4000)
+    weight = torch.cat([usual, torch.tensor([1.35 * side])])[None]
+    searched = fake_quantize(weight, 4, Affine(granularity="per_channel", range="mse"))
+    error = float((searched - weight).square().sum())
+    pairs = itertools.product(np.linspace(0.9, 1.0, 11), np.linspace(0.6, 1.0, 41))
+    ends = [(-near, 1.35 * far) if side > 0 else (-1.35 * far, near) for near, far in pairs]
+    least = min(error_between(weight[0].double(), low, high) for low, high in ends)
+    assert error <= 1.01 * least
+
+
+def error_between(weight: Tensor, low: float, high: float) -> float:
+    scale = (high - low) / 15
+    zero = round(-low / scale)
+    codes = ((weight / scale).round() + zero).clamp(0, 15)
+    return float(((codes - zero) * scale - weight).square().sum())
+
+
 @given(weights(), st.sampled_from(BITS), st.sampled_from(SCHEMES))
 def test_zero_stays_zero_and_order_is_kept(weight: Tensor, bits: int, scheme: Affine) -> None:
     if bits == 1:

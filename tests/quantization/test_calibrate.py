@@ -30,6 +30,7 @@ def test_clipping_is_never_worse_than_min_max(name: str, symmetric: bool, bits: 
     assert (clipped <= widest * (1 + 1e-5) + 1e-12).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian", "laplacian", "outliers", "positive"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_symmetric_clipping_is_close_to_brute_force(name: str, bits: int) -> None:

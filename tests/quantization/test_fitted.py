@@ -68,6 +68,7 @@ def test_fitted_weights_are_clipped_and_their_grid_lies_inside_the_old_range(
     assert (quantized.amax(1) <= most + slack).all()
 
 
+@pytest.mark.slow
 @given(problems())
 def test_one_bit_is_the_weighted_mean(problem: tuple[Tensor, Tensor]) -> None:
     weight, importance = problem
@@ -84,6 +85,7 @@ def test_one_bit_is_the_weighted_mean(problem: tuple[Tensor, Tensor]) -> None:
                 assert value == pytest.approx(-level if w < 0 else level, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_it_finds_about_what_an_exhaustive_search_finds(bits: int, scheme: Affine) -> None:

@@ -214,11 +214,18 @@ def bfloat16_rows() -> dict[str, Tensor]:
     }
 
 
+def fewer(rows: Tensor, route: str) -> Tensor:
+    """Of torch, which turns all of them to float32 first, some hundred weights say what a thousand do."""
+    if route == "numba":
+        return rows
+    return rows[:, ::7] if rows.shape[1] > rows.shape[0] else rows[::7]
+
+
 @pytest.mark.parametrize("name", bfloat16_rows())
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_bfloat16_has_the_sums_of_the_same_floats(route: str, name: str, shared: bool, symmetric: bool) -> None:
-    rows = bfloat16_rows()[name]
+    rows = fewer(bfloat16_rows()[name], route)
     widths = range(2, 9) if name == "every bit pattern" else range(1, 9)  # of all floats the mean overflows
     grids = grids_for(rows.float(), shared, symmetric, widths)
     found = kernel.error_sums(rows, grids, largest=True)
@@ -228,13 +235,14 @@ def test_bfloat16_has_the_sums_of_the_same_floats(route: str, name: str, shared:
         np.testing.assert_array_equal(found, kernel.error_totals(rows.float(), grids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in bfloat16_rows() if name != "every bit pattern"])
 @pytest.mark.parametrize("scheme", [
     Piecewise(), Piecewise(granularity="per_channel"), Affine(granularity="per_channel", range="mse"),
     Affine(range="mse", symmetric=True),
 ], ids=str)  # fmt: skip
 def test_bfloat16_has_the_searched_grids_and_sums_of_the_same_floats(route: str, name: str, scheme: Scheme) -> None:
-    rows = bfloat16_rows()[name]
+    rows = fewer(bfloat16_rows()[name], route)
 
     def of(own: Tensor) -> NDArray[np.float64]:
         stats = kernel.row_stats(own)

@@ -16,6 +16,7 @@ from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.plans.scheme import BREAKPOINTS, GRANULARITIES, STORAGES
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.breakpoint import DISTRIBUTIONS, expected_error
+from mpq_plugins.quantization.grid import PiecewiseGrids
 from mpq_plugins.quantization.piecewise import PiecewiseTensor, decode, dequantize, encode, quantize
 from mpq_plugins.quantization.quantize import fake_quantize
 
@@ -43,6 +44,26 @@ def oracle(w: float, bits: int, p: float, m: float, storage: str) -> float:
         inside = min(math.floor((abs(w) - start) / cell), 2 ** (bits - 2) - 1) if cell else 0
         level = start + (inside + 0.5) * cell
     return math.copysign(level, w)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_weight_at_the_breakpoint_is_inside_and_there_is_one_zero(shared: bool) -> None:
+    unit = np.ones((1, 1), np.float32)
+    grid = PiecewiseGrids(np.array([4]), shared, unit, 8 * unit)
+    split = float(grid.split[0, 0])
+    codes, tail = encode(torch.tensor([[split, -split, np.nextafter(np.float32(split), np.inf)]]), grid)
+    assert tail.tolist() == [[False, False, True]]
+    assert decode(codes, tail, grid)[0, :2].tolist() == [split - grid.offset, grid.offset - split]
+    codes, tail = encode(torch.tensor([[0.0, -0.0, 0.25, -0.25]]), grid)
+    assert len(set(codes[0].tolist())) == (2 if shared else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_greatest_weights_stay_finite(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    for bits, small in itertools.product(BITS, (0.01, 1 / 3, 2 / 3)):
+        weight = torch.tensor([[most, -most * small, most / 8, -most]], dtype=dtype)
+        assert fake_quantize(weight, bits, Piecewise()).isfinite().all()
 
 
 @given(weights(st.floats(-1e3, 1e3, width=32)), st.sampled_from(BITS), st.sampled_from(STORAGES))
@@ -83,6 +104,7 @@ def test_no_weight_leaves_its_interval_by_more_than_half_a_step(weight: Tensor, 
     assert (error <= unit.double() * (1 if grid.shared else 0.5) + rounding).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_degenerate_tensors_are_safe(scheme: Piecewise) -> None:
     one_outlier = torch.full((4, 6), 1e-3)
@@ -112,6 +134,7 @@ def samples() -> dict[str, Tensor]:
             "uniform": torch.rand(8, 300, generator=generator) - 0.5, "few": gaussian[:, :4]}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", samples())
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("bits", BITS)
@@ -127,6 +150,7 @@ def test_the_search_is_never_worse_than_any_formula(name: str, storage: str, bit
             assert (found <= bound * (1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gaussian", "laplacian", "outliers"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_search_is_close_to_brute_force(name: str, bits: int) -> None:
@@ -149,6 +173,7 @@ def test_at_b_bits_in_each_interval_it_is_never_worse_than_one_symmetric_quantiz
         assert (two <= (one.double() - weight.double()).square().sum(1) * (1 + 1e-6)).all()
 
 
+@pytest.mark.slow
 # The formula takes rounding errors for uniform within a cell; two wide cells of a bell are not, nor eight of an
 # exponential.
 @pytest.mark.parametrize(
@@ -215,6 +240,7 @@ def test_sizes_are_true() -> None:
     assert quantize(torch.ones(4, 0), 2).total_bits == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_group_holds_as_many_values_as_the_scheme_says(storage: str, bits: int) -> None:

@@ -36,6 +36,7 @@ def roundings(draw: st.DrawFn) -> tuple[torch.Tensor, LayerChoice, Rounding]:
     return weight, choice, rounding
 
 
+@pytest.mark.slow
 @given(roundings())
 def test_learned_codes_survive_quantizing(case: tuple[torch.Tensor, LayerChoice, Rounding]) -> None:
     _, choice, rounding = case

@@ -77,6 +77,7 @@ SCHEMES: list[Scheme] = [Affine(symmetric=s, granularity=g, range=r) for s in (F
                          for g in ("per_tensor", "per_channel") for r in ("minmax", "mse")]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 5])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_plan_finds_the_learned_codes_in_the_result(scheme: Scheme, bits: int) -> None:
@@ -108,6 +109,7 @@ def test_every_part_has_its_own_levels() -> None:
     assert weight[4:].equal(net.blocks[1].conv2.weight[4:])  # type: ignore[union-attr,index]
 
 
+@pytest.mark.slow
 def test_blocks_come_closer_to_the_float_net_and_never_farther() -> None:
     net, batches = resnet(), inputs()
     plan = plan_of(net)
@@ -157,6 +159,7 @@ def test_learning_that_goes_wrong_leaves_rounding_to_nearest() -> None:
             assert torch.allclose(mine, others, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"mix": 0.5}, {"loss": "fisher"}, {"tune": "norms"}, {"correct": True}, {"blocks": "blocks"}]
 )
@@ -173,6 +176,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"tune": "norms", "mix": 0.3, "correct": True}])
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path, settings: dict[str, Any]) -> None:
     net, place = resnet(), tmp_path / "out.partial"
@@ -207,6 +211,7 @@ def left_by(place: Path, net: nn.Module, plan: mpq.Plan) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_store_of_another_job_is_refused(tmp_path: Path) -> None:
     net = resnet()
     place = left_by(tmp_path / "out.partial", net, plan_of(net))
@@ -290,6 +295,7 @@ def test_transformer_layers_are_blocks_with_masks_and_uneven_batches(batch_first
     assert same(mpq.apply(learned, plan), learned)
 
 
+@pytest.mark.slow
 def test_activations_are_quantized_in_ranges_that_are_learned() -> None:
     net = resnet()
     plan = plan_of(net, 4).with_activation_bits(3)

@@ -18,6 +18,7 @@ from mpq_plugins.simulation.checkpoint import rewrite
 from mpq_plugins.simulation.layer import simulate_layer
 from mpq_plugins.simulation.match import match
 from tests.helpers.nets import conv_net, tied_net
+from tests.helpers.says import naming
 
 
 def plan_for(net: nn.Module, scheme: Affine | None = None, fold_bn: bool = False) -> Plan:
@@ -150,7 +151,7 @@ def test_two_modules_do_not_fit_a_tied_plan() -> None:
     assert match(plan, net).problems == ()
     with torch.no_grad():
         module.weight[0, 0] += 1
-    with pytest.raises(MismatchError, match="One weight in the plan, and with different values here"):
+    with pytest.raises(MismatchError, match=naming("One weight", "different values")):
         apply(net, plan)
 
 
@@ -171,7 +172,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(
         return replaced
 
     monkeypatch.setattr(run, "_measured", replacing(run._measured))
-    with pytest.raises(SourceError, match=rf"{name}: changed while it was read, so the result would be of two models"):
+    with pytest.raises(SourceError, match=naming(name, "changed", "two models")):
         measure(path)
     monkeypatch.undo()
     monkeypatch.setattr(rewriting, "simulate_layer", replacing(simulate_layer))

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 
 from mpq_plugins import PTILMPQ, Affine, MixQuant, Piecewise, Plan, Uniform, apply, measure
 from mpq_plugins.adapters import fx
+from mpq_plugins.adapters.fx import preparation
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, SourceError, VerifyError
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
@@ -107,6 +108,28 @@ def test_the_percentile_leaves_out_what_is_rare() -> None:
     assert 2 < high < 10
 
 
+def test_the_percentile_is_never_beyond_what_was_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rounded = 0
+    for _ in range(50):
+        observer = fx.PercentileObserver(dtype=torch.quint8)
+        least, most = (torch.rand(2, generator=generator) * 3 - 1).sort().values
+        rounded += bool(least + (most - least) > most)
+        observer(torch.stack([least, most]))
+        low, high = observer._non_linear_param_search()
+        assert least <= low < high <= most
+    assert rounded
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_the_range_is_reduced_where_the_processor_needs_it(needed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "needs_reduced_range", lambda: needed)
+    model = nets.made(nets.SmallNet)
+    config = fx.qconfig_mapping(planned(model), model).module_name_qconfigs["fc"]
+    assert config is not None
+    assert config.activation().reduce_range is needed
+
+
 def test_reduced_range_is_7_bits() -> None:
     model = nets.made(nets.SmallNet)
     for reduce, most in ((True, 127), (False, 255)):
@@ -133,6 +156,23 @@ def test_weights_of_something_else_are_refused_while_converting() -> None:
     made(IMAGES)
     with pytest.raises(MismatchError, match="layer 'fc': its weights do not become the plan's codes"):
         convert_fx(made)
+
+
+@pytest.mark.parametrize("steps", [0.002, 0.1, 0.4])
+def test_weights_a_part_of_a_step_away_are_refused_while_converting(steps: float) -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model)
+    calibrated = prepared(model, plan)
+    weight = quantizable_weights(calibrated)["fc"]
+    with torch.no_grad():
+        weight[0, 0] += steps * smallest_step(weight)
+    with pytest.raises(MismatchError, match=r"'fc'"):
+        convert_fx(calibrated)
+
+
+def smallest_step(weight: Tensor) -> float:
+    """Of the levels in the first row."""
+    return float(weight[0].detach().unique().diff().min())
 
 
 def test_qat_trains_and_its_integers_arrive() -> None:

@@ -18,6 +18,7 @@ from tests.helpers.nets import tied_net
 from tests.helpers.plans import with_layer
 
 torchao = pytest.importorskip("mpq_plugins.adapters.torchao")
+torchao_tensors = pytest.importorskip("mpq_plugins.adapters.torchao.tensors")
 
 
 class TextNet(nn.Module):
@@ -125,6 +126,36 @@ def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
         torchao.verify(dynamic, plan, model)
     with pytest.raises(SettingError, match="torchao does not quantize conv1d layers beside 8-bit activations"):
         torchao.apply(nets.made(TextNet), planned(nets.made(TextNet)).with_activation_bits(8))
+
+
+def test_binary_codes_are_of_two_bits_for_one_has_no_plus_one() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    weight = torchao.apply(model, planned(model, allocator=Uniform(bits=1))).get_submodule("0").weight
+    assert str(weight.target_dtype) == "torch.int2"
+
+
+def test_only_linear_layers_quantize_their_inputs() -> None:
+    model = nets.made(TextNet)
+    names = {layer.kind: torchao_tensors.dynamic_name(layer, 8) for layer in planned(model).layers}
+    assert {kind for kind, name in names.items() if name is not None} == {"linear"}
+    assert torchao_tensors.dynamic_name(planned(model).layers[0], None) is None
+
+
+@pytest.mark.parametrize("change", ["block_size", "dtype"])
+def test_other_blocks_and_dtypes_around_the_plans_codes_are_found(change: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    plan = planned(model)
+    quantized = torchao.apply(model, plan)
+    weight = quantized.get_submodule("0").weight
+    blocks = (4, 1) if change == "block_size" else tuple(weight.block_size)
+    dtype = torch.float16 if change == "dtype" else weight.dtype
+    scale = weight.scale.reshape(1, 4) if change == "block_size" else weight.scale
+    zero_point = weight.zero_point.reshape(1, 4) if change == "block_size" else weight.zero_point
+    quantized.get_submodule("0").weight = nn.Parameter(
+        type(weight)(weight.qdata, scale, zero_point, weight.target_dtype, blocks, dtype, None), requires_grad=False
+    )
+    with pytest.raises(VerifyError, match=r"'0' has blocks of"):
+        torchao.verify(quantized, plan, model)
 
 
 REFUSED: list[tuple[type[nn.Module], type[MPQError], str]] = [

@@ -1,0 +1,1 @@
+"""Small changes of meaning, drawn at random: do the tests that are for the changed code notice?"""
