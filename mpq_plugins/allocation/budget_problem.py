@@ -59,13 +59,13 @@ class Layout:
         self.rules, self.table, self.limits = rules, table, limits
         self.pinned = _pinned_layers(rules, table)
         self.items = list(_items(rules, table, self.pinned))
-        own = {layer.name: layer for layer in table.layers}
+        by_name = {layer.name: layer for layer in table.layers}
         self.pinned_cost = math.fsum(
-            float(layer_curve(table, own[name], rules.sensitivity, [b])[0])
+            float(layer_curve(table, by_name[name], rules.sensitivity, [b])[0])
             for name, b in self.pinned.items()
             if b not in FLOAT_BITS
         )
-        pinned = [np.array([limit.whole(own[n], [b])[0] for n, b in self.pinned.items()]) for limit in limits]
+        pinned = [np.array([limit.whole(by_name[n], [b])[0] for n, b in self.pinned.items()]) for limit in limits]
         self.fixed = np.array([math.fsum(amounts) for amounts in pinned])
         self.problem = Problem(self._costs(), self._weights(), np.array([limit.most for limit in limits]) - self.fixed)
 
@@ -100,9 +100,9 @@ class Layout:
             return None
         columns = np.array([item.columns for item in self.items])
         starts = np.cumsum(columns) - columns
-        own = self.problem
-        merged = [np.add.reduceat(own.costs, starts, axis=1), np.add.reduceat(own.weights, starts, axis=2)]
-        whole = solve(Problem(merged[0], merged[1], own.limits))
+        problem = self.problem
+        merged = [np.add.reduceat(problem.costs, starts, axis=1), np.add.reduceat(problem.weights, starts, axis=2)]
+        whole = solve(Problem(merged[0], merged[1], problem.limits))
         if whole is not None and (best is None or whole.cost < best.cost):
             spread = Solution(np.repeat(whole.choice, columns), whole.cost, whole.bound)
             best = spread if (self._over(spread) <= 0).all() else best
@@ -114,9 +114,9 @@ class Layout:
         widths: dict[str, Widths] = dict(self.pinned)
         start = 0
         for item in self.items:
-            own = bits[start : start + item.columns]
+            chosen = bits[start : start + item.columns]
             start += item.columns
-            widths |= {layer.name: own if item.channels else int(own[0]) for layer in item.layers}
+            widths |= {layer.name: chosen if item.channels else int(chosen[0]) for layer in item.layers}
         return widths
 
     def taken(self, widths: Mapping[str, Widths]) -> Array:
@@ -125,11 +125,11 @@ class Layout:
 
     def _layer_takes(self, limit: Limit, widths: Mapping[str, Widths]) -> Iterator[float]:
         for layer in self.table.layers:
-            own = widths[layer.name]
-            if isinstance(own, int):
-                yield float(limit.whole(layer, [own])[0])
+            layer_widths = widths[layer.name]
+            if isinstance(layer_widths, int):
+                yield float(limit.whole(layer, [layer_widths])[0])
                 continue
-            distinct, counts = np.unique(np.asarray(own), return_counts=True)
+            distinct, counts = np.unique(np.asarray(layer_widths), return_counts=True)
             if len(distinct) == 1:
                 yield float(limit.whole(layer, distinct.tolist())[0])
                 continue
@@ -151,8 +151,8 @@ class Layout:
         )
 
     def _choice(self, widths: Mapping[str, Widths]) -> NDArray[np.int64]:
-        own = [np.atleast_1d(np.asarray(widths[item.layers[0].name])) for item in self.items]
-        bits = np.concatenate(own) if own else np.zeros(0, np.int64)
+        item_widths = [np.atleast_1d(np.asarray(widths[item.layers[0].name])) for item in self.items]
+        bits = np.concatenate(item_widths) if item_widths else np.zeros(0, np.int64)
         choice: NDArray[np.int64] = np.searchsorted(self.rules.bits, bits)
         return choice
 
@@ -216,9 +216,9 @@ class Layout:
         last = len(self.limits) - 1
         others = np.arange(last)
         problem = Problem(self.problem.weights[last], self.problem.weights[others], self.problem.limits[others])
-        found = solve(problem)
+        solution = solve(problem)
         name, limit = self.limits[last].name, self.limits[last]
-        amount = math.inf if found is None else limit.shown(found.cost + self.fixed[last])
+        amount = math.inf if solution is None else limit.shown(solution.cost + self.fixed[last])
         if not limit.asked < amount < math.inf:
             return "relax one of them"
         return f"with the others met, the least {name} is {amount:.6g}, {amount - limit.asked:.3g} more than asked"
@@ -233,10 +233,10 @@ def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
     pinned: dict[str, int] = {}
     for entry in rules.pin:
         pattern, bits = pinned_width(entry)
-        found = [layer.name for layer in table.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))]
-        if not found:
+        matching = [layer.name for layer in table.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))]
+        if not matching:
             raise SettingError(f"pin: {pattern!r} matches no layer; names look like {first_few(names[:3], ', ')}")
-        for name in found:
+        for name in matching:
             if pinned.setdefault(name, bits) != bits:
                 raise SettingError(f"pin: layer {name!r} is given both {pinned[name]} and {bits} bits; give one")
     for name, bits in (given | pinned).items():

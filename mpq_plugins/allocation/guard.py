@@ -69,26 +69,26 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
     distance, mse and relative, split by channel where the plan has parts. None where the table cannot tell (other
     widths, another scheme, parts without numbers per channel). Raises SettingError for what was not measured.
     """
-    found = _beside_uniform(table, plan, sensitivity)
-    return None if found is None else _with_best(table, found)
+    comparison = _beside_uniform(table, plan, sensitivity)
+    return None if comparison is None else _with_best(table, comparison)
 
 
 def warn_if_worse(table: LayerTable, plan: Plan) -> None:
     """Warn with PlanWarning of a plan that is predicted to be worse than uniform widths of its size."""
-    found = _beside_uniform(table, plan, None)
-    if found is None or not found.beaten:
+    comparison = _beside_uniform(table, plan, None)
+    if comparison is None or not comparison.beaten:
         return  # as most plans do, which should cost next to nothing
-    found = _with_best(table, found)
-    if found.worse:
-        warnings.warn(worse_text(plan, found), PlanWarning, stacklevel=4)
+    comparison = _with_best(table, comparison)
+    if comparison.worse:
+        warnings.warn(worse_text(plan, comparison), PlanWarning, stacklevel=4)
 
 
-def worse_text(plan: Plan, found: Comparison) -> str:
+def worse_text(plan: Plan, comparison: Comparison) -> str:
     """What is wrong with the plan, and what to do."""
     return (
-        f"this {plan.allocator.name} plan is predicted to be worse than uniform widths: {found.text()}. Other "
+        f"this {plan.allocator.name} plan is predicted to be worse than uniform widths: {comparison.text()}. Other "
         f"parameters may do better, and "
-        f"Budget(total_average_bits={found.average_bits:.3f}, sensitivity={found.sensitivity!r}) does"
+        f"Budget(total_average_bits={comparison.average_bits:.3f}, sensitivity={comparison.sensitivity!r}) does"
     )
 
 
@@ -157,8 +157,8 @@ class _Whole:
         """The least cost within that size in total, to about the gap of one layer's step; None where nothing fits."""
         from .knapsack import Problem, solve
 
-        found = solve(Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)])), close=False)
-        return None if found is None else found.cost
+        solution = solve(Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)])), close=False)
+        return None if solution is None else solution.cost
 
 
 _KNOWN: WeakKeyDictionary[LayerTable, dict[str, _Whole]] = WeakKeyDictionary()
@@ -179,5 +179,5 @@ def _beside_uniform(table: LayerTable, plan: Plan, sensitivity: str | None) -> C
     return Comparison(name, size, average, cost, whole.uniform_cost(size), None)
 
 
-def _with_best(table: LayerTable, found: Comparison) -> Comparison:
-    return replace(found, best=_Whole.of(table, found.sensitivity).best_cost(found.total_bits))
+def _with_best(table: LayerTable, comparison: Comparison) -> Comparison:
+    return replace(comparison, best=_Whole.of(table, comparison.sensitivity).best_cost(comparison.total_bits))

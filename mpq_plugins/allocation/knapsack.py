@@ -47,7 +47,7 @@ class Problem:
     def used(self, choice: Choice) -> Floats:
         """What it takes of each limit, (limits,)."""
         columns = np.arange(choice.size)
-        return np.array([math.fsum(own[choice, columns]) for own in self.weights])
+        return np.array([math.fsum(taken[choice, columns]) for taken in self.weights])
 
     def within(self, choice: Choice) -> bool:
         """Whether it stays within every limit."""
@@ -189,8 +189,8 @@ def _master(cuts: Sequence[_Cut], reach: float) -> Program:
 def _any_within(problem: Problem) -> Choice | None:
     """A choice within limits that the dual's walk never met, by HiGHS."""
     items = problem.costs.shape[1]
-    found = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs))
-    return None if found is None else found[0]
+    result = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs))
+    return None if result is None else result[0]
 
 
 def _filled(problem: Problem, choice: Choice) -> Choice:
@@ -240,10 +240,10 @@ def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> S
         second = np.partition(np.where(open_[:, items], reduced[:, items], np.inf), 1, axis=0)[1]
         items = items[np.argsort(second, kind="stable")[:CORE_ITEMS]]
     fixed = choice if not whole else np.where(open_.sum(axis=0) == 1, open_.argmax(axis=0), choice)
-    found = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES)
-    if found is None:
+    result = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES)
+    if result is None:
         return solution
-    better, below = found
+    better, below = result
     if problem.within(better) and problem.cost(better) < cost:
         solution = replace(solution, choice=better, cost=problem.cost(better))
     return replace(solution, bound=min(solution.cost, max(bound, below))) if whole else solution

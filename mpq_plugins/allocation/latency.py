@@ -34,7 +34,7 @@ class LatencyTable:
             return cls.of(read)
         if not isinstance(layers, Mapping) or not layers:
             raise SettingError(f"latency: {layers!r:.60} is no table; write {EXAMPLE}")
-        return cls(tuple((str(name), _widths(str(name), own)) for name, own in layers.items()))
+        return cls(tuple((str(name), _widths(str(name), costs)) for name, costs in layers.items()))
 
     def curve(self, layer: str, bits: Sequence[int]) -> list[float]:
         """The layer's cost at each bit-width. Raises SettingError for one that was not timed."""
@@ -53,13 +53,13 @@ class LatencyTable:
         return f"{len(self.entries)} layers, sha256:{digest[:16]}"
 
 
-def _widths(layer: str, own: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(own, Mapping) or not own:
-        raise SettingError(f"latency: {layer!r}: {own!r:.60} is no table of bits and costs; write {EXAMPLE}")
-    found = tuple((_width(layer, bits), _cost(layer, bits, cost)) for bits, cost in own.items())
-    if len({bits for bits, _ in found}) < len(found):
-        raise SettingError(f"latency: {layer!r}: {own!r:.60} has a width twice; write {EXAMPLE}")
-    return found
+def _widths(layer: str, costs: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(costs, Mapping) or not costs:
+        raise SettingError(f"latency: {layer!r}: {costs!r:.60} is no table of bits and costs; write {EXAMPLE}")
+    pairs = tuple((_width(layer, bits), _cost(layer, bits, cost)) for bits, cost in costs.items())
+    if len({bits for bits, _ in pairs}) < len(pairs):
+        raise SettingError(f"latency: {layer!r}: {costs!r:.60} has a width twice; write {EXAMPLE}")
+    return pairs
 
 
 def _width(layer: str, bits: Any) -> int:

@@ -51,8 +51,8 @@ def layer_curve(table: LayerTable, layer: LayerStats, name: str, bits: Sequence[
     """The predicted cost of a whole layer at each bit-width, (bits,). Raises SettingError where not measured."""
     names = check(table, name)
     positions = [table.position(b) for b in bits]
-    own = _curve(layer, names[-1])
-    curve: Array = own[positions] * _scale(layer, names, own)
+    last = _curve(layer, names[-1])
+    curve: Array = last[positions] * _scale(layer, names, last)
     return curve
 
 
@@ -68,8 +68,8 @@ def channel_curves(table: LayerTable, layer: LayerStats, name: str, bits: Sequen
             f"sensitivity: {names[-1]} does not add up over channels; use mse or relative, or one width a layer "
             "(parts=False)"
         )
-    own = _channel_curves(layer, names[-1])
-    if own is None:
+    last = _channel_curves(layer, names[-1])
+    if last is None:
         remedy = (
             "measure(per_channel=True)" if names[-1] in table.metrics else f"split by another, as in {names[-1]}*mse"
         )
@@ -77,7 +77,7 @@ def channel_curves(table: LayerTable, layer: LayerStats, name: str, bits: Sequen
             f"layer {layer.name!r}: no {names[-1]} per channel in this table; {remedy}, or give each layer one width "
             "(parts=False)"
         )
-    curves: Array = own[positions] * _scale(layer, names, _curve(layer, names[-1]))
+    curves: Array = last[positions] * _scale(layer, names, _curve(layer, names[-1]))
     return curves
 
 

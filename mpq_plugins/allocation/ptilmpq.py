@@ -138,8 +138,8 @@ class PTILMPQ:
         count = self._important_count(table, order, important, other)
         chosen = set(order[:count].tolist())
         bits = {layer.name: important[i] if i in chosen else other[i] for i, layer in enumerate(table.layers)}
-        found = {"alpha": count / max(1, len(table.layers))} if self._sized else {}
-        return make_plan(table, self, bits, found=found)
+        facts = {"alpha": count / max(1, len(table.layers))} if self._sized else {}
+        return make_plan(table, self, bits, facts=facts)
 
     @property
     def _sized(self) -> bool:

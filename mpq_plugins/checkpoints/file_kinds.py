@@ -119,9 +119,9 @@ def pickled_objects(path: Path, said: str) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             if archive.getinfo(name).file_size < 1 << 26:
-                found = [own for own in _globals(archive.read(name)) if not _is_torchs(own)]
-                if found:
-                    return list(dict.fromkeys(found))
+                foreign = [named for named in _globals(archive.read(name)) if not _is_torchs(named)]
+                if foreign:
+                    return list(dict.fromkeys(foreign))
     except _DAMAGED:  # then what torch says is left
         pass
     return list(dict.fromkeys(UNSAFE_GLOBAL.findall(said)))
@@ -145,15 +145,15 @@ def of_quantizers(objects: Sequence[str]) -> list[str]:
 
 def _globals(data: bytes) -> list[str]:
     """What a pickle names, as module.name."""
-    found, words = [], [""]
+    objects, words = [], [""]
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "GLOBAL":
-            found.append(str(argument).replace(" ", "."))
+            objects.append(str(argument).replace(" ", "."))
         elif opcode.name == "STACK_GLOBAL":
-            found.append(".".join(words[-2:]))
+            objects.append(".".join(words[-2:]))
         elif isinstance(argument, str):
             words.append(argument)
-    return found
+    return objects
 
 
 def _is_torchs(name: str) -> bool:

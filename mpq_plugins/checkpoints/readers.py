@@ -199,8 +199,8 @@ class MemoryRows:
 
     def __call__(self, start: int, stop: int, allocate: Allocate = chunk_buffer) -> Tensor:
         """See RowReader; a view where that can be."""
-        own = self.tensor.narrow(self.axis, start, stop - start) if self.tensor.dim() else self.tensor
-        return channel_rows(own, self.axis)
+        part = self.tensor.narrow(self.axis, start, stop - start) if self.tensor.dim() else self.tensor
+        return channel_rows(part, self.axis)
 
     def at_once(self, start: int, stop: int, allocate: Allocate) -> Tensor:
         """See RowReader."""

@@ -62,16 +62,16 @@ class ScaledRows:
     def _scaled(self, codes: Tensor, start: int, stop: int) -> Tensor:
         rows, columns = self.block
         scales = self.scales(0, self.scale_rows).float().reshape(self.scale_rows, -1)
-        own = scales[torch.arange(self.first + start, self.first + stop) // rows]
-        if own.shape[1] > 1:
-            own = own.repeat_interleave(columns, dim=1)[:, : codes.shape[1]]
-        return codes.float() * own
+        factors = scales[torch.arange(self.first + start, self.first + stop) // rows]
+        if factors.shape[1] > 1:
+            factors = factors.repeat_interleave(columns, dim=1)[:, : codes.shape[1]]
+        return codes.float() * factors
 
 
 def scale_name(name: str, stored: Mapping[str, StoredTensor]) -> str | None:
     """The tensor that scales a layer's codes, or None."""
-    names = (f"{name}.{own}" if name else own for own in SCALE_NAMES)
-    return next((own for own in names if own in stored), None)
+    names = (f"{name}.{candidate}" if name else candidate for candidate in SCALE_NAMES)
+    return next((candidate for candidate in names if candidate in stored), None)
 
 
 def scaled_reader(tensor: StoredTensor, name: str, scale: StoredTensor, config: Mapping[str, Any]) -> ScaledRows | None:
@@ -90,14 +90,14 @@ def scaled_reader(tensor: StoredTensor, name: str, scale: StoredTensor, config: 
 def _blocks(codes: Sequence[int], scales: Sequence[int], block: tuple[int, int]) -> list[tuple[int, int]]:
     """Rows and columns that may share a scale, by how many scales there are: squares, a tensor, parts of each row."""
     (outputs, inputs), (rows, columns) = codes, scales
-    found = []
+    blocks = []
     if rows == -(-outputs // block[0]) and columns == -(-inputs // block[1]):
-        found.append(block)
+        blocks.append(block)
     if rows == columns == 1:  # and then a square holds all of it
-        found = [(max(1, outputs), max(1, inputs))]
+        blocks = [(max(1, outputs), max(1, inputs))]
     elif rows == outputs and columns and inputs % columns == 0:
-        found.append((1, inputs // columns))
-    return found
+        blocks.append((1, inputs // columns))
+    return blocks
 
 
 def _said_block(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -96,8 +96,8 @@ def _strange(path: Path) -> str | None:
 
 def _inner(directory: Path) -> list[Path]:
     """Directories in it that hold weights."""
-    found = (path.parent for path in sorted(directory.glob("*/*")) if path.name in USUAL or path.suffix in _SUFFIXES)
-    return list(dict.fromkeys(found))
+    folders = (path.parent for path in sorted(directory.glob("*/*")) if path.name in USUAL or path.suffix in _SUFFIXES)
+    return list(dict.fromkeys(folders))
 
 
 _SUFFIXES = (".safetensors", *TORCH_SUFFIXES)

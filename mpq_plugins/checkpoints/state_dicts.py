@@ -47,20 +47,22 @@ def chosen_state_dict(content: Any, path: Path, weights: str | None = None, *, p
     """
     if not isinstance(content, MutableMapping | list | tuple):
         raise SourceError(f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict()")
-    everything = {found.key: found for found in _walk(content, TOP, DEEPEST, set()) if found.tensors}
+    everything = {
+        candidates.key: candidates for candidates in _walk(content, TOP, DEEPEST, set()) if candidates.tensors
+    }
     wanted = weights if weights is not None else prefer if prefer in everything else None
     if wanted is not None:
         if wanted not in everything:
             raise SourceError(f"{path}: weights: there are none under {wanted!r}; {_listed(everything)}")
         return everything[wanted]
-    found = {key: own for key, own in everything.items() if _layer_names(own)} or everything
-    if not found:
+    candidates = {key: held for key, held in everything.items() if _layer_names(held)} or everything
+    if not candidates:
         raise SourceError(
             f"{path}: holds {_instead(content)}; the weights are expected at the top or under {STATE_KEYS[0]!r}"
         )
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return _usual(found, path)
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    return _usual(candidates, path)
 
 
 def find_state_dict(content: Any, path: Path, weights: str | None = None) -> MutableMapping[str, Any]:
@@ -72,31 +74,31 @@ def beside(content: Any, chosen: StateDict) -> tuple[str, ...]:
     """Keys of what a checkpoint holds beside the tensors of the chosen state dict: those on the way to it, then its."""
     if content is chosen.state:
         return tuple(str(key) for key in chosen.state if key not in chosen.tensors)
-    found: list[str] = []
+    keys: list[str] = []
     inner: list[str] = []
     for key, value in _items(content):
         if value is chosen.state or chosen.key.startswith(f"{key}."):
             way = StateDict(chosen.key.removeprefix(f"{key}."), chosen.state)
             inner += [f"{key}.{name}" for name in beside(value, way)]
         else:
-            found.append(str(key))
-    return (*found, *inner)
+            keys.append(str(key))
+    return (*keys, *inner)
 
 
-def _usual(found: Mapping[str, StateDict], path: Path) -> StateDict:
+def _usual(candidates: Mapping[str, StateDict], path: Path) -> StateDict:
     """The one that is where weights usually are. Raises SourceError where that may not be the one that is meant."""
-    ranked = sorted((rank, key) for key in found if (rank := _rank(key)) is not None)
+    ranked = sorted((rank, key) for key in candidates if (rank := _rank(key)) is not None)
     if ranked:
-        chosen = found[ranked[0][1]]
-        own = _layer_names(chosen)
-        twins = [key for key, other in found.items() if other is not chosen and own & _layer_names(other)]
+        chosen = candidates[ranked[0][1]]
+        layers = _layer_names(chosen)
+        twins = [key for key, other in candidates.items() if other is not chosen and layers & _layer_names(other)]
         if not twins:
             return chosen
-        found = {key: found[key] for key in (chosen.key, *twins)}
+        candidates = {key: candidates[key] for key in (chosen.key, *twins)}
         same = " whose layers have the same names"
     else:
         same = ""
-    keys, example = first_few([repr(key) for key in found], ", "), list(found)[-1]
+    keys, example = first_few([repr(key) for key in candidates], ", "), list(candidates)[-1]
     raise SourceError(
         f"{path}: holds several state dicts{same}: {keys}. Say which is meant: "
         f"weights={example!r}, or --weights {example} on the command line"
@@ -111,11 +113,11 @@ def _rank(key: str) -> tuple[int, ...] | None:
     return tuple(STATE_KEYS.index(word) for word in words) if all(word in STATE_KEYS for word in words) else None
 
 
-def _layer_names(found: StateDict) -> set[str]:
+def _layer_names(held: StateDict) -> set[str]:
     """Its tensors that could be layers' weights, without what wraps the model."""
     names = [
         name
-        for name, tensor in found.tensors.items()
+        for name, tensor in held.tensors.items()
         if tensor.dim() >= 2 and (is_weight(name) or are_experts(name, tensor.shape))
     ]
     return set(without_holders(names).values())

@@ -32,8 +32,8 @@ def calibration_batches(text: str) -> list[Any]:
     with outsiders(lambda said: SourceError(f"{text}: the function cannot be called ({said})")):
         given = function()
         # A generator that never ends should not fill the memory.
-        found = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
-    return checked_batches(found, text)
+        batches = given if not hasattr(given, "__next__") else list(itertools.islice(given, MOST_BATCHES))
+    return checked_batches(batches, text)
 
 
 def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:

@@ -84,7 +84,7 @@ def say_left_alone(table: Any) -> None:
         say(f"skipped on request: {asked} layers")
     reasons = dict.fromkeys(reason for _, reason in table.left_alone)
     for reason in reasons:
-        names = [name for name, own in table.left_alone if own == reason]
+        names = [name for name, given in table.left_alone if given == reason]
         head = "left alone by default" if reason.startswith(PREFIX) else "left alone, no quantizable layer"
         say(f"{head}: {first_few(names, ', ')} ({reason})")
 

@@ -56,7 +56,9 @@ def _called(allocator: Allocator) -> Iterator[None]:
 def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:
     """What to say of families that were to be tied and that the model does not have."""
     names = [layer.name for layer in table.layers]
-    asked = dict.fromkeys(pattern for own in allocators for pattern in getattr(own, "tie", ()) if pattern in FUSED)
+    asked = dict.fromkeys(
+        pattern for allocator in allocators for pattern in getattr(allocator, "tie", ()) if pattern in FUSED
+    )
     return [nothing_to_tie(pattern) for pattern in asked if not families(pattern, names)]
 
 

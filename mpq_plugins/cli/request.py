@@ -40,10 +40,10 @@ class Request:
             chosen = scheme_class(self.scheme_name)
             # A codebook for each channel would take more than its codes, so that is only done where it is asked for.
             base = chosen() if chosen is Codebook else chosen(granularity=base.granularity, group_size=base.group_size)
-        own = _field_names(base)
+        fields = _field_names(base)
         said = dict(self.scheme_fields)
         for name in said:
-            if name not in own:
+            if name not in fields:
                 owner = next(key for key, scheme in usable_schemes().items() if name in _field_names(scheme))
                 raise SettingError(
                     f"{name}: means nothing with the {base.name} scheme; leave it out, or add --scheme {owner}"

@@ -155,9 +155,9 @@ def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
     """Refuse another model before the first evaluation, and say where its weights are not those measured."""
     from ..simulation.match import match
 
-    found = match(plan, model, weights=True)
-    found.require(where)
-    for note in found.notes:
+    fit = match(plan, model, weights=True)
+    fit.require(where)
+    for note in fit.notes:
         say(f"note: {where}: {note}")
 
 

@@ -81,10 +81,10 @@ def named_function(text: str) -> Callable[..., Any]:
         )
     module_name, _, name = text.partition(":")
     with outsiders(lambda said: SourceError(f"{text}: the function cannot be found ({said})")), _importing_from_here():
-        found = getattr(importlib.import_module(module_name), name)
-    if not callable(found):
-        raise SourceError(f"{text}: is a {type(found).__name__}; a function is needed")
-    return contained(found)
+        function = getattr(importlib.import_module(module_name), name)
+    if not callable(function):
+        raise SourceError(f"{text}: is a {type(function).__name__}; a function is needed")
+    return contained(function)
 
 
 @contextmanager
@@ -101,5 +101,9 @@ def _importing_from_here() -> Iterator[None]:
 
 def named_files(values: Mapping[str, Any]) -> list[str]:
     """Of an allocator's options, those that name files that are there, such as a table of latencies."""
-    given = [value for own in values.values() for value in (own if isinstance(own, list | tuple) else (own,))]
+    given = [
+        value
+        for given_value in values.values()
+        for value in (given_value if isinstance(given_value, list | tuple) else (given_value,))
+    ]
     return [value for value in given if isinstance(value, str) and exists(Path(value))]

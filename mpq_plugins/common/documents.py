@@ -37,20 +37,20 @@ def parse_json(data: bytes | str) -> Any:
     if text.count("[") + text.count("{") > MOST_INNER:
         raise ValueError(f"holds more than {MOST_INNER} lists and objects")
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+        document = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
     except RecursionError as error:
         raise ValueError(f"nested more than {DEEPEST} deep") from error
-    _check(found, DEEPEST)
-    return found
+    _check(document, DEEPEST)
+    return document
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
+        twice = next(name for name in mapping if names.count(name) > 1)
         raise ValueError(f"{twice[:60]!r} appears twice")
-    return found
+    return mapping
 
 
 def _no_number(name: str) -> Any:

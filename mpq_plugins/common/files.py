@@ -150,12 +150,12 @@ def unchanged(source: object) -> Iterator[None]:
 
 
 def _identities(source: object) -> dict[Path, tuple[int, ...]]:
-    found: dict[Path, tuple[int, ...]] = {}
+    identities: dict[Path, tuple[int, ...]] = {}
     for path in source_files(Path(source)) if isinstance(source, str | Path) else ():
         with suppress(OSError, ValueError):  # gone, which its absence here says
             status = path.stat()
-            found[path] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return found
+            identities[path] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return identities
 
 
 def write_text(target: Path, text: str) -> None:

@@ -33,22 +33,27 @@ def families(pattern: str, names: Iterable[str]) -> Mapping[tuple[str, ...], tup
     """
     if pattern in FUSED:
         names = tuple(names)
-        every = [families(own, names) for own in FUSED[pattern]]
-        return {(str(n), *key): own for n, found in enumerate(every) for key, own in found.items() if len(own) > 1}
+        every = [families(one, names) for one in FUSED[pattern]]
+        return {
+            (str(n), *key): members
+            for n, grouped in enumerate(every)
+            for key, members in grouped.items()
+            if len(members) > 1
+        }
     opening, closing = pattern.find("{"), pattern.find("}")
     if opening < 0 or closing < opening or "," not in pattern[opening:closing]:
         raise SettingError(
             f"tie: {pattern!r} names no alternatives; write '*.{{query,key,value}}' for layers that differ in that word"
         )
     head, words, tail = pattern[:opening], pattern[opening + 1 : closing].split(","), pattern[closing + 1 :]
-    found: dict[tuple[str, ...], list[str]] = {}
+    grouped: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         for word in words:
             captured = _captured(head + word.strip() + tail, name)
             if captured is not None:
-                found.setdefault(captured, []).append(name)
+                grouped.setdefault(captured, []).append(name)
                 break
-    return {key: tuple(own) for key, own in found.items()}
+    return {key: tuple(members) for key, members in grouped.items()}
 
 
 def _captured(glob: str, name: str) -> tuple[str, ...] | None:

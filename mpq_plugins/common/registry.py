@@ -72,15 +72,15 @@ def imported(plugin: Plugin, target: str, required: Sequence[str] = ()) -> Any:
 
 def _sorted(group: str, name: str | None = None) -> tuple[Plugin, ...]:
     """The plugins of a group, or those of that name. Raises PluginError for a name with two owners among them."""
-    found: dict[str, Plugin] = {}
+    plugins: dict[str, Plugin] = {}
     for entry in entry_points(group=f"mpq_plugins.{group}"):
         if name not in (None, entry.name):
             continue
         plugin = Plugin(group, entry.name, entry.value, entry.dist.name if entry.dist else "unknown")
-        other = found.setdefault(entry.name, plugin)
+        other = plugins.setdefault(entry.name, plugin)
         if other != plugin:
             raise PluginError(
                 f"{group}: {entry.name!r} is declared by both {other.distribution} ({other.target}) and "
                 f"{plugin.distribution} ({plugin.target}). Uninstall one."
             )
-    return tuple(found[name] for name in sorted(found))
+    return tuple(plugins[name] for name in sorted(plugins))

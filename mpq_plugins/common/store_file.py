@@ -108,10 +108,10 @@ class StoreFile:
         """A unit; None where it is no longer what it was."""
         pieces = []
         for row in self.places[kind][name]:
-            found = self.connection.execute("SELECT * FROM unit WHERE id = ?", (row,)).fetchone()
-            if found is None or not _is_whole(found, _seed(kind, self.facts[kind])):
+            stored = self.connection.execute("SELECT * FROM unit WHERE id = ?", (row,)).fetchone()
+            if stored is None or not _is_whole(stored, _seed(kind, self.facts[kind])):
                 return None
-            pieces.append(found[5])
+            pieces.append(stored[5])
         return b"".join(pieces)
 
     def close(self, remove: bool) -> None:
@@ -161,9 +161,9 @@ class StoreFile:
                 pieces.setdefault(key, {})[row[3]] = row[0]
                 wanted[key] = row[4]
         finally:
-            for (kind, name), found in pieces.items():
-                if len(found) == wanted[kind, name]:
-                    self.places.setdefault(kind, {})[name] = tuple(found[piece] for piece in sorted(found))
+            for (kind, name), rows in pieces.items():
+                if len(rows) == wanted[kind, name]:
+                    self.places.setdefault(kind, {})[name] = tuple(rows[piece] for piece in sorted(rows))
                 else:
                     self.damaged = True
 

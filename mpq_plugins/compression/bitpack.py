@@ -30,8 +30,8 @@ def pack(codes: Codes, bits: int) -> bytes:
     padded[: len(codes)] = codes
     out = np.empty((groups, bits), np.uint8)
     for start in range(0, groups, AT_ONCE):
-        own = padded[start * 8 : (start + AT_ONCE) * 8].reshape(-1, 8).astype("<u8")
-        words = np.bitwise_or.reduce(own << _shifts(bits), axis=1)
+        block = padded[start * 8 : (start + AT_ONCE) * 8].reshape(-1, 8).astype("<u8")
+        words = np.bitwise_or.reduce(block << _shifts(bits), axis=1)
         out[start : start + AT_ONCE] = words.view(np.uint8).reshape(-1, 8)[:, :bits]
     return out.tobytes()[: packed_bytes(len(codes), bits)]
 
@@ -49,13 +49,13 @@ def unpack(data: bytes | memoryview, bits: int, count: int) -> Codes:
     raw[: len(data)] = np.frombuffer(data, np.uint8)
     out = np.empty(groups * 8, np.uint8)
     for start in range(0, groups, AT_ONCE):
-        own = raw[start * bits : (start + AT_ONCE) * bits].reshape(-1, bits)
-        words = np.zeros((len(own), 8), np.uint8)
-        words[:, :bits] = own
+        block = raw[start * bits : (start + AT_ONCE) * bits].reshape(-1, bits)
+        words = np.zeros((len(block), 8), np.uint8)
+        words[:, :bits] = block
         codes = words.view("<u8") >> _shifts(bits) & np.uint64(2**bits - 1)
         out[start * 8 : (start + AT_ONCE) * 8] = codes.astype(np.uint8).reshape(-1)
-    found: Codes = out[:count]
-    return found
+    unpacked: Codes = out[:count]
+    return unpacked
 
 
 def _shifts(bits: int) -> NDArray[np.uint64]:

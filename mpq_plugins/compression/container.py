@@ -73,20 +73,20 @@ class Container:
         progress: called with a name, values done and values in all.
         """
         sizes = {name: self.values(record) for name, record in self.records.items()}
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         done, total = 0, sum(sizes.values())
         for name, record in self.records.items():
             if progress is not None:
                 progress(name, done, total)
             if record.same is None:
-                found[name] = self.tensor(name)
+                tensors[name] = self.tensor(name)
             done += sizes[name]
         for name, count in self.header.stacks.items():
-            found[name] = torch.stack([found.pop(f"{layer_name(name)}.{k}") for k in range(count)])
-        found |= {name: found[record.same] for name, record in self.records.items() if record.same is not None}
+            tensors[name] = torch.stack([tensors.pop(f"{layer_name(name)}.{k}") for k in range(count)])
+        tensors |= {name: tensors[record.same] for name, record in self.records.items() if record.same is not None}
         if progress is not None:
             progress("", total, total)
-        return found
+        return tensors
 
     def check(self) -> None:
         """Read every tensor. Raises FormatError, naming it, where one is damaged."""
@@ -133,14 +133,14 @@ class Container:
         assert record.parts is not None
         streams = iter(self._streams(record))
         where = self._where(record)
-        found: list[PartCodes | Tensor] = []
-        for part, own in zip(choice.all_parts, record.parts, strict=True):
+        decoded: list[PartCodes | Tensor] = []
+        for part, stored in zip(choice.all_parts, record.parts, strict=True):
             shape = part_shape(choice, part)
-            if isinstance(own, PartRecord):
-                found.append(read_part(own, shape, streams, index_bits(choice.kind), where))
+            if isinstance(stored, PartRecord):
+                decoded.append(read_part(stored, shape, streams, index_bits(choice.kind), where))
             else:
-                found.append(_plain(next(streams), shape.shape, DTYPES[record.dtype], where))
-        return found
+                decoded.append(_plain(next(streams), shape.shape, DTYPES[record.dtype], where))
+        return decoded
 
     def _where(self, record: TensorRecord) -> str:
         return f"{self.path}: tensor {record.name!r}"

@@ -49,7 +49,7 @@ class PartRecord(Strict):
     @property
     def streams(self) -> list[StreamRecord]:
         """Those that there are, in the file's order."""
-        return [own for own in (self.tables, self.zero_points, self.gaps, self.codes) if own is not None]
+        return [stream for stream in (self.tables, self.zero_points, self.gaps, self.codes) if stream is not None]
 
 
 class TensorRecord(Strict):
@@ -66,10 +66,10 @@ class TensorRecord(Strict):
     @property
     def streams(self) -> list[StreamRecord]:
         """All of its streams, in the file's order."""
-        own = [self.data] if self.data is not None else []
+        streams = [self.data] if self.data is not None else []
         for part in self.parts or ():
-            own += part.streams if isinstance(part, PartRecord) else [part]
-        return own
+            streams += part.streams if isinstance(part, PartRecord) else [part]
+        return streams
 
     @property
     def block_bytes(self) -> int:
@@ -91,11 +91,11 @@ class Header(Strict):
 
 def write_block(file: BinaryIO, streams: Sequence[Stream]) -> None:
     """A tensor's streams, and their checksum."""
-    found = 0
+    crc = 0
     for stream in streams:
         file.write(stream.data)
-        found = checksum(stream.data, found)
-    file.write(CHECKSUM.pack(found))
+        crc = checksum(stream.data, crc)
+    file.write(CHECKSUM.pack(crc))
 
 
 def write_header(file: BinaryIO, header: Header) -> None:
@@ -196,12 +196,12 @@ def _stack_problem(
     name: str, count: int, records: dict[str, TensorRecord], stacked: set[str], plan: Plan
 ) -> str | None:
     members = [f"{layer_name(name)}.{k}" for k in range(count if 0 < count <= len(records) else 0)]
-    own = [records[member] for member in members if member in records and member not in stacked]
-    if not members or len(own) < count or any(record.same is not None for record in own):
+    matrices = [records[member] for member in members if member in records and member not in stacked]
+    if not members or len(matrices) < count or any(record.same is not None for record in matrices):
         return f"stacks {count} others, which are not all there"
     if name in records or name_problem(name) is not None:
         return "is not alone in having its name, or has none"
-    if len({(record.dtype, _shape(record, plan)) for record in own}) > 1:
+    if len({(record.dtype, _shape(record, plan)) for record in matrices}) > 1:
         return "stacks tensors of different shapes or dtypes"
     return None
 

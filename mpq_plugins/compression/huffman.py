@@ -20,15 +20,15 @@ Lengths = NDArray[np.int64]
 
 def entropy_bits(counts: Sequence[int] | NDArray[np.int64]) -> float:
     """Bits that symbols of these counts take at the least: sum of n log2(N / n)."""
-    own = np.asarray(counts, np.float64)
-    own = own[own > 0]
-    return float((own * np.log2(own.sum() / own)).sum())
+    weights = np.asarray(counts, np.float64)
+    weights = weights[weights > 0]
+    return float((weights * np.log2(weights.sum() / weights)).sum())
 
 
 def coded_bytes(counts: Sequence[int] | NDArray[np.int64]) -> int:
     """Bytes that symbols of these counts take, with the table of lengths, without coding them."""
-    own = np.asarray(counts, np.int64)
-    return -(-int(code_lengths(own) @ own) // 8) + packed_bytes(len(own), LENGTH_BITS)
+    frequencies = np.asarray(counts, np.int64)
+    return -(-int(code_lengths(frequencies) @ frequencies) // 8) + packed_bytes(len(frequencies), LENGTH_BITS)
 
 
 def code_lengths(counts: Sequence[int] | NDArray[np.int64]) -> Lengths:
@@ -37,11 +37,11 @@ def code_lengths(counts: Sequence[int] | NDArray[np.int64]) -> Lengths:
     Where a code would be longer, counts are halved (none to 0) and the tree is made anew, which costs next to nothing:
     such symbols occur once in 2^15 or less.
     """
-    own = np.asarray(counts, np.int64)
-    lengths = _tree_depths(own)
+    frequencies = np.asarray(counts, np.int64)
+    lengths = _tree_depths(frequencies)
     while lengths.max(initial=0) > LONGEST:
-        own = (own + 1) // 2
-        lengths = _tree_depths(own)
+        frequencies = (frequencies + 1) // 2
+        lengths = _tree_depths(frequencies)
     return lengths
 
 
@@ -49,11 +49,11 @@ def encode(symbols: Codes, alphabet: int) -> bytes:
     """Symbols (n,) below `alphabet`, itself at most 2^LONGEST, as coded_bytes of their counts."""
     lengths = code_lengths(np.bincount(symbols, minlength=alphabet))
     words = _canonical_words(lengths)
-    own = lengths[symbols]
-    ends = np.cumsum(own)
+    spans = lengths[symbols]
+    ends = np.cumsum(spans)
     bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
     for place in range(lengths.max(initial=0)):  # counted from a code's last bit
-        having = own > place
+        having = spans > place
         bits[ends[having] - 1 - place] = words[symbols[having]] >> place & 1
     return pack(lengths.astype(np.uint8), LENGTH_BITS) + np.packbits(bits).tobytes()
 

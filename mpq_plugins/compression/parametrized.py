@@ -55,7 +55,7 @@ def finish(model: nn.Module) -> nn.Module:
         order = makers[0].order
         _give_own_class(module)
         parametrize.remove_parametrizations(module, WEIGHT, leave_parametrized=True)
-        module._parameters = {own: module._parameters[own] for own in order}
+        module._parameters = {key: module._parameters[key] for key in order}
     return plain
 
 

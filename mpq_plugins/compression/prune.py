@@ -92,14 +92,14 @@ def checked_thresholds(pruning: Pruning, weights: Sequence[Weight]) -> dict[str,
     if not isinstance(pruning, Pruning):
         raise SettingError(f"prune: {pruning!r} is not allowed; Sparsity(0.9), GlobalSparsity(0.9) or Deviations(1.0)")
     largest = {weight.name: _largest(weight) for weight in weights}
-    found = pruning.thresholds(weights)
-    for name, threshold in found.items():
+    thresholds = pruning.thresholds(weights)
+    for name, threshold in thresholds.items():
         if 0 < largest[name] < threshold:
             raise SettingError(
                 f"layer {name!r}: {pruning} would prune all of it, for its largest weight is {largest[name]:.4g} and "
                 f"the threshold {threshold:.4g}. Prune less, or leave the layer out."
             )
-    return found
+    return thresholds
 
 
 def kept(weight: Tensor, threshold: float) -> Tensor:
@@ -146,16 +146,16 @@ def _check_share(share: float) -> None:
 def _by_layer(amounts: Amounts, weights: Sequence[Weight]) -> dict[str, float]:
     if not isinstance(amounts, Mapping):
         return dict.fromkeys((weight.name for weight in weights), amounts)
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for pattern, amount in amounts.items():
         names = [weight.name for weight in weights if any(matches(pattern, name) for name in weight.names)]
         if not names:
             some = ", ".join(repr(weight.name) for weight in weights[:3])
             raise SettingError(f"prune: {pattern!r} matches no layer; names look like {some}")
         for name in names:
-            if found.setdefault(name, amount) != amount:
-                raise SettingError(f"prune: layer {name!r} is given both {found[name]} and {amount}; give one")
-    return found
+            if shares.setdefault(name, amount) != amount:
+                raise SettingError(f"prune: layer {name!r} is given both {shares[name]} and {amount}; give one")
+    return shares
 
 
 def _smallest_kept(weights: Sequence[Weight], share: float) -> float:
@@ -188,15 +188,15 @@ def _lower_bits(rows: Tensor, high: int) -> Array:
 
 
 def _bits(rows: Tensor) -> NDArray[np.uint32]:
-    found: NDArray[np.uint32] = rows.detach().float().abs().contiguous().cpu().numpy().view(np.uint32).reshape(-1)
-    return found
+    patterns: NDArray[np.uint32] = rows.detach().float().abs().contiguous().cpu().numpy().view(np.uint32).reshape(-1)
+    return patterns
 
 
 def _largest(weight: Weight) -> float:
-    found = float(over_chunks(weight)(_largest_of).max(initial=0.0))
-    if not np.isfinite(found):
+    largest = float(over_chunks(weight)(_largest_of).max(initial=0.0))
+    if not np.isfinite(largest):
         raise WeightError(f"layer {weight.name!r}: holds NaN or infinite weights. Repair it, or leave the layer out.")
-    return found
+    return largest
 
 
 def _largest_of(rows: Tensor) -> Array:

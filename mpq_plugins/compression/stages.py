@@ -69,7 +69,7 @@ class Stages:
 def total(stages: Iterable[Stages]) -> Stages:
     """All of them together."""
     rows = list(stages)
-    return Stages(**{field.name: sum(getattr(own, field.name) for own in rows) for field in fields(Stages)})
+    return Stages(**{field.name: sum(getattr(row, field.name) for row in rows) for field in fields(Stages)})
 
 
 def layer_stages(container: Container, name: str) -> Stages:
@@ -79,7 +79,7 @@ def layer_stages(container: Container, name: str) -> Stages:
     assert choice is not None, "the caller asks for a planned layer"
     itemsize = DTYPES[record.dtype].itemsize
     parts = zip(choice.all_parts, container.parts(name), strict=True)
-    stages = [_part(part_shape(choice, part), own, choice, itemsize) for part, own in parts]
+    stages = [_part(part_shape(choice, part), stored, choice, itemsize) for part, stored in parts]
     return replace(total(stages), stored=record.block_bytes)
 
 
@@ -88,21 +88,21 @@ def planned(container: Container) -> list[str]:
     return [record.name for record in container.header.tensors if record.parts is not None]
 
 
-def _part(shape: PartShape, own: PartCodes | Tensor, choice: LayerChoice, itemsize: int) -> Stages:
+def _part(shape: PartShape, stored: PartCodes | Tensor, choice: LayerChoice, itemsize: int) -> Stages:
     weights, gap_bits = shape.weights, index_bits(choice.kind)
-    if isinstance(own, Tensor):
+    if isinstance(stored, Tensor):
         assert shape.bits in FLOAT_BITS
-        zeros, original = int((own == 0).sum()), weights * itemsize
+        zeros, original = int((stored == 0).sum()), weights * itemsize
         return Stages(weights, zeros, weights, 8.0 * original, original, original, 0, original, 0, original, 0, 0)
-    symbols, width = own.symbols, shape.width
+    symbols, width = stored.symbols, shape.width
     index = to_relative(symbols, gap_bits)
     kept = len(index.values)
     dense, sparser = (packed_bytes(weights, width), 0), (packed_bytes(kept, width), packed_bytes(kept, gap_bits))
     packed = _smaller(dense, sparser)
     coded = _smaller((_huffman(symbols, width), 0), (_huffman(index.values, width), _huffman(index.gaps, gap_bits)))
-    zero = are_zero(own, shape)
+    zero = are_zero(stored, shape)
     in_float = len(to_relative((~zero).astype(np.uint8), gap_bits).gaps)
-    tables = own.tables.nbytes + packed_bytes(len(own.zero_points), shape.bits)
+    tables = stored.tables.nbytes + packed_bytes(len(stored.zero_points), shape.bits)
     original = weights * itemsize
     sparse = min(original, in_float * itemsize + packed_bytes(in_float, gap_bits))
     zeros = int(zero.sum())

@@ -78,18 +78,18 @@ def write(  # noqa: PLR0913  # as compress
     if coding not in CHOICES:
         raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
     if isinstance(source, nn.Module):
-        own = _of_module(source, plan)
+        contents = _of_module(source, plan)
     else:
-        own = _of_checkpoint(Path(source), plan, model, weights)
+        contents = _of_checkpoint(Path(source), plan, model, weights)
         _check_target(Path(source), path)
-    thresholds = _thresholds(prune, own) if prune is not None else {}
+    thresholds = _thresholds(prune, contents) if prune is not None else {}
     made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
     with atomic_path(path) as temporary:
         with temporary.open("wb") as file, unchanged(source):
             file.write(bytes(PROLOGUE))
-            writer = _Writer(file, own.plan, thresholds, coding, progress)
-            writer.add_all(own.tensors)
-            writer.finish(made_with, own.left_out)
+            writer = _Writer(file, contents.plan, thresholds, coding, progress)
+            writer.add_all(contents.tensors)
+            writer.finish(made_with, contents.left_out)
         Container.open(temporary)  # before it takes the place of another
     return Container.open(path)
 
@@ -107,14 +107,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _of_module(source: nn.Module, plan: Plan) -> _Source:
     fit = match(plan, source, rewrapped=True)
-    own = fit.require(type(source).__name__)
-    state = (folded_copy(source, own) if plan.fold_bn else source).state_dict()
-    return _Source(stored_tensors(state), fit.found.weights, _no_tensors(state), own)
+    named = fit.require(type(source).__name__)
+    state = (folded_copy(source, named) if plan.fold_bn else source).state_dict()
+    return _Source(stored_tensors(state), fit.found.weights, _no_tensors(state), named)
 
 
 def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str | None) -> _Source:
     fit = match(plan, source, key=key, model=model)
-    own = fit.require(str(source))
+    named = fit.require(str(source))
     require_unscaled(fit)
     assert fit.checkpoint is not None
     tensors = dict(fit.checkpoint.tensors)
@@ -123,7 +123,7 @@ def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str |
             first, other = weight_name(weight.name), weight_name(name)
             if first in tensors and other in tensors:
                 tensors[other] = replace(tensors[other], identity=tensors[first].identity)
-    return _Source(tensors, fit.found.weights, fit.checkpoint.beside, own)
+    return _Source(tensors, fit.found.weights, fit.checkpoint.beside, named)
 
 
 def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:
@@ -149,15 +149,15 @@ def _thresholds(prune: Pruning, source: _Source) -> dict[str, float]:
         for name in weight.names
         if name in choices and not choices[name].in_float
     }
-    found = checked_thresholds(prune, [weight for weight in weights if weight.name in planned])
-    without = {name: _without_zero(planned[name]) for name, threshold in found.items() if threshold}
+    thresholds = checked_thresholds(prune, [weight for weight in weights if weight.name in planned])
+    without = {name: _without_zero(planned[name]) for name, threshold in thresholds.items() if threshold}
     lacking = [f"{name!r} ({planned[name].scheme}, {bits} bits)" for name, bits in without.items() if bits is not None]
     if lacking:
         raise SettingError(
             "prune: there is no 0 at some widths, so pruned weights would come back: layers "
             f"{first_few(lacking, ', ')}. Plan without these widths (bits), with another scheme, or prune other layers."
         )
-    return {planned[name].name: threshold for name, threshold in found.items()}
+    return {planned[name].name: threshold for name, threshold in thresholds.items()}
 
 
 def _without_zero(choice: LayerChoice) -> int | None:

@@ -78,8 +78,8 @@ class Job:
 
     def squared_errors(self, layer: LayerStats, weight: Tensor) -> Array:
         """sum_j weight_cj (w - w')_cj^2 at each bit-width, (bits, channels); `weight` has the layer's shape."""
-        own = self.weights[layer.name]
-        errors = [(w - own).double().square() * weight.double() for w in self.quantized(layer)]
+        exact = self.weights[layer.name]
+        errors = [(w - exact).double().square() * weight.double() for w in self.quantized(layer)]
         axis = layer.channel_axis
         summed = [error.movedim(axis, 0).flatten(1).sum(1) for error in errors]
         return torch.stack(summed).cpu().numpy()
@@ -89,8 +89,8 @@ class Job:
 
         Raises SettingError.
         """
-        found = call_model(self.model, batch) if self.output is None else self._custom(batch)
-        logits = getattr(found, "logits", found)
+        output = call_model(self.model, batch) if self.output is None else self._custom(batch)
+        logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.dim() < 2:
             raise SettingError(
                 f"output: {type(self.model).__name__} gives a {type(logits).__name__}, and a tensor (samples, features)"
@@ -100,13 +100,13 @@ class Job:
 
     def logits(self, batch: Any) -> Tensor:
         """As `run`, for what takes the last dimension for classes. Raises SettingError."""
-        found = self.run(batch)
-        if found.dim() > 3:
+        output = self.run(batch)
+        if output.dim() > 3:
             raise SettingError(
-                f"output: has the shape {list(found.shape)}, where the last dimension should be the classes; pass "
+                f"output: has the shape {list(output.shape)}, where the last dimension should be the classes; pass "
                 "output=, as in lambda model, batch: model(batch).movedim(1, -1)"
             )
-        return found
+        return output
 
     def _custom(self, batch: Any) -> Tensor:
         assert self.output is not None

@@ -85,13 +85,13 @@ class Hessian:
             samples += sample_count(batch)
         job.said(total, total)
         _check_reached(names, reached)
-        found = {}
+        curves = {}
         for layer in job.table.layers:
             # A minimum has no negative curvature; what the estimate puts below zero is noise.
             mean = np.maximum(0.0, traces[names.index(layer.name)] / samples / max(1, layer.numel))
             weight = torch.full(layer.shape, float(mean) / 2, dtype=torch.float64)
-            found[layer.name] = _curves(job.squared_errors(layer, weight))
-        return found
+            curves[layer.name] = _curves(job.squared_errors(layer, weight))
+        return curves
 
 
 def _curves(channels: Any) -> Curves:

@@ -80,7 +80,9 @@ def unit_sums(pieces: Sequence[Weight], request: UnitRequest) -> Sums:
             return _joined([whole_sums(piece, request) for piece in pieces])
         parts = [part for piece in pieces for part in chunks(piece)]
         rows = read(parts, request.device)
-        return _joined([_chunk_sums(weight, own, request) for (weight, _, _), own in zip(parts, rows, strict=True)])
+        return _joined(
+            [_chunk_sums(weight, piece_rows, request) for (weight, _, _), piece_rows in zip(parts, rows, strict=True)]
+        )
 
 
 def whole_sums(weight: Weight, request: UnitRequest, each: Callable[[Op], Array] | None = None) -> Sums:
@@ -92,11 +94,11 @@ def whole_sums(weight: Weight, request: UnitRequest, each: Callable[[Op], Array]
     table = each(_stats_table)
     stats = _stats(table, weight)
     grids = choose_grids(each, stats.merged(), request.bits, request.scheme)
-    found = {"magnitudes": table[:, 2:], "extremes": table[:, :2]}
+    sums = {"magnitudes": table[:, 2:], "extremes": table[:, :2]}
     if not request.per_channel:
-        return found | {"totals": each(partial(error_totals, grids=grids, largest=request.largest))}
+        return sums | {"totals": each(partial(error_totals, grids=grids, largest=request.largest))}
     by_channel = each(partial(error_sums, grids=grids, largest=request.largest))
-    return found | {
+    return sums | {
         "totals": np.stack([add_sums(by_channel[a:b]) for _, a, b in chunks(weight)]),
         "channels": by_channel,
     }
@@ -112,12 +114,12 @@ def _chunk_sums(weight: Weight, rows: Tensor, request: UnitRequest) -> Sums:
     sums = error_sums(finer, grids, request.largest)
     by_channel = add_sums(sums.reshape(-1, groups, *sums.shape[1:]).swapaxes(0, 1))
     of_channel = table.reshape(-1, groups, 4)
-    found = {
+    chunk_sums = {
         "magnitudes": of_channel[:, :, 2:].sum(axis=1),
         "extremes": np.stack((of_channel[:, :, 0].min(axis=1), of_channel[:, :, 1].max(axis=1)), axis=1),
         "totals": add_sums(by_channel)[None],
     }
-    return found | {"channels": by_channel} if request.per_channel else found
+    return chunk_sums | {"channels": by_channel} if request.per_channel else chunk_sums
 
 
 def layer_stats(weight: Weight, parts: Sequence[Sums], request: UnitRequest) -> LayerStats:

@@ -43,6 +43,6 @@ def _of_layers_inside(name: str, model: nn.Module, counted: Mapping[str, int]) -
     if module is None or layer_kind(module) is None:
         return 0
     prefix = f"{name}." if name else ""
-    inside = [own for own, layer in module.named_modules() if own and layer_kind(layer) is not None]
-    outermost = [own for own in inside if not any(own.startswith(f"{other}.") for other in inside)]
-    return sum(counted.get(f"{prefix}{own}", 0) for own in outermost)
+    inside = [inner for inner, layer in module.named_modules() if inner and layer_kind(layer) is not None]
+    outermost = [inner for inner in inside if not any(inner.startswith(f"{other}.") for other in inside)]
+    return sum(counted.get(f"{prefix}{inner}", 0) for inner in outermost)

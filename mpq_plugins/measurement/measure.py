@@ -187,8 +187,8 @@ def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: 
             position: coordinators.submit(_shared, position, weights[position], request, work.size, workers, kept)
             for position in work.shared
         }
-        for name, numel, found in _by_unit(weights, request, work, workers, kept):
-            layers |= found
+        for name, numel, complete in _by_unit(weights, request, work, workers, kept):
+            layers |= complete
             done += numel
             if progress is not None:
                 progress(name, done, total)
@@ -214,9 +214,9 @@ def _by_unit(
     for unit in work.units:
         slots.append([])
         for position in unit.layers:
-            own = waiting.setdefault(position, [])
-            slots[-1].append(len(own))
-            own.append(None)
+            pieces = waiting.setdefault(position, [])
+            slots[-1].append(len(pieces))
+            pieces.append(None)
     calls = [Call(str(n), unit_sums, (unit.pieces, request), unit.pieces[0].name) for n, unit in enumerate(work.units)]
     for call, sums in _finished(calls, workers, kept):
         n = int(call.name)
@@ -224,7 +224,7 @@ def _by_unit(
         complete: dict[int, LayerStats] = {}
         for position, slot, part in zip(unit.layers, slots[n], _split(unit, sums), strict=True):
             waiting[position][slot] = part
-            parts = [found for found in waiting[position] if found is not None]
+            parts = [sums_of_piece for sums_of_piece in waiting[position] if sums_of_piece is not None]
             if len(parts) == len(waiting[position]):
                 complete[position] = layer_stats(weights[position], parts, request)
                 del waiting[position]
@@ -239,10 +239,10 @@ def _shared(
     passes = count()
 
     def each(op: Op) -> Array:
-        own = f"{position}.{next(passes)}"
-        calls = [Call(f"{own}.{k}", answers, (piece, op, request), weight.name) for k, piece in enumerate(pieces)]
-        found = {call.name: result["values"] for call, result in _finished(calls, workers, kept)}
-        return np.concatenate([found[call.name] for call in calls])
+        prefix = f"{position}.{next(passes)}"
+        calls = [Call(f"{prefix}.{k}", answers, (piece, op, request), weight.name) for k, piece in enumerate(pieces)]
+        values = {call.name: result["values"] for call, result in _finished(calls, workers, kept)}
+        return np.concatenate([values[call.name] for call in calls])
 
     return layer_stats(weight, [whole_sums(weight, request, each)], request)
 
@@ -267,12 +267,15 @@ def _split(unit: Unit, sums: Sums) -> list[Sums]:
     channels = np.cumsum([piece.channels for piece in unit.pieces])[:-1]
     by_chunk = np.cumsum([len(chunks(piece)) for piece in unit.pieces])[:-1]
     parts = {name: np.split(array, by_chunk if name == "totals" else channels) for name, array in sums.items()}
-    return [{name: own[k] for name, own in parts.items()} for k in range(len(unit.pieces))]
+    return [{name: arrays[k] for name, arrays in parts.items()} for k in range(len(unit.pieces))]
 
 
 def _check_store(path: Path, source: nn.Module | str | Path, weights: Iterable[Weight]) -> None:
     """Raise SettingError where finished units would be written over what is measured."""
-    readers = [own.codes if isinstance(own, ScaledRows) else own for own in (weight.read_rows for weight in weights)]
+    readers = [
+        row_reader.codes if isinstance(row_reader, ScaledRows) else row_reader
+        for row_reader in (weight.read_rows for weight in weights)
+    ]
     files = {reader.path for reader in readers if isinstance(reader, FileRows | FileColumns)}
     if not isinstance(source, nn.Module):
         files.add(Path(source))

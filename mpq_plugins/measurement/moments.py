@@ -39,10 +39,10 @@ def second_moments(
     plain = {module: is_plain(module) for module in names}
 
     def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        own = (
+        moment = (
             _squares_seen(module, first_input(args, kwargs)) if plain[module] else squared_slopes(module, args, kwargs)
         )
-        sums[names[module]] = sums.get(names[module], 0) + own
+        sums[names[module]] = sums.get(names[module], 0) + moment
 
     samples = 0
     with watching(list(names), seen):
@@ -79,8 +79,8 @@ def weight_users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
         module
         for module in model.modules()
         if layer_kind(module) is not None
-        and isinstance(own := getattr(module, "weight", None), Tensor)
-        and own.data_ptr() == weight.data_ptr()
+        and isinstance(held := getattr(module, "weight", None), Tensor)
+        and held.data_ptr() == weight.data_ptr()
     ]
 
 

@@ -30,13 +30,13 @@ class OutputMSE:
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One forward pass a batch."""
         moments = job.moments or second_moments(job.model, job.modules, job.batches, job.said)
-        found = {}
+        curves = {}
         for layer in job.table.layers:
             channels = job.squared_errors(layer, moments[layer.name])
             if not all(is_plain(module) for module in job.modules[layer.name]):
                 channels = _scaled(channels, _at_own_output(job, layer), job.squared_errors(layer, torch.ones(())))
-            found[layer.name] = Curves(channels.sum(1), channels)
-        return found
+            curves[layer.name] = Curves(channels.sum(1), channels)
+        return curves
 
 
 def _at_own_output(job: Job, layer: LayerStats) -> Array:

@@ -53,8 +53,8 @@ def output_errors(
 
     def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         exact = _outputs(module, _weight(module), args, kwargs)
-        own = [_distance(exact, _outputs(module, weight, args, kwargs)) for weight in weights()]
-        sums[:] = [a + b for a, b in zip(sums, own, strict=True)] if sums else own
+        distances = [_distance(exact, _outputs(module, weight, args, kwargs)) for weight in weights()]
+        sums[:] = [a + b for a, b in zip(sums, distances, strict=True)] if sums else distances
         _leave_as_it_was(module, args, kwargs)
 
     with watching(users, seen):
@@ -111,10 +111,10 @@ def _outputs(layer: nn.Module, weight: Tensor, args: tuple[Any, ...], kwargs: Ma
     with seeded(SEED):
         given = own_copy(dict(kwargs))
         output = functional_call(layer, {"weight": weight}, own_copy(args), given)
-    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not found:
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not leaves:
         raise SettingError(f"{type(layer).__name__}: gives no floating tensor to measure an error at; skip the layer")
-    return found
+    return leaves
 
 
 def _distance(exact: Sequence[Tensor], rough: Sequence[Tensor]) -> float:

@@ -78,8 +78,8 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         with evaluating(copied), seeded(seed) as generator:
             moments = second_moments(copied, modules, given) if fit_ranges else None
             job = Job(copied, table, given, weights, modules, output, moments, finished, progress, generator)
-            found = _measured(measurer, job)
-        layers = tuple(_with_curves(layer, measurer.name, found[layer.name]) for layer in table.layers)
+            curves = _measured(measurer, job)
+        layers = tuple(_with_curves(layer, measurer.name, curves[layer.name]) for layer in table.layers)
     return replace(table, layers=layers)
 
 
@@ -111,10 +111,12 @@ def _with_curves(layer: LayerStats, name: str, curves: Curves) -> LayerStats:
 
 
 def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
-    found = quantizable_weights(model)
-    missing = [layer.name for layer in table.layers if layer.name not in found]
+    weights = quantizable_weights(model)
+    missing = [layer.name for layer in table.layers if layer.name not in weights]
     other = [
-        layer.name for layer in table.layers if layer.name in found and tuple(found[layer.name].shape) != layer.shape
+        layer.name
+        for layer in table.layers
+        if layer.name in weights and tuple(weights[layer.name].shape) != layer.shape
     ]
     if missing or other:
         named = first_few([repr(name) for name in (missing or other)], ", ")
@@ -124,7 +126,7 @@ def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
     handles = [weight for weight in find_weights(model, refuse=False) if weight.name in planned]
     if weights_fingerprint(handles) != table.fingerprint:
         raise MismatchError(f"{type(model).__name__}: has other weights than those the table was measured on")
-    return {layer.name: found[layer.name].detach() for layer in table.layers}
+    return {layer.name: weights[layer.name].detach() for layer in table.layers}
 
 
 def _facts(

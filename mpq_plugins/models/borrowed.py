@@ -77,10 +77,10 @@ def borrowed_uses(model: nn.Module) -> dict[str, set[Any]]:
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for own, parameter in module._parameters.items():
+        for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append((module, f"{prefix}.{own}" if prefix else own))
-    found: dict[str, set[Any]] = {}
+                owners.setdefault(id(parameter), []).append((module, f"{prefix}.{key}" if prefix else key))
+    uses: dict[str, set[Any]] = {}
     for module in model.modules():
         is_layer = standard_class(module) is not None
         for used, functions in _used_by_forward(module).items():
@@ -88,17 +88,17 @@ def borrowed_uses(model: nn.Module) -> dict[str, set[Any]]:
             if is_layer and any(owner is module for owner, _ in holders):
                 continue  # a layer's own, which others may be tied to
             for name in (name for owner, name in holders if owner is not module):
-                found.setdefault(name, set()).update(functions)
+                uses.setdefault(name, set()).update(functions)
         for used, functions in _used_by_hooks(module).items():
             for _, name in owners.get(used, []):
-                found.setdefault(name, set()).update(functions)
-    return found
+                uses.setdefault(name, set()).update(functions)
+    return uses
 
 
 def _used_by_forward(module: nn.Module) -> Uses:
     reader = _Reader()
-    for own in ("forward", "__call__"):
-        for function in reader.attribute(module, own).values():
+    for entry in ("forward", "__call__"):
+        for function in reader.attribute(module, entry).values():
             reader.use(reader.call(function, [], {}))
     return reader.used
 
@@ -139,24 +139,28 @@ class _Reader:
             return self._of_class(next((vars(cls)[name] for cls in later if name in vars(cls)), None), value.instance)
         if isinstance(value, type | types.ModuleType):
             return _objects([inspect.getattr_static(value, name, None)])
-        own = getattr(value, "__dict__", {})
-        places = (own.get("_parameters"), own.get("_modules"), own) if isinstance(value, nn.Module) else (own,)
+        attributes = getattr(value, "__dict__", {})
+        places = (
+            (attributes.get("_parameters"), attributes.get("_modules"), attributes)
+            if isinstance(value, nn.Module)
+            else (attributes,)
+        )
         held = next((place[name] for place in places if place is not None and name in place), None)
         if held is not None:
             return _objects([held])
         return self._of_class(inspect.getattr_static(type(value), name, None), value)
 
-    def _of_class(self, found: Any, instance: Any) -> Objects:
+    def _of_class(self, member: Any, instance: Any) -> Objects:
         """An attribute that a class has, as an instance of it sees it."""
-        if isinstance(found, property):
-            return self.call(types.MethodType(found.fget, instance), [], {}) if found.fget else {}
-        if isinstance(found, functools.cached_property):
-            return self.call(types.MethodType(found.func, instance), [], {})
-        if isinstance(found, staticmethod):
-            return _objects([found.__func__])
-        if isinstance(found, classmethod):
-            return _objects([types.MethodType(found.__func__, type(instance))])
-        return _objects([types.MethodType(found, instance) if inspect.isfunction(found) else found])
+        if isinstance(member, property):
+            return self.call(types.MethodType(member.fget, instance), [], {}) if member.fget else {}
+        if isinstance(member, functools.cached_property):
+            return self.call(types.MethodType(member.func, instance), [], {})
+        if isinstance(member, staticmethod):
+            return _objects([member.__func__])
+        if isinstance(member, classmethod):
+            return _objects([types.MethodType(member.__func__, type(instance))])
+        return _objects([types.MethodType(member, instance) if inspect.isfunction(member) else member])
 
     def call(self, callee: Any, args: list[Objects], kwargs: dict[str, Objects]) -> Objects:
         """What a call may return, when the callee is code that can be followed; else its arguments are used."""
@@ -274,8 +278,8 @@ class _Body(ast.NodeVisitor):
 
     def value(self, node: ast.expr | None) -> Objects:
         """What an expression may be; tensors that it computes with are noted."""
-        found: Objects = {} if node is None else self.visit(node)
-        return found
+        objects: Objects = {} if node is None else self.visit(node)
+        return objects
 
     def visit_Name(self, node: ast.Name) -> Objects:
         """A local name, or one of the function's surroundings."""
@@ -290,13 +294,13 @@ class _Body(ast.NodeVisitor):
     def visit_Subscript(self, node: ast.Subscript) -> Objects:
         """One of a container's, by its number or name where that is written out."""
         self.value(node.slice)
-        found: Objects = {}
+        objects: Objects = {}
         for one in self.value(node.value).values():
             if isinstance(one, Tensor):
                 self.reader.use({id(one): one})
             elif isinstance(one, CONTAINERS):
-                found |= _objects(_item(one, node.slice))
-        return found
+                objects |= _objects(_item(one, node.slice))
+        return objects
 
     def visit_BinOp(self, node: ast.BinOp) -> Objects:
         """Operands are used."""
@@ -399,10 +403,10 @@ def _objects(values: Iterable[Any]) -> Objects:
 
 
 def _union(parts: Iterable[Objects]) -> Objects:
-    found: Objects = {}
+    objects: Objects = {}
     for part in parts:
-        found |= part
-    return found
+        objects |= part
+    return objects
 
 
 def _leads_on(value: Any) -> bool:
@@ -414,8 +418,8 @@ def _leads_on(value: Any) -> bool:
 def _is_code(value: Any) -> bool:
     """Whether calling it runs code that can be followed."""
     function = getattr(value, "__func__", value)
-    own = inspect.isfunction(function) and not _is_torchs(function)
-    return own or isinstance(value, nn.Module | functools.partial)
+    is_users = inspect.isfunction(function) and not _is_torchs(function)
+    return is_users or isinstance(value, nn.Module | functools.partial)
 
 
 def _is_torchs(function: Callable[..., Any]) -> bool:
@@ -425,11 +429,11 @@ def _is_torchs(function: Callable[..., Any]) -> bool:
 
 def _within(objects: Objects) -> Objects:
     """What the containers among objects hold."""
-    found: Objects = {}
+    reached: Objects = {}
     for one in objects.values():
         if isinstance(one, CONTAINERS):
-            found |= _objects(_contents(one))
-    return found
+            reached |= _objects(_contents(one))
+    return reached
 
 
 def _contents(container: Any) -> list[Any]:
@@ -529,13 +533,13 @@ def _is_set(cell: types.CellType) -> bool:
 def _named_in_code(code: types.CodeType, roots: Iterable[Any]) -> set[int]:
     """The parameters below any root whose names, from there, are all in the code."""
     names = _names_in(code)
-    found: set[int] = set()
+    parameters: set[int] = set()
     for root in (root for root in roots if isinstance(root, nn.Module)):
         for name, parameter in root.named_parameters(remove_duplicate=False):
             parts = [part for part in name.split(".") if not part.isdigit()]
             if all(part in names for part in parts):
-                found.add(id(parameter))
-    return found
+                parameters.add(id(parameter))
+    return parameters
 
 
 def _names_in(code: types.CodeType) -> set[str]:

@@ -53,8 +53,10 @@ def _culprit(model: "nn.Module", error: Exception) -> str:
 
 def _held(module: "nn.Module") -> dict[str, Any]:
     """What a module holds itself, by name, but for its children."""
-    own = {name: value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")}
-    return {**own, **module._parameters, **module._buffers}
+    attributes = {
+        name: value for name, value in vars(module).items() if name not in ("_modules", "_parameters", "_buffers")
+    }
+    return {**attributes, **module._parameters, **module._buffers}
 
 
 def _remedy(value: Any) -> str:
@@ -71,8 +73,8 @@ def _bound_to_the_original(model: "nn.Module") -> Iterator[tuple[str, FunctionTy
     """Module, function on it, and the module of the model that the function has hold of and computes with."""
     modules = {id(module): module for module in model.modules()}
     for name, module in model.named_modules():
-        own = () if _is_compiled(module) else vars(module).values()
-        for value in (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        attributes = () if _is_compiled(module) else vars(module).values()
+        for value in (*attributes, *module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             for function in _functions(value, set()):
                 for held in _surrounding(function):
                     is_method = isinstance(held, MethodType)

@@ -58,8 +58,8 @@ def tensor_bytes(tensor: "torch.Tensor") -> NDArray[np.uint8]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.stride() != (1,):  # torch calls a single value of a wide tensor contiguous
         flat = flat.clone(memory_format=torch.contiguous_format)
-    found: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
-    return found
+    raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return raw
 
 
 def batches_digest(batches: Sequence[Any]) -> str:

@@ -76,13 +76,13 @@ def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRan
     """The ranges of the inputs that a model quantizes, or that its state dict tells of, by layer; none for most."""
     state = source.state_dict() if isinstance(source, nn.Module) else source
     tail = f"{NAME}.levels"
-    found = {}
+    ranges = {}
     for key in (key for key in state if key == tail or key.endswith(f".{tail}")):
-        own = key.removesuffix("levels")
-        layer = own.removesuffix(f"{NAME}.").removesuffix(".")
+        prefix = key.removesuffix("levels")
+        layer = prefix.removesuffix(f"{NAME}.").removesuffix(".")
         bits = int(state[key]).bit_length() - 1
-        found[layer] = InputRange(bits, float(state[f"{own}scale"]), int(state[f"{own}zero_point"]))
-    return found
+        ranges[layer] = InputRange(bits, float(state[f"{prefix}scale"]), int(state[f"{prefix}zero_point"]))
+    return ranges
 
 
 def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.Module:
@@ -90,7 +90,11 @@ def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.
 
     Raises SettingError for a layer that the model does not have, or what is no range.
     """
-    odd = [repr(name) for name, own in ranges.items() if not isinstance(own, InputRange) or not own.scale > 0]
+    odd = [
+        repr(name)
+        for name, input_range in ranges.items()
+        if not isinstance(input_range, InputRange) or not input_range.scale > 0
+    ]
     if odd:
         raise SettingError(f"ranges: {first_few(odd, ', ')}: no InputRange with a scale above 0")
     copied = without_input_ranges(model)
@@ -98,10 +102,10 @@ def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.
     missing = [repr(name) for name in ranges if name not in modules]
     if missing:
         raise SettingError(f"ranges: {type(model).__name__} has no {first_few(missing, ', ')}")
-    for name, own in ranges.items():
-        quantizer = quantize_input(modules[name], own.bits)
-        quantizer.scale.fill_(own.scale)
-        quantizer.zero_point.fill_(own.zero_point)
+    for name, input_range in ranges.items():
+        quantizer = quantize_input(modules[name], input_range.bits)
+        quantizer.scale.fill_(input_range.scale)
+        quantizer.zero_point.fill_(input_range.zero_point)
     return copied
 
 
@@ -120,10 +124,10 @@ def without_input_ranges(model: nn.Module) -> nn.Module:
 
 def refuse_input_ranges(model: nn.Module) -> None:
     """Raise SettingError for a model that quantizes inputs, where that would be dropped, or done twice, in silence."""
-    found = [repr(name) for name in _quantizers(model)]
-    if found:
+    quantized = [repr(name) for name in _quantizers(model)]
+    if quantized:
         raise SettingError(
-            f"{type(model).__name__}: quantizes the inputs of {first_few(found, ', ')} in ranges of its own, which "
+            f"{type(model).__name__}: quantizes the inputs of {first_few(quantized, ', ')} in ranges of its own, which "
             "would be lost or come twice here: give mpq_plugins.without_input_ranges(model)"
         )
 
@@ -134,8 +138,8 @@ def is_input_quantizer(hook: object) -> bool:
 
 
 def _quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
-    found = {name: getattr(module, NAME, None) for name, module in model.named_modules()}
-    return {name: own for name, own in found.items() if isinstance(own, InputQuantizer)}
+    attributes = {name: getattr(module, NAME, None) for name, module in model.named_modules()}
+    return {name: held for name, held in attributes.items() if isinstance(held, InputQuantizer)}
 
 
 def _quantize(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,11 +26,11 @@ def channel_axis_of(kind: str) -> int:
 
 def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model's quantizable layers by layer name, tied ones under their first name."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         weight = None if layer_kind(module) is None else getattr(module, "weight", None)
         if isinstance(weight, Tensor) and id(weight) not in seen:
             seen.add(id(weight))
-            found[name] = weight
-    return found
+            weights[name] = weight
+    return weights

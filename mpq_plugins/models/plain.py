@@ -25,8 +25,8 @@ STORED = ("weight", "bias")
 def standard_class(module: nn.Module) -> type[nn.Module] | None:
     """The class of torch.nn that a module is, or is a subclass of; None for a user's own module."""
     classes = (cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules."))
-    found = next(classes, nn.Module)
-    return None if found is nn.Module else found
+    standard = next(classes, nn.Module)
+    return None if standard is nn.Module else standard
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -41,12 +41,12 @@ def why_not_plain(module: nn.Module, *, hooks: bool = True) -> str:
     model: `fold.borrowed_weights` answers it. hooks: whether hooks matter, as they do not to who leaves them in place.
     """
     standard = standard_class(module)
-    own = type(module).__name__
+    kind = type(module).__name__
     if standard is None:
-        return f"is a {own}, no layer of torch.nn"
+        return f"is a {kind}, no layer of torch.nn"
     changed = _redefined(module, standard)
     if changed:
-        return f"is a {own}, which computes in its own way ({changed})"
+        return f"is a {kind}, which computes in its own way ({changed})"
     if hooks and _hooks(module):
         return "has forward hooks, which may change what it computes"
     if not _stores_its_weight(module):

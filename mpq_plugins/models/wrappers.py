@@ -26,7 +26,7 @@ def bare_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """
     cleaned = {name: _cleaned(name) for name in shapes}
     prefix = _before_all([cleaned[name] for name, shape in shapes.items() if len(shape)], (PARALLEL,))
-    bare = {name: own.removeprefix(prefix) for name, own in cleaned.items()}
+    bare = {name: cleaned_name.removeprefix(prefix) for name, cleaned_name in cleaned.items()}
     return bare if len(set(bare.values())) == len(bare) else {name: name for name in shapes}
 
 
@@ -34,7 +34,7 @@ def without_holders(names: Sequence[str]) -> dict[str, str]:
     """Names without wrappers, and without the words that trainers put before all of them."""
     cleaned = {name: _cleaned(name) for name in names}
     prefix = _before_all(list(cleaned.values()), HOLDERS)
-    return {name: f"{own}.".removeprefix(prefix).removesuffix(".") for name, own in cleaned.items()}
+    return {name: f"{cleaned_name}.".removeprefix(prefix).removesuffix(".") for name, cleaned_name in cleaned.items()}
 
 
 def renaming(layers: Iterable[Sequence[str]], others: Iterable[str], present: Iterable[str]) -> dict[str, str]:
@@ -47,25 +47,25 @@ def renaming(layers: Iterable[Sequence[str]], others: Iterable[str], present: It
     groups, there = list(layers), list(present)
     planned = list(dict.fromkeys([name for group in groups for name in group] + list(others)))
     for naming in _NAMINGS:
-        own, found = naming(planned), {key: name for name, key in naming(there).items()}
-        apart = len(set(own.values())) == len(own) and len(found) == len(set(there))
-        if apart and all(any(own[name] in found for name in group) for group in groups):
-            return {name: found[own[name]] for name in planned if own[name] in found}
+        keys, here = naming(planned), {key: name for name, key in naming(there).items()}
+        apart = len(set(keys.values())) == len(keys) and len(here) == len(set(there))
+        if apart and all(any(keys[name] in here for name in group) for group in groups):
+            return {name: here[keys[name]] for name in planned if keys[name] in here}
     return _in_the_held_model(groups, planned, there)
 
 
 def _in_the_held_model(groups: Sequence[Sequence[str]], planned: Sequence[str], there: Sequence[str]) -> dict[str, str]:
     """How names are called where a trainer holds other modules beside the model; {} where two parts could be it."""
-    own = without_holders(planned)
+    keys = without_holders(planned)
     fits: dict[str, dict[str, str]] = {}
     for first in dict.fromkeys(_cleaned(name).partition(".")[0] for name in there):
         rest = {
             name: _cleaned(name).removeprefix(f"{first}.") for name in there if _cleaned(name).startswith(f"{first}.")
         }
         inner = without_holders(list(rest.values()))
-        found = {inner[own_name]: name for name, own_name in rest.items()}
-        if len(found) == len(rest) and all(any(own[name] in found for name in group) for group in groups):
-            fits[first] = {name: found[own[name]] for name in planned if own[name] in found}
+        present = {inner[own_name]: name for name, own_name in rest.items()}
+        if len(present) == len(rest) and all(any(keys[name] in present for name in group) for group in groups):
+            fits[first] = {name: present[keys[name]] for name in planned if keys[name] in present}
     ((first, fit),) = fits.items() if len(fits) == 1 else [("", {})]
     return fit if first in HOLDERS else {}
 
@@ -89,7 +89,7 @@ def _without_parallel(names: Sequence[str]) -> dict[str, str]:
     """DataParallel may hold a part of a model alone, in the middle of a name."""
     parts = {name: ".".join(word for word in name.split(".") if word != PARALLEL) for name in names}
     inner = without_holders(list(parts.values()))
-    return {name: inner[own] for name, own in parts.items()}
+    return {name: inner[key] for name, key in parts.items()}
 
 
 _NAMINGS: tuple[Naming, ...] = (

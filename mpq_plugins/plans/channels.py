@@ -38,8 +38,8 @@ class Channels(Sequence[int]):
     def array(self) -> NDArray[np.int64]:
         """Every channel, (channels,)."""
         before = np.concatenate(([0], self._ends[:-1])) if len(self._ends) else self._ends
-        found: NDArray[np.int64] = np.arange(len(self)) + np.repeat(self._starts - before, self._stops - self._starts)
-        return found
+        indices: NDArray[np.int64] = np.arange(len(self)) + np.repeat(self._starts - before, self._stops - self._starts)
+        return indices
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -93,7 +93,7 @@ class Plan(Strict):
 
     def renamed(self, names: Mapping[str, str]) -> "Plan":
         """The same plan for a model that calls its layers otherwise; what `names` does not have keeps its name."""
-        if all(name == own for name, own in names.items()):
+        if all(name == new_name for name, new_name in names.items()):
             return self
 
         def new(name: str) -> str:

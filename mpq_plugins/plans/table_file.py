@@ -119,10 +119,10 @@ class _Description(Strict):
         ascending = list(self.bits) == sorted(set(self.bits))
         if not ascending or not set(self.bits) <= set(INTEGER_BITS):
             raise ValueError(f"bits: {list(self.bits)} is not allowed; some of 1 to 8, ascending, each once")
-        for name, own in (("metrics", self.metrics), ("sensitivities", self.sensitivities),
+        for name, listed in (("metrics", self.metrics), ("sensitivities", self.sensitivities),
                           ("channel_sensitivities", self.channel_sensitivities)):  # fmt: skip
-            if len(set(own)) < len(own):
-                raise ValueError(f"{name}: {list(own)} has one twice")
+            if len(set(listed)) < len(listed):
+                raise ValueError(f"{name}: {list(listed)} has one twice")
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown:
             raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
@@ -166,8 +166,8 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
     if names := table.sensitivities:
         arrays["sensitivities"] = np.array([[layer.sensitivities[n] for n in names] for layer in table.layers])
     if names := table.channel_sensitivities:
-        own = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
-        arrays["channel_sensitivities"] = np.concatenate(own, axis=2)
+        stacked = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
+        arrays["channel_sensitivities"] = np.concatenate(stacked, axis=2)
     # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
     arrays = {name: np.ascontiguousarray(array, np.float64) for name, array in arrays.items()}
     layers = tuple(
@@ -221,8 +221,8 @@ def _arrays(path: Path, file: BinaryIO, header: dict[str, Any], description: _De
     for name, shape in expected.items():
         got = header.get(name)
         if not isinstance(got, dict) or got.get("dtype") != "F64" or got.get("shape") != list(shape):
-            found = f"{got.get('dtype')} {got.get('shape')}" if isinstance(got, dict) else "nothing"
-            raise FormatError(f"{path}: array {name!r} should be F64 {list(shape)}, got {found:.80}; measure again")
+            described = f"{got.get('dtype')} {got.get('shape')}" if isinstance(got, dict) else "nothing"
+            raise FormatError(f"{path}: array {name!r} should be F64 {list(shape)}, got {described:.80}; measure again")
     place, size = 0, os.fstat(file.fileno()).st_size - file.tell()
     names = sorted(expected, key=lambda name: _ends(header[name]))
     for name in names:

@@ -37,8 +37,8 @@ def last_splits(count, total, square, alone, zero, most):  # type: ignore[no-unt
                 else:
                     cost = square[i] - square[m]
                     if not m <= zero < i:
-                        own = total[i] - total[m]
-                        cost = max(cost - own * own / (count[i] - count[m]), 0.0)
+                        cluster_sum = total[i] - total[m]
+                        cost = max(cost - cluster_sum * cluster_sum / (count[i] - count[m]), 0.0)
                 if before[m] + cost < best:
                     best, split = before[m] + cost, m
             after[i], splits[j, i] = best, split

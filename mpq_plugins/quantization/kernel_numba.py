@@ -166,14 +166,14 @@ def sums(rows: Stored, scale: Floats, low: Floats, high: Floats, largest: bool) 
     safe = SAFE_SCALES[0] <= scale.min() and scale.max() <= SAFE_SCALES[1]
     if not safe:
         return _run(rows, scale, low, high, largest)
-    found = _run(rows, scale.astype(np.float32), low.astype(np.float32), high.astype(np.float32), largest)
+    results = _run(rows, scale.astype(np.float32), low.astype(np.float32), high.astype(np.float32), largest)
     floor = scale * scale * (rows.shape[1] * NEARLY_EXACT**2)
     # Not "less than", which a NaN from an overflow would pass.
-    doubtful = ~((found[..., 1] >= floor) & (found[..., 0] < np.inf) & (found[..., 1] < np.inf)).all(axis=1)
+    doubtful = ~((results[..., 1] >= floor) & (results[..., 0] < np.inf) & (results[..., 1] < np.inf)).all(axis=1)
     if doubtful.any():
-        own = doubtful if len(scale) > 1 else slice(None)
-        found[doubtful] = _run(rows[doubtful], scale[own], low[own], high[own], largest)
-    return found
+        again = doubtful if len(scale) > 1 else slice(None)
+        results[doubtful] = _run(rows[doubtful], scale[again], low[again], high[again], largest)
+    return results
 
 
 def _run(rows: Stored, scale: NDArray[Any], low: NDArray[Any], high: NDArray[Any], largest: bool) -> Floats:

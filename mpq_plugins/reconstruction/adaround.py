@@ -88,12 +88,12 @@ class Rounding:
 def soft_weights(roundings: Mapping[str, Rounding]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights between their levels, and the h of each, by name."""
     h = {name: rounding.h() for name, rounding in roundings.items()}
-    return {name: torch.addcmul(own.low, own.step, h[name]) for name, own in roundings.items()}, h
+    return {name: torch.addcmul(learned.low, learned.step, h[name]) for name, learned in roundings.items()}, h
 
 
 def undecided(h: Mapping[str, Tensor], beta: float) -> Tensor:
     """The regulariser: how many weights are between their levels, the more strictly counted the smaller beta."""
-    terms = [(1 - (2 * own - 1).abs().pow(beta)).sum() for own in h.values()]
+    terms = [(1 - (2 * soft - 1).abs().pow(beta)).sum() for soft in h.values()]
     return torch.stack(terms).sum()
 
 
@@ -123,16 +123,16 @@ def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
 
     Raises WeightError, naming the layer, if the plan finds another grid in it.
     """
-    found = simulate_layer(weight, choice)
+    weights = simulate_layer(weight, choice)
     for _ in range(4):
-        again = simulate_layer(found, choice)
-        if again.equal(found):
+        again = simulate_layer(weights, choice)
+        if again.equal(weights):
             break
-        found = again
+        weights = again
     limit = weight.detach().abs().amax() * 1e-5 if weight.numel() else 0.0
-    if not bool(((found - weight).abs() <= limit).all()):
+    if not bool(((weights - weight).abs() <= limit).all()):
         raise WeightError(f"layer {choice.name!r}: the learned codes do not survive quantizing; please report this")
-    return found
+    return weights
 
 
 def nearest(weight: Tensor, choice: LayerChoice) -> Tensor:
@@ -191,6 +191,6 @@ def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: boo
         (least, rows.argmin(1, keepdim=True), rows.amin(1, keepdim=True) < 0),
         (greatest, rows.argmax(1, keepdim=True), rows.amax(1, keepdim=True) > 0),
     ):
-        own = torch.zeros_like(held).scatter(1, extreme, True) & beyond & (rows.amin(1) < rows.amax(1))[:, None]
-        held, codes = held | own, torch.where(own, float(end), codes)
+        at_end = torch.zeros_like(held).scatter(1, extreme, True) & beyond & (rows.amin(1) < rows.amax(1))[:, None]
+        held, codes = held | at_end, torch.where(at_end, float(end), codes)
     return held, codes

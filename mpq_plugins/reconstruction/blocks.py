@@ -21,13 +21,13 @@ def learned_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     choices = plan.by_any_name
     users = [(name, module) for name, module in model.named_modules() if layer_kind(module) and name in choices]
     embedded = {id(module.weight) for _, module in users if isinstance(module, nn.Embedding)}
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     seen = set(embedded)
     for name, module in users:
         if id(module.weight) not in seen and not choices[name].in_float:
             seen.add(id(module.weight))
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 def find_units(model: nn.Module, layers: Sequence[str], patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -41,7 +41,7 @@ def find_units(model: nn.Module, layers: Sequence[str], patterns: Sequence[str])
     for layer in layers:
         unit = next((block for block in blocks if _inside(layer, block) or layer == block), layer)
         units.setdefault(unit, []).append(layer)
-    return {name: tuple(own) for name, own in units.items()}
+    return {name: tuple(members) for name, members in units.items()}
 
 
 def default_blocks(model: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def default_blocks(model: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
 
 def _matched(model: nn.Module, layers: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
     # Lists are not called themselves.
-    called = [name for name, own in model.named_modules() if not isinstance(own, nn.ModuleList | nn.ModuleDict)]
+    called = [name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
     candidates = [name for name in called if _holds(name, layers) and (name or not layers[0])]
     unmatched = [repr(glob) for glob in patterns if not any(matches(glob, name) for name in candidates)]
     if unmatched:

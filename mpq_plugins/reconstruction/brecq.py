@@ -152,7 +152,7 @@ class _Job:
             del samples
         tensors = self._tensors(name, learned)
         self.nets.put(tensors)
-        weights = sum(own.step.numel() for own in block.roundings.values())
+        weights = sum(rounding.step.numel() for rounding in block.roundings.values())
         report = BlockReport(
             name, self.nets.units[name], learned.nearest, learned.learned, learned.changed, weights,
             time.perf_counter() - start,
@@ -179,9 +179,9 @@ class _Job:
         for batch, counts in zip(self.batches, self.nets.calls, strict=True):
             if name not in counts:
                 continue
-            own = on_device(batch, self.nets.device)
-            calls = calls_of(self.nets.exact, exact, name, own, counts[name])
-            inputs = inputs_of(self.nets.rough, rough, own, counts[name])
+            placed = on_device(batch, self.nets.device)
+            calls = calls_of(self.nets.exact, exact, name, placed, counts[name])
+            inputs = inputs_of(self.nets.rough, rough, placed, counts[name])
             if len(inputs) != len(calls):
                 raise SettingError(
                     f"block {name!r}: the quantized model calls it {len(inputs)} times on a batch and the float one "
@@ -189,7 +189,7 @@ class _Job:
                 )
             weights: list[Any] = [None] * len(calls)
             if self.settings.loss == "fisher":
-                weights = importance_of(self.nets.exact, exact, name, own, generator)
+                weights = importance_of(self.nets.exact, exact, name, placed, generator)
             for pair in zip(inputs, calls, weights, strict=True):
                 collector.add(*pair)
         return collector.samples()
@@ -212,23 +212,23 @@ class _Job:
         """By their full names; weights as quantizing leaves them."""
         choices = self.nets.plan.by_any_name
         planned = {weight_name(layer): choices[layer] for layer in self.nets.units[name]}
-        full = {f"{name}.{own}" if name else own: tensor for own, tensor in learned.tensors.items()}
-        return {own: settled(tensor.cpu(), planned[own]) if own in planned else tensor for own, tensor in full.items()}
+        full = {f"{name}.{key}" if name else key: tensor for key, tensor in learned.tensors.items()}
+        return {key: settled(tensor.cpu(), planned[key]) if key in planned else tensor for key, tensor in full.items()}
 
 
 def _with_ranges(block: Block, samples: Samples) -> Block:
     """The block with a range for each layer's input, as its own inputs suggest with weights rounded to nearest."""
     layers = {inner_name(layer, block.name): InputValues() for layer in block.layers}
     with ExitStack() as watched, torch.no_grad():
-        for own, values in layers.items():
-            watched.callback(values.watch(block.module.get_submodule(own)).remove)
+        for inner, values in layers.items():
+            watched.callback(values.watch(block.module.get_submodule(inner)).remove)
         for sample in samples.in_order():
             block.run(block.fixed(rounded=False), sample)
     ranges = {}
-    for own, values in layers.items():
-        quantizer = getattr(block.module.get_submodule(own), NAME)
-        values.fit(quantizer, f"{block.name}.{own}" if own else block.name)
-        ranges[f"{own}.{NAME}" if own else NAME] = ActivationRange.of(quantizer)
+    for inner, values in layers.items():
+        quantizer = getattr(block.module.get_submodule(inner), NAME)
+        values.fit(quantizer, f"{block.name}.{inner}" if inner else block.name)
+        ranges[f"{inner}.{NAME}" if inner else NAME] = ActivationRange.of(quantizer)
     return Block(block.name, block.module, block.layers, block.roundings, block.norms, ranges)
 
 

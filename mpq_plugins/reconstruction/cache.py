@@ -84,18 +84,18 @@ class Column:
     def append(self, rows: Tensor) -> None:
         """Copy rows (n, ...) into the cache. Raises SourceError where a disk is full."""
         plain = rows.detach().movedim(1, -1) if rows.dim() == IMAGES else rows.detach()
-        own = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._rows += len(own)
-        self._like = own[:0]
-        if self._file is None and self._cache.take(own.nbytes):
-            self._parts.append(own)
+        copied = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self._rows += len(copied)
+        self._like = copied[:0]
+        if self._file is None and self._cache.take(copied.nbytes):
+            self._parts.append(copied)
             return
         if self._file is None:
             self._file = self._cache.new_file()
             self._write(self._parts)
             self._cache.give_back(sum(part.nbytes for part in self._parts))
             self._parts = []
-        self._write([own])
+        self._write([copied])
 
     def tensor(self) -> Tensor:
         """All rows, on the CPU; a file's are read when they are used."""

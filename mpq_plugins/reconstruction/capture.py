@@ -52,16 +52,16 @@ def call_order(model: nn.Module, names: Sequence[str], batch: Any) -> dict[str, 
 
 def inputs_of(model: nn.Module, block: nn.Module, batch: Any, calls: int) -> list[Call]:
     """What the block is called with on a batch. calls: how often, so that the run ends with the last."""
-    found: list[Call] = []
+    seen: list[Call] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_call(args, kwargs))
-        if len(found) == calls:
+        seen.append(_call(args, kwargs))
+        if len(seen) == calls:
             raise _Enough
 
     with _hook(block.register_forward_pre_hook(before, with_kwargs=True)), torch.no_grad():
         _run(model, batch)
-    return found
+    return seen
 
 
 def calls_of(model: nn.Module, block: nn.Module, name: str, batch: Any, calls: int) -> list[Call]:
@@ -82,19 +82,19 @@ def calls_of(model: nn.Module, block: nn.Module, name: str, batch: Any, calls: i
     first = block.register_forward_pre_hook(before, with_kwargs=True)
     with _hook(first), _hook(block.register_forward_hook(after, with_kwargs=True)), torch.no_grad():
         _run(model, batch)
-    found = [Call(call.leaves, call.spec, outputs[position]) for position, call in enumerate(begun)]
+    complete = [Call(call.leaves, call.spec, outputs[position]) for position, call in enumerate(begun)]
     for output in outputs.values():
         if not torch.isfinite(output).all():
             raise WeightError(f"block {name!r}: gives NaN or infinite values in the float model; look at the batches")
-    return found
+    return complete
 
 
 def first_tensor(output: Any, name: str) -> Tensor:
     """A block's output; of several, the first. Raises SettingError, naming the block, where there is none."""
-    found = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-    if found is None or not found.dim() or not found.is_floating_point():
+    tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if tensor is None or not tensor.dim() or not tensor.is_floating_point():
         raise SettingError(f"block {name!r}: gives a {type(output).__name__}, no values to come close to; name others")
-    return found
+    return tensor
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

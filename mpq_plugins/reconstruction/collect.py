@@ -159,7 +159,7 @@ def _together(run: Run, call: Call, other: Call, batched: Sequence[int]) -> bool
     assert call.output is not None
     assert other.output is not None
     pairs = enumerate(zip(call.leaves, other.leaves, strict=True))
-    leaves = [torch.cat([mine, own]) if k in batched else mine for k, (mine, own) in pairs]
+    leaves = [torch.cat([kept, new]) if k in batched else kept for k, (kept, new) in pairs]
     if call.output.shape[1:] != other.output.shape[1:]:
         return False
     return _gives(run, call, leaves, torch.cat([call.output, other.output]))
@@ -178,13 +178,13 @@ def _has_rows(leaf: Any, count: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
 
 
-def _alike(mine: Any, own: Any, batched: bool) -> bool:
+def _alike(kept: Any, new: Any, batched: bool) -> bool:
     """Whether two calls' leaves are the same but for the samples."""
-    if not isinstance(mine, Tensor) or not isinstance(own, Tensor):
-        return mine is own or (isinstance(mine, PLAIN) and type(mine) is type(own) and mine == own)
-    if mine.dtype != own.dtype or mine.shape[1:] != own.shape[1:]:
+    if not isinstance(kept, Tensor) or not isinstance(new, Tensor):
+        return kept is new or (isinstance(kept, PLAIN) and type(kept) is type(new) and kept == new)
+    if kept.dtype != new.dtype or kept.shape[1:] != new.shape[1:]:
         return False
-    return batched or (mine.shape == own.shape and bool(mine.equal(own)))
+    return batched or (kept.shape == new.shape and bool(kept.equal(new)))
 
 
 def _shape(leaf: Any) -> Any:

@@ -49,13 +49,15 @@ class Block:
 
     def fixed(self, rounded: bool) -> dict[str, Tensor]:
         """Its tensors as learned so far, or rounded to nearest with all else as it began."""
-        weights = {name: own.rounded() if rounded else own.to_nearest() for name, own in self.roundings.items()}
-        others = self.learned_floats() if rounded else {f"{name}.scale": own.first for name, own in self.ranges.items()}
-        return {**weights, **others, **{f"{name}.zero_point": own.zero_point for name, own in self.ranges.items()}}
+        weights = {name: held.rounded() if rounded else held.to_nearest() for name, held in self.roundings.items()}
+        others = (
+            self.learned_floats() if rounded else {f"{name}.scale": held.first for name, held in self.ranges.items()}
+        )
+        return {**weights, **others, **{f"{name}.zero_point": held.zero_point for name, held in self.ranges.items()}}
 
     def learned_floats(self) -> dict[str, Tensor]:
         """What is learned besides the rounding."""
-        return {**self.norms, **{f"{name}.scale": own.scale() for name, own in self.ranges.items()}}
+        return {**self.norms, **{f"{name}.scale": input_range.scale() for name, input_range in self.ranges.items()}}
 
     @property
     def channel_axis(self) -> int:
@@ -105,7 +107,7 @@ def learn(
     _require_finite(block.name, after, settings.steps)
     better = after < before
     kept = {name: tensor.detach().clone() for name, tensor in block.fixed(rounded=better).items()}
-    changed = sum(own.changed() for own in block.roundings.values()) if better else 0
+    changed = sum(rounding.changed() for rounding in block.roundings.values()) if better else 0
     return Learned(kept, before, min(after, before), changed)
 
 
@@ -143,9 +145,9 @@ def _loss(output: Tensor, sample: Sample, axis: int) -> Tensor:
 
 def _parameters(block: Block, lr: float) -> list[dict[str, Any]]:
     groups = [
-        (lr, [own.v for own in block.roundings.values()]),
+        (lr, [held.v for held in block.roundings.values()]),
         (NORMS_LR, list(block.norms.values())),
-        (RANGES_LR, [own.change for own in block.ranges.values()]),
+        (RANGES_LR, [held.change for held in block.ranges.values()]),
     ]
     return [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters]
 

@@ -53,7 +53,7 @@ class Nets:
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
         for name, weight in weights.items():
             require_affine(weight, plan.by_any_name[name])
-        buffers = {net: {name: own.clone() for name, own in net.named_buffers()} for net in (exact, rough)}
+        buffers = {net: {name: buffer.clone() for name, buffer in net.named_buffers()} for net in (exact, rough)}
         if not units:
             raise SettingError("plan: no layer of it has a rounding to learn")
         with evaluating(exact):
@@ -65,17 +65,17 @@ class Nets:
     def restore_buffers(self) -> None:
         """As they were: a forward may count calls, or average what it sees, and runs are not part of the result."""
         for net, known in self.buffers.items():
-            own = dict(net.named_buffers())
+            buffers = dict(net.named_buffers())
             for name, buffer in known.items():
-                own[name].copy_(buffer)
+                buffers[name].copy_(buffer)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Set parameters and buffers of the quantized net, by any of their full names."""
         net = self.rough
-        own = dict([*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)])
+        stored = dict([*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)])
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                stored[name].copy_(tensor)
 
     def vectors_of(self, unit: str) -> dict[str, Tensor]:
         """Copies to learn of the unit's biases and norms, by their names in it, but for what others share."""

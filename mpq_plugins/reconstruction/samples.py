@@ -53,10 +53,10 @@ class Group:
         # Copies, as `take` gives them, for a block may change its inputs in place.
         leaves = [leaf.to(device, copy=True) if isinstance(leaf, Tensor) else own_leaf(leaf) for leaf in self.fixed]
         for position, values in self.rows.items():
-            own = take(values)
+            rows_taken = take(values)
             if position in self.exact:
-                own = mixed(own, take(self.exact[position]))
-            leaves[position] = own
+                rows_taken = mixed(rows_taken, take(self.exact[position]))
+            leaves[position] = rows_taken
         args, kwargs = tree_unflatten(leaves, self.spec)
         return Sample(args, kwargs, take(self.target), None if self.importance is None else take(self.importance))
 
@@ -75,8 +75,8 @@ class Samples:
         several = len(self.groups) > 1
         group = self.groups[int(torch.multinomial(sizes, 1, generator=generator)) if several else 0]
 
-        def mixed(own: Tensor, exact: Tensor) -> Tensor:
-            return torch.where(_chosen(own, mix, generator).to(own.device), exact, own)
+        def mixed(rough: Tensor, exact: Tensor) -> Tensor:
+            return torch.where(_chosen(rough, mix, generator).to(rough.device), exact, rough)
 
         rows = slice(None) if group.whole else torch.randperm(len(group.target), generator=generator)[:count]
         return group.pick(partial(self._take, rows=rows), self.device, mixed)
@@ -87,7 +87,7 @@ class Samples:
             count = len(group.target) if group.whole else IN_ORDER
             for start in range(0, len(group.target), max(1, count)):
                 rows = slice(start, start + count)
-                yield group.pick(partial(self._take, rows=rows), self.device, lambda own, _: own)
+                yield group.pick(partial(self._take, rows=rows), self.device, lambda rough, _: rough)
 
     def _take(self, values: Tensor, rows: Tensor | slice) -> Tensor:
         """A copy of these rows; images as they lie in the cache, or contiguous."""

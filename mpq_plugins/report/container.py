@@ -12,7 +12,7 @@ from .tables import bits_text, bytes_text, grid
 
 def layers_table(container: Container, stages: Mapping[str, Stages]) -> Table:
     """Every layer of the plan, by stage."""
-    rows = [(_layer(container, name), _bits(container, name), *_numbers(own)) for name, own in stages.items()]
+    rows = [(_layer(container, name), _bits(container, name), *_numbers(stage)) for name, stage in stages.items()]
     rows.append(("all", "", *_numbers(total(stages.values()))))
     columns = ("layer", "bits", "weights", "zeros", "entropy", "original", "sparse", "packed", "Huffman", "stored")
     return grid("", columns, rows, left=2)
@@ -56,7 +56,7 @@ def container_json(container: Container, stages: Mapping[str, Stages]) -> dict[s
         "made_with": container.header.made_with,
         "left_out": container.header.left_out,
         **_sizes(container, whole),
-        "layers": {_layer(container, name): _json(own) for name, own in stages.items()},
+        "layers": {_layer(container, name): _json(stage) for name, stage in stages.items()},
         "all": _json(whole),
     }
 
@@ -89,11 +89,11 @@ def _bits(container: Container, name: str) -> str:
     return bits_text(container.choice(container.records[name]))
 
 
-def _numbers(own: Stages) -> tuple[str, ...]:
-    sizes = (own.original, own.sparse, own.packed, own.huffman, own.stored)
-    return (f"{own.weights:,}", f"{own.sparsity:.1%}", f"{own.entropy_per_weight:.3f}", *map(bytes_text, sizes))
+def _numbers(stage: Stages) -> tuple[str, ...]:
+    sizes = (stage.original, stage.sparse, stage.packed, stage.huffman, stage.stored)
+    return (f"{stage.weights:,}", f"{stage.sparsity:.1%}", f"{stage.entropy_per_weight:.3f}", *map(bytes_text, sizes))
 
 
-def _json(own: Stages) -> dict[str, Any]:
+def _json(stage: Stages) -> dict[str, Any]:
     derived = ("packed", "huffman", "sparsity", "entropy_per_weight")
-    return {**vars(own), **{name: getattr(own, name) for name in derived}}
+    return {**vars(stage), **{name: getattr(stage, name) for name in derived}}

@@ -31,10 +31,10 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
     axes = figure.subplots()
     plans = [row for row in rows if row.allocator != "float" and row.score is not None]
     for series in dict.fromkeys(row.name for row in plans):
-        own = [row for row in plans if row.name == series]
+        series_rows = [row for row in plans if row.name == series]
         marker = "s" if series == "uniform" else "o"
-        line = "-" if any(row.series for row in own) else ""  # named series are curves over the same budgets
-        axes.plot(*_points(own, name), f"{marker}{line}", label=printable(series), alpha=0.8)
+        line = "-" if any(row.series for row in series_rows) else ""  # named series are curves over the same budgets
+        axes.plot(*_points(series_rows, name), f"{marker}{line}", label=printable(series), alpha=0.8)
     front = sorted((row for row in plans if row.pareto), key=lambda row: row.total_bytes)
     axes.plot(
         *_points(front, name), "-", drawstyle="steps-post", color="0.5", linewidth=1, label="Pareto front", zorder=0

@@ -17,9 +17,9 @@ def reconstruction_table(reports: Sequence[BlockReport], plan: Plan) -> Table:
     """One row a block, and their sum; losses are means a sample on the calibration inputs."""
     rows = [_words(report, plan) for report in reports]
     if len(reports) > 1:
-        changed, weights = sum(own.changed for own in reports), sum(own.weights for own in reports)
-        seconds = sum(own.seconds for own in reports)
-        layers = sum(len(own.layers) for own in reports)
+        changed, weights = sum(block.changed for block in reports), sum(block.weights for block in reports)
+        seconds = sum(block.seconds for block in reports)
+        layers = sum(len(block.layers) for block in reports)
         rows.append(("all", str(layers), "", "", "", f"{changed / max(1, weights):.1%}", f"{seconds:.1f}"))
     return grid("", COLUMNS, rows)
 

@@ -46,11 +46,11 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
     notes = [explained, f"{MARK} no other plan that is as small is {good}"]
     mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
     for who in dict.fromkeys(row.name for row in mixed):
-        own = [row for row in mixed if row.name == who]
-        beaten = [row for row in own if any(other.beats(row) for other in rows if other.allocator == "uniform")]
+        plans = [row for row in mixed if row.name == who]
+        beaten = [row for row in plans if any(other.beats(row) for other in rows if other.allocator == "uniform")]
         if not beaten:
             continue
-        notes.append(f"{len(beaten)} of {len(own)} {who} plans are matched or beaten by a uniform plan no larger")
+        notes.append(f"{len(beaten)} of {len(plans)} {who} plans are matched or beaten by a uniform plan no larger")
     if any(None in row.errors.values() for row in rows):
         notes.append(
             "- where the table cannot tell: channels of other widths were measured under one scale per tensor, or "
@@ -84,9 +84,9 @@ def varying_parameters(rows: Sequence[SweepRow]) -> dict[str, list[str]]:
     """Allocator -> its parameters that differ from row to row, less those that only repeat an earlier one."""
     varying: dict[str, list[str]] = {}
     for allocator in dict.fromkeys(row.allocator for row in rows):
-        own = [row for row in rows if row.allocator == allocator]
-        names = dict.fromkeys(name for row in own for name in row.parameters)
-        columns = {name: tuple(_text(row.parameters.get(name)) for row in own) for name in names}
+        made = [row for row in rows if row.allocator == allocator]
+        names = dict.fromkeys(name for row in made for name in row.parameters)
+        columns = {name: tuple(_text(row.parameters.get(name)) for row in made) for name in names}
         distinct = {column: name for name, column in reversed(columns.items()) if len(set(column)) > 1}
         varying[allocator] = [name for name in columns if name in distinct.values()]
     if "uniform" in varying:

@@ -79,15 +79,17 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
         else:
             if not weight.isfinite().all():
                 problems.append(f"{name!r} holds NaN or infinite weights")
-            own = [_check_part(weight, choices[name], part) for part in choices[name].all_parts if part.bits <= 8]
-            problems += [_too_many(check) for check in own if check.values > check.allowed]
-            checks += own
+            part_checks = [
+                _check_part(weight, choices[name], part) for part in choices[name].all_parts if part.bits <= 8
+            ]
+            problems += [_too_many(check) for check in part_checks if check.values > check.allowed]
+            checks += part_checks
         if original is not None and not (name in expected and expected[name].equal(weight)):
             problems.append(f"{name!r} differs from what the plan makes of the original")
     problems += [
-        f"{name!r} has inputs of {own.bits} bits, the plan {plan.activation_bits or 'float ones'}"
-        for name, own in input_ranges(model).items()
-        if own.bits != plan.activation_bits
+        f"{name!r} has inputs of {part_checks.bits} bits, the plan {plan.activation_bits or 'float ones'}"
+        for name, part_checks in input_ranges(model).items()
+        if part_checks.bits != plan.activation_bits
     ]
     if problems:
         raise VerifyError(f"{type(model).__name__} does not hold the plan: {first_few(problems)}")
@@ -96,7 +98,7 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
 
 def _simulates_activations(model: nn.Module, plan: Plan) -> bool:
     """Whether the model quantizes the inputs of all planned layers that have values for inputs, as the plan says."""
-    bits = {name: own.bits for name, own in input_ranges(model).items()}
+    bits = {name: input_range.bits for name, input_range in input_ranges(model).items()}
     wanted = [layer for layer in plan.layers if not layer.in_float and layer.kind != "embedding"]
     return all(any(bits.get(name) == plan.activation_bits for name in layer.names) for layer in wanted)
 
@@ -106,9 +108,9 @@ def _expected(original: nn.Module, plan: Plan, present: Iterable[str]) -> dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about activations, which are not compared here
         simulated = apply(original, plan)
-    found = quantizable_weights(simulated)
-    names = renaming([(name,) for name in found], (), present)
-    return {names.get(name, name): weight for name, weight in found.items()}
+    weights = quantizable_weights(simulated)
+    names = renaming([(name,) for name in weights], (), present)
+    return {names.get(name, name): weight for name, weight in weights.items()}
 
 
 def _check_part(weight: Tensor, choice: LayerChoice, part: Part) -> PartCheck:

@@ -51,11 +51,11 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
     with unchanged(source):
         checkpoint = checkpoint or read_checkpoint(source, weights, prefer=plan.weights, whole=True)
         fit = match(plan, source, model=model, checkpoint=checkpoint)
-    own = fit.require(str(source))
+    named = fit.require(str(source))
     require_unscaled(fit)
     _check_target(source, target)
-    total = sum(layer.numel for layer in own.layers)
-    quantizer = _Quantizer(own.by_any_name, total, corrected or {}, progress)
+    total = sum(layer.numel for layer in named.layers)
+    quantizer = _Quantizer(named.by_any_name, total, corrected or {}, progress)
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
     elif source.suffix == ".safetensors":
@@ -145,7 +145,7 @@ def _rewrite_safetensors(source: Path, target: Path, quantizer: _Quantizer, name
     stored = safetensors_tensors(source)
     try:
         tensors = {
-            name: quantizer(names[name], _values(source, name, own)).contiguous() for name, own in stored.items()
+            name: quantizer(names[name], _values(source, name, tensor)).contiguous() for name, tensor in stored.items()
         }
         save_file(tensors, target, read_header(source).get("__metadata__"))
     except SafetensorError as error:
@@ -214,11 +214,11 @@ def _copy_others(source: Path, target: Path, written: set[str]) -> None:
 
 def _shapes(files: Iterable[Path]) -> dict[str, Sequence[int]]:
     """Of all tensors in the files, by the names they have there."""
-    found: dict[str, Sequence[int]] = {}
+    shapes: dict[str, Sequence[int]] = {}
     for path in files:
         if path.suffix == ".safetensors":
-            found |= {name: stored.shape for name, stored in safetensors_tensors(path).items()}
+            shapes |= {name: stored.shape for name, stored in safetensors_tensors(path).items()}
         else:
             tensors = chosen_state_dict(load_lazily(path), path).tensors
-            found |= {name: tensor.shape for name, tensor in tensors.items()}
-    return found
+            shapes |= {name: tensor.shape for name, tensor in tensors.items()}
+    return shapes

@@ -198,7 +198,7 @@ def _correctable(model: nn.Module, names: Sequence[str], batches: Sequence[Any])
     with watching(list(odd), seen):
         for batch in batches[: 1 if odd else 0]:
             run_model(model, batch)
-    corrected = {f"{name}.{own}": name for name in names for own in ("bias", "running_mean", "running_var")}
+    corrected = {f"{name}.{attribute}": name for name in names for attribute in ("bias", "running_mean", "running_var")}
     lent = {corrected[parameter] for parameter in borrowed_weights(model) if parameter in corrected}
     left = [name for name in names if name in lent or not follows.get(name, modules[name] not in odd)]
     if left:
@@ -224,8 +224,8 @@ def _measure(
         with kept.recording(exact, names):
             run_model(exact, batch)
         feeders |= kept.feeders
-        own = [name for name in names if name not in feeders]
-        with kept.comparing(rough, own, shifts):
+        others = [name for name in names if name not in feeders]
+        with kept.comparing(rough, others, shifts):
             run_model(rough, batch)
     if progress is not None:
         progress("", len(batches), len(batches))

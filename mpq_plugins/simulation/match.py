@@ -79,29 +79,29 @@ def _compared(
     traced: Traced | None,
 ) -> Match:
     if isinstance(source, nn.Module):
-        found = weights_of_module(traced or Traced(source), fold_bn=plan.fold_bn, refuse=False)
+        present = weights_of_module(traced or Traced(source), fold_bn=plan.fold_bn, refuse=False)
         everything = [name for name, _ in source.named_modules(remove_duplicate=False)]
-        own = as_called(plan, [name for weight in found for name in weight.names]) if rewrapped else plan
+        named = as_called(plan, [name for weight in present for name in weight.names]) if rewrapped else plan
         remedy = ""
     else:
         assert checkpoint is not None, "a file that was not read"
-        own = as_called(plan, could_be_layers(checkpoint))
-        known = _known(own)
+        named = as_called(plan, could_be_layers(checkpoint))
+        known = _known(named)
         if model is not None:
             told = known_by(model, checkpoint)
             known = replace(told, layers={**known.layers, **told.layers}, none=known.none, tied=known.tied + told.tied)
-        found = checkpoint_weights(checkpoint, Path(source), known, refuse=False, already_quantized=True)
+        present = checkpoint_weights(checkpoint, Path(source), known, refuse=False, already_quantized=True)
         everything = list(checkpoint.tensors)
         remedy = "" if model is not None else _REMEDY
-    _refuse(own, found)
-    problems = _problems(own, found, everything, remedy)
+    _refuse(named, present)
+    problems = _problems(named, present, everything, remedy)
     if plan.fold_bn and not isinstance(source, nn.Module):
         problems.append(
             "It was measured with BatchNorm folded in, and a checkpoint file cannot be folded: use the module, "
             "measure the file itself, or plan with fold_bn=False (--fold-bn no)."
         )
-    notes = _notes(plan, own, found) if weights and not problems else []
-    return Match(len(plan.layers), tuple(problems), tuple(notes), own, found, checkpoint)
+    notes = _notes(plan, named, present) if weights and not problems else []
+    return Match(len(plan.layers), tuple(problems), tuple(notes), named, present, checkpoint)
 
 
 _REMEDY = (
@@ -122,19 +122,19 @@ def _known(plan: Plan) -> Known:
     return Known(layers, frozenset(plan.left_alone), tuple(layer.names for layer in plan.layers if layer.tied))
 
 
-def _refuse(plan: Plan, found: Weights) -> None:
+def _refuse(plan: Plan, present: Weights) -> None:
     """All layers but the skipped must be such as can be quantized."""
-    refused = next((w for w in found if w.refusal and w.name not in plan.skipped), None)
+    refused = next((w for w in present if w.refusal and w.name not in plan.skipped), None)
     if refused is not None:
         raise WeightError(f"layer {refused.name!r}: {refused.refusal}, or skip the layer.")
 
 
-def _problems(plan: Plan, found: Weights, everything: list[str], remedy: str) -> list[str]:
-    present = {name: weight for weight in found for name in weight.names}
+def _problems(plan: Plan, weights: Weights, everything: list[str], remedy: str) -> list[str]:
+    present = {name: weight for weight in weights for name in weight.names}
     planned = set(plan.by_any_name)
     missing = [layer.name for layer in plan.layers if present.keys().isdisjoint(layer.names)]
     missing += [name for name in plan.skipped if name not in present and not _is_there(name, everything)]
-    extra = [w.name for w in found if not planned.intersection(w.names) and w.name not in plan.skipped]
+    extra = [w.name for w in weights if not planned.intersection(w.names) and w.name not in plan.skipped]
     pairs = [(name, layer, present[name]) for name, layer in plan.by_any_name.items() if name in present]
     shapes = [
         f"{name!r} {list(layer.shape)} in the plan, {list(weight.shape)} here"
@@ -159,7 +159,10 @@ def _problems(plan: Plan, found: Weights, everything: list[str], remedy: str) ->
 
 def _is_there(name: str, everything: list[str]) -> bool:
     """Whether a skipped layer has anything here: what cannot be quantized need not be a weight."""
-    return any(own == name or own.startswith(f"{name}.") or (not name and own) for own in everything)
+    return any(
+        module_name == name or module_name.startswith(f"{name}.") or (not name and module_name)
+        for module_name in everything
+    )
 
 
 def _tie_problems(plan: Plan, present: Mapping[str, Weight]) -> list[str]:
@@ -172,8 +175,8 @@ def _tie_problems(plan: Plan, present: Mapping[str, Weight]) -> list[str]:
             problems.append(f"One weight in the plan, and with different values here: {names[0]!r} and {other!r}.")
     seen: dict[str, LayerChoice] = {}
     for layer in plan.layers:
-        own = next((present[name].name for name in layer.names if name in present), layer.name)
-        first = seen.setdefault(own, layer)
+        stored_name = next((present[name].name for name in layer.names if name in present), layer.name)
+        first = seen.setdefault(stored_name, layer)
         if first is not layer and not _same_choice(first, layer):
             problems.append(
                 f"One weight here, and planned apart with different widths: {first.name!r}, {layer.name!r}; measure "
@@ -204,10 +207,10 @@ def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
     return layer.scheme.granularity == "per_tensor" and layer.parts is None
 
 
-def _notes(plan: Plan, own: Plan, found: Weights) -> list[str]:
+def _notes(plan: Plan, named: Plan, present: Weights) -> list[str]:
     """own: the plan with the names that are here; fingerprints are of the plan's."""
-    planned = {name: first.name for first, here in zip(plan.layers, own.layers, strict=True) for name in here.names}
-    here = (replace(weight, name=planned[weight.name]) for weight in found if weight.name in planned)
+    planned = {name: first.name for first, here in zip(plan.layers, named.layers, strict=True) for name in here.names}
+    here = (replace(weight, name=planned[weight.name]) for weight in present if weight.name in planned)
     if weights_fingerprint(here) == plan.model:
         return []
     return [

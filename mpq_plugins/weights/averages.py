@@ -15,14 +15,14 @@ def refuse_averages(shapes: Mapping[str, Sequence[int]], where: str) -> None:
 
     shapes: of all layers' weights, by name.
     """
-    averages = {name: found for name in shapes if (found := _averaged(name))}
+    averages = {name: parsed for name in shapes if (parsed := _averaged(name))}
     others = {name: tuple(shape) for name, shape in shapes.items() if name not in averages}
     if not averages or 2 * len(averages) < len(others):
         return
-    own = {rest: tuple(shapes[name]) for name, (_, rest) in averages.items()}
-    first = next(iter(own))
+    averaged_shapes = {rest: tuple(shapes[name]) for name, (_, rest) in averages.items()}
+    first = next(iter(averaged_shapes))
     for prefix in [name.removesuffix(first) for name in others if f".{name}".endswith(f".{first}")]:
-        if all(others.get(f"{prefix}{rest}") == shape for rest, shape in own.items()):
+        if all(others.get(f"{prefix}{rest}") == shape for rest, shape in averaged_shapes.items()):
             average, of = next(iter(averages.values()))[0], repr(prefix) if prefix else "the others"
             raise SourceError(
                 f"{where}: holds two sets of weights, {average!r} being averages of {of}: say which is meant, "

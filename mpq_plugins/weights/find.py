@@ -89,9 +89,9 @@ def weights_of_module(
 ) -> Weights:
     """The weights of a module, which is traced where BatchNorm is folded in. See find_weights."""
     pairs = conv_bn_pairs(traced) if fold_bn else {}
-    found, left_alone = module_weights(traced.model, pairs)
+    weights, left_alone = module_weights(traced.model, pairs)
     asked = _Asked(skip, only, refuse, type(traced.model).__name__)
-    return _chosen_weights(found, left_alone, asked, pairs=pairs)
+    return _chosen_weights(weights, left_alone, asked, pairs=pairs)
 
 
 def checkpoint_weights(
@@ -108,10 +108,10 @@ def checkpoint_weights(
     config = cache(partial(read_config, path))
     if not already_quantized:
         refuse_packed(checkpoint.tensors, checkpoint.beside, config, str(path))
-    found, left_alone = stored_weights(checkpoint.tensors, config, known)
-    by_default = {name: role for name, role in left_by_default(found).items() if name not in known.layers}
+    weights, left_alone = stored_weights(checkpoint.tensors, config, known)
+    by_default = {name: role for name, role in left_by_default(weights).items() if name not in known.layers}
     asked = _Asked(skip, only, refuse, str(path))
-    made = _chosen_weights(found, left_alone, asked, config=config, by_default=by_default)
+    made = _chosen_weights(weights, left_alone, asked, config=config, by_default=by_default)
     return replace(made, key=checkpoint.key)
 
 
@@ -120,12 +120,12 @@ def known_by(model: nn.Module, checkpoint: Checkpoint) -> Known:
 
     Raises SourceError, naming a layer, where the checkpoint is not the module's.
     """
-    found, _ = module_weights(model, {})
-    names = renaming([weight.names for weight in found], (), could_be_layers(checkpoint))
+    weights, _ = module_weights(model, {})
+    names = renaming([weight.names for weight in weights], (), could_be_layers(checkpoint))
     where = f"model: {type(model).__name__}"
-    for weight in found:
+    for weight in weights:
         there = [names.get(name, name) for name in weight.names]
-        held = next((checkpoint.tensors[own] for own in map(weight_name, there) if own in checkpoint.tensors), None)
+        held = next((checkpoint.tensors[key] for key in map(weight_name, there) if key in checkpoint.tensors), None)
         if held is None and not weight.refusal:
             raise SourceError(f"{where} has a layer {weight.name!r}, which the checkpoint lacks; name its own model")
         if held is not None and held.shape != weight.shape:
@@ -136,28 +136,28 @@ def known_by(model: nn.Module, checkpoint: Checkpoint) -> Known:
     return Known(
         {
             names.get(name, name): KnownLayer(weight.kind, weight.channel_axis, weight.shape)
-            for weight in found
+            for weight in weights
             for name in weight.names
         },
-        tied=tuple(tuple(names.get(name, name) for name in weight.names) for weight in found if weight.tied),
+        tied=tuple(tuple(names.get(name, name) for name in weight.names) for weight in weights if weight.tied),
         all=True,
     )
 
 
 def could_be_layers(checkpoint: Checkpoint) -> list[str]:
     """Names of layers that the tensors of a checkpoint could be, those of stacks of experts as well."""
-    found: list[str] = []
+    names: list[str] = []
     for parameter, tensor in checkpoint.tensors.items():
         name = layer_name(parameter)
         if len(tensor.shape) >= 2 and is_weight(parameter):
-            found.append(name)
+            names.append(name)
         if are_experts(parameter, tensor.shape):
-            found += [f"{name}.{expert}" for expert in range(tensor.shape[0])]
-    return list(dict.fromkeys(found))
+            names += [f"{name}.{expert}" for expert in range(tensor.shape[0])]
+    return list(dict.fromkeys(names))
 
 
 def _chosen_weights(
-    found: list[Weight],
+    weights: list[Weight],
     left_alone: list[tuple[str, str]],
     asked: _Asked,
     *,
@@ -165,7 +165,7 @@ def _chosen_weights(
     by_default: Mapping[str, str] | None = None,
     pairs: Mapping[str, str] | None = None,
 ) -> Weights:
-    kept = select(found, asked.skip, asked.only, asked.where, config)
+    kept = select(weights, asked.skip, asked.only, asked.where, config)
     by_default = {} if asked.only else by_default or {}
     left_alone = left_alone + [
         (weight_name(weight.name), f"{PREFIX}{by_default[weight.name]}, {BY_DEFAULT[by_default[weight.name]]}")
@@ -174,12 +174,12 @@ def _chosen_weights(
     ]
     kept = [weight for weight in kept if weight.name not in by_default]
     if not kept and asked.refuse:
-        raise SourceError(f"{asked.where}: no quantizable weights. {why_none(found, left_alone)}")
+        raise SourceError(f"{asked.where}: no quantizable weights. {why_none(weights, left_alone)}")
     for weight in kept:
         if weight.refusal and asked.refuse:
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
-    skipped = tuple(weight.name for weight in found if weight.name not in names)
+    skipped = tuple(weight.name for weight in weights if weight.name not in names)
     folded = any(weight.name in (pairs or {}) for weight in kept)
     return Weights(tuple(kept), skipped, tuple(left_alone), folded)
 

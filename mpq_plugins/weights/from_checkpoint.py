@@ -59,7 +59,7 @@ def stored_weights(stored: Mapping[str, StoredTensor], config: Config, known: Kn
     """The layers of a checkpoint, those of one storage together, and what was left alone. Raises SourceError."""
     stored = with_ties(stored, config, known)
     shapes = {parameter: tensor.shape for parameter, tensor in stored.items()}
-    found: dict[object, Weight] = {}
+    by_identity: dict[object, Weight] = {}
     left_alone: list[tuple[str, str]] = []
     for parameter, tensor in stored.items():
         reason = _why_left_alone(parameter, tensor, shapes, known)
@@ -69,10 +69,10 @@ def stored_weights(stored: Mapping[str, StoredTensor], config: Config, known: Kn
             continue
         for position, weight in enumerate(_layers(parameter, stored, shapes, config, known)):
             identity = (tensor.identity, position)
-            first = found.get(identity)
-            found[identity] = weight if first is None else _tied(first, weight)
-    _check_names(found.values())
-    return list(found.values()), left_alone
+            first = by_identity.get(identity)
+            by_identity[identity] = weight if first is None else _tied(first, weight)
+    _check_names(by_identity.values())
+    return list(by_identity.values()), left_alone
 
 
 def with_ties(stored: Mapping[str, StoredTensor], config: Config, known: Known) -> dict[str, StoredTensor]:
@@ -80,14 +80,14 @@ def with_ties(stored: Mapping[str, StoredTensor], config: Config, known: Known) 
     shapes = {parameter: tensor.shape for parameter, tensor in stored.items()}
     groups = [[weight_name(name) for name in names] for names in known.tied]
     groups.append(list(tied_by_configuration(shapes, config)))
-    found = dict(stored)
+    tensors = dict(stored)
     for group in groups:
-        there = [parameter for parameter in group if parameter in found]
+        there = [parameter for parameter in group if parameter in tensors]
         for position, parameter in enumerate(there):
-            twin = next((own for own in there[:position] if same_values(found[own], found[parameter])), None)
+            twin = next((other for other in there[:position] if same_values(tensors[other], tensors[parameter])), None)
             if twin is not None:
-                found[parameter] = replace(found[parameter], identity=found[twin].identity)
-    return found
+                tensors[parameter] = replace(tensors[parameter], identity=tensors[twin].identity)
+    return tensors
 
 
 def _tied(first: Weight, other: Weight) -> Weight:

@@ -15,7 +15,7 @@ from .handles import Weight
 
 def module_weights(model: nn.Module, pairs: Mapping[str, str]) -> Found:
     """The layers of a module, each once however often it is used, and what is left alone with its reason."""
-    found: dict[int, Weight] = {}
+    by_identity: dict[int, Weight] = {}
     left_alone: list[tuple[str, str]] = []
     for name, module in model.named_modules(remove_duplicate=False):
         kind = layer_kind(module)
@@ -25,18 +25,18 @@ def module_weights(model: nn.Module, pairs: Mapping[str, str]) -> Found:
         weight = getattr(module, "weight", None)
         # What is computed is another tensor whenever it is asked for, and ties nothing.
         identity = id(weight) if isinstance(weight, nn.Parameter) else id(module)
-        known = found.get(identity)
+        known = by_identity.get(identity)
         if known is not None:
-            found[identity] = replace(known, tied=(*known.tied, name))
+            by_identity[identity] = replace(known, tied=(*known.tied, name))
             continue
         refusal = _refusal(weight)
         if refusal or not isinstance(weight, Tensor):
-            found[identity] = _refused(name, kind, weight, refusal)
+            by_identity[identity] = _refused(name, kind, weight, refusal)
             continue
         if name in pairs:
             weight = folded_weight(module, model.get_submodule(pairs[name]))
-        found[identity] = _from_tensor(name, kind, weight.detach())
-    return list(found.values()), list(dict.fromkeys(left_alone))
+        by_identity[identity] = _from_tensor(name, kind, weight.detach())
+    return list(by_identity.values()), list(dict.fromkeys(left_alone))
 
 
 def _refusal(weight: object) -> str:
@@ -54,14 +54,14 @@ def _refusal(weight: object) -> str:
 
 
 def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterable[tuple[str, str]]:
-    for own, buffer in module.named_buffers(recurse=False):
-        if buffer.dim() >= 2 and own not in module._non_persistent_buffers_set:
-            yield f"{name}.{own}" if name else own, "a buffer"
-    for own, parameter in module.named_parameters(recurse=False):
-        if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() < 2 or (kind and own == "weight"):
+    for key, buffer in module.named_buffers(recurse=False):
+        if buffer.dim() >= 2 and key not in module._non_persistent_buffers_set:
+            yield f"{name}.{key}" if name else key, "a buffer"
+    for key, parameter in module.named_parameters(recurse=False):
+        if isinstance(parameter, nn.UninitializedParameter) or parameter.dim() < 2 or (kind and key == "weight"):
             continue
         reason = f"{type(module).__name__} is no layer kind we quantize" if kind is None else "not the layer's weight"
-        yield f"{name}.{own}" if name else own, reason
+        yield f"{name}.{key}" if name else key, reason
 
 
 def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:

@@ -58,8 +58,13 @@ def is_packed(name: str, tensor: StoredTensor, stored: Mapping[str, StoredTensor
         return False
     if tensor.dtype in OF_A_BYTE and is_weight(name):
         return True
-    scales = [name.removesuffix(end) + own for end, others in BESIDE.items() if name.endswith(end) for own in others]
-    return any(own in stored for own in scales)
+    scales = [
+        name.removesuffix(end) + end_of_scale
+        for end, others in BESIDE.items()
+        if name.endswith(end)
+        for end_of_scale in others
+    ]
+    return any(end_of_scale in stored for end_of_scale in scales)
 
 
 def _method(config: Mapping[str, Any]) -> str:

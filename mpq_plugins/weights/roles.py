@@ -85,7 +85,7 @@ def in_role(role: str, weights: Sequence["Weight"], config: Config) -> set[str]:
     if role == ROUTERS:
         return _routers(weights, config)
     if role in BY_DEFAULT:
-        return {name for name, own in left_by_default(weights).items() if own == role}
+        return {name for name, its_role in left_by_default(weights).items() if its_role == role}
     heads = {weight.name for weight in weights if _named(weight, HEAD_NAMES)}
     if not _ties_its_head(config(), bool(heads)):
         return heads
@@ -95,13 +95,13 @@ def in_role(role: str, weights: Sequence["Weight"], config: Config) -> set[str]:
 def left_by_default(weights: Sequence["Weight"]) -> dict[str, str]:
     """Layer -> its role, of those that are left alone unless they are asked for."""
     names = {name for weight in weights for name in weight.names}
-    found: dict[str, str] = {}
+    by_layer: dict[str, str] = {}
     for weight in weights:
         if any(LORA_NAMES.search(name) for name in weight.names):
-            found[weight.name] = LORA
+            by_layer[weight.name] = LORA
         elif any(_is_fragile(name, weight.shape, names) for name in weight.names):
-            found[weight.name] = FRAGILE
-    return found
+            by_layer[weight.name] = FRAGILE
+    return by_layer
 
 
 def _is_fragile(name: str, shape: Sequence[int], names: set[str]) -> bool:
@@ -118,7 +118,7 @@ def _is_short_convolution(name: str, shape: Sequence[int], names: set[str]) -> b
         return False
     block, _, last = name.rpartition(".")
     beside = ("in_proj", "out_proj", "q_proj", "in_proj_qkvz", "in_proj_qkv", "linear_out")
-    return "conv" in last and any(f"{block}.{own}" in names for own in beside)
+    return "conv" in last and any(f"{block}.{neighbour}" in names for neighbour in beside)
 
 
 def keeps_inputs_first(name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]], config: Config) -> bool:

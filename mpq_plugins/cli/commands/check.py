@@ -65,17 +65,17 @@ def check(
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None
-    found = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
+    fit = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
     legal = _legalised(plan, backend, policy) if backend is not None else None
-    if legal is not None and output is not None and not found.problems:
+    if legal is not None and output is not None and not fit.problems:
         legal[0].save(output)
     if as_json:
         changes = {} if legal is None else {"backend": backend, "changes": [vars(change) for change in legal[1]]}
-        print_json({"ok": not found.problems, "problems": found.problems, "notes": found.notes, **changes})
-        return BAD_INPUT if found.problems else 0
-    found.require(source)
-    echo(f"{plan_file} fits {source}: {found.layers} layers, names and shapes agree")
-    for note in found.notes:
+        print_json({"ok": not fit.problems, "problems": fit.problems, "notes": fit.notes, **changes})
+        return BAD_INPUT if fit.problems else 0
+    fit.require(source)
+    echo(f"{plan_file} fits {source}: {fit.layers} layers, names and shapes agree")
+    for note in fit.notes:
         say(f"note: {note}")
     if legal is not None:
         _print_changes(plan, legal, str(backend))

@@ -14,8 +14,8 @@ def plugins(as_json: bool) -> None:
     from ...report.console import console
     from ...report.tables import plugins_table
 
-    found = installed()
+    listed = installed()
     if as_json:
-        print_json([vars(plugin) for plugin in found])
+        print_json([vars(plugin) for plugin in listed])
         return
-    console().print(plugins_table(found))
+    console().print(plugins_table(listed))

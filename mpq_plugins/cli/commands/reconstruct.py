@@ -135,8 +135,8 @@ def _require_same_names(model: "nn.Module", plan: "Plan", batches: "Sequence[Any
         made = folded_copy(model, plan)
     else:
         return
-    own, others = model.state_dict().keys(), made.state_dict().keys()
-    different = sorted(own ^ others)
+    names, others = model.state_dict().keys(), made.state_dict().keys()
+    different = sorted(names ^ others)
     if different:
         raise SettingError(
             f"{different[0]!r}{f' and {len(different) - 1} more' if len(different) > 1 else ''}: would be in only one "
