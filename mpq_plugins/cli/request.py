@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingError
-from ..plans.scheme import SCHEMES, Affine, Codebook, Scheme
+from ..plans.scheme import Affine, Codebook, Scheme
 from ..plans.scheme_names import scheme_class, scheme_names
+from .scheme_options import known_schemes
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Request:
         said = dict(self.scheme_fields)
         for name in said:
             if name not in own:
-                owner = next(key for key, scheme in SCHEMES.items() if name in _field_names(scheme))
+                owner = next(key for key, scheme in known_schemes().items() if name in _field_names(scheme))
                 raise SettingError(
                     f"{name}: means nothing with the {base.name} scheme; leave it out, or add --scheme {owner}"
                 )

@@ -1,6 +1,7 @@
 """The options that describe a measurement: what of the source, and under which scheme, by the schemes' own fields."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import click
@@ -18,10 +19,20 @@ NO_OPTIONS = ("name",)  # which --scheme gives
 
 
 def known_schemes() -> Mapping[str, type]:
-    """Every scheme by its name."""
-    from ..plans.scheme import SCHEMES
+    """Every scheme by its name, but those that cannot be imported: whoever asks for one is told why."""
+    from ..plans.scheme_names import scheme_class
 
-    return SCHEMES
+    schemes: dict[str, type] = {}
+    for name in _scheme_names():
+        with suppress(PluginError):
+            schemes[name] = scheme_class(name)
+    return schemes
+
+
+def _scheme_names() -> tuple[str, ...]:
+    from ..plans.scheme_names import scheme_names
+
+    return scheme_names()
 
 
 class SchemeCommand(SectionCommand):
@@ -67,7 +78,7 @@ def scheme_options(command: Command) -> Command:
             click.option(
                 "--scheme",
                 "scheme_name",
-                type=Known(known_schemes),
+                type=Known(_scheme_names),
                 help="How weights become codes (default: the allocator's, or affine).",
             ),
             click.option(
