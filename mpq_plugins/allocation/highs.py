@@ -89,12 +89,12 @@ def _silent() -> "Highs":
     """HiGHS, which prints its name already where its constructor enables callbacks."""
     from highspy import Highs
 
-    class Silent(Highs):
+    class Silent(Highs):  # type: ignore[misc]  # this release of HiGHS has no types
         def enableCallbacks(self) -> None:  # noqa: N802  # as HiGHS has it
             self.silent()
-            super().enableCallbacks()  # type: ignore[no-untyped-call]
+            super().enableCallbacks()
 
-    return Silent()  # type: ignore[no-untyped-call]
+    return Silent()
 
 
 def _loaded(program: Program, nodes: int | None) -> "Highs | None":
@@ -129,5 +129,5 @@ def _run(highs: "Highs") -> object:
         try:
             return solving.result()
         except BaseException:
-            highs.cancelSolve()  # type: ignore[no-untyped-call]
+            highs.cancelSolve()
             raise
