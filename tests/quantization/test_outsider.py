@@ -131,6 +131,11 @@ def test_the_command_line_takes_it(scheme: Scheme, mpq: Callable[..., Ran], tmp_
     assert done.code == 0, done.err
     planned = Plan.load(tmp_path / "plan.json")
     assert {layer.scheme for layer in planned.layers} == {replace(scheme, granularity="per_tensor")}
+    done = mpq("plan", tmp_path / "net.pt", "--scheme", "powers", "--no-halve", "--allocator", "uniform", "--bits", "4",
+               "-o", tmp_path / "steep.json")  # fmt: skip
+    assert done.code == 0, done.err
+    steep = replace(scheme, granularity="per_tensor", halve=False)
+    assert {layer.scheme for layer in Plan.load(tmp_path / "steep.json").layers} == {steep}
     assert mpq("apply", tmp_path / "net.pt", tmp_path / "plan.json", "-o", tmp_path / "out.pt").code == 0
     assert "mpq-powers" in mpq("plugins").out
 
