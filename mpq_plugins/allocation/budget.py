@@ -4,7 +4,6 @@
 
 over the widths of layers, solved exactly, or of output channels, to parts in a million (knapsack.py); where channel-to-
 part maps count too, the gap is against a bound without maps, and so a few tenths of a percent, or more on small nets.
-DESIGN sec. 3.
 """
 
 import math
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, PlainValidator, ValidationInfo
 
 from ..common.checks import number
+from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.plan import Plan
@@ -39,6 +39,7 @@ SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes
 LIMITS = (*SIZES, "bops", "latency_limit")
 
 
+@public
 @dataclass(frozen=True)
 class Allocation:
     """What Budget found.
@@ -101,6 +102,7 @@ Pins = Annotated[tuple[str, ...], BeforeValidator(_pins)]
 Ties = Annotated[tuple[str, ...], BeforeValidator(_ties)]
 
 
+@public
 @settings
 class Budget:
     """The least predicted cost within every limit that is given; at least one of them is.

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.public import public
 from ..plans.plan import Plan
 from ..plans.scheme import Scheme
 from ..plans.table import LayerTable
@@ -14,6 +15,7 @@ from ..plans.table import LayerTable
 Widths = int | Sequence[int] | NDArray[np.int64]
 
 
+@public
 @dataclass(frozen=True)
 class Needs:
     """What a table must hold for an allocator: these errors at these bit-widths.
@@ -27,6 +29,7 @@ class Needs:
     scheme: Scheme | None = None
 
 
+@public
 class Allocator(Protocol):
     """A frozen dataclass: its fields are its parameters, and its options on the command line.
 

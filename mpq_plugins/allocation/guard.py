@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.public import public
 from ..errors import PlanWarning
 from ..plans.plan import Plan
 from ..plans.scheme import has_width
@@ -23,6 +24,7 @@ SPLITS = ("mse", "output_mse", "relative")
 WORSE = 1.001  # as a ratio; predictions are no finer than that
 
 
+@public
 @dataclass(frozen=True)
 class Comparison:
     """Predicted costs at one size in total: the plan's, that of uniform widths, and that of the best width per layer.

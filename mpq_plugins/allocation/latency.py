@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.checks import is_number
 from ..common.documents import load_json
+from ..common.public import public
 from ..errors import FormatError, SettingError
 from ..plans.scheme import FLOAT_BITS, INTEGER_BITS
 
@@ -16,6 +17,7 @@ WIDTHS: tuple[int, ...] = (*INTEGER_BITS, *FLOAT_BITS)
 LARGEST_COST = 1e300  # so that those of all layers can be added up
 
 
+@public
 @dataclass(frozen=True)
 class LatencyTable:
     """Layer name -> bit-width -> cost. Channels of a layer are taken to cost an equal share of it each."""

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import SkipValidation
 
+from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.plan import Plan
@@ -17,6 +18,7 @@ from .make import make_plan
 Metric = Literal["relative", "mse", "rmse", "max_abs"]  # sqnr_db grows as the error falls: no bound QEM x QE fits it
 
 
+@public
 @settings
 class MixQuant:
     """min b in `bits` with QE(b) <= qem * QE(baseline), layer by layer; `baseline` where none qualifies.

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, PlainValidator, ValidationInfo, model_vali
 from pydantic_core import ArgsKwargs
 
 from ..common.checks import number
+from ..common.public import public
 from ..common.settings import said, settings
 from ..errors import SettingError
 from ..plans.plan import Plan
@@ -54,6 +55,7 @@ Amount = Annotated[float, PlainValidator(_as_given)]
 Bytes = Annotated[int, PlainValidator(_as_given)]
 
 
+@public
 @settings
 class PTILMPQ:
     """Bits by two partitions: layers by F_l = sum |w|, and the output channels of each by F_c = ||w_c||_2.

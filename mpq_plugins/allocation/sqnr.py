@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 
+from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.plan import Plan
@@ -24,6 +25,7 @@ from .limits import code_limit
 from .make import make_plan
 
 
+@public
 @settings
 class SQNR:
     """b_l = b_0 - log2(n_l) / 2, rounded and kept within `bits`, b_0 the greatest that keeps the average.

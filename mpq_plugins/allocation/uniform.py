@@ -2,6 +2,7 @@
 
 from typing import Annotated, ClassVar
 
+from ..common.public import public
 from ..common.settings import settings
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
@@ -10,6 +11,7 @@ from .fields import Width
 from .make import make_plan
 
 
+@public
 @settings
 class Uniform:
     """`bits` for every layer. Raises SettingError outside 1..8."""

@@ -31,6 +31,7 @@ from safetensors.numpy import load, save
 
 from ..errors import MeasureWarning, SettingError, SourceError
 from .old_stores import refuse_old_store
+from .public import public
 from .store_file import Place, StoreFile, cannot_write
 
 SUFFIX = ".partial"
@@ -40,6 +41,7 @@ Arrays = Mapping[str, NDArray[np.float64]]
 Row = Mapping[str, float]
 
 
+@public
 class Store:
     """A context manager over a file of finished units; `job` gives those of one job.
 

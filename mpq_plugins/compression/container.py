@@ -27,6 +27,7 @@ from ..checkpoints.readers import DTYPES
 from ..common.checksum import checksum
 from ..common.files import open_regular
 from ..common.progress import Progress
+from ..common.public import public
 from ..common.text import first_sentence
 from ..errors import FormatError
 from ..plans.layers import LayerChoice, Part
@@ -39,6 +40,7 @@ from .sparse import RelativeIndex, from_relative, index_bits
 from .streams import Stream, read_codes, read_values
 
 
+@public
 class Container:
     """A container that was opened: its header is whole and agrees with its length; tensors are read one at a time."""
 

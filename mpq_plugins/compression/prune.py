@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..common.checks import is_number
 from ..common.patterns import matches
+from ..common.public import public
 from ..errors import SettingError, WeightError
 from ..models.copying import duplicate
 from ..weights.chunks import over_chunks
@@ -28,6 +29,7 @@ Amounts = float | Mapping[str, float]
 """One for every layer, or by globs (or `re:` expressions) on their names; a layer that none names is not pruned."""
 
 
+@public
 @dataclass(frozen=True)
 class Sparsity:
     """This share of every layer's weights is 0 afterwards: those of least magnitude, fewer where some are alike.
@@ -47,6 +49,7 @@ class Sparsity:
         return {w.name: _smallest_kept([w], shares[w.name]) for w in weights if w.name in shares}
 
 
+@public
 @dataclass(frozen=True)
 class GlobalSparsity:
     """This share of all weights together is 0 afterwards: one threshold for all layers.
@@ -64,6 +67,7 @@ class GlobalSparsity:
         return dict.fromkeys((weight.name for weight in weights), _smallest_kept(weights, self.share))
 
 
+@public
 @dataclass(frozen=True)
 class Deviations:
     """Weights below this many standard deviations of their layer go. Raises SettingError below 0."""

@@ -11,6 +11,7 @@ from ..allocation.mixquant import MixQuant
 from ..allocation.ptilmpq import PTILMPQ
 from ..allocation.sqnr import SQNR
 from ..allocation.uniform import Uniform
+from ..common.public import public
 from ..errors import PlanWarning, SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
@@ -18,6 +19,7 @@ from ..plans.table import LayerTable
 PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
 
 
+@public
 @dataclass(frozen=True)
 class LabelledPlan:
     """A plan, and the series it belongs to in a table or picture."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation.objective import PLAN_ERRORS, plan_error, predicted
 from ..common.progress import Progress
+from ..common.public import public
 from ..common.store import Finished, Store, opened
 from ..errors import SettingError, SourceError
 from ..models.copying import duplicate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FLOAT, JOB = "float", "sweep"
 
 
+@public
 @dataclass(frozen=True)
 class SweepRow:
     """One plan. errors: mean over weights by metric, None where the table cannot tell; scores: by name, first first.

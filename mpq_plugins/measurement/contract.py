@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..common.progress import Progress
+from ..common.public import public
 from ..common.store import Finished
 from ..errors import SettingError
 from ..models.running import call_model, own_copy
@@ -23,6 +24,7 @@ Output = Callable[[nn.Module, Any], Tensor]
 """A user's output function: (model, batch) -> (samples, features), such as embeddings."""
 
 
+@public
 @dataclass(frozen=True)
 class Curves:
     """A layer's predicted cost at each bit-width of the table, (bits,), and that of its channels, (bits, channels)."""
@@ -31,6 +33,7 @@ class Curves:
     channels: Array | None = None
 
 
+@public
 @dataclass(frozen=True)
 class Job:
     """What a sensitivity works on: a copy of the model in evaluation mode, in which it may change weights.
@@ -130,6 +133,7 @@ def unreached(layer: str) -> SettingError:
     )
 
 
+@public
 class Sensitivity(Protocol):
     """What predicts the cost of quantizing each layer from inputs: a frozen dataclass that an entry point names.
 

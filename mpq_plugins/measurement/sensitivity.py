@@ -85,7 +85,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
 
 def _measured(measurer: Sensitivity, job: Job) -> Mapping[str, Curves]:
     """The curves of every layer. Raises PluginError naming a sensitivity of another package that fails."""
-    if type(measurer).__module__.startswith("mpq_plugins."):
+    if type(measurer).__module__.partition(".")[0] == "mpq_plugins":
         return measurer.measure(job)
     where = f"sensitivities: {getattr(measurer, 'name', type(measurer).__name__)!r}"
     with outsiders(lambda said: PluginError(f"{where} failed ({said})")):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.public import public
 from ..common.text import first_few
 from ..errors import SettingError
 from .copying import duplicate
@@ -17,6 +18,7 @@ from .copying import duplicate
 NAME = "input_quantizer"
 
 
+@public
 @dataclass(frozen=True)
 class InputRange:
     """One layer's: its input at b bits has the levels (code - zero_point) scale, code in 0 .. 2^b - 1."""

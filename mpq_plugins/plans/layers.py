@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ..common.documents import Strict
+from ..common.public import public
 from .channels import MOST_CHANNELS, Channels, cover
 from .scheme import FLOAT_BITS, INTEGER_BITS
 from .scheme_names import NamedScheme
@@ -110,6 +111,7 @@ ChannelRuns = Annotated[
 ]
 
 
+@public
 class Part(Strict):
     """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
 
@@ -122,6 +124,7 @@ class Part(Strict):
         return Channels.of(self.channels)
 
 
+@public
 class LayerChoice(LayerDocument):
     """What one layer gets: either `bits` for all of it or `parts` that cover its output channels once each."""
 

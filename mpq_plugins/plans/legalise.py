@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from ..common.public import public
 from ..common.text import first_few
 from ..errors import SettingError
 from .channels import joined
@@ -17,6 +18,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 ACTIVATIONS = "activations"
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What a backend can run without changing a plan's meaning.
@@ -57,6 +59,7 @@ class Capabilities:
         )
 
 
+@public
 @dataclass(frozen=True)
 class Change:
     """One layer (or `activations`) that a backend cannot take as planned: what it was, what it becomes, and why.

@@ -17,6 +17,7 @@ from ..common.checks import first_problem
 from ..common.checksum import is_damaged, sealed, unsealed
 from ..common.documents import Strict, load_json, parse_json
 from ..common.files import write_text
+from ..common.public import public
 from ..errors import FormatError, SettingError
 from .layers import LayerChoice, check_once
 from .names import is_weight, layer_name, weight_name
@@ -46,6 +47,7 @@ class AllocatorRecord(Strict):
     parameters: Annotated[dict[str, Any], AfterValidator(_check_depth)]
 
 
+@public
 class Plan(Strict):
     """Bits for every quantizable layer of one model.
 
@@ -84,7 +86,7 @@ class Plan(Strict):
         return {name: layer for layer in self.layers for name in layer.names}
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with some fields replaced, unchecked. What was worked out from the old fields stays behind."""
+        """A copy with some fields replaced, unchecked. What was computed of the fields, as `by_name`, is not copied."""
         copied = super().model_copy(update=update, deep=deep)
         for name, value in vars(type(self)).items():
             if isinstance(value, cached_property):
@@ -209,6 +211,7 @@ def _one_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@public
 class Difference(Strict):
     """One layer of two plans; None where a plan lacks it."""
 

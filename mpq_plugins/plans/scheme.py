@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkabl
 from pydantic import ConfigDict
 
 from ..common.documents import STRICT
+from ..common.public import public
 from ..errors import SettingError
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -41,6 +42,7 @@ def check_bits(bits: int, name: str = "bits") -> int:
     return bits
 
 
+@public
 @runtime_checkable
 class Scheme(Protocol):
     """The contract of a scheme: what is asked of its value. Weights that share a scale or a codebook are a group.
@@ -119,6 +121,7 @@ class Scheme(Protocol):
         """How many groups `channels` of a weight's output channels have together."""
 
 
+@public
 class Granular:
     """What schemes share: scales belong to groups, and the granularity says what a group is.
 
@@ -208,6 +211,7 @@ class Granular:
         return f"per_group({self.group_size})" if self.granularity == "per_group" else self.granularity
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Affine(Granular):
     """Uniform integer codes: w' = (code - zero_point) * scale, one scale per group of the weight.
@@ -264,6 +268,7 @@ class Affine(Granular):
         return 0 if self.symmetric or bits == 1 else bits
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Piecewise(Granular):
     """Two uniform quantizers per group, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
@@ -324,6 +329,7 @@ class Piecewise(Granular):
         return self.storage == "region_bit"
 
 
+@public
 @dataclass(frozen=True, kw_only=True)
 class Codebook(Granular):
     """Shared weights: every weight is one of a group's 2^b centroids, and its code says which.

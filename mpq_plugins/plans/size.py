@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..common.public import public
 from ..errors import SettingError
 from .layers import LayerChoice
 from .scheme import FLOAT_BITS
 
 
+@public
 @dataclass(frozen=True)
 class LayerSize:
     """Bits of one layer, by what they are spent on. Zero points are codes, so they take b bits each.
@@ -30,6 +32,7 @@ class LayerSize:
         return self.codes + self.intervals + self.scales + self.zero_points + self.codebooks + self.part_map
 
 
+@public
 @dataclass(frozen=True)
 class PlanSize:
     """Sizes in bits and bytes of the planned layers; biases, norms and skipped layers are not counted."""

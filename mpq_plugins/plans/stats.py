@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.public import public
 from .scheme import Scheme
 
 METRICS = ("relative", "mse", "rmse", "sqnr_db", "max_abs")
 Array = NDArray[np.float64]
 
 
+@public
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value; a layer is itself
 class LayerStats:
     """One layer's numbers.

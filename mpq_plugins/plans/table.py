@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..common.public import public
 from ..errors import SettingError
 from .stats import Array, LayerStats, Measured
 from .table_file import read, write
 
 
+@public
 @dataclass(frozen=True, eq=False)
 class LayerTable(Measured):
     """What was measured, on which weights, under which scheme."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
+from ..common.public import public
 from ..plans.scheme import Scheme
 from .grid import AnyGrids, Floats, GroupStats
 
@@ -25,6 +26,7 @@ blocks are matrices of any shape; otherwise there is one, (groups, elements)."""
 Symbols = NDArray[np.uint8] | NDArray[np.uint16]
 
 
+@public
 @dataclass(frozen=True)
 class PartCodes:
     """What a container stores of some channels of a layer.
@@ -43,6 +45,7 @@ class PartCodes:
         return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
 
 
+@public
 @dataclass(frozen=True)
 class PartShape:
     """What a part's codes are the codes of: a weight of `shape`, so many bits under a scheme, for `layer`."""
@@ -99,6 +102,7 @@ class PartShape:
         return rows.reshape(-1).astype(self.dtype)
 
 
+@public
 class Quantizer(Protocol):
     """What quantizes weights under one scheme; made by calling the class with the scheme."""
 

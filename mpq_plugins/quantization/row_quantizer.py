@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
+from ..common.public import public
 from ..errors import PluginError, SettingError
 from ..weights.dtypes import check_weight
 from .calibrate import whole_rows
@@ -19,6 +20,7 @@ from .groups import group_rows
 from .kernel import reciprocal_of, reduce_errors
 
 
+@public
 class RowQuantizer:
     """All that `Quantizer` asks, made of `fit`, `encode_rows` and `decode_rows`, which a subclass gives.
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..common.checks import integer, number
+from ..common.public import public
 from ..errors import SettingError
 
 LOSSES = ("mse", "fisher")
@@ -49,6 +50,7 @@ def usual_lr(steps: int) -> float:
     return min(0.02, max(0.001, 6 / steps)) if type(steps) is int and steps > 0 else 0.001
 
 
+@public
 @dataclass(frozen=True)
 class BlockReport:
     """What became of one block.

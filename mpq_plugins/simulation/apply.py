@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.public import public
 from ..common.text import first_few
 from ..errors import VerifyError
 from ..models.input_ranges import input_ranges
@@ -21,6 +22,7 @@ from .match import as_called, match
 from .model import simulate_model
 
 
+@public
 @dataclass(frozen=True)
 class PartCheck:
     """One part of one layer: the most different values any of its groups holds, and how many it may hold."""

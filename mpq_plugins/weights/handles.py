@@ -10,8 +10,10 @@ from torch import Tensor
 from ..checkpoints.buffers import chunk_buffer
 from ..checkpoints.readers import Allocate, RowReader
 from ..checkpoints.rows import from_channel_rows
+from ..common.public import public
 
 
+@public
 @dataclass(frozen=True)
 class Weight:
     """A handle on one layer's weight. Reading happens in `rows` and `tensor`, not before.
@@ -63,6 +65,7 @@ class Weight:
         return from_channel_rows(self.rows(0, self.channels), self.shape, self.channel_axis)
 
 
+@public
 @dataclass(frozen=True)
 class Weights:
     """What a source holds: iterate for the quantizable weights, in the source's order.
