@@ -1,6 +1,6 @@
 """Train the demo's network on real handwritten digits and write the two files the package ships.
 
-    python -m examples.train_demo [--epochs 40] [--output mpq_plugins/demo]
+    python -m examples.train_demo [--epochs 40] [--output mpq_plugins/cli/demo]
 
 1,000 of scikit-learn's 1,797 digits train it; the other 797 are shipped to test it.
 """
@@ -57,7 +57,7 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> DigitNet:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path("mpq_plugins/demo"))
+    parser.add_argument("--output", type=Path, default=Path("mpq_plugins/cli/demo"))
     options = parser.parse_args()
     torch.set_num_threads(2)
     (images, labels), (test_images, test_labels) = split()

@@ -32,6 +32,8 @@ from .commands.tune import tune
 from .help import SectionGroup
 from .output import BAD_INPUT, INTERNAL
 
+COMPLETING = "_MPQ_COMPLETE"  # what a shell sets that asks for candidates
+
 
 def main() -> None:
     """Run `mpq`: exit 0, 2 with one line on stderr for anything refused, or 130 when interrupted.
@@ -81,6 +83,8 @@ def _run(files: list[Path]) -> int:
     except Exception as error:  # noqa: BLE001  # the last net: a fault of ours is one line too
         return _internal(error)
     except BaseException as stop:  # noqa: BLE001
+        if COMPLETING in os.environ and isinstance(stop, SystemExit):  # as click leaves once it has printed candidates
+            return int(stop.code or 0)
         return _fail(f"code that was called ended the program ({what_it_said(stop)}); it should return instead")
 
 

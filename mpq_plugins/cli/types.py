@@ -66,6 +66,16 @@ class NumberList(click.ParamType[tuple[Any, ...]]):
         return [str(first + step * position) for position in range(count + 1)]
 
 
+class FileOrFactory(click.ParamType[str]):
+    """A SOURCE: a file or folder, which a shell completes, or package.module:factory."""
+
+    name = "source"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The shell's own candidates for files."""
+        return [CompletionItem(incomplete, type="file")]
+
+
 class Known(click.ParamType[str]):
     """One of the names that `known` gives, which is asked when it is needed: what is installed takes time to find."""
 

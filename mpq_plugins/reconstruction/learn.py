@@ -170,7 +170,7 @@ def _require_finite(name: str, loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise SettingError(
             f"block {name!r}: its loss is {loss} after {step} steps; a smaller lr, or look at the batches. Finished "
-            "blocks are kept in the checkpoint, if there is one"
+            "blocks are kept in the store, if there is one"
         )
 
 

@@ -1,4 +1,4 @@
-"""How a reconstruction learns: what decides its result, and so goes into a checkpoint's identity."""
+"""How a reconstruction learns: what decides its result, and so tells its store from another's."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class BlockReport:
 
     nearest, learned: mean loss a sample over all calibration inputs, rounded to nearest and as it stays; changed: codes
     that are not the nearest, of `weights`; seconds: of this block, capturing included; resumed: read back from a
-    checkpoint.
+    store.
     """
 
     name: str

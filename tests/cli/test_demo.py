@@ -12,7 +12,7 @@ from tests.conftest import Ran
 
 
 def test_the_shipped_files_are_small_and_the_network_reads_digits() -> None:
-    folder = Path(train_demo.__file__).parent.parent / "mpq_plugins" / "demo"
+    folder = Path(train_demo.__file__).parent.parent / "mpq_plugins" / "cli" / "demo"
     assert sum((folder / name).stat().st_size for name in (WEIGHTS, DIGITS)) < 400_000
     images, labels = unseen_digits()
     assert images.shape == (797, 1, 8, 8)

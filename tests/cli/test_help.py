@@ -1,6 +1,10 @@
 """Help by sections, and options of closed lists: completion, and what was perhaps meant."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import pytest
@@ -105,3 +109,14 @@ def test_a_word_misspelled_is_said_with_what_was_perhaps_meant(mpq: Mpq, words: 
 
 def test_an_option_made_from_a_field_says_its_section() -> None:
     assert section_of(SectionOption(["--edge"], section="Allocator firstlast")) == "Allocator firstlast"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"), [("mpq plan mo", "file"), ("mpq sw", "sweep"), ("mpq plan x -a bud", "budget")]
+)
+def test_a_shell_gets_candidates_and_nothing_else(words: str, wanted: str) -> None:
+    asked = {"_MPQ_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    run = [Path(sys.executable).parent / "mpq"]
+    done = subprocess.run(run, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert wanted in done.stdout

@@ -32,7 +32,7 @@ def cluster() -> Iterator[Any]:
     """A scheduler and one worker in threads of this process."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs=50,
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", silence_logs=50,
         protocol="tcp://",
     ) as made:  # fmt: skip
         yield made

@@ -72,7 +72,7 @@ def cluster() -> Iterator[Any]:
     """Two dask workers, each a process that a nanny starts again when it is killed."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as made:
         yield made
 

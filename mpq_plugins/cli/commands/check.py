@@ -9,7 +9,7 @@ from ...errors import PluginError
 from ...report.progress import echo, say
 from ..help import SectionCommand
 from ..output import BAD_INPUT, claim, json_option, model_option, print_json, weights_option
-from ..types import Known, installed
+from ..types import FileOrFactory, Known, installed
 
 
 def _policies() -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def _policies() -> tuple[str, ...]:
     epilog="Examples: mpq check plan.json model.safetensors. mpq check plan.json SOURCE --backend fx -o legal.json",
 )
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
-@click.argument("source")
+@click.argument("source", type=FileOrFactory())
 @click.option(
     "--backend",
     type=installed("adapters"),

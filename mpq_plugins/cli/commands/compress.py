@@ -10,6 +10,7 @@ from ...errors import SettingError
 from ...report.progress import echo, progress_bar, say
 from ..help import SectionCommand
 from ..output import claim, json_option, model_option, weights_option
+from ..types import FileOrFactory
 from .inspect import print_container
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for it
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for it
     epilog="Examples: mpq compress model.safetensors plan.json -o model.mpq. Pruned first: --prune 0.9, or by layer: "
     "--prune 'conv*=0.6' --prune 'fc*=0.9'",
 )
-@click.argument("source")
+@click.argument("source", type=FileOrFactory())
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Container to write (.mpq).")
 @click.option(

@@ -7,7 +7,7 @@ import click
 
 from ..output import claim, json_option, print_json, say_left_alone, say_written
 from ..scheme_options import SchemeCommand, request_values, scheme_options
-from ..types import IntegerList, NameList, installed
+from ..types import FileOrFactory, IntegerList, NameList, installed
 
 
 def _metrics() -> tuple[str, ...]:
@@ -19,7 +19,7 @@ def _metrics() -> tuple[str, ...]:
 @click.command(
     cls=SchemeCommand, epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt"
 )
-@click.argument("source")
+@click.argument("source", type=FileOrFactory())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
 @click.option("--bits", type=IntegerList(), default="2-8", show_default=True, help="Bit-widths to measure.")
 @click.option(

@@ -8,7 +8,7 @@ import click
 from ..output import json_option
 from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
 from ..scheme_options import SchemeCommand, request_values, scheme_options
-from ..types import IntegerList, NumberList
+from ..types import FileOrFactory, IntegerList, NumberList
 
 BUDGETS = "2,2.5,3,4"
 
@@ -18,7 +18,7 @@ BUDGETS = "2,2.5,3,4"
     epilog="Examples: mpq pareto net.safetensors -o pareto.csv --plot pareto.png. mpq pareto package.module:factory "
     "--eval package.module:accuracy --calibrate package.module:batches -o pareto.csv --plot pareto.png",
 )
-@click.argument("source")
+@click.argument("source", type=FileOrFactory())
 @click.option(
     "--budgets", type=NumberList(click.FLOAT), default=BUDGETS, show_default=True,
     help="Bits a weight, codes alone: a list, or first:last:step.",

@@ -9,7 +9,7 @@ from ...report.progress import say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocators_from
 from ..output import claim, json_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
-from ..types import installed
+from ..types import FileOrFactory, installed
 
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
@@ -19,7 +19,7 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
     epilog="An allocator's own options follow --allocator: mpq plan --allocator uniform --help. Repeat one for a "
     "plan each from one measurement: mpq plan SOURCE --qem 2 --qem 3 -o plans",
 )
-@click.argument("source")
+@click.argument("source", type=FileOrFactory())
 @click.option(
     "-a",
     "--allocator",

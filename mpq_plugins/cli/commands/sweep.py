@@ -11,7 +11,7 @@ from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
 from ..output import json_option
 from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
 from ..scheme_options import request_values, scheme_options
-from ..types import installed
+from ..types import FileOrFactory, installed
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.contract import Allocator, Needs
@@ -27,7 +27,7 @@ UNIFORM_BITS = range(2, 9)
     epilog="Examples: mpq sweep net.safetensors --qem 1.5:4:0.5 -o sweep.csv. mpq sweep package.module:factory -a "
     "ptilmpq --alpha 0.1:0.9:0.1 --beta-important 0.3,0.5 --eval package.module:accuracy -o sweep.csv --plot sweep.png",
 )
-@click.argument("source")
+@click.argument("source", type=FileOrFactory())
 @click.option(
     "-a",
     "--allocator",
