@@ -3,9 +3,9 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from mpq_plugins import (
     Affine,
     Budget,
     Capabilities,
+    Codebook,
     FormatError,
     LayerTable,
+    Needs,
+    Piecewise,
     Plan,
     PluginError,
     Scheme,
@@ -26,6 +29,7 @@ from mpq_plugins import (
     compress,
     decompress,
     legalise,
+    make_plan,
     measure,
     verify,
 )
@@ -221,6 +225,48 @@ def test_tables_of_another_shape_than_the_scheme_counts_are_refused(site: Path) 
     install(site, "mpq-shape", code, {"schemes": {"powers": "Powers"}})
     with pytest.raises(PluginError, match=r"'powers', PowersQuantizer.fit gave tables \[8\] at 4 bits; \(8, 1\)"):
         measure(net(), bits=(4,), scheme=scheme_names.scheme_class("powers")())
+
+
+@pytest.mark.parametrize("ours", [Affine(), Piecewise(), Codebook()], ids=lambda scheme: scheme.name)
+def test_a_name_of_ours_that_another_declares_too_stays_ours(
+    site: Path, mpq: Callable[..., Ran], tmp_path: Path, ours: Scheme
+) -> None:
+    install(site, "mpq-taker", "class Taken: ...", {"schemes": {ours.name: "Taken"}})
+    model = net()
+    plan = Uniform(bits=4)(measure(model, bits=(4,), scheme=ours))
+    assert verify(apply(model, plan), plan, model)
+    assert scheme_names.scheme_class(ours.name) is type(ours)
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    done = mpq("measure", tmp_path / "net.pt", "--scheme", ours.name, "--bits", "4")
+    assert done.code == 0, done.err
+
+
+@dataclass(frozen=True)
+class Under:
+    """An allocator of which a scheme is a setting, and schemes in lists are."""
+
+    scheme: Scheme
+    others: tuple[Scheme, ...] = ()
+    name: ClassVar[str] = "under"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs((4,), scheme=self.scheme)
+
+    def __call__(self, table: LayerTable) -> Plan:
+        return make_plan(table, self, {layer.name: 4 for layer in table.layers})
+
+
+def test_a_scheme_among_an_allocators_settings_is_recorded_with_its_name(scheme: Scheme, tmp_path: Path) -> None:
+    table = measure(net(), bits=(4,), scheme=scheme)
+    for each in (scheme, Affine(), Piecewise(), Codebook()):
+        plan = Under(each, (each,))(table)
+        recorded = plan.allocator.parameters["scheme"]
+        assert next(iter(recorded)) == "name"
+        assert recorded == {"name": each.name, **asdict(each)}
+        assert plan.allocator.parameters["others"] == [recorded]
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json").allocator == plan.allocator
 
 
 def test_a_name_with_two_owners_is_an_error_naming_both_and_others_go_on(scheme: Scheme, site: Path) -> None:
