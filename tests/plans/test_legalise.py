@@ -161,7 +161,7 @@ def test_a_legalised_plan_is_looked_up_by_its_own_layers() -> None:
     assert legal.by_name["fc"].bits == legal.by_any_name["fc"].bits == 8
 
 
-VALUES = (None, 3, "plan.json", {}, INT8, plan_of(linear("fc", 4, 2, PER_CHANNEL, 4)))
+VALUES: tuple[Any, ...] = (None, 3, "plan.json", {}, INT8, plan_of(linear("fc", 4, 2, PER_CHANNEL, 4)))
 
 
 @pytest.mark.parametrize("policy", ["up", "nearest", "error"])
