@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -38,7 +39,7 @@ class AllocatorCommand(SchemeCommand):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            owners = [plugin.name for plugin in registry.installed() if _has_field(plugin, error.option_name)]
+            owners = [other for other in registry.names("allocators") if _has_field(other, error.option_name)]
             if not owners:
                 raise
             raise click.UsageError(
@@ -85,8 +86,8 @@ def allocators_from(
         return list(dict.fromkeys(_combined(allocator, names, choices, fixed)))  # the same value twice is one plan
     except TypeError as error:
         raise PluginError(
-            f"allocators: {allocator.name!r} cannot be compared ({error}); it must be a frozen dataclass of plain "
-            "values"
+            f"{registry.described('allocators', allocator)} cannot be compared ({error}); it must be a frozen "
+            "dataclass of plain values"
         ) from error
 
 
@@ -97,22 +98,27 @@ def _combined(
     made = []
     for combination in itertools.product(*choices):
         said = {name: value for name, value in zip(names, combination, strict=True) if value is not _UNSAID}
-        try:
-            made.append(allocator(**fixed, **said))
-        except TypeError as error:
-            raise SettingError(f"allocator {allocator.name!r}: {error}") from error
+        with registry.at_work("allocators", allocator):
+            made.append(_made(allocator, {**fixed, **said}))
     return made
+
+
+def _made(allocator: Any, fields: Mapping[str, Any]) -> Any:
+    try:
+        return allocator(**fields)
+    except TypeError as error:
+        raise SettingError(f"allocator {allocator.name!r}: {error}") from error
 
 
 _UNSAID = object()
 
 
-def _has_field(plugin: registry.Plugin, option: str) -> bool:
-    if plugin.group != "allocators":
-        return False
-    allocator = registry.load("allocators", plugin.name)
-    fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
-    return option in {spelled(field.name) for field in fields}
+def _has_field(name: str, option: str) -> bool:
+    with suppress(PluginError):  # whatever is wrong with another allocator, this one was not asked for
+        allocator = registry.load("allocators", name)
+        fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
+        return option in {spelled(field.name) for field in fields}
+    return False
 
 
 def _named_allocator(args: Sequence[str]) -> str:
