@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..common import registry
 from ..common.outsiders import outsiders
 from ..common.text import printable
 from ..errors import PluginError, SettingError
-from .field_options import NAMES, option_fields, spelled
+from .field_options import NAMES, check_free, last_named, option_fields, spelled
 from .scheme_options import SchemeCommand
 from .types import NumberList
 
@@ -30,12 +30,8 @@ class AllocatorCommand(SchemeCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Look the allocator up first, for it decides which options there are."""
-        name = _named_allocator(args)
-        allocator = registry.load("allocators", name)
-        ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = allocator, name
-        taken = {option for parameter in self.get_params(ctx) for option in parameter.opts}
-        with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
-            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+        name = last_named(args, "--allocator", "-a") or DEFAULT_ALLOCATOR
+        ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = registry.load("allocators", name), name
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -47,10 +43,14 @@ class AllocatorCommand(SchemeCommand):
                 f"{', '.join(owners)}: add -a {owners[0]}"
             ) from error
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters, then the allocator's."""
-        given = super().get_params(ctx)
-        return [*given[:-1], *ctx.meta.get(FIELDS_KEY, ()), given[-1]]
+    def more_options(self, ctx: click.Context, taken: Mapping[str, str]) -> Iterable[click.Option]:
+        """The allocator's."""
+        if NAME_KEY not in ctx.meta:
+            return ()
+        name, allocator = ctx.meta[NAME_KEY], ctx.meta[ALLOCATOR_KEY]
+        with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
+            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+        return ctx.meta[FIELDS_KEY]  # type: ignore[no-any-return]
 
 
 def allocators_from(
@@ -121,23 +121,9 @@ def _has_field(name: str, option: str) -> bool:
     return False
 
 
-def _named_allocator(args: Sequence[str]) -> str:
-    """The last one named, in any of the spellings click takes."""
-    named = DEFAULT_ALLOCATOR
-    for position, argument in enumerate(args):
-        if argument in ("--allocator", "-a") and position + 1 < len(args):
-            named = args[position + 1]
-        elif argument.startswith("--allocator="):
-            named = argument.partition("=")[2]
-        elif argument.startswith("-a") and not argument.startswith("--") and len(argument) > 2:
-            named = argument[2:]
-    return named
-
-
-def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click.Option]:
-    for field in option_fields(allocator, f"allocators: {name!r}", SHARED):
-        if field.option in taken:
-            raise PluginError(
-                f"allocators: {name!r} has a field {field.name!r}, but {field.option} is the command's own"
-            )
-        yield field.made(f"Allocator {printable(name)}", said_of=name, several=True)
+def _field_options(name: str, allocator: Any, taken: Mapping[str, str]) -> Iterator[click.Option]:
+    where = f"allocators: {name!r}"
+    for field in option_fields(allocator, where, SHARED):
+        option = field.made(f"Allocator {printable(name)}", said_of=name, several=True)
+        check_free(where, field.name, option, taken)
+        yield option
