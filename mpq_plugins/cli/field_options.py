@@ -22,6 +22,7 @@ NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and on
 SINGLE: dict[Any, click.ParamType[Any]] = {
     int: click.INT, float: click.FLOAT, str: click.STRING, tuple: IntegerList(), list: NAMES,
 }  # fmt: skip
+REMEDY = "Use it from Python, or rename the field."
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def check_free(where: str, field: str, option: click.Option, taken: Mapping[str,
     """Raise PluginError if the option of a field would be another one too."""
     for word in _words(option):
         if word in taken:
-            raise PluginError(f"{where} has a field {field!r}, but {taken[word]}")
+            raise PluginError(f"{where} has a field {field!r}, but {taken[word]}. {REMEDY}")
 
 
 def last_named(args: Sequence[str], long: str, short: str | None = None) -> str | None:

@@ -9,7 +9,7 @@ import click
 from ..common.outsiders import outsiders
 from ..common.registry import described
 from ..errors import PluginError
-from .field_options import OptionField, check_free, last_named, option_fields, taken_by
+from .field_options import REMEDY, OptionField, check_free, last_named, option_fields, taken_by
 from .help import SectionCommand
 from .output import weights_option
 from .types import Known
@@ -76,7 +76,7 @@ class SchemeFields:
                 elif not each.kind.fits(shared.kind):
                     raise PluginError(
                         f"{where} has a field {each.name!r}, but {shared.option} takes other values for "
-                        f"{', '.join(self.owners[each.name])}"
+                        f"{', '.join(self.owners[each.name])}. {REMEDY}"
                     )
         return given
 
