@@ -233,8 +233,10 @@ def test_the_scheme_that_is_named_goes_before_other_foreign_ones(
         code = with_field(field).replace('= "powers"', f'= "{name}"')
         install(site, f"mpq-{name}", code, {"schemes": {name: "Powers"}})
     for name, value in (("alpha", "0.25"), ("omega", "7")):
-        ran = mpq("measure", checkpoint, "--bits", "4", "--scheme", name, "--third", value)
+        plan = checkpoint.with_name(f"{name}.json")
+        ran = mpq("plan", checkpoint, "-a", "uniform", "--scheme", name, "--third", value, "-o", plan)
         assert ran.code == 0, ran.err
+        assert f'"third": {value},' in plan.read_text() or f'"third": {value}}}' in plan.read_text()
 
 
 def test_a_scheme_without_fields_for_its_granularity_takes_none(
