@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from mpq_plugins.common.public import public
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 
 
+@public
 @dataclass(frozen=True)
 class LayerCheck:
     """One planned layer as it was found in a quantized model.
@@ -45,6 +47,7 @@ def class_name(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
+@public
 class Adapter(Protocol):
     """A backend's door; a batch is a tensor, or a tuple or mapping of the model's arguments.
 

@@ -1,5 +1,6 @@
 """The public names, each from where it is defined: the one list of them, which is read as the package is imported."""
 
+from .adapters.contract import Adapter, LayerCheck
 from .allocation.budget import Allocation, Budget
 from .allocation.contract import Allocator, Needs
 from .allocation.guard import Comparison, compare
@@ -56,6 +57,7 @@ from .weights.handles import Weight, Weights
 __all__ = [
     "PTILMPQ",
     "SQNR",
+    "Adapter",
     "Affine",
     "Allocation",
     "Allocator",
@@ -77,6 +79,7 @@ __all__ = [
     "Job",
     "LabelledPlan",
     "LatencyTable",
+    "LayerCheck",
     "LayerChoice",
     "LayerSize",
     "LayerStats",

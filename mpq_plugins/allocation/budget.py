@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, PlainValidator, ValidationInfo
+from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.checks import number
 from ..common.public import public
@@ -136,7 +136,7 @@ class Budget:
     latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
     sensitivity: Annotated[str, "error or sensitivity to keep low: mse, kl, kl*mse ...", BeforeValidator(_name)] = "mse"
     bits: Candidates = tuple(range(1, 9))
-    parts: Annotated[bool, "channels of one layer may differ in width", PlainValidator(bool)] = True
+    parts: Annotated[bool, "channels of one layer may differ in width"] = True
     pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
     tie: Annotated[Ties, "layers that must agree, '*.{query,key,value}'; qkv, gate_up"] = ()
     ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None

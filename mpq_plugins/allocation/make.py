@@ -57,9 +57,9 @@ def _parameters(allocator: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: a scheme by its fields, any other value of its own kind by what it says of itself."""
+    """As JSON has it: a scheme by its name and fields, any other value of its own kind by what it says of itself."""
     if isinstance(value, tuple | list):
         return [_plain(inner) for inner in value]
     if isinstance(value, Scheme):
-        return asdict(value)
+        return {"name": value.name, **asdict(value)}  # which need not be a field
     return value if isinstance(value, str | int | float | bool | dict) else str(value)

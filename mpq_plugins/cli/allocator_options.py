@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ from ..common import registry
 from ..common.outsiders import outsiders
 from ..common.text import printable
 from ..errors import PluginError, SettingError
-from .field_options import NAMES, option_fields, spelled
+from .field_options import NAMES, check_free, last_named, option_fields, spelled
 from .scheme_options import SchemeCommand
 from .types import NumberList
 
@@ -29,16 +30,12 @@ class AllocatorCommand(SchemeCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Look the allocator up first, for it decides which options there are."""
-        name = _named_allocator(args)
-        allocator = registry.load("allocators", name)
-        ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = allocator, name
-        taken = {option for parameter in self.get_params(ctx) for option in parameter.opts}
-        with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
-            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+        name = last_named(args, "--allocator", "-a") or DEFAULT_ALLOCATOR
+        ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = registry.load("allocators", name), name
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            owners = [plugin.name for plugin in registry.installed() if _has_field(plugin, error.option_name)]
+            owners = [other for other in registry.names("allocators") if _has_field(other, error.option_name)]
             if not owners:
                 raise
             raise click.UsageError(
@@ -46,10 +43,14 @@ class AllocatorCommand(SchemeCommand):
                 f"{', '.join(owners)}: add -a {owners[0]}"
             ) from error
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters, then the allocator's."""
-        given = super().get_params(ctx)
-        return [*given[:-1], *ctx.meta.get(FIELDS_KEY, ()), given[-1]]
+    def more_options(self, ctx: click.Context, taken: Mapping[str, str]) -> Iterable[click.Option]:
+        """The allocator's."""
+        if NAME_KEY not in ctx.meta:
+            return ()
+        name, allocator = ctx.meta[NAME_KEY], ctx.meta[ALLOCATOR_KEY]
+        with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
+            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+        return ctx.meta[FIELDS_KEY]  # type: ignore[no-any-return]
 
 
 def allocators_from(
@@ -85,8 +86,8 @@ def allocators_from(
         return list(dict.fromkeys(_combined(allocator, names, choices, fixed)))  # the same value twice is one plan
     except TypeError as error:
         raise PluginError(
-            f"allocators: {allocator.name!r} cannot be compared ({error}); it must be a frozen dataclass of plain "
-            "values"
+            f"{registry.described('allocators', allocator)} cannot be compared ({error}); it must be a frozen "
+            "dataclass of plain values"
         ) from error
 
 
@@ -97,41 +98,32 @@ def _combined(
     made = []
     for combination in itertools.product(*choices):
         said = {name: value for name, value in zip(names, combination, strict=True) if value is not _UNSAID}
-        try:
-            made.append(allocator(**fixed, **said))
-        except TypeError as error:
-            raise SettingError(f"allocator {allocator.name!r}: {error}") from error
+        with registry.at_work("allocators", allocator):
+            made.append(_made(allocator, {**fixed, **said}))
     return made
+
+
+def _made(allocator: Any, fields: Mapping[str, Any]) -> Any:
+    try:
+        return allocator(**fields)
+    except TypeError as error:
+        raise SettingError(f"allocator {allocator.name!r}: {error}") from error
 
 
 _UNSAID = object()
 
 
-def _has_field(plugin: registry.Plugin, option: str) -> bool:
-    if plugin.group != "allocators":
-        return False
-    allocator = registry.load("allocators", plugin.name)
-    fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
-    return option in {spelled(field.name) for field in fields}
+def _has_field(name: str, option: str) -> bool:
+    with suppress(PluginError):  # whatever is wrong with another allocator, this one was not asked for
+        allocator = registry.load("allocators", name)
+        fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
+        return option in {spelled(field.name) for field in fields}
+    return False
 
 
-def _named_allocator(args: Sequence[str]) -> str:
-    """The last one named, in any of the spellings click takes."""
-    named = DEFAULT_ALLOCATOR
-    for position, argument in enumerate(args):
-        if argument in ("--allocator", "-a") and position + 1 < len(args):
-            named = args[position + 1]
-        elif argument.startswith("--allocator="):
-            named = argument.partition("=")[2]
-        elif argument.startswith("-a") and not argument.startswith("--") and len(argument) > 2:
-            named = argument[2:]
-    return named
-
-
-def _field_options(name: str, allocator: Any, taken: set[str]) -> Iterator[click.Option]:
-    for field in option_fields(allocator, f"allocators: {name!r}", SHARED):
-        if field.option in taken:
-            raise PluginError(
-                f"allocators: {name!r} has a field {field.name!r}, but {field.option} is the command's own"
-            )
-        yield field.made(f"Allocator {printable(name)}", said_of=name, several=True)
+def _field_options(name: str, allocator: Any, taken: Mapping[str, str]) -> Iterator[click.Option]:
+    where = f"allocators: {name!r}"
+    for field in option_fields(allocator, where, SHARED):
+        option = field.made(f"Allocator {printable(name)}", said_of=name, several=True)
+        check_free(where, field.name, option, taken)
+        yield option

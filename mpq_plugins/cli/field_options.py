@@ -7,7 +7,7 @@ of a flag what its opposite is called.
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and on
 SINGLE: dict[Any, click.ParamType[Any]] = {
     int: click.INT, float: click.FLOAT, str: click.STRING, tuple: IntegerList(), list: NAMES,
 }  # fmt: skip
+REMEDY = "Use it from Python, or rename the field."
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class FieldKind:
     type: Any
     texts: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
+
+    def fits(self, other: "FieldKind") -> bool:
+        """Whether an option of the other kind gives what a field of this one takes: the same values, or any text."""
+        return self.type is other.type and self.allowed in ((), other.allowed)
 
 
 @dataclass(frozen=True)
@@ -52,22 +57,24 @@ class OptionField:
         """As it is written on the command line, `--group-size`."""
         return spelled(self.name)
 
-    def made(self, section: str, *, said_of: str = "", several: bool = False) -> click.Option:
+    def made(self, section: str, *, said_of: str = "", several: bool = False, enforced: bool = True) -> click.Option:
         """The option, in this section of the help; said_of: what has the field, before its text.
 
-        several: whether it takes several values, for a plan each.
+        several: whether it takes several values, for a plan each. enforced: whether a command without what is required
+        is refused.
         """
+        required = self.required and enforced
         head = f"[{said_of}] " if said_of else ""
         more = "required" if self.required else self.default
         shown = head + "; ".join(part for part in (self.text, more) if part)
         if self.kind.type is bool:
             opposite = self.kind.texts[1] if len(self.kind.texts) > 1 else f"no-{self.option[2:]}"
             flags = f"{self.option}/--{opposite}"
-            return SectionOption([flags], default=None, required=self.required, help=shown, section=section)
+            return SectionOption([flags, self.name], default=None, required=required, help=shown, section=section)
         if self.kind.type is list:
             shown, several = f"{shown}; repeatable", True
         return SectionOption(
-            [self.option], type=self._type(several), multiple=several, required=self.required, help=shown,
+            [self.option, self.name], type=self._type(several), multiple=several, required=required, help=shown,
             section=section,
         )  # fmt: skip
 
@@ -100,6 +107,36 @@ def option_fields(cls: type, where: str, without: Iterable[str] = ()) -> Iterato
         yield OptionField(field.name, kind, required, default, kind.texts[0] if kind.texts else "")
 
 
+def taken_by(parameters: Iterable[click.Parameter], whose: str) -> dict[str, str]:
+    """What is taken on the command line, spelled or as a parameter's name, and what to say of it.
+
+    whose: `the command's`.
+    """
+    return {
+        word: f"{max(parameter.opts, key=len)} is {whose} own" for parameter in parameters for word in _words(parameter)
+    }
+
+
+def check_free(where: str, field: str, option: click.Option, taken: Mapping[str, str]) -> None:
+    """Raise PluginError if the option of a field would be another one too."""
+    for word in _words(option):
+        if word in taken:
+            raise PluginError(f"{where} has a field {field!r}, but {taken[word]}. {REMEDY}")
+
+
+def last_named(args: Sequence[str], long: str, short: str | None = None) -> str | None:
+    """The last value given to an option, in any of the spellings click takes; None where there is none."""
+    named = None
+    for position, argument in enumerate(args):
+        if argument in (long, short) and position + 1 < len(args):
+            named = args[position + 1]
+        elif argument.startswith(f"{long}="):
+            named = argument.partition("=")[2]
+        elif short and argument.startswith(short) and not argument.startswith("--") and len(argument) > len(short):
+            named = argument[len(short) :]
+    return named
+
+
 def spelled(name: str) -> str:
     """A field's name as an option, `--group-size`."""
     return f"--{name.replace('_', '-')}"
@@ -124,6 +161,10 @@ def field_kind(hint: Any) -> FieldKind:
         inside = set(arguments) - {...}
         return FieldKind(tuple if inside == {int} else list if inside == {str} else None, texts)
     return FieldKind(hint if hint in (bool, int, float, str) else None, texts)
+
+
+def _words(parameter: click.Parameter) -> tuple[str, ...]:
+    return (*parameter.opts, *parameter.secondary_opts, str(parameter.name))
 
 
 def _shown(default: Any) -> str:

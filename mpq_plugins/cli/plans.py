@@ -1,15 +1,15 @@
 """Several plans from one measurement: what to measure for all, and where each is written."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..allocation.budget_problem import nothing_to_tie
 from ..allocation.contract import Allocator, Needs
 from ..common.files import atomic_directory, exists
-from ..common.outsiders import outsiders
 from ..common.patterns import FUSED, families
+from ..common.registry import at_work, described
 from ..errors import PluginError, SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
@@ -21,7 +21,7 @@ def joint_needs(allocators: Sequence[Allocator]) -> Needs:
     """What all of them need, in one measurement."""
     needs = []
     for allocator in allocators:
-        with _called(allocator):
+        with at_work("allocators", allocator):
             needs.append(allocator.needs)
     return Needs(
         tuple(sorted({b for need in needs for b in need.bits})),
@@ -33,24 +33,14 @@ def joint_needs(allocators: Sequence[Allocator]) -> Needs:
 
 def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
     """The plan of each, in their order. Raises as they do; PluginError naming one of another package that fails."""
-    plans = []
+    plans: list[Plan] = []
     for allocator in allocators:
-        with _called(allocator):
-            plans.append(allocator(table))
-            if not isinstance(plans[-1], Plan):
-                raise PluginError(f"allocators: {allocator.name!r} returned a {type(plans[-1]).__name__} and no plan")
+        with at_work("allocators", allocator):
+            made: Any = allocator(table)  # whatever another package's returns
+            if not isinstance(made, Plan):
+                raise PluginError(f"{described('allocators', allocator)} returned a {type(made).__name__} and no plan")
+        plans.append(made)
     return plans
-
-
-@contextmanager
-def _called(allocator: Allocator) -> Iterator[None]:
-    """What an allocator of another package raises is its own fault; what ours do is ours."""
-    if type(allocator).__module__.partition(".")[0] == "mpq_plugins":
-        yield
-        return
-    name = getattr(allocator, "name", type(allocator).__name__)
-    with outsiders(lambda said: PluginError(f"allocators: {name!r} failed ({said})")):
-        yield
 
 
 def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:

@@ -1,13 +1,15 @@
 """The options that describe a measurement: what of the source, and under which scheme, by the schemes' own fields."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import click
 
+from ..common.outsiders import outsiders
+from ..common.registry import described
 from ..errors import PluginError
-from .field_options import OptionField, option_fields
+from .field_options import REMEDY, OptionField, check_free, last_named, option_fields, taken_by
 from .help import SectionCommand
 from .output import weights_option
 from .types import Known
@@ -15,6 +17,9 @@ from .types import Known
 Command = TypeVar("Command", bound=Callable[..., Any])
 REQUEST_NAMES = ("scheme_name", "skip", "only", "fold_bn", "weights", "already_quantized")
 SCHEME_FIELDS_KEY = "mpq_plugins.scheme_fields"
+OPTIONS_KEY = "mpq_plugins.field_options"
+NAMED_KEY = "mpq_plugins.named_scheme"
+SECTION = "Scheme"
 NO_OPTIONS = ("name",)  # which --scheme gives
 
 
@@ -24,51 +29,106 @@ def _names() -> Iterable[str]:
     return scheme_names()
 
 
-def usable_schemes() -> Mapping[str, type]:
-    """The schemes whose fields are options, by name: all that can be imported; of another the error says more."""
-    from ..plans.scheme_names import scheme_class
+@dataclass(frozen=True)
+class SchemeFields:
+    """The fields that options give, by name, and the schemes that have each; some of several packages' schemes.
 
-    usable: dict[str, type] = {}
-    for name in _names():
-        with suppress(PluginError):  # which is raised where it is asked for
-            usable[name] = scheme_class(name)
-    return usable
+    refused: schemes whose fields cannot be options beside these, and why, which is said of one that is asked for.
+    """
+
+    fields: dict[str, OptionField] = field(default_factory=dict)
+    owners: dict[str, list[str]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def add(self, names: Iterable[str], taken: Mapping[str, str]) -> None:
+        """Take in schemes whose fields may be options, beside what is taken, or note why they cannot be."""
+        for name in names:
+            try:
+                added = self._fields_of(name, {**taken, **taken_by(self.options(), "another scheme's")})
+            except PluginError as error:
+                self.refused[name] = str(error)
+                continue
+            for each in added:
+                self.fields.setdefault(each.name, each)
+                self.owners.setdefault(each.name, []).append(name)
+
+    def options(self) -> list[click.Option]:
+        """An option for each field; which schemes have it is said where not all do. None of them has to be given."""
+        schemes = {owner for owners in self.owners.values() for owner in owners}
+        return [
+            each.made(SECTION, said_of="" if {*self.owners[name]} == schemes else ", ".join(self.owners[name]),
+                      enforced=False)
+            for name, each in self.fields.items()
+        ]  # fmt: skip
+
+    def _fields_of(self, name: str, taken: Mapping[str, str]) -> list[OptionField]:
+        """Those of a scheme. Raises PluginError where one of them is another's option, or whatever is wrong with it."""
+        from ..plans.scheme_names import scheme_class
+
+        scheme = scheme_class(name)
+        where = described("schemes", scheme)
+        with outsiders(lambda said: PluginError(f"{where} cannot be made into options ({said})")):
+            given = list(option_fields(scheme, where, NO_OPTIONS))
+            for each in given:
+                shared = self.fields.get(each.name)
+                if shared is None:
+                    check_free(where, each.name, each.made(SECTION), taken)
+                elif not each.kind.fits(shared.kind):
+                    raise PluginError(
+                        f"{where} has a field {each.name!r}, but {shared.option} takes other values for "
+                        f"{', '.join(self.owners[each.name])}. {REMEDY}"
+                    )
+        return given
 
 
 class SchemeCommand(SectionCommand):
     """A command whose options include the fields of all schemes; a field that several have is one option."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Look first which scheme is named: its fields come before those of other packages' other schemes."""
+        named = ctx.meta[NAMED_KEY] = last_named(args, "--scheme")
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if named in ctx.meta[SCHEME_FIELDS_KEY].refused:
+                raise PluginError(ctx.meta[SCHEME_FIELDS_KEY].refused[named]) from error
+            raise
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters, then the schemes', and --help."""
+        """The command's own parameters, then the schemes' and any others, and --help."""
         given = super().get_params(ctx)
-        if SCHEME_FIELDS_KEY not in ctx.meta:
-            taken = {option for parameter in given for option in parameter.opts}
-            ctx.meta[SCHEME_FIELDS_KEY] = list(_field_options(usable_schemes(), taken))
-        return [*given[:-1], *ctx.meta[SCHEME_FIELDS_KEY], given[-1]]
+        if OPTIONS_KEY not in ctx.meta:
+            ctx.meta[OPTIONS_KEY] = self._options(ctx, given)
+        return [*given[:-1], *ctx.meta[OPTIONS_KEY], given[-1]]
+
+    def more_options(self, ctx: click.Context, taken: Mapping[str, str]) -> Iterable[click.Option]:
+        """Options beside these, none of them taken; they come before those of other packages' schemes."""
+        return ()
+
+    def _options(self, ctx: click.Context, given: Iterable[click.Parameter]) -> list[click.Option]:
+        from ..plans.scheme import SCHEMES
+
+        schemes = SchemeFields()
+        taken = taken_by(given, "the command's")
+        schemes.add(SCHEMES, taken)
+        more = list(self.more_options(ctx, {**taken, **taken_by(schemes.options(), "the command's")}))
+        taken |= taken_by(more, "the allocator's")
+        named = ctx.meta.get(NAMED_KEY)
+        foreign = [name for name in _names() if name not in SCHEMES]
+        schemes.add(sorted(foreign, key=lambda name: name != named), taken)
+        ctx.meta[SCHEME_FIELDS_KEY] = schemes
+        return [*schemes.options(), *more]
 
 
 def request_values(values: dict[str, Any], ctx: click.Context | None = None) -> dict[str, Any]:
     """The values of these options, taken out of a command's, as `Request` takes them."""
-    names = [str(option.name) for option in (ctx or click.get_current_context()).meta[SCHEME_FIELDS_KEY]]
-    fields = {name: values.pop(name) for name in names}
-    said = tuple((name, value) for name, value in fields.items() if value is not None)
-    return {"scheme_fields": said, **{name: values.pop(name) for name in REQUEST_NAMES}}
-
-
-def _field_options(schemes: Mapping[str, type], taken: set[str]) -> Iterator[click.Option]:
-    """An option for each field; which schemes have it is said where not all do."""
-    owners: dict[str, list[str]] = {}
-    fields: dict[str, OptionField] = {}
-    for name, scheme in schemes.items():
-        for field in option_fields(scheme, f"schemes: {name!r}", NO_OPTIONS):
-            if field.option in taken:
-                raise PluginError(
-                    f"schemes: {name!r} has a field {field.name!r}, but {field.option} is the command's own"
-                )
-            fields.setdefault(field.name, field)
-            owners.setdefault(field.name, []).append(name)
-    for name, field in fields.items():
-        yield field.made("Scheme", said_of="" if len(owners[name]) == len(schemes) else ", ".join(owners[name]))
+    schemes: SchemeFields = (ctx or click.get_current_context()).meta[SCHEME_FIELDS_KEY]
+    given = {name: values.pop(name) for name in schemes.fields}
+    unsaid = {name: () if each.kind.type is list else None for name, each in schemes.fields.items()}
+    said = tuple((name, value) for name, value in given.items() if value != unsaid[name])
+    return {
+        "scheme_fields": said, "refused_schemes": schemes.refused, **{name: values.pop(name) for name in REQUEST_NAMES},
+    }  # fmt: skip
 
 
 def scheme_options(command: Command) -> Command:

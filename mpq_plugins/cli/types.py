@@ -140,9 +140,9 @@ def installed(group: str) -> Known:
     """The name of a plugin of this group; one that is not installed is refused where it is loaded."""
 
     def names() -> list[str]:
-        from ..common.registry import installed
+        from ..common import registry
 
-        return [plugin.name for plugin in installed() if plugin.group == group]
+        return list(registry.names(group))
 
     return Known(names, checked=False)
 

@@ -1,6 +1,7 @@
 """What is installed: allocators, adapters and sensitivities, found by entry points and imported only when used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -33,8 +34,8 @@ class Plugin:
 
 
 def installed() -> tuple[Plugin, ...]:
-    """Every plugin of every group, sorted; nothing is imported. Raises PluginError for a name with two owners."""
-    return tuple(plugin for group in GROUPS for plugin in _sorted(group))
+    """Every plugin of every group, sorted, all owners of a name among them; nothing is imported."""
+    return tuple(plugin for group in GROUPS for plugin in _declared(group))
 
 
 def names(group: str) -> tuple[str, ...]:
@@ -44,7 +45,36 @@ def names(group: str) -> tuple[str, ...]:
 
 def owner(group: str, name: str) -> Plugin | None:
     """The plugin of that name; None where none is installed. Raises PluginError for a name with two owners."""
-    return next(iter(_sorted(group, name)), None)
+    owners = [plugin for plugin in _declared(group) if plugin.name == name]
+    if len(owners) > 1:
+        said = " and ".join(f"{plugin.distribution} ({plugin.target})" for plugin in owners)
+        raise PluginError(f"{group}: {name!r} is declared by both {said}. Uninstall one.")
+    return owners[0] if owners else None
+
+
+def described(group: str, value: Any) -> str:
+    """`allocators: 'best' of some-distribution`, as errors name a plugin by its value or class.
+
+    Without the distribution where the value is of another package than what is installed under its name.
+    """
+    name = getattr(value, "name", None)
+    if not isinstance(name, str):
+        name = _class(value).__name__
+    with suppress(PluginError):  # of two owners neither is said to be it
+        plugin = owner(group, name)
+        if plugin is not None and _package(_class(value).__module__) == _package(plugin.target):
+            return f"{group}: {name!r} of {plugin.distribution}"
+    return f"{group}: {name!r}"
+
+
+@contextmanager
+def at_work(group: str, value: Any) -> Iterator[None]:
+    """What a plugin of another package raises is its own fault, and PluginError says so; what ours do is ours."""
+    if _package(_class(value).__module__) == "mpq_plugins":
+        yield
+        return
+    with outsiders(lambda said: PluginError(f"{described(group, value)} failed ({said})")):
+        yield
 
 
 def load(group: str, name: str) -> Any:
@@ -70,17 +100,19 @@ def imported(plugin: Plugin, target: str, required: Sequence[str] = ()) -> Any:
     return value
 
 
-def _sorted(group: str, name: str | None = None) -> tuple[Plugin, ...]:
-    """The plugins of a group, or those of that name. Raises PluginError for a name with two owners among them."""
-    plugins: dict[str, Plugin] = {}
-    for entry in entry_points(group=f"mpq_plugins.{group}"):
-        if name not in (None, entry.name):
-            continue
-        plugin = Plugin(group, entry.name, entry.value, entry.dist.name if entry.dist else "unknown")
-        other = plugins.setdefault(entry.name, plugin)
-        if other != plugin:
-            raise PluginError(
-                f"{group}: {entry.name!r} is declared by both {other.distribution} ({other.target}) and "
-                f"{plugin.distribution} ({plugin.target}). Uninstall one."
-            )
-    return tuple(plugins[name] for name in sorted(plugins))
+def _declared(group: str) -> tuple[Plugin, ...]:
+    """What is declared in a group, sorted by name; what two folders say of one distribution is one plugin."""
+    declared = {
+        Plugin(group, entry.name, entry.value, entry.dist.name if entry.dist else "unknown")
+        for entry in entry_points(group=f"mpq_plugins.{group}")
+    }
+    return tuple(sorted(declared, key=lambda plugin: (plugin.name, plugin.distribution, plugin.target)))
+
+
+def _package(place: str) -> str:
+    """The package at the top of `package.module:name`."""
+    return place.partition(":")[0].partition(".")[0]
+
+
+def _class(value: Any) -> type:
+    return value if isinstance(value, type) else type(value)

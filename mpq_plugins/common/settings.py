@@ -59,4 +59,6 @@ def _refusal(problem: ErrorDetails, name: str) -> Exception:
     allowed = problem["msg"]
     if problem["type"] == "literal_error":
         allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+    if problem["type"] == "bool_type":
+        allowed = "True or False"
     return SettingError(f"{place}: {problem['input']!r:.60} is not allowed; {allowed}")

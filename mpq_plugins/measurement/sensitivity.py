@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..common import registry
-from ..common.outsiders import outsiders
 from ..common.progress import Progress
 from ..common.store import Store, opened
 from ..common.text import first_few
@@ -59,7 +58,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
     PluginError (a kind that is not installed).
     """
-    measurer: Sensitivity = registry.load("sensitivities", kind)() if isinstance(kind, str) else kind
+    measurer = _made(kind) if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):
         raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")
     given = checked_batches(batches)
@@ -83,19 +82,25 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     return replace(table, layers=layers)
 
 
+def _made(name: str) -> Sensitivity:
+    """The installed sensitivity of that name, with its defaults. Raises PluginError."""
+    kind = registry.load("sensitivities", name)
+    with registry.at_work("sensitivities", kind):
+        made: Sensitivity = kind()
+    return made
+
+
 def _measured(measurer: Sensitivity, job: Job) -> Mapping[str, Curves]:
     """The curves of every layer. Raises PluginError naming a sensitivity of another package that fails."""
-    if type(measurer).__module__.partition(".")[0] == "mpq_plugins":
-        return measurer.measure(job)
-    where = f"sensitivities: {getattr(measurer, 'name', type(measurer).__name__)!r}"
-    with outsiders(lambda said: PluginError(f"{where} failed ({said})")):
+    with registry.at_work("sensitivities", measurer):
         curves = measurer.measure(job)
+    count = len(job.table.bits)
     for layer in job.table.layers:
         given = curves.get(layer.name) if isinstance(curves, Mapping) else None
-        if not isinstance(given, Curves) or np.shape(given.layer) != (len(job.table.bits),):
+        if not isinstance(given, Curves) or np.shape(given.layer) != (count,):
             raise PluginError(
-                f"{where} gives no curve of {len(job.table.bits)} bit-widths for layer {layer.name!r}; measure(job) "
-                "returns Curves for every layer of job.table"
+                f"{registry.described('sensitivities', measurer)} gives no curve of {count} bit-widths for layer "
+                f"{layer.name!r}; measure(job) returns Curves for every layer of job.table"
             )
     return curves
 

@@ -85,6 +85,12 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
     """
     if policy not in POLICIES:
         raise SettingError(f"policy: {policy!r} is not allowed; {', '.join(POLICIES)}")
+    if not isinstance(plan, Plan):
+        raise SettingError(f"plan: {plan!r:.60} is no plan; load one with Plan.load, or make one with an allocator")
+    if not isinstance(capabilities, Capabilities):
+        raise SettingError(
+            f"capabilities: {capabilities!r:.60} is no Capabilities; give an adapter's CAPABILITIES, or write them"
+        )
     layers: list[LayerChoice] = []
     changes: list[Change] = []
     activation_bits = plan.activation_bits

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..common.registry import Plugin, imported, owner
-from ..plans.scheme import Affine, Scheme
+from ..plans.scheme import SCHEMES, Affine, Scheme
 from .contract import QUANTIZER, Each, Quantizer
 from .grid import AnyGrids, GroupStats
 
@@ -40,4 +40,6 @@ def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Sch
 
 @cache
 def _quantizer_class(name: str, target: str) -> Any:
-    return imported(owner("schemes", name) or Plugin("schemes", name, target, "no distribution"), target, QUANTIZER)
+    # A name of this package is this package's, whoever else declares it.
+    declared = None if name in SCHEMES else owner("schemes", name)
+    return imported(declared or Plugin("schemes", name, target, "no distribution"), target, QUANTIZER)

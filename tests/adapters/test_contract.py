@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins import (
+    Adapter,
     Affine,
     Capabilities,
+    LayerCheck,
     MismatchError,
     MPQError,
     Piecewise,
@@ -24,7 +26,6 @@ from mpq_plugins import (
     legalise,
     measure,
 )
-from mpq_plugins.adapters.contract import Adapter, LayerCheck
 from mpq_plugins.common import registry
 from tests.adapters import nets
 from tests.conftest import Ran
@@ -52,6 +53,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield path
     for module in [name for name in sys.modules if name.startswith("mpq_") and not name.startswith("mpq_plugins")]:
         del sys.modules[module]
+
+
+def test_an_outsiders_uses_public_names_alone() -> None:
+    imported = [line for line in CODE.splitlines() if "import" in line and "mpq_plugins" in line]
+    assert imported == ["import mpq_plugins as mpq"]
+    known: Adapter = halves
+    assert known.CAPABILITIES.backend == "halves"
 
 
 @pytest.fixture(params=[*OURS, "halves"])

@@ -774,3 +774,9 @@ def test_relative_errors_serve_too() -> None:
 def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         Budget(**arguments)
+
+
+@pytest.mark.parametrize("value", ["no", "yes", "", 0, 1, 2.0, None, (), [True]], ids=repr)
+def test_a_flag_is_true_or_false(value: Any) -> None:
+    with pytest.raises(SettingError, match=naming("parts", repr(value), "True or False")):
+        Budget(average_bits=4.0, parts=value)

@@ -26,6 +26,13 @@ BROKEN = {
     "no-class": ("Other = 1", "cannot be imported from"),
     "fails": ("raise ValueError('no licence')", "ValueError: no licence"),
 }
+HEAD = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Best:\n    name = 'best'\n"
+FAIL = "raise ValueError('no licence')"
+AT_WORK = {
+    "making": f"{HEAD}    needs = None\n    def __post_init__(self): {FAIL}\n    def __call__(self, table): ...",
+    "needs": f"{HEAD}    @property\n    def needs(self): {FAIL}\n    def __call__(self, table): ...",
+    "call": f"from mpq_plugins import Needs\n{HEAD}    needs = Needs((4,))\n    def __call__(self, table): {FAIL}",
+}
 
 
 @pytest.fixture
@@ -77,3 +84,43 @@ def test_a_broken_one_is_named_and_others_go_on(mpq: Mpq, site: Path, checkpoint
         registry.load("allocators", "best")
     assert f"broken-{name}" in mpq("plugins").out
     assert mpq("plan", checkpoint, "-a", "uniform", "--bits", "4").code == 0
+
+
+@pytest.mark.parametrize("when", AT_WORK)
+def test_one_that_fails_at_work_is_named_with_its_distribution(
+    mpq: Mpq, site: Path, checkpoint: Path, when: str
+) -> None:
+    install(site, f"failing-{when}", AT_WORK[when], {"allocators": {"best": "Best"}})
+    ran = mpq("plan", checkpoint, "-a", "best")
+    assert (ran.code, ran.out) == (2, "")
+    assert f"allocators: 'best' of failing-{when} failed (ValueError: no licence)" in ran.err
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_one_hides_no_misspelled_option_of_another(mpq: Mpq, site: Path, checkpoint: Path, name: str) -> None:
+    install(site, f"hiding-{name}", BROKEN[name][0], {"allocators": {"best": "Best"}})
+    for option, said in (("--qemm", "No such option"), ("--average-bits", "it belongs to budget")):
+        ran = mpq("plan", checkpoint, option, "3")
+        assert ran.code == 2
+        assert option in ran.err
+        assert said in ran.err
+        assert "best" not in ran.err
+
+
+GROUPS = ("allocators", "adapters", "sensitivities", "schemes")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_name_with_two_owners_is_listed_with_both_and_in_nobody_elses_way(
+    mpq: Mpq, site: Path, checkpoint: Path, group: str
+) -> None:
+    for distribution in ("twice-one", "twice-two"):
+        install(site, distribution, "class Twice: ...", {group: {"twice": "Twice"}})
+    listed = json.loads(mpq("plugins", "--json").out)
+    assert [p["distribution"] for p in listed if p["name"] == "twice"] == ["twice-one", "twice-two"]
+    assert mpq("plugins").code == 0
+    for command in ("measure", "plan", "sweep", "tune", "check", "pareto"):
+        ran = mpq(command, "--help")
+        assert ran.code == 0, ran.err
+    assert mpq("plan", checkpoint, "-a", "uniform").code == 0
+    assert "No such option" in mpq("plan", checkpoint, "--misspelled", "3").err

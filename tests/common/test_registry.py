@@ -68,7 +68,15 @@ def test_an_interrupt_while_a_plugin_is_imported_is_one(monkeypatch: pytest.Monk
 def test_two_owners_of_one_name_are_an_error_naming_both(monkeypatch: pytest.MonkeyPatch) -> None:
     declare(monkeypatch, ("best", "one:A", "first-dist"), ("best", "two:B", "second-dist"))
     with pytest.raises(PluginError, match=naming("'best'", "first-dist", "one:A", "second-dist", "two:B")):
-        registry.installed()
+        registry.load("allocators", "best")
+    assert [plugin.distribution for plugin in registry.installed()] == ["first-dist", "second-dist"]
+    assert registry.names("allocators") == ("best",)
+
+
+def test_what_two_folders_say_of_one_distribution_is_one_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    declare(monkeypatch, *[("mixquant", "mpq_plugins.allocation.mixquant:MixQuant", "some-dist")] * 2)
+    assert registry.load("allocators", "mixquant") is MixQuant
+    assert len(registry.installed()) == 1
 
 
 def test_an_unknown_name_lists_the_known() -> None:

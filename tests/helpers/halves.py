@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 import mpq_plugins as mpq
-from mpq_plugins.adapters.contract import LayerCheck
 
 CAPABILITIES = mpq.Capabilities(
     backend="halves", bits=(4, 8), kinds=("linear", "conv2d"), granularities=("per_channel",)
@@ -23,8 +22,8 @@ def apply(model: nn.Module, plan: mpq.Plan, batches: Iterable[Any] = ()) -> nn.M
     return mpq.apply(model, plan)
 
 
-def verify(quantized: nn.Module, plan: mpq.Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
+def verify(quantized: nn.Module, plan: mpq.Plan, model: nn.Module, *, batch: Any = None) -> tuple[mpq.LayerCheck, ...]:
     mpq.verify(quantized, plan, model)
     if batch is not None and not quantized(batch).equal(mpq.apply(model, plan)(batch)):
         raise mpq.VerifyError("its outputs are others than apply's")
-    return tuple(LayerCheck.of(layer, "float32") for layer in plan.layers if not layer.in_float)
+    return tuple(mpq.LayerCheck.of(layer, "float32") for layer in plan.layers if not layer.in_float)

@@ -23,6 +23,10 @@ BROKEN = {
     "no-name": ("class Best:\n    def measure(self, job): ...", "lacks name"),
     "fails-on-import": ("raise ValueError('no licence')", "ValueError: no licence"),
     "fails": ("class Best:\n    name = 'best'\n    def measure(self, job): raise ValueError('why')", "ValueError: why"),
+    "cannot-be-made": (
+        "class Best:\n    name = 'best'\n    measure = None\n    def __init__(self): raise ValueError('why')",
+        "ValueError: why",
+    ),
     "gives-nothing": ("class Best:\n    name = 'best'\n    def measure(self, job): return {}", "no curve"),
     "gives-none": ("class Best:\n    name = 'best'\n    def measure(self, job): ...", "no curve"),
 }
@@ -74,6 +78,6 @@ def test_a_broken_one_is_named_and_others_go_on(site: Path, table: LayerTable, n
     install(site, f"sensitivity-{name}", code, {"sensitivities": {"best": "Best"}})
     with pytest.raises(PluginError) as error:
         sensitivity(conv_net(), table, "best", batches())
-    assert "sensitivities: 'best'" in str(error.value)
+    assert f"sensitivities: 'best' of sensitivity-{name}" in str(error.value)
     assert said in str(error.value)
     assert sensitivity(conv_net(), table, "output_mse", batches()).sensitivities == ("output_mse",)

@@ -159,3 +159,17 @@ def test_a_legalised_plan_is_looked_up_by_its_own_layers() -> None:
     assert plan.by_name["fc"].bits == plan.by_any_name["fc"].bits == 3
     legal, _ = legalise(plan, Capabilities(backend="wide", bits=(8,), kinds=("linear",)))
     assert legal.by_name["fc"].bits == legal.by_any_name["fc"].bits == 8
+
+
+VALUES: tuple[Any, ...] = (None, 3, "plan.json", {}, INT8, plan_of(linear("fc", 4, 2, PER_CHANNEL, 4)))
+
+
+@pytest.mark.parametrize("policy", ["up", "nearest", "error"])
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{value!r:.20}")
+def test_what_is_no_plan_or_no_capabilities_is_named(value: Any, policy: Policy) -> None:
+    if not isinstance(value, Plan):
+        with pytest.raises(SettingError, match=naming("plan", f"{value!r:.60}")):
+            legalise(value, INT8, policy)
+    if not isinstance(value, Capabilities):
+        with pytest.raises(SettingError, match=naming("capabilities", f"{value!r:.60}")):
+            legalise(plan_of(linear("fc", 4, 2, PER_CHANNEL, 4)), value, policy)
