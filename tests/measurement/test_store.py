@@ -278,6 +278,12 @@ def test_a_full_disk_is_said_and_what_was_written_before_is_used(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folders_on_the_way_to_a_store_are_made(checkpoint: Path, tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "new" / "x"
+    assert contents(table_of(checkpoint, SCHEMES[0], place)) == contents(table_of(checkpoint, SCHEMES[0], None))
+    assert list(place.parent.iterdir()) == []
+
+
 def test_a_folder_in_the_way_is_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="is in the way, and no ordinary file"):
         table_of(checkpoint, SCHEMES[0], tmp_path)
