@@ -370,9 +370,11 @@ def test_what_an_earlier_version_left_is_refused_and_left_alone(tmp_path: Path, 
     assert [left.name for left in tmp_path.iterdir()] == [name]
 
 
-def test_another_results_store_is_none_of_ours(tmp_path: Path) -> None:
-    OLD["arrays"][0](tmp_path / "other.partial")
-    kept(tmp_path / "out.more.partial", UNITS)
+@pytest.mark.parametrize("kind", OLD)
+def test_another_results_store_is_none_of_ours(tmp_path: Path, kind: str) -> None:
+    for name in ("other", "out.pt", "out.mpqt", "out.more", "out.pt.measure", "out.safetensors.kl", "out2", "ou"):
+        OLD[kind][0](tmp_path / f"{name}.partial")
+    kept(tmp_path / "out.csv.partial", UNITS)
     with Store.beside(tmp_path / "out") as store:
         assert store.path == tmp_path / "out.partial"
 
