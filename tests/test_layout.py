@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def packages_in_the_tree() -> set[str]:
     for init in (ROOT / "mpq_plugins").rglob("__init__.py"):
         found.add(".".join(init.parent.relative_to(ROOT).parts))
     return found
+
+
+CODE = sorted((ROOT / "mpq_plugins").rglob("*.py")) + sorted((ROOT / "adapters").rglob("*.py"))
+CITED = re.compile(r"(?<![\w./])(?:[a-z_0-9]+/)*[a-z_0-9]+\.py\b")
+EXAMPLES = {"mine.py"}  # of a user's
+
+
+@pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_that_are_cited_are_there(file: Path) -> None:
+    places = (file.parent, ROOT / "mpq_plugins", ROOT)
+    names = {path.name for path in CODE}
+    for cited in sorted({*CITED.findall(file.read_text())} - EXAMPLES):
+        assert cited in names or any((place / cited).is_file() for place in places), cited
 
 
 def test_every_package_is_listed() -> None:
