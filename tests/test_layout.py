@@ -1,12 +1,14 @@
 """The shape of the project: packages, the wheel, the direction of imports, the public surface."""
 
 import ast
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import typing
 import venv
 import zipfile
 from graphlib import CycleError, TopologicalSorter
@@ -250,6 +252,16 @@ def test_the_public_surface_is_sorted_and_complete() -> None:
         assert value.__module__ == "mpq_plugins" or (not isinstance(value, type) and value.__module__ in MODULES), name
     with pytest.raises(AttributeError, match="No mpq_plugins attribute meassure"):
         mpq_plugins.meassure  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("name", mpq_plugins.__all__)
+def test_types_of_the_public_surface_can_be_resolved(name: str) -> None:
+    value = getattr(mpq_plugins, name)
+    if isinstance(value, type) or inspect.isfunction(value):
+        assert isinstance(typing.get_type_hints(value), dict)
+    for method in vars(value).values() if isinstance(value, type) else ():
+        if inspect.isfunction(method):
+            assert isinstance(typing.get_type_hints(method), dict)
 
 
 @pytest.mark.parametrize(
