@@ -1,11 +1,14 @@
 """The shape of the project: packages, the wheel, the direction of imports, the public surface."""
 
 import ast
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import typing
 import venv
 import zipfile
 from graphlib import CycleError, TopologicalSorter
@@ -48,6 +51,19 @@ def packages_in_the_tree() -> set[str]:
     for init in (ROOT / "mpq_plugins").rglob("__init__.py"):
         found.add(".".join(init.parent.relative_to(ROOT).parts))
     return found
+
+
+CODE = sorted((ROOT / "mpq_plugins").rglob("*.py")) + sorted((ROOT / "adapters").rglob("*.py"))
+CITED = re.compile(r"(?<![\w./])(?:[a-z_0-9]+/)*[a-z_0-9]+\.py\b")
+EXAMPLES = {"mine.py"}  # of a user's
+
+
+@pytest.mark.parametrize("file", CODE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_that_are_cited_are_there(file: Path) -> None:
+    places = (file.parent, ROOT / "mpq_plugins", ROOT)
+    names = {path.name for path in CODE}
+    for cited in sorted({*CITED.findall(file.read_text())} - EXAMPLES):
+        assert cited in names or any((place / cited).is_file() for place in places), cited
 
 
 def test_every_package_is_listed() -> None:
@@ -236,6 +252,16 @@ def test_the_public_surface_is_sorted_and_complete() -> None:
         assert value.__module__ == "mpq_plugins" or (not isinstance(value, type) and value.__module__ in MODULES), name
     with pytest.raises(AttributeError, match="No mpq_plugins attribute meassure"):
         mpq_plugins.meassure  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("name", mpq_plugins.__all__)
+def test_types_of_the_public_surface_can_be_resolved(name: str) -> None:
+    value = getattr(mpq_plugins, name)
+    if isinstance(value, type) or inspect.isfunction(value):
+        assert isinstance(typing.get_type_hints(value), dict)
+    for method in vars(value).values() if isinstance(value, type) else ():
+        if inspect.isfunction(method):
+            assert isinstance(typing.get_type_hints(method), dict)
 
 
 @pytest.mark.parametrize(

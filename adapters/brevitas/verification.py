@@ -18,7 +18,15 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import integer_weight
 
 from ..contract import LayerCheck
-from ..shared.folded import as_measured, changed_state, check_model, check_types, planned_by_name, planned_layers
+from ..shared.folded import (
+    as_measured,
+    changed_state,
+    check_model,
+    check_module,
+    check_plan,
+    planned_by_name,
+    planned_layers,
+)
 from ..shared.outputs import output_problems
 from .graph import quiet_state_dict
 from .quantizers import channel_bits
@@ -35,7 +43,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     twice that for each bit less. Raises VerifyError listing what is wrong, MismatchError for another model,
     SettingError where the float model does not run on the batch.
     """
-    check_types(plan, quantized)
+    check_module(quantized, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
     return _verified(quantized, plan, traced, batch)
@@ -46,7 +54,8 @@ def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
 
     Inputs are looked at as in verify. Raises VerifyError listing what is wrong.
     """
-    check_types(plan, quantized)
+    check_plan(plan)
+    check_module(quantized, "quantized")
     return _verified(quantized, plan, None, None)
 
 

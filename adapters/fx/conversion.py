@@ -16,6 +16,8 @@ from ..shared.batches import needed_batches
 from .checks import check_settings
 from .preparation import prepare
 
+EXAMPLE = "example_inputs: "  # what `prepare` calls the first batch
+
 
 def apply(
     model: nn.Module, plan: Plan, batches: Iterable[Any] = (), *, activation_observer: str = "mse"
@@ -27,7 +29,13 @@ def apply(
     """
     check_settings(plan, model)
     given = [_arguments(batch) for batch in needed_batches(batches, "FX sets the ranges of activations by them")]
-    prepared = prepare(model, plan, given[0], activation_observer=activation_observer)
+    try:
+        prepared = prepare(model, plan, given[0], activation_observer=activation_observer)
+    except SettingError as error:
+        text = str(error)
+        if not text.startswith(EXAMPLE):
+            raise
+        raise SettingError(f"batches: {text.removeprefix(EXAMPLE)}") from error
     with torch.no_grad():
         for arguments in given:
             call_model(prepared, arguments)

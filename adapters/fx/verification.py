@@ -17,7 +17,7 @@ from mpq_plugins.simulation.apply import apply
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..contract import LayerCheck, class_name
-from ..shared.folded import biases_of, check_model, integers_of, planned_layers
+from ..shared.folded import biases_of, check_model, check_module, integers_of, planned_layers
 from ..shared.outputs import output_problem
 
 TOLERANCE = 0.1
@@ -45,6 +45,7 @@ def verify(
     Raises VerifyError listing what is wrong, MismatchError for another model, SettingError for a batch that the model
     does not run on, or after QAT, which trained more than the weights.
     """
+    check_module(quantized, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
     if integers is not None and batch is not None:

@@ -38,9 +38,9 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     their norm; packed or in half precision 1e-2). Raises VerifyError listing what is wrong, MismatchError for another
     model, SettingError where the float model does not run on the batch.
     """
+    check_module(quantized, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
-    check_module(quantized)
     original = as_measured(traced, plan)
     planned = planned_by_name(plan)
     wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}

@@ -38,10 +38,10 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
     rounding (1e-4 of their norm; in half precision 1e-2), or of the static approach within 5 %. Raises VerifyError
     listing what is wrong, MismatchError for another model, SettingError where the float model does not run on it.
     """
+    module = cast(nn.Module, getattr(quantized, "model", quantized))
+    check_module(module, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
-    module = cast(nn.Module, getattr(quantized, "model", quantized))
-    check_module(module)
     if plan.activation_bits is not None:
         checks = verify_static(module, plan)
         _check_outputs(module, plan, model, batch)

@@ -12,7 +12,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..contract import LayerCheck
-from ..shared.folded import biases_of, check_model, integers_of
+from ..shared.folded import biases_of, check_model, check_module, integers_of
 from ..shared.outputs import output_problems
 from .folded import attribute, folding_factors, traced_fold, weight_names
 from .graph import is_operator
@@ -31,6 +31,7 @@ def verify(
     within 5 %. Raises VerifyError listing what is wrong, MismatchError for another model, SettingError where the float
     model does not run on the batch.
     """
+    check_module(quantized, "quantized")
     if not isinstance(quantized, torch.fx.GraphModule):
         raise SourceError(f"{type(quantized).__name__}: no GraphModule; give what convert_pt2e made")
     traced = Traced(model)

@@ -29,10 +29,10 @@ def check_plan(plan: object) -> None:
         raise SettingError(f"plan: is a {type(plan).__name__}, no Plan; {remedy}")
 
 
-def check_module(model: object) -> None:
-    """Raise SettingError where a model is no module."""
+def check_module(model: object, name: str = "model") -> None:
+    """Raise SettingError where an argument of this name is no module."""
     if not isinstance(model, nn.Module):
-        raise SettingError(f"model: is a {type(model).__name__}, no module; give the network itself")
+        raise SettingError(f"{name}: is a {type(model).__name__}, no module; give the network itself")
 
 
 def check_types(plan: object, model: object) -> None:

@@ -15,7 +15,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..contract import LayerCheck
-from ..shared.folded import as_measured, changed_state, check_model, planned_layers
+from ..shared.folded import as_measured, changed_state, check_model, check_module, planned_layers
 from ..shared.outputs import output_problems
 from .tensors import activation_type, block_size, dynamic_name
 
@@ -28,6 +28,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     half precision 1e-2), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError
     for another model, SettingError where the float model does not run on the batch.
     """
+    check_module(quantized, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
     original_model = as_measured(traced, plan)

@@ -108,6 +108,8 @@ def plan_error(table: LayerTable, plan: Plan, metric: str = "relative") -> float
     """
     if metric not in PLAN_ERRORS:
         raise SettingError(f"metric: {metric!r} is not allowed; {', '.join(PLAN_ERRORS)}")
+    if metric not in table.metrics:
+        raise SettingError(f"metric: {metric!r} was not measured; this table has {', '.join(table.metrics)}")
     if plan.by_name.keys() != {layer.name for layer in table.layers}:
         raise SettingError("plan: has other layers than the table; measure the model that the plan is for")
     for choice in plan.layers:

@@ -22,7 +22,7 @@ from .state_dicts import TOP, StateDict, beside, chosen_state_dict
 from .torch_files import archive_places, expanded, expands, in_file, lie_there, refuse_overlaps
 
 CONTAINER_MAGIC = b"\x89MPQ\r\n\x1a\n"
-"""How a compressed model begins (compress/container.py). As PNG's: a transfer that changes line ends, or drops the
+"""How a compressed model begins (compression/container.py). As PNG's: a transfer that changes line ends, or drops the
 eighth bit, changes it."""
 
 

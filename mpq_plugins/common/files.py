@@ -93,6 +93,14 @@ def exists(path: Path) -> bool:
         return False
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths, links followed, are of one file, be it there or not."""
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, ValueError, RuntimeError):  # not there, or nowhere
+        return False
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open an ordinary file to read. Raises OSError, which says what it is, for a pipe or a device: those may never
     begin, or never end."""

@@ -1,4 +1,4 @@
-"""What is installed: allocators, adapters and sensitivities, found by entry points and imported only when used."""
+"""What is installed: allocators, adapters, sensitivities and schemes, found by entry points, imported when used."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -1,7 +1,7 @@
 """A configured method: a frozen dataclass whose fields pydantic checks, and whose refusals are SettingError."""
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from functools import wraps
 from inspect import signature
 from typing import Any, TypeVar, dataclass_transform
@@ -28,6 +28,7 @@ def settings(cls: Class) -> Class:
     """
     made: Any = dataclass(frozen=True, config=CONFIG)(cls)
     made.__init__ = _refusing(made.__init__, cls.__name__)
+    made.__init__.__annotations__ = {each.name: each.type for each in fields(made) if each.init} | {"return": None}
     checked: Class = made
     return checked
 

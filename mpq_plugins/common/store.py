@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from safetensors.numpy import load, save
 from ..errors import MeasureWarning, SettingError, SourceError
 from .old_stores import refuse_old_store
 from .public import public
+from .registry import names
 from .store_file import Place, StoreFile, cannot_write
 
 SUFFIX = ".partial"
@@ -63,12 +64,9 @@ class Store:
     @classmethod
     def beside(cls, result: Path) -> Self:
         """The store of a run that writes `result`. Raises SettingError for what an earlier version left there."""
-        store = cls(result.with_name(result.name + SUFFIX))
-        with suppress(OSError):
-            for path in result.parent.iterdir():
-                if path.name.startswith(f"{result.name}.") and path.name.endswith(SUFFIX) and path != store.path:
-                    refuse_old_store(path)
-        return store
+        for kind in ("measure", *names("sensitivities")):  # as earlier versions called theirs
+            refuse_old_store(result.with_name(f"{result.name}.{kind}{SUFFIX}"))
+        return cls(result.with_name(result.name + SUFFIX))
 
     def __enter__(self) -> Self:
         self._file = StoreFile.open(self.path)

@@ -3,9 +3,13 @@
 It is in WAL mode under an exclusive lock, so that a process killed at any moment leaves every committed unit readable,
 nothing needs memory shared between processes (which network file systems have not), and the system lets go of the lock
 with the process. Each piece of a unit has its own checksum, over what job it is of, its name and its bytes.
+
+It comes to its place whole, tables and all, so that what is found there and has none was not made by a run that was
+killed. Only files that are those which were opened are removed.
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
@@ -15,24 +19,23 @@ from typing import Any, Self
 
 from ..errors import MPQError, SettingError, SourceError
 from .checksum import checksum
-from .files import atomic_path, exists
+from .files import atomic_path, claimed, exists, open_regular
 from .old_stores import refuse_old_store
 
 APPLICATION = 0x4D505173  # "MPQs", in the file's header
 VERSION = 1
 PIECE = 1 << 26  # bytes; SQLite takes no value of a gigabyte
 PAGE = 4096  # bytes
-BESIDE = ("", "-wal", "-journal", "-shm")  # the files that SQLite makes of one
+SMALLEST = 512  # bytes of a page, and so of a file that has one
+LOG, JOURNAL = "-wal", "-journal"  # SQLite's beside a file, by the ends of their names; a store has no journal
+LOG_BEGINS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 SCHEMA = (
     "CREATE TABLE job (kind BLOB PRIMARY KEY, facts BLOB NOT NULL, checksum INTEGER NOT NULL) WITHOUT ROWID",
     "CREATE TABLE unit (id INTEGER PRIMARY KEY, kind BLOB NOT NULL, name BLOB NOT NULL, piece INTEGER NOT NULL, "
     "pieces INTEGER NOT NULL, data BLOB NOT NULL, checksum INTEGER NOT NULL)",
 )
 FLUSHED = ("NORMAL", "FULL")  # to the disk: by the system in its own time, or before the write is done
-OPENING = (
-    "PRAGMA trusted_schema = OFF", "PRAGMA locking_mode = EXCLUSIVE",
-    "BEGIN EXCLUSIVE", "COMMIT",
-)  # fmt: skip
+LOCKING = "PRAGMA locking_mode = EXCLUSIVE"  # before anything is read, or SQLite shares memory after all
 INSERT = "INSERT INTO unit (kind, name, piece, pieces, data, checksum) VALUES (?, ?, ?, ?, ?, ?)"
 NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")
 NO_LOCKS = ("SQLITE_IOERR_LOCK", "SQLITE_IOERR_RDLOCK", "SQLITE_IOERR_CHECKRESERVEDLOCK", "SQLITE_PROTOCOL")
@@ -45,25 +48,26 @@ Facts = Mapping[str, str]
 @dataclass
 class StoreFile:
     """facts: of each kind of job, whose it is; places: of each kind, by name, where its whole units are; damaged:
-    whether anything was not whole when it was opened."""
+    whether anything was not whole when it was opened; identities: by path, which files were opened."""
 
     path: Path
     connection: sqlite3.Connection
+    identities: dict[Path, os.stat_result] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
     places: dict[str, dict[str, Place]] = field(default_factory=dict)
     damaged: bool = False
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Make the file, or read all of it. Raises as Store."""
-        if exists(path) and not path.is_file():
-            refuse_old_store(path)
-            raise SettingError(f"{path}: is in the way, and no ordinary file; move it away, or name another output")
-        file = cls(path, _connected(path))
+        """Make the file and the folders on the way to it, or read all of it. Raises as Store."""
+        path = _target(path)
+        _refuse_strangers(path)
+        file = cls(path, _connected(path) if exists(path) else _made(path))
         try:
             file._read()
             if file.damaged:
                 file._mend()
+            file._identify()
         except (sqlite3.Error, UnicodeError) as error:
             file.connection.close()
             raise cannot_write(path, error) from error
@@ -115,21 +119,29 @@ class StoreFile:
         return b"".join(pieces)
 
     def close(self, remove: bool) -> None:
-        """Let others have the file, or remove it."""
+        """Let others have the file, or remove it, unless another lies in its place by now."""
         with suppress(sqlite3.Error):
             if remove:  # what goes at once need not reach the disk
                 self.connection.execute("PRAGMA synchronous = OFF")
             self.connection.close()
-        for suffix in BESIDE if remove else ():
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        for path in self.identities if remove else ():
+            self._unlink(path)
+
+    def _identify(self) -> None:
+        """Note which files were opened; the log comes first, for without it a store is older but whole."""
+        for path in (_beside(self.path, LOG), self.path):
+            with suppress(FileNotFoundError):
+                self.identities[path] = path.stat()
+
+    def _unlink(self, path: Path) -> None:
+        """Remove a file that was opened, unless another lies there by now."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.lstat(), self.identities[path]):
+                path.unlink()
 
     def _read(self) -> None:
         """Whose units there are, and which of them are whole."""
-        if not _is_ours(self.path, self.connection):
-            marks = (f"PRAGMA application_id = {APPLICATION}", f"PRAGMA user_version = {VERSION}")
-            for statement in ("PRAGMA journal_mode = WAL", "BEGIN", *marks, *SCHEMA, "COMMIT"):
-                self.connection.execute(statement)
-            return
+        _check_ours(self.path, self.connection)
         try:
             self.damaged = self.connection.execute("PRAGMA integrity_check(1)").fetchall() != [(b"ok",)]
             self._read_jobs()
@@ -170,9 +182,9 @@ class StoreFile:
     def _mend(self) -> None:
         """Write what is whole to a new file in place of this one."""
         with atomic_path(self.path) as temporary:
-            with closing(_connected(temporary)) as connection:
+            with closing(_connected(temporary, self.path)) as connection:
                 fresh = StoreFile(temporary, connection)
-                fresh._read()
+                _make_tables(connection)
                 for kind, facts in self.facts.items():
                     fresh.begin(kind, facts)
                 for kind, units in self.places.items():
@@ -180,9 +192,11 @@ class StoreFile:
                         with suppress(sqlite3.DatabaseError, UnicodeError):
                             if (data := self.read(kind, name)) is not None:
                                 fresh.write(kind, name, data, durable=False)
+            self._identify()
             self.close(remove=False)
-            for suffix in BESIDE[1:]:  # of the old file, and nothing to the new one
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+            for path in self.identities:
+                if path != self.path:  # a log of the old file is nothing to the new one
+                    self._unlink(path)
         self.connection = _connected(self.path)
         self.facts, self.places = {}, {}
         self._read()
@@ -195,8 +209,9 @@ def cannot_write(path: Path, error: Exception) -> MPQError:
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return SettingError(f"{path}: another run is writing it; wait for that, or name another output")
     if name.startswith(NO_ROOM):
+        remedy = "What is finished stays in it: make room, and run again to go on"
         return SourceError(
-            f"{path}: cannot write there ({error}). What is finished stays in it: make room, and run again to go on"
+            f"{path}: cannot write there ({error}). {remedy if exists(path) else 'Make room, or choose another path.'}"
         )
     refuse_old_store(path)
     return SettingError(
@@ -204,27 +219,30 @@ def cannot_write(path: Path, error: Exception) -> MPQError:
     )
 
 
-def _connected(path: Path) -> sqlite3.Connection:
-    """The file under a lock that lasts as long as the connection, where the system has locks. Raises as Store."""
-    if "\0" in str(path):  # where SQLite would end the name
-        raise SourceError(f"{path}: cannot write there (no file can be called so). Choose another path.")
-    uri = path.absolute().as_uri()
+def _connected(path: Path, target: Path | None = None) -> sqlite3.Connection:
+    """The file under a lock that lasts as long as the connection, where the system has locks.
+
+    target: what errors call it, where it is not in its place yet. Raises as Store.
+    """
+    target = target or path
+    uri = f"{path.as_uri()}?mode=rw"  # what is not there is not made
     try:
         return _locked(uri)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:
         if not _name(error).startswith(NO_LOCKS):
-            raise cannot_write(path, error) from error
+            raise cannot_write(target, error) from error
     try:
-        return _locked(f"{uri}?nolock=1")
-    except sqlite3.Error as error:
-        raise cannot_write(path, error) from error
+        return _locked(f"{uri}&nolock=1")
+    except (sqlite3.Error, UnicodeError) as error:
+        raise cannot_write(target, error) from error
 
 
 def _locked(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         connection.text_factory = bytes  # of a damaged file it may be no text
-        for statement in (f"PRAGMA page_size = {PAGE}", f"PRAGMA synchronous = {FLUSHED[False]}", *OPENING):
+        settings = (f"page_size = {PAGE}", f"synchronous = {FLUSHED[False]}", "trusted_schema = OFF")
+        for statement in (LOCKING, *(f"PRAGMA {setting}" for setting in settings), "BEGIN EXCLUSIVE", "COMMIT"):
             connection.execute(statement)
     except BaseException:
         connection.close()
@@ -232,22 +250,82 @@ def _locked(uri: str) -> sqlite3.Connection:
     return connection
 
 
-def _is_ours(path: Path, connection: sqlite3.Connection) -> bool:
-    """Whether there is a store; False where there is nothing yet, or its maker was killed before it had a table."""
+def _target(path: Path) -> Path:
+    """Where the file is or will be, links followed, with its folder made. Raises SourceError where that cannot be."""
+    try:
+        target = path.resolve()  # which no name with a null byte in it passes, where SQLite would end it
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            target.stat()  # a name too long for the system, or a link that goes in a circle
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"{path}: cannot write there ({reason}). Choose another path.") from error
+    return target
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Raise SettingError for what SQLite would take for a store of its own, or for a part of one, and change."""
+    if exists(path) and not path.is_file():
+        refuse_old_store(path)
+        raise SettingError(f"{path}: is in the way, and no ordinary file; move it away, or name another output")
+    journal = _beside(path, JOURNAL)
+    if os.path.lexists(journal):
+        raise SettingError(f"{journal}: is in the way of {path.name}, and no part of it; move it away")
+    if exists(path) and path.stat().st_size < SMALLEST:  # which SQLite may take for an empty file of its own
+        raise cannot_write(path, sqlite3.DatabaseError())
+
+
+def _made(path: Path) -> sqlite3.Connection:
+    """A new file in its place, opened. Raises SettingError where another run makes it too."""
+    with claimed(path):
+        if not exists(path):
+            _remove_left_log(_beside(path, LOG))
+            with atomic_path(path) as temporary:
+                try:
+                    with closing(_connected(temporary, path)) as connection:
+                        _make_tables(connection)
+                except sqlite3.Error as error:
+                    raise cannot_write(path, error) from error
+        return _connected(path)
+
+
+def _remove_left_log(log: Path) -> None:
+    """A log whose file somebody removed would be taken for the new one's. Raises SettingError for another file."""
+    if not os.path.lexists(log):
+        return
+    try:
+        with open_regular(log) as file:
+            begins = file.read(len(LOG_BEGINS[0]))
+    except OSError:
+        begins = b""
+    if begins not in LOG_BEGINS:
+        raise SettingError(f"{log}: is in the way, and no log of finished work; move it away, or name another output")
+    log.unlink()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    marks = (f"PRAGMA application_id = {APPLICATION}", f"PRAGMA user_version = {VERSION}")
+    for statement in ("PRAGMA journal_mode = WAL", "BEGIN", *marks, *SCHEMA, "COMMIT"):
+        connection.execute(statement)
+
+
+def _check_ours(path: Path, connection: sqlite3.Connection) -> None:
+    """Raise SettingError for what is no store of this version."""
 
     def number(pragma: str) -> Any:
         return connection.execute(f"PRAGMA {pragma}").fetchone()[0]
 
     tables = connection.execute("SELECT sql FROM sqlite_schema").fetchall()
     application, version = number("application_id"), number("user_version")
-    if not tables and not application and not version:
-        return False
     if application == APPLICATION and version > VERSION:
         raise SettingError(f"{path}: is of a newer mpq-plugins; remove it, or name another output")
     ours = {sql.encode() for sql in SCHEMA}
     if (application, version) != (APPLICATION, VERSION) or {sql for (sql,) in tables} != ours:
         raise cannot_write(path, sqlite3.DatabaseError())
-    return True
 
 
 def _rows(kind: str, name: str, data: bytes, seed: int) -> Iterator[tuple[Any, ...]]:

@@ -109,8 +109,8 @@ class Container:
 
     def _tensor(self, name: str) -> Tensor:
         if name in self.header.stacks:
-            own = f"{layer_name(name)}."
-            return torch.stack([self._tensor(f"{own}{k}") for k in range(self.header.stacks[name])])
+            layer = layer_name(name)
+            return torch.stack([self._tensor(f"{layer}.{k}") for k in range(self.header.stacks[name])])
         record = self.records[name]
         if record.same is not None:
             return self._tensor(record.same)
@@ -119,8 +119,8 @@ class Container:
             assert record.data is not None
             return _plain(self._streams(record)[0], record.shape, dtype, self._where(record))
         values = [
-            own if isinstance(own, Tensor) else decode(own, part_shape(choice, part), dtype)
-            for part, own in zip(choice.all_parts, self.parts(name), strict=True)
+            codes if isinstance(codes, Tensor) else decode(codes, part_shape(choice, part), dtype)
+            for part, codes in zip(choice.all_parts, self.parts(name), strict=True)
         ]
         if len(values) == 1:
             return values[0]

@@ -109,7 +109,7 @@ def _of_module(source: nn.Module, plan: Plan) -> _Source:
     fit = match(plan, source, rewrapped=True)
     named = fit.require(type(source).__name__)
     state = (folded_copy(source, named) if plan.fold_bn else source).state_dict()
-    return _Source(stored_tensors(state), fit.found.weights, _no_tensors(state), named)
+    return _Source(stored_tensors(state), fit.present.weights, _no_tensors(state), named)
 
 
 def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str | None) -> _Source:
@@ -118,12 +118,12 @@ def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str |
     require_unscaled(fit)
     assert fit.checkpoint is not None
     tensors = dict(fit.checkpoint.tensors)
-    for weight in fit.found:
+    for weight in fit.present:
         for name in weight.tied:  # a copy, perhaps, which is written once
             first, other = weight_name(weight.name), weight_name(name)
             if first in tensors and other in tensors:
                 tensors[other] = replace(tensors[other], identity=tensors[first].identity)
-    return _Source(tensors, fit.found.weights, fit.checkpoint.beside, named)
+    return _Source(tensors, fit.present.weights, fit.checkpoint.beside, named)
 
 
 def _no_tensors(state: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,12 +5,15 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..common.deferred import Deferred
 from ..common.interrupts import Interrupted
 from ..common.text import what_it_said
 from ..errors import SourceError
 
 if TYPE_CHECKING:
     from torch import nn
+else:
+    nn = Deferred("torch.nn")
 
 Scores = Mapping[str, float]
 Evaluate = Callable[["nn.Module"], "float | Scores"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..allocation.objective import PLAN_ERRORS, plan_error, predicted
+from ..common.deferred import Deferred
 from ..common.progress import Progress
 from ..common.public import public
 from ..common.store import Finished, Store, opened
@@ -20,6 +21,8 @@ from .scores import Evaluate, Scores, checked_scores
 
 if TYPE_CHECKING:
     from torch import nn
+else:
+    nn = Deferred("torch.nn")
 
 
 FLOAT, JOB = "float", "sweep"

@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..common.checks import number
+from ..common.deferred import Deferred
 from ..errors import SettingError, TuningError
 from ..plans.plan import Plan
 from .scores import Evaluate, checked_scores
 
 if TYPE_CHECKING:
     from torch import nn
+else:
+    nn = Deferred("torch.nn")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoints.readers import FileColumns, FileRows
 from ..checkpoints.scaled import ScaledRows
 from ..checkpoints.torch_files import Expanded
-from ..common.files import exists, unchanged
+from ..common.files import exists, same_place, unchanged
 from ..common.progress import Progress
 from ..common.store import Arrays, Finished, Store, opened
 from ..common.text import first_few
@@ -93,7 +93,7 @@ def measure(  # noqa: PLR0913  # each option is a user's word
     if cache is None:
         return run(source, request, means, example_input)
     _check_example(source, example_input)
-    place = Path(cache)
+    place = _cache_file(cache, store)
     table = cached(
         place, source, request, lambda kept: run(source, request, replace(means, store=kept), example_input),
         None if store is None else lambda: opened(store),
@@ -139,6 +139,17 @@ def run(
         weights.key,
     )
     return table if example_input is None else _with_macs(table, source, example_input)
+
+
+def _cache_file(cache: object, store: str | Path | Store | None) -> Path:
+    """The file of a table. Raises SettingError where it is none, or is the store, which goes once it is written."""
+    if not isinstance(cache, str | Path) or not str(cache):
+        raise SettingError(f"cache: {cache!r:.60} is not allowed; a file's path")
+    place = Path(cache)
+    kept = store.path if isinstance(store, Store) else Path(store) if isinstance(store, str | Path) else None
+    if kept is not None and same_place(place, kept):
+        raise SettingError(f"store: {kept} is the cache; name another file")
+    return place
 
 
 def _check_example(source: object, example_input: Any) -> None:

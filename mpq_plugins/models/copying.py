@@ -45,9 +45,9 @@ def _culprit(model: "nn.Module", error: Exception) -> str:
         for name, value in _held(module).items():
             try:
                 copy.deepcopy(value)
-            except Exception as own:  # noqa: BLE001  # looked for
+            except Exception as refusal:  # noqa: BLE001  # looked for
                 where = f"{prefix}.{name}" if prefix else name
-                return f"{where!r} is a {type(value).__name__} ({what_it_said(own)}). {_remedy(value)}"
+                return f"{where!r} is a {type(value).__name__} ({what_it_said(refusal)}). {_remedy(value)}"
     return f"{what_it_said(error)}. Remove what it keeps of earlier runs, or parametrizations"
 
 

@@ -89,9 +89,9 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
         if original is not None and not (name in expected and expected[name].equal(weight)):
             problems.append(f"{name!r} differs from what the plan makes of the original")
     problems += [
-        f"{name!r} has inputs of {part_checks.bits} bits, the plan {plan.activation_bits or 'float ones'}"
-        for name, part_checks in input_ranges(model).items()
-        if part_checks.bits != plan.activation_bits
+        f"{name!r} has inputs of {input_range.bits} bits, the plan {plan.activation_bits or 'float ones'}"
+        for name, input_range in input_ranges(model).items()
+        if input_range.bits != plan.activation_bits
     ]
     if problems:
         raise VerifyError(f"{type(model).__name__} does not hold the plan: {first_few(problems)}")

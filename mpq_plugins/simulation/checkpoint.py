@@ -73,7 +73,7 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
 def require_unscaled(fit: Match) -> None:
     """Raise SettingError where planned weights are stored as codes of 8-bit floating point, which hold no others."""
     planned = fit.plan.by_any_name
-    scaled = [weight for weight in fit.found if weight.scale and weight.name in planned]
+    scaled = [weight for weight in fit.present if weight.scale and weight.name in planned]
     if scaled:
         raise SettingError(
             f"layer {scaled[0].name!r}, one of {len(scaled)} such, is stored in 8-bit floating point and scaled by "

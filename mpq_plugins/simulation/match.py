@@ -26,15 +26,15 @@ CHUNK = 1 << 20  # weights compared at a time
 class Match:
     """problems: why the plan cannot be used here; notes: what a careful user wants to know all the same.
 
-    plan: with the names that its layers have here; found: all layers that are here; checkpoint: what the source holds,
-    where it is one.
+    plan: with the names that its layers have here; present: all layers that are here; checkpoint: what the source
+    holds, where it is one.
     """
 
     layers: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     plan: Plan
-    found: Weights
+    present: Weights
     checkpoint: Checkpoint | None = None
 
     def require(self, where: str) -> Plan:
@@ -208,7 +208,7 @@ def _same_axis(layer: LayerChoice, weight: Weight) -> bool:
 
 
 def _notes(plan: Plan, named: Plan, present: Weights) -> list[str]:
-    """own: the plan with the names that are here; fingerprints are of the plan's."""
+    """named: the plan with the names that are here; fingerprints are of the plan's."""
     planned = {name: first.name for first, here in zip(plan.layers, named.layers, strict=True) for name in here.names}
     here = (replace(weight, name=planned[weight.name]) for weight in present if weight.name in planned)
     if weights_fingerprint(here) == plan.model:

@@ -114,6 +114,19 @@ def test_what_it_can_run_is_applied_to_a_copy_and_verified(adapter: Adapter) -> 
         assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("given", [3, None, "net.pt", {}, nn.Linear], ids=repr)
+def test_what_is_no_network_is_refused_by_name(adapter: Adapter, given: Any) -> None:
+    if adapter.CAPABILITIES.backend == "halves":
+        pytest.skip("what somebody else's says is its own")
+    model = nets.made(nets.SmallNet)
+    plan = legalise(plans(model)[0], adapter.CAPABILITIES)[0]
+    what = type(given).__name__
+    with pytest.raises(SettingError, match=f"^quantized: is a {what}, no module; give the network itself$"):
+        adapter.verify(given, plan, model)
+    with pytest.raises(SettingError, match=f"^model: is a {what}, no module; give the network itself$"):
+        adapter.verify(torch.fx.symbolic_trace(model), plan, given)
+
+
 def test_what_check_refuses_apply_refuses_in_the_same_words(adapter: Adapter) -> None:
     model = nets.made(nets.SmallNet)
     for plan in plans(model):

@@ -313,5 +313,8 @@ def test_a_plans_error_is_none_where_the_table_cannot_tell() -> None:
     assert plan_error(without, PTILMPQ()(measured_table(Piecewise(granularity="per_channel")))) is None
     with pytest.raises(SettingError, match="metric: 'max_abs' is not allowed; relative, mse"):
         plan_error(per_tensor, MixQuant()(per_tensor), "max_abs")
+    only_squares = measure(conv_net(), metrics=("mse", "max_abs"))
+    with pytest.raises(SettingError, match=r"^metric: 'relative' was not measured; this table has mse, max_abs$"):
+        plan_error(only_squares, Uniform(bits=4)(only_squares))
     with pytest.raises(SettingError, match="plan: has other layers than the table"):
         plan_error(per_tensor, MixQuant()(measure(tied_net())))

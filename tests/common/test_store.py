@@ -197,11 +197,23 @@ def test_units_of_another_job_are_not_believed_under_this_ones_name(tmp_path: Pa
         assert read(path) == {}
 
 
-def test_parents_must_be_there(tmp_path: Path) -> None:
-    for path in (tmp_path / "no" / "out.partial", Path("a\0b"), tmp_path / ("x" * 300)):
-        with pytest.raises(SourceError, match="cannot write there"), Store(path):
-            pass
-    assert list(tmp_path.iterdir()) == []
+def test_the_folders_on_the_way_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "new" / "out.partial"
+    assert read(kept(path, UNITS)) == UNITS
+    assert [left.name for left in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "where", ["a\0b", "a\0b/out", "x" * 300, f"{'x' * 300}/out", "file/out", "circle", "circle/out"]
+)
+def test_where_nothing_can_be_nothing_is_said_to_stay(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    before = sorted(tmp_path.iterdir())
+    said = r"cannot write there \(.*\)\. Choose another path\.$"
+    with pytest.raises(SourceError, match=said), Store(tmp_path / where):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_it_is_used_in_a_block(tmp_path: Path) -> None:
@@ -216,7 +228,10 @@ def test_it_is_used_in_a_block(tmp_path: Path) -> None:
 
 DATABASE = sqlite3.connect(":memory:")
 DATABASE.execute("CREATE TABLE notes (text TEXT)")
+EMPTY_DATABASE = sqlite3.connect(":memory:")
+EMPTY_DATABASE.execute("VACUUM")
 FOREIGN = {
+    "nothing": b"", "a byte": b"\n", "no tables": EMPTY_DATABASE.serialize(), "short": b"\0" * 511,
     "notes": b"my notes", "list": b"[1]", "plan": b'{"format": "mpq-plan"}', "zeros": b"\0" * 5000,
     "cut": b"SQLite format 3\0", "database": DATABASE.serialize(),
 }  # fmt: skip
@@ -230,6 +245,67 @@ def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path, what: str) -
         read(path)
     assert path.read_bytes() == FOREIGN[what]
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal", "-shm"])
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("text", ["my notes", ""])
+def test_a_strangers_file_beside_is_left_alone(tmp_path: Path, suffix: str, there: bool, text: str) -> None:
+    path = tmp_path / "out.partial"
+    if there and suffix != "-wal":  # which beside a store is its own
+        kept(path, UNITS)
+    other = tmp_path / f"out.partial{suffix}"
+    other.write_text(text)
+    with suppress(SettingError), Store(path) as store:
+        store.job("work", JOB)
+    assert other.read_text() == text
+
+
+def test_a_file_that_is_in_the_way_of_a_log_is_named(tmp_path: Path) -> None:
+    for suffix in ("-wal", "-journal"):
+        other = tmp_path / f"out.partial{suffix}"
+        other.symlink_to("nowhere")
+        with pytest.raises(SettingError, match=f"out.partial{suffix}: is in the way.*; move it away"):
+            read(tmp_path / "out.partial")
+        assert sorted(tmp_path.iterdir()) == [other]
+        other.unlink()
+
+
+def test_a_log_whose_store_was_removed_is_nothing_to_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "out.partial"
+    killed_at(path, f"store.job('work', {JOB!r}).add('a', b'1')")
+    log = path.with_name("out.partial-wal")
+    assert log.stat().st_size
+    path.unlink()
+    assert read(path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_what_was_put_in_its_place_meanwhile_stays(tmp_path: Path, ends_well: bool) -> None:
+    path = tmp_path / "out"
+    with suppress(StopError), Store(path) as store:
+        store.job("work", JOB).add("a", b"1")
+        (tmp_path / "new").write_bytes(b"the result")
+        (tmp_path / "new").replace(path)
+        if not ends_well:
+            raise StopError
+    assert path.read_bytes() == b"the result"
+    if ends_well:
+        assert [left.name for left in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    path, target = tmp_path / "link", tmp_path / "folder" / "out"
+    path.symlink_to(target)
+    kept(path, UNITS)
+    assert read(path) == UNITS == read(target)
+    with Store(path) as store:
+        with pytest.raises(SettingError, match="another run is writing it"):
+            read(target)
+        store.job("work", JOB)
+    assert path.is_symlink()
+    assert list(target.parent.iterdir()) == []
 
 
 def test_a_folder_or_a_pipe_is_refused(tmp_path: Path) -> None:
@@ -294,9 +370,11 @@ def test_what_an_earlier_version_left_is_refused_and_left_alone(tmp_path: Path, 
     assert [left.name for left in tmp_path.iterdir()] == [name]
 
 
-def test_another_results_store_is_none_of_ours(tmp_path: Path) -> None:
-    OLD["arrays"][0](tmp_path / "other.partial")
-    kept(tmp_path / "out.more.partial", UNITS)
+@pytest.mark.parametrize("kind", OLD)
+def test_another_results_store_is_none_of_ours(tmp_path: Path, kind: str) -> None:
+    for name in ("other", "out.pt", "out.mpqt", "out.more", "out.pt.measure", "out.safetensors.kl", "out2", "ou"):
+        OLD[kind][0](tmp_path / f"{name}.partial")
+    kept(tmp_path / "out.csv.partial", UNITS)
     with Store.beside(tmp_path / "out") as store:
         assert store.path == tmp_path / "out.partial"
 
@@ -478,7 +556,7 @@ def test_where_a_file_system_has_no_locks_it_works_without(tmp_path: Path, monke
     monkeypatch.setattr(sqlite3, "connect", connect)
     path = kept(tmp_path / "out?#%20 ü.partial", UNITS)
     assert read(path) == UNITS
-    assert asked[1].endswith("?nolock=1")
+    assert asked[1].endswith("&nolock=1")
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
 
 

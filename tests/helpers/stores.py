@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-EMPTY = 1 << 15  # bytes of the log, of which making a store takes half
+EMPTY = 1 << 14  # bytes of the log, of which beginning two jobs takes half
 
 
 def has_units(store: Path) -> bool:

@@ -114,6 +114,43 @@ def test_a_store_of_ones_own_is_used_instead(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["net.mpqt"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("store", ["net.mpqt", "./net.mpqt", "folder/../net.mpqt", "link", "hard"])
+def test_a_store_is_not_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, there: bool, measured: list[int]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("link").symlink_to("net.mpqt")
+    if there:
+        measure(conv_net(), cache="net.mpqt")
+        Path("hard").hardlink_to("net.mpqt")
+        measured.clear()
+    elif store == "hard":
+        return
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for given in (store, tmp_path / store, Store(store)):
+        with pytest.raises(SettingError, match=r"^store: .* is the cache; name another file$"):
+            measure(conv_net(), bits=(1,), cache="net.mpqt", store=given)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert not measured
+
+
+def test_a_table_saved_where_its_store_was_stays(tmp_path: Path) -> None:
+    path = tmp_path / "net.mpqt"
+    with Store(path) as store:
+        measure(conv_net(), store=store).save(path)
+    assert contents(LayerTable.load(path)) == contents(measure(conv_net()))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("cache", [3, True, b"net.mpqt", 1.5, [], ""])
+def test_a_cache_is_a_path(cache: Any, measured: list[int]) -> None:
+    with pytest.raises(SettingError, match=r"^cache: .* is not allowed; a file's path$"):
+        measure(conv_net(), cache=cache)
+    assert not measured
+
+
 def test_what_cannot_be_measured_leaves_nothing(tmp_path: Path) -> None:
     net = nn.Linear(4, 4)
     with torch.no_grad():

@@ -142,6 +142,14 @@ def test_settings_that_were_refused_leave_no_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # the model is its caller's now
 
 
+def test_the_folders_on_the_way_to_a_store_are_made(tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "new" / "x"
+    batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+    learned = mpq.reconstruct(net(), plan_of(net()), batches, steps=2, store=place)
+    assert list(place.parent.iterdir()) == []
+    assert same(learned.state_dict(), mpq.reconstruct(net(), plan_of(net()), batches, steps=2).state_dict())
+
+
 def test_a_damaged_block_is_learned_again(tmp_path: Path) -> None:
     place = tmp_path / "out.partial"
     batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]

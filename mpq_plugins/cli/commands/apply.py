@@ -67,8 +67,8 @@ def apply(
         corrected = dict(corrected_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), inputs))
     with progress_bar("quantizing") as progress:
         fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, checkpoint=stored)
-    if fit.found.key is not None:
-        say(f"weights: those under {fit.found.key!r}; others in the file are as they were")
+    if fit.present.key is not None:
+        say(f"weights: those under {fit.present.key!r}; others in the file are as they were")
     if loaded.activation_bits is not None:
         say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
     if as_json:

@@ -30,7 +30,8 @@ def test_every_batch_counts_and_smaller_ones_are_welcome() -> None:
         ((), "batches: none given, and FX sets the ranges of activations by them"),
         (IMAGES, "batches: a single tensor is one batch"),
         ([{"x": IMAGES}], "batches: holds a dict; FX takes a tensor, or a tuple of arguments"),
-        ([IMAGES, IMAGES[:, :2]], "does not run on a batch"),
+        ([IMAGES, IMAGES[:, :2]], "^batches: .* does not run on a batch"),
+        ([IMAGES[:, :2]], "^batches: .* does not run on a batch"),
     ],
 )
 def test_batches_that_fx_cannot_take(batches: Any, said: str) -> None:
