@@ -4,13 +4,43 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ..errors import MPQError
 from .interrupts import Interrupted
 from .text import what_it_said
+
+
+class _Apart:
+    """stdout and the working directory belong to the process, and outsiders may run in several threads at once.
+
+    The first to come in puts them aside, and the last to leave puts them back: threads that put back what each found
+    would leave the process with what another had put aside.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stack.enter_context(_in_place())
+                self._stack.enter_context(redirect_stdout(sys.stderr))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stack.close()
+
+
+_APART = _Apart()
 
 
 @contextmanager
@@ -20,7 +50,7 @@ def outsiders(explain: Callable[[str], MPQError]) -> Iterator[None]:
     Leaving the program is no way out either (`sys.exit`, an exception beside Exception). What is printed goes to
     stderr, for stdout is the result's.
     """
-    with _in_place(), redirect_stdout(sys.stderr):
+    with _APART:
         try:
             yield
         except (MPQError, KeyboardInterrupt, Interrupted):

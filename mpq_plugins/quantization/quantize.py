@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,8 @@ def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Sch
 
 @cache
 def _quantizer_class(name: str, target: str) -> Any:
-    # A name of this package is this package's, whoever else declares it.
-    declared = None if name in SCHEMES else owner("schemes", name)
-    return imported(declared or Plugin("schemes", name, target, "no distribution"), target, QUANTIZER)
+    if name in SCHEMES:  # this package's, whoever else declares the name
+        module, _, kind = target.partition(":")
+        return getattr(import_module(module), kind)
+    declared = owner("schemes", name) or Plugin("schemes", name, target, "no distribution")
+    return imported(declared, target, QUANTIZER)

@@ -1,7 +1,10 @@
 """Code of others: what it raises, prints and changes."""
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 
 import pytest
 
@@ -49,3 +52,27 @@ def test_the_working_directory_and_stdout_are_what_they_were(
 def test_a_contained_function_is_still_that_function() -> None:
     assert contained(sys.exit).__name__ == "exit"
     assert contained(lambda a, b: a - b)(5, b=3) == 2
+
+
+def test_threads_that_overlap_leave_stdout_and_the_folder_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    before, both, first_left = sys.stdout, Barrier(2, timeout=20), Event()
+
+    def work(first: bool) -> None:
+        with outsiders(SourceError):
+            both.wait()
+            os.chdir("inner" if first else tmp_path)
+            assert sys.stdout is sys.stderr
+            if not first:
+                assert first_left.wait(20)
+        if first:
+            first_left.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work, True), pool.submit(work, False)]:
+            done.result()
+    assert sys.stdout is before
+    assert Path.cwd() == tmp_path

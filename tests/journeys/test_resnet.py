@@ -123,8 +123,8 @@ def test_the_example_prints_both_metrics(capsys: pytest.CaptureFixture[str], mon
     from examples import mixquant_resnet
 
     monkeypatch.setattr(sys, "argv", ["mixquant_resnet", "--depth", "20"])
-    monkeypatch.setattr(mixquant_resnet, "UNIFORM", (4,))  # a few of its rows; all are under `make examples`
-    monkeypatch.setattr(mixquant_resnet, "QEMS", (2.0,))
+    monkeypatch.setattr(mixquant_resnet, "UNIFORM", (8,))  # a few of its rows; all are under `make examples`
+    monkeypatch.setattr(mixquant_resnet, "QEMS", (2.0, 4.0))
     mixquant_resnet.main()
     out = capsys.readouterr().out
     assert "MixQuant relative 2" in out
