@@ -45,6 +45,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_compress
 
 examples: $(READY) $(CLASSIC_READY)
+	$(BIN)/pytest -m example tests/journeys
 	$(BIN)/python -m examples.mixquant_resnet
 	$(BIN)/python -m examples.ptilmpq_resnet
 	$(BIN)/python -m examples.budget_resnet

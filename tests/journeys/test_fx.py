@@ -2,7 +2,9 @@
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,11 +49,12 @@ def test_accuracy_is_that_of_apply_within_what_activations_cost(granularity: str
 
 
 def test_the_example_prints_accuracy_size_and_time(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, with_few_images: Callable[[ModuleType], None]
 ) -> None:
     from examples import fx_resnet
 
     monkeypatch.setattr(sys, "argv", ["fx_resnet", "--depth", "20"])
+    with_few_images(fx_resnet)
     fx_resnet.main()
     out = capsys.readouterr().out
     assert "FX converted" in out
