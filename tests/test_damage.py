@@ -26,6 +26,8 @@ from tests.helpers.nets import tied_net
 from tests.helpers.plans import linear, plan_of, plans
 from tests.helpers.tables import contents
 
+pytestmark = pytest.mark.slow
+
 UNITS = {"a": b"0.75", "b": b"-" * 300, "c": b""}
 
 

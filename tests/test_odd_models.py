@@ -19,6 +19,8 @@ from mpq_plugins.errors import MPQError, SettingError
 from mpq_plugins.models.plain import is_plain
 from tests.helpers.odd import PARAMETRIZED, Recipe, inputs, recipes
 
+pytestmark = pytest.mark.slow
+
 PER_CHANNEL = Affine(granularity="per_channel")
 # How BatchNorm is measured, whether it is corrected, and how far outputs may go from the float model's at 8 bits.
 PATHS: tuple[tuple[Affine, bool | Literal["auto"], bool, float], ...] = (

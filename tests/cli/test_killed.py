@@ -19,6 +19,8 @@ from mpq_plugins.measurement import units
 from mpq_plugins.reconstruction import brecq
 from tests.conftest import Ran
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests.cli.test_killed"
 ROOT = Path(__file__).parents[2]
 

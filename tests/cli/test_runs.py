@@ -86,6 +86,7 @@ def test_a_place_that_has_no_name_is_no_output(mpq: Mpq, folder: Path, command: 
 RUN = "import mpq_plugins.common.interrupts; print('up', flush=True); from mpq_plugins.__main__ import main; main()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.03, 0.15, 0.4, 0.8, 1.4])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_said_in_one_line_at_any_moment(folder: Path, number: signal.Signals, delay: float) -> None:

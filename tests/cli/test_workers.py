@@ -19,6 +19,8 @@ from mpq_plugins import Store, measure
 from mpq_plugins.cli import workers as cli_workers
 from tests.conftest import Ran
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

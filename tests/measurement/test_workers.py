@@ -31,6 +31,8 @@ from tests.helpers.checkpoints import sharded
 from tests.helpers.nets import conv_net
 from tests.helpers.tables import contents
 
+pytestmark = pytest.mark.slow
+
 BITS = (1, 3, 8)
 METRICS = ("relative", "mse", "sqnr_db", "max_abs")
 SCHEMES: list[Scheme] = [
