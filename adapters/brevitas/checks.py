@@ -11,14 +11,13 @@ from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import HARMLESS, standard_class, why_not_plain
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.folded import (
     FLOAT,
-    check_max_norm,
-    check_model,
+    check_runnable,
     check_sizes,
     lent_weights,
     planned_by_name,
@@ -48,9 +47,7 @@ def check(plan: Plan, model: nn.Module) -> None:
 def check_traced(plan: Plan, traced: Traced) -> None:
     """The same of a model that what follows asks for its graph too."""
     model = traced.model
-    check_model(plan, model, traced)
-    require_legal(plan, CAPABILITIES)
-    check_max_norm(plan, model)
+    check_runnable(plan, traced, CAPABILITIES)
     check_sizes(plan, "brevitas")
     if config.JIT_ENABLED:
         raise SettingError("brevitas: BREVITAS_JIT=1 compiles its layers, and those of a plan cannot be: unset it")

@@ -5,10 +5,10 @@ from torch import nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SourceError
 from mpq_plugins.models.tracing import Traced
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import check_folding, check_max_norm, check_model, refuse_wrong_pairs
+from ..shared.folded import check_folding, check_runnable, refuse_wrong_pairs
 from .folded import computed_weights, wrong_pairs
 
 CAPABILITIES = Capabilities(
@@ -31,9 +31,7 @@ def check(plan: Plan, model: nn.Module) -> None:
 def check_traced(plan: Plan, traced: Traced) -> None:
     """The same of a model that what follows asks for its graph too."""
     model = traced.model
-    check_model(plan, model, traced)
-    require_legal(plan, CAPABILITIES)
-    check_max_norm(plan, model)
+    check_runnable(plan, traced, CAPABILITIES)
     computing = [repr(name) if name else type(model).__name__ for name in computed_weights(model)]
     if computing:
         raise MismatchError(

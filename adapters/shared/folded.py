@@ -15,6 +15,7 @@ from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import layer_kind, quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 from mpq_plugins.simulation.match import match
@@ -190,3 +191,10 @@ def check_max_norm(plan: Plan, model: nn.Module) -> None:
     for layer in planned_layers(plan):
         if getattr(model.get_submodule(layer.name), "max_norm", None) is not None:
             raise MismatchError(f"{layer.name!r} has max_norm, which changes its weight as it runs: skip it")
+
+
+def check_runnable(plan: Plan, traced: Traced, capabilities: Capabilities) -> None:
+    """What several backends refuse alike. Raises as check_model, require_legal and check_max_norm, in that order."""
+    check_model(plan, traced.model, traced)
+    require_legal(plan, capabilities)
+    check_max_norm(plan, traced.model)

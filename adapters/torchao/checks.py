@@ -10,11 +10,11 @@ from mpq_plugins.errors import MismatchError
 from mpq_plugins.models.borrowed import borrowed_uses
 from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.tracing import Traced
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import check_max_norm, check_model, check_sizes, lent_weights, planned_by_name
+from ..shared.folded import check_runnable, check_sizes, lent_weights, planned_by_name
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -37,9 +37,7 @@ def check(plan: Plan, model: nn.Module) -> None:
 def check_traced(plan: Plan, traced: Traced) -> None:
     """The same of a model that what follows asks for its graph too."""
     model = traced.model
-    check_model(plan, model, traced)
-    require_legal(plan, CAPABILITIES)
-    check_max_norm(plan, model)
+    check_runnable(plan, traced, CAPABILITIES)
     check_sizes(plan, "torchao")
     uses = borrowed_uses(model)
     borrowed = {name for name in lent_weights(traced) if not uses.get(name, {None}) <= FUNCTIONS}
