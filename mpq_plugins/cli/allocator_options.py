@@ -15,7 +15,7 @@ from ..common.text import printable
 from ..errors import PluginError, SettingError
 from .field_options import NAMES, check_free, last_named, option_fields, spelled
 from .scheme_options import SchemeCommand
-from .types import NumberList
+from .types import NumberList, installed
 
 DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
@@ -23,6 +23,15 @@ NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
 MOST_COMBINATIONS = 10_000
 SHARED = ("scheme",)  # fields that the shared options give
+
+allocator_option = click.option(
+    "-a",
+    "--allocator",
+    type=installed("allocators"),
+    default=DEFAULT_ALLOCATOR,
+    show_default=True,
+    help="How widths are decided; `mpq plugins` lists them.",
+)
 
 
 class AllocatorCommand(SchemeCommand):

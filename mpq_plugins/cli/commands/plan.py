@@ -6,10 +6,10 @@ from typing import Any
 import click
 
 from ...report.progress import say
-from ..allocator_options import NAME_KEY, AllocatorCommand, allocators_from
+from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from
 from ..output import claim, json_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
-from ..types import FileOrFactory, installed
+from ..types import FileOrFactory
 
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
@@ -20,14 +20,7 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
     "plan each from one measurement: mpq plan SOURCE --qem 2 --qem 3 -o plans",
 )
 @click.argument("source", type=FileOrFactory())
-@click.option(
-    "-a",
-    "--allocator",
-    type=installed("allocators"),
-    default="mixquant",
-    show_default=True,
-    help="How widths are decided; `mpq plugins` lists them.",
-)
+@allocator_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write, or a directory for several.")
 @click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
 @click.option("--activation-bits", type=int, help="Record bits for activations; floating point when left out.")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
+from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
 from ..output import json_option
 from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
 from ..scheme_options import request_values, scheme_options
-from ..types import FileOrFactory, installed
+from ..types import FileOrFactory
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.contract import Allocator, Needs
@@ -28,14 +28,7 @@ UNIFORM_BITS = range(2, 9)
     "ptilmpq --alpha 0.1:0.9:0.1 --beta-important 0.3,0.5 --eval package.module:accuracy -o sweep.csv --plot sweep.png",
 )
 @click.argument("source", type=FileOrFactory())
-@click.option(
-    "-a",
-    "--allocator",
-    type=installed("allocators"),
-    default="mixquant",
-    show_default=True,
-    help="How widths are decided; `mpq plugins` lists them.",
-)
+@allocator_option
 @run_options
 @click.option("--uniform/--no-uniform", default=True, help="Uniform plans of about the same sizes too (default).")
 @scheme_options

@@ -9,7 +9,7 @@ import click
 
 from ...errors import PluginError, SettingError, TuningError
 from ...report.progress import echo, progress_bar, say
-from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocators_from
+from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
 from ..output import claim, json_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import installed
@@ -28,14 +28,7 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
     epilog="Example: mpq tune package.module:factory --eval package.module:accuracy --qem 4,3,2,1.5 -o plan.json",
 )
 @click.argument("source", metavar="MODULE:FACTORY")
-@click.option(
-    "-a",
-    "--allocator",
-    type=installed("allocators"),
-    default="mixquant",
-    show_default=True,
-    help="How widths are decided; `mpq plugins` lists them.",
-)
+@allocator_option
 @click.option(
     "--eval", "evaluation", metavar="MODULE:FUNCTION", required=True,
     help="Called with the float model and each quantized one; returns a score above 0, larger is better.",
