@@ -125,6 +125,8 @@ class Budget:
 
     name: ClassVar[str] = "budget"
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"average_bits": (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)}
+    one_of: ClassVar[tuple[str, ...]] = LIMITS
+    usual: ClassVar[dict[str, float]] = {"average_bits": 4.0}
 
     average_bits: Annotated[Most | None, "most bits a weight, scales not counted"] = None
     total_average_bits: Annotated[Most | None, "most bits a weight in total"] = None

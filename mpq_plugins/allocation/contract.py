@@ -34,7 +34,9 @@ class Allocator(Protocol):
     """A frozen dataclass: its fields are its parameters, and its options on the command line.
 
     `name` is how plans and the command line call it. Annotated[type, "text"] on a field gives its help. A class
-    attribute `grid`, field -> values, is what `mpq sweep` tries where the user names none.
+    attribute `grid`, field -> values, is what `mpq sweep` tries where the user names none. An allocator that needs one
+    of several fields names them in a class attribute `one_of`, and in `usual`, field -> value, what `mpq plan` takes
+    where the user gives none of them.
     """
 
     name: ClassVar[str]

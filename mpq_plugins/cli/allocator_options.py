@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import click
@@ -13,38 +12,36 @@ from ..common import registry
 from ..common.outsiders import outsiders
 from ..common.text import printable
 from ..errors import PluginError, SettingError
-from .field_options import NAMES, check_free, last_named, option_fields, spelled
+from .chosen import SHARED, chosen_allocator, owners_of
+from .field_options import NAMES, check_free, option_fields
 from .scheme_options import SchemeCommand
 from .types import NumberList, installed
 
-DEFAULT_ALLOCATOR = "mixquant"
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
 MOST_COMBINATIONS = 10_000
-SHARED = ("scheme",)  # fields that the shared options give
 
 allocator_option = click.option(
     "-a",
     "--allocator",
     type=installed("allocators"),
-    default=DEFAULT_ALLOCATOR,
-    show_default=True,
-    help="How widths are decided; `mpq plugins` lists them.",
+    help="How widths are decided (default: whose options are given, or budget); `mpq plugins` lists them.",
 )
 
 
 class AllocatorCommand(SchemeCommand):
-    """A command whose options include the fields of the allocator that --allocator names."""
+    """A command whose options include the fields of the allocator that --allocator names, or that they belong to."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Look the allocator up first, for it decides which options there are."""
-        name = last_named(args, "--allocator", "-a") or DEFAULT_ALLOCATOR
-        ctx.meta[ALLOCATOR_KEY], ctx.meta[NAME_KEY] = registry.load("allocators", name), name
+        own = [option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)]
+        name, ctx.meta[ALLOCATOR_KEY] = chosen_allocator(args, own)
+        ctx.meta[NAME_KEY] = name
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            owners = [other for other in registry.names("allocators") if _has_field(other, error.option_name)]
+            owners = owners_of(error.option_name)
             if not owners:
                 raise
             raise click.UsageError(
@@ -67,32 +64,25 @@ def allocators_from(
 ) -> list[Any]:
     """The allocators the options describe: one, or one per combination where options have several values.
 
-    Where none has, and `grid` is given, the fields it names take its values unless the options say one.
+    Where none has, and `grid` is given, the fields it names take its values unless the options say one. Of an
+    allocator that needs one of several fields (`one_of`), `grid` and what is `usual` are taken where none is said.
     """
     allocator = ctx.meta[ALLOCATOR_KEY]
     options: list[click.Parameter] = ctx.meta[FIELDS_KEY]
     names = [str(option.name) for option in options]
-    choices: list[Sequence[Any]] = []
-    for option, name in zip(options, names, strict=True):
-        given = values[name]
-        if not option.multiple:
-            given = () if given is None else (given,)
-        if option.type is NAMES:
-            given = [tuple(given)] if given else ()
-        elif isinstance(option.type, NumberList):
-            given = [number for numbers in given for number in numbers]
-        choices.append(given or (_UNSAID,))
+    choices = {name: _given(option, values[name]) for option, name in zip(options, names, strict=True)}
     fixed = {"scheme": scheme} if any(field.name == "scheme" for field in dataclasses.fields(allocator)) else {}
-    if grid and all(len(choice) <= 1 for choice in choices):
-        (bare,) = _combined(allocator, names, choices, fixed)
-        for i, name in enumerate(names):
-            # A field that what was said leaves without a value is not the grid's to fill.
-            if name in grid and choices[i] == (_UNSAID,) and getattr(bare, name) is not None:
-                choices[i] = grid[name]
-    if math.prod(len(choice) for choice in choices) > MOST_COMBINATIONS:
+    if usual_taken(ctx, values):
+        choices |= grid or {name: (value,) for name, value in allocator.usual.items()}
+    elif grid and all(len(choice) <= 1 for choice in choices.values()) and not getattr(allocator, "one_of", ()):
+        (bare,) = _combined(allocator, choices, fixed)
+        # A field that what was said leaves without a value is not the grid's to fill.
+        unsaid = [name for name in grid if choices.get(name) == (_UNSAID,) and getattr(bare, name) is not None]
+        choices |= {name: grid[name] for name in unsaid}
+    if math.prod(len(choice) for choice in choices.values()) > MOST_COMBINATIONS:
         raise SettingError(f"options: more than {MOST_COMBINATIONS:,} combinations; give fewer values")
     try:
-        return list(dict.fromkeys(_combined(allocator, names, choices, fixed)))  # the same value twice is one plan
+        return list(dict.fromkeys(_combined(allocator, choices, fixed)))  # the same value twice is one plan
     except TypeError as error:
         raise PluginError(
             f"{registry.described('allocators', allocator)} cannot be compared ({error}); it must be a frozen "
@@ -100,13 +90,27 @@ def allocators_from(
         ) from error
 
 
-def _combined(
-    allocator: Any, names: Sequence[str], choices: Sequence[Sequence[Any]], fixed: dict[str, Any]
-) -> list[Any]:
+def usual_taken(ctx: click.Context, values: Mapping[str, Any]) -> bool:
+    """Whether the allocator needs one of several fields, as Budget needs a limit, and the options say none of them."""
+    one_of = getattr(ctx.meta[ALLOCATOR_KEY], "one_of", ())
+    return bool(one_of) and all(values.get(name) in (None, ()) for name in one_of)
+
+
+def _given(option: click.Parameter, value: Any) -> Sequence[Any]:
+    """The values that an option was given, or that it was given none."""
+    given: Sequence[Any] = value if option.multiple else () if value is None else (value,)
+    if option.type is NAMES:
+        given = [tuple(given)] if given else ()
+    elif isinstance(option.type, NumberList):
+        given = [number for numbers in given for number in numbers]
+    return given or (_UNSAID,)
+
+
+def _combined(allocator: Any, choices: Mapping[str, Sequence[Any]], fixed: dict[str, Any]) -> list[Any]:
     """An allocator for every combination of the choices."""
     made = []
-    for combination in itertools.product(*choices):
-        said = {name: value for name, value in zip(names, combination, strict=True) if value is not _UNSAID}
+    for combination in itertools.product(*choices.values()):
+        said = {name: value for name, value in zip(choices, combination, strict=True) if value is not _UNSAID}
         with registry.at_work("allocators", allocator):
             made.append(_made(allocator, {**fixed, **said}))
     return made
@@ -120,14 +124,6 @@ def _made(allocator: Any, fields: Mapping[str, Any]) -> Any:
 
 
 _UNSAID = object()
-
-
-def _has_field(name: str, option: str) -> bool:
-    with suppress(PluginError):  # whatever is wrong with another allocator, this one was not asked for
-        allocator = registry.load("allocators", name)
-        fields = dataclasses.fields(allocator) if dataclasses.is_dataclass(allocator) else ()
-        return option in {spelled(field.name) for field in fields}
-    return False
 
 
 def _field_options(name: str, allocator: Any, taken: Mapping[str, str]) -> Iterator[click.Option]:

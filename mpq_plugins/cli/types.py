@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..common.checks import as_integer
+from ..common.text import did_you_mean
 from ..errors import SettingError
 
 DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
@@ -149,9 +150,5 @@ def installed(group: str) -> Known:
 
 def _refusal(value: Any, names: Sequence[str], param: click.Parameter | None) -> SettingError:
     """`scheme: 'afine' is not allowed; affine, codebook. Did you mean affine?`, as the library says it."""
-    from difflib import get_close_matches
-
     option = max(param.opts, key=len).lstrip("-") if param is not None else "value"
-    near = get_close_matches(str(value), names, 1)
-    meant = f". Did you mean {near[0]}?" if near else ""
-    return SettingError(f"{option}: {value!r:.60} is not allowed; {', '.join(names)}{meant}")
+    return SettingError(f"{option}: {value!r:.60} is not allowed; {', '.join(names)}{did_you_mean(str(value), names)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import PluginError
 from .outsiders import outsiders
+from .text import did_you_mean
 
 GROUPS = ("allocators", "adapters", "sensitivities", "schemes")
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -84,7 +85,10 @@ def load(group: str, name: str) -> Any:
     """
     plugin = owner(group, name)
     if plugin is None:
-        raise PluginError(f"{group}: {name!r} is not installed; there are {', '.join(names(group)) or 'none'}")
+        raise PluginError(
+            f"{group}: {name!r:.60} is not installed; there are {', '.join(names(group)) or 'none'}"
+            f"{did_you_mean(name, names(group))}"
+        )
     return imported(plugin, plugin.target, REQUIRED.get(group, ()))
 
 

@@ -1,7 +1,7 @@
 """Text for people: what names, files and other people's errors say, without what a terminal would obey."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 SHOWN = 5  # things listed in an error before it turns to counting
 
@@ -41,3 +41,11 @@ def first_sentence(error: Exception) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch colours some of its messages
     text = next((line.strip() for line in plain.splitlines() if line.strip()), type(error).__name__)
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """`. Did you mean uniform?` for `unifrom`, to end a refusal with; empty where nothing is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(given, list(names), 1)
+    return f". Did you mean {near[0]}?" if near else ""

@@ -5,19 +5,21 @@ from typing import Any
 
 import click
 
-from ...report.progress import say
-from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from
+from ...report.progress import echo, say
+from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from, usual_taken
 from ..output import claim, json_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
 
+USUAL = "4 bits a weight is what is planned where nothing is asked; ask for less with --average-bits 3 or --size 9MB"
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
 
 @click.command(
     cls=AllocatorCommand,
-    epilog="An allocator's own options follow --allocator: mpq plan --allocator uniform --help. Repeat one for a "
-    "plan each from one measurement: mpq plan SOURCE --qem 2 --qem 3 -o plans",
+    epilog="Examples: mpq plan net.safetensors -o plan.json (Budget at 4 bits a weight). mpq plan SOURCE --size 9MB. "
+    "Other allocators by their options: --qem 2 is mixquant, --alpha 0.5 ptilmpq, --bits 4 uniform; "
+    "mpq plan -a mixquant --help lists them. Several values make a plan each: mpq plan SOURCE --qem 2,3 -o plans",
 )
 @click.argument("source", type=FileOrFactory())
 @allocator_option
@@ -31,7 +33,7 @@ def plan(
     ctx: click.Context,
     /,
     source: str,
-    allocator: str,
+    allocator: str | None,
     output: Path | None,
     cache: Path | None,
     activation_bits: int | None,
@@ -55,7 +57,7 @@ def plan(
     check_output(output, *inputs, cache)
     check_output(cache, *inputs)
     claim(output)
-    assert allocator == ctx.meta[NAME_KEY], "click and we read --allocator differently"
+    assert allocator in (None, ctx.meta[NAME_KEY]), "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
     needs = joint_needs(allocators)
     given = resolve_source(source)
@@ -98,4 +100,6 @@ def plan(
             out.print(line, soft_wrap=True)
         out.print(comparison.text() if comparison is not None else UNCOMPARED, soft_wrap=True)
         say_written(file, "plan")
+    if usual_taken(ctx, options):
+        echo(USUAL)
     say_left_alone(table)

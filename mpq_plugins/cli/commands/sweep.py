@@ -38,7 +38,7 @@ def sweep(
     ctx: click.Context,
     /,
     source: str,
-    allocator: str,
+    allocator: str | None,
     output: Path | None,
     plot: Path | None,
     evaluation: str | None,

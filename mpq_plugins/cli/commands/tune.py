@@ -49,7 +49,7 @@ def tune(
     ctx: click.Context,
     /,
     source: str,
-    allocator: str,
+    allocator: str | None,
     evaluation: str,
     tolerable_loss: float,
     backend: str | None,
