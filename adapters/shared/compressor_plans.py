@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mpq_plugins.allocation.contract import Allocator
+from mpq_plugins.allocation.guard import JUDGED
 from mpq_plugins.common.checks import first_problem
 from mpq_plugins.errors import SettingError
 from mpq_plugins.measurement.measure import measure
@@ -46,8 +47,9 @@ def measured_plan(model: nn.Module, allocator: Allocator, scheme: Scheme | None,
     allocator raise.
     """
     needs = allocator.needs
+    metrics = tuple(dict.fromkeys([*JUDGED, *needs.metrics]))  # so that the guard judges as it does everywhere
     table = measure(
-        model, scheme or needs.scheme or Affine(), needs.bits, needs.metrics or ("relative",),
+        model, scheme or needs.scheme or Affine(), needs.bits, metrics,
         per_channel=needs.channel_errors, skip=skip, fold_bn=False,
     )  # fmt: skip
     return allocator(table)

@@ -184,8 +184,8 @@ class Budget:
         objective = solution.cost + layout.pinned_cost
         gap = solution.gap * solution.cost / objective if objective else 0.0
         binding = layout.binding(widths)
-        facts = {"objective": objective, "gap": gap, "binding": list(binding)}
-        return Allocation(make_plan(table, self, widths, facts=facts), objective, gap, binding, used)
+        found = {"objective": objective, "gap": gap, "binding": list(binding)}
+        return Allocation(make_plan(table, self, widths, found=found), objective, gap, binding, used)
 
     def _limits(self, table: LayerTable) -> Iterator[Limit]:
         count, scheme = max(1, numel(table)), table.scheme

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -21,6 +21,7 @@ from .objective import check, layer_curve, predicted
 # makes layers comparable; else the error of the weights.
 FIRST_CHOICE = ("kl", "distance", "mse", "relative")
 SPLITS = ("mse", "output_mse", "relative")
+JUDGED = ("relative", "mse")  # errors that are always measured: cheap beside the reading, and they judge any plan
 WORSE = 1.001  # as a ratio; predictions are no finer than that
 
 
@@ -64,11 +65,40 @@ class Comparison:
         return ", ".join(said)
 
 
+def judge_of(table: LayerTable, plans: Iterable[Plan], asked: str | None = None) -> str | None:
+    """Name the sensitivity that plans of one table are judged on, the same for all of them.
+
+    It is the first there is of kl, distance, mse and relative; where some plan has parts and that one is not known by
+    channel, it is split by another, as in kl*mse.
+
+    Args:
+        table: What was measured.
+        plans: Those that are to be compared.
+        asked: The judge that the user wants instead.
+
+    Returns:
+        The name, or None where the table has none of them. What it cannot tell of a plan's parts, `predicted` says.
+
+    Raises:
+        SettingError: `asked` was not measured.
+    """
+    if asked is not None:
+        check(table, asked)
+        return asked
+    has = (*table.sensitivities, *table.metrics)
+    first = next((name for name in FIRST_CHOICE if name in has), None)
+    whole = all(layer.parts is None for plan in plans for layer in plan.layers)
+    if first is None or whole or _by_channel(table, first):
+        return first
+    split = next((name for name in SPLITS if name in has and _by_channel(table, name)), None)
+    return first if split is None else f"{first}*{split}"
+
+
 def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Comparison | None:
     """Set a plan against uniform widths, and against Budget per layer, at its own size in total.
 
-    sensitivity: an error or sensitivity of the table, or two as in kl*mse; by default the first there is of kl,
-    distance, mse and relative, split by channel where the plan has parts. None where the table cannot tell (other
+    sensitivity: the judge, an error or sensitivity of the table, or two as in kl*mse; by default what judge_of names.
+    None where the table cannot tell (other
     widths, another scheme, parts without numbers per channel). Raises SettingError for what was not measured.
     """
     comparison = _beside_uniform(table, plan, sensitivity)
@@ -92,15 +122,6 @@ def worse_text(plan: Plan, comparison: Comparison) -> str:
         f"parameters may do better, and "
         f"Budget(total_average_bits={comparison.average_bits:.3f}, sensitivity={comparison.sensitivity!r}) does"
     )
-
-
-def _chosen(table: LayerTable, plan: Plan) -> str | None:
-    has = (*table.sensitivities, *table.metrics)
-    first = next((name for name in FIRST_CHOICE if name in has), None)
-    if first is None or all(layer.parts is None for layer in plan.layers) or _by_channel(table, first):
-        return first
-    split = next((name for name in SPLITS if name in has and _by_channel(table, name)), None)
-    return None if split is None else f"{first}*{split}"
 
 
 def _by_channel(table: LayerTable, name: str) -> bool:
@@ -168,9 +189,7 @@ _KNOWN: WeakKeyDictionary[LayerTable, dict[str, _Whole]] = WeakKeyDictionary()
 
 def _beside_uniform(table: LayerTable, plan: Plan, sensitivity: str | None) -> Comparison | None:
     """The comparison but for the best plan, which takes longer."""
-    if sensitivity is not None:
-        check(table, sensitivity)
-    name = sensitivity or _chosen(table, plan)
+    name = judge_of(table, (plan,), sensitivity)
     if name is None:
         return None
     whole = _Whole.of(table, name)

@@ -15,17 +15,17 @@ from .contract import Widths
 
 
 def make_plan(
-    table: LayerTable, allocator: Any, bits: Mapping[str, Widths], *, facts: Mapping[str, Any] | None = None
+    table: LayerTable, allocator: Any, bits: Mapping[str, Widths], *, found: Mapping[str, Any] | None = None
 ) -> Plan:
     """A plan that gives each layer of the table its bits: one width, or one for each of its output channels.
 
-    It is signed by the allocator (a frozen dataclass); `facts` records what the allocator worked out beyond its own
+    It is signed by the allocator (a frozen dataclass); `found` records what the allocator worked out beyond its own
     fields. Warns with PlanWarning of a plan predicted to be worse than uniform widths (guard.py). Raises SettingError,
     naming the layer, for a width that the table's scheme does not have.
     """
     plan = Plan.model_construct(  # every part of it is valid
         made_with={"mpq-plugins": _own_version()},
-        allocator=AllocatorRecord(name=allocator.name, parameters={**_parameters(allocator), **(facts or {})}),
+        allocator=AllocatorRecord(name=allocator.name, parameters=_parameters(allocator), found=dict(found or {})),
         model=table.fingerprint,
         fold_bn=table.fold_bn,
         skipped=table.skipped,

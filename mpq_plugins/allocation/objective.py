@@ -20,7 +20,6 @@ from ..plans.table import LayerTable
 Array = NDArray[np.float64]
 
 PER_WEIGHT = ("mse", "relative")
-PLAN_ERRORS = ("relative", "mse")  # means over weights, so those of layers and channels add up
 NOT_BY_CHANNEL = ("rmse", "max_abs", "sqnr_db")
 
 
@@ -97,27 +96,6 @@ def predicted(table: LayerTable, plan: Plan, name: str) -> float | None:
             return None
         total += cost
     return total
-
-
-def plan_error(table: LayerTable, plan: Plan, metric: str = "relative") -> float | None:
-    """Mean over all planned weights of the relative or squared error under the plan; None where the table cannot tell.
-
-    The errors are those of float32 values; a half-precision weight is rounded once more, to its own dtype, which adds
-    to them at 8 bits and little below. The table cannot tell where `predicted` cannot. Raises SettingError for a metric
-    or bit-width that was not measured, or a plan of other layers.
-    """
-    if metric not in PLAN_ERRORS:
-        raise SettingError(f"metric: {metric!r} is not allowed; {', '.join(PLAN_ERRORS)}")
-    if metric not in table.metrics:
-        raise SettingError(f"metric: {metric!r} was not measured; this table has {', '.join(table.metrics)}")
-    if plan.by_name.keys() != {layer.name for layer in table.layers}:
-        raise SettingError("plan: has other layers than the table; measure the model that the plan is for")
-    for choice in plan.layers:
-        for part in choice.all_parts if choice.scheme == table.scheme else ():
-            if part.bits not in FLOAT_BITS:
-                table.position(part.bits)
-    total = predicted(table, plan, metric)
-    return None if total is None else total / max(1, sum(layer.numel for layer in plan.layers))
 
 
 def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name: str) -> float | None:

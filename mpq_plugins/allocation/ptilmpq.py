@@ -141,7 +141,7 @@ class PTILMPQ:
         chosen = set(order[:count].tolist())
         bits = {layer.name: important[i] if i in chosen else other[i] for i, layer in enumerate(table.layers)}
         facts = {"alpha": count / max(1, len(table.layers))} if self._sized else {}
-        return make_plan(table, self, bits, facts=facts)
+        return make_plan(table, self, bits, found=facts)
 
     @property
     def _sized(self) -> bool:

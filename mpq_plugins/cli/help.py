@@ -11,8 +11,8 @@ import click
 # Option names as commands have them, by section and in the order in which sections are shown.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
-        "allocator", "activation_bits", "uniform", "budgets", "bits", "metrics", "sensitivity", "per_channel_errors",
-        "input_shape", "backend", "policy", "tolerable_loss",
+        "allocator", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
+        "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss",
     ),
     "Pruning and coding": ("amounts", "prune_by", "coding"),
     "Learning": (

@@ -42,6 +42,12 @@ weights_option = click.option(
 )  # fmt: skip
 
 
+judge_option = click.option(
+    "--judge", metavar="NAME",
+    help="What plans are compared on, as kl*mse (default: the first measured of kl, distance, mse, relative).",
+)  # fmt: skip
+
+
 def claim(*outputs: Path | None) -> None:
     """Hold the files that a command writes until it ends. Raises SettingError where another run holds one."""
     context = click.get_current_context()

@@ -7,14 +7,13 @@ from typing import Any
 
 from ..allocation.budget_problem import nothing_to_tie
 from ..allocation.contract import Allocator, Needs
+from ..allocation.guard import JUDGED
 from ..common.files import atomic_directory, exists
 from ..common.patterns import FUSED, families
 from ..common.registry import at_work, described
 from ..errors import PluginError, SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
-
-ALWAYS = ("relative", "mse")  # cheap beside the reading, and what every report shows
 
 
 def joint_needs(allocators: Sequence[Allocator]) -> Needs:
@@ -25,7 +24,7 @@ def joint_needs(allocators: Sequence[Allocator]) -> Needs:
             needs.append(allocator.needs)
     return Needs(
         tuple(sorted({b for need in needs for b in need.bits})),
-        tuple(dict.fromkeys([*ALWAYS, *(metric for need in needs for metric in need.metrics)])),
+        tuple(dict.fromkeys([*JUDGED, *(metric for need in needs for metric in need.metrics)])),
         any(need.channel_errors for need in needs),
         next((need.scheme for need in needs if need.scheme is not None), None),
     )

@@ -10,7 +10,7 @@ import click
 
 from ..errors import SettingError
 from ..report.progress import echo, say
-from .output import claim, print_json, say_left_alone, say_written
+from .output import claim, judge_option, print_json, say_left_alone, say_written
 from .scheme_options import Command
 from .sources import Source
 
@@ -43,6 +43,7 @@ def run_options(command: Command) -> Command:
                 metavar="MODULE:FACTORY",
                 help="The model to evaluate, where SOURCE is not itself one.",
             ),
+            judge_option,
             click.option(
                 "--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it."
             ),

@@ -4,11 +4,12 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..allocation.objective import PLAN_ERRORS, plan_error, predicted
+from ..allocation.guard import judge_of
+from ..allocation.objective import predicted
 from ..common.deferred import Deferred
 from ..common.progress import Progress
 from ..common.public import public
@@ -31,10 +32,11 @@ FLOAT, JOB = "float", "sweep"
 @public
 @dataclass(frozen=True)
 class SweepRow:
-    """One plan. errors: mean over weights by metric, None where the table cannot tell; scores: by name, first first.
+    """One plan. errors: the judge -> predicted cost of the network, None where the table cannot tell; scores: by name,
+    first first.
 
     average_bits is weights only, total_average_bits with scales, zero points and part maps. series: what it is called
-    in tables and pictures, the allocator where nothing else was said.
+    in tables and pictures, the allocator where nothing else was said. found: what the allocator found beside the plan.
     """
 
     allocator: str
@@ -47,6 +49,7 @@ class SweepRow:
     scores: Scores
     pareto: bool = False
     series: str = ""
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -76,7 +79,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     evaluate: Evaluate | None = None,
     *,
     series: Sequence[str] = (),
-    sensitivity: str | None = None,
+    judge: str | None = None,
     calibrate: "Sequence[Any] | None" = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
@@ -84,9 +87,10 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     """A row for each of the table's plans, in their order, those on the Pareto front marked.
 
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first
-    row is the float model. series: a name for each plan's row. sensitivity: what the rows' error is, summed over the
-    network; without it, the mean errors of the weights. calibrate: batches of inputs on which every quantized copy is
-    corrected (`correct`). store: where evaluations are kept, so that an interrupted sweep goes on, as in `measure`.
+    row is the float model. series: a name for each plan's row. judge: the sensitivity whose predicted cost, summed over
+    the network, is the rows' error; by default the one that the guard chooses for all of them (`judge_of`). calibrate:
+    batches of inputs on which every quantized copy is corrected (`correct`). store: where evaluations are kept, so that
+    an interrupted sweep goes on, as in `measure`.
     Raises SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with
     numbers every time; and what `apply`, `correct` and `verify` raise.
     """
@@ -96,7 +100,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         finished = (
             kept.job(JOB, sweep_facts(model, evaluate, calibrate)) if kept is not None and model is not None else None
         )
-        return _rows(table, plans, _Scored(model, evaluate, calibrate, finished), series, sensitivity, progress)
+        return _rows(table, plans, _Scored(model, evaluate, calibrate, finished), series, judge, progress)
 
 
 def sweep_facts(
@@ -121,18 +125,16 @@ def _rows(
     plans: Sequence[Plan],
     scored: "_Scored",
     series: Sequence[str],
-    sensitivity: str | None,
+    judge: str | None,
     progress: Progress | None,
 ) -> tuple[SweepRow, ...]:
-    measured = (
-        (sensitivity,) if sensitivity is not None else tuple(name for name in PLAN_ERRORS if name in table.metrics)
-    )
-    float_row = (_float_row(table, scored(None), measured),) if scored.possible else ()
+    judge = judge_of(table, plans, judge)
+    float_row = (_float_row(table, scored(None), judge),) if scored.possible else ()
     rows = []
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        rows.append(_row(table, plan, scored(plan), _errors(table, plan, sensitivity)))
+        rows.append(_row(table, plan, scored(plan), _errors(table, plan, judge)))
         if series:
             rows[-1] = replace(rows[-1], series=series[position])
         if float_row and rows[-1].scores.keys() != float_row[0].scores.keys():
@@ -194,21 +196,19 @@ def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
     return tuple(replace(row, pareto=i in front) for i, row in enumerate(rows))
 
 
-def _errors(table: LayerTable, plan: Plan, sensitivity: str | None) -> dict[str, float | None]:
-    if sensitivity is not None:
-        return {sensitivity: predicted(table, plan, sensitivity)}
-    return {metric: plan_error(table, plan, metric) for metric in PLAN_ERRORS if metric in table.metrics}
+def _errors(table: LayerTable, plan: Plan, judge: str | None) -> dict[str, float | None]:
+    return {} if judge is None else {judge: predicted(table, plan, judge)}
 
 
 def _row(table: LayerTable, plan: Plan, scores: Scores, errors: Mapping[str, float | None]) -> SweepRow:
     size = plan.size()
     return SweepRow(
         plan.allocator.name, plan.allocator.parameters, size.average_bits, size.total_average_bits,
-        size.weights_only_bytes, size.total_bytes, errors, scores,
+        size.weights_only_bytes, size.total_bytes, errors, scores, found=plan.allocator.found,
     )  # fmt: skip
 
 
-def _float_row(table: LayerTable, scores: Scores, names: Sequence[str]) -> SweepRow:
+def _float_row(table: LayerTable, scores: Scores, judge: str | None) -> SweepRow:
     size = 4 * sum(layer.numel for layer in table.layers)
-    errors: dict[str, float | None] = dict.fromkeys(names, 0.0)
+    errors: dict[str, float | None] = {} if judge is None else {judge: 0.0}
     return SweepRow(FLOAT, {}, 32.0, 32.0, size, size, errors, scores)

@@ -120,7 +120,7 @@ class Tuning:
 
 def plan_label(plan: Plan) -> str:
     """Who made the plan, by which numbers: `mixquant qem=4.0`."""
-    parameters = plan.allocator.parameters
+    parameters = {**plan.allocator.parameters, **plan.allocator.found}
     numbers = [name for name in ("qem", "alpha", "bits") if isinstance(parameters.get(name), int | float)]
     pairs = [name for name in ("important_bits", "other_bits") if name in parameters]
     said = [f"{name}={parameters[name]}" for name in numbers]

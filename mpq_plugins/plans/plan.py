@@ -41,10 +41,11 @@ def _check_depth(value: Any, most: int = DEEPEST) -> Any:
 
 
 class AllocatorRecord(Strict):
-    """Which allocator made the plan, with which parameters."""
+    """Which allocator made the plan, with which parameters, and what it found beside the plan, such as a gap."""
 
     name: str
     parameters: Annotated[dict[str, Any], AfterValidator(_check_depth)]
+    found: Annotated[dict[str, Any], AfterValidator(_check_depth)] = Field(default_factory=dict)
 
 
 @public
@@ -114,6 +115,8 @@ class Plan(Strict):
         document = self.model_dump(mode="json", exclude_none=True)
         if not self.left_alone:  # as plans were before there was such a field
             del document["left_alone"]
+        if not self.allocator.found:
+            del document["allocator"]["found"]
         layers = [{key: value for key, value in layer.items() if value != []} for layer in document["layers"]]
         return {**document, "layers": layers}
 

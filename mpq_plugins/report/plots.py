@@ -44,8 +44,7 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
             axes.axhline(row.score, linestyle="--", color="0.7", linewidth=1, label="float")
     axes.set_xlabel("bits a weight in total: codes, scales, zero points, part maps")
     error = next(iter(rows[0].errors), "")
-    predicted = f"predicted {error}" if rows[-1].series else f"mean {error} error"
-    axes.set_ylabel(printable(name or predicted), parse_math=False)
+    axes.set_ylabel(printable(name or f"predicted {error}"), parse_math=False)
     if name is None and plans:
         axes.set_yscale("log")
     axes.set_title(printable(title), fontsize="medium", parse_math=False)

@@ -32,7 +32,7 @@ def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
     head = (
         "" if any(row.series for row in rows) else ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
     )
-    errors = ["error"] if error is not None else []
+    errors = [f"predicted {error}"] if error is not None else []
     return grid(title, (f"plan, {head}" if head else "plan", "bits", "size", *errors, *scores, MARK), lines)
 
 
@@ -41,8 +41,8 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
     what = next(iter(rows[0].scores), None)
     good = f"as good in {what}" if what else "as exact"
     error = next(iter(rows[0].errors), None)
-    what_error = "summed over the network" if any(row.series for row in rows) else "mean over weights"
-    explained = f"bits: a weight, in total{f'; error: {error}, {what_error}' if error is not None else ''}"
+    judged = f"; judged on predicted {error}, summed over the network" if error is not None else ""
+    explained = f"bits: a weight, in total{judged}"
     notes = [explained, f"{MARK} no other plan that is as small is {good}"]
     mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
     for who in dict.fromkeys(row.name for row in mixed):
@@ -106,6 +106,7 @@ def _flat(row: SweepRow) -> dict[str, Any]:
         **{f"score_{name}": score for name, score in row.scores.items()},
         "pareto": int(row.pareto),
         **{f"param_{name}": _text(value) for name, value in row.parameters.items()},
+        **{f"found_{name}": _text(value) for name, value in row.found.items()},
     }
 
 

@@ -1,29 +1,63 @@
 """A tuning run's trials as a table and as JSON."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
+from ..allocation.guard import judge_of
+from ..allocation.objective import predicted
 from ..evaluation.tuning import Trial, Tuning
+from ..plans.plan import Plan
+from ..plans.table import LayerTable
 from .tables import bytes_text, grid
 
 KEPT = "*"
 
 
-def tuning_table(tuning: Tuning, title: str) -> Table:
+@dataclass(frozen=True)
+class Judged:
+    """What the plans of a run are predicted to cost, by their text, and the judge; None where the table has none."""
+
+    judge: str | None
+    costs: Mapping[str, float | None]
+
+    @classmethod
+    def of(cls, table: LayerTable, plans: Sequence[Plan], asked: str | None) -> "Judged":
+        """Judge all plans on the same sensitivity. Raises SettingError where `asked` was not measured."""
+        judge = judge_of(table, plans, asked)
+        costs = {plan.to_json(): predicted(table, plan, judge) for plan in plans} if judge is not None else {}
+        return cls(judge, costs)
+
+    def cost(self, plan: Plan) -> float | None:
+        """The predicted cost of one of the plans."""
+        return self.costs.get(plan.to_json())
+
+
+UNJUDGED = Judged(None, {})
+
+
+def tuning_table(tuning: Tuning, title: str, judged: Judged = UNJUDGED) -> Table:
     """The float model, then the trials in their order; the one that is kept, if any, is marked."""
     chosen = tuning.chosen if tuning.met else None
-    rows = [("float", "32", "", f"{tuning.baseline:.6g}", "")]
-    rows += [(*_words(trial), KEPT if trial is chosen else "") for trial in tuning.trials]
-    return grid(title, ("trial", "bits", "size", "score", KEPT), rows)
+    head = () if judged.judge is None else (f"predicted {judged.judge}",)
+    rows = [("float", "32", "", *("0" for _ in head), f"{tuning.baseline:.6g}", "")]
+    for trial in tuning.trials:
+        label, bits, size, score = _words(trial)
+        cost = judged.cost(trial.plan)
+        said = ("-" if cost is None else f"{cost:.4g}",) if head else ()
+        rows.append((label, bits, size, *said, score, KEPT if trial is chosen else ""))
+    return grid(title, ("trial", "bits", "size", *head, "score", KEPT), rows)
 
 
-def tuning_json(tuning: Tuning) -> dict[str, Any]:
+def tuning_json(tuning: Tuning, judged: Judged = UNJUDGED) -> dict[str, Any]:
     """The same as plain values; kept is None where no trial meets the criterion."""
     return {
+        "judge": judged.judge,
         "baseline": tuning.baseline,
         "criterion": tuning.criterion.text(tuning.baseline),
-        "trials": [_plain(trial) for trial in tuning.trials],
+        "trials": [_plain(trial) | {"predicted": judged.cost(trial.plan)} for trial in tuning.trials],
         "kept": _plain(tuning.chosen) if tuning.met else None,
     }
 

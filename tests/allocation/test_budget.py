@@ -295,7 +295,7 @@ def test_the_same_call_gives_the_same_bytes(tmp_path: Path, limits: dict[str, An
     plans[0].save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plans[0]
     json.loads(plans[0].to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    found = plans[0].allocator.parameters
+    found = plans[0].allocator.found
     assert found["objective"] == pytest.approx(predicted(seeded(SHAPES), plans[0], "mse"))
     assert set(found["binding"]) <= set(limits)
 

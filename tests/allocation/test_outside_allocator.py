@@ -100,7 +100,7 @@ def test_one_that_fails_at_work_is_named_with_its_distribution(
 def test_a_broken_one_hides_no_misspelled_option_of_another(mpq: Mpq, site: Path, checkpoint: Path, name: str) -> None:
     install(site, f"hiding-{name}", BROKEN[name][0], {"allocators": {"best": "Best"}})
     for option, said in (("--qemm", "No such option"), ("--average-bits", "it belongs to budget")):
-        ran = mpq("plan", checkpoint, option, "3")
+        ran = mpq("plan", checkpoint, "-a", "mixquant", option, "3")
         assert ran.code == 2
         assert option in ran.err
         assert said in ran.err

@@ -95,8 +95,8 @@ def test_a_size_gets_the_greatest_alpha_that_stays_within_it(
     plan = allocator(table)
     best = max(k for k, size in enumerate(sizes) if size <= limit)
     assert plan.layers == every[best].layers
-    assert plan.allocator.parameters["alpha"] == best / len(network)
-    assert widths(PTILMPQ(alpha=plan.allocator.parameters["alpha"])(table)) == widths(plan)
+    assert plan.allocator.found["alpha"] == best / len(network)
+    assert widths(PTILMPQ(alpha=plan.allocator.found["alpha"])(table)) == widths(plan)
 
 
 @given(networks, shares)

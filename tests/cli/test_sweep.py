@@ -104,7 +104,7 @@ def test_alpha_times_beta_with_an_evaluation_and_a_plot(mpq: Mpq, tmp_path: Path
     assert rows[0]["allocator"] == "float"
     assert float(rows[0]["score_closeness"]) == 0
     assert {row["allocator"] for row in rows} == {"float", "ptilmpq", "uniform"}
-    assert all(float(row["relative_error"]) > 0 for row in rows[1:])
+    assert all(float(row["mse_error"]) > 0 for row in rows[1:])
     assert evaluations == len(rows)
     assert "no other plan that is as small is as good in closeness" in ran.out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -210,7 +210,7 @@ def test_a_size_is_swept_and_the_csv_keeps_sizes_and_targets_apart(mpq: Mpq, che
     for row, target in zip(read(tmp_path / "o.csv"), (5.2, 5.7), strict=True):
         assert float(row["param_average_bits"]) == target
         assert float(row["average_bits"]) <= target
-        assert 0 <= float(row["param_alpha"]) <= 1
+        assert 0 <= float(row["found_alpha"]) <= 1
     one = mpq("sweep", checkpoint, "-a", "ptilmpq", "--average-bits", 5.5, "--json")
     assert one.code == 0
     assert len([row for row in json.loads(one.out)["rows"] if row["allocator"] == "ptilmpq"]) == 1
@@ -257,9 +257,11 @@ def test_per_tensor_parts_have_no_error_and_that_is_said(mpq: Mpq, checkpoint: P
         (["-a", "ptilmpq", "--alpha", "0:1:Infinity"], "'0:1:Infinity' is no range"),
         (["-a", "ptilmpq", "--alpha", "0:1:0.001", "--beta-important", "0:1:0.001"], "more than 10,000 combinations"),
         (
-            ["--alpha", "0.5"],
+            ["-a", "mixquant", "--alpha", "0.5"],
             "No such option '--alpha' for the allocator mixquant; it belongs to ptilmpq: add -a ptilmpq",
         ),
+        (["--qem", "2", "--alpha", "0.5"], "--qem belongs to mixquant; --alpha belongs to ptilmpq. Leave one out"),
+        (["--judge", "kl"], "'kl' was not measured; this table has relative, mse"),
         (["-a", "ptilmpq", "--average-bits", "1"], "average_bits: 1 cannot be reached"),
         (["--qem", "2:1:0.5"], "'2:1:0.5' has no end"),
         (["--qem", "1:2"], "'1:2' is no range; write first:last:step"),

@@ -100,7 +100,7 @@ def test_plan_and_apply_on_the_command_line(mpq: Callable[..., Ran], tmp_path: P
     made = json.loads(ran.out)
     assert made["size"]["average_bits"] <= 3.0
     assert not made["predicted"]["worse"]
-    assert made["allocator"]["parameters"]["binding"] == ["average_bits"]
+    assert made["allocator"]["found"]["binding"] == ["average_bits"]
     names = "--model", "examples.cifar_resnet:resnet20", "--calibrate", "tests.journeys.test_budget:few_images"
     ran = mpq("apply", checkpoint(20), file, "-o", out, *names)
     assert ran.code == 0, ran.err

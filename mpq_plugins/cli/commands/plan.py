@@ -1,15 +1,21 @@
 """`mpq plan`: a source or a table in, a plan for each allocator out."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...report.progress import echo, say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from, usual_taken
-from ..output import claim, json_option, print_json, say_left_alone, say_written
+from ..output import claim, json_option, judge_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from ...allocation.guard import Comparison
+    from ...plans.plan import Plan
+    from ...plans.table import LayerTable
 
 USUAL = "4 bits a weight is what is planned where nothing is asked; ask for less with --average-bits 3 or --size 9MB"
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
@@ -26,6 +32,7 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write, or a directory for several.")
 @click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
 @click.option("--activation-bits", type=int, help="Record bits for activations; floating point when left out.")
+@judge_option
 @scheme_options
 @json_option
 @click.pass_context
@@ -37,15 +44,14 @@ def plan(
     output: Path | None,
     cache: Path | None,
     activation_bits: int | None,
+    judge: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
     from dataclasses import replace
 
-    from ...allocation.guard import compare, worse_text
-    from ...report.console import console
-    from ...report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
+    from ...allocation.guard import compare, judge_of, worse_text
     from ..measuring import measured
     from ..output import check_output
     from ..plans import joint_needs, plan_files, plans_by, save_plans, untied
@@ -71,35 +77,57 @@ def plan(
             check_output(file, *inputs, cache)
     for note in untied(allocators, table):
         say(f"note: {note}")
-    comparisons = [compare(table, made) for made in plans]
+    judge = judge_of(table, plans, judge)
+    comparisons = [None if judge is None else compare(table, made, judge) for made in plans]
     save_plans(plans, files, output)
-    for made, comparison in zip(plans, comparisons, strict=True):
+    for one, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
-            say(f"warning: {worse_text(made, comparison)}")
+            say(f"warning: {worse_text(one, comparison)}")
+    made = [_Made(*each) for each in zip(plans, files, comparisons, strict=True)]
     if as_json:
-        documents = [
-            {
-                "plan": str(file) if file else None,
-                "allocator": made.allocator.model_dump(),
-                "layers": {layer.name: layer_json(layer) for layer in made.layers},
-                "size": size_json(made.size()),
-                "skipped": table.skipped,
-                "left_alone": dict(table.left_alone),
-                "weights": table.weights,
-                "predicted": None if comparison is None else {**vars(comparison), "worse": comparison.worse},
-            }
-            for made, file, comparison in zip(plans, files, comparisons, strict=True)
-        ]
+        documents = [each.document(table) for each in made]
         print_json(documents if len(plans) > 1 else documents[0])
         return
-    out = console()
-    for made, file, comparison in zip(plans, files, comparisons, strict=True):
-        out.print(plan_head(made), soft_wrap=True)
-        out.print(bits_summary(made, made.size()))
-        for line in size_lines(made.size()):
-            out.print(line, soft_wrap=True)
-        out.print(comparison.text() if comparison is not None else UNCOMPARED, soft_wrap=True)
-        say_written(file, "plan")
+    for each in made:
+        each.show()
     if usual_taken(ctx, options):
         echo(USUAL)
     say_left_alone(table)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A plan, the file it went into, and how it compares with uniform widths."""
+
+    plan: "Plan"
+    file: Path | None
+    comparison: "Comparison | None"
+
+    def document(self, table: "LayerTable") -> dict[str, Any]:
+        """Everything, for `--json`."""
+        from ...report.tables import layer_json, size_json
+
+        found = self.comparison
+        return {
+            "plan": str(self.file) if self.file else None,
+            "allocator": self.plan.allocator.model_dump(),
+            "layers": {layer.name: layer_json(layer) for layer in self.plan.layers},
+            "size": size_json(self.plan.size()),
+            "skipped": table.skipped,
+            "left_alone": dict(table.left_alone),
+            "weights": table.weights,
+            "predicted": None if found is None else {**vars(found), "worse": found.worse},
+        }
+
+    def show(self) -> None:
+        """What a person wants to know."""
+        from ...report.console import console
+        from ...report.tables import bits_summary, plan_head, size_lines
+
+        out = console()
+        out.print(plan_head(self.plan), soft_wrap=True)
+        out.print(bits_summary(self.plan, self.plan.size()))
+        for line in size_lines(self.plan.size()):
+            out.print(line, soft_wrap=True)
+        out.print(self.comparison.text() if self.comparison is not None else UNCOMPARED, soft_wrap=True)
+        say_written(self.file, "plan")

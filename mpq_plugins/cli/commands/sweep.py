@@ -44,6 +44,7 @@ def sweep(
     evaluation: str | None,
     model_factory: str | None,
     uniform: bool,
+    judge: str | None,
     cache: Path | None,
     as_json: bool,
     **options: Any,
@@ -74,7 +75,7 @@ def sweep(
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
-            rows = run(table, _distinct(plans), model, evaluate, store=store, progress=progress)
+            rows = run(table, _distinct(plans), model, evaluate, judge=judge, store=store, progress=progress)
         write_rows(rows, files, title := f"{source}, {table.scheme}")
     print_rows(rows, table, title, as_json, output, plot)
 

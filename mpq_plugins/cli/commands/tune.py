@@ -10,7 +10,7 @@ import click
 from ...errors import PluginError, SettingError, TuningError
 from ...report.progress import echo, progress_bar, say
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
-from ..output import claim, json_option, print_json, say_left_alone, say_written
+from ..output import claim, json_option, judge_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import installed
 
@@ -42,6 +42,7 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
     help="Whose tuner: inc or inc_classic (default: the one that is installed).",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write.")
+@judge_option
 @scheme_options
 @json_option
 @click.pass_context
@@ -54,6 +55,7 @@ def tune(
     tolerable_loss: float,
     backend: str | None,
     output: Path | None,
+    judge: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -64,6 +66,7 @@ def tune(
     enough, that is an error that names the best.
     """
     from ...evaluation.tuning import Criterion
+    from ...report.tuning import Judged
     from ..measuring import measure_now
     from ..output import check_output
     from ..plans import joint_needs, plans_by
@@ -81,16 +84,17 @@ def tune(
     table = measure_now(Source(source, "module", model), joint_needs(allocators), request)
     with progress_bar("tuning") as progress:
         plans = plans_by(allocators, table)
+        judged = Judged.of(table, plans, judge)
         _say_merged(plans)
         try:
             tuning = run(model, plans, evaluate, tolerable_loss, progress=progress)
         except TuningError as error:
             if error.tuning is not None:
-                _print(error.tuning, source, as_json, None)
+                _print(error.tuning, judged, source, as_json, None)
             raise
     if output is not None:
         tuning.chosen.plan.save(output)
-    _print(tuning, source, as_json, output)
+    _print(tuning, judged, source, as_json, output)
     if not as_json:
         say_left_alone(table)
 
@@ -118,14 +122,14 @@ def _say_merged(plans: "Sequence[Plan]") -> None:
         say(f"note: the {len(plans)} settings make {distinct} different plans; each is tried once")
 
 
-def _print(tuning: "Tuning", source: str, as_json: bool, output: Path | None) -> None:
+def _print(tuning: "Tuning", judged: Any, source: str, as_json: bool, output: Path | None) -> None:
     from ...report.console import console
     from ...report.tuning import tuning_json, tuning_table
 
     if as_json:
-        print_json({**tuning_json(tuning), "plan": str(output) if output else None})
+        print_json({**tuning_json(tuning, judged), "plan": str(output) if output else None})
         return
-    console().print(tuning_table(tuning, source))
+    console().print(tuning_table(tuning, source, judged))
     echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
     if tuning.met:
         say_written(output, "plan")
