@@ -31,6 +31,7 @@ from .errors import (
     WeightError,
     WorkerError,
 )
+from .evaluation.evaluate import EvaluatedPlan, evaluate
 from .evaluation.pareto import LabelledPlan, pareto
 from .evaluation.sweep import SweepRow, sweep
 from .measurement.contract import Curves, Job, Sensitivity
@@ -72,6 +73,7 @@ __all__ = [
     "Curves",
     "Deviations",
     "Difference",
+    "EvaluatedPlan",
     "FormatError",
     "GlobalSparsity",
     "Granular",
@@ -119,6 +121,7 @@ __all__ = [
     "compress",
     "correct",
     "decompress",
+    "evaluate",
     "find_weights",
     "finish",
     "input_ranges",

@@ -11,7 +11,7 @@ from ..common.outsiders import outsiders
 from ..common.text import what_it_said
 from ..errors import SettingError, SourceError
 from ..report.progress import progress_bar
-from .sources import named_function
+from .functions import named_function
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,6 +42,37 @@ def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
 
     with progress_bar("making inputs") as progress:
         return list(synthetic_batches(model, shape, progress=progress))
+
+
+def batches_of(model: "nn.Module", calibration: str | None, shape: Sequence[int] | None) -> list[Any] | None:
+    """The batches that --calibrate or --synthetic asks for; None for neither. Raises SettingError for both."""
+    if calibration is not None and shape is not None:
+        raise SettingError("calibrate: --calibrate and --synthetic both say what to correct on; give one")
+    if shape is not None:
+        return synthetic(model, list(shape))
+    return calibration_batches(calibration) if calibration is not None else None
+
+
+def loaded_module(source: str, factory: str | None, key: str | None) -> "nn.Module":
+    """The module that a source is, or the factory's with the weights of the checkpoint that it is.
+
+    Raises SettingError where a checkpoint has no factory or a module has one, and SourceError.
+    """
+    from ..checkpoints.checkpoint import read_checkpoint
+    from .sources import make_module, resolve_source
+
+    given = resolve_source(source)
+    if given.module is not None:
+        if factory is not None or key is not None:
+            raise SettingError("model: --model and --weights say what a checkpoint holds, and SOURCE is a module")
+        return given.module
+    if given.is_table or factory is None:
+        raise SettingError(
+            f"{source}: is a file, and only a module can be run; add --model package.module:factory, which makes it"
+        )
+    model = make_module(factory)
+    _load(model, given.path, read_checkpoint(given.path, key, whole=True).tensors, factory)
+    return model
 
 
 def corrected_tensors(

@@ -24,11 +24,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Layers and weights": ("skip", "only", "model_factory", "weights", "already_quantized", "fold_bn"),
     "Scheme": ("scheme_name",),
     "Where it runs": ("workers", "dask", "device"),
-    "Output": ("output", "cache", "plot", "plan_file", "as_json"),
+    "Output": ("output", "force", "cache", "plot", "plan_file", "as_json"),
 }  # fmt: skip
+FORCE_KEY = "mpq_plugins.force"
 OTHER = "Options"
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "Decide": ("measure", "plan", "sweep", "pareto", "tune"),
+    "Decide": ("measure", "plan", "sweep", "pareto", "evaluate", "tune"),
     "Look": ("show", "diff", "check", "inspect", "plugins"),
     "Apply": ("apply", "reconstruct", "compress", "decompress"),
     "Try": ("demo",),
@@ -44,7 +45,12 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose options are listed by section."""
+    """A command whose options are listed by section; one that writes a file has --force too."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        if any(parameter.name == "output" for parameter in self.params):
+            self.params.append(_force_option())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections that this command has options of; those of fields follow what names their owner."""
@@ -56,6 +62,17 @@ class SectionCommand(click.Command):
         for title in _in_order(records):
             with formatter.section(title):
                 formatter.write_dl(records[title])
+
+
+def _force_option() -> click.Option:
+    return click.Option(
+        ["--force"], is_flag=True, expose_value=False, callback=_keep_force,
+        help="Write over a file that is not known to be mpq's own.",
+    )  # fmt: skip
+
+
+def _keep_force(context: click.Context, _: click.Parameter, force: bool) -> None:
+    context.meta[FORCE_KEY] = force
 
 
 class SectionGroup(click.Group):

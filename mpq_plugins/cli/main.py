@@ -20,6 +20,7 @@ from .commands.compress import compress
 from .commands.decompress import decompress
 from .commands.demo import demo
 from .commands.diff import diff
+from .commands.evaluate import evaluate
 from .commands.inspect import inspect
 from .commands.measure import measure
 from .commands.pareto import pareto
@@ -148,7 +149,7 @@ def cli() -> None:
 
 
 for command in (
-    measure, plan, show, diff, check, apply, reconstruct, compress, decompress, inspect, sweep, pareto, tune, plugins,
-    demo,
+    measure, plan, show, diff, check, apply, reconstruct, compress, decompress, inspect, sweep, pareto, evaluate, tune,
+    plugins, demo,
 ):  # fmt: skip
     cli.add_command(command)

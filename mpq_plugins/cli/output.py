@@ -12,7 +12,9 @@ import click
 from ..common.files import claimed, exists, source_files
 from ..errors import SettingError, SourceError
 from ..report.progress import echo, echo_lines, say
-from .sources import FACTORY
+from .functions import function_file
+from .help import FORCE_KEY
+from .written import check_replaceable
 
 BAD_INPUT = 2
 INTERNAL = 70  # as sysexits.h has it
@@ -49,12 +51,22 @@ judge_option = click.option(
 
 
 def claim(*outputs: Path | None) -> None:
-    """Hold the files that a command writes until it ends. Raises SettingError where another run holds one."""
+    """Hold the files that a command writes until it ends.
+
+    Raises SettingError where another run holds one, and where one is somebody else's and --force is not given.
+    """
     context = click.get_current_context()
     for output in outputs:
         if output is not None:
+            check_ours(output)
             context.with_resource(claimed(output))
             context.ensure_object(list).append(output)
+
+
+def check_ours(output: Path | None) -> None:
+    """Refuse, without --force, to write over a file that is not known to be ours. Raises SettingError."""
+    if output is not None and not click.get_current_context().meta.get(FORCE_KEY):
+        check_replaceable(output)
 
 
 def print_json(document: Any) -> None:
@@ -116,9 +128,8 @@ def check_output(output: Path | None, *inputs: str | Path | None) -> None:
 
 def _files_of(given: str | Path) -> list[Path]:
     """What is read where this is given."""
-    if isinstance(given, str) and FACTORY.fullmatch(given):
-        return [Path(*given.partition(":")[0].split(".")).with_suffix(".py")]
-    return source_files(Path(given))
+    file = function_file(given) if isinstance(given, str) else None
+    return [file] if file is not None else source_files(Path(given))
 
 
 def _same(output: Path, path: Path) -> bool:

@@ -180,10 +180,11 @@ def resumable(
             yield None
         return
     from ..common.store import Store
-    from ..evaluation.sweep import JOB, sweep_facts
+    from ..evaluation.scored import evaluation_facts
+    from ..evaluation.sweep import JOB
 
     with Store(files.store) as store:
-        rows = store.job(JOB, sweep_facts(model, evaluate, calibrate))
+        rows = store.job(JOB, evaluation_facts(model, evaluate, calibrate))
         if len(rows):
             say(f"going on: rows already in {store.path}: {len(rows)}")
         with _measurement_until_the_end(files, store):

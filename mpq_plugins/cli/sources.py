@@ -1,23 +1,19 @@
 """From words on the command line to sources, schemes and tables."""
 
-import importlib
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.files import exists
-from ..common.outsiders import contained, outsiders
-from ..errors import SourceError
+from ..common.outsiders import outsiders
+from ..errors import SettingError, SourceError
+from .functions import named_function, names_function
 
 if TYPE_CHECKING:
     from torch import nn
 
 PRINTED = 128  # bits of a number; of thousands of digits Python makes no text
-FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -48,13 +44,32 @@ class Source:
 
 
 def resolve_source(text: str) -> Source:
-    """A table, a checkpoint, or the module that `package.module:factory` returns. Raises SourceError."""
+    """A table, a checkpoint, or the module that a factory returns, `package.module:factory` or `file.py:factory`.
+
+    Raises SourceError.
+    """
+    from ..plans.plan import is_plan
     from ..plans.table_file import is_table
 
     path = Path(text)
-    if FACTORY.fullmatch(text) and not exists(path):
+    if names_function(text):
         return Source(text, "module", make_module(text))
+    if is_plan(path):
+        raise SourceError(f"{text}: is a plan, and a model or its weights are wanted; `mpq show {text}` shows it")
+    if path.suffix == ".py" and path.is_file():
+        raise SourceError(f"{text}: which function of it makes the model? Write {text}:NAME")
     return Source(text, "table" if is_table(path) else "checkpoint", path)
+
+
+def check_order(plan: Path, source: str, usage: str) -> None:
+    """Refuse a plan where the source belongs, and the other way round. Raises SettingError.
+
+    usage: how the command is written, `mpq check PLAN SOURCE`.
+    """
+    from ..plans.plan import is_plan
+
+    if is_plan(Path(source)) and not is_plan(plan):
+        raise SettingError(f"arguments: {source} is a plan and {plan} is none, so they are swapped; write {usage}")
 
 
 def make_module(text: str) -> "nn.Module":
@@ -70,33 +85,6 @@ def make_module(text: str) -> "nn.Module":
         made.eval().state_dict()  # one that contains itself ends here
         list(made.named_modules())
     return made
-
-
-def named_function(text: str) -> Callable[..., Any]:
-    """What `package.module:function` names. Raises SourceError."""
-    if not FACTORY.fullmatch(text):
-        raise SourceError(
-            f"{text}: names no function; write package.module:function as Python imports it, mine:score for a function "
-            "score in mine.py here"
-        )
-    module_name, _, name = text.partition(":")
-    with outsiders(lambda said: SourceError(f"{text}: the function cannot be found ({said})")), _importing_from_here():
-        function = getattr(importlib.import_module(module_name), name)
-    if not callable(function):
-        raise SourceError(f"{text}: is a {type(function).__name__}; a function is needed")
-    return contained(function)
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """As `python -m` does, so that a user's own file is found."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # what was imported may have changed the path, too
-            sys.path.remove(here)
 
 
 def named_files(values: Mapping[str, Any]) -> list[str]:

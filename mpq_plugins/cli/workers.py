@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import click
 
+from ..common.extras import how_to_install
 from ..common.text import what_it_said
 from ..errors import SettingError, WorkerError
 
@@ -36,7 +37,7 @@ def _dask(address: str) -> Iterator[Executor]:
     try:
         from distributed import Client
     except ImportError as error:
-        raise SettingError("dask: is not installed; pip install 'mpq-plugins[dask]'") from error
+        raise SettingError(f"dask: is not installed: {how_to_install('dask')}") from error
     for name in [*logging.root.manager.loggerDict, "tornado.application"]:
         if name.startswith(("distributed", "tornado")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say of a lost scheduler, our error says

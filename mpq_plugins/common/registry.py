@@ -7,9 +7,11 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..errors import PluginError
+from .extras import missing_for
 from .outsiders import outsiders
 from .text import did_you_mean
 
+OURS = "mpq-plugins"
 GROUPS = ("allocators", "adapters", "sensitivities", "schemes")
 REQUIRED: dict[str, tuple[str, ...]] = {
     "allocators": ("name", "needs", "__call__"),
@@ -89,6 +91,8 @@ def load(group: str, name: str) -> Any:
             f"{group}: {name!r:.60} is not installed; there are {', '.join(names(group)) or 'none'}"
             f"{did_you_mean(name, names(group))}"
         )
+    if group == "adapters" and plugin.distribution == OURS and (missing := missing_for(name)):
+        raise PluginError(f"{group}: {name!r} cannot be used, for {missing}")
     return imported(plugin, plugin.target, REQUIRED.get(group, ()))
 
 

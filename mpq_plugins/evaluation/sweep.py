@@ -1,6 +1,5 @@
 """Many plans of one table: what each costs, what it loses, and which of them are worth having."""
 
-import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,12 @@ from ..allocation.objective import predicted
 from ..common.deferred import Deferred
 from ..common.progress import Progress
 from ..common.public import public
-from ..common.store import Finished, Store, opened
+from ..common.store import Store, opened
 from ..errors import SettingError, SourceError
-from ..models.copying import duplicate
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
-from .scores import Evaluate, Scores, checked_scores
+from .scored import FLOAT, Scored, evaluation_facts
+from .scores import Evaluate, Scores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +25,7 @@ else:
     nn = Deferred("torch.nn")
 
 
-FLOAT, JOB = "float", "sweep"
+JOB = "sweep"
 
 
 @public
@@ -98,32 +97,17 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         raise SettingError("plans: none given; one or more")
     with opened(store) as kept:
         finished = (
-            kept.job(JOB, sweep_facts(model, evaluate, calibrate)) if kept is not None and model is not None else None
+            kept.job(JOB, evaluation_facts(model, evaluate, calibrate))
+            if kept is not None and model is not None
+            else None
         )
-        return _rows(table, plans, _Scored(model, evaluate, calibrate, finished), series, judge, progress)
-
-
-def sweep_facts(
-    model: "nn.Module", evaluate: Evaluate | None, calibrate: "Sequence[Any] | None" = None
-) -> dict[str, str]:
-    """What decides the scores of a plan: the model, the function's code, and what is corrected on."""
-    from ..models.fingerprint import batches_digest, model_digest, source_digest
-
-    code = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
-    return {
-        "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(code)}",
-        "calibration": "" if calibrate is None else batches_digest(calibrate),
-    }  # fmt: skip
-
-
-def _name(function: object) -> str:
-    return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
+        return _rows(table, plans, Scored(model, evaluate, calibrate, finished), series, judge, progress)
 
 
 def _rows(
     table: LayerTable,
     plans: Sequence[Plan],
-    scored: "_Scored",
+    scored: Scored,
     series: Sequence[str],
     judge: str | None,
     progress: Progress | None,
@@ -143,44 +127,6 @@ def _rows(
     if progress is not None:
         progress("", len(plans), len(plans))
     return (*float_row, *mark_pareto(rows))
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """The scores of a plan, or of the float model, from the store or from an evaluation."""
-
-    model: "nn.Module | None"
-    evaluate: Evaluate | None
-    calibrate: "Sequence[Any] | None"
-    finished: Finished | None
-
-    @property
-    def possible(self) -> bool:
-        return self.model is not None and self.evaluate is not None
-
-    def __call__(self, plan: Plan | None) -> Scores:
-        if self.model is None or self.evaluate is None:
-            return {}
-        key = FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
-        known = self.finished.row(key) if self.finished is not None else None
-        if known is not None:
-            return known
-        # A copy for the float model too: an evaluation may leave its mark on what it is given.
-        given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
-        what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
-        scores = checked_scores(self.evaluate, given, what)
-        if self.finished is not None:
-            self.finished.add_row(key, scores)
-        return scores
-
-
-def quantized_copy(model: "nn.Module", plan: Plan, calibrate: "Sequence[Any] | None" = None) -> "nn.Module":
-    """The model under the plan, verified; corrected on the batches, where there are any."""
-    from ..simulation.apply import apply, verify
-
-    quantized = apply(model, plan, calibrate=calibrate)
-    verify(quantized, plan)
-    return quantized
 
 
 def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:

@@ -16,7 +16,7 @@ from pydantic import (
 from ..common.checks import first_problem
 from ..common.checksum import is_damaged, sealed, unsealed
 from ..common.documents import Strict, load_json, parse_json
-from ..common.files import write_text
+from ..common.files import open_regular, write_text
 from ..common.public import public
 from ..errors import FormatError, SettingError
 from .layers import LayerChoice, check_once
@@ -28,6 +28,7 @@ PLAN_VERSION = 2
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda plan: {**plan, "version": 2}}
 """Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none."""
 
+SAID_WITHIN = 256  # bytes from its beginning: the first thing that a plan says
 DEEPEST = 32  # of parameters in one another
 
 
@@ -194,6 +195,15 @@ class Plan(Strict):
         if bits is not None and (type(bits) is not int or bits not in range(1, 17)):
             raise SettingError(f"activation_bits: {bits!r} is not allowed; 1 to 16, or none for floating point")
         return self.model_copy(update={"activation_bits": bits})
+
+
+def is_plan(path: Path) -> bool:
+    """Whether the file says that it is a plan; looks at its beginning only."""
+    try:
+        with open_regular(path) as file:
+            return f'"format": "{PLAN_FORMAT}"'.encode() in file.read(SAID_WITHIN)
+    except (OSError, ValueError):
+        return False
 
 
 def _with_layer_name(parameter: str, new: Callable[[str], str]) -> str:

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..common.extras import how_to_install
 from ..common.files import atomic_path
 from ..common.text import printable
 from ..errors import SettingError
@@ -19,7 +20,7 @@ def check_plot(path: Path | None) -> None:
     if path.suffix.lower() not in FORMATS:
         raise SettingError(f"plot: {path} should end in {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise SettingError("plot: matplotlib is not installed; pip install 'mpq-plugins[report]', or leave --plot out")
+        raise SettingError(f"plot: matplotlib is not installed: {how_to_install('report')}; or leave --plot out")
 
 
 def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:

@@ -50,10 +50,11 @@ def apply(
     from ...simulation.checkpoint import rewrite
     from ..calibration import corrected_tensors
     from ..output import check_output
-    from ..sources import make_module
+    from ..sources import check_order, make_module
 
     check_output(output, checkpoint, plan_file, calibration, model_factory)
     claim(output)
+    check_order(plan_file, str(checkpoint), "mpq apply CHECKPOINT PLAN")
     loaded = Plan.load(plan_file)
     if calibration is not None and synthetic is not None:
         raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")

@@ -54,12 +54,13 @@ def check(
     from ...plans.plan import Plan
     from ...simulation.match import match
     from ..output import check_output
-    from ..sources import make_module, resolve_source
+    from ..sources import check_order, make_module, resolve_source
 
     if output is not None and backend is None:
         raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
     check_output(output, plan_file, source)
     claim(output)
+    check_order(plan_file, source, "mpq check PLAN SOURCE")
     plan = Plan.load(plan_file)
     resolved = resolve_source(source).weights
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):

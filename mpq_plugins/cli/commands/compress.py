@@ -57,13 +57,14 @@ def compress(
     from ...compression.write import write  # which leaves it to its caller to say what was left out
     from ...plans.plan import Plan
     from ..output import check_output
-    from ..sources import make_module, resolve_source
+    from ..sources import check_order, make_module, resolve_source
 
     check_output(output, plan_file, source)
     if output.suffix != ".mpq":  # another file may be a checkpoint, and would be gone
         raise click.UsageError(f"-o {output}: the result is a container; name a file that ends in .mpq")
     claim(output)
     pruning = _pruning(amounts, prune_by)
+    check_order(plan_file, source, "mpq compress SOURCE PLAN")
     plan = Plan.load(plan_file)
     resolved = resolve_source(source).weights
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):

@@ -65,9 +65,10 @@ def pareto(
     from ...plans.stats import METRICS
     from ...report.progress import progress_bar
     from ..calibration import calibration_batches
+    from ..functions import named_function
     from ..measuring import measured
     from ..request import Request
-    from ..sources import named_function, resolve_source
+    from ..sources import resolve_source
 
     files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
     request = Request(**request_values(options))

@@ -53,7 +53,7 @@ def plan(
 
     from ...allocation.guard import compare, judge_of, worse_text
     from ..measuring import measured
-    from ..output import check_output
+    from ..output import check_ours, check_output
     from ..plans import joint_needs, plan_files, plans_by, save_plans, untied
     from ..request import Request
     from ..sources import named_files, resolve_source
@@ -75,6 +75,7 @@ def plan(
     for file in files:
         if output is not None and output.is_dir():
             check_output(file, *inputs, cache)
+            check_ours(file)
     for note in untied(allocators, table):
         say(f"note: {note}")
     judge = judge_of(table, plans, judge)

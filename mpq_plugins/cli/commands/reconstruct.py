@@ -89,8 +89,9 @@ def reconstruct(
     from ...plans.plan import Plan
     from ...reconstruction.brecq import reconstruct as learn
     from ..calibration import calibration_batches
+    from ..functions import named_function
     from ..output import check_output
-    from ..sources import make_module, named_function
+    from ..sources import check_order, make_module
 
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
@@ -100,6 +101,7 @@ def reconstruct(
         raise SettingError(f"output: {output} is no file; name another")
     claim(output)
     score = named_function(evaluation) if evaluation is not None else None
+    check_order(plan_file, source, "mpq reconstruct MODULE:FACTORY PLAN")
     plan = Plan.load(plan_file)
     model = make_module(source)
     store = Store.beside(output)

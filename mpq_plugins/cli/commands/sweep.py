@@ -56,10 +56,11 @@ def sweep(
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar
+    from ..functions import named_function
     from ..measuring import measured
     from ..plans import plans_by
     from ..request import Request
-    from ..sources import named_files, named_function, resolve_source
+    from ..sources import named_files, resolve_source
 
     request = Request(**request_values(options))
     files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))

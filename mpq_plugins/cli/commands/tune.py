@@ -67,11 +67,12 @@ def tune(
     """
     from ...evaluation.tuning import Criterion
     from ...report.tuning import Judged
+    from ..functions import named_function
     from ..measuring import measure_now
     from ..output import check_output
     from ..plans import joint_needs, plans_by
     from ..request import Request
-    from ..sources import Source, make_module, named_files, named_function
+    from ..sources import Source, make_module, named_files
 
     check_output(output, source, evaluation, *named_files(options))
     claim(output)

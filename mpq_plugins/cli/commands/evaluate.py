@@ -1,0 +1,123 @@
+"""`mpq evaluate`: what plans do to a model's score, as they are and corrected."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ...errors import SettingError
+from ...report.progress import echo, progress_bar, say
+from ..help import SectionCommand
+from ..output import check_output, claim, json_option, print_json, say_written, weights_option
+from ..types import FileOrFactory, IntegerList
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from torch import nn
+
+    from ...common.store import Store
+    from ...plans.plan import Plan
+
+STEPS = "an interrupted run starts over; with -o FILE.csv it goes on"
+
+
+@click.command(
+    cls=SectionCommand,
+    epilog="Examples: mpq evaluate mine:net plan.json --eval mine:accuracy. Two plans, as they are and corrected: "
+    "mpq evaluate mine:net a.json b.json --eval mine:accuracy --calibrate mine:batches -o tried.csv. A checkpoint: "
+    "mpq evaluate net.pt plan.json --model mine:net --eval mine:accuracy",
+)
+@click.argument("source", type=FileOrFactory())
+@click.argument("plan_files", metavar="PLAN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--eval", "evaluation", metavar="MODULE:FUNCTION", required=True,
+    help="Called with the float model and each quantized one; returns a score, larger is better, or names and numbers.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
+    help="Also correct each plan's statistics and biases, on the batches of inputs that this function returns.",
+)  # fmt: skip
+@click.option(
+    "--synthetic", type=IntegerList(), metavar="SHAPE",
+    help="Instead of --calibrate: inputs of this shape (samples first) made of the BatchNorm statistics.",
+)  # fmt: skip
+@click.option("--model", "model_factory", metavar="MODULE:FACTORY", help="The checkpoint's model, where SOURCE is one.")
+@weights_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes.")
+@json_option
+def evaluate(
+    source: str,
+    plan_files: tuple[Path, ...],
+    evaluation: str,
+    calibration: str | None,
+    synthetic: tuple[int, ...] | None,
+    model_factory: str | None,
+    weights: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate SOURCE in float, under each PLAN as it is and, with calibration inputs, under each PLAN corrected."""
+    from ...evaluation.evaluate import evaluate as run
+    from ...report.console import console
+    from ...report.evaluate import evaluated_csv, evaluated_json, evaluated_table
+    from ..calibration import batches_of, loaded_module
+    from ..functions import named_function
+    from ..sources import check_order
+
+    check_output(output, source, evaluation, calibration, model_factory, *plan_files)
+    claim(output)
+    check_order(plan_files[0], source, "mpq evaluate SOURCE PLAN...")
+    loaded = named_plans(plan_files)
+    model = loaded_module(source, model_factory, weights)
+    plans = {name: _fitting(plan, model, name) for name, plan in loaded.items()}
+    score = named_function(evaluation)
+    batches = batches_of(model, calibration, synthetic)
+    with _kept(output) as store, progress_bar("evaluating") as progress:
+        rows = run(model, plans, score, calibrate=batches, store=store, progress=progress)
+        if output is not None:
+            evaluated_csv(rows, output)
+    if as_json:
+        print_json({"source": source, "rows": evaluated_json(rows)})
+        return
+    count = max(plan.size().numel for plan in plans.values())
+    console().print(evaluated_table(rows, count, f"{source}, {count:,} planned weights"))
+    echo("bits: a weight, in total; size: of the planned layers, in total; seconds: of one evaluation")
+    if batches is None:
+        echo("--calibrate MODULE:FUNCTION, which returns batches of inputs, tries every plan corrected too")
+    say_written(output, "rows as CSV")
+
+
+def named_plans(files: tuple[Path, ...]) -> "dict[str, Plan]":
+    """The plans, by the names of their files. Raises SettingError for two of one name, FormatError for no plan."""
+    from ...plans.plan import Plan
+
+    plans: dict[str, Plan] = {}
+    for file in files:
+        name = str(file) if file.name in {other.name for other in files if other is not file} else file.name
+        if name in plans:
+            raise SettingError(f"{file}: is given twice; give each plan once")
+        plans[name] = Plan.load(file)
+    return plans
+
+
+def _fitting(plan: "Plan", model: "nn.Module", name: str) -> "Plan":
+    """The plan with the layers as the model calls them, other weights said. Raises MismatchError."""
+    from ...simulation.match import match
+
+    fit = match(plan, model, weights=True, rewrapped=True)
+    fitting = fit.require(name)
+    for note in fit.notes:
+        say(f"note: {name}: {note}")
+    return fitting
+
+
+@contextmanager
+def _kept(output: Path | None) -> "Iterator[Store | None]":
+    """The store beside the output, which an interrupted run goes on from."""
+    from ..measuring import kept_beside
+
+    if output is None:
+        say(f"note: {STEPS}")
+    with kept_beside(output) as store:
+        yield store

@@ -1,0 +1,38 @@
+"""Whether a file that a command is to write was written by `mpq` before, and may be replaced."""
+
+from pathlib import Path
+
+from ..common.files import exists
+from ..errors import SettingError
+
+HEAD = 4096  # bytes that tell most kinds
+MOST = 64 << 20  # of a picture, whose mark may be at its end
+PICTURES = (".png", ".svg", ".pdf")
+MARK = b"mpq-plugins"  # in each picture's metadata
+TABLES_OF_ROWS = (b"series,allocator,", b"allocator,average_bits,", b"plan,corrected,")
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse to write over a file that cannot be told to be `mpq`'s own. Raises SettingError.
+
+    Plans, tables, containers, rows as CSV and pictures are known by what they hold. A checkpoint looks alike whoever
+    wrote it, so it is refused.
+    """
+    if not exists(output) or not output.is_file() or output.stat().st_size == 0 or is_ours(output):
+        return
+    raise SettingError(
+        f"output: {output} exists, and it is not known to be a file of mpq's; --force writes over it, or name another"
+    )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file holds what only `mpq` writes."""
+    from ..checkpoints.checkpoint import CONTAINER_MAGIC
+    from ..plans.plan import is_plan
+    from ..plans.table_file import is_table
+
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        if path.suffix.lower() in PICTURES:
+            return MARK in head + file.read(MOST)
+    return head.startswith((CONTAINER_MAGIC, *TABLES_OF_ROWS)) or is_plan(path) or is_table(path)

@@ -1,0 +1,123 @@
+"""A few plans of one model, tried: the float model, each plan as it is, and each corrected."""
+
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..common.deferred import Deferred
+from ..common.progress import Progress
+from ..common.public import public
+from ..common.store import Store, opened
+from ..errors import SettingError
+from ..plans.plan import Plan
+from ..plans.size import PlanSize
+from .scored import FLOAT, Scored, evaluation_facts
+from .scores import Evaluate, Scores
+
+if TYPE_CHECKING:
+    from torch import nn
+else:
+    nn = Deferred("torch.nn")
+
+SECONDS = "evaluation seconds"  # beside the scores, in what is kept of a row
+AS_IT_IS, CORRECTED = "evaluate", "evaluate corrected"
+
+
+@public
+@dataclass(frozen=True)
+class EvaluatedPlan:
+    """One model that was tried.
+
+    Attributes:
+        name: What the plan is called; `float` for the model itself.
+        corrected: Whether statistics and biases were corrected on calibration inputs.
+        size: The plan's size; None for the float model.
+        scores: What the evaluation returned, by name.
+        seconds: How long the evaluation took.
+    """
+
+    name: str
+    corrected: bool
+    size: PlanSize | None
+    scores: Scores
+    seconds: float
+
+
+def evaluate(
+    model: "nn.Module",
+    plans: Mapping[str, Plan],
+    score: Evaluate,
+    *,
+    calibrate: "Sequence[Any] | None" = None,
+    store: str | Path | Store | None = None,
+    progress: Progress | None = None,
+) -> tuple[EvaluatedPlan, ...]:
+    """Evaluate the float model, each plan as it is and, with calibration inputs, each plan corrected.
+
+    Args:
+        model: The float model; it is not changed. Every plan is applied to a copy, and the copy is verified.
+        plans: Plans by the names that their rows get.
+        score: Called with each model; returns a number, larger is better, or names and numbers.
+        calibrate: Batches of inputs on which a second copy of each plan is corrected (`correct`).
+        store: Where finished evaluations are kept, so that an interrupted run goes on, as in `measure`.
+        progress: Called with (name, done, total).
+
+    Returns:
+        The rows: float first, then each plan in its order, as it is and corrected.
+
+    Raises:
+        SettingError: No plans are given.
+        MismatchError: A plan is another model's.
+        SourceError: The evaluation fails, or does not return names with numbers.
+
+    Example:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> rows = mpq.evaluate(net, {"four": plan}, lambda tried: float(tried(torch.ones(1, 8)).sum()))
+        >>> [row.name for row in rows]
+        ['float', 'four']
+    """
+    if not plans:
+        raise SettingError("plans: none given; one or more")
+    timed = _timed(score)
+    with opened(store) as kept:
+        runs = [Scored(model, timed, None, _finished(kept, AS_IT_IS, model, score, None))]
+        if calibrate is not None:
+            runs.append(Scored(model, timed, calibrate, _finished(kept, CORRECTED, model, score, calibrate)))
+        return tuple(_rows(plans, runs, progress))
+
+
+def _timed(score: Evaluate) -> Evaluate:
+    """The user's evaluation, with the seconds it took beside its scores, under its own name."""
+
+    @functools.wraps(score)
+    def timed(model: "nn.Module") -> Any:
+        start = time.perf_counter()
+        returned = score(model)
+        seconds = time.perf_counter() - start
+        scores = returned if isinstance(returned, Mapping) else {"score": returned}
+        return {**scores, SECONDS: seconds} if scores else scores
+
+    timed.__qualname__ = getattr(score, "__qualname__", repr(score))
+    return timed
+
+
+def _finished(kept: Store | None, job: str, model: "nn.Module", score: Evaluate, calibrate: Any) -> Any:
+    return None if kept is None else kept.job(job, evaluation_facts(model, score, calibrate))
+
+
+def _rows(plans: Mapping[str, Plan], runs: Sequence[Scored], progress: Progress | None) -> Iterator[EvaluatedPlan]:
+    tries: list[tuple[str, Plan | None, Scored]] = [(FLOAT, None, runs[0])]
+    tries += [(name, plan, run) for name, plan in plans.items() for run in runs]
+    for done, (name, plan, run) in enumerate(tries):
+        if progress is not None:
+            progress(name, done, len(tries))
+        scores = dict(run(plan))
+        seconds = scores.pop(SECONDS)
+        yield EvaluatedPlan(name, run.calibrate is not None, plan.size() if plan else None, scores, seconds)
+    if progress is not None:
+        progress("", len(tries), len(tries))

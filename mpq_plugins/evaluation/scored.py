@@ -1,0 +1,76 @@
+"""The scores of plans: each applied to a copy of the model, verified and evaluated, or taken from a store."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..common.deferred import Deferred
+from ..common.store import Finished
+from ..models.copying import duplicate
+from ..plans.plan import Plan
+from .scores import Evaluate, Scores, checked_scores
+
+if TYPE_CHECKING:
+    from torch import nn
+else:
+    nn = Deferred("torch.nn")
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a plan, or of the float model, from the store or from an evaluation."""
+
+    model: "nn.Module | None"
+    evaluate: Evaluate | None
+    calibrate: "Sequence[Any] | None"
+    finished: Finished | None
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a model to evaluate."""
+        return self.model is not None and self.evaluate is not None
+
+    def __call__(self, plan: Plan | None) -> Scores:
+        """Evaluate a copy of the model under the plan, or in float for None."""
+        if self.model is None or self.evaluate is None:
+            return {}
+        key = FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
+        known = self.finished.row(key) if self.finished is not None else None
+        if known is not None:
+            return known
+        # A copy for the float model too: an evaluation may leave its mark on what it is given.
+        given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
+        what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
+        scores = checked_scores(self.evaluate, given, what)
+        if self.finished is not None:
+            self.finished.add_row(key, scores)
+        return scores
+
+
+def quantized_copy(model: "nn.Module", plan: Plan, calibrate: "Sequence[Any] | None" = None) -> "nn.Module":
+    """The model under the plan, verified; corrected on the batches, where there are any."""
+    from ..simulation.apply import apply, verify
+
+    quantized = apply(model, plan, calibrate=calibrate)
+    verify(quantized, plan)
+    return quantized
+
+
+def evaluation_facts(
+    model: "nn.Module", evaluate: Evaluate | None, calibrate: "Sequence[Any] | None" = None
+) -> dict[str, str]:
+    """Say what decides the scores of a plan: the model, the function's code, and what is corrected on."""
+    from ..models.fingerprint import batches_digest, model_digest, source_digest
+
+    code = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
+    return {
+        "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(code)}",
+        "calibration": "" if calibrate is None else batches_digest(calibrate),
+    }  # fmt: skip
+
+
+def _name(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
