@@ -11,6 +11,9 @@ from ..errors import SettingError
 from ..evaluation.sweep import SweepRow
 
 FORMATS = (".png", ".svg", ".pdf")
+MADE_BY = {  # by which a later run knows the picture as its own
+    ".png": {"Software": "mpq-plugins"}, ".svg": {"Creator": "mpq-plugins"}, ".pdf": {"Creator": "mpq-plugins"},
+}  # fmt: skip
 
 
 def check_plot(path: Path | None) -> None:
@@ -53,7 +56,7 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
+        figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150, metadata=MADE_BY[path.suffix.lower()])
 
 
 def _points(rows: Sequence[SweepRow], score: str | None) -> tuple[list[float], list[float]]:

@@ -57,8 +57,8 @@ def tuning_json(tuning: Tuning, judged: Judged = UNJUDGED) -> dict[str, Any]:
         "judge": judged.judge,
         "baseline": tuning.baseline,
         "criterion": tuning.criterion.text(tuning.baseline),
-        "trials": [_plain(trial) | {"predicted": judged.cost(trial.plan)} for trial in tuning.trials],
-        "kept": _plain(tuning.chosen) if tuning.met else None,
+        "trials": [_plain(trial, judged) for trial in tuning.trials],
+        "kept": _plain(tuning.chosen, judged) if tuning.met else None,
     }
 
 
@@ -67,12 +67,13 @@ def _words(trial: Trial) -> tuple[str, str, str, str]:
     return trial.label, f"{size.total_average_bits:.3f}", bytes_text(size.total_bytes), f"{trial.score:.6g}"
 
 
-def _plain(trial: Trial) -> dict[str, Any]:
+def _plain(trial: Trial, judged: Judged) -> dict[str, Any]:
     size = trial.plan.size()
     return {
         "allocator": trial.plan.allocator.model_dump(),
         "total_bytes": size.total_bytes,
         "total_average_bits": size.total_average_bits,
+        "predicted": judged.cost(trial.plan),
         "score": trial.score,
         "met": trial.met,
     }

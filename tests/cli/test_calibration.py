@@ -155,7 +155,7 @@ def test_what_was_corrected_is_listed(mpq: Mpq, checkpoint: Path, plan_file: Pat
             "bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var", "fc.bias",
         ],
     }  # fmt: skip
-    plain = mpq("apply", checkpoint, plan_file, "-o", out)
+    plain = mpq("apply", checkpoint, plan_file, "-o", out, "--force")
     assert plain.out.strip().endswith("3 layers fake-quantized, everything else as it was")
 
 

@@ -308,7 +308,7 @@ def cases(tmp_path: Path, plan_file: Path, checkpoint: Path) -> dict[str, tuple[
 def test_bad_input_is_one_clear_line_and_touches_nothing(
     mpq: Mpq, tmp_path: Path, cases: dict[str, tuple[list[Any], str]]
 ) -> None:
-    (tmp_path / "out.json").write_text("precious")
+    MixQuant()(measure(conv_net())).save(tmp_path / "out.json")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, (arguments, message) in cases.items():
         ran = mpq(*arguments)
@@ -345,7 +345,7 @@ def test_ctrl_c_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
     save_file({f"layer{i}.weight": torch.randn(2048, 2048) for i in range(24)}, tmp_path / "net.safetensors")
     (tmp_path / "out.mpqt").write_text("old")
     command = [sys.executable, "-m", "mpq_plugins", "measure", str(tmp_path / "net.safetensors"), "--range", "mse",
-               "-o", str(tmp_path / "out.mpqt")]  # fmt: skip
+               "--force", "-o", str(tmp_path / "out.mpqt")]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
     while not has_units(tmp_path / "out.mpqt.partial") and time.monotonic() < end:

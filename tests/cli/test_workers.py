@@ -154,7 +154,7 @@ def test_without_dask_it_is_said_how_to_get_it(
     source: Path, mpq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    refused(mpq("measure", source, "--dask", "tcp://127.0.0.1:1"), "dask: is not installed; pip install")
+    refused(mpq("measure", source, "--dask", "tcp://127.0.0.1:1"), "dask: is not installed: pip install")
 
 
 def test_a_device_that_is_none(source: Path, tmp_path: Path, mpq: Callable[..., Ran]) -> None:

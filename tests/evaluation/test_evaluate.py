@@ -1,0 +1,155 @@
+"""Plans tried on a model: rows against runs by hand, corrected ones against `apply`, and the command."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mpq_plugins as mpq
+from mpq_plugins.errors import MismatchError, SettingError, SourceError
+from tests.conftest import Ran
+from tests.helpers.nets import conv_net, tied_net
+
+Mpq = Callable[..., Ran]
+HERE = "tests.evaluation.test_evaluate"
+stop_at = -1
+calls = 0
+
+
+def net() -> nn.Module:
+    return conv_net()
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(2)]
+
+
+def score(model: nn.Module) -> dict[str, float]:
+    global calls
+    if calls == stop_at:
+        raise KeyboardInterrupt
+    calls += 1
+    with torch.no_grad():
+        return {"sum": float(model(batches()[0]).sum()), "largest": float(model(batches()[0]).max())}
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{HERE}.calls", 0)
+    monkeypatch.setattr(f"{HERE}.stop_at", -1)
+
+
+def plans() -> dict[str, mpq.Plan]:
+    table = mpq.measure(conv_net(), mpq.Affine(granularity="per_channel"))
+    return {f"{bits}.json": mpq.Uniform(bits=bits)(table) for bits in (2, 4)}
+
+
+def test_rows_are_what_running_by_hand_gives() -> None:
+    model, given = conv_net(), plans()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = mpq.evaluate(model, given, score, calibrate=batches())
+    wanted: list[tuple[str, bool, nn.Module]] = [("float", False, model)]
+    for name, plan in given.items():
+        wanted.append((name, False, mpq.apply(model, plan)))
+        wanted.append((name, True, mpq.apply(model, plan, calibrate=batches())))
+    assert [(row.name, row.corrected, dict(row.scores)) for row in rows] == [
+        (name, corrected, score(tried)) for name, corrected, tried in wanted
+    ]
+    assert rows[0].size is None
+    assert [row.size for row in rows[1::2]] == [plan.size() for plan in given.values()]
+    assert all(row.seconds > 0 for row in rows)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(SettingError, match="plans: none given"):
+        mpq.evaluate(conv_net(), {}, score)
+    with pytest.raises(MismatchError):
+        mpq.evaluate(tied_net(), plans(), lambda _: 1.0)
+    bad: list[Any] = [lambda _: float("nan"), lambda _: {}, lambda _: "word", lambda _: 1 / 0]
+    for each in bad:
+        with pytest.raises(SourceError, match="<lambda>"):
+            mpq.evaluate(conv_net(), plans(), each)
+
+
+def saved(folder: Path) -> list[Path]:
+    for name, plan in plans().items():
+        plan.save(folder / name)
+    return [folder / name for name in plans()]
+
+
+def test_the_command_shows_every_row_and_writes_it(mpq: Mpq, tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    words = ("evaluate", f"{HERE}:net", *saved(tmp_path), "--eval", f"{HERE}:score")
+    ran = mpq(*words, "--calibrate", f"{HERE}:batches", "-o", out)
+    assert ran.code == 0, ran.err
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["plan"], row["corrected"]) for row in rows] == [
+        ("float", "False"), ("2.json", "False"), ("2.json", "True"), ("4.json", "False"), ("4.json", "True")
+    ]  # fmt: skip
+    for row in rows:
+        assert f"{float(row['score_sum']):.4g}" in ran.out
+    document = json.loads(mpq(*words, "--json").out)
+    assert [row["plan"] for row in document["rows"]] == ["float", "2.json", "4.json"]
+    assert [row["scores"]["sum"] for row in document["rows"]] == [
+        float(row["score_sum"]) for row in rows if row["corrected"] == "False"
+    ]
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_weights(mpq: Mpq, tmp_path: Path) -> None:
+    trained = conv_net()
+    with torch.no_grad():
+        trained.fc.bias.add_(1)
+    torch.save(trained.state_dict(), tmp_path / "net.pt")
+    plan = saved(tmp_path)[1]
+    words = ("evaluate", tmp_path / "net.pt", plan, "--eval", f"{HERE}:score", "--json")
+    ran = mpq(*words, "--model", f"{HERE}:net")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["rows"][0]["scores"] == score(trained.eval())
+    refused = mpq(*words)
+    assert refused.code == 2
+    assert "only a module can be run; add --model package.module:factory" in refused.err
+
+
+def test_an_interrupted_run_goes_on(mpq: Mpq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "rows.csv"
+    words = ("evaluate", f"{HERE}:net", *saved(tmp_path), "--eval", f"{HERE}:score", "-o", out)
+    monkeypatch.setattr(f"{HERE}.stop_at", 2)
+    stopped = mpq(*words)
+    assert stopped.code == 130
+    assert not out.exists()
+    monkeypatch.setattr(f"{HERE}.stop_at", -1)
+    monkeypatch.setattr(f"{HERE}.calls", 0)
+    assert mpq(*words).code == 0
+    assert calls == 1
+    assert out.is_file()
+    assert not out.with_name("rows.csv.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--calibrate", f"{HERE}:batches", "--synthetic", "4,3,8,8"), "give one"),
+        (("--model", f"{HERE}:net"), "SOURCE is a module"),
+        (("--eval", "none:score"), "the function cannot be found"),
+    ],
+)
+def test_what_contradicts_itself_is_one_line(mpq: Mpq, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    ran = mpq("evaluate", f"{HERE}:net", saved(tmp_path)[0], "--eval", f"{HERE}:score", *words)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+    assert len([line for line in ran.err.splitlines() if not line.startswith("mpq: note")]) == 1
+
+
+def test_a_plan_that_is_given_twice_is_refused(mpq: Mpq, tmp_path: Path) -> None:
+    plan = saved(tmp_path)[0]
+    ran = mpq("evaluate", f"{HERE}:net", plan, plan, "--eval", f"{HERE}:score")
+    assert ran.code == 2
+    assert "is given twice" in ran.err
