@@ -13,7 +13,8 @@ from ..common.outsiders import outsiders
 from ..common.text import printable
 from ..errors import PluginError, SettingError
 from .chosen import SHARED, chosen_allocator, owners_of
-from .field_options import NAMES, check_free, option_fields
+from .defaults import IGNORED_KEY, KEY, Defaults
+from .field_options import NAMES, check_free, option_fields, spelled
 from .scheme_options import SchemeCommand
 from .types import NumberList, installed
 
@@ -36,8 +37,12 @@ class AllocatorCommand(SchemeCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Look the allocator up first, for it decides which options there are."""
         own = [option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)]
-        name, ctx.meta[ALLOCATOR_KEY] = chosen_allocator(args, own)
+        defaults = ctx.meta.get(KEY, Defaults()).words(str(ctx.info_name))
+        name, ctx.meta[ALLOCATOR_KEY] = chosen_allocator(args, own, defaults)
         ctx.meta[NAME_KEY] = name
+        one_of = [spelled(field) for field in getattr(ctx.meta[ALLOCATOR_KEY], "one_of", ())]
+        if any(word.partition("=")[0] in one_of for word in args):  # another limit is instead of the file's, not beside
+            ctx.meta[IGNORED_KEY] = one_of
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:

@@ -17,7 +17,7 @@ SHARED = ("scheme",)  # fields that the shared options give
 FIRST = (BEST, "mixquant", "ptilmpq", "uniform")  # in this order an option that several have chooses
 
 
-def chosen_allocator(args: Sequence[str], own: Iterable[str]) -> tuple[str, Any]:
+def chosen_allocator(args: Sequence[str], own: Iterable[str], defaults: Sequence[str] = ()) -> tuple[str, Any]:
     """The name and class of the allocator that these words ask for.
 
     `-a NAME` says it. Otherwise an option that belongs to one allocator alone chooses that one; of several that have
@@ -26,6 +26,7 @@ def chosen_allocator(args: Sequence[str], own: Iterable[str]) -> tuple[str, Any]
     Args:
         args: The words after the command's name.
         own: The command's own options, which choose nothing.
+        defaults: Words that a file of defaults adds; they choose where `args` do not.
 
     Raises:
         PluginError: The allocator is not installed, or cannot be imported.
@@ -34,7 +35,9 @@ def chosen_allocator(args: Sequence[str], own: Iterable[str]) -> tuple[str, Any]
     named = last_named(args, "--allocator", "-a")
     if named is not None:
         return named, registry.load("allocators", named)
-    choose_nothing = {*own, *_scheme_options()}
+    choose_nothing = {*own, *scheme_options()}
+    if defaults and not any(owners_of(word) for word in _said(args) if word not in choose_nothing):
+        return chosen_allocator([*args, *defaults], own)
     said = {word: value for word, value in _said(args).items() if word not in choose_nothing}
     options = _options_of(FIRST, said)
     if not options.known >= said.keys():  # a package's own allocator is imported only where ours leave an option open
@@ -73,7 +76,8 @@ def _options_of(names: Iterable[str], said: Mapping[str, str | None]) -> _Option
     return _Options(found)
 
 
-def _scheme_options() -> Iterable[str]:
+def scheme_options() -> Iterable[str]:
+    """The options that the fields of this package's schemes become."""
     from ..plans.scheme import SCHEMES
 
     return (spelled(field.name) for scheme in SCHEMES.values() for field in dataclasses.fields(scheme))

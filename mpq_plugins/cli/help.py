@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .defaults import KEY, default_map
+
 # Option names as commands have them, by section and in the order in which sections are shown.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
@@ -51,6 +53,13 @@ class SectionCommand(click.Command):
         super().__init__(*arguments, **settings)
         if any(parameter.name == "output" for parameter in self.params):
             self.params.append(_force_option())
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take what mpq.toml says where the command line says nothing."""
+        defaults = ctx.meta.get(KEY)
+        if defaults is not None and defaults.of(str(ctx.info_name)):
+            ctx.default_map = default_map(defaults, self, ctx)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections that this command has options of; those of fields follow what names their owner."""

@@ -30,6 +30,7 @@ from .commands.reconstruct import reconstruct
 from .commands.show import show
 from .commands.sweep import sweep
 from .commands.tune import tune
+from .defaults import KEY, check_common, read_defaults
 from .help import SectionGroup
 from .output import BAD_INPUT, INTERNAL
 
@@ -146,6 +147,11 @@ def cli() -> None:
         Path.cwd()
     except OSError as error:
         raise SourceError(f"the working directory cannot be found ({error.strerror}); change to another") from error
+    ctx = click.get_current_context()
+    defaults = ctx.meta[KEY] = read_defaults(Path.cwd(), cli.commands)
+    if defaults.path is not None:
+        check_common(defaults, cli.commands)
+        say(f"note: defaults for options are read from {defaults.path.name}")
 
 
 for command in (

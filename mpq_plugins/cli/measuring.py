@@ -99,7 +99,7 @@ def _zeros(shape: tuple[int, ...]) -> "Tensor":
 
 
 def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None) -> LayerTable:
-    if not request.empty or cache is not None:
+    if not (request.empty or request.from_file) or cache is not None:
         raise SettingError(
             f"{path} is a table, already measured; scheme, skip, only, fold-bn and table options go with a model"
         )

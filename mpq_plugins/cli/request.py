@@ -23,6 +23,7 @@ PER_GROUP: dict[str, Any] = {"granularity": "per_group", "group_size": None}  # 
 class Request:
     """What the shared options of `mpq measure` and `mpq plan` ask for; None means not said.
 
+    from_file: whether all of it is a file's defaults, which a table that is measured already leaves aside.
     refused_schemes: those whose fields are no options, and why.
     """
 
@@ -33,6 +34,7 @@ class Request:
     fold_bn: str | None = None
     weights: str | None = None
     already_quantized: bool | None = None
+    from_file: bool = field(default=False, compare=False)
     refused_schemes: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def scheme(self, default: Scheme | None) -> Scheme:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ..common.outsiders import outsiders
 from ..common.registry import described
@@ -122,13 +123,15 @@ class SchemeCommand(SectionCommand):
 
 def request_values(values: dict[str, Any], ctx: click.Context | None = None) -> dict[str, Any]:
     """The values of these options, taken out of a command's, as `Request` takes them."""
-    schemes: SchemeFields = (ctx or click.get_current_context()).meta[SCHEME_FIELDS_KEY]
+    ctx = ctx or click.get_current_context()
+    schemes: SchemeFields = ctx.meta[SCHEME_FIELDS_KEY]
     given = {name: values.pop(name) for name in schemes.fields}
     unsaid = {name: () if each.kind.type is list else None for name, each in schemes.fields.items()}
     said = tuple((name, value) for name, value in given.items() if value != unsaid[name])
-    return {
-        "scheme_fields": said, "refused_schemes": schemes.refused, **{name: values.pop(name) for name in REQUEST_NAMES},
-    }  # fmt: skip
+    others = {name: values.pop(name) for name in REQUEST_NAMES}
+    sources = {ctx.get_parameter_source(name) for name in (*(name for name, _ in said), *others)}
+    from_file = ParameterSource.DEFAULT_MAP in sources and ParameterSource.COMMANDLINE not in sources
+    return {"scheme_fields": said, "refused_schemes": schemes.refused, "from_file": from_file, **others}
 
 
 def scheme_options(command: Command) -> Command:

@@ -1,0 +1,113 @@
+"""Defaults from mpq.toml and pyproject.toml: what they give, what goes before them, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_model
+
+from tests.conftest import Ran
+from tests.helpers.nets import conv_net
+
+Mpq = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save_model(conv_net(), str(tmp_path / "net.safetensors"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def planned(mpq: Mpq, *words: Any) -> dict[str, Any]:
+    ran = mpq("plan", "net.safetensors", *words, "--json")
+    assert ran.code == 0, ran.err
+    document: dict[str, Any] = json.loads(ran.out)
+    return document
+
+
+def test_a_file_gives_defaults_and_the_command_line_goes_before_them(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text('average-bits = 3\n[plan]\npin = ["fc=8"]\nparts = false\n[sweep]\naverage-bits = 7\n')
+    made = planned(mpq)
+    assert made["allocator"]["name"] == "budget"
+    assert (
+        made["allocator"]["parameters"] | {"average_bits": 3.0, "pin": ["fc=8"], "parts": False}
+        == (made["allocator"]["parameters"])
+    )
+    assert planned(mpq, "--average-bits", 5)["allocator"]["parameters"]["average_bits"] == 5
+    assert planned(mpq, "--parts")["allocator"]["parameters"]["parts"] is True
+    other = planned(mpq, "--size-bytes", 4000)["allocator"]["parameters"]
+    assert (other["size_bytes"], other.get("average_bits")) == (4000, None)
+    assert planned(mpq, "--qem", 2)["allocator"]["name"] == "mixquant"
+    assert "defaults for options are read from mpq.toml" in mpq("plan", "net.safetensors").err
+
+
+def test_the_files_options_choose_the_allocator_too(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text("[plan]\nqem = 3\nmetric = 'mse'\n")
+    made = planned(mpq)["allocator"]
+    assert (made["name"], made["parameters"]["qem"], made["parameters"]["metric"]) == ("mixquant", 3.0, "mse")
+    assert planned(mpq, "--average-bits", 3)["allocator"]["name"] == "budget"
+
+
+def test_several_values_are_a_plan_each_and_flags_have_both_names(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text("[plan]\nqem = [2, 3]\nsymmetric = true\n")
+    ran = mpq("plan", "net.safetensors", "--json")
+    assert [plan["allocator"]["parameters"]["qem"] for plan in json.loads(ran.out)] == [2.0, 3.0]
+    Path("mpq.toml").write_text("[plan]\nno-parts = true\n")
+    assert planned(mpq)["allocator"]["parameters"]["parts"] is False
+
+
+def test_pyproject_is_read_from_above_and_the_nearest_wins(
+    mpq: Mpq, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("pyproject.toml").write_text("[project]\nname = 'x'\n[tool.mpq]\naverage-bits = 5\n")
+    below = folder / "a" / "b"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    above = mpq("plan", folder / "net.safetensors", "--json")
+    assert json.loads(above.out)["allocator"]["parameters"]["average_bits"] == 5
+    (folder / "a" / "mpq.toml").write_text("average-bits = 6\n")
+    nearer = mpq("plan", folder / "net.safetensors", "--json")
+    assert json.loads(nearer.out)["allocator"]["parameters"]["average_bits"] == 6
+
+
+def test_a_table_leaves_defaults_of_the_scheme_aside(mpq: Mpq) -> None:
+    assert mpq("measure", "net.safetensors", "-o", "t.mpqt").code == 0
+    Path("mpq.toml").write_text('granularity = "per_channel"\nskip = ["fc"]\n')
+    assert mpq("plan", "t.mpqt", "--qem", 2).code == 0
+    refused = mpq("plan", "t.mpqt", "--qem", 2, "--granularity", "per_channel")
+    assert refused.code == 2
+    assert "is a table, already measured" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("mpq.toml", "averag-bits = 3", "averag-bits: no command has an option --averag-bits. Did you mean"),
+        ("mpq.toml", "[plan]\nskipp = ['a']", "[plan] skipp: `mpq plan` has no option --skipp. Did you mean skip?"),
+        ("mpq.toml", "[plam]\nskip = ['a']", "[plam]: there is no such command. Did you mean plan?"),
+        ("mpq.toml", "[plan]\nskip = {a = 1}", "[plan] skip: {'a': 1} is not allowed"),
+        ("mpq.toml", "[plan]\nskip = [[1]]", "[plan] skip: [[1]] is not allowed"),
+        ("mpq.toml", "[plan]\naverage-bits = 'few'", "'few' is not a valid float"),
+        ("mpq.toml", "[plan", "is no TOML"),
+        ("pyproject.toml", "[tool]\nmpq = 3", "tool.mpq: 3 is not allowed; a table"),
+        ("pyproject.toml", "\ufffe[", "is no TOML"),
+    ],
+)
+def test_what_a_file_gets_wrong_is_one_line(mpq: Mpq, name: str, text: str, said: str) -> None:
+    Path(name).write_text(text)
+    ran = mpq("plan", "net.safetensors", "-o", "plan.json")
+    assert ran.code == 2
+    assert said in ran.err
+    assert sum(not line.startswith("mpq: note") for line in ran.err.splitlines()) == 1
+    assert not Path("plan.json").exists()
+
+
+def test_two_files_at_once_are_refused(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text("average-bits = 3")
+    Path("pyproject.toml").write_text("[tool.mpq]\naverage-bits = 3")
+    assert "pyproject.toml has a [tool.mpq] too; keep one of them" in mpq("plan", "net.safetensors").err
+    Path("pyproject.toml").write_text("[project]\nname = 'x'")
+    assert mpq("plan", "net.safetensors").code == 0
