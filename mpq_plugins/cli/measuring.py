@@ -11,6 +11,7 @@ from ..allocation.contract import Needs
 from ..common.files import exists
 from ..common.store import Store
 from ..errors import SettingError
+from ..plans.scheme import Affine
 from ..plans.table import LayerTable
 from ..report.progress import progress_bar, say
 from .output import check_output
@@ -20,6 +21,7 @@ from .sources import PRINTED, Source
 if TYPE_CHECKING:  # `mpq --help` should not wait for it
     from torch import Tensor
 
+USUAL = Affine(granularity="per_channel", range="mse")  # what a table is measured under where nothing is said
 MOST_VALUES = 1 << 28  # of an input whose multiply-accumulates are counted: a gibibyte in float
 
 
@@ -104,11 +106,20 @@ def _given_table(path: Path, needs: Needs, request: Request, cache: Path | None)
             f"{path} is a table, already measured; scheme, skip, only, fold-bn and table options go with a model"
         )
     table = LayerTable.load(path)
+    if needs.channel_errors and table.scheme.granularity == "per_tensor":
+        raise SettingError(
+            f"{path}: was measured per tensor, and channels of a layer that differ in width need scales of their own. "
+            f"Add --no-parts for one width a layer, or measure again: mpq measure SOURCE --granularity per_channel -o "
+            f"{path}"
+        )
     if not table.covers(needs.bits, needs.metrics, needs.channel_errors):
+        bits, metrics = sorted({*table.bits, *needs.bits}), dict.fromkeys([*table.metrics, *needs.metrics])
         raise SettingError(
             f"{path}: was measured at bits {list(table.bits)} with {', '.join(table.metrics)}; the allocator needs "
             f"bits {list(needs.bits)} with {', '.join(needs.metrics)}"
-            f"{' per channel' if needs.channel_errors else ''}. Measure again."
+            f"{' per channel' if needs.channel_errors else ''}. Measure again: mpq measure SOURCE --bits "
+            f"{','.join(map(str, bits))} --metrics {','.join(metrics)}"
+            f"{' --per-channel-errors' if needs.channel_errors else ''} -o {path}"
         )
     if needs.scheme is not None and type(needs.scheme) is not type(table.scheme):
         say(f"note: {path} was measured under {table.scheme}, so that is the plan's scheme, not {needs.scheme}")

@@ -248,7 +248,7 @@ def test_a_plan_that_no_file_can_take_is_refused_calibrated_too(mpq: Mpq, checkp
 
 
 CONV_NET = "tests.helpers.nets:conv_net"
-SCHEME = ("--granularity", "per_channel", "--bits", "2,4")
+SCHEME = ("--granularity", "per_channel", "--range", "minmax", "--bits", "2,4")
 
 
 def test_sensitivities_are_the_librarys_and_are_kept(mpq: Mpq, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_names_with_brackets_are_printed_as_they_are(mpq: Mpq, tmp_path: Path) -
 def test_json_knows_no_infinity(mpq: Mpq, tmp_path: Path) -> None:
     save_file({"fc.weight": torch.ones(4, 4)}, tmp_path / "net.safetensors")
     ran = mpq("measure", tmp_path / "net.safetensors", "--metrics", "sqnr_db", "--json")
-    assert json.loads(ran.out, parse_constant=str)["layers"]["fc"]["errors"]["sqnr_db"] == [None] * 7
+    assert json.loads(ran.out, parse_constant=str)["layers"]["fc"]["errors"]["sqnr_db"] == [None] * 8
 
 
 def test_mpq_alone_shows_its_help(mpq: Mpq) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from examples import train_demo
 from mpq_plugins import Plan, verify
-from mpq_plugins.cli.demo.net import DIGITS, WEIGHTS, digit_net, unseen_digits
-from mpq_plugins.cli.demo.run import QEMS, UNIFORM_BITS, run_demo
+from mpq_plugins.cli.demo.net import DIGITS, WEIGHTS, accuracy, calibration_digits, digit_net, unseen_digits
+from mpq_plugins.cli.demo.run import SIZES, run_demo
 from tests.conftest import Ran
 
 
@@ -21,26 +21,40 @@ def test_the_shipped_files_are_small_and_the_network_reads_digits() -> None:
 
 def test_the_demo_tries_every_plan_and_keeps_a_good_one() -> None:
     result = run_demo()
-    by_name = {trial.name: trial for trial in result.trials}
-    assert len(by_name) == len(UNIFORM_BITS) + len(QEMS)
-    assert abs(by_name["uniform 8"].accuracy - result.accuracy) <= 0.005
-    assert by_name["uniform 3"].accuracy < by_name["uniform 6"].accuracy
-    sizes = [by_name[f"MixQuant QEM {qem:g}"].plan.size().total_bits for qem in QEMS]
-    assert sizes == sorted(sizes, reverse=True)
-    kept = by_name[result.chosen]
+    exact, *trials = result.trials
+    assert [trial.name for trial in trials] == [
+        f"{name} {bits}" for bits in SIZES for name in ("Budget", "PTILMPQ", "MixQuant", "uniform")
+    ]
+    for trial in trials:
+        assert trial.plan is not None
+        assert trial.plan.size().average_bits <= int(trial.name.split()[-1])
+    assert accuracy(digit_net()) == exact.scores
+    good = [trial for trial in trials if trial.scores["accuracy"] >= exact.scores["accuracy"] - 0.005]
+    kept = next(trial for trial in trials if trial.name == result.kept)
+    assert kept in good
     assert kept.plan is result.plan
-    assert kept.accuracy >= result.accuracy - 0.005
-    assert all(
-        trial.plan.size().total_bits >= kept.plan.size().total_bits
-        for trial in result.trials[len(UNIFORM_BITS) :]
-        if trial.accuracy >= result.accuracy - 0.005
-    )
+    smallest = min(trial.name.split()[-1] for trial in good)
+    assert result.kept.endswith(smallest)
+    others = [trial for trial in good if trial.name.endswith(smallest)]
+    assert kept.scores["cross_entropy"] == min(trial.scores["cross_entropy"] for trial in others)
+
+
+def test_the_plans_are_corrected_on_digits_that_the_scores_are_not_of() -> None:
+    trial = run_demo().trials[-1]
+    assert trial.plan is not None
+    from mpq_plugins import apply
+
+    assert accuracy(apply(digit_net(), trial.plan, calibrate=calibration_digits())) == trial.scores
+    seen = {image.numpy().tobytes() for batch in calibration_digits() for image in batch}
+    assert len(seen) == 200
+    assert not seen & {image.numpy().tobytes() for image in unseen_digits()[0]}
 
 
 def test_the_command_writes_the_plan_it_reports(mpq: Callable[..., Ran], tmp_path: Path) -> None:
     ran = mpq("demo", "-o", tmp_path / "plan.json")
     assert ran.code == 0
     assert "797 handwritten digits" in ran.out
+    assert f"mpq show {tmp_path / 'plan.json'}" in ran.out
     plan = Plan.load(tmp_path / "plan.json")
     from mpq_plugins import apply
 

@@ -12,7 +12,7 @@ from ..output import claim, json_option, print_json, say_written
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="plan.json", show_default=True)
 @json_option
 def demo(output: Path, as_json: bool) -> None:
-    """Quantize a small trained network of handwritten digits every way there is, and write a plan."""
+    """Quantize a small trained network of handwritten digits with four allocators, and write the plan to keep."""
     from ...report.console import console
     from ...report.progress import progress_bar
     from ..demo.run import demo_json, demo_report, run_demo
@@ -24,5 +24,5 @@ def demo(output: Path, as_json: bool) -> None:
     if as_json:
         print_json(demo_json(result) | {"plan": str(output)})
         return
-    demo_report(result, console())
+    demo_report(result, console(), str(output))
     say_written(output, "plan")

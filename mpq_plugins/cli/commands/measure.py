@@ -17,16 +17,20 @@ def _metrics() -> tuple[str, ...]:
 
 
 @click.command(
-    cls=SchemeCommand, epilog="Example: mpq measure model.safetensors --granularity per_channel -o model.mpqt"
+    cls=SchemeCommand,
+    epilog="Example: mpq measure model.safetensors -o model.mpqt, then mpq plan model.mpqt --average-bits 3",
 )
 @click.argument("source", type=FileOrFactory())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
-@click.option("--bits", type=IntegerList(), default="2-8", show_default=True, help="Bit-widths to measure.")
+@click.option("--bits", type=IntegerList(), default="1-8", show_default=True, help="Bit-widths to measure.")
 @click.option(
     "--metrics", type=NameList(_metrics), default="relative,mse", show_default=True,
     help="Errors of the weights: relative, mse, rmse, sqnr_db, max_abs.",
 )  # fmt: skip
-@click.option("--per-channel-errors", is_flag=True, help="Keep the error of every output channel too.")
+@click.option(
+    "--per-channel-errors/--no-per-channel-errors", default=None,
+    help="Keep the error of every output channel (default: unless scales are per tensor).",
+)  # fmt: skip
 @click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
 @click.option(
     "--sensitivity", "sensitivities", type=installed("sensitivities"), multiple=True,
@@ -49,7 +53,7 @@ def measure(
     output: Path | None,
     bits: tuple[int, ...],
     metrics: tuple[str, ...],
-    per_channel_errors: bool,
+    per_channel_errors: bool | None,
     input_shape: tuple[int, ...] | None,
     sensitivities: tuple[str, ...],
     calibration: str | None,
@@ -62,6 +66,7 @@ def measure(
 ) -> None:
     """Measure the quantization error of every layer at every bit-width, and on request what it does to outputs.
 
+    Without options the table holds what `mpq plan` needs for its default, Budget: per channel, clipped, 1 to 8 bits.
     With -o, what is finished is kept in FILE.partial until the table is written: interrupted or killed, the
     same command goes on from there.
     """
@@ -70,7 +75,7 @@ def measure(
     from ...report.console import console
     from ...report.tables import measurement_table
     from ..calibration import check_sensitivities, with_sensitivities
-    from ..measuring import kept_beside, measure_now
+    from ..measuring import USUAL, kept_beside, measure_now
     from ..output import check_output
     from ..request import Request
     from ..sources import resolve_source
@@ -83,7 +88,10 @@ def measure(
     if output is not None:
         check_output(Store.beside(output).path, *inputs)
     claim(output)
-    needs = Needs(bits, metrics, per_channel_errors)
+    request = Request(**request_values(options))
+    if per_channel_errors is None:
+        per_channel_errors = request.scheme(USUAL).granularity != "per_tensor"
+    needs = Needs(bits, metrics, per_channel_errors, USUAL)
     given = resolve_source(source)
     if bool(sensitivities) != (calibration is not None):
         raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
@@ -96,7 +104,7 @@ def measure(
             table = measure_now(
                 given,
                 needs,
-                Request(**request_values(options)),
+                request,
                 input_shape,
                 store=store,
                 executor=executor,

@@ -1,6 +1,6 @@
-"""The demo's network, and the digits it was not trained on.
+"""The demo's network, digits it was not trained on, and a few that it was.
 
-Digits: test images of the Optical Recognition of Handwritten Digits data set (E. Alpaydin, C. Kaynak, UCI
+Digits: images of the Optical Recognition of Handwritten Digits data set (E. Alpaydin, C. Kaynak, UCI
 Machine Learning Repository, 1998, CC BY 4.0), 8 x 8 pixels of 0..16, as scikit-learn distributes them.
 `examples/train_demo.py` makes both files.
 """
@@ -9,6 +9,7 @@ from importlib.resources import as_file, files
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,6 +43,22 @@ def digit_net() -> DigitNet:
     with as_file(files(__package__) / WEIGHTS) as path:
         net.load_state_dict(load_file(path))
     return net.eval()
+
+
+def calibration_digits() -> list[Tensor]:
+    """Two batches of images (N, 1, 8, 8) in 0..1 that the network was trained on, to correct quantized copies on."""
+    with as_file(files(__package__) / DIGITS) as path, np.load(path) as stored:
+        images = torch.from_numpy(stored["calibration"]).float().unsqueeze(1) / 16
+        return list(images.split(100))
+
+
+def accuracy(net: nn.Module) -> dict[str, float]:
+    """Score a network on the unseen digits: the share that it reads right, and its cross-entropy in nats."""
+    images, labels = unseen_digits()
+    with torch.no_grad():
+        logits = net(images)
+    right = float((logits.argmax(1) == labels).float().mean())
+    return {"accuracy": right, "cross_entropy": float(F.cross_entropy(logits, labels))}
 
 
 def unseen_digits() -> tuple[Tensor, Tensor]:

@@ -1,139 +1,153 @@
-"""The demo: one measurement, uniform and MixQuant plans, each applied, verified and tried on unseen digits."""
+"""The demo: four allocators at the same sizes, each plan applied, corrected, verified and tried on unseen digits."""
 
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import nn
 
-from ...allocation.contract import Allocator
-from ...allocation.mixquant import MixQuant
+from ...allocation.budget import Budget
+from ...allocation.ptilmpq import PTILMPQ
 from ...allocation.uniform import Uniform
 from ...common.progress import Progress
+from ...errors import SettingError
+from ...evaluation.pareto import mixquant_at
+from ...evaluation.scored import Scored
+from ...evaluation.scores import Scores
 from ...measurement.measure import measure
 from ...plans.plan import Plan
-from ...plans.size import PlanSize
-from ...report.tables import bits_text, bytes_text, grid
-from ...simulation.apply import apply, verify
-from .net import digit_net, unseen_digits
+from ...plans.scheme import Affine
+from ...plans.table import LayerTable
+from ...report.tables import bytes_text, grid
+from .net import accuracy, calibration_digits, digit_net, unseen_digits
 
-UNIFORM_BITS = (8, 6, 4, 3)
-QEMS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+SIZES = (4, 3, 2)  # bits a weight, scales not counted
+WIDTHS = tuple(range(1, 9))
+SHARES = (0.25, 0.5, 0.75)  # of a layer's channels that PTILMPQ takes for important
 TOLERATED_LOSS = 0.005  # of accuracy: four of the 797 digits
+COLUMNS = ("plan", "bits a weight", "size", "smaller", "accuracy", "cross-entropy")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan tried on the digits; accuracy as a fraction, cross-entropy in nats."""
+    """One plan, corrected and tried on the digits; None is the float network."""
 
     name: str
-    plan: Plan
-    accuracy: float
-    cross_entropy: float
+    plan: Plan | None
+    scores: Scores
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The float network's figures, every trial, and the plan to keep: the smallest MixQuant plan that loses little."""
+    """The float network, every plan corrected, by its name, and the name of the one to keep."""
 
     digits: int
     weights: int
-    accuracy: float
-    cross_entropy: float
+    layers: int
     trials: tuple[Trial, ...]
-    chosen: str
-    plan: Plan
+    kept: str
+
+    @property
+    def plan(self) -> Plan:
+        """The plan to keep."""
+        (plan,) = (trial.plan for trial in self.trials if trial.name == self.kept and trial.plan is not None)
+        return plan
 
 
 def run_demo(progress: Progress | None = None) -> DemoResult:
-    """Measure the network once and try every plan."""
+    """Measure the network once, plan it at every size, and try every plan."""
     net = digit_net()
-    table = measure(net)
-    accuracy, cross_entropy = _evaluate(net)
-    uniform: list[tuple[str, Allocator]] = [(f"uniform {b}", Uniform(bits=b)) for b in UNIFORM_BITS]
-    named = [*uniform, *((f"MixQuant QEM {q:g}", MixQuant(qem=q)) for q in QEMS)]
-    trials = []
-    for position, (name, allocator) in enumerate(named):
+    table = measure(net, Affine(granularity="per_channel", range="mse"), WIDTHS, per_channel=True)
+    plans = dict(_named_plans(table))
+    scored = Scored(net, accuracy, calibration_digits(), None)
+    trials = [Trial("float", None, scored(None))]
+    for position, (name, plan) in enumerate(plans.items()):
         if progress is not None:
-            progress(name, position, len(named))
-        trials.append(_try(name, allocator(table), net))
-    kept = [t for t in trials[len(UNIFORM_BITS) :] if t.accuracy >= accuracy - TOLERATED_LOSS]
-    chosen = min(kept, key=lambda trial: trial.plan.size().total_bits)
+            progress(name, position, len(plans))
+        trials.append(Trial(name, plan, scored(plan)))
     weights = sum(layer.numel for layer in table.layers)
     _, labels = unseen_digits()
-    return DemoResult(len(labels), weights, accuracy, cross_entropy, tuple(trials), chosen.name, chosen.plan)
+    return DemoResult(len(labels), weights, len(table.layers), tuple(trials), _kept(trials))
 
 
-def demo_report(result: DemoResult, out: Console) -> None:
-    """Print the table."""
-    rows: list[tuple[object, ...]] = [
-        (
-            "float",
-            "32",
-            bytes_text(4 * result.weights),
-            "1.00x",
-            f"{result.accuracy:.2%}",
-            f"{result.cross_entropy:.4f}",
-            "",
-        )
-    ]
-    for trial in result.trials:
-        size = trial.plan.size()
-        rows.append(
-            (
-                trial.name, f"{size.total_average_bits:.2f}", bytes_text(size.total_bytes), f"{size.against_fp32:.2f}x",
-                f"{trial.accuracy:.2%}", f"{trial.cross_entropy:.4f}",
-                " ".join(bits_text(layer) for layer in trial.plan.layers),
-            )
-        )  # fmt: skip
-    columns = ("plan", "bits a weight", "size", "smaller", "accuracy", "cross-entropy", "bits by layer")
-    out.print(
-        grid(
-            f"{result.digits} handwritten digits, {result.weights:,} weights in {_layers(result)} layers",
-            columns,
-            rows,
-        )
-    )
-    out.print(
-        "Sizes are true: codes, scales and zero points. Compare MixQuant with uniform at equal size, not at equal name."
-    )
-    out.print(f"Kept: {result.chosen}, the smallest MixQuant plan within {TOLERATED_LOSS:.1%} of the float accuracy.")
+def demo_report(result: DemoResult, out: Console, plan_file: str) -> None:
+    """Print the table, what is kept and why, and what to type next."""
+    title = f"{result.digits} handwritten digits, {result.weights:,} weights in {result.layers} layers"
+    out.print(grid(title, COLUMNS, [_line(trial, result.weights) for trial in result.trials]))
+    for line in (
+        "Sizes are true: codes, scales, zero points and channel maps. Every plan is corrected on 200 digits.",
+        f"Kept: {result.kept}, the best of the smallest size within {TOLERATED_LOSS:.1%} of the float accuracy.",
+        "Next, look at it, make one of your own network, and try it:",
+        f"  mpq show {plan_file}",
+        "  mpq plan mine.py:net --average-bits 3 -o mine.json",
+        "  mpq evaluate mine.py:net mine.json --eval mine.py:accuracy --calibrate mine.py:batches",
+    ):
+        out.print(line, soft_wrap=True)
 
 
 def demo_json(result: DemoResult) -> dict[str, Any]:
     """The same figures for programs."""
     return {
         "digits": result.digits,
-        "float": {"accuracy": result.accuracy, "cross_entropy": result.cross_entropy},
+        "float": dict(result.trials[0].scores),
         "trials": [
             {
-                "name": trial.name, "accuracy": trial.accuracy, "cross_entropy": trial.cross_entropy,
-                "bits": {layer.name: layer.bits for layer in trial.plan.layers}, **_size(trial.plan.size()),
+                "name": trial.name, **trial.scores, "total_bytes": trial.plan.size().total_bytes,
+                "total_average_bits": trial.plan.size().total_average_bits,
             }
-            for trial in result.trials
+            for trial in result.trials if trial.plan is not None
         ],
-        "kept": result.chosen,
+        "kept": result.kept,
     }  # fmt: skip
 
 
-def _try(name: str, plan: Plan, net: nn.Module) -> Trial:
-    quantized = apply(net, plan)
-    verify(quantized, plan, original=net)
-    return Trial(name, plan, *_evaluate(quantized))
+def _named_plans(table: LayerTable) -> Iterator[tuple[str, Plan]]:
+    """Four plans of each size, less those that an allocator has none of."""
+    for bits in SIZES:
+        plans = {
+            "Budget": Budget(average_bits=bits)(table),
+            "PTILMPQ": _ptilmpq(table, bits),
+            "MixQuant": mixquant_at(table, bits, WIDTHS),
+            "uniform": Uniform(bits=bits)(table),
+        }
+        for name, plan in plans.items():
+            if plan is not None:
+                yield f"{name} {bits}", plan
 
 
-def _evaluate(net: nn.Module) -> tuple[float, float]:
-    images, labels = unseen_digits()
-    with torch.no_grad():
-        logits = net(images)
-    return float((logits.argmax(1) == labels).float().mean()), float(F.cross_entropy(logits, labels))
+def _ptilmpq(table: LayerTable, bits: int) -> Plan | None:
+    """PTILMPQ's largest plan within a size: its shares of important layers and channels step coarsely on six layers."""
+    plans = []
+    for high, share in itertools.product(range(2, 8), SHARES):
+        allocator = PTILMPQ(
+            average_bits=bits, beta_important=share, beta_other=share, important_bits=(high + 1, high),
+            other_bits=(high, high - 1),
+        )  # fmt: skip
+        with suppress(SettingError):  # no plan of these widths is as small
+            plans.append(allocator(table))
+    return max(plans, key=lambda plan: plan.size().weights_only_bits, default=None)
 
 
-def _layers(result: DemoResult) -> int:
-    return len(result.plan.layers)
+def _kept(trials: Sequence[Trial]) -> str:
+    """Of the smallest size at which some plan loses little, the plan of least cross-entropy among those."""
+    least = trials[0].scores["accuracy"] - TOLERATED_LOSS
+    good = [trial for trial in trials[1:] if trial.scores["accuracy"] >= least]
+    smallest = min(map(_bits, good))
+    best = min((trial for trial in good if _bits(trial) == smallest), key=lambda trial: trial.scores["cross_entropy"])
+    return best.name
 
 
-def _size(size: PlanSize) -> dict[str, float]:
-    return {"total_bytes": size.total_bytes, "total_average_bits": size.total_average_bits}
+def _bits(trial: Trial) -> int:
+    """The size that was asked for, as its name ends."""
+    return int(trial.name.split()[-1])
+
+
+def _line(trial: Trial, weights: int) -> tuple[str, ...]:
+    scores = (f"{trial.scores['accuracy']:.2%}", f"{trial.scores['cross_entropy']:.4f}")
+    if trial.plan is None:
+        return trial.name, "32", bytes_text(4 * weights), "1.00x", *scores
+    size = trial.plan.size()
+    bits, smaller = f"{size.total_average_bits:.2f}", f"{size.against_fp32:.2f}x"
+    return trial.name, bits, bytes_text(size.total_bytes), smaller, *scores
