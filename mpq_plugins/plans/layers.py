@@ -113,7 +113,7 @@ ChannelRuns = Annotated[
 
 @public
 class Part(Strict):
-    """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
+    """Output channels that share a bit-width. Channels ascend; 1..8 bits, 16 for float16, 32 for what is left alone."""
 
     bits: Bits
     channels: ChannelRuns
@@ -171,6 +171,11 @@ class LayerChoice(LayerDocument):
     def in_float(self) -> bool:
         """Whether all of the layer stays in floating point."""
         return all(part.bits in FLOAT_BITS for part in self.all_parts)
+
+    @property
+    def in_float16(self) -> bool:
+        """Whether all of the layer is float16."""
+        return all(bits == 16 for bits, _ in self.widths)
 
     @property
     def widths(self) -> tuple[tuple[int, int], ...]:
