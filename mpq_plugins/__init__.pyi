@@ -44,6 +44,7 @@ from .plans.plan import Difference, Plan
 from .plans.scheme import Affine, Codebook, Granular, Piecewise, Scheme
 from .plans.size import LayerSize, PlanSize
 from .plans.stats import LayerStats
+from .plans.storage import Storage
 from .plans.table import LayerTable
 from .quantization.contract import PartCodes, PartShape, Quantizer
 from .quantization.row_quantizer import RowQuantizer
@@ -107,6 +108,7 @@ __all__ = [
     "SettingError",
     "SourceError",
     "Sparsity",
+    "Storage",
     "Store",
     "SweepRow",
     "TuningError",

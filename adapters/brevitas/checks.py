@@ -14,6 +14,7 @@ from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import (
     FLOAT,
@@ -34,6 +35,7 @@ CAPABILITIES = Capabilities(
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     activation_bits=(None, *range(2, 9)),
+    storage=Storage("weights in floating point, which an export turns into codes"),
 )  # fmt: skip
 # What every module keeps of itself.
 MODULE_NAMES = {*vars(nn.Module())}

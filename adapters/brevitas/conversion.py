@@ -7,10 +7,10 @@ from brevitas import config
 from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import nn
 
-from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.simulation.model import float_copy
 
 from ..shared.batches import needed_batches
 from ..shared.folded import check_plan, planned_layers
@@ -43,7 +43,7 @@ def to_brevitas(
     check_traced(plan, traced)
     names = (ternary,) if isinstance(ternary, str) else ternary
     check_ternary(plan, names)
-    quantized = folded_copy(traced, plan)
+    quantized = float_copy(traced, plan)
     with brevitas_settings_kept():
         config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
         for layer in planned_layers(plan):

@@ -12,7 +12,7 @@ from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import check_plan, planned_by_name, planned_layers
+from ..shared.folded import check_plan, planned_by_name, planned_layers, refuse_float16
 from .checks import CAPABILITIES, check
 from .conversion import activation_quantizer
 from .layers import LAYERS
@@ -29,6 +29,7 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
     """
     check_plan(plan)
     require_legal(plan, CAPABILITIES)
+    refuse_float16(plan, "layerwise_quantize", "to_brevitas")
     if model is not None:
         check(plan, model)
         check_layerwise(plan, model)

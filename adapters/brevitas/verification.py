@@ -19,7 +19,7 @@ from mpq_plugins.simulation.integers import integer_weight
 
 from ..contract import LayerCheck
 from ..shared.folded import (
-    as_measured,
+    as_planned,
     changed_state,
     check_model,
     check_module,
@@ -60,7 +60,7 @@ def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
 
 
 def _verified(quantized: nn.Module, plan: Plan, traced: Traced | None, batch: Any) -> tuple[LayerCheck, ...]:
-    original = None if traced is None else as_measured(traced, plan)
+    original = None if traced is None else as_planned(traced, plan)
     planned = planned_by_name(plan)
     modules = {name: module for name, module in quantized.named_modules(remove_duplicate=False) if layer_kind(module)}
     problems = [f"{name!r} is missing" for name in planned if name not in modules]

@@ -24,6 +24,7 @@ from mpq_plugins.models.tracing import LAYERS as WEIGHTED
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import check_model, check_scales, check_state, planned_layers
 from ..shared.outputs import difference
@@ -34,6 +35,7 @@ CAPABILITIES = Capabilities(
     kinds=("linear", "conv1d", "conv2d", "conv3d"),
     parts=True,
     activation_bits=(8,),
+    storage=Storage("int8, a byte a weight", 8, scale_bits=64, zero_point_bits=64, one_scale=True),
 )
 SAME = 1e-3  # of the outputs' norm: what another order of additions may come to
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

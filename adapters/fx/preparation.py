@@ -28,7 +28,7 @@ from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
-from ..shared.folded import integers_of
+from ..shared.folded import integers_of, round_after, rounded_before
 from .checks import check_calls, check_example, check_settings, graph_for_fx, traced_by_fx
 from .graph import InCodes, by_position, divide, lend_shapes, without
 from .inplace import follow_changes
@@ -230,7 +230,9 @@ def _folded(traced: Traced, plan: Plan) -> Folded:
         traced.graph  # noqa: B018  # where there is none, FX's tracer says why
     except SourceError:
         traced_by_fx(duplicate(traced.model))
-    return Folded.of(traced, plan.skipped)
+    folded = Folded.of(rounded_before(traced, plan), plan.skipped)
+    round_after(folded.model, plan)
+    return folded
 
 
 def _name_norms(model: nn.Module) -> None:

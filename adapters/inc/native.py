@@ -20,7 +20,7 @@ from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.weights.dtypes import check_weight
 
 from ..shared.compressor_quiet import quiet_import
-from ..shared.folded import check_model, check_plan, check_sizes, lent_weights, planned_layers
+from ..shared.folded import check_model, check_plan, check_sizes, lent_weights, planned_layers, refuse_float16
 from .names import check_float
 
 with quiet_import():
@@ -56,6 +56,7 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
     if algo not in ALGOS:
         raise SettingError(f"algo: {algo!r} is not allowed; {', '.join(ALGOS)}")
     require_legal(plan, RTN_CAPABILITIES)
+    refuse_float16(plan, "Neural Compressor's RTN", "apply()")
     check_sizes(plan, "Neural Compressor's RTN")
     planned = planned_layers(plan)
     tied = [f"{layer.name!r} and {layer.tied[0]!r}" for layer in planned if layer.tied]

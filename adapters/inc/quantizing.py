@@ -16,7 +16,6 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.apply import apply as simulated
 
 from ..shared.compressor_quiet import quiet_import
-from ..shared.folded import planned_by_name
 from .config import CONFIGS, PlanningConfig
 from .files import save
 from .joint import joint_plan
@@ -55,10 +54,10 @@ def quantize_entry(
     made = quantizable_weights(_simulated(model, plan))
     if plan.fold_bn:
         fold_in_place(model, plan.skipped)
-    planned = planned_by_name(plan)
+    choices = plan.by_any_name
     for name, weight in quantizable_weights(model).items():
-        if name in planned:
-            _put(model, planned[name], weight, made[name].detach())
+        if name in choices and choices[name].bits != 32:
+            _put(model, choices[name], weight, made[name].detach())
     mark(model, plan, configs_mapping, save)
     return model
 

@@ -16,7 +16,7 @@ from mpq_plugins.simulation.layer import simulate_layer
 
 from ..contract import LayerCheck
 from ..shared.compressor_quiet import quiet_import
-from ..shared.folded import as_measured, changed_modules, changed_state, check_model, check_module, planned_by_name
+from ..shared.folded import as_planned, changed_modules, changed_state, check_model, check_module, planned_by_name
 from ..shared.outputs import output_problems
 
 with quiet_import():
@@ -41,7 +41,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     check_module(quantized, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
-    original = as_measured(traced, plan)
+    original = as_planned(traced, plan)
     planned = planned_by_name(plan)
     wanted = {name: m for name, m in original.named_modules(remove_duplicate=False) if layer_kind(m)}
     modules = {name: m for name, m in quantized.named_modules(remove_duplicate=False) if _is_layer(m)}

@@ -15,7 +15,7 @@ from mpq_plugins.simulation.apply import verify as verify_simulated
 
 from ..contract import LayerCheck, class_name
 from ..shared.folded import (
-    as_measured,
+    as_planned,
     changed_modules,
     changed_state,
     check_model,
@@ -47,7 +47,7 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
         _check_outputs(module, plan, model, batch)
         return checks
     verify_simulated(module, plan, model)
-    original = as_measured(traced, plan)
+    original = as_planned(traced, plan)
     weights = {weight_name(name) for name in plan.by_any_name}
     changed = [*changed_state(module, original, weights), *changed_modules(module, original)]
     if changed:

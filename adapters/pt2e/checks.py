@@ -7,6 +7,7 @@ from mpq_plugins.errors import MismatchError, SourceError
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import check_folding, check_runnable, refuse_wrong_pairs
 from .folded import computed_weights, wrong_pairs
@@ -20,6 +21,7 @@ CAPABILITIES = Capabilities(
     # torch.compile's frozen int8 kernels drop the zero points of weights without a word.
     activation_kinds=("linear", "conv2d"),
     activation_symmetric=(True,),
+    storage=Storage("int8 beside the float32 weights, 5 bytes a weight", 40, scale_bits=32, zero_point_bits=64),
 )
 
 

@@ -14,11 +14,13 @@ from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import SourceError
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.folding import fold_batch_norm, unfolded_norms
-from mpq_plugins.models.kinds import channel_axis_of, layer_kind
+from mpq_plugins.models.kinds import channel_axis_of, layer_kind, quantizable_weights
 from mpq_plugins.models.running import evaluating
 from mpq_plugins.models.tracing import BATCH_NORMS, Traced, opened_trace
 from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.plan import Plan
 
+from ..shared.folded import has_float16, round_after, rounded_before
 from ..shared.outputs import difference
 
 WEIGHTED = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -143,6 +145,23 @@ def traced_fold(traced: Traced) -> nn.Module:
         return fold_batch_norm(traced)
     except SourceError:
         return traced.model
+
+
+def rounded_fold(traced: Traced, plan: Plan) -> nn.Module:
+    """The same with layers at 16 bits in float16, before or after they are folded, as they were measured."""
+    if not has_float16(plan):
+        return traced_fold(traced)
+    folded = traced_fold(rounded_before(traced, plan))
+    round_after(folded, plan)
+    return folded
+
+
+def halves_of(plan: Plan, rounded: nn.Module) -> dict[str, Tensor]:
+    """The weights of the layers at 16 bits, of a model where they are in float16, by the layers' first names there."""
+    weights = quantizable_weights(rounded)
+    return {
+        name: weights[name].detach() for name, layer in plan.by_any_name.items() if layer.in_float16 and name in weights
+    }
 
 
 def _close(weight: Tensor, other: Tensor) -> bool:

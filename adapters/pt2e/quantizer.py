@@ -23,7 +23,7 @@ from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..shared.folded import integers_of, planned_by_name, planned_layers
 from .checks import check_traced
-from .folded import folding_factors, graph_problem, traced_fold, weight_names
+from .folded import folding_factors, graph_problem, halves_of, rounded_fold, times, traced_fold, weight_names
 from .graph import ANNOTATION, replace_weight
 
 LAYER, FACTOR = "mpq_plugins_layer", "mpq_plugins_factor"
@@ -62,6 +62,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         check_traced(plan, traced)
         self.plan, self.model, self.folded = plan, model, traced_fold(traced)
         self.integers, self.factors = integers_of(plan, self.folded), dict[str, Tensor]()
+        self.halves = halves_of(plan, rounded_fold(traced, plan))
         if plan.activation_bits is not None:
             for layer in planned_layers(plan):
                 for name in layer.names:
@@ -92,7 +93,19 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
             if name in self.factors:
                 self.integers[name] = self.integers[name].rescaled(self.factors[name])
             replace_weight(model, str(node.target), self.integers[name].dequantized())
+        self._set_halves(model)
         return model
+
+    def _set_halves(self, model: torch.fx.GraphModule) -> None:
+        """Set every weight at 16 bits to float16's values, before or after BatchNorm is folded, as it was measured."""
+        names = weight_names(self.folded)
+        for node in model.graph.nodes:
+            name = names.get(str(node.target)) if node.op == "get_attr" else None
+            if name in self.halves and node.users:
+                half = self.halves[str(name)]
+                axis = self.plan.by_any_name[str(name)].channel_axis
+                factor = self.factors.get(str(name))
+                replace_weight(model, str(node.target), half if factor is None else times(half, factor, axis))
 
     def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """Mark the weights of planned layers, and with 8-bit activations their inputs."""

@@ -14,7 +14,7 @@ from mpq_plugins.simulation.integers import IntegerWeight
 from ..contract import LayerCheck
 from ..shared.folded import biases_of, check_model, check_module, integers_of
 from ..shared.outputs import output_problems
-from .folded import attribute, folding_factors, traced_fold, weight_names
+from .folded import attribute, folding_factors, rounded_fold, weight_names
 from .graph import is_operator
 from .quantizer import FACTOR, LAYER
 
@@ -36,7 +36,7 @@ def verify(
         raise SourceError(f"{type(quantized).__name__}: no GraphModule; give what convert_pt2e made")
     traced = Traced(model)
     check_model(plan, model, traced)
-    folded = traced_fold(traced)
+    folded = rounded_fold(traced, plan)
     expected, biases = integers_of(plan, folded), biases_of(folded)
     problems: list[str] = []
     checks: dict[str, LayerCheck] = {}

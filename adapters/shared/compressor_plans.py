@@ -22,6 +22,7 @@ from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine, Scheme
 from mpq_plugins.plans.scheme_names import NamedScheme, scheme_names
+from mpq_plugins.plans.storage import Storage
 
 from .folded import check_model
 
@@ -36,6 +37,7 @@ CAPABILITIES = Capabilities(
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     float_parts=True,
+    storage=Storage("weights in floating point, at the values of their codes"),
 )
 """What our registered algorithms and strategies run: anything that can be simulated, weights alone."""
 

@@ -19,6 +19,7 @@ from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 from mpq_plugins.simulation.match import match
+from mpq_plugins.simulation.model import float_copy, set_float16
 
 FLOAT = torch.float32
 
@@ -59,9 +60,42 @@ def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:
     return {name: layer for layer in planned_layers(plan) for name in layer.names}
 
 
-def as_measured(traced: Traced, plan: Plan) -> nn.Module:
-    """The model that the plan was made for: with BatchNorm folded in, in a copy, or itself."""
-    return fold_batch_norm(traced, plan.skipped) if plan.fold_bn else traced.model
+def has_float16(plan: Plan) -> bool:
+    """Whether the plan has layers at 16 bits."""
+    return any(layer.in_float16 for layer in plan.layers)
+
+
+def as_planned(traced: Traced, plan: Plan) -> nn.Module:
+    """The float model that a backend quantizes: BatchNorm folded as it was measured, layers at 16 bits in float16.
+
+    The model itself where the plan asks for neither, a copy where it does. What a backend leaves in float computes, so,
+    with the values of `mpq_plugins.apply`. Raises as `float_copy`.
+    """
+    return float_copy(traced, plan) if plan.fold_bn or has_float16(plan) else traced.model
+
+
+def rounded_before(traced: Traced, plan: Plan) -> Traced:
+    """The model that a backend folds: layers at 16 bits, measured unfolded, are in float16 before they are folded.
+
+    A copy where the plan has such layers.
+    """
+    return Traced(float_copy(traced, plan)) if has_float16(plan) and not plan.fold_bn else traced
+
+
+def round_after(folded: nn.Module, plan: Plan) -> None:
+    """Round the layers at 16 bits of a folded copy to float16, where it is the folded weights that were measured."""
+    if plan.fold_bn:
+        set_float16(folded, plan)
+
+
+def refuse_float16(plan: Plan, what: str, instead: str) -> None:
+    """Refuse layers at 16 bits, which a backend's own call leaves as they are. Raises SettingError."""
+    halves = [repr(layer.name) for layer in plan.layers if layer.in_float16]
+    if halves:
+        raise SettingError(
+            f"{first_few(halves, ', ')}: 16 bits, and {what} leaves weights in float as they are, not in float16. Pin "
+            f"them to 32 bits, or use {instead}"
+        )
 
 
 def lent_weights(traced: Traced) -> set[str]:

@@ -13,6 +13,7 @@ from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import check_runnable, check_sizes, lent_weights, planned_by_name
 
@@ -24,6 +25,7 @@ CAPABILITIES = Capabilities(
     parts=True,
     activation_bits=(None, 8),
     activation_kinds=("linear", "embedding"),  # an embedding takes indices; convolutions have no such kernel
+    storage=Storage("int8, a byte a weight", 8, scale_bits=32, zero_point_bits=8),
 )
 FUNCTIONS = {F.linear, F.embedding, F.conv1d, F.conv2d}
 """What of torch's functions takes such a tensor for its weight; of arguments by name, torchao's lose some."""

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+from mpq_plugins.simulation.model import float_copy
 
 from ..shared.folded import planned_layers
 from .checks import check_traced
@@ -39,7 +39,7 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Modul
     """
     traced = Traced(model)
     check_traced(plan, traced)
-    quantized = folded_copy(traced, plan)
+    quantized = float_copy(traced, plan)
     weights = quantizable_weights(quantized)
     for layer in planned_layers(plan):
         parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)

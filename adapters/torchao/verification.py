@@ -15,7 +15,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..contract import LayerCheck
-from ..shared.folded import as_measured, changed_state, check_model, check_module, planned_layers
+from ..shared.folded import as_planned, changed_state, check_model, check_module, planned_layers
 from ..shared.outputs import output_problems
 from .tensors import activation_type, block_size, dynamic_name
 
@@ -31,7 +31,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
     check_module(quantized, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
-    original_model = as_measured(traced, plan)
+    original_model = as_planned(traced, plan)
     original = quantizable_weights(original_model)
     stored = quantizable_weights(quantized)
     planned = {layer.name: layer for layer in planned_layers(plan)}

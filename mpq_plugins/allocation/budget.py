@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, ValidationInfo
 
+from ..common.amounts import bytes_of
 from ..common.checks import number
 from ..common.public import public
 from ..common.settings import settings
@@ -27,7 +28,7 @@ from .budget_problem import Layout, Rules, pinned_width, plan_bits
 from .contract import Needs
 from .fields import Candidates, Width, ranged
 from .latency import LatencyTable
-from .limits import Limit, bops_limit, code_limit, latency_limit, numel, total_limit
+from .limits import Limit, bops_limit, code_limit, latency_limit, model_limit, numel, total_limit
 from .make import make_plan
 from .objective import parts_of
 
@@ -35,7 +36,7 @@ Array = NDArray[np.float64]
 
 LARGEST = 1e18
 ABOVE_0 = f"a number above 0, at most {LARGEST:g}"
-SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes")
+SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes", "size")
 LIMITS = (*SIZES, "bops", "latency_limit")
 
 
@@ -61,6 +62,10 @@ def _bytes(value: Any, info: ValidationInfo) -> int:
     if amount != int(amount):
         raise SettingError(f"{info.field_name}: {value!r} is not allowed; a whole number above 0")
     return int(value)
+
+
+def _size(value: Any) -> int | None:
+    return None if value is None else bytes_of(value)
 
 
 def _latency(value: Any) -> LatencyTable | None:
@@ -108,7 +113,10 @@ class Budget:
     """The least predicted cost within every limit that is given; at least one of them is.
 
     average_bits: most bits a weight, codes alone, interval bits included (what papers quote). total_average_bits: the
-    same with scales, zero points and channel-to-part maps. size_bytes: in total; weights_only_bytes: codes alone.
+    same with scales, zero points and channel-to-part maps. size_bytes: all of these in bytes; weights_only_bytes: codes
+    alone. These four count the planned layers, those pinned to 16 or 32 bits among them, and nothing else. size: bytes
+    of the whole model, a number or as `9MB`, `120kB` or `1.5MiB`: size_bytes, and with them skipped layers, biases,
+    norms and buffers as they are stored (the table's rest_bytes); a correction that gives layers biases adds theirs.
     bops: multiply-accumulates x weight bits x activation bits (`bops_activation_bits`), for tables with
     multiply-accumulates. latency: a table layer -> bits -> cost, or a JSON file of one; latency_limit: the most of it.
 
@@ -130,7 +138,8 @@ class Budget:
 
     average_bits: Annotated[Most | None, "most bits a weight, scales not counted"] = None
     total_average_bits: Annotated[Most | None, "most bits a weight in total"] = None
-    size_bytes: Annotated[Bytes | None, "most bytes in total"] = None
+    size: Annotated[int | str | None, "most bytes of the whole model, as 9MB", BeforeValidator(_size)] = None
+    size_bytes: Annotated[Bytes | None, "most bytes of the planned layers, in total"] = None
     weights_only_bytes: Annotated[Bytes | None, "most bytes, scales not counted"] = None
     bops: Annotated[Most | None, "most multiply-accumulates x weight bits x activation bits"] = None
     bops_activation_bits: Annotated[Width, "activation bits in bops"] = 8
@@ -195,6 +204,8 @@ class Budget:
         if self.total_average_bits is not None:
             most = _most(self.total_average_bits, count)
             yield total_limit("total_average_bits", self.total_average_bits, most, "bits", scheme, count)
+        if self.size is not None:
+            yield model_limit(bytes_of(self.size), table)
         if self.size_bytes is not None:
             yield total_limit("size_bytes", self.size_bytes, 8.0 * self.size_bytes, "bytes", scheme, 8)
         if self.weights_only_bytes is not None:

@@ -198,7 +198,7 @@ class Layout:
             return SettingError(f"{together} can each be met, but no plan meets all of them; {self._apart()}")
         said = [
             f"{limit.name}: {limit.asked:g} cannot be reached: the least is {limit.shown(amount):.6g} {limit.unit}, "
-            f"{limit.shown(amount - limit.most):.3g} more"
+            f"{limit.shown(amount) - limit.shown(limit.most):.3g} more"
             for limit, amount in beyond
         ]
         return SettingError(

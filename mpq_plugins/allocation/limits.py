@@ -1,7 +1,7 @@
 """What a plan may take: each limit as what a layer, or one of its channels, takes of it at each bit-width."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ class Limit:
     """No more than `most`, which was asked for as `asked`, in `unit`, so many times `per`.
 
     whole(layer, bits) is what the layer takes at each of these widths; channel(layer, bits) what one of its
-    channels takes where channels have widths of their own; maps: whether channel-to-part maps count too.
+    channels takes where channels have widths of their own; maps: whether channel-to-part maps count too; beside: what
+    else was counted in what was asked, in its unit.
     """
 
     name: str
@@ -36,10 +37,11 @@ class Limit:
     channel: Callable[[LayerStats, Sequence[int]], Array]
     per: float = 1.0
     maps: bool = False
+    beside: float = 0.0
 
     def shown(self, amount: float) -> float:
         """An amount in the unit of what was asked."""
-        return amount / self.per
+        return amount / self.per + self.beside
 
 
 def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:
@@ -66,6 +68,22 @@ def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme,
         return whole(layer, bits) / max(1, layer.channels)  # every channel has groups of its own
 
     return Limit(name, asked, most, unit, whole, channel, per, maps=True)
+
+
+def model_limit(asked: int, table: LayerTable) -> Limit:
+    """Bytes of the whole model: what `total_limit` counts of the planned layers, and the rest as it is stored.
+
+    Raises SettingError for a table that does not tell what the rest takes.
+    """
+    if table.rest_bytes is None:
+        raise SettingError(
+            "size: this table does not tell what the model stores beside its planned layers, for it is of an earlier "
+            "version, or that could not be known. Limit the planned layers alone (size_bytes), or measure again: "
+            "mpq measure SOURCE -o TABLE"
+        )
+    most = 8.0 * (asked - table.rest_bytes)
+    limit = total_limit("size", asked, most, "bytes", table.scheme, 8)
+    return replace(limit, beside=float(table.rest_bytes))
 
 
 def bops_limit(asked: float, activation_bits: int) -> Limit:

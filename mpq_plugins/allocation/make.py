@@ -31,6 +31,7 @@ def make_plan(
         skipped=table.skipped,
         weights=table.weights,
         left_alone=_taken_for_layers(table),
+        rest_bytes=table.rest_bytes,
         layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
     )
     from .guard import warn_if_worse  # which compares with what allocators make

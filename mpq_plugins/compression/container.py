@@ -114,12 +114,13 @@ class Container:
         record = self.records[name]
         if record.same is not None:
             return self._tensor(record.same)
-        choice, dtype = self.choice(record), DTYPES[record.dtype]
+        choice = self.choice(record)
         if choice is None:
             assert record.data is not None
-            return _plain(self._streams(record)[0], record.shape, dtype, self._where(record))
+            return _plain(self._streams(record)[0], record.shape, DTYPES[record.dtype], self._where(record))
+        dtype = kept_dtype(record, choice)
         values = [
-            codes if isinstance(codes, Tensor) else decode(codes, part_shape(choice, part), dtype)
+            codes.to(dtype) if isinstance(codes, Tensor) else decode(codes, part_shape(choice, part), dtype)
             for part, codes in zip(choice.all_parts, self.parts(name), strict=True)
         ]
         if len(values) == 1:
@@ -141,7 +142,8 @@ class Container:
             if isinstance(stored, PartRecord):
                 decoded.append(read_part(stored, shape, streams, index_bits(choice.kind), where))
             else:
-                decoded.append(_plain(next(streams), shape.shape, DTYPES[record.dtype], where))
+                dtype = torch.float16 if record.halves and part.bits == 16 else DTYPES[record.dtype]
+                decoded.append(_plain(next(streams), shape.shape, dtype, where))
         return decoded
 
     def _where(self, record: TensorRecord) -> str:
@@ -161,6 +163,11 @@ class Container:
         ends = list(accumulate(length for _, length in record.streams))
         pairs = zip(record.streams, ends, strict=True)
         return [Stream(coding, data[end - length : end]) for (coding, length), end in pairs]
+
+
+def kept_dtype(record: TensorRecord, choice: LayerChoice) -> torch.dtype:
+    """The dtype that a layer's weight has when it is read: float16 where all of it is kept so, else the source's."""
+    return torch.float16 if record.halves and choice.in_float16 else DTYPES[record.dtype]
 
 
 def part_shape(choice: LayerChoice, part: Part) -> PartShape:

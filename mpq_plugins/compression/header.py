@@ -24,7 +24,8 @@ from ..plans.scheme import FLOAT_BITS
 from ..weights.dtypes import WEIGHT_DTYPES
 from .streams import Coding, Stream, possible
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # version 1 kept layers at 16 bits in their own dtype, and had no `halves`
 FIELDS = struct.Struct("<8sIQQQI")
 CHECKSUM = struct.Struct("<I")
 PROLOGUE = FIELDS.size + CHECKSUM.size
@@ -54,7 +55,8 @@ class PartRecord(Strict):
 
 class TensorRecord(Strict):
     """One tensor: `parts` where it is a planned layer's (a float part being a `StreamRecord`), `data` where it is kept
-    as it is, or `same` as another by name."""
+    as it is, or `same` as another by name. dtype: the source's; halves: whether parts at 16 bits are kept in float16.
+    """
 
     name: str
     dtype: str = "F32"
@@ -62,6 +64,7 @@ class TensorRecord(Strict):
     parts: tuple[PartRecord | StreamRecord, ...] | None = None
     data: StreamRecord | None = None
     same: str | None = None
+    halves: bool = False
 
     @property
     def streams(self) -> list[StreamRecord]:
@@ -117,9 +120,9 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[Header, int]:
         raise FormatError(f"{path}: is cut short: {len(prologue)} bytes; write or fetch it again")
     _, version, start, length, document_length, wanted = FIELDS.unpack(prologue[: FIELDS.size])
     intact = CHECKSUM.pack(checksum(prologue[: FIELDS.size])) == prologue[FIELDS.size :]
-    if version != VERSION:
+    if version not in READABLE:
         hint = "Upgrade mpq-plugins" if intact else "The file is damaged: write or fetch it again"
-        raise FormatError(f"{path}: container version {version}, and this mpq-plugins reads {VERSION}. {hint}.")
+        raise FormatError(f"{path}: container version {version}, and this mpq-plugins reads 1 to {VERSION}. {hint}.")
     if not intact:
         raise FormatError(f"{path}: its prologue is damaged; write or fetch the file again")
     if start + length != size or start < PROLOGUE:
@@ -217,6 +220,8 @@ def _record_problem(record: TensorRecord, plan: Plan, whole: set[str]) -> str | 
         return "is neither a layer, nor plain, nor the same as another"
     if (record.same or record.parts) and record.shape:
         return "has a shape that others say"
+    if record.halves and (record.parts is None or record.dtype != "F32"):
+        return "has halves, which parts of float32 weights alone have"
     problem = name_problem(record.name)
     if problem is not None:
         return problem

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
-from ..models.folding import folded_copy
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
 from ..quantization.codebook import quantize
 from ..simulation.match import match
+from ..simulation.model import float_copy
 from ..simulation.parts import weight_parts
 from ..weights.find import find_weights
 from .parametrized import WeightMaker, put
@@ -56,7 +56,7 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
     another model, SettingError for a layer under another scheme, partly in floating point, or with a tied weight.
     """
     match(plan, model).require(type(model).__name__)
-    shared = folded_copy(model, plan)
+    shared = float_copy(model, plan)
     for weight in find_weights(shared, refuse=False):
         choice = next((plan.by_any_name[name] for name in weight.names if name in plan.by_any_name), None)
         if choice is not None and not choice.in_float:

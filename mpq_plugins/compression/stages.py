@@ -92,8 +92,8 @@ def _part(shape: PartShape, stored: PartCodes | Tensor, choice: LayerChoice, ite
     weights, gap_bits = shape.weights, index_bits(choice.kind)
     if isinstance(stored, Tensor):
         assert shape.bits in FLOAT_BITS
-        zeros, original = int((stored == 0).sum()), weights * itemsize
-        return Stages(weights, zeros, weights, 8.0 * original, original, original, 0, original, 0, original, 0, 0)
+        zeros, original, kept = int((stored == 0).sum()), weights * itemsize, stored.nbytes
+        return Stages(weights, zeros, weights, 8.0 * kept, original, original, 0, kept, 0, kept, 0, 0)
     symbols, width = stored.symbols, shape.width
     index = to_relative(symbols, gap_bits)
     kept = len(index.values)

@@ -24,6 +24,7 @@ from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
 from ..quantization.contract import PartCodes, PartShape
 from ..simulation.checkpoint import require_unscaled
+from ..simulation.floats import HALF, SINGLE, as_float
 from ..simulation.match import match
 from ..simulation.parts import WeightPart, weight_parts
 from ..simulation.planned_tensors import PlannedTensors
@@ -238,7 +239,11 @@ class _Writer:
             record, held = _part(choice, part, self.coding)
             records.append(record)
             streams += held
-        self._write(TensorRecord(name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records)), streams)
+        written = TensorRecord(
+            name=name, dtype=DTYPE_NAMES[tensor.dtype], parts=tuple(records),
+            halves=tensor.dtype == SINGLE and any(part.bits == 16 for part in choice.all_parts),
+        )  # fmt: skip
+        self._write(written, streams)
         self.done += choice.numel
 
     def _write(self, record: TensorRecord, streams: Sequence[Stream]) -> None:
@@ -257,7 +262,8 @@ class _Writer:
 def _part(choice: LayerChoice, part: WeightPart, coding: Choice) -> tuple[PartRecord | StreamRecord, list[Stream]]:
     """How a part of a layer is stored, and its streams; read back, and compared with what was encoded."""
     if part.in_float:
-        stream = _values(part.values, coding)
+        values = as_float(part.values, part.bits, choice.name)
+        stream = _values(values.to(HALF) if part.bits == 16 and values.dtype == SINGLE else values, coding)
         return _record(stream), [stream]
     shape = part_shape(choice, part.part)
     codes = encode(part.values, shape)

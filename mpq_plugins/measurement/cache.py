@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from ..common.store import Store
 from ..errors import SettingError
 from ..plans.table import LayerTable
 from ..plans.table_file import is_table
+from ..weights.rest import rest_bytes
 from .error import weights_fingerprint
 from .request import MeasureRequest
 
@@ -40,7 +42,8 @@ def cached(
         reason = why_stale(table, source, request)
         if reason is None:
             said(f"reusing the measurement in {cache}")
-            return table
+            # The rest of the model may have changed, and tables of earlier versions do not tell.
+            return replace(table, rest_bytes=rest_bytes(source, request.find(source), request.weights))
         said(f"measuring again: {cache} {reason}")
     with claimed(cache), Store.beside(cache) if store is None else store() as kept:
         table = measured(kept)

@@ -31,6 +31,7 @@ from ..plans.table import LayerTable, with_macs
 from ..quantization.kernel import kernel_name
 from ..weights.chunks import Array, Op, chunks
 from ..weights.handles import Weight, Weights
+from ..weights.rest import rest_bytes
 from .cache import cached
 from .error import Sums, UnitRequest, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
@@ -126,6 +127,7 @@ def run(
         weights = request.find(source)
         if fold:
             _check_norms(source, request.fold_bn)
+        rest = rest_bytes(source, weights, request.weights)
         layers = _checked_and_measured(weights, of_unit, source, means)
     table = LayerTable(
         tuple(layers),
@@ -137,6 +139,7 @@ def run(
         weights.skipped,
         weights.left_alone,
         weights.key,
+        rest,
     )
     return table if example_input is None else _with_macs(table, source, example_input)
 

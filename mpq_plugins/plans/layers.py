@@ -84,6 +84,11 @@ def beyond_memory(shape: Sequence[int]) -> bool:
     return math.prod(side for side in shape if side) > LARGEST_SHAPE
 
 
+def width_text(bits: int) -> str:
+    """`5`; `float16` and `float32` for 16 and 32 bits."""
+    return f"float{bits}" if bits in FLOAT_BITS else str(bits)
+
+
 def _check_plan_bits(bits: int) -> int:
     if bits not in ALLOWED_BITS:
         raise ValueError(f"{bits} is not allowed; 1 to 8, or 16 or 32 for floating point")
@@ -113,7 +118,7 @@ ChannelRuns = Annotated[
 
 @public
 class Part(Strict):
-    """Output channels that share a bit-width. Channels ascend; 1..8 bits, or 16 or 32 for floating point."""
+    """Output channels that share a bit-width. Channels ascend; 1..8 bits, 16 for float16, 32 for what is left alone."""
 
     bits: Bits
     channels: ChannelRuns
@@ -173,6 +178,11 @@ class LayerChoice(LayerDocument):
         return all(part.bits in FLOAT_BITS for part in self.all_parts)
 
     @property
+    def in_float16(self) -> bool:
+        """Whether all of the layer is float16."""
+        return all(bits == 16 for bits, _ in self.widths)
+
+    @property
     def widths(self) -> tuple[tuple[int, int], ...]:
         """Bits, and how many channels have them."""
         if self.bits is not None:
@@ -181,8 +191,10 @@ class LayerChoice(LayerDocument):
 
     @property
     def bits_text(self) -> str:
-        """`5`, or `3x12 8x4` for parts: bits x channels."""
-        return str(self.bits) if self.bits is not None else " ".join(f"{bits}x{count}" for bits, count in self.widths)
+        """`5`, or `3x12 8x4` for parts: bits x channels; `float16` and `float32` for 16 and 32 bits."""
+        if self.bits is not None:
+            return width_text(self.bits)
+        return " ".join(f"{width_text(bits)}x{count}" for bits, count in self.widths)
 
     @property
     def code_bits(self) -> int:

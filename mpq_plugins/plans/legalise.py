@@ -12,6 +12,7 @@ from .layers import LayerChoice, Part
 from .plan import Plan
 from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
 from .size import layer_size
+from .storage import Storage
 
 Policy = Literal["up", "nearest", "error"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -26,8 +27,8 @@ class Capabilities:
     bits: of weights; kinds: of layers; schemes: by name; symmetric: which of symmetric and asymmetric;
     granularities; parts: whether channels of one layer may differ in bits, float_parts: some in floating point;
     activation_bits: None among them is floating point; activation_kinds, activation_symmetric: kinds and symmetric
-    beside quantized activations, where they differ. Layers left at 16 or 32 bits are always possible. Raises
-    SettingError where nothing is left.
+    beside quantized activations, where they differ; storage: how the backend keeps quantized weights, None where it
+    does not say. Layers left at 16 or 32 bits are always possible. Raises SettingError where nothing is left.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Capabilities:
     activation_bits: tuple[int | None, ...] = (None,)
     activation_kinds: tuple[str, ...] | None = None
     activation_symmetric: tuple[bool, ...] | None = None
+    storage: Storage | None = None
 
     def __post_init__(self) -> None:
         if not (self.bits and self.kinds and self.symmetric and self.activation_bits):
@@ -211,7 +213,7 @@ def _with(layer: LayerChoice, scheme: Scheme, by_width: dict[int, list[Part]]) -
 def _choice_text(layer: LayerChoice) -> str:
     """`4 bits, asymmetric per_channel minmax`; channels as bits x count."""
     if layer.bits in FLOAT_BITS:
-        return "floating point"
+        return layer.bits_text
     return f"{layer.bits_text} bits, {layer.scheme}"
 
 

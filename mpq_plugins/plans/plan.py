@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,9 +25,13 @@ from .names import is_weight, layer_name, weight_name
 from .size import PlanSize, plan_size
 
 PLAN_FORMAT = "mpq-plan"
-PLAN_VERSION = 2
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda plan: {**plan, "version": 2}}
-"""Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none."""
+PLAN_VERSION = 3
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda plan: {**plan, "version": 2},
+    2: lambda plan: {**plan, "version": 3},
+}
+"""Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none, and
+version 2 no rest_bytes."""
 
 SAID_WITHIN = 256  # bytes from its beginning: the first thing that a plan says
 DEEPEST = 32  # of parameters in one another
@@ -57,11 +62,12 @@ class Plan(Strict):
     plan was made for. fold_bn: whether BatchNorm was folded when they were measured. skipped: quantizable
     layers left in floating point on request, or by default. weights: of a torch checkpoint with several sets of
     weights, the key of those it was made from, None where nothing had to be said. left_alone: parameters that a bare
-    file's reader could take for layers' weights, and that are none. made_with: versions.
+    file's reader could take for layers' weights, and that are none. rest_bytes: of all that the model stores beside the
+    layers' weights (biases, norms, buffers, skipped layers), None where that is not known. made_with: versions.
     """
 
     format: Literal["mpq-plan"] = "mpq-plan"
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     made_with: dict[str, str]
     allocator: AllocatorRecord
     model: str
@@ -70,6 +76,7 @@ class Plan(Strict):
     skipped: tuple[str, ...] = ()
     weights: str | None = None
     left_alone: tuple[str, ...] = ()
+    rest_bytes: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[LayerChoice, ...]
 
     @model_validator(mode="after")
@@ -182,7 +189,7 @@ class Plan(Strict):
 
     def size(self, scale_bits: int = 32) -> PlanSize:
         """What the plan promises in bits; see size.plan_size."""
-        return plan_size(self.layers, scale_bits)
+        return replace(plan_size(self.layers, scale_bits), rest_bytes=self.rest_bytes, skipped=len(self.skipped))
 
     def diff(self, other: "Plan") -> "tuple[Difference, ...]":
         """The layers in which `other` differs, in this plan's order, then those only `other` has."""

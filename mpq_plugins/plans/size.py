@@ -35,9 +35,15 @@ class LayerSize:
 @public
 @dataclass(frozen=True)
 class PlanSize:
-    """Sizes in bits and bytes of the planned layers; biases, norms and skipped layers are not counted."""
+    """Sizes in bits and bytes of the planned layers, those at 16 and 32 bits among them.
+
+    Biases, norms, buffers and skipped layers are in rest_bytes alone, where that is known, and in model_bytes.
+    skipped: how many layers are.
+    """
 
     layers: dict[str, LayerSize]
+    rest_bytes: int | None = None
+    skipped: int = 0
 
     @property
     def numel(self) -> int:
@@ -63,6 +69,11 @@ class PlanSize:
     def total_bytes(self) -> int:
         """Bytes of everything, rounded up."""
         return math.ceil(self.total_bits / 8)
+
+    @property
+    def model_bytes(self) -> int | None:
+        """Bytes of the whole model: everything of the planned layers, and the rest as it is stored; None if unknown."""
+        return None if self.rest_bytes is None else self.total_bytes + self.rest_bytes
 
     @property
     def average_bits(self) -> float:

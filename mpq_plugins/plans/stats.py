@@ -66,6 +66,7 @@ class Measured:
     skipped: tuple[str, ...] = ()
     left_alone: tuple[tuple[str, str], ...] = ()
     weights: str | None = None  # the key of those in a torch checkpoint (see Weights.key)
+    rest_bytes: int | None = None  # of all that is stored beside the layers' weights (see weights/rest.py)
 
     @property
     def sensitivities(self) -> tuple[str, ...]:

@@ -24,11 +24,14 @@ from .scheme_names import NamedScheme
 from .stats import METRICS, Array, LayerStats, Measured
 
 TABLE_FORMAT = "mpq-table"
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 Table = TypeVar("Table", bound=Measured)
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda old: {**old, "version": 2}}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: lambda old: {**old, "version": 2},
+    2: lambda old: {**old, "version": 3},
+}
 """Version -> a function from that version's description, without its checksum, to the next one's. Version 1 had none,
-and none of arrays."""
+and none of arrays. Version 2 did not say what a model takes beside the layers' weights."""
 
 
 def write(table: Measured, path: Path) -> None:
@@ -99,7 +102,7 @@ class _Layer(LayerDocument):
 class _Description(Strict):
     """checksums: of each array's bytes, in a table that has them."""
 
-    version: Literal[2]
+    version: Literal[3]
     scheme: NamedScheme
     bits: Annotated[tuple[int, ...], Field(min_length=1)]
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -111,6 +114,7 @@ class _Description(Strict):
     skipped: tuple[str, ...]
     left_alone: tuple[tuple[str, str], ...]
     weights: str | None = None
+    rest_bytes: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[_Layer, ...]
     checksums: Mapping[str, str] = Field(default_factory=dict)
 
@@ -178,10 +182,11 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
         for layer in table.layers
     )  # fmt: skip
     description = _Description(
-        version=2, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
+        version=3, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
-        skipped=table.skipped, left_alone=table.left_alone, weights=table.weights, layers=layers,
+        skipped=table.skipped, left_alone=table.left_alone, weights=table.weights,
+        rest_bytes=table.rest_bytes, layers=layers,
         checksums={name: checksum_text(array.tobytes()) for name, array in arrays.items()},
     )  # fmt: skip
     return arrays, description
@@ -290,4 +295,5 @@ def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]], kind:
     return kind(
         layers, description.scheme, description.bits, description.metrics, description.fold_bn,
         description.fingerprint, description.skipped, description.left_alone, description.weights,
+        description.rest_bytes,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
 from ..quantization import affine
+from ..simulation.floats import as_float
 from ..simulation.layer import simulate_layer
 from ..simulation.parts import weight_parts
 
@@ -55,6 +56,7 @@ class Rounding:
         nearest = torch.zeros_like(exact, dtype=torch.bool)
         for part in weight_parts(exact, choice):
             if part.in_float:
+                part.put(low, as_float(part.values, part.bits, choice.name))
                 continue
             cells = _Cells.of(part.values, part.bits, choice)
             for whole, rows in ((low, cells.low), (step, cells.step), (share, cells.share), (nearest, cells.nearest)):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..common.registry import Plugin
 from ..common.text import printable
-from ..plans.layers import LayerChoice
+from ..plans.layers import LayerChoice, width_text
 from ..plans.legalise import Change
 from ..plans.plan import Difference, Plan
 from ..plans.size import PlanSize
@@ -48,23 +48,41 @@ def bits_summary(plan: Plan, size: PlanSize) -> Table:
             channels[part.bits] += len(part.channels)
             weights[part.bits] += len(part.channels) * (layer.numel // max(1, layer.channels))
     rows = [
-        (bits, layers[bits], f"{channels[bits]:,}", f"{weights[bits]:,}", f"{weights[bits] / max(1, size.numel):.1%}")
+        (
+            width_text(bits),
+            layers[bits],
+            f"{channels[bits]:,}",
+            f"{weights[bits]:,}",
+            f"{weights[bits] / max(1, size.numel):.1%}",
+        )
         for bits in sorted(layers)
     ]
     return grid("", ("bits", "layers", "channels", "weights", "share"), rows)
 
 
 def size_lines(size: PlanSize) -> list[str]:
-    """The two accountings, in words."""
+    """The accountings in words: codes alone, all of the planned layers, and the whole model where that is known."""
     intervals = sum(layer.intervals for layer in size.layers.values())
     books = ", codebooks" if any(layer.codebooks for layer in size.layers.values()) else ""
     share = f", {intervals / max(1, size.numel):.3f} of it telling the region" if intervals else ""
+    whole = [] if size.model_bytes is None else [f"whole model   {bytes_text(size.model_bytes)}: {_beside_text(size)}"]
     smaller = f"{size.against_fp32:.2f}x smaller than fp32, {size.against_int8:.2f}x than int8"
     return [
         f"weights only  {bytes_text(size.weights_only_bytes)}, {size.average_bits:.3f} bits a weight{share}",
         f"in total      {bytes_text(size.total_bytes)}, {size.total_average_bits:.3f} bits a weight, with scales, zero "
         f"points{books} and channel maps: {smaller}",
+        *whole,
     ]
+
+
+def _beside_text(size: PlanSize) -> str:
+    """What of a model is not planned, in bytes and in words."""
+    assert size.rest_bytes is not None
+    layers = f", {size.skipped} skipped layer{'s' * (size.skipped > 1)}" if size.skipped else ""
+    return (
+        f"{bytes_text(size.total_bytes)} in total and {bytes_text(size.rest_bytes)} that is not planned, as it is "
+        f"stored (biases, norms, buffers{layers})"
+    )
 
 
 def bytes_text(count: int) -> str:
@@ -142,13 +160,13 @@ def size_json(size: PlanSize) -> dict[str, Any]:
     """Every figure of a size."""
     names = (
         "numel", "weights_only_bits", "weights_only_bytes", "average_bits", "total_bits", "total_bytes",
-        "total_average_bits", "against_fp32", "against_int8",
+        "total_average_bits", "against_fp32", "against_int8", "rest_bytes", "model_bytes",
     )  # fmt: skip
     return {name: getattr(size, name) for name in names}
 
 
 def layer_json(layer: LayerChoice | None) -> Any:
-    """A layer's bits, or its parts, or null."""
+    """A layer's bits (16 and 32 for float16 and float32), or its parts, or null."""
     if layer is None:
         return None
     dumped = layer.model_dump(mode="json", exclude_none=True)

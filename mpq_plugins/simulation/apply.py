@@ -37,12 +37,13 @@ class PartCheck:
 def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = None) -> nn.Module:
     """A copy of the model whose weights are quantized and dequantized as the plan says; the model is unchanged.
 
-    A plan measured with BatchNorm folded in gives a folded copy. Biases, norms and skipped layers keep their
-    values; activations stay in floating point, with a warning where the plan has bits for them, unless the model has
-    ranges for them (`reconstruct` learns such). calibrate: batches
-    of inputs, on which BatchNorm statistics and biases are corrected for what quantization shifts (`correct`, which
-    also says how an adapter gets them). Raises MismatchError (other layers or shapes), WeightError (NaN or infinity)
-    and what `correct` raises.
+    Weights keep their dtype. At 16 bits float32 weights are rounded to float16's values; float16 and bfloat16 weights,
+    which have 16 bits already, stay as they are, and so does everything at 32 bits. A plan measured with BatchNorm
+    folded in gives a folded copy. Biases, norms and skipped layers keep their values; activations stay in floating
+    point, with a warning where the plan has bits for them, unless the model has ranges for them (`reconstruct` learns
+    such). calibrate: batches of inputs, on which BatchNorm statistics and biases are corrected for what quantization
+    shifts (`correct`, which also says how an adapter gets them). Raises MismatchError (other layers or shapes),
+    WeightError (NaN, infinity, or beyond float16 at 16 bits) and what `correct` raises.
     """
     traced = Traced(model)
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)

@@ -1,5 +1,6 @@
-"""A checkpoint in, the same checkpoint with fake-quantized weights out, in the same format."""
+"""A checkpoint in, the same checkpoint with the weights of a plan out, in the same format."""
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, load_lazily, load_torch, read_checkpoint, storage_identity
 from ..checkpoints.readers import StoredTensor, read_header, safetensors_tensors
-from ..checkpoints.shards import weight_files
+from ..checkpoints.shards import INDEX_NAME, weight_files
 from ..checkpoints.state_dicts import StateDict, chosen_state_dict
 from ..checkpoints.torch_files import refuse_expanded
+from ..common.documents import load_json
 from ..common.files import atomic_directory, atomic_path, unchanged
 from ..common.progress import Progress
 from ..common.text import first_sentence
@@ -22,6 +24,7 @@ from ..errors import SettingError, SourceError
 from ..models.wrappers import bare_names
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
+from .floats import stored_dtype
 from .layer import simulate_layer
 from .match import Match, match
 from .planned_tensors import PlannedTensors
@@ -40,13 +43,15 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
 ) -> Match:
     """Write `source` with the plan's weights to `target`: a file as a file, a sharded directory as a directory.
 
-    Everything else in the checkpoint (biases, norms, skipped layers, other sets of weights, metadata, a directory's
-    other files) is carried over, but for what `corrected` replaces by name (see correct.py). model: the module whose
-    checkpoint it is, which says what of it are layers where the plan does not; weights: the key of the set that is
-    meant, where it is not the one the plan was made from; checkpoint: the source's own, where it has been read whole.
-    Returns how the plan fits. Raises MismatchError for a plan
-    made for another model, SettingError for a target of another format or weights that cannot be written as they are
-    stored, SourceError where reading or writing fails; nothing is left half written.
+    Quantized weights keep their dtype. A float32 layer that the plan has at 16 bits is written as float16, and a layer
+    with parts keeps its dtype, whatever their bits. Everything else in the checkpoint (biases, norms, skipped layers,
+    other sets of weights, metadata, a directory's other files) is carried over, but for what `corrected` replaces by
+    name (see correct.py). model: the module whose checkpoint it is, which says what of it are layers where the plan
+    does not; weights: the key of the set that is meant, where it is not the one the plan was made from; checkpoint: the
+    source's own, where it has been read whole. Returns how the plan fits. Raises MismatchError for a plan made for
+    another model, SettingError for a target of another format or weights that cannot be written as they are stored,
+    WeightError for NaN, infinity and values beyond float16, SourceError where reading or writing fails; nothing is left
+    half written.
     """
     with unchanged(source):
         checkpoint = checkpoint or read_checkpoint(source, weights, prefer=plan.weights, whole=True)
@@ -95,15 +100,27 @@ class _Quantizer:
         self.planned, self.total, self.progress = PlannedTensors(choices), total, progress
         self.done: dict[str, int] = {}  # layer -> weights; a tied one is quantized under each name that stands apart
         self.corrected = corrected
+        self.saved = 0  # bytes by which float16 is less
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
+        made = self._made(parameter, tensor)
+        self.saved += tensor.nbytes - made.nbytes
+        return made
+
+    def _made(self, parameter: str, tensor: Tensor) -> Tensor:
         choice = self.planned.layer(parameter)
         if choice is not None:
-            return self._simulated(choice, tensor)
+            return self._simulated(choice, tensor).to(stored_dtype(choice, tensor.dtype))
         if self.planned.is_stack(parameter, tensor.shape):
-            experts = self.planned.experts(parameter, tensor)
-            return torch.stack([matrix if one is None else self._simulated(one, matrix) for _, one, matrix in experts])
+            return self._stack(parameter, tensor)
         return self.corrected[parameter].to(tensor) if parameter in self.corrected else tensor
+
+    def _stack(self, parameter: str, tensor: Tensor) -> Tensor:
+        """A stack of experts, which has one dtype: float16 where each of them has."""
+        experts = list(self.planned.experts(parameter, tensor))
+        made = torch.stack([matrix if one is None else self._simulated(one, matrix) for _, one, matrix in experts])
+        dtypes = {tensor.dtype if one is None else stored_dtype(one, tensor.dtype) for _, one, _ in experts}
+        return made.to(dtypes.pop()) if len(dtypes) == 1 else made
 
     def _simulated(self, choice: LayerChoice, tensor: Tensor) -> Tensor:
         if self.progress is not None:
@@ -200,6 +217,8 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
                 _rewrite_torch(source / shard, temporary / shard, quantizer, content, chosen, names)
         quantizer.finish()
         _copy_others(source, temporary, {*shards})
+        if quantizer.saved:
+            _tell_size(temporary / INDEX_NAME, quantizer.saved)
         temporary.chmod(source.stat().st_mode & 0o777)
 
 
@@ -210,6 +229,17 @@ def _copy_others(source: Path, target: Path, written: set[str]) -> None:
         if path.is_file() and str(relative) not in written:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
+
+
+def _tell_size(index: Path, saved: int) -> None:
+    """Put right the size that an index tells, where it tells one."""
+    if not index.is_file():
+        return
+    document = load_json(index)
+    metadata = document.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] -= saved
+        index.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _shapes(files: Iterable[Path]) -> dict[str, Sequence[int]]:

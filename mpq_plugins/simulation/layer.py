@@ -8,25 +8,33 @@ from ..plans.channels import Channels
 from ..plans.layers import LayerChoice
 from ..quantization.quantize import fake_quantize
 from ..weights.dtypes import check_weight
-from .parts import weight_parts
+from .floats import as_float
+from .parts import WeightPart, weight_parts
 
 
 def simulate_layer(weight: Tensor, choice: LayerChoice) -> Tensor:
-    """The weight the plan promises, in its own dtype and shape; at 16 or 32 bits the weight itself.
+    """The weight the plan promises, in its own dtype and shape.
 
-    Each part is quantized by itself: under per_tensor a part has its own scale. Raises WeightError for NaN or
-    infinity.
+    Each part is quantized by itself: under per_tensor a part has its own scale. At 32 bits values stay as they are; at
+    16 bits they are rounded to float16, where they have more. Raises WeightError for NaN or infinity, and for values
+    beyond float16 at 16 bits.
     """
     check_weight(weight, choice.name)
     result = weight.detach().clone()
     for part in weight_parts(weight, choice):
-        if not part.in_float:
-            axis = choice.channel_axis
-            quantized = fake_quantize(part.values, part.bits, choice.scheme, channel_axis=axis, layer=choice.name)
-            if choice.bits is not None:
-                return quantized
-            part.put(result, quantized)
+        values = _simulated(part, choice)
+        if values is part.values:  # left as it is
+            continue
+        if choice.bits is not None:
+            return values
+        part.put(result, values)
     return result
+
+
+def _simulated(part: WeightPart, choice: LayerChoice) -> Tensor:
+    if part.in_float:
+        return as_float(part.values, part.bits, choice.name)
+    return fake_quantize(part.values, part.bits, choice.scheme, channel_axis=choice.channel_axis, layer=choice.name)
 
 
 def most_distinct_values(weight: Tensor, choice: LayerChoice, channels: Channels) -> int:

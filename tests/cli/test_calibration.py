@@ -151,6 +151,7 @@ def test_what_was_corrected_is_listed(mpq: Mpq, checkpoint: Path, plan_file: Pat
     assert json.loads(ran.out) == {
         "checkpoint": str(out),
         "layers": 3,
+        "as": {"fake-quantized": 3},
         "corrected": [
             "bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var", "fc.bias",
         ],

@@ -237,7 +237,7 @@ def test_headers_that_lie_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "container version 2, and this mpq-plugins reads 1. Upgrade"),
+        ({"version": 3}, "container version 3, and this mpq-plugins reads 1 to 2. Upgrade"),
         ({"version": 0}, "container version 0"),
         ({"start": 10**18}, "has .* bytes, and should have 1000000000000000"),
         ({"length": 10**18}, "and should have"),
@@ -300,7 +300,7 @@ def test_what_the_documentation_says_of_the_layout(tmp_path: Path) -> None:
     path = small(tmp_path)
     data = path.read_bytes()
     magic, version, start, length, document_length, checksum, own = struct.unpack("<8sIQQQII", data[:44])
-    assert (magic, version) == (b"\x89MPQ\r\n\x1a\n", 1)
+    assert (magic, version) == (b"\x89MPQ\r\n\x1a\n", 2)
     assert zlib.crc32(data[:40]) == own
     assert start + length == len(data)
     assert zlib.crc32(data[start:]) == checksum
@@ -313,6 +313,49 @@ def test_what_the_documentation_says_of_the_layout(tmp_path: Path) -> None:
     text = lzma.decompress(data[start:], lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 24}])
     assert len(text) == document_length
     assert Plan.from_document(json.loads(text)["plan"], "x") == Container.open(path).plan
+
+
+def test_version_1_kept_layers_at_16_bits_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    plan = mpq.Uniform(bits=3)(mpq.measure(net, bits=(3,)))
+    compress(net, with_layer(plan, "1", bits=32), tmp_path / "old.mpq")
+
+    def as_it_was(document: Document) -> None:
+        document["plan"]["layers"][1]["bits"] = 16
+
+    found = decompress(with_prologue(with_header(tmp_path / "old.mpq", as_it_was), version=1))
+    assert found["1.weight"].dtype == torch.float32
+    assert found["1.weight"].equal(net[1].weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("coding", ["smallest", "packed"])
+def test_a_layer_at_16_bits_takes_2_bytes_a_weight(tmp_path: Path, coding: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 3))
+    plan = with_layer(mpq.Uniform(bits=3)(mpq.measure(net, bits=(3,))), "0", bits=16)
+    written = compress(net, plan, tmp_path / "x.mpq", coding=coding)
+    record = written.records["0.weight"]
+    assert sum(length for _, length in record.streams) <= 2 * 2400
+    found = decompress(written)
+    assert found["0.weight"].dtype == torch.float16
+    assert found["0.weight"].equal(net[0].weight.half())  # type: ignore[arg-type]
+    again = nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 3))
+    again.load_state_dict(found)
+    mpq.verify(again, plan, original=net)
+
+
+def test_half_of_a_layer_takes_half_the_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 60))
+    plan = mpq.Uniform(bits=3)(mpq.measure(net, bits=(3,)))
+    parts = ({"bits": 16, "channels": tuple(range(30))}, {"bits": 32, "channels": tuple(range(30, 60))})
+    written = compress(net, with_layer(plan, "0", bits=None, parts=parts), tmp_path / "x.mpq", coding="packed")
+    assert [length for _, length in written.records["0.weight"].streams] == [2 * 1200, 4 * 1200]
+    found = decompress(written)["0.weight"]
+    assert found.dtype == torch.float32
+    assert found[:30].equal(net[0].weight[:30].half().float())  # type: ignore[index]
+    assert found[30:].equal(net[0].weight[30:])  # type: ignore[index]
 
 
 def test_progress_goes_to_the_end(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def test_codes_scales_and_centroids_come_back_part_by_part(tmp_path: Path) -> No
                 if isinstance(own, PartCodes):
                     assert own.equals(encode(channels, part_shape(layer, part)))
                 else:
-                    assert own.equal(channels)
+                    assert own.dtype == torch.float16
+                    assert own.equal(channels.half())
         assert same(decompress(container), mpq.apply(net, plan).state_dict())
 
 

@@ -76,6 +76,17 @@ def version_1(path: Path) -> Path:
         arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         metadata = dict(file.metadata())
     description = json.loads(metadata["table"])
-    del description["checksums"], description["checksum"]
+    del description["checksums"], description["checksum"], description["rest_bytes"]
     save_file(arrays, path, metadata | {"table": json.dumps({**description, "version": 1})})
+    return path
+
+
+def version_2(path: Path) -> Path:
+    """A table's file as the version wrote it that did not say what a model stores beside the layers."""
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = dict(file.metadata())
+    description = json.loads(metadata["table"])
+    del description["rest_bytes"], description["checksum"]
+    save_file(arrays, path, metadata | {"table": json.dumps(sealed({**description, "version": 2}))})
     return path

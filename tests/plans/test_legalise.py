@@ -104,7 +104,7 @@ def test_a_kind_that_is_not_quantized_is_listed_and_stays_in_floating_point() ->
     able = Capabilities(backend="convs", bits=(8,), kinds=("conv2d",))
     legal, (change,) = legalise(plan_of(linear("fc", 4, 2, Affine(), 8)), able)
     assert legal.layers[0].bits == 32
-    assert (change.after, change.cost) == ("floating point", 4 * 2 * 24 - 40)
+    assert (change.after, change.cost) == ("float32", 4 * 2 * 24 - 40)
     assert names(change.why, "convs", "linear", "floating point")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from mpq_plugins import Affine, MixQuant, Part, Plan, measure
 from mpq_plugins.common.checksum import unsealed
@@ -66,7 +67,7 @@ def document(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, r"plan version 3, and this mpq-plugins reads up to 2\. Upgrade it"),
+        ({"version": 4}, r"plan version 4, and this mpq-plugins reads up to 3\. Upgrade it"),
         ({"version": 0}, "version: 0 is not allowed"),
         ({"version": "1"}, "version: '1' is not allowed"),
         ({"format": "onnx"}, "not a plan"),
@@ -162,10 +163,10 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_older_versions_migrate_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PLAN_VERSION", 4)
-    monkeypatch.setitem(plan.MIGRATIONS, 2, lambda old: old | {"version": 3, "fold_bn": True})
-    # The model itself still says 2, so the last step brings the document back to it.
-    monkeypatch.setitem(plan.MIGRATIONS, 3, lambda old: old | {"version": 2})
+    monkeypatch.setattr(plan, "PLAN_VERSION", 5)
+    monkeypatch.setitem(plan.MIGRATIONS, 3, lambda old: old | {"version": 4, "fold_bn": True})
+    # The model itself still says 3, so the last step brings the document back to it.
+    monkeypatch.setitem(plan.MIGRATIONS, 4, lambda old: old | {"version": 3})
     assert Plan.from_document(document(), "plan.json").fold_bn is True
 
 
@@ -189,8 +190,45 @@ VERSION_1 = """{
 def test_plans_of_the_version_without_checksums_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(VERSION_1)
     old = Plan.load(tmp_path / "old.json")
-    assert (old.version, old.skipped, old.layers[0].bits_text) == (2, ("head",), "3x3 8x1")
+    assert (old.version, old.skipped, old.layers[0].bits_text) == (3, ("head",), "3x3 8x1")
     assert Plan.model_validate_json(old.to_json()) == old
+
+
+VERSION_2 = (
+    """{
+  "format": "mpq-plan",
+  "version": 2,
+  "made_with": {"mpq-plugins": "0.1.0"},
+  "allocator": {"name": "budget", "parameters": PARAMETERS},
+  "model": "sha256:4f84423b467a9e046f163195b6f79b38b8e1379240cd3334bb6815c7da0fa71b",
+  "fold_bn": false,
+  "skipped": ["1"],
+  "checksum": "36208b75",
+  "layers": [
+    {"name": "0", "kind": "linear", "shape": [4, 2], "channel_axis": 0, "numel": 8, "parts": PARTS, "scheme": SCHEME}
+  ]
+}
+""".replace("PARTS", '[{"bits": 3, "channels": "0,2"}, {"bits": 8, "channels": "1,3"}]')
+    .replace("SCHEME", '{"name": "affine", "symmetric": false, "granularity": "per_channel", "range": "minmax"}')
+    .replace("PARAMETERS", '{"average_bits": 5.5, "bits": [3, 8], "objective": 0.00019655901061660375}')
+)
+
+
+def test_plans_of_the_version_that_knew_no_rest_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(VERSION_2)
+    old = Plan.load(tmp_path / "old.json")
+    assert (old.version, old.skipped, old.layers[0].bits_text) == (3, ("1",), "3x2 8x2")
+    assert old.rest_bytes is None
+    assert old.size().model_bytes is None
+    assert Plan.model_validate_json(old.to_json()) == old
+
+
+@given(plans, st.integers(0, 10**15))
+def test_what_is_beside_the_layers_is_counted_and_kept(made: Plan, rest: int) -> None:
+    whole = made.model_copy(update={"rest_bytes": rest})
+    assert Plan.model_validate_json(whole.to_json()) == whole
+    assert whole.size().model_bytes == made.size().total_bytes + rest
+    assert whole.size().total_bits == made.size().total_bits
 
 
 def test_what_was_edited_says_so_until_the_checksum_is_taken_out() -> None:

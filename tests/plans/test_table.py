@@ -1,5 +1,6 @@
 """Damaged tables: each an error naming the file and what is wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mpq_plugins.errors import FormatError, MeasureWarning
 from mpq_plugins.plans.table_file import is_table
 from tests.helpers.nets import conv_net
 from tests.helpers.says import naming
-from tests.helpers.tables import contents, resealed, version_1
+from tests.helpers.tables import contents, resealed, version_1, version_2
 
 
 def damaged(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) -> Path:
@@ -28,7 +29,8 @@ def damaged(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) ->
         ({"errors": np.zeros((4, 2, 7), np.int8)}, {}, "got I8"),
         ({"importance": np.array([1, 2, np.nan, 4.0])}, {}, "array 'importance' holds NaN"),
         ({"channel_errors": np.zeros((1, 1, 1))}, {}, "array 'channel_errors'"),
-        ({}, {"version": 3}, "table version 3, and this mpq-plugins reads 1 to 2"),
+        ({}, {"version": 4}, "table version 4, and this mpq-plugins reads 1 to 3"),
+        ({}, {"rest_bytes": -1}, "rest_bytes"),
         ({}, {"shape": []}, r"layers\[0\]\.shape"),
         ({}, {"shape": [-8, 3, 3, 3]}, r"layers\[0\]\.shape\[0\]"),
         ({}, {"channel_axis": 7}, r"layers\[0\]: layer .*: channel_axis 7 does not fit shape"),
@@ -83,7 +85,14 @@ def test_tables_of_the_version_without_checksums_are_read_and_said(tmp_path: Pat
     table.save(tmp_path / "net.mpqt")
     with pytest.warns(MeasureWarning, match=naming("net.mpqt", "version", "checksums")):
         old = LayerTable.load(version_1(tmp_path / "net.mpqt"))
-    assert contents(old) == contents(table)
+    assert contents(old) == contents(replace(table, rest_bytes=None))
+
+
+def test_tables_of_the_version_that_knew_no_rest_are_read(tmp_path: Path) -> None:
+    table = measure(conv_net(), per_channel=True)
+    table.save(tmp_path / "net.mpqt")
+    old = LayerTable.load(version_2(tmp_path / "net.mpqt"))
+    assert contents(old) == contents(replace(table, rest_bytes=None))
 
 
 def test_a_table_that_lost_its_checksums_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`mpq apply`: a checkpoint in, the same checkpoint with quantized weights out."""
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -8,6 +10,11 @@ from ...report.progress import echo, say
 from ..help import SectionCommand
 from ..output import claim, json_option, print_json, weights_option
 from ..types import IntegerList
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ...simulation.match import Match
+
+QUANTIZED, LEFT = "fake-quantized", "as they were"
 
 
 @click.command(
@@ -43,7 +50,7 @@ def apply(
     weights: str | None,
     as_json: bool,
 ) -> None:
-    """Write CHECKPOINT with fake-quantized weights, in its own format."""
+    """Write CHECKPOINT with fake-quantized weights, and float16 ones where PLAN has 16 bits, in its own format."""
     from ...checkpoints.checkpoint import read_checkpoint
     from ...plans.plan import Plan
     from ...report.progress import progress_bar
@@ -73,7 +80,30 @@ def apply(
     if loaded.activation_bits is not None:
         say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
     if as_json:
-        print_json({"checkpoint": str(output), "layers": len(loaded.layers), "corrected": sorted(corrected)})
+        counts = {"layers": len(loaded.layers), "as": _written_as(fit)}
+        print_json({"checkpoint": str(output), **counts, "corrected": sorted(corrected)})
     else:
         others = f"{len(corrected)} biases and statistics corrected, all else" if corrected else "everything else"
-        echo(f"wrote {output}: {len(loaded.layers)} layers fake-quantized, {others} as it was")
+        echo(f"wrote {output}: {_counts_text(_written_as(fit))}{others} as it was")
+
+
+def _written_as(fit: "Match") -> dict[str, int]:
+    """How many planned layers are fake-quantized, in float16 or bfloat16, or left as they were."""
+    dtypes = {name: str(weight.dtype).removeprefix("torch.") for weight in fit.present for name in weight.names}
+    counts: Counter[str] = Counter()
+    for layer in fit.plan.layers:
+        dtype = next(dtypes[name] for name in layer.names if name in dtypes)
+        if not layer.in_float:
+            counts[QUANTIZED] += 1
+        elif any(bits == 16 for bits, _ in layer.widths):
+            counts["float16" if dtype == "float32" else dtype] += 1
+        else:
+            counts[LEFT] += 1
+    return dict(counts)
+
+
+def _counts_text(counts: dict[str, int]) -> str:
+    """`18 layers fake-quantized, 2 in float16, `; layers that are left as they were are among all else."""
+    quantized = [f"{counts[QUANTIZED]} layers {QUANTIZED}"] if QUANTIZED in counts else []
+    halves = [f"{counts[dtype]} in {dtype}" for dtype in ("float16", "bfloat16") if dtype in counts]
+    return "".join(f"{text}, " for text in (*quantized, *halves))

@@ -1,7 +1,8 @@
 """`mpq check`: does a plan fit a model, and what does a backend make of it?"""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +11,21 @@ from ...report.progress import echo, say
 from ..help import SectionCommand
 from ..output import BAD_INPUT, claim, json_option, model_option, print_json, weights_option
 from ..types import FileOrFactory, Known, installed
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for them
+    from ...plans.legalise import Change
+    from ...plans.plan import Plan
+    from ...plans.storage import Storage
+    from ...simulation.match import Match
+
+
+@dataclass(frozen=True)
+class _Legal:
+    """A plan as a backend can run it, what changed, and how the backend keeps weights, where it says so."""
+
+    plan: "Plan"
+    changes: "tuple[Change, ...]"
+    storage: "Storage | None"
 
 
 def _policies() -> tuple[str, ...]:
@@ -69,9 +85,9 @@ def check(
     fit = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
     legal = _legalised(plan, backend, policy) if backend is not None else None
     if legal is not None and output is not None and not fit.problems:
-        legal[0].save(output)
+        legal.plan.save(output)
     if as_json:
-        changes = {} if legal is None else {"backend": backend, "changes": [vars(change) for change in legal[1]]}
+        changes = {} if legal is None else _changes_json(str(backend), legal, fit)
         print_json({"ok": not fit.problems, "problems": fit.problems, "notes": fit.notes, **changes})
         return BAD_INPUT if fit.problems else 0
     fit.require(source)
@@ -80,26 +96,55 @@ def check(
         say(f"note: {note}")
     if legal is not None:
         _print_changes(plan, legal, str(backend))
+        _print_storage(str(backend), legal, fit)
     if output is not None:
         echo(f"wrote {output}")
     return 0
 
 
-def _legalised(plan: Any, backend: str, policy: str) -> Any:
+def _legalised(plan: "Plan", backend: str, policy: str) -> "_Legal":
     from ...common import registry
     from ...plans.legalise import Capabilities, legalise
 
     capabilities = getattr(registry.load("adapters", backend), "CAPABILITIES", None)
     if not isinstance(capabilities, Capabilities):
         raise PluginError(f"adapters: {backend!r} states no CAPABILITIES, so that no plan can be checked for it")
-    return legalise(plan, capabilities, policy)  # type: ignore[arg-type]  # checked there
+    legal, changes = legalise(plan, capabilities, policy)  # type: ignore[arg-type]  # checked there
+    return _Legal(legal, changes, capabilities.storage)
 
 
-def _print_changes(plan: Any, legal: Any, backend: str) -> None:
+def _stored_bytes(legal: _Legal, fit: "Match") -> int | None:
+    """What the backend keeps of the planned layers, where it says how, and the plan is this source's."""
+    from ...plans.storage import stored_bytes
+
+    if legal.storage is None or fit.problems:
+        return None
+    here = {name: 8 * weight.dtype.itemsize for weight in fit.present for name in weight.names}
+    pairs = zip(legal.plan.layers, fit.plan.layers, strict=True)
+    dtype_bits = {layer.name: next(here[name] for name in named.names if name in here) for layer, named in pairs}
+    return stored_bytes(legal.plan, legal.storage, dtype_bits)
+
+
+def _changes_json(backend: str, legal: _Legal, fit: "Match") -> dict[str, Any]:
+    storage = legal.storage
+    stored = {"bytes": _stored_bytes(legal, fit), "as": None if storage is None else storage.words}
+    return {"backend": backend, "changes": [vars(change) for change in legal.changes], "stored": stored}
+
+
+def _print_storage(backend: str, legal: _Legal, fit: "Match") -> None:
+    from ...report.tables import bytes_text
+
+    count = _stored_bytes(legal, fit)
+    if count is not None and legal.storage is not None:
+        planned = bytes_text(legal.plan.size().total_bytes)
+        echo(f"{backend} stores {bytes_text(count)}: {legal.storage.words}, where the plan has {planned} in total")
+
+
+def _print_changes(plan: "Plan", legal: _Legal, backend: str) -> None:
     from ...report.console import console
     from ...report.tables import bytes_text, changes_table
 
-    legal_plan, changes = legal
+    legal_plan, changes = legal.plan, legal.changes
     if not changes:
         echo(f"{backend} runs it as it is")
         return
