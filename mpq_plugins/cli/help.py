@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from .verbosity import verbosity_options
+
 # Option names as commands have them, by section and in the order in which sections are shown.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
@@ -24,7 +26,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Layers and weights": ("skip", "only", "model_factory", "weights", "already_quantized", "fold_bn"),
     "Scheme": ("scheme_name",),
     "Where it runs": ("workers", "dask", "device"),
-    "Output": ("output", "cache", "plot", "plan_file", "as_json"),
+    "Output": ("output", "cache", "plot", "plan_file", "as_json", "verbose", "quiet"),
 }  # fmt: skip
 OTHER = "Options"
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -44,7 +46,11 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose options are listed by section."""
+    """A command whose options are listed by section; --verbose and --quiet are among them."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params += verbosity_options()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections that this command has options of; those of fields follow what names their owner."""
@@ -59,7 +65,11 @@ class SectionCommand(click.Command):
 
 
 class SectionGroup(click.Group):
-    """A group whose commands are listed by section."""
+    """A group whose commands are listed by section; --verbose and --quiet may come before the command, too."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params += verbosity_options()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write every command with its first sentence."""

@@ -57,6 +57,11 @@ def resolve_source(text: str) -> Source:
     return Source(text, "table" if is_table(path) else "checkpoint", path)
 
 
+def source_name(text: str) -> str:
+    """What a title calls a source: a file's name without its ending, or a factory's."""
+    return text.rpartition(":")[2] if FACTORY.fullmatch(text) else Path(text).stem
+
+
 def make_module(text: str) -> "nn.Module":
     """The module that `package.module:factory` returns, in evaluation mode, as it will run. Raises SourceError."""
     from torch import nn

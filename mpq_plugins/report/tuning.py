@@ -2,20 +2,19 @@
 
 from typing import Any
 
-from rich.table import Table
-
 from ..evaluation.tuning import Trial, Tuning
+from .grid import Grid
 from .tables import bytes_text, grid
 
 KEPT = "*"
 
 
-def tuning_table(tuning: Tuning, title: str) -> Table:
+def tuning_table(tuning: Tuning, title: str) -> Grid:
     """The float model, then the trials in their order; the one that is kept, if any, is marked."""
     chosen = tuning.chosen if tuning.met else None
     rows = [("float", "32", "", f"{tuning.baseline:.6g}", "")]
     rows += [(*_words(trial), KEPT if trial is chosen else "") for trial in tuning.trials]
-    return grid(title, ("trial", "bits", "size", "score", KEPT), rows)
+    return grid(title, ("trial", "bits", "size", "score", KEPT), rows, leave_out=("bits",))
 
 
 def tuning_json(tuning: Tuning) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from ...report.progress import say
+from ...report.progress import alert, say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from
-from ..output import claim, json_option, print_json, say_left_alone, say_written
+from ..output import claim, json_option, print_head, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
 
@@ -43,7 +43,7 @@ def plan(
 
     from ...allocation.guard import compare, worse_text
     from ...report.console import console
-    from ...report.tables import bits_summary, layer_json, plan_head, size_json, size_lines
+    from ...report.tables import bits_summary, layer_json, size_json, size_lines
     from ..measuring import measured
     from ..output import check_output
     from ..plans import joint_needs, plan_files, plans_by, save_plans, untied
@@ -73,7 +73,7 @@ def plan(
     save_plans(plans, files, output)
     for made, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
-            say(f"warning: {worse_text(made, comparison)}")
+            alert(f"warning: {worse_text(made, comparison)}")
     if as_json:
         documents = [
             {
@@ -92,10 +92,10 @@ def plan(
         return
     out = console()
     for made, file, comparison in zip(plans, files, comparisons, strict=True):
-        out.print(plan_head(made), soft_wrap=True)
+        print_head(out, made)
         out.print(bits_summary(made, made.size()))
         for line in size_lines(made.size()):
-            out.print(line, soft_wrap=True)
-        out.print(comparison.text() if comparison is not None else UNCOMPARED, soft_wrap=True)
+            out.sentence(line)
+        out.sentence(comparison.text() if comparison is not None else UNCOMPARED)
         say_written(file, "plan")
     say_left_alone(table)

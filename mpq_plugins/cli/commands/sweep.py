@@ -9,7 +9,7 @@ import click
 
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
 from ..output import json_option
-from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
+from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, run_title, write_rows
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
 
@@ -75,7 +75,7 @@ def sweep(
             check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
             rows = run(table, _distinct(plans), model, evaluate, store=store, progress=progress)
-        write_rows(rows, files, title := f"{source}, {table.scheme}")
+        write_rows(rows, files, title := run_title(source, table))
     print_rows(rows, table, title, as_json, output, plot)
 
 
