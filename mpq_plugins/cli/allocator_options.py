@@ -133,6 +133,6 @@ def _has_field(name: str, option: str) -> bool:
 def _field_options(name: str, allocator: Any, taken: Mapping[str, str]) -> Iterator[click.Option]:
     where = f"allocators: {name!r}"
     for field in option_fields(allocator, where, SHARED):
-        option = field.made(f"Allocator {printable(name)}", said_of=name, several=True)
+        option = field.made(f"Allocator {printable(name)}", several=True)
         check_free(where, field.name, option, taken)
         yield option

@@ -37,6 +37,10 @@ class FieldKind:
     texts: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
 
+    def opposite(self, name: str) -> str:
+        """The flag that turns off a field of this name."""
+        return spelled(self.texts[1] if len(self.texts) > 1 else f"no-{name}")
+
     def fits(self, other: "FieldKind") -> bool:
         """Whether an option of the other kind gives what a field of this one takes: the same values, or any text."""
         return self.type is other.type and self.allowed in ((), other.allowed)
@@ -68,8 +72,7 @@ class OptionField:
         more = "required" if self.required else self.default
         shown = head + "; ".join(part for part in (self.text, more) if part)
         if self.kind.type is bool:
-            opposite = self.kind.texts[1] if len(self.kind.texts) > 1 else f"no-{self.option[2:]}"
-            flags = f"{self.option}/--{opposite}"
+            flags = f"{self.option}/{self.kind.opposite(self.name)}"
             return SectionOption([flags, self.name], default=None, required=required, help=shown, section=section)
         if self.kind.type is list:
             shown, several = f"{shown}; repeatable", True
@@ -103,7 +106,7 @@ def option_fields(cls: type, where: str, without: Iterable[str] = ()) -> Iterato
                 raise PluginError(f"{where} needs {field.name!r}, whose type no option can give")
             continue
         unsaid = required or field.default in (None, ())
-        default = "" if unsaid else f"default {_shown(field.default)}"
+        default = "" if unsaid else f"default {_shown(field.default, field.name, kind)}"
         yield OptionField(field.name, kind, required, default, kind.texts[0] if kind.texts else "")
 
 
@@ -167,7 +170,8 @@ def _words(parameter: click.Parameter) -> tuple[str, ...]:
     return (*parameter.opts, *parameter.secondary_opts, str(parameter.name))
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return printable(",".join(map(str, default)))
-    return printable(default)
+def _shown(default: Any, name: str, kind: FieldKind) -> str:
+    """A default as it would be given; of a flag the one of the two that it is."""
+    if kind.type is bool:
+        return spelled(name) if default else kind.opposite(name)
+    return printable(",".join(map(str, default)) if isinstance(default, tuple) else default)

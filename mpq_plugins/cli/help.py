@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Where it runs": ("workers", "dask", "device"),
     "Output": ("output", "cache", "plot", "plan_file", "as_json", "verbose", "quiet"),
 }  # fmt: skip
-OTHER = "Options"
+OTHER, LAST = "Options", "Output"
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Decide": ("measure", "plan", "sweep", "pareto", "tune"),
     "Look": ("show", "diff", "check", "inspect", "plugins"),
@@ -87,6 +87,8 @@ def section_of(parameter: click.Parameter) -> str:
     """The title under which an option is listed."""
     if isinstance(parameter, SectionOption):
         return parameter.section
+    if "--help" in parameter.opts:
+        return LAST
     return next((title for title, names in SECTIONS.items() if parameter.name in names), OTHER)
 
 

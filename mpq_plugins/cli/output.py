@@ -45,7 +45,7 @@ model_option = click.option(
 )  # fmt: skip
 weights_option = click.option(
     "--weights", metavar="KEY",
-    help="Of a torch checkpoint with several sets of weights, the one that is meant: state_dict_ema, or ema.model.",
+    help="Which set of weights of a checkpoint: state_dict_ema, ema.model.",
 )  # fmt: skip
 
 

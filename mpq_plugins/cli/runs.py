@@ -36,7 +36,7 @@ def run_options(command: Command) -> Command:
                 "--eval",
                 "evaluation",
                 metavar="MODULE:FUNCTION",
-                help="Called with each quantized model; returns a score, larger is better, or names and numbers.",
+                help="Gives each model's score (larger is better), or names and numbers.",
             ),
             click.option(
                 "--model",

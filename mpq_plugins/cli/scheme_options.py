@@ -145,27 +145,25 @@ def scheme_options(command: Command) -> Command:
                 "--skip",
                 multiple=True,
                 metavar="GLOB",
-                help="Leave these layers alone; repeatable. A glob, re:REGEX, or in language models role:embeddings, "
-                "role:lm_head or role:routers.",
+                help="Layers to leave alone, by glob, re:REGEX or role:lm_head; repeatable.",
             ),
             click.option(
                 "--only",
                 multiple=True,
                 metavar="GLOB",
-                help="Take only these layers; repeatable. Also those that checkpoints' plans leave alone: role:lora, "
-                "role:fragile.",
+                help="Layers to take, and no others, such as role:lora; repeatable.",
             ),
             weights_option,
             click.option(
                 "--already-quantized",
                 is_flag=True,
                 default=None,
-                help="Of a checkpoint whose layers are packed already, plan what is left in floating point.",
+                help="Of a checkpoint packed already, plan what is left in floating point.",
             ),
             click.option(
                 "--fold-bn",
                 type=click.Choice(["auto", "yes", "no"]),
-                help="Measure conv weights with BatchNorm folded in; auto: a module's, per tensor.",
+                help="Fold BatchNorm into convolutions first; auto: a module's, per tensor.",
             ),
         )
     ):

@@ -26,8 +26,7 @@ def context(name: str) -> click.Context:
 def test_every_option_is_in_a_section(name: str) -> None:
     with context(name) as ctx:
         options = [one for one in cli.commands[name].get_params(ctx) if isinstance(one, click.Option)]
-    others = [option.name for option in options if section_of(option) == OTHER]
-    assert len(others) == 1  # --help itself
+    assert [option.name for option in options if section_of(option) == OTHER] == []
 
 
 def test_no_section_names_an_option_that_no_command_has() -> None:
@@ -49,7 +48,30 @@ def test_an_allocators_options_follow_the_plans(mpq: Mpq) -> None:
     titles = [
         line.removesuffix(":") for line in ran.out.splitlines() if line.endswith(":") and not line.startswith(" ")
     ]
-    assert titles == ["Plan", "Allocator budget", "Layers and weights", "Scheme", "Output", "Options"]
+    assert titles == ["Plan", "Allocator budget", "Layers and weights", "Scheme", "Output"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_read_on_one_screen(mpq: Mpq, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = mpq(name, "--help").out.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("allocator", ["budget", "mixquant", "ptilmpq", "sqnr", "uniform"])
+def test_an_allocators_options_do_not_repeat_the_title_over_them(mpq: Mpq, allocator: str) -> None:
+    text = mpq("plan", "-a", allocator, "--help").out
+    assert f"Allocator {allocator}:" in text
+    assert f"[{allocator}]" not in text
+
+
+def test_the_default_of_two_flags_is_one_of_them(mpq: Mpq) -> None:
+    text = " ".join(mpq("plan", "-a", "budget", "--help").out.split())
+    assert "default --parts" in text
+    assert "default --asymmetric" in text
+    for word in ("default True", "default False"):
+        assert word not in text
 
 
 def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:

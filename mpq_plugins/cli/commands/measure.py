@@ -31,14 +31,14 @@ def _metrics() -> tuple[str, ...]:
 @click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
 @click.option(
     "--sensitivity", "sensitivities", type=installed("sensitivities"), multiple=True,
-    help="Also what quantizing each layer does to outputs: output_mse, kl, distance, fisher, hessian; repeatable.",
+    help="Also what quantizing each layer does to the outputs; repeatable.",
 )  # fmt: skip
 @click.option(
     "--calibrate", "calibration", metavar="MODULE:FUNCTION", help="Returns the batches of inputs that these need."
 )
 @click.option(
     "--output-of", "output_function", metavar="MODULE:FUNCTION",
-    help="For models without logits: (model, batch) -> tensor (samples, features), such as embeddings.",
+    help="Without logits: (model, batch) -> tensor (samples, features).",
 )  # fmt: skip
 @plot_option
 @click.option("--workers", type=click.IntRange(1, 1024), help="Threads to measure with (default: as torch has).")
