@@ -1,5 +1,6 @@
 """What an allocator is, and the plan every allocator starts from."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -12,6 +13,8 @@ from ..plans.scheme import Scheme
 from ..plans.table import LayerTable
 from .choices import layer_choice
 from .contract import Widths
+
+LOG = logging.getLogger(__name__)
 
 
 def make_plan(
@@ -33,6 +36,9 @@ def make_plan(
         left_alone=_taken_for_layers(table),
         layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
     )
+    # Some are tried by the dozen on the way to the one that is wanted; a solve is worth a line.
+    found = "".join(f", {name} {value}" for name, value in (facts or {}).items())
+    LOG.log(logging.INFO if facts else logging.DEBUG, "%s: %d layers%s", allocator.name, len(plan.layers), found)
     from .guard import warn_if_worse  # which compares with what allocators make
 
     warn_if_worse(table, plan)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 else:
     nn = Deferred("torch.nn")
+
+LOG = logging.getLogger(__name__)
 
 
 FLOAT, JOB = "float", "sweep"
@@ -167,6 +170,7 @@ class _Scored:
         given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
         scores = checked_scores(self.evaluate, given, what)
+        LOG.info("%s: %s", what, scores)
         if self.finished is not None:
             self.finished.add_row(key, scores)
         return scores

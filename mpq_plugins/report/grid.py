@@ -93,10 +93,10 @@ def fitted(grid: Grid, width: int) -> tuple[list[Column], list[int]]:
     for least in (_roomy, _narrow):
         columns = list(grid.columns)
         needed = {column.heading: least(column) for column in columns}
-        for heading in ("", *_order(grid)):
+        for heading in (None, *_order(grid)):
             columns = [column for column in columns if column.heading != heading]
             spare = _room(columns, width) - sum(needed[column.heading] for column in columns)
-            if spare >= 0:
+            if spare >= 0 and (len(columns) > 1 or least is _narrow):  # a list of names alone says nothing
                 widths = _shared(columns, [needed[column.heading] for column in columns], spare)
                 return [_at(column, wide) for column, wide in zip(columns, widths, strict=True)], widths
     return columns, [max(1, _room(columns, width))]  # a single word that is wider than all there is
