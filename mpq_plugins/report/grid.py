@@ -17,6 +17,7 @@ from .console import wrapped
 
 ELLIPSIS = "…"
 NAME = 16  # columns that a name keeps while there are other columns to leave out
+AT_DOTS = 30  # columns up to which a name rather keeps its words whole
 LEAST_NAME = 8  # columns that it keeps at last
 WRAPPED = 24  # columns of a text of several words before others are left out for it
 DIGITS = "0123456789"
@@ -108,15 +109,26 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     Different names stay different if there is a place for that: at the dots of a name if possible, and then as near to
     the middle as possible.
     """
-    different, best = len(set(names)), [""] * len(names)
-    for at_dots in (True, False):
-        for head in sorted(range(width), key=lambda head: abs(2 * head + 1 - width)):
-            cut = [_cut(name, head, width, at_dots) for name in names]
-            if len(set(cut)) == different:
-                return cut
-            if len(set(cut)) > len(set(best)):
-                best = cut
+    at_dots = _cut_all(names, width, at_dots=True)
+    if _all_differ(at_dots, names):
+        return at_dots
+    return max(_cut_all(names, width, at_dots=False), at_dots, key=lambda cut: len(set(cut)))
+
+
+def _cut_all(names: Sequence[str], width: int, at_dots: bool) -> list[str]:
+    """The names cut at the one place, of all there are, that leaves most of them different."""
+    best = [""] * len(names)
+    for head in sorted(range(width), key=lambda head: abs(2 * head + 1 - width)):
+        cut = [_cut(name, head, width, at_dots) for name in names]
+        if len(set(cut)) > len(set(best)):
+            best = cut
+        if _all_differ(cut, names):
+            break
     return best
+
+
+def _all_differ(cut: Sequence[str], names: Sequence[str]) -> bool:
+    return len(set(cut)) == len(set(names))
 
 
 def _cut(name: str, head: int, width: int, at_dots: bool) -> str:
@@ -168,10 +180,11 @@ def _roomy(column: Column) -> int:
     """The least width of a column while there are others to leave out: different names stay different."""
     if not column.name:
         return column.wrapped
-    different = len(set(column.cells))
-    short = range(min(NAME, column.longest), column.longest)
-    enough = (width for width in short if len(set(shortened(column.cells, width))) == different)
-    return max(next(enough, column.longest), column.wrapped_heading)
+    for at_dots, most in ((True, min(AT_DOTS, column.longest)), (False, column.longest)):
+        for width in range(min(NAME, column.longest), most):
+            if _all_differ(_cut_all(column.cells, width, at_dots), column.cells):
+                return max(width, column.wrapped_heading)
+    return column.whole
 
 
 def _narrow(column: Column) -> int:

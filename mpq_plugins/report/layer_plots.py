@@ -15,7 +15,7 @@ from ..plans.scheme import FLOAT_BITS
 from ..plans.table import LayerTable
 from .details import scheme_words
 from .grid import shortened
-from .plots import plain_number, save_plot
+from .plots import save_plot, write_plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def errors_plot(table: LayerTable, path: Path, title: str) -> None:
     axes.set_xticks(range(len(table.bits)), list(map(str, table.bits)))
     axes.set_xlabel("bits")
     if shown.count():
-        figure.colorbar(image, label=f"{metric} error", fraction=0.06, format=plain_number)
+        write_plain_numbers(figure.colorbar(image, label=f"{metric} error", fraction=0.06).ax.yaxis)
     for (row, column), error in np.ndenumerate(means):
         dark = norm is not None and error > 0 and norm(error) > DARK
         axes.text(column, row, f"{error:.2g}", ha="center", va="center", fontsize=6, color="w" if dark else "k")

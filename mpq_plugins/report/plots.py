@@ -9,9 +9,11 @@ from ..common.files import atomic_path
 from ..errors import SettingError
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
+FEW = 300.0  # from one end of an axis to the other: two decades and a half
 
 
 def check_plot(path: Path | None) -> None:
@@ -24,9 +26,15 @@ def check_plot(path: Path | None) -> None:
         raise SettingError("plot: matplotlib is not installed; pip install 'mpq-plugins[report]', or leave --plot out")
 
 
-def plain_number(value: float, _: float | None = None) -> str:
-    """A tick's number as people write it, 0.01 and no power of ten."""
-    return f"{value:g}"
+def write_plain_numbers(axis: "Axis") -> None:
+    """Write ticks of a logarithmic axis as people do, 0.01 and no power of ten; 2 and 5 too where decades are few."""
+
+    def between(value: float, _: float) -> str:
+        low, high = sorted(axis.get_view_interval())
+        return f"{value:g}" if f"{value:e}"[0] in "25" and high <= FEW * low else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(between)
 
 
 def save_plot(figure: "Figure", path: Path) -> None:

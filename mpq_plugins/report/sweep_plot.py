@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..common.text import printable
 from ..evaluation.sweep import FLOAT, SweepRow
 from .labels import place_labels
-from .plots import plain_number, save_plot
+from .plots import save_plot, write_plain_numbers
 from .sweep import values_text, varying_parameters
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 def _set_ticks(axes: "Axes", rows: Sequence[SweepRow]) -> None:
     """Ticks at the sizes that were asked for, where any were."""
     asked = {_number(row.parameters.get(name)) for row in rows for name in BUDGETS}
-    ticks = sorted(tick for tick in asked if tick is not None)
+    low, high = axes.get_xlim()
+    ticks = sorted(tick for tick in asked if tick is not None and low <= tick <= high)
     if 1 < len(ticks) <= MOST_TICKS:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
@@ -104,13 +105,10 @@ def _number(value: Any) -> float | None:
 
 def _set_range(axes: "Axes", points: Sequence[Point], score: str | None, baseline: float | None) -> None:
     """Errors by their logarithm; scores over the range in which most plans lie, and a note of those below it."""
-    from matplotlib.ticker import NullFormatter
-
     if score is None:
         if any(point.value > 0 for point in points):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(plain_number)
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            write_plain_numbers(axes.yaxis)
         return
     if baseline is not None:
         axes.axhline(baseline, linestyle="--", color="0.6", linewidth=1, label="float")

@@ -142,3 +142,44 @@ def test_a_shell_gets_candidates_and_nothing_else(words: str, wanted: str) -> No
     done = subprocess.run(run, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert wanted in done.stdout
+
+
+COMPLETED = """
+eval "$(_MPQ_COMPLETE=bash_source mpq)"
+complete -p mpq
+COMP_WORDS=({words}); COMP_CWORD={place}
+_mpq_completion mpq
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "wanted"),
+    [
+        ("mpq sw", 1, "sweep"),
+        ("mpq plan x -a bud", 4, "budget"),
+        ("mpq show --pl", 2, "--plot"),
+        ("mpq show --q", 2, "--quiet"),
+    ],
+)
+def test_bash_completes_after_the_documented_line(words: str, place: int, wanted: str) -> None:
+    folder = str(Path(sys.executable).parent)
+    script = COMPLETED.format(words=words, place=place)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    registered, *found = done.stdout.splitlines()
+    assert registered.endswith("-F _mpq_completion mpq")
+    assert found == [wanted]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_script_too(shell: str) -> None:
+    run = [Path(sys.executable).parent / "mpq"]
+    done = subprocess.run(
+        run, env={**os.environ, "_MPQ_COMPLETE": f"{shell}_source"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"_MPQ_COMPLETE={shell}_complete" in done.stdout
