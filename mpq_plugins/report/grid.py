@@ -20,6 +20,7 @@ NAME = 16  # columns that a name keeps while there are other columns to leave ou
 AT_DOTS = 30  # columns up to which a name rather keeps its words whole
 LEAST_NAME = 8  # columns that it keeps at last
 WRAPPED = 24  # columns of a text of several words before others are left out for it
+SAMPLE = 1000  # names that are looked at to choose a place; of more, as many in equal steps
 DIGITS = "0123456789"
 UNIT = re.compile(r" (?=[0-9])")  # between numbers, and not between a number and its unit
 
@@ -79,8 +80,7 @@ class Grid:
         for row in zip(*(column.cells for column in shown), strict=True):
             table.add_row(*map(Text, row))
         yield table
-        kept = {column.heading for column in shown}
-        gone = [column.heading for column in self.columns if column.heading not in kept]
+        gone = [column.heading for column in self.columns[1:] if not any(column is each for each in shown)]
         if gone:
             note = f"columns left out at this width: {', '.join(gone)}; widen the terminal or use --json"
             yield from map(Text, wrapped(note, options.max_width))
@@ -93,12 +93,12 @@ def fitted(grid: Grid, width: int) -> tuple[list[Column], list[int]]:
         return columns, [column.whole for column in columns]
     for least in (_roomy, _narrow):
         columns = list(grid.columns)
-        needed = {column.heading: least(column) for column in columns}
-        for heading in (None, *_order(grid)):
-            columns = [column for column in columns if column.heading != heading]
-            spare = _room(columns, width) - sum(needed[column.heading] for column in columns)
+        needed = {column: least(column) for column in columns}
+        for left_out in (None, *_order(grid)):
+            columns = [column for column in columns if column is not left_out]
+            spare = _room(columns, width) - sum(needed[column] for column in columns)
             if spare >= 0 and (len(columns) > 1 or least is _narrow):  # a list of names alone says nothing
-                widths = _shared(columns, [needed[column.heading] for column in columns], spare)
+                widths = _shared(columns, [needed[column] for column in columns], spare)
                 return [_at(column, wide) for column, wide in zip(columns, widths, strict=True)], widths
     return columns, [max(1, _room(columns, width))]  # a single word that is wider than all there is
 
@@ -109,26 +109,25 @@ def shortened(names: Sequence[str], width: int) -> list[str]:
     Different names stay different if there is a place for that: at the dots of a name if possible, and then as near to
     the middle as possible.
     """
-    at_dots = _cut_all(names, width, at_dots=True)
-    if _all_differ(at_dots, names):
-        return at_dots
-    return max(_cut_all(names, width, at_dots=False), at_dots, key=lambda cut: len(set(cut)))
+    sample = names[:: 1 + len(names) // SAMPLE]
+    different, head = _best_place(sample, width, at_dots=True)
+    if different == len(set(sample)):
+        return [_cut(name, head, width, at_dots=True) for name in names]
+    more, place = _best_place(sample, width, at_dots=False)
+    at_dots = different >= more
+    return [_cut(name, head if at_dots else place, width, at_dots) for name in names]
 
 
-def _cut_all(names: Sequence[str], width: int, at_dots: bool) -> list[str]:
-    """The names cut at the one place, of all there are, that leaves most of them different."""
-    best = [""] * len(names)
+def _best_place(names: Sequence[str], width: int, at_dots: bool) -> tuple[int, int]:
+    """How many names can be kept different by cutting all at one place, and that place, the length of their heads."""
+    best = (0, 0)
     for head in sorted(range(width), key=lambda head: abs(2 * head + 1 - width)):
-        cut = [_cut(name, head, width, at_dots) for name in names]
-        if len(set(cut)) > len(set(best)):
-            best = cut
-        if _all_differ(cut, names):
+        different = len({_cut(name, head, width, at_dots) for name in names})
+        if different > best[0]:
+            best = (different, head)
+        if different == len(set(names)):
             break
     return best
-
-
-def _all_differ(cut: Sequence[str], names: Sequence[str]) -> bool:
-    return len(set(cut)) == len(set(names))
 
 
 def _cut(name: str, head: int, width: int, at_dots: bool) -> str:
@@ -153,10 +152,12 @@ def _taken(text: str, width: int) -> str:
     return taken
 
 
-def _order(grid: Grid) -> Iterator[str]:
+def _order(grid: Grid) -> Iterator[Column]:
     """What is left out, in turn: as the grid says, then from the right; the first column stays."""
-    yield from grid.leave_out
-    yield from (column.heading for column in reversed(grid.columns[1:]) if column.heading not in grid.leave_out)
+    others = grid.columns[1:]
+    for heading in grid.leave_out:
+        yield from (column for column in others if column.heading == heading)
+    yield from (column for column in reversed(others) if column.heading not in grid.leave_out)
 
 
 def _room(columns: Sequence[Column], width: int) -> int:
@@ -180,9 +181,10 @@ def _roomy(column: Column) -> int:
     """The least width of a column while there are others to leave out: different names stay different."""
     if not column.name:
         return column.wrapped
+    sample = column.cells[:: 1 + len(column.cells) // SAMPLE]
     for at_dots, most in ((True, min(AT_DOTS, column.longest)), (False, column.longest)):
         for width in range(min(NAME, column.longest), most):
-            if _all_differ(_cut_all(column.cells, width, at_dots), column.cells):
+            if _best_place(sample, width, at_dots)[0] == len(set(sample)):
                 return max(width, column.wrapped_heading)
     return column.whole
 

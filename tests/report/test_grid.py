@@ -108,3 +108,12 @@ def test_a_sentence_is_wrapped_between_words_under_its_label() -> None:
         assert " ".join(line.strip() for line in lines) == text
         assert all(line.startswith(" " * 14) for line in lines[1:])
         assert not any(line.endswith(("103.86", "3.097")) for line in lines)
+
+
+def test_columns_of_one_heading_are_columns_of_their_own() -> None:
+    """A score may be called what another column is."""
+    made = grid("", ("plan", "size", "size"), [["uniform", "1.25 kB", "0.123456789"]])
+    assert "0.123456789" in " ".join(printed(made, 40))
+    lines = printed(made, 30)
+    assert "1.25 kB" in " ".join(lines)
+    assert "columns left out at this width: size; widen" in " ".join(lines)
