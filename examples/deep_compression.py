@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import mpq_plugins as mpq
@@ -29,6 +28,7 @@ from examples.lenet import Digits, LeNet5, LeNet300, digits, digits_file, train
 from mpq_plugins.common.files import atomic_path
 from mpq_plugins.compression.stages import Stages, layer_stages, planned, total
 from mpq_plugins.plans.scheme import INITS, InitName
+from mpq_plugins.report.grid import Grid
 from mpq_plugins.report.plots import check_plot
 from mpq_plugins.report.tables import bytes_text, grid
 
@@ -178,7 +178,7 @@ def measured(net: nn.Module, bits: Sequence[int], init: InitName = "linear") -> 
     return mpq.measure(net, mpq.Codebook(init=init), bits, fold_bn=False)
 
 
-def stage_table(task: Task) -> Table:
+def stage_table(task: Task) -> Grid:
     """What each stage leaves, and what the network is worth then."""
     original = sum(4 * parameter.numel() for parameter in task.net.parameters())
     rows = [("float", bytes_text(original), "1.0x", *scored(task, task.net))]
@@ -233,7 +233,7 @@ def widths(plan: mpq.Plan) -> list[int]:
     return [layer.bits or 0 for layer in plan.layers]
 
 
-def init_table(task: Task, small: nn.Module) -> Table:
+def init_table(task: Task, small: nn.Module) -> Grid:
     """The pruned network shared by each way to begin the k-means, before any retraining."""
     rows = []
     for bits in (2, 3, 4, 5):
@@ -262,7 +262,7 @@ def shared_points(task: Task, net: nn.Module) -> Iterator[tuple[float, float]]:
         yield whole.packed / whole.original, task.score(trained)[0]
 
 
-def curve_table(name: str, points: Sequence[tuple[str, float, float]]) -> Table:
+def curve_table(name: str, points: Sequence[tuple[str, float, float]]) -> Grid:
     rows = [(method, f"{size:.2%}", f"{1 / size:.1f}x", f"{lost:+.2f}") for method, size, lost in sorted(points)]
     return grid(f"{name}: top-1 lost", ("method", "of float's size", "smaller", "points lost"), rows)
 

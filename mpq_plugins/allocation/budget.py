@@ -145,11 +145,11 @@ class Budget:
     bops_activation_bits: Annotated[Width, "activation bits in bops"] = 8
     latency: Annotated[LatencyTable | str | None, "JSON file: layer -> bits -> cost", BeforeValidator(_latency)] = None
     latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
-    sensitivity: Annotated[str, "error or sensitivity to keep low: mse, kl, kl*mse ...", BeforeValidator(_name)] = "mse"
+    sensitivity: Annotated[str, "error or sensitivity to keep low, as kl*mse", BeforeValidator(_name)] = "mse"
     bits: Candidates = tuple(range(1, 9))
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
     pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
-    tie: Annotated[Ties, "layers that must agree, '*.{query,key,value}'; qkv, gate_up"] = ()
+    tie: Annotated[Ties, "layers that must agree: '*.{query,key,value}', qkv"] = ()
     ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None
 
     def __post_init__(self) -> None:

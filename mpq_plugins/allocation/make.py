@@ -1,5 +1,6 @@
 """What an allocator is, and the plan every allocator starts from."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -12,6 +13,8 @@ from ..plans.scheme import Scheme
 from ..plans.table import LayerTable
 from .choices import layer_choice
 from .contract import Widths
+
+LOG = logging.getLogger(__name__)
 
 
 def make_plan(
@@ -34,6 +37,9 @@ def make_plan(
         rest_bytes=table.rest_bytes,
         layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
     )
+    # Some are tried by the dozen on the way to the one that is wanted; a solve is worth a line.
+    said = "".join(f", {name} {value}" for name, value in (found or {}).items())
+    LOG.log(logging.INFO if found else logging.DEBUG, "%s: %d layers%s", allocator.name, len(plan.layers), said)
     from .guard import warn_if_worse  # which compares with what allocators make
 
     warn_if_worse(table, plan)

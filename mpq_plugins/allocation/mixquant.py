@@ -38,7 +38,7 @@ class MixQuant:
 
     qem: Annotated[
         float,
-        "quantization error multiplier: how many times the baseline's error is acceptable",
+        "quantization error multiplier: most error, in the baseline's",
         ranged("a number above 0 (the paper uses 1.1 to 3.5)", above=0),
     ] = 2.0
     metric: Annotated[Metric, "which error to bound"] = "relative"

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +19,9 @@ from .field_options import NAMES, check_free, option_fields, spelled
 from .scheme_options import SchemeCommand
 from .types import NumberList, installed
 
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ..plans.scheme import Scheme
+
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
@@ -27,7 +31,8 @@ allocator_option = click.option(
     "-a",
     "--allocator",
     type=installed("allocators"),
-    help="How widths are decided (default: whose options are given, or budget); `mpq plugins` lists them.",
+    metavar="NAME",
+    help="How widths are decided (default: by the options, or budget).",
 )
 
 
@@ -53,6 +58,15 @@ class AllocatorCommand(SchemeCommand):
                 f"No such option '{error.option_name}' for the allocator {name}; it belongs to "
                 f"{', '.join(owners)}: add -a {owners[0]}"
             ) from error
+
+    def usual_scheme(self, ctx: click.Context) -> "Scheme":
+        """The allocator's, if it asks for one, or the plain one."""
+        from ..plans.scheme import Affine, Scheme
+
+        allocator, scheme = ctx.meta[ALLOCATOR_KEY], None
+        with suppress(Exception):  # an allocator that needs its options to be made
+            scheme = allocator(**getattr(allocator, "usual", {})).needs.scheme
+        return scheme if isinstance(scheme, Scheme) else Affine()
 
     def more_options(self, ctx: click.Context, taken: Mapping[str, str]) -> Iterable[click.Option]:
         """The allocator's."""
@@ -134,6 +148,6 @@ _UNSAID = object()
 def _field_options(name: str, allocator: Any, taken: Mapping[str, str]) -> Iterator[click.Option]:
     where = f"allocators: {name!r}"
     for field in option_fields(allocator, where, SHARED):
-        option = field.made(f"Allocator {printable(name)}", said_of=name, several=True)
+        option = field.made(f"Allocator {printable(name)}", several=True)
         check_free(where, field.name, option, taken)
         yield option

@@ -22,6 +22,7 @@ NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and on
 SINGLE: dict[Any, click.ParamType[Any]] = {
     int: click.INT, float: click.FLOAT, str: click.STRING, tuple: IntegerList(), list: NAMES,
 }  # fmt: skip
+LONGEST_METAVAR = 24  # beyond it an option's values are listed in its text
 REMEDY = "Use it from Python, or rename the field."
 
 
@@ -36,6 +37,10 @@ class FieldKind:
     type: Any
     texts: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
+
+    def opposite(self, name: str) -> str:
+        """The flag that turns off a field of this name."""
+        return spelled(self.texts[1] if len(self.texts) > 1 else f"no-{name}")
 
     def fits(self, other: "FieldKind") -> bool:
         """Whether an option of the other kind gives what a field of this one takes: the same values, or any text."""
@@ -66,16 +71,18 @@ class OptionField:
         required = self.required and enforced
         head = f"[{said_of}] " if said_of else ""
         more = "required" if self.required else self.default
-        shown = head + "; ".join(part for part in (self.text, more) if part)
+        allowed = f"|{'|'.join(self.kind.allowed)}|"
+        long = len(allowed) > LONGEST_METAVAR
+        text = f"{self.text}: {', '.join(self.kind.allowed)}" if long else self.text
+        shown = head + "; ".join(part for part in (text, more) if part)
         if self.kind.type is bool:
-            opposite = self.kind.texts[1] if len(self.kind.texts) > 1 else f"no-{self.option[2:]}"
-            flags = f"{self.option}/--{opposite}"
+            flags = f"{self.option}/{self.kind.opposite(self.name)}"
             return SectionOption([flags, self.name], default=None, required=required, help=shown, section=section)
         if self.kind.type is list:
             shown, several = f"{shown}; repeatable", True
         return SectionOption(
             [self.option, self.name], type=self._type(several), multiple=several, required=required, help=shown,
-            section=section,
+            section=section, metavar="NAME" if long else None,
         )  # fmt: skip
 
     def _type(self, several: bool) -> click.ParamType[Any]:
@@ -102,9 +109,13 @@ def option_fields(cls: type, where: str, without: Iterable[str] = ()) -> Iterato
             if required:
                 raise PluginError(f"{where} needs {field.name!r}, whose type no option can give")
             continue
-        unsaid = required or field.default in (None, ())
-        default = "" if unsaid else f"default {_shown(field.default)}"
+        default = "" if required else default_words(field.default, field.name, kind)
         yield OptionField(field.name, kind, required, default, kind.texts[0] if kind.texts else "")
+
+
+def default_words(default: Any, name: str, kind: FieldKind) -> str:
+    """`default --no-parts`: a default as the help says it; empty where there is none to say."""
+    return "" if default in (None, ()) else f"default {_shown(default, name, kind)}"
 
 
 def taken_by(parameters: Iterable[click.Parameter], whose: str) -> dict[str, str]:
@@ -167,7 +178,8 @@ def _words(parameter: click.Parameter) -> tuple[str, ...]:
     return (*parameter.opts, *parameter.secondary_opts, str(parameter.name))
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, tuple):
-        return printable(",".join(map(str, default)))
-    return printable(default)
+def _shown(default: Any, name: str, kind: FieldKind) -> str:
+    """A default as it would be given; of a flag the one of the two that it is."""
+    if kind.type is bool:
+        return spelled(name) if default else kind.opposite(name)
+    return printable(",".join(map(str, default)) if isinstance(default, tuple) else default)

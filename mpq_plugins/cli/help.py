@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .defaults import KEY, default_map
+from .verbosity import verbosity_options
 
 # Option names as commands have them, by section and in the order in which sections are shown.
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -26,10 +27,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Layers and weights": ("skip", "only", "model_factory", "weights", "already_quantized", "fold_bn"),
     "Scheme": ("scheme_name",),
     "Where it runs": ("workers", "dask", "device"),
-    "Output": ("output", "force", "cache", "plot", "plan_file", "as_json"),
+    "Output": ("output", "force", "cache", "plot", "plan_file", "as_json", "verbose", "quiet"),
 }  # fmt: skip
 FORCE_KEY = "mpq_plugins.force"
-OTHER = "Options"
+OTHER, LAST = "Options", "Output"
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Decide": ("measure", "plan", "sweep", "pareto", "evaluate", "tune"),
     "Look": ("show", "diff", "check", "inspect", "plugins"),
@@ -47,12 +48,16 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose options are listed by section; one that writes a file has --force too."""
+    """A command whose options are listed by section; --verbose and --quiet are among them.
+
+    One that writes a file has --force too.
+    """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         if any(parameter.name == "output" for parameter in self.params):
             self.params.append(_force_option())
+        self.params += verbosity_options()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take what mpq.toml says where the command line says nothing."""
@@ -85,7 +90,11 @@ def _keep_force(context: click.Context, _: click.Parameter, force: bool) -> None
 
 
 class SectionGroup(click.Group):
-    """A group whose commands are listed by section."""
+    """A group whose commands are listed by section; --verbose and --quiet may come before the command, too."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.params += verbosity_options()
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write every command with its first sentence."""
@@ -103,6 +112,8 @@ def section_of(parameter: click.Parameter) -> str:
     """The title under which an option is listed."""
     if isinstance(parameter, SectionOption):
         return parameter.section
+    if "--help" in parameter.opts:
+        return LAST
     return next((title for title, names in SECTIONS.items() if parameter.name in names), OTHER)
 
 

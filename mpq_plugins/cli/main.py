@@ -13,7 +13,7 @@ from ..common.interrupts import Interrupted, Interrupts
 from ..common.terminal import lasting_streams
 from ..common.text import printable_lines, what_it_said
 from ..errors import MeasureWarning, MPQError, PlanWarning, SourceError
-from ..report.progress import echo_lines, say
+from ..report.progress import alert, echo_lines, say
 from .commands.apply import apply
 from .commands.check import check
 from .commands.compress import compress
@@ -100,33 +100,33 @@ def _say_warning(
 ) -> None:
     """Our own in the commands' voice, others' as Python does."""
     if issubclass(category, MeasureWarning):
-        say(f"warning: {message}")
+        alert(f"warning: {message}")
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)
         (file or sys.stderr).write(printable_lines(text))
 
 
 def _fail(message: str) -> int:
-    say(f"error: {' '.join(message.split())}")
+    alert(f"error: {' '.join(message.split())}")
     return BAD_INPUT
 
 
 def _internal(error: Exception) -> int:
     if os.environ.get("MPQ_DEBUG"):
         sys.stderr.write(f"{printable_lines(''.join(traceback.format_exception(error)))}\n")
-    say(f"internal error: {what_it_said(error)}; please report this. MPQ_DEBUG=1 shows where it was")
+    alert(f"internal error: {what_it_said(error)}; please report this. MPQ_DEBUG=1 shows where it was")
     return INTERNAL
 
 
 def _say_interrupted(stop: Interrupted) -> int:
-    say(str(stop))
+    alert(str(stop))
     return stop.code
 
 
 def _lost(failure: OSError, files: list[Path]) -> int:
     """What could not be printed is an error where it is nowhere else."""
     if files:
-        say(f"warning: stdout cannot be written ({failure.strerror}); {', '.join(map(str, files))} is whole")
+        alert(f"warning: stdout cannot be written ({failure.strerror}); {', '.join(map(str, files))} is whole")
         return 0
     return _fail(f"stdout cannot be written ({failure.strerror}); what was to be printed is lost")
 

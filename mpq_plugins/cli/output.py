@@ -5,7 +5,7 @@ import math
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,13 @@ from ..errors import SettingError, SourceError
 from ..report.progress import echo, echo_lines, say
 from .functions import function_file
 from .help import FORCE_KEY
+from .verbosity import verbose
 from .written import check_replaceable
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from ..plans.plan import Plan
+    from ..plans.table import LayerTable
+    from ..report.console import PlainConsole
 
 BAD_INPUT = 2
 INTERNAL = 70  # as sysexits.h has it
@@ -34,19 +40,20 @@ json_option = click.option(
 )
 
 
+plot_option = click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg or .pdf.")
 model_option = click.option(
     "--model", "model_factory", metavar="MODULE:FACTORY",
     help="The checkpoint's model: it says what of the file are layers, where the plan does not.",
 )  # fmt: skip
 weights_option = click.option(
     "--weights", metavar="KEY",
-    help="Of a torch checkpoint with several sets of weights, the one that is meant: state_dict_ema, or ema.model.",
+    help="Which set of weights of a checkpoint: state_dict_ema, ema.model.",
 )  # fmt: skip
 
 
 judge_option = click.option(
     "--judge", metavar="NAME",
-    help="What plans are compared on, as kl*mse (default: the first measured of kl, distance, mse, relative).",
+    help="What plans are compared on, as kl*mse (default: as the guard).",
 )  # fmt: skip
 
 
@@ -82,6 +89,28 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_head(out: "PlainConsole", plan: "Plan") -> None:
+    """What a plan is, in one line; with --verbose the parameters and what was found, too."""
+    from ..report.details import plan_details
+    from ..report.tables import plan_head
+
+    out.sentence(plan_head(plan))
+    for line in plan_details(plan) if verbose() else []:
+        out.sentence(line)
+
+
+def print_table(table: "LayerTable") -> None:
+    """The errors of a measurement; with --verbose what else was measured, too."""
+    from ..report.console import console
+    from ..report.details import table_details
+    from ..report.tables import measurement_table
+
+    out = console()
+    out.print(measurement_table(table))
+    for line in table_details(table) if verbose() else []:
+        out.sentence(line)
 
 
 def say_written(file: Path | None, what: str) -> None:

@@ -10,9 +10,10 @@ import click
 
 from ..errors import SettingError
 from ..report.progress import echo, say
-from .output import claim, judge_option, print_json, say_left_alone, say_written
+from .output import claim, judge_option, plot_option, print_json, say_left_alone, say_written
 from .scheme_options import Command
-from .sources import Source
+from .sources import Source, source_name
+from .verbosity import verbose
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -30,12 +31,12 @@ def run_options(command: Command) -> Command:
             click.option(
                 "-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes."
             ),
-            click.option("--plot", type=click.Path(path_type=Path), help="Picture to write: .png, .svg or .pdf."),
+            plot_option,
             click.option(
                 "--eval",
                 "evaluation",
                 metavar="MODULE:FUNCTION",
-                help="Called with each quantized model; returns a score, larger is better, or names and numbers.",
+                help="Gives each model's score (larger is better), or names and numbers.",
             ),
             click.option(
                 "--model",
@@ -106,8 +107,8 @@ class RunFiles:
 
 def write_rows(rows: "Sequence[SweepRow]", files: RunFiles, title: str) -> None:
     """The CSV and the picture, where they were asked for."""
-    from ..report.plots import sweep_plot
     from ..report.sweep import sweep_csv
+    from ..report.sweep_plot import sweep_plot
 
     if files.output is not None:
         sweep_csv(rows, files.output)
@@ -115,19 +116,28 @@ def write_rows(rows: "Sequence[SweepRow]", files: RunFiles, title: str) -> None:
         sweep_plot(rows, files.plot, title)
 
 
+def run_title(source: str, table: "LayerTable", more: str = "") -> str:
+    """`resnet20: affine, per channel, clipped`: what was planned, and the quantizer in words."""
+    from ..report.details import scheme_words
+
+    return f"{source_name(source)}: {scheme_words(table.scheme)}{more}"
+
+
 def print_rows(
     rows: "Sequence[SweepRow]", table: "LayerTable", title: str, as_json: bool, output: Path | None, plot: Path | None
 ) -> None:
     """On stdout: a table with its notes, or JSON."""
     from ..report.console import console
+    from ..report.details import sweep_details
     from ..report.sweep import sweep_json, sweep_notes, sweep_table
 
     if as_json:
         print_json(sweep_json(rows, table))
         return
-    console().print(sweep_table(rows, title))
-    for note in sweep_notes(rows):
-        echo(note)
+    out = console()
+    out.print(sweep_table(rows, title))
+    for note in [*sweep_notes(rows), *(sweep_details(rows) if verbose() else [])]:
+        out.sentence(note)
     say_written(output, "rows as CSV")
     if plot is not None:
         echo(f"wrote {plot}")

@@ -1,19 +1,23 @@
 """The options that describe a measurement: what of the source, and under which scheme, by the schemes' own fields."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from ..common.outsiders import outsiders
 from ..common.registry import described
-from ..errors import PluginError
-from .field_options import REMEDY, OptionField, check_free, last_named, option_fields, taken_by
+from ..errors import MPQError, PluginError
+from .field_options import REMEDY, OptionField, check_free, default_words, last_named, option_fields, taken_by
 from .help import SectionCommand
 from .output import weights_option
 from .types import Known
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ..plans.scheme import Scheme
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 REQUEST_NAMES = ("scheme_name", "skip", "only", "fold_bn", "weights", "already_quantized")
@@ -53,14 +57,21 @@ class SchemeFields:
                 self.fields.setdefault(each.name, each)
                 self.owners.setdefault(each.name, []).append(name)
 
-    def options(self) -> list[click.Option]:
-        """An option for each field; which schemes have it is said where not all do. None of them has to be given."""
+    def options(self, shown: "Scheme | None" = None) -> list[click.Option]:
+        """An option for each field; which schemes have it is said where not all do. None of them has to be given.
+
+        shown: the scheme whose options are listed in the help, with what it has for each as the default.
+        """
         schemes = {owner for owners in self.owners.values() for owner in owners}
-        return [
-            each.made(SECTION, said_of="" if {*self.owners[name]} == schemes else ", ".join(self.owners[name]),
-                      enforced=False)
-            for name, each in self.fields.items()
-        ]  # fmt: skip
+        made = []
+        for name, each in self.fields.items():
+            owners = self.owners[name]
+            if shown is not None and hasattr(shown, name):
+                each = replace(each, default=default_words(getattr(shown, name), name, each.kind))
+            option = each.made(SECTION, said_of="" if {*owners} == schemes else ", ".join(owners), enforced=False)
+            option.hidden = shown is not None and shown.name not in owners
+            made.append(option)
+        return made
 
     def _fields_of(self, name: str, taken: Mapping[str, str]) -> list[OptionField]:
         """Those of a scheme. Raises PluginError where one of them is another's option, or whatever is wrong with it."""
@@ -102,6 +113,12 @@ class SchemeCommand(SectionCommand):
             ctx.meta[OPTIONS_KEY] = self._options(ctx, given)
         return [*given[:-1], *ctx.meta[OPTIONS_KEY], given[-1]]
 
+    def usual_scheme(self, ctx: click.Context) -> "Scheme":
+        """The scheme that is measured under where none is named, whose options the help lists."""
+        from ..plans.scheme import Affine
+
+        return Affine(granularity="per_channel", range="mse")
+
     def more_options(self, ctx: click.Context, taken: Mapping[str, str]) -> Iterable[click.Option]:
         """Options beside these, none of them taken; they come before those of other packages' schemes."""
         return ()
@@ -118,7 +135,17 @@ class SchemeCommand(SectionCommand):
         foreign = [name for name in _names() if name not in SCHEMES]
         schemes.add(sorted(foreign, key=lambda name: name != named), taken)
         ctx.meta[SCHEME_FIELDS_KEY] = schemes
-        return [*schemes.options(), *more]
+        return [*schemes.options(_made_of(named) if named else self.usual_scheme(ctx)), *more]
+
+
+def _made_of(name: str) -> "Scheme | None":
+    """A scheme by its name, with its defaults; None for one that cannot be made without being told more."""
+    from ..plans.scheme_names import scheme_class
+
+    made = None
+    with suppress(MPQError, TypeError):
+        made = scheme_class(name)()
+    return made
 
 
 def request_values(values: dict[str, Any], ctx: click.Context | None = None) -> dict[str, Any]:
@@ -142,33 +169,32 @@ def scheme_options(command: Command) -> Command:
                 "--scheme",
                 "scheme_name",
                 type=Known(_names),
-                help="How weights become codes (default: the allocator's, or affine).",
+                metavar="NAME",
+                help="affine, piecewise, codebook; --scheme NAME -h has its options.",
             ),
             click.option(
                 "--skip",
                 multiple=True,
                 metavar="GLOB",
-                help="Leave these layers alone; repeatable. A glob, re:REGEX, or in language models role:embeddings, "
-                "role:lm_head or role:routers.",
+                help="Layers to leave alone, by glob, re:REGEX or role:lm_head; repeatable.",
             ),
             click.option(
                 "--only",
                 multiple=True,
                 metavar="GLOB",
-                help="Take only these layers; repeatable. Also those that checkpoints' plans leave alone: role:lora, "
-                "role:fragile.",
+                help="Layers to take, and no others, such as role:lora; repeatable.",
             ),
             weights_option,
             click.option(
                 "--already-quantized",
                 is_flag=True,
                 default=None,
-                help="Of a checkpoint whose layers are packed already, plan what is left in floating point.",
+                help="Of a checkpoint packed already, plan what is left in floating point.",
             ),
             click.option(
                 "--fold-bn",
                 type=click.Choice(["auto", "yes", "no"]),
-                help="Measure conv weights with BatchNorm folded in; auto: a module's, per tensor.",
+                help="Fold BatchNorm into convolutions first; auto: a module's, per tensor.",
             ),
         )
     ):

@@ -72,6 +72,11 @@ def check_order(plan: Path, source: str, usage: str) -> None:
         raise SettingError(f"arguments: {source} is a plan and {plan} is none, so they are swapped; write {usage}")
 
 
+def source_name(text: str) -> str:
+    """What a title calls a source: a file's name without its ending, or a factory's."""
+    return text.rpartition(":")[2] if names_function(text) else Path(text).stem
+
+
 def make_module(text: str) -> "nn.Module":
     """The module that `package.module:factory` returns, in evaluation mode, as it will run. Raises SourceError."""
     from torch import nn

@@ -1,5 +1,6 @@
 """From weights to a container: quantized as the plan says, coded in the fewest bytes, read back before it is kept."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ from .header import (
 from .prune import Pruning, checked_thresholds, pruned
 from .sparse import index_bits, to_relative
 from .streams import CHOICES, Choice, Stream, code_stream, possible, value_stream
+
+LOG = logging.getLogger(__name__)
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -229,6 +232,7 @@ class _Writer:
         ), [stream])  # fmt: skip
 
     def _layer(self, name: str, choice: LayerChoice, tensor: Tensor) -> None:
+        LOG.debug("%s: %d weights", choice.name, choice.numel)
         if self.progress is not None:
             self.progress(choice.name, self.done, self.total)
         check_weight(tensor, choice.name)

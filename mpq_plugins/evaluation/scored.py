@@ -1,6 +1,7 @@
 """The scores of plans: each applied to a copy of the model, verified and evaluated, or taken from a store."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 else:
     nn = Deferred("torch.nn")
+
+LOG = logging.getLogger(__name__)
 
 FLOAT = "float"
 
@@ -45,6 +48,7 @@ class Scored:
         given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
         scores = checked_scores(self.evaluate, given, what)
+        LOG.info("%s: %s", what, scores)
         if self.finished is not None:
             self.finished.add_row(key, scores)
         return scores

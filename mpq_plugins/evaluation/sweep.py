@@ -1,6 +1,7 @@
 """Many plans of one table: what each costs, what it loses, and which of them are worth having."""
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 else:
     nn = Deferred("torch.nn")
+
+LOG = logging.getLogger(__name__)
 
 
 JOB = "sweep"

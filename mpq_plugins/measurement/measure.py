@@ -1,6 +1,7 @@
 """One measurement: check the request, cut the work, hand it out, build the table from what comes back."""
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -38,6 +39,8 @@ from .macs import count_macs
 from .request import DEFAULT_BITS, DEFAULT_METRICS, FoldBN, MeasureRequest
 from .units import Unit, Work, cut, cut_layer
 from .workers import Call, Workers
+
+LOG = logging.getLogger(__name__)
 
 SHARED_AT_ONCE = 16  # layers that are handed out pass by pass; each only waits
 CUDA_THREADS = 4  # one reads and copies while others' kernels run
@@ -128,6 +131,8 @@ def run(
         if fold:
             _check_norms(source, request.fold_bn)
         rest = rest_bytes(source, weights, request.weights)
+        folded = ", BatchNorm folded in" if weights.folded else ""
+        LOG.info("%d layers under %s, bits %s%s", len(weights), of_unit.scheme, of_unit.bits, folded)
         layers = _checked_and_measured(weights, of_unit, source, means)
     table = LayerTable(
         tuple(layers),
@@ -204,12 +209,15 @@ def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: 
         for name, numel, complete in _by_unit(weights, request, work, workers, kept):
             layers |= complete
             done += numel
+            for position in complete:
+                LOG.debug("%s", weights[position].name)
             if progress is not None:
                 progress(name, done, total)
         for position, future in shared.items():
             if progress is not None:
                 progress(weights[position].name, done, total)
             layers[position] = future.result()
+            LOG.debug("%s", weights[position].name)
             done += weights[position].numel
     finally:  # an error in one layer, or Ctrl-C, must not wait for all the others
         workers.close()

@@ -5,6 +5,7 @@ in every table. Each kind is a frozen dataclass that an entry point of the group
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from ..weights.find import find_weights
 from .contract import Curves, Job, Output, Sensitivity
 from .error import weights_fingerprint
 from .moments import second_moments, weight_users
+
+LOG = logging.getLogger(__name__)
 
 
 def sensitivity(  # noqa: PLR0913  # each option is a user's word
@@ -77,6 +80,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         with evaluating(copied), seeded(seed) as generator:
             moments = second_moments(copied, modules, given) if fit_ranges else None
             job = Job(copied, table, given, weights, modules, output, moments, finished, progress, generator)
+            LOG.info("%s of %d layers on %d batches", measurer.name, len(table.layers), len(given))
             curves = _measured(measurer, job)
         layers = tuple(_with_curves(layer, measurer.name, curves[layer.name]) for layer in table.layers)
     return replace(table, layers=layers)

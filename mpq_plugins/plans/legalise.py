@@ -1,5 +1,6 @@
 """What a backend can run, and a plan projected onto it with every change reported."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -13,6 +14,8 @@ from .plan import Plan
 from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
 from .size import layer_size
 from .storage import Storage
+
+LOG = logging.getLogger(__name__)
 
 Policy = Literal["up", "nearest", "error"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -108,6 +111,8 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
         if whys:
             cost = layer_size(legal).total - layer_size(layer).total
             changes.append(Change(layer.name, _choice_text(layer), _choice_text(legal), "; ".join(whys), cost))
+            LOG.debug("%s: %s becomes %s", layer.name, changes[-1].before, changes[-1].after)
+    LOG.info("%s: %d of %d layers changed", capabilities.backend, len(changes), len(plan.layers))
     if policy == "error" and changes:
         raise SettingError(refusal(changes, capabilities.backend))
     return plan.model_copy(update={"layers": tuple(layers), "activation_bits": activation_bits}), tuple(changes)

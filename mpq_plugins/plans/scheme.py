@@ -23,7 +23,7 @@ BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "la
 StorageName = Literal["region_bit", "shared"]
 InitName = Literal["linear", "optimal", "density", "forgy"]
 # As fields of schemes, with the texts of their options.
-Grain = Annotated[Granularity, "what has a scale of its own, where the allocator asks for nothing else"]
+Grain = Annotated[Granularity, "scales"]
 GroupSize = Annotated[int | None, "weights per group along the input axis; implies per_group"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -229,7 +229,7 @@ class Affine(Granular):
     symmetric: Annotated[bool, "zero point at zero", "asymmetric"] = False
     granularity: Grain = "per_tensor"
     group_size: GroupSize = None
-    range: Annotated[RangeName, "what codes span: the extremes, or the clipping of least squared error"] = "minmax"
+    range: Annotated[RangeName, "range of the codes: extremes or clipped"] = "minmax"
 
     def __post_init__(self) -> None:
         self.check_granularity()
@@ -290,8 +290,8 @@ class Piecewise(Granular):
     name: Literal["piecewise"] = "piecewise"
     granularity: Grain = "per_tensor"
     group_size: GroupSize = None
-    breakpoint: Annotated[BreakpointName, "where the two regions meet: searched for, or a distribution's"] = "search"
-    storage: Annotated[StorageName, "what b bits buy: region_bit (b + 1 bits a weight) or shared (b)"] = "region_bit"
+    breakpoint: Annotated[BreakpointName, "where the two regions meet"] = "search"
+    storage: Annotated[StorageName, "region_bit: a bit more a weight"] = "region_bit"
 
     def __post_init__(self) -> None:
         self.check_granularity()

@@ -4,6 +4,7 @@ The float net and the quantized net stand side by side. A unit, a block or a lay
 quantized net so far gives it, and learns its rounding so that its output comes close to the float net's.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -34,6 +35,8 @@ from .learn import Block, Learned, inner_name, learn
 from .nets import Nets, on_device
 from .samples import Samples
 from .settings import MEMORY, BlockReport, Settings, usual_lr
+
+LOG = logging.getLogger(__name__)
 
 
 @torch.inference_mode(mode=False)
@@ -117,6 +120,7 @@ def _reconstruct(job: "_Job", progress: Progress | None, finished: Callable[[Blo
     with evaluating(nets.exact), evaluating(nets.rough):
         for position, name in enumerate(nets.units):
             report = job.reconstruct(position, name, _words(progress, name, position * steps, total))
+            LOG.info("%s: loss %.4g, to nearest %.4g", name, report.learned, report.nearest)
             if finished is not None:
                 finished(report)
     nets.restore_buffers()

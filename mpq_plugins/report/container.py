@@ -3,22 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
-
 from ..compression.container import Container
 from ..compression.stages import Stages, total
+from .grid import Grid
 from .tables import bits_text, bytes_text, grid
 
 
-def layers_table(container: Container, stages: Mapping[str, Stages]) -> Table:
+def layers_table(container: Container, stages: Mapping[str, Stages]) -> Grid:
     """Every layer of the plan, by stage."""
     rows = [(_layer(container, name), _bits(container, name), *_numbers(stage)) for name, stage in stages.items()]
     rows.append(("all", "", *_numbers(total(stages.values()))))
     columns = ("layer", "bits", "weights", "zeros", "entropy", "original", "sparse", "packed", "Huffman", "stored")
-    return grid("", columns, rows, left=2)
+    return grid("", columns, rows, 2, ("entropy", "sparse", "zeros", "original", "packed", "Huffman", "weights"))
 
 
-def totals_table(stages: Mapping[str, Stages]) -> Table:
+def totals_table(stages: Mapping[str, Stages]) -> Grid:
     """All layers together after each stage, and how many times smaller they are."""
     whole = total(stages.values())
     sparse = f"in float without {whole.sparsity:.1%} zeros, with gaps"

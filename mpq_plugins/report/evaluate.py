@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..common.files import write_text
 from ..evaluation.evaluate import EvaluatedPlan
+from .grid import Grid
 from .tables import bytes_text, grid
 
 FLOAT_BITS = 32
 
 
-def evaluated_table(rows: Sequence[EvaluatedPlan], weights: int, title: str) -> Table:
+def evaluated_table(rows: Sequence[EvaluatedPlan], weights: int, title: str) -> Grid:
     """One line for each model that was tried; weights: how many the planned layers have."""
     scores = list(rows[0].scores)
     lines = [

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
-
 from ..plans.plan import Plan
 from ..reconstruction.settings import BlockReport
+from .grid import Grid
 from .tables import grid
 
 COLUMNS = ("block", "layers", "bits", "loss to nearest", "learned", "codes changed", "seconds")
 
 
-def reconstruction_table(reports: Sequence[BlockReport], plan: Plan) -> Table:
+def reconstruction_table(reports: Sequence[BlockReport], plan: Plan) -> Grid:
     """One row a block, and their sum; losses are means a sample on the calibration inputs."""
     rows = [_words(report, plan) for report in reports]
     if len(reports) > 1:
@@ -21,7 +20,7 @@ def reconstruction_table(reports: Sequence[BlockReport], plan: Plan) -> Table:
         seconds = sum(block.seconds for block in reports)
         layers = sum(len(block.layers) for block in reports)
         rows.append(("all", str(layers), "", "", "", f"{changed / max(1, weights):.1%}", f"{seconds:.1f}"))
-    return grid("", COLUMNS, rows)
+    return grid("", COLUMNS, rows, leave_out=("seconds", "layers", "codes changed"))
 
 
 def reconstruction_json(reports: Sequence[BlockReport], plan: Plan) -> dict[str, Any]:

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..common.files import write_text
 from ..evaluation.sweep import SweepRow
 from ..plans.table import LayerTable
+from .details import value_text
+from .grid import Grid
 from .tables import bytes_text, grid
 
 MARK = "*"
 
 
-def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
+def sweep_table(rows: Sequence[SweepRow], title: str) -> Grid:
     """One line per plan, by size; the ones that no other beats are marked."""
     varying = varying_parameters(rows)
     error, scores = next(iter(rows[0].errors), None), list(rows[0].scores)
@@ -33,7 +33,9 @@ def sweep_table(rows: Sequence[SweepRow], title: str) -> Table:
         "" if any(row.series for row in rows) else ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
     )
     errors = [f"predicted {error}"] if error is not None else []
-    return grid(title, (f"plan, {head}" if head else "plan", "bits", "size", *errors, *scores, MARK), lines)
+    columns = (f"plan, {head}" if head else "plan", "bits", "size", *errors, *scores, MARK)
+    # What is left says at least how small and how good.
+    return grid(title, columns, lines, leave_out=(*(errors if scores else ()), *reversed(scores[1:]), "bits"))
 
 
 def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
@@ -76,17 +78,22 @@ def sweep_json(rows: Sequence[SweepRow], table: LayerTable) -> dict[str, Any]:
 
 def row_label(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:
     """`ptilmpq 0.5, 0.3`: the allocator and its values of the parameters that vary."""
-    values = ", ".join(_text(row.parameters.get(name, "-")) for name in varying.get(row.allocator, ()))
-    return row.series or f"{row.allocator} {values}".rstrip()
+    return row.series or f"{row.allocator} {values_text(row, varying)}".rstrip()
+
+
+def values_text(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:
+    """`0.5, 0.3`: its values of the parameters that vary."""
+    values = (row.parameters.get(name, "-") for name in varying.get(row.allocator, ()))
+    return ", ".join(value_text(list(value) if isinstance(value, tuple) else value) for value in values)
 
 
 def varying_parameters(rows: Sequence[SweepRow]) -> dict[str, list[str]]:
-    """Allocator -> its parameters that differ from row to row, less those that only repeat an earlier one."""
+    """Allocator -> what differs from row to row of what it was told, less what only repeats an earlier one."""
     varying: dict[str, list[str]] = {}
     for allocator in dict.fromkeys(row.allocator for row in rows):
-        made = [row for row in rows if row.allocator == allocator]
-        names = dict.fromkeys(name for row in made for name in row.parameters)
-        columns = {name: tuple(_text(row.parameters.get(name)) for row in made) for name in names}
+        made = [row.parameters for row in rows if row.allocator == allocator]
+        names = dict.fromkeys(name for given in made for name in given)
+        columns = {name: tuple(_text(given.get(name)) for given in made) for name in names}
         distinct = {column: name for name, column in reversed(columns.items()) if len(set(column)) > 1}
         varying[allocator] = [name for name in columns if name in distinct.values()]
     if "uniform" in varying:

@@ -4,9 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import JustifyMethod
-from rich.table import Table
-
 from ..common.registry import Plugin
 from ..common.text import printable
 from ..plans.layers import LayerChoice, width_text
@@ -14,22 +11,24 @@ from ..plans.legalise import Change
 from ..plans.plan import Difference, Plan
 from ..plans.size import PlanSize
 from ..plans.table import LayerTable
+from .grid import Column, Grid
 
-MOST_NAME = 40  # columns of a name that are not folded
 
+def grid(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1, leave_out: Sequence[str] = ()
+) -> Grid:
+    """A table whose first `left` columns are text and whose others are numbers.
 
-def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> Table:
-    """A table whose first `left` columns are text and whose others are numbers."""
-    table = Table(title=printable(title) or None, title_justify="left")
+    leave_out: what goes first where the width does not do for all columns; the others go from the right. The first
+    column stays; single words in it are names, which may be shortened.
+    """
     cells = [tuple(map(printable, row)) for row in rows]
-    for position, column in enumerate(columns):
-        # A layer is found by its name: other columns give way first.
-        whole = position == 0 and max((len(row[0]) for row in cells), default=0) <= MOST_NAME
-        justify: JustifyMethod = "left" if position < left else "right"
-        table.add_column(printable(column), justify=justify, overflow="fold", no_wrap=whole)
-    for row in cells:
-        table.add_row(*row)
-    return table
+    names = not any(" " in row[0] for row in cells)
+    made = (
+        Column(printable(heading), tuple(row[place] for row in cells), number=place >= left, name=names and not place)
+        for place, heading in enumerate(columns)
+    )
+    return Grid(printable(title), tuple(made), tuple(map(printable, leave_out)))
 
 
 def bits_text(layer: LayerChoice | None) -> str:
@@ -37,7 +36,7 @@ def bits_text(layer: LayerChoice | None) -> str:
     return "-" if layer is None else layer.bits_text
 
 
-def bits_summary(plan: Plan, size: PlanSize) -> Table:
+def bits_summary(plan: Plan, size: PlanSize) -> Grid:
     """How many layers, channels and weights get how many bits; a layer with parts counts at each of its widths."""
     layers: Counter[int] = Counter()
     channels: Counter[int] = Counter()
@@ -95,7 +94,7 @@ def bytes_text(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan) -> Grid:
     """Every layer of a plan."""
     sizes = plan.size().layers
     schemes = ["scheme"] if len({layer.scheme for layer in plan.layers}) > 1 else []  # one is said above the table
@@ -106,29 +105,33 @@ def plan_table(plan: Plan) -> Table:
         )
         for layer in plan.layers
     ]  # fmt: skip
-    return grid("", ("layer", "kind", "shape", *schemes, "bits", "weights", "size"), rows, left=3 + len(schemes))
-
-
-def plan_head(plan: Plan) -> str:
-    """One line: who made it, for how many layers, with what around it."""
-    parameters = " ".join(f"{name}={_value(value)}" for name, value in plan.allocator.parameters.items())
-    activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
-    folded = ", BatchNorm folded" if plan.fold_bn else ""
-    skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
-    schemes = ", ".join(sorted({str(layer.scheme) for layer in plan.layers}))
-    return (
-        f"{plan.allocator.name} {parameters}: {len(plan.layers)} layers{skipped}, {schemes}, activations "
-        f"{activations}{folded}"
+    return grid(
+        "",
+        ("layer", "kind", "shape", *schemes, "bits", "weights", "size"),
+        rows,
+        3 + len(schemes),
+        ("kind", "shape", "weights"),
     )
 
 
-def diff_table(differences: Sequence[Difference]) -> Table:
+def plan_head(plan: Plan) -> str:
+    """One line: who made it, for how many layers, how small it is."""
+    size = plan.size()
+    skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
+    activations = "" if plan.activation_bits is None else f", activations {plan.activation_bits} bits"
+    return (
+        f"{plan.allocator.name}: {len(plan.layers)} layers{skipped}, {size.total_average_bits:.2f} bits a weight in "
+        f"total, {bytes_text(size.total_bytes)}{activations}"
+    )
+
+
+def diff_table(differences: Sequence[Difference]) -> Grid:
     """The layers in which two plans differ."""
     rows = [(d.name, bits_text(d.before), bits_text(d.after), _what_else(d)) for d in differences]
     return grid("", ("layer", "before", "after", "also"), rows)
 
 
-def measurement_table(table: LayerTable) -> Table:
+def measurement_table(table: LayerTable) -> Grid:
     """The errors of a measurement: one row per layer, one column per bit-width, of its first metric."""
     metric = table.metrics[0]
     rows = [
@@ -141,19 +144,19 @@ def measurement_table(table: LayerTable) -> Table:
     ]  # fmt: skip
     macs = ["MACs"] if any(layer.macs is not None for layer in table.layers) else []
     columns = ("layer", "kind", "weights", "sum |w|", *macs, *(f"{b} bit" for b in table.bits))
-    return grid(f"{metric} error, {table.scheme}", columns, rows, left=2)
+    return grid(f"{metric} error, {table.scheme}", columns, rows, 2, ("kind", "sum |w|", "MACs", "weights"))
 
 
-def changes_table(changes: Sequence[Change]) -> Table:
+def changes_table(changes: Sequence[Change]) -> Grid:
     """What a backend makes of a plan, layer by layer, and what that costs in bits of the whole layer."""
     rows = [(c.layer, c.before, c.after, c.why, f"{c.cost:+,}" if c.cost else "") for c in changes]
-    return grid("", ("layer", "planned", "becomes", "because", "bits"), rows, left=4)
+    return grid("", ("layer", "planned", "becomes", "because", "bits"), rows, 4, ("because", "bits"))
 
 
-def plugins_table(plugins: Sequence[Plugin]) -> Table:
+def plugins_table(plugins: Sequence[Plugin]) -> Grid:
     """What is installed."""
     rows = [(plugin.group, plugin.name, plugin.distribution, plugin.target) for plugin in plugins]
-    return grid("", ("kind", "name", "from", "entry point"), rows, left=4)
+    return grid("", ("kind", "name", "from", "entry point"), rows, 4, ("entry point", "from"))
 
 
 def size_json(size: PlanSize) -> dict[str, Any]:
@@ -185,7 +188,3 @@ def _what_else(difference: Difference) -> str:
     if bits_text(before) == bits_text(after) and before.parts != after.parts:
         changed.append("which channels")
     return ", ".join(changed)
-
-
-def _value(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from ..allocation.guard import judge_of
 from ..allocation.objective import predicted
 from ..evaluation.tuning import Trial, Tuning
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
+from .grid import Grid
 from .tables import bytes_text, grid
 
 KEPT = "*"
@@ -38,7 +37,7 @@ class Judged:
 UNJUDGED = Judged(None, {})
 
 
-def tuning_table(tuning: Tuning, title: str, judged: Judged = UNJUDGED) -> Table:
+def tuning_table(tuning: Tuning, title: str, judged: Judged = UNJUDGED) -> Grid:
     """The float model, then the trials in their order; the one that is kept, if any, is marked."""
     chosen = tuning.chosen if tuning.met else None
     head = () if judged.judge is None else (f"predicted {judged.judge}",)
@@ -48,7 +47,7 @@ def tuning_table(tuning: Tuning, title: str, judged: Judged = UNJUDGED) -> Table
         cost = judged.cost(trial.plan)
         said = ("-" if cost is None else f"{cost:.4g}",) if head else ()
         rows.append((label, bits, size, *said, score, KEPT if trial is chosen else ""))
-    return grid(title, ("trial", "bits", "size", *head, "score", KEPT), rows)
+    return grid(title, ("trial", "bits", "size", *head, "score", KEPT), rows, leave_out=(*head, "bits"))
 
 
 def tuning_json(tuning: Tuning, judged: Judged = UNJUDGED) -> dict[str, Any]:

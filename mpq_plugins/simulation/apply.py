@@ -1,5 +1,6 @@
 """Simulated quantization of a model by a plan, and the proof that the model holds what the plan says."""
 
+import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from .correct import correct
 from .layer import most_distinct_values
 from .match import as_called, match
 from .model import simulate_model
+
+LOG = logging.getLogger(__name__)
 
 
 @public
@@ -54,6 +57,7 @@ def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = Non
             f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
             stacklevel=2,
         )
+    LOG.info("%d layers quantized%s", len(plan.layers), ", BatchNorm folded in" if plan.fold_bn else "")
     return simulate_model(traced, plan)
 
 

@@ -17,6 +17,7 @@ What comes back is a float model with the weights as they were (or clipped to fi
 changes scales and biases, and no code.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,6 +48,8 @@ from ..weights.dtypes import check_weight
 from .match import match
 from .model import simulate_model
 from .parts import weight_parts
+
+LOG = logging.getLogger(__name__)
 
 LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
 LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
@@ -86,8 +89,10 @@ def correct(
     quantized = simulate_model(copied, plan)
     _own_biases(copied)
     shifts, unreached = _measure(exact, quantized, plan, given, progress)
+    LOG.info("%d statistics and biases corrected on %d batches", len(shifts), len(given))
     with torch.no_grad():
         for name, shift in shifts.items():
+            LOG.debug("%s", name)
             shift.correct(name, copied.get_submodule(name), shrinkage)
     if unreached:
         named = first_few([repr(name) for name in unreached], ", ")

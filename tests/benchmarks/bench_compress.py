@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from pcodec import standalone
 from rich.console import Console
-from rich.table import Table
 
 import mpq_plugins as mpq
 from mpq_plugins.compression.bitpack import Codes, pack, unpack
 from mpq_plugins.compression.huffman import decode, encode, entropy_bits
 from mpq_plugins.compression.streams import CODES
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.report.grid import Grid
 from mpq_plugins.report.tables import bytes_text, grid
 from tests.benchmarks.bench_measure import seconds
 from tests.helpers.checkpoints import minilm_file
@@ -41,7 +41,7 @@ def best(work: Callable[[], object], repeats: int) -> float:
     return min(seconds(work) for _ in range(repeats))
 
 
-def containers(repeats: int) -> Table:
+def containers(repeats: int) -> Grid:
     rows = []
     source = minilm_file()
     assert source is not None, "make installs it"
@@ -59,7 +59,7 @@ def containers(repeats: int) -> Table:
     return grid("all-MiniLM-L6-v2, one thread", ("plan", "packed", "smallest", "written in", "read"), rows)
 
 
-def coders(count: int, repeats: int) -> Table:
+def coders(count: int, repeats: int) -> Grid:
     """Codes of bell-shaped weights, and gaps of weights nine tenths of which are gone."""
     rng = np.random.default_rng(0)
     cases: dict[str, tuple[int, Codes]] = {}

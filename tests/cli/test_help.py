@@ -26,8 +26,7 @@ def context(name: str) -> click.Context:
 def test_every_option_is_in_a_section(name: str) -> None:
     with context(name) as ctx:
         options = [one for one in cli.commands[name].get_params(ctx) if isinstance(one, click.Option)]
-    others = [option.name for option in options if section_of(option) == OTHER]
-    assert len(others) == 1  # --help itself
+    assert [option.name for option in options if section_of(option) == OTHER] == []
 
 
 def test_no_section_names_an_option_that_no_command_has() -> None:
@@ -49,7 +48,30 @@ def test_an_allocators_options_follow_the_plans(mpq: Mpq) -> None:
     titles = [
         line.removesuffix(":") for line in ran.out.splitlines() if line.endswith(":") and not line.startswith(" ")
     ]
-    assert titles == ["Plan", "Allocator budget", "Layers and weights", "Scheme", "Output", "Options"]
+    assert titles == ["Plan", "Allocator budget", "Layers and weights", "Scheme", "Output"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_read_on_one_screen(mpq: Mpq, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = mpq(name, "--help").out.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("allocator", ["budget", "mixquant", "ptilmpq", "sqnr", "uniform"])
+def test_an_allocators_options_do_not_repeat_the_title_over_them(mpq: Mpq, allocator: str) -> None:
+    text = mpq("plan", "-a", allocator, "--help").out
+    assert f"Allocator {allocator}:" in text
+    assert f"[{allocator}]" not in text
+
+
+def test_the_default_of_two_flags_is_one_of_them(mpq: Mpq) -> None:
+    text = " ".join(mpq("plan", "-a", "budget", "--help").out.split())
+    assert "default --parts" in text
+    assert "default --asymmetric" in text
+    for word in ("default True", "default False"):
+        assert word not in text
 
 
 def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:
@@ -120,3 +142,44 @@ def test_a_shell_gets_candidates_and_nothing_else(words: str, wanted: str) -> No
     done = subprocess.run(run, env={**os.environ, **asked}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert wanted in done.stdout
+
+
+COMPLETED = """
+eval "$(_MPQ_COMPLETE=bash_source mpq)"
+complete -p mpq
+COMP_WORDS=({words}); COMP_CWORD={place}
+_mpq_completion mpq
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "wanted"),
+    [
+        ("mpq sw", 1, "sweep"),
+        ("mpq plan x -a bud", 4, "budget"),
+        ("mpq show --pl", 2, "--plot"),
+        ("mpq show --q", 2, "--quiet"),
+    ],
+)
+def test_bash_completes_after_the_documented_line(words: str, place: int, wanted: str) -> None:
+    folder = str(Path(sys.executable).parent)
+    script = COMPLETED.format(words=words, place=place)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    registered, *found = done.stdout.splitlines()
+    assert registered.endswith("-F _mpq_completion mpq")
+    assert found == [wanted]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_have_a_script_too(shell: str) -> None:
+    run = [Path(sys.executable).parent / "mpq"]
+    done = subprocess.run(
+        run, env={**os.environ, "_MPQ_COMPLETE": f"{shell}_source"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"_MPQ_COMPLETE={shell}_complete" in done.stdout

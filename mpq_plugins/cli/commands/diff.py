@@ -27,10 +27,9 @@ def diff(before: Path, after: Path, as_json: bool) -> None:
     out = console()
     if differences:
         out.print(diff_table(differences))
-    out.print(f"{len(differences)} of {len(set(first.by_name) | set(second.by_name))} layers differ", soft_wrap=True)
+    out.sentence(f"{len(differences)} of {len(set(first.by_name) | set(second.by_name))} layers differ")
     for name, size in ((before, first.size()), (after, second.size())):
-        out.print(
+        out.sentence(
             f"{name}: {bytes_text(size.total_bytes)} in total, {size.total_average_bits:.3f} bits a weight "
-            f"({size.average_bits:.3f} weights only)",
-            soft_wrap=True,
+            f"({size.average_bits:.3f} weights only)"
         )

@@ -7,7 +7,7 @@ import click
 
 from ...report.progress import echo
 from ..help import SectionCommand
-from ..output import claim, json_option, print_json
+from ..output import claim, json_option, print_head, print_json
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...compression.container import Container
@@ -47,16 +47,15 @@ def print_container(container: "Container", as_json: bool, layers: bool) -> None
     from ...compression.stages import layer_stages, planned
     from ...report.console import console
     from ...report.container import container_json, layers_table, summary_lines, totals_table
-    from ...report.tables import plan_head
 
     stages: dict[str, Stages] = {name: layer_stages(container, name) for name in planned(container)}
     if as_json:
         print_json(container_json(container, stages))
         return
     out = console()
-    out.print(plan_head(container.plan), soft_wrap=True)
+    print_head(out, container.plan)
     if "pruning" in container.header.made_with:
-        out.print(f"pruned by {container.header.made_with['pruning']}", soft_wrap=True)
+        out.sentence(f"pruned by {container.header.made_with['pruning']}")
     out.print(layers_table(container, stages) if layers else totals_table(stages))
     for line in summary_lines(container, stages):
-        out.print(line, soft_wrap=True)
+        out.sentence(line)

@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from ..output import claim, json_option, print_json, say_left_alone, say_written
+from ...report.progress import echo
+from ..output import claim, json_option, plot_option, print_json, print_table, say_left_alone, say_written
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..types import FileOrFactory, IntegerList, NameList, installed
 
@@ -34,15 +35,16 @@ def _metrics() -> tuple[str, ...]:
 @click.option("--input-shape", type=IntegerList(), help="Count MACs for an input of this shape (factory sources).")
 @click.option(
     "--sensitivity", "sensitivities", type=installed("sensitivities"), multiple=True,
-    help="Also what quantizing each layer does to outputs: output_mse, kl, distance, fisher, hessian; repeatable.",
+    help="Also what quantizing each layer does to the outputs; repeatable.",
 )  # fmt: skip
 @click.option(
     "--calibrate", "calibration", metavar="MODULE:FUNCTION", help="Returns the batches of inputs that these need."
 )
 @click.option(
     "--output-of", "output_function", metavar="MODULE:FUNCTION",
-    help="For models without logits: (model, batch) -> tensor (samples, features), such as embeddings.",
+    help="Without logits: (model, batch) -> tensor (samples, features).",
 )  # fmt: skip
+@plot_option
 @click.option("--workers", type=click.IntRange(1, 1024), help="Threads to measure with (default: as torch has).")
 @click.option("--dask", metavar="ADDRESS", help="Measure on the workers of a dask cluster: tcp://HOST:8786.")
 @click.option("--device", help="Measure with torch on this device, such as cuda.")
@@ -61,6 +63,7 @@ def measure(
     workers: int | None,
     dask: str | None,
     device: str | None,
+    plot: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -72,31 +75,30 @@ def measure(
     """
     from ...allocation.contract import Needs
     from ...common.store import Store
-    from ...report.console import console
-    from ...report.tables import measurement_table
+    from ...report.layer_plots import errors_plot, table_title
+    from ...report.plots import check_plot
     from ..calibration import check_sensitivities, with_sensitivities
     from ..measuring import USUAL, kept_beside, measure_now
     from ..output import check_output
     from ..request import Request
-    from ..sources import resolve_source
+    from ..sources import resolve_source, source_name
     from ..workers import chosen_executor
 
     if output is not None and output.is_dir():
         raise click.UsageError(f"-o: {output} is a directory; name a file to write")
     inputs = (source, calibration, output_function)
+    check_plot(plot)
     check_output(output, *inputs)
+    check_output(plot, *inputs, output)
     if output is not None:
         check_output(Store.beside(output).path, *inputs)
-    claim(output)
+    claim(output, plot)
     request = Request(**request_values(options))
     if per_channel_errors is None:
         per_channel_errors = request.scheme(USUAL).granularity != "per_tensor"
     needs = Needs(bits, metrics, per_channel_errors, USUAL)
     given = resolve_source(source)
-    if bool(sensitivities) != (calibration is not None):
-        raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
-    if output_function is not None and not sensitivities:
-        raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
+    _check_asked(sensitivities, calibration, output_function)
     if sensitivities:
         check_sensitivities(given.weights, sensitivities)
     with kept_beside(output) as store:
@@ -114,6 +116,8 @@ def measure(
             table = with_sensitivities(table, given.weights, sensitivities, calibration, output_function, store)
         if output is not None:
             table.save(output)
+    if plot is not None:
+        errors_plot(table, plot, table_title(table, source_name(source)))
     if as_json:
         print_json(
             {
@@ -134,6 +138,16 @@ def measure(
             }
         )  # fmt: skip
         return
-    console().print(measurement_table(table))
+    print_table(table)
     say_left_alone(table)
     say_written(output, "table")
+    if plot is not None:
+        echo(f"wrote {plot}")
+
+
+def _check_asked(sensitivities: tuple[str, ...], calibration: str | None, output_function: str | None) -> None:
+    """Refuse sensitivities without inputs, and what is for sensitivities without one."""
+    if bool(sensitivities) != (calibration is not None):
+        raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
+    if output_function is not None and not sensitivities:
+        raise click.UsageError("--output-of is what a --sensitivity looks at; give one")

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ..output import json_option
-from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
+from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, run_title, write_rows
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..types import FileOrFactory, IntegerList, NumberList
 
@@ -100,5 +100,5 @@ def pareto(
                 store=store,
                 progress=progress,
             )
-        write_rows(rows, files, title := f"{source}, {table.scheme}{', corrected' if batches is not None else ''}")
+        write_rows(rows, files, title := run_title(source, table, ", corrected" if batches is not None else ""))
     print_rows(rows, table, title, as_json, output, plot)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...report.progress import echo, say
+from ...report.progress import alert, echo, say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from, usual_taken
-from ..output import claim, json_option, judge_option, print_json, say_left_alone, say_written
+from ..output import claim, json_option, judge_option, print_head, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
 
@@ -23,9 +23,8 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
 
 @click.command(
     cls=AllocatorCommand,
-    epilog="Examples: mpq plan net.safetensors -o plan.json (Budget at 4 bits a weight). mpq plan SOURCE --size 9MB. "
-    "Other allocators by their options: --qem 2 is mixquant, --alpha 0.5 ptilmpq, --bits 4 uniform; "
-    "mpq plan -a mixquant --help lists them. Several values make a plan each: mpq plan SOURCE --qem 2,3 -o plans",
+    epilog="Examples: mpq plan net.safetensors -o plan.json (Budget, 4 bits a weight). mpq plan SOURCE --size 9MB. "
+    "--qem 2 is mixquant, --alpha 0.5 ptilmpq, --bits 4 uniform; mpq plan -a mixquant --help lists its options.",
 )
 @click.argument("source", type=FileOrFactory())
 @allocator_option
@@ -83,7 +82,7 @@ def plan(
     save_plans(plans, files, output)
     for one, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
-            say(f"warning: {worse_text(one, comparison)}")
+            alert(f"warning: {worse_text(one, comparison)}")
     made = [_Made(*each) for each in zip(plans, files, comparisons, strict=True)]
     if as_json:
         documents = [each.document(table) for each in made]
@@ -123,12 +122,12 @@ class _Made:
     def show(self) -> None:
         """What a person wants to know."""
         from ...report.console import console
-        from ...report.tables import bits_summary, plan_head, size_lines
+        from ...report.tables import bits_summary, size_lines
 
         out = console()
-        out.print(plan_head(self.plan), soft_wrap=True)
+        print_head(out, self.plan)
         out.print(bits_summary(self.plan, self.plan.size()))
         for line in size_lines(self.plan.size()):
-            out.print(line, soft_wrap=True)
-        out.print(self.comparison.text() if self.comparison is not None else UNCOMPARED, soft_wrap=True)
+            out.sentence(line)
+        out.sentence(self.comparison.text() if self.comparison is not None else UNCOMPARED)
         say_written(self.file, "plan")

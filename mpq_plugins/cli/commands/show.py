@@ -1,37 +1,65 @@
 """`mpq show`: a plan or a table, for people."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from ...report.progress import echo
 from ..help import SectionCommand
-from ..output import json_option, print_json
+from ..output import claim, json_option, plot_option, print_head, print_json, print_table
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ...plans.plan import Plan
 
 
-@click.command(cls=SectionCommand, epilog="Example: mpq show plan.json")
+@click.command(
+    cls=SectionCommand, epilog="Examples: mpq show plan.json. A picture of it: mpq show plan.json --plot plan.png"
+)
 @click.argument("file", type=click.Path(path_type=Path))
+@plot_option
 @json_option
-def show(file: Path, as_json: bool) -> None:
-    """Show a plan layer by layer with its true size, or a table's errors."""
+def show(file: Path, plot: Path | None, as_json: bool) -> None:
+    """Show a plan layer by layer with its true size, or a table's errors.
+
+    The picture shows each layer's shares of its weights at each width, or the errors as a heat map.
+    """
     from ...plans.plan import Plan
     from ...plans.table import LayerTable
     from ...plans.table_file import is_table
-    from ...report.console import console
-    from ...report.tables import layer_json, measurement_table, plan_head, plan_table, size_json, size_lines
+    from ...report.layer_plots import bits_plot, errors_plot, plan_title, table_title
+    from ...report.plots import check_plot
+    from ..output import check_output
 
-    out = console()
+    check_plot(plot)
+    check_output(plot, file)
+    claim(plot)
     if is_table(file):
-        table = LayerTable.load(file)
         if as_json:
             raise click.UsageError(f"{file} is a table: `mpq measure --json` prints its numbers")
-        out.print(measurement_table(table))
-        return
-    loaded = Plan.load(file)
+        table = LayerTable.load(file)
+        if plot is not None:
+            errors_plot(table, plot, table_title(table, file.stem))
+        print_table(table)
+    else:
+        loaded = Plan.load(file)
+        if plot is not None:
+            bits_plot(loaded, plot, plan_title(loaded, file.stem))
+        _print_plan(loaded, as_json)
+    if plot is not None and not as_json:
+        echo(f"wrote {plot}")
+
+
+def _print_plan(plan: "Plan", as_json: bool) -> None:
+    from ...report.console import console
+    from ...report.tables import layer_json, plan_table, size_json, size_lines
+
     if as_json:
-        layers = {layer.name: layer_json(layer) for layer in loaded.layers}
-        print_json({"plan": loaded.model_dump(mode="json"), "layers": layers, "size": size_json(loaded.size())})
+        layers = {layer.name: layer_json(layer) for layer in plan.layers}
+        print_json({"plan": plan.model_dump(mode="json"), "layers": layers, "size": size_json(plan.size())})
         return
-    out.print(plan_head(loaded), soft_wrap=True)
-    out.print(plan_table(loaded))
-    for line in size_lines(loaded.size()):
-        out.print(line, soft_wrap=True)
+    out = console()
+    print_head(out, plan)
+    out.print(plan_table(plan))
+    for line in size_lines(plan.size()):
+        out.sentence(line)

@@ -9,7 +9,7 @@ import click
 
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
 from ..output import json_option
-from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, write_rows
+from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, run_title, write_rows
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
 
@@ -24,8 +24,7 @@ UNIFORM_BITS = range(2, 9)
 
 @click.command(
     cls=AllocatorCommand,
-    epilog="Examples: mpq sweep net.safetensors --qem 1.5:4:0.5 -o sweep.csv. mpq sweep package.module:factory -a "
-    "ptilmpq --alpha 0.1:0.9:0.1 --beta-important 0.3,0.5 --eval package.module:accuracy -o sweep.csv --plot sweep.png",
+    epilog="Example: mpq sweep mine.py:net --average-bits 2:4:0.5 --eval mine.py:accuracy --plot sweep.png",
 )
 @click.argument("source", type=FileOrFactory())
 @allocator_option
@@ -49,10 +48,9 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan SOURCE with an allocator over a grid of its parameters: sizes, errors, scores, and which are worth having.
+    """Plan SOURCE over a grid of an allocator's parameters: sizes, errors, scores, and which are worth having.
 
-    Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a row; without
-    any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
+    Several values of an option (1,2,3 or first:last:step) make a row each; without any, the allocator's grid does.
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar
@@ -77,7 +75,7 @@ def sweep(
             check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
             rows = run(table, _distinct(plans), model, evaluate, judge=judge, store=store, progress=progress)
-        write_rows(rows, files, title := f"{source}, {table.scheme}")
+        write_rows(rows, files, title := run_title(source, table))
     print_rows(rows, table, title, as_json, output, plot)
 
 

@@ -39,7 +39,8 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 @click.option(
     "--backend",
     type=installed("adapters"),
-    help="Whose tuner: inc or inc_classic (default: the one that is installed).",
+    metavar="NAME",
+    help="Whose tuner: inc or inc_classic (default: what is installed).",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write.")
 @judge_option
@@ -59,11 +60,9 @@ def tune(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Try an allocator's plans from the smallest up, and keep the first that loses little enough.
+    """Try an allocator's plans from the smallest up in Intel Neural Compressor, and keep the first that is good enough.
 
-    Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a trial; without
-    any, the allocator's own grid is tried. The trials run in Intel Neural Compressor, quietly; where no plan is good
-    enough, that is an error that names the best.
+    Several values of an option (1,2,3 or first:last:step) are a trial each; without any, the allocator's grid is.
     """
     from ...evaluation.tuning import Criterion
     from ...report.tuning import Judged

@@ -1,0 +1,80 @@
+"""What is said of a plan, a table or a sweep for those who ask for more: parameters, what was found, the quantizer."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..evaluation.sweep import SweepRow
+from ..plans.channels import Channels
+from ..plans.plan import Plan
+from ..plans.scheme import Scheme
+from ..plans.table import LayerTable
+
+GRAINS = {"per_tensor": "per tensor", "per_channel": "per channel"}
+
+
+def plan_details(plan: Plan) -> list[str]:
+    """The allocator's parameters, apart from them what it found, and what the plan is for."""
+    activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
+    folded = ", BatchNorm folded" if plan.fold_bn else ""
+    schemes = "; ".join(dict.fromkeys(scheme_words(layer.scheme) for layer in plan.layers))
+    skipped = [f"skipped       {len(plan.skipped)} layers, left in floating point"] if plan.skipped else []
+    return [
+        *_named("parameters", plan.allocator.parameters),
+        *_named("found", plan.allocator.found),
+        f"quantizer     {schemes}; activations {activations}{folded}",
+        *skipped,
+    ]
+
+
+def table_details(table: LayerTable) -> list[str]:
+    """What the table holds."""
+    channels = ", each by channel too" if any(layer.channel_errors for layer in table.layers) else ""
+    sensitivities = [f"sensitivities {', '.join(table.sensitivities)}"] if table.sensitivities else []
+    folded = ", BatchNorm folded" if table.fold_bn else ""
+    return [
+        f"quantizer     {scheme_words(table.scheme)}{folded}",
+        f"errors        {', '.join(table.metrics)} at {value_text(list(table.bits))} bits{channels}",
+        *sensitivities,
+    ]
+
+
+def sweep_details(rows: Sequence[SweepRow]) -> list[str]:
+    """Of each allocator the parameters that all its rows share."""
+    lines = []
+    for allocator in dict.fromkeys(row.allocator for row in rows if row.parameters):
+        first, *others = [row.parameters for row in rows if row.allocator == allocator]
+        same = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+        lines += [f"{allocator}, {line}" for line in _named("parameters", same)]
+    return lines
+
+
+def scheme_words(scheme: Scheme) -> str:
+    """`affine, per channel, clipped`: a scheme as a person says it."""
+    size = getattr(scheme, "group_size", None)
+    grain = GRAINS.get(scheme.granularity, f"groups of {size}")
+    symmetric = ["symmetric"] if getattr(scheme, "symmetric", False) else []
+    clipped = ["clipped"] if getattr(scheme, "range", "") == "mse" else []
+    return ", ".join((scheme.name, *symmetric, grain, *clipped))
+
+
+def value_text(value: Any) -> str:
+    """A parameter's value: numbers to four digits, ascending integers as runs."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}:{value_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        if value and all(type(inner) is int and inner >= 0 for inner in value):
+            with suppress(ValueError):  # they do not ascend
+                return str(Channels.of(value))
+        return ",".join(map(value_text, value))
+    return str(value)
+
+
+def _named(label: str, values: Mapping[str, Any]) -> list[str]:
+    """One line of names and values; none where there are none."""
+    said = ", ".join(f"{name}={value_text(value)}" for name, value in values.items())
+    return [f"{label:<13} {said}"] if values else []
