@@ -25,7 +25,7 @@ UNIFORM_BITS = range(2, 9)
 @click.command(
     cls=AllocatorCommand,
     epilog="Examples: mpq sweep net.safetensors --qem 1.5:4:0.5 -o sweep.csv. mpq sweep package.module:factory -a "
-    "ptilmpq --alpha 0.1:0.9:0.1 --beta-important 0.3,0.5 --eval package.module:accuracy -o sweep.csv --plot sweep.png",
+    "ptilmpq --alpha 0.1:0.9:0.1 --eval package.module:accuracy --plot sweep.png",
 )
 @click.argument("source", type=FileOrFactory())
 @allocator_option
@@ -48,10 +48,10 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan SOURCE with an allocator over a grid of its parameters: sizes, errors, scores, and which are worth having.
+    """Plan SOURCE over a grid of an allocator's parameters, and show which plans are worth having.
 
-    Give an option several values (1,2,3 or first:last:step, or repeat it) and every combination is a row; without
-    any, the allocator's own grid is swept. Rows that no other row beats in both size and score are marked.
+    Give options several values (1,2,3 or first:last:step, or repeat them): every combination is a row. Without any,
+    the allocator's own grid is swept. Rows that no other beats in size and score are marked.
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar

@@ -31,7 +31,7 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 @allocator_option
 @click.option(
     "--eval", "evaluation", metavar="MODULE:FUNCTION", required=True,
-    help="Called with the float model and each quantized one; returns a score above 0, larger is better.",
+    help="Gives each model's score, above 0, larger is better.",
 )  # fmt: skip
 @click.option(
     "--tolerable-loss", type=float, default=0.01, show_default=True, help="Share of the float score that may be lost."
@@ -39,7 +39,7 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 @click.option(
     "--backend",
     type=installed("adapters"),
-    help="Whose tuner: inc or inc_classic (default: the one that is installed).",
+    help="Whose tuner: inc or inc_classic (default: what is installed).",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write.")
 @scheme_options
