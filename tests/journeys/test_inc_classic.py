@@ -91,7 +91,7 @@ def test_mpq_tune_is_quiet_and_leaves_the_plan_alone_behind(
     monkeypatch.setattr("examples.cifar_resnet.ZOO", (zoo / "cifar10").absolute())
     arguments = ("examples.cifar_resnet:resnet20", "--eval", "examples.cifar_resnet:score", "--qem", "1.5,3,4")
     monkeypatch.chdir(tmp_path)
-    ran = mpq("tune", *arguments, "--granularity", "per_channel", "--backend", "inc_classic", "-o", "plan.json")
+    ran = mpq("tune", *arguments, "--granularity", "per_channel", "--backend", "inc_classic", "-o", "plan.json", "-q")
     assert (ran.code, ran.err) == (0, "")
     assert "mixquant qem=4.0" in ran.out
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -44,9 +44,9 @@ def test_at_2_bits_in_all_two_regions_keep_what_one_loses() -> None:
 
 def test_mpq_plan_check_apply_show_and_diff_with_parts(mpq: Mpq, tmp_path: Path) -> None:
     plan_file, other_file, quantized = tmp_path / "plan.json", tmp_path / "other.json", tmp_path / "quantized.th"
-    ran = mpq("plan", checkpoint(20), "--allocator", "ptilmpq", "--alpha", 0.5, "-o", plan_file)
+    ran = mpq("plan", checkpoint(20), "--allocator", "ptilmpq", "--alpha", 0.5, "-o", plan_file, "-v")
     assert ran.code == 0
-    assert "two-region per_channel search" in ran.out
+    assert "piecewise, per channel" in ran.out
     plan = Plan.load(plan_file)
     assert plan.to_json() == PTILMPQ(alpha=0.5)(measure(checkpoint(20), TWO_REGIONS, (3, 4, 5))).to_json()
     assert all(layer.parts for layer in plan.layers)
