@@ -19,7 +19,7 @@ from ..plans.size import map_bits
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .contract import Widths
-from .knapsack import Problem, Solution, least, solve
+from .knapsack import Problem, Solution, solve
 from .limits import Limit
 from .objective import channel_curves, layer_curve
 
@@ -209,7 +209,7 @@ class Layout:
     def _least(self, m: int) -> float:
         if not self.items:
             return 0.0
-        return float(self.problem.used(least(self.problem, m))[m])
+        return float(self.problem.used(self.problem.least(m).choice)[m])
 
     def _apart(self) -> str:
         """The least of the last limit while the others hold."""
