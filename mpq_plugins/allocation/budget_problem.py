@@ -22,10 +22,13 @@ from .contract import Widths
 from .knapsack import Problem, Solution, solve
 from .limits import Limit
 from .objective import channel_curves, layer_curve
+from .parts_knapsack import PartsProblem
+from .parts_solve import solve_parts
+from .watch import Watch
 
 Array = NDArray[np.float64]
 
-MOST_MAP_ROUNDS = 20
+ROUNDED = 20  # times that a limit is met but for a rounding
 
 
 @dataclass(frozen=True)
@@ -69,44 +72,33 @@ class Layout:
         self.fixed = np.array([math.fsum(amounts) for amounts in pinned])
         self.problem = Problem(self._costs(), self._weights(), np.array([limit.most for limit in limits]) - self.fixed)
 
-    def solved(self) -> tuple[dict[str, Widths], Solution]:
-        """Widths by layer. Where maps count, what they take is set aside, a round at a time, until the plan fits."""
+    def solved(self, watch: Watch | None = None) -> tuple[dict[str, Widths], Solution]:
+        """Widths by layer, maps counted where a limit counts them."""
+        watch = watch or Watch()
         aside = np.zeros(len(self.limits))
-        best: Solution | None = None
-        for _ in range(MOST_MAP_ROUNDS):
-            problem = Problem(self.problem.costs, self.problem.weights, self.problem.limits - aside)
-            solution = solve(problem)
+        for _ in range(ROUNDED):
+            solution = self._within(self.problem.limits - aside, watch)
             if solution is None:
                 break
             over = self._over(solution)
             if (over <= 0).all():
-                best = solution
-                break
-            aside = aside + np.maximum(over, 0.0)
-        if aside.any():
-            best = self._without_maps(best)
-        if best is None:
-            raise self._infeasible()
-        return self.widths(best.choice), best
+                return self.widths(solution.choice), solution
+            aside += np.maximum(over, 0.0)  # the last bit of a float: layers add up otherwise than their channels
+        raise self._infeasible(watch)
+
+    def _within(self, limits: Array, watch: Watch) -> Solution | None:
+        plain = Problem(self.problem.costs, self.problem.weights, limits)
+        maps = np.array(
+            [[item.columns * (limit.maps and item.channels) for item in self.items] for limit in self.limits]
+        )
+        if not maps.any():
+            return solve(plain, watch=watch)
+        columns = np.array([item.columns for item in self.items])
+        return solve_parts(PartsProblem(plain, np.cumsum(columns) - columns, maps.astype(np.float64)), watch)
 
     def _over(self, solution: Solution) -> Array:
         over: Array = self.taken(self.widths(solution.choice)) - np.array([limit.most for limit in self.limits])
         return over
-
-    def _without_maps(self, best: Solution | None) -> Solution | None:
-        """The better of the best with maps and the best of one width a layer; the bound where no map takes anything."""
-        free = solve(self.problem)
-        if free is None or not self.items:
-            return None
-        columns = np.array([item.columns for item in self.items])
-        starts = np.cumsum(columns) - columns
-        problem = self.problem
-        merged = [np.add.reduceat(problem.costs, starts, axis=1), np.add.reduceat(problem.weights, starts, axis=2)]
-        whole = solve(Problem(merged[0], merged[1], problem.limits))
-        if whole is not None and (best is None or whole.cost < best.cost):
-            spread = Solution(np.repeat(whole.choice, columns), whole.cost, whole.bound)
-            best = spread if (self._over(spread) <= 0).all() else best
-        return None if best is None else Solution(best.choice, best.cost, min(free.bound, best.cost))
 
     def widths(self, choice: NDArray[np.int64]) -> dict[str, Widths]:
         """The options chosen as bits of each layer, or of each of its channels."""
@@ -185,10 +177,12 @@ class Layout:
             rows.append(np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1))
         return np.stack(rows)
 
-    def _infeasible(self) -> SettingError:
+    def _infeasible(self, watch: Watch) -> SettingError:
         """Which limit cannot be met, and by how much; of limits that only contradict each other, how far."""
         limits = [(limit, self.fixed[m] + self._least(m)) for m, limit in enumerate(self.limits)]
         beyond = [(limit, amount) for limit, amount in limits if amount > limit.most]
+        if not beyond and not watch.left:
+            return SettingError(f"time_limit: no plan was found in {watch.seconds:g} seconds; allow more")
         if not beyond:
             if len(self.limits) == 1:
                 return SettingError(

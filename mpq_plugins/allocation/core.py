@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from .dual import Choice, Floats
 from .highs import Matrix, Program, optimum
+from .watch import Watch
 
 Taken = NDArray[np.bool_]
 
-NODES = 20_000  # of the search tree; a limit in seconds would make a plan depend on the machine
 EXACT_ATTEMPTS = 20  # choices over a limit by less than HiGHS sees that are refused one by one
 ROOM = 1e-7  # of the largest weight, beyond a limit: HiGHS's presolve loses choices that meet it to the bit
 OBJECTIVE_SCALE = 1e6  # HiGHS stops at an absolute gap of 1e-6
@@ -42,7 +42,7 @@ class Core:
         free = np.full(len(takes) + len(refused), -np.inf)
         return Program(
             costs=self.costs * unit,
-            matrix=self.rows.beside(limits),
+            matrix=Matrix.together([self.rows, limits]),
             at_least=np.concatenate([self.equal, free]),
             at_most=np.concatenate([self.equal, self.left / self.units - tight, refused.sum(axis=1) - 1.0]),
             lowest=np.zeros(self.costs.size),
@@ -52,7 +52,7 @@ class Core:
 
 
 def decided(
-    core: Core, choice_of: Callable[[Taken], Choice], within: Callable[[Choice], bool], nodes: int = NODES
+    core: Core, choice_of: Callable[[Taken], Choice], within: Callable[[Choice], bool], nodes: int, watch: Watch
 ) -> tuple[Choice, float] | None:
     """HiGHS's best choice within the limits, and a bound on the cost of all; None where it finds none.
 
@@ -62,7 +62,7 @@ def decided(
     refused = np.zeros((0, core.costs.size))
     below, tight = -math.inf, -ROOM
     for attempt in range(2 * EXACT_ATTEMPTS):  # HiGHS keeps a limit to a tolerance; ours is kept to the bit
-        best = optimum(core.program(unit, refused, tight), nodes)
+        best = optimum(core.program(unit, refused, tight), nodes, watch)
         if best is None:
             return None
         # Refusing a choice that is over a limit keeps the bound true; taking room away does not.

@@ -6,13 +6,14 @@ where the lines of two choices cross (one limit) or by cutting planes (several).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .highs import Matrix, Program, optimum
+from .watch import Watch
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.int64]
@@ -52,22 +53,29 @@ class Dual:
     bound: float
     choice: Choice | None
 
+    def of(self, unit: float, limits: Floats) -> "Dual":
+        """Of the problem whose costs are `unit` times as large, and whose limits are these instead of 1."""
+        return replace(self, prices=self.prices * unit / limits, bound=self.bound * unit)
 
-def dual(problem: Separable) -> Dual:
+
+def dual(problem: Separable, watch: Watch) -> Dual:
     """The best prices."""
     free = problem.minimiser(np.zeros(len(problem.limits)))
     if (free.excess <= 0).all():
         return Dual(np.zeros(len(problem.limits)), free.cost, free.choice)
-    return _one_price(problem, free) if len(problem.limits) == 1 else _many_prices(problem, free)
+    return _one_price(problem, free, watch) if len(problem.limits) == 1 else _many_prices(problem, free, watch)
 
 
-def _one_price(problem: Separable, over: Cut) -> Dual:
+def _one_price(problem: Separable, over: Cut, watch: Watch) -> Dual:
     """Where the lines of the last choice over the limit and the last within it cross, until no choice lies below."""
     within = problem.least(0)
     if within.excess[0] > 0:
         return Dual(np.zeros(1), -math.inf, None)
     price, bound = np.zeros(1), over.cost
-    for _ in range(MOST_CUTS):
+    for done in range(MOST_CUTS):
+        if not watch.left:
+            break
+        watch.tell("prices", done, MOST_CUTS)
         price = np.array([(within.cost - over.cost) / (over.excess[0] - within.excess[0])])
         crossing = over.cost + price[0] * over.excess[0]
         cut = problem.minimiser(price)
@@ -81,14 +89,17 @@ def _one_price(problem: Separable, over: Cut) -> Dual:
     return Dual(price, min(bound, within.cost), within.choice)
 
 
-def _many_prices(problem: Separable, first: Cut) -> Dual:
+def _many_prices(problem: Separable, first: Cut, watch: Watch) -> Dual:
     """Kelley's cutting planes: the best prices of all cuts so far, until their bound is reached."""
     count = len(problem.limits)
     cuts, prices, bound = [first], np.zeros(count), first.cost
     best: Cut | None = None
     reach = 1.0
-    for _ in range(MOST_CUTS):
-        master = optimum(_master(cuts, reach))
+    for done in range(MOST_CUTS):
+        if not watch.left:
+            break
+        watch.tell("prices", done, MOST_CUTS)
+        master = optimum(_master(cuts, reach), watch=watch)
         if master is None:
             break
         candidate = master.values[1:]

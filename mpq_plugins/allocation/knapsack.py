@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .core import NODES, Core, decided, shared_unit
-from .dual import Choice, Cut, Floats, dual
+from .core import Core, decided, shared_unit
+from .dual import Choice, Cut, Dual, Floats, dual
 from .highs import Matrix
+from .watch import Watch
 
 MOST_ROUNDS = 100  # of the greedy filling
 CORE_OPTIONS = 2000  # up to which HiGHS decides all that is open, so that its optimum is the problem's
 CORE_ITEMS = 60  # of a larger core: it decides these, and the others keep what the filling gave them
+NODES = 20_000  # of the search tree; a limit in seconds would make a plan depend on the machine
 FEW_NODES = 500  # where the gap is parts in a million anyway
 SMALLEST = 1e-200  # below it a limit is 0 but for its last bits, and nothing is measured in it
 
@@ -45,6 +47,15 @@ class Problem:
     def within(self, choice: Choice) -> bool:
         """Whether it stays within every limit."""
         return bool((self.used(choice) <= self.limits).all())
+
+    def units(self) -> tuple[float, Floats]:
+        """The largest cost and the limits, in units of which numbers are near 1."""
+        largest = float(np.max(self.costs, where=np.isfinite(self.costs), initial=0.0))
+        return largest or 1.0, np.where(self.limits > SMALLEST, self.limits, 1.0)
+
+    def scaled(self, unit: float, limits: Floats) -> "Problem":
+        """The same in these units."""
+        return Problem(self.costs / unit, self.weights / limits[:, None, None], self.limits / limits)
 
     def minimiser(self, prices: Floats) -> Cut:
         """The choice of the least Lagrangian; of equal options the first, which takes least."""
@@ -79,35 +90,32 @@ class Solution:
         return max(0.0, self.cost - self.bound) / abs(self.cost) if self.cost else 0.0
 
 
-def solve(problem: Problem, close: bool = True) -> Solution | None:
+def solve(problem: Problem, close: bool = True, watch: Watch | None = None) -> Solution | None:
     """The best choice found, and the bound; None where no choice keeps the limits.
 
     close: whether HiGHS looks for what the dual leaves open.
     """
+    watch = watch or Watch()
     if problem.costs.shape[1] == 0:
         return Solution(np.zeros(0, np.int64), 0.0, 0.0)
     if not np.isfinite(problem.costs).any(axis=0).all():
         return None
-    largest = float(np.max(problem.costs, where=np.isfinite(problem.costs), initial=0.0))
-    unit = largest or 1.0
-    limits = np.where(problem.limits > SMALLEST, problem.limits, 1.0)
-    scaled = Problem(problem.costs / unit, problem.weights / limits[:, None, None], problem.limits / limits)
-    found = dual(scaled)
+    unit, limits = problem.units()
+    found = dual(problem.scaled(unit, limits), watch).of(unit, limits)
     start = found.choice
-    choice = start if start is not None and problem.within(start) else _any_within(problem)
+    choice = start if start is not None and problem.within(start) else _any_within(problem, watch)
     if choice is None:
         return None
     choice = _filled(problem, choice)
-    if not close:
-        cost = problem.cost(choice)
-        return Solution(choice, cost, min(found.bound * unit, cost))
-    return _closed(problem, choice, found.prices * unit / limits, found.bound * unit)
+    cost = problem.cost(choice)
+    solution = Solution(choice, cost, min(found.bound, cost))
+    return _closed(problem, solution, found, watch) if close and watch.left else solution
 
 
-def _any_within(problem: Problem) -> Choice | None:
+def _any_within(problem: Problem, watch: Watch) -> Choice | None:
     """A choice within limits that the dual's walk never met, by HiGHS."""
     items = problem.costs.shape[1]
-    result = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs))
+    result = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs), NODES, watch)
     return None if result is None else result[0]
 
 
@@ -140,11 +148,10 @@ def _filled(problem: Problem, choice: Choice) -> Choice:
     return choice
 
 
-def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> Solution:
+def _closed(problem: Problem, solution: Solution, found: Dual, watch: Watch) -> Solution:
     """Look for something better among the options that the gap leaves open."""
-    cost = problem.cost(choice)
-    solution = Solution(choice, cost, min(bound, cost))
-    reduced = problem.costs + np.tensordot(prices, problem.weights, 1)
+    choice, cost, bound = solution.choice, solution.cost, found.bound
+    reduced = problem.costs + np.tensordot(found.prices, problem.weights, 1)
     reduced -= reduced.min(axis=0)
     room = (cost - bound) * (1 + 1e-9)
     if room <= 0:
@@ -158,7 +165,7 @@ def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> S
         second = np.partition(np.where(open_[:, items], reduced[:, items], np.inf), 1, axis=0)[1]
         items = items[np.argsort(second, kind="stable")[:CORE_ITEMS]]
     fixed = choice if not whole else np.where(open_.sum(axis=0) == 1, open_.argmax(axis=0), choice)
-    result = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES)
+    result = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES, watch)
     if result is None:
         return solution
     better, below = result
@@ -168,7 +175,7 @@ def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> S
 
 
 def _program(
-    problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_], nodes: int = NODES
+    problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_], nodes: int, watch: Watch
 ) -> tuple[Choice, float] | None:
     """HiGHS's best choice for these items among the open options, the others fixed; and a bound on the whole cost.
 
@@ -193,4 +200,4 @@ def _program(
         choice[item[taken]] = option[taken]
         return choice
 
-    return decided(core, choice_of, problem.within, nodes)
+    return decided(core, choice_of, problem.within, nodes, watch)

@@ -171,10 +171,8 @@ def test_maps_count_in_total(table: LayerTable, limit: str, share: float, parts:
     found = budget.solve(table)
     assert size_of(found.plan, limit) == takes(table, widths_of(found.plan), limit) <= most
     assert found.objective == pytest.approx(cost(table, widths_of(found.plan)), abs=1e-8)
-    assert costs[parts] - 1e-8 <= found.objective <= costs[False] + 1e-8
+    assert found.objective == pytest.approx(costs[parts], abs=1e-8)
     assert found.objective * (1 - found.gap) <= costs[parts] + 1e-8
-    if not parts:
-        assert found.objective == pytest.approx(costs[False], abs=1e-8)
 
 
 @given(tables(), shares, shares)
@@ -232,8 +230,8 @@ def test_a_network_gets_what_it_may_take(limit: str, parts: bool) -> None:
         assert uniform is not None
         assert found.objective <= uniform * (0.9 if parts else 1 + 1e-12)
         assert found.objective <= before
-        # The bound knows nothing of maps, and these layers are small.
-        assert 0 <= found.gap < (5e-2 if parts and limit in ("total_average_bits", "size_bytes") else 1e-4)
+        # Of small layers some sets of widths are left open where maps count.
+        assert 0 <= found.gap < (2e-3 if parts and limit in ("total_average_bits", "size_bytes") else 1e-4)
         before = found.objective
 
 
@@ -254,8 +252,6 @@ def test_channels_apart_are_never_worse_than_layers_whole(table: LayerTable, lim
 
 @given(tables(), st.sampled_from(SIZES), shares, st.integers(0, 40), st.booleans())
 def test_more_room_never_costs_more(table: LayerTable, limit: str, share: float, more: int, parts: bool) -> None:
-    if parts and limit in ("total_average_bits", "size_bytes"):
-        return  # what maps take is set aside by a rule of thumb
     most = asked(table, limit, max(0.0, share))
     costs = [
         Budget(**{limit: room}, bits=FEW, parts=parts).solve(table).objective  # type: ignore[arg-type]
@@ -531,8 +527,8 @@ def test_the_gap_is_of_the_whole_objective_pinned_layers_included(monkeypatch: p
     table = seeded([(4, 8), (4, 8)], names=["pinned", "free"])
     solved = Layout.solved
 
-    def half_known(self: Layout) -> Any:
-        widths, solution = solved(self)
+    def half_known(self: Layout, *watch: Any) -> Any:
+        widths, solution = solved(self, *watch)
         return widths, dataclasses.replace(solution, bound=solution.cost / 2)
 
     monkeypatch.setattr(Layout, "solved", half_known)

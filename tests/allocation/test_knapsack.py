@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins.allocation import knapsack
-from mpq_plugins.allocation.knapsack import Choice, Problem, Solution, solve
+from mpq_plugins.allocation.dual import Choice
+from mpq_plugins.allocation.knapsack import Problem, Solution, solve
 
 CLOSE = 1e-9  # of the largest cost; HiGHS itself stops at 1e-12 of it
 
