@@ -87,14 +87,15 @@ class Layout:
         raise self._infeasible(watch)
 
     def _within(self, limits: Array, watch: Watch) -> Solution | None:
+        problem = self._parts(limits)
+        return solve_parts(problem, watch) if problem.maps.any() else solve(problem.plain, watch=watch)
+
+    def _parts(self, limits: Array) -> PartsProblem:
+        """With what a bit of each layer's channel-to-part map takes."""
+        columns = np.array([item.columns for item in self.items], np.int64)
+        maps = [[float(item.columns * (limit.maps and item.channels)) for item in self.items] for limit in self.limits]
         plain = Problem(self.problem.costs, self.problem.weights, limits)
-        maps = np.array(
-            [[item.columns * (limit.maps and item.channels) for item in self.items] for limit in self.limits]
-        )
-        if not maps.any():
-            return solve(plain, watch=watch)
-        columns = np.array([item.columns for item in self.items])
-        return solve_parts(PartsProblem(plain, np.cumsum(columns) - columns, maps.astype(np.float64)), watch)
+        return PartsProblem(plain, np.cumsum(columns) - columns, np.array(maps, np.float64))
 
     def _over(self, solution: Solution) -> Array:
         over: Array = self.taken(self.widths(solution.choice)) - np.array([limit.most for limit in self.limits])
@@ -136,11 +137,8 @@ class Layout:
         columns = np.arange(choice.size)
         gains = problem.costs < problem.costs[choice, columns] if choice.size else np.zeros((1, 0), bool)
         room = np.array([limit.most for limit in self.limits]) - self.taken(widths)
-        return tuple(
-            limit.name
-            for m, limit in enumerate(self.limits)
-            if (gains & (problem.weights[m] - problem.weights[m, choice, columns] > room[m])).any()
-        )
+        takes = self._parts(problem.limits).changes(choice) if choice.size else np.zeros((len(room), 1, 0))
+        return tuple(limit.name for m, limit in enumerate(self.limits) if (gains & (takes[m] > room[m])).any())
 
     def _choice(self, widths: Mapping[str, Widths]) -> NDArray[np.int64]:
         item_widths = [np.atleast_1d(np.asarray(widths[item.layers[0].name])) for item in self.items]
@@ -203,7 +201,8 @@ class Layout:
     def _least(self, m: int) -> float:
         if not self.items:
             return 0.0
-        return float(self.problem.used(self.problem.least(m).choice)[m])
+        problem = self._parts(self.problem.limits)
+        return float(problem.used(problem.least(m).choice)[m])
 
     def _apart(self) -> str:
         """The least of the last limit while the others hold."""

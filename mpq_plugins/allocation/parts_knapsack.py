@@ -82,6 +82,17 @@ class PartsProblem:
         """What a choice takes of each limit, maps included, (limits,)."""
         return self.plain.used(choice) + self._map_sizes(self.used_options(choice))
 
+    def changes(self, choice: Choice) -> Floats:
+        """What each option of an item would take more than the one chosen, maps included; (limits, options, items)."""
+        columns = np.arange(choice.size)
+        takes = self.plain.weights - self.plain.weights[:, choice, columns][:, None]
+        counts = np.zeros((self.starts.size, len(self.plain.costs)), np.int64)
+        np.add.at(counts, (self.group, choice), 1)
+        before = (counts > 0).sum(axis=1)[self.group]
+        after = before - (counts[self.group, choice] == 1) + (counts[self.group].T == 0)
+        bits = np.array([index_bits(max(1, count)) for count in range(len(counts[0]) + 2)])
+        return np.asarray(takes + self.maps[:, None, self.group] * (bits[after] - bits[before]))
+
     def within(self, choice: Choice) -> bool:
         """Whether it stays within every limit."""
         return bool((self.used(choice) <= self.limits).all())

@@ -318,6 +318,33 @@ def test_a_full_limit_binds_only_where_more_would_help() -> None:
     assert Budget(average_bits=3.9).solve(rising).binding == ("average_bits",)
 
 
+def test_room_for_more_bits_of_a_channel_but_not_for_a_map_binds() -> None:
+    """Eight channels of one weight at 2 bits take 288 bits: a third bit for one takes 2 more, and the map 8."""
+    table = table_of(layer("a", [falling(1.0)] * 8, 1))
+    found = Budget(size_bytes=37, bits=(2, 3)).solve(table)
+    assert {own.bits for own in found.plan.layers} == {2}
+    assert found.binding == ("size_bytes",)
+
+
+def test_a_time_limit_gives_a_plan_and_its_gap() -> None:
+    table = seeded(SHAPES)
+    budget = Budget(size_bytes=5000, time_limit=1e-9)
+    hurried, patient = budget.solve(table), Budget(size_bytes=5000).solve(table)
+    assert size_of(hurried.plan, "size_bytes") <= 5000
+    assert patient.objective <= hurried.objective
+    assert hurried.objective * (1 - hurried.gap) <= patient.objective
+    assert hurried.gap > patient.gap
+    assert hurried.plan.allocator.parameters["gap"] == hurried.gap
+
+
+def test_without_time_no_plan_found_is_said() -> None:
+    """Two limits that only HiGHS can reconcile, and no time for it."""
+    table = table_of(layer("a", [falling(1.0)], 8), layer("b", [falling(1.0)], 8))
+    times = {"a": {2: 10.0, 8: 1.0}, "b": {2: 10.0, 8: 1.0}}
+    with pytest.raises(SettingError, match=naming("time_limit", "1e-09", "seconds", "allow more")):
+        Budget(average_bits=4, latency=times, latency_limit=5.0, bits=(2, 8), time_limit=1e-9)(table)  # type: ignore[arg-type]
+
+
 def test_the_limit_that_binds_is_named() -> None:
     table = seeded(SHAPES)
     assert Budget(average_bits=3, size_bytes=10**9).solve(table).binding == ("average_bits",)

@@ -193,3 +193,15 @@ def test_a_choice_counts_what_it_uses() -> None:
     choice: Choice = np.array([0, 0, 1, 2, 2, 2, 2])
     assert problem.used(choice)[0] == takes(problem, tuple(choice.tolist()), 0)
     assert problem.used_options(choice).tolist() == [[True, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_change_takes_what_the_changed_choice_takes_more(seed: int) -> None:
+    problem = seeded([3, 4, 1], options=4, limits=2, seed=seed)
+    choice = np.random.default_rng(seed).integers(0, 4, 8)
+    changes = problem.changes(choice)
+    for k, i in itertools.product(range(4), range(8)):
+        changed = choice.copy()
+        changed[i] = k
+        if k != choice[i]:
+            assert changes[:, k, i] == pytest.approx(problem.used(changed) - problem.used(choice))
