@@ -40,6 +40,7 @@ classic: $(CLASSIC_READY)
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
 	$(BIN)/python -m tests.benchmarks.bench_allocate
+	$(BIN)/python -m tests.benchmarks.bench_budget_total
 	$(BIN)/python -m tests.benchmarks.bench_reconstruct
 	$(BIN)/python -m tests.benchmarks.bench_scale
 	$(BIN)/python -m tests.benchmarks.bench_compress

@@ -3,7 +3,7 @@
     minimise  sum_l S[l, b_l]   subject to   sum_l cost_m[l, b_l] <= limit_m  for every limit m
 
 over the widths of layers, solved exactly, or of output channels, to parts in a million (knapsack.py); where channel-to-
-part maps count too, the gap is against a bound without maps, and so a few tenths of a percent, or more on small nets.
+part maps count too, to a few hundredths of a percent (parts_solve.py). The gap is against a bound that counts maps.
 """
 
 import math
@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.amounts import bytes_of
 from ..common.checks import number
+from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
@@ -31,6 +32,7 @@ from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, model_limit, numel, total_limit
 from .make import make_plan
 from .objective import parts_of
+from .watch import Watch
 
 Array = NDArray[np.float64]
 
@@ -125,7 +127,8 @@ class Budget:
     layer may have different widths. bits: the candidates. pin: layers whose width is given, as `conv1=8` (a glob, or
     `re:` and a regular expression; 16 or 32 leaves them in float). ends: width of the first and last layer in the
     source's order. tie: layers that must agree, as `*.{query,key,value}`, or `qkv` and `gate_up` for what engines fuse
-    under any of its usual names; they get one width each layer.
+    under any of its usual names; they get one width each layer. time_limit: seconds after which the best plan found is
+    taken, with the gap it has by then; without, a plan does not depend on the machine.
 
     Raises SettingError: nothing or nonsense asked; and, when called, a table without what is needed, names that match
     nothing, or limits that cannot be met, saying which and by how much.
@@ -151,6 +154,7 @@ class Budget:
     pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
     tie: Annotated[Ties, "layers that must agree: '*.{query,key,value}', qkv"] = ()
     ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None
+    time_limit: Annotated[Most | None, "seconds after which the best plan found is taken"] = None
 
     def __post_init__(self) -> None:
         if (self.latency is None) != (self.latency_limit is None):
@@ -174,8 +178,13 @@ class Budget:
         """The plan for a measured table; it records the objective, the gap and what binds."""
         return self.solve(table).plan
 
-    def solve(self, table: LayerTable) -> Allocation:
-        """The plan with what is known of it."""
+    def solve(self, table: LayerTable, progress: Progress | None = None) -> Allocation:
+        """The plan with what is known of it.
+
+        progress: told what is being done, how many steps of it are, and how many there are at most, in a solve that
+        takes more than a second.
+        """
+        watch = Watch(math.inf if self.time_limit is None else self.time_limit, progress)
         if self.parts and table.scheme.granularity == "per_tensor":
             raise SettingError(
                 "parts: under per_tensor each part would have a scale of its own, whose error no table knows; measure "
@@ -185,7 +194,7 @@ class Budget:
             table.scheme.check_bits(b, "bits")
         rules = Rules(self.sensitivity, self.bits, self.parts, self.pin, self.tie, self.ends)
         layout = Layout(rules, table, tuple(self._limits(table)))
-        widths, solution = layout.solved()
+        widths, solution = layout.solved(watch)
         used = {
             limit.name: (limit.shown(float(amount)), limit.asked)
             for limit, amount in zip(layout.limits, layout.taken(widths), strict=True)

@@ -19,13 +19,16 @@ from ..plans.size import map_bits
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .contract import Widths
-from .knapsack import Problem, Solution, least, solve
+from .knapsack import Problem, Solution, solve
 from .limits import Limit
 from .objective import channel_curves, layer_curve
+from .parts_knapsack import PartsProblem
+from .parts_solve import solve_parts
+from .watch import Watch
 
 Array = NDArray[np.float64]
 
-MOST_MAP_ROUNDS = 20
+ROUNDED = 20  # times that a limit is met but for a rounding
 
 
 @dataclass(frozen=True)
@@ -69,44 +72,34 @@ class Layout:
         self.fixed = np.array([math.fsum(amounts) for amounts in pinned])
         self.problem = Problem(self._costs(), self._weights(), np.array([limit.most for limit in limits]) - self.fixed)
 
-    def solved(self) -> tuple[dict[str, Widths], Solution]:
-        """Widths by layer. Where maps count, what they take is set aside, a round at a time, until the plan fits."""
+    def solved(self, watch: Watch | None = None) -> tuple[dict[str, Widths], Solution]:
+        """Widths by layer, maps counted where a limit counts them."""
+        watch = watch or Watch()
         aside = np.zeros(len(self.limits))
-        best: Solution | None = None
-        for _ in range(MOST_MAP_ROUNDS):
-            problem = Problem(self.problem.costs, self.problem.weights, self.problem.limits - aside)
-            solution = solve(problem)
+        for _ in range(ROUNDED):
+            solution = self._within(self.problem.limits - aside, watch)
             if solution is None:
                 break
             over = self._over(solution)
             if (over <= 0).all():
-                best = solution
-                break
-            aside = aside + np.maximum(over, 0.0)
-        if aside.any():
-            best = self._without_maps(best)
-        if best is None:
-            raise self._infeasible()
-        return self.widths(best.choice), best
+                return self.widths(solution.choice), solution
+            aside += np.maximum(over, 0.0)  # the last bit of a float: layers add up otherwise than their channels
+        raise self._infeasible(watch)
+
+    def _within(self, limits: Array, watch: Watch) -> Solution | None:
+        problem = self._parts(limits)
+        return solve_parts(problem, watch) if problem.maps.any() else solve(problem.plain, watch=watch)
+
+    def _parts(self, limits: Array) -> PartsProblem:
+        """With what a bit of each layer's channel-to-part map takes."""
+        columns = np.array([item.columns for item in self.items], np.int64)
+        maps = [[float(item.columns * (limit.maps and item.channels)) for item in self.items] for limit in self.limits]
+        plain = Problem(self.problem.costs, self.problem.weights, limits)
+        return PartsProblem(plain, np.cumsum(columns) - columns, np.array(maps, np.float64))
 
     def _over(self, solution: Solution) -> Array:
         over: Array = self.taken(self.widths(solution.choice)) - np.array([limit.most for limit in self.limits])
         return over
-
-    def _without_maps(self, best: Solution | None) -> Solution | None:
-        """The better of the best with maps and the best of one width a layer; the bound where no map takes anything."""
-        free = solve(self.problem)
-        if free is None or not self.items:
-            return None
-        columns = np.array([item.columns for item in self.items])
-        starts = np.cumsum(columns) - columns
-        problem = self.problem
-        merged = [np.add.reduceat(problem.costs, starts, axis=1), np.add.reduceat(problem.weights, starts, axis=2)]
-        whole = solve(Problem(merged[0], merged[1], problem.limits))
-        if whole is not None and (best is None or whole.cost < best.cost):
-            spread = Solution(np.repeat(whole.choice, columns), whole.cost, whole.bound)
-            best = spread if (self._over(spread) <= 0).all() else best
-        return None if best is None else Solution(best.choice, best.cost, min(free.bound, best.cost))
 
     def widths(self, choice: NDArray[np.int64]) -> dict[str, Widths]:
         """The options chosen as bits of each layer, or of each of its channels."""
@@ -144,11 +137,8 @@ class Layout:
         columns = np.arange(choice.size)
         gains = problem.costs < problem.costs[choice, columns] if choice.size else np.zeros((1, 0), bool)
         room = np.array([limit.most for limit in self.limits]) - self.taken(widths)
-        return tuple(
-            limit.name
-            for m, limit in enumerate(self.limits)
-            if (gains & (problem.weights[m] - problem.weights[m, choice, columns] > room[m])).any()
-        )
+        takes = self._parts(problem.limits).changes(choice) if choice.size else np.zeros((len(room), 1, 0))
+        return tuple(limit.name for m, limit in enumerate(self.limits) if (gains & (takes[m] > room[m])).any())
 
     def _choice(self, widths: Mapping[str, Widths]) -> NDArray[np.int64]:
         item_widths = [np.atleast_1d(np.asarray(widths[item.layers[0].name])) for item in self.items]
@@ -185,10 +175,12 @@ class Layout:
             rows.append(np.concatenate([np.zeros((len(bits), 0)), *blocks], axis=1))
         return np.stack(rows)
 
-    def _infeasible(self) -> SettingError:
+    def _infeasible(self, watch: Watch) -> SettingError:
         """Which limit cannot be met, and by how much; of limits that only contradict each other, how far."""
         limits = [(limit, self.fixed[m] + self._least(m)) for m, limit in enumerate(self.limits)]
         beyond = [(limit, amount) for limit, amount in limits if amount > limit.most]
+        if not beyond and not watch.left:
+            return SettingError(f"time_limit: no plan was found in {watch.seconds:g} seconds; allow more")
         if not beyond:
             if len(self.limits) == 1:
                 return SettingError(
@@ -209,7 +201,8 @@ class Layout:
     def _least(self, m: int) -> float:
         if not self.items:
             return 0.0
-        return float(self.problem.used(least(self.problem, m))[m])
+        problem = self._parts(self.problem.limits)
+        return float(problem.used(problem.least(m).choice)[m])
 
     def _apart(self) -> str:
         """The least of the last limit while the others hold."""

@@ -1,17 +1,24 @@
 """HiGHS, which solves linear programs and integer ones: silently, and so that Ctrl-C ends it."""
 
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .watch import Watch
 
 if TYPE_CHECKING:  # a plan that needs no program should not wait for it
     from highspy import Highs
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+ASKED = 0.5  # seconds after which it is asked how far it is
+GRACE = 0.3  # seconds in which it may end by itself what was interrupted
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,13 @@ class Matrix:
         row, column = np.nonzero(dense)
         return cls(row + below, column, dense[row, column])
 
-    def beside(self, other: "Matrix") -> "Matrix":
-        """The entries of both."""
-        return Matrix(
-            np.concatenate([self.row, other.row]),
-            np.concatenate([self.column, other.column]),
-            np.concatenate([self.value, other.value]),
+    @classmethod
+    def together(cls, matrices: Sequence["Matrix"]) -> "Matrix":
+        """The entries of all."""
+        return cls(
+            np.concatenate([each.row for each in matrices]),
+            np.concatenate([each.column for each in matrices]),
+            np.concatenate([each.value for each in matrices]),
         )
 
 
@@ -63,18 +71,23 @@ class Optimum:
     bound: float
 
 
-def optimum(program: Program, nodes: int | None = None) -> Optimum | None:
+def optimum(program: Program, nodes: int | None = None, watch: Watch | None = None) -> Optimum | None:
     """The best x, or None where none was found.
 
-    nodes: of the search tree of an integer program, after which the best so far is taken.
+    nodes: of the search tree of an integer program, after which the best so far is taken; as it is when the watch has
+    no time left.
     """
     from highspy import HighsModelStatus, HighsStatus, kHighsInf
 
+    watch = watch or Watch()
     highs = _loaded(program, nodes)
     if highs is None:
         return None
-    status = _run(highs)
-    stopped_early = program.whole and highs.getModelStatus() == HighsModelStatus.kSolutionLimit
+    if watch.left < math.inf:
+        highs.setOptionValue("time_limit", watch.left)
+    status = _run(highs, nodes, watch)
+    early = (HighsModelStatus.kSolutionLimit, HighsModelStatus.kTimeLimit)
+    stopped_early = program.whole and highs.getModelStatus() in early
     info = highs.getInfo()
     if status == HighsStatus.kError or not (stopped_early or highs.getModelStatus() == HighsModelStatus.kOptimal):
         return None
@@ -121,13 +134,40 @@ def _loaded(program: Program, nodes: int | None) -> "Highs | None":
     return None if highs.passModel(lp) == highspy.HighsStatus.kError else highs
 
 
-def _run(highs: "Highs") -> object:
-    """Solve, in a thread of its own: what is raised here meanwhile, as by Ctrl-C, ends the search and goes on."""
+def _run(highs: "Highs", nodes: int | None, watch: Watch) -> object:
+    """Solve, in a thread of its own: what is raised here meanwhile, as by Ctrl-C, ends the search and goes on.
+
+    HiGHS looks up from a large program only after minutes; then its thread is left alone, to end when it does or with
+    the process.
+    """
     highs.HandleUserInterrupt = True
-    with ThreadPoolExecutor(1) as pool:
-        solving = pool.submit(highs.run)
+    solving = _Solving(highs)
+    highs.cbMipInterrupt += solving.seen
+    solving.start()
+    try:
+        while not solving.done.wait(ASKED):
+            watch.tell("search", solving.nodes, nodes or 0)
+    except BaseException:
+        highs.cancelSolve()
+        solving.done.wait(GRACE)
+        raise
+    return solving.status
+
+
+class _Solving(Thread):
+    """Runs HiGHS; nodes: of its search tree so far; status: what it returns."""
+
+    def __init__(self, highs: "Highs") -> None:
+        super().__init__(name="HiGHS", daemon=True)
+        self.highs, self.nodes = highs, 0
+        self.status: object = None
+        self.done = Event()  # join() takes a thread for ended once it was interrupted
+
+    def run(self) -> None:
         try:
-            return solving.result()
-        except BaseException:
-            highs.cancelSolve()
-            raise
+            self.status = self.highs.run()
+        finally:
+            self.done.set()
+
+    def seen(self, event: Any) -> None:
+        self.nodes = int(event.data_out.mip_node_count)

@@ -9,27 +9,22 @@ fixing), so the integer program that remains is small even for a million items.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .highs import Matrix, Program, optimum
+from .core import Core, decided, shared_unit
+from .dual import Choice, Cut, Dual, Floats, dual
+from .highs import Matrix
+from .watch import Watch
 
-Floats = NDArray[np.float64]
-Choice = NDArray[np.int64]
-
-MOST_CUTS = 200  # evaluations of the dual function
 MOST_ROUNDS = 100  # of the greedy filling
 CORE_OPTIONS = 2000  # up to which HiGHS decides all that is open, so that its optimum is the problem's
 CORE_ITEMS = 60  # of a larger core: it decides these, and the others keep what the filling gave them
-NODES = 20_000  # of its search tree; a limit in seconds would make a plan depend on the machine
+NODES = 20_000  # of the search tree; a limit in seconds would make a plan depend on the machine
 FEW_NODES = 500  # where the gap is parts in a million anyway
-EXACT_ATTEMPTS = 20  # choices over a limit by less than HiGHS sees that are refused one by one
 SMALLEST = 1e-200  # below it a limit is 0 but for its last bits, and nothing is measured in it
-ROOM = 1e-7  # of the largest weight, beyond a limit: HiGHS's presolve loses choices that meet it to the bit
-OBJECTIVE_SCALE = 1e6  # HiGHS stops at an absolute gap of 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,33 @@ class Problem:
         """Whether it stays within every limit."""
         return bool((self.used(choice) <= self.limits).all())
 
+    def units(self) -> tuple[float, Floats]:
+        """The largest cost and the limits, in units of which numbers are near 1."""
+        largest = float(np.max(self.costs, where=np.isfinite(self.costs), initial=0.0))
+        return largest or 1.0, np.where(self.limits > SMALLEST, self.limits, 1.0)
+
+    def scaled(self, unit: float, limits: Floats) -> "Problem":
+        """The same in these units."""
+        return Problem(self.costs / unit, self.weights / limits[:, None, None], self.limits / limits)
+
+    def minimiser(self, prices: Floats) -> Cut:
+        """The choice of the least Lagrangian; of equal options the first, which takes least."""
+        best = self.costs[0] + np.tensordot(prices, self.weights[:, 0], 1)
+        choice = np.zeros(best.size, np.int64)
+        for k in range(1, len(self.costs)):
+            value = self.costs[k] + np.tensordot(prices, self.weights[:, k], 1)
+            better = value < best
+            best, choice = np.where(better, value, best), np.where(better, k, choice)
+        return self._cut(choice)
+
+    def least(self, limit: int) -> Cut:
+        """The choice that takes least of one limit, whatever it costs."""
+        allowed = np.where(np.isfinite(self.costs), self.weights[limit], np.inf)
+        return self._cut(np.argmin(allowed, axis=0))
+
+    def _cut(self, choice: Choice) -> Cut:
+        return Cut(choice, self.cost(choice), self.used(choice) - self.limits)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -68,128 +90,32 @@ class Solution:
         return max(0.0, self.cost - self.bound) / abs(self.cost) if self.cost else 0.0
 
 
-def solve(problem: Problem, close: bool = True) -> Solution | None:
+def solve(problem: Problem, close: bool = True, watch: Watch | None = None) -> Solution | None:
     """The best choice found, and the bound; None where no choice keeps the limits.
 
     close: whether HiGHS looks for what the dual leaves open.
     """
+    watch = watch or Watch()
     if problem.costs.shape[1] == 0:
         return Solution(np.zeros(0, np.int64), 0.0, 0.0)
     if not np.isfinite(problem.costs).any(axis=0).all():
         return None
-    largest = float(np.max(problem.costs, where=np.isfinite(problem.costs), initial=0.0))
-    unit = largest or 1.0
-    limits = np.where(problem.limits > SMALLEST, problem.limits, 1.0)
-    scaled = Problem(problem.costs / unit, problem.weights / limits[:, None, None], problem.limits / limits)
-    prices, bound, start = _dual(scaled)
-    choice = start if start is not None and problem.within(start) else _any_within(problem)
+    unit, limits = problem.units()
+    found = dual(problem.scaled(unit, limits), watch).of(unit, limits)
+    start = found.choice
+    choice = start if start is not None and problem.within(start) else _any_within(problem, watch)
     if choice is None:
         return None
     choice = _filled(problem, choice)
-    if not close:
-        cost = problem.cost(choice)
-        return Solution(choice, cost, min(bound * unit, cost))
-    return _closed(problem, choice, prices * unit / limits, bound * unit)
+    cost = problem.cost(choice)
+    solution = Solution(choice, cost, min(found.bound, cost))
+    return _closed(problem, solution, found, watch) if close and watch.left else solution
 
 
-def least(problem: Problem, limit: int) -> Choice:
-    """The choice that takes least of one limit, whatever it costs."""
-    allowed = np.where(np.isfinite(problem.costs), problem.weights[limit], np.inf)
-    cheapest: Choice = np.argmin(allowed, axis=0)
-    return cheapest
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A minimiser of the Lagrangian: as a function of the prices it bounds the dual by cost + prices . excess."""
-
-    choice: Choice
-    cost: float
-    excess: Floats
-
-
-def _minimiser(problem: Problem, prices: Floats) -> _Cut:
-    """At these prices; of equal options the first, which takes least."""
-    best = problem.costs[0] + np.tensordot(prices, problem.weights[:, 0], 1)
-    choice = np.zeros(best.size, np.int64)
-    for k in range(1, len(problem.costs)):
-        value = problem.costs[k] + np.tensordot(prices, problem.weights[:, k], 1)
-        better = value < best
-        best, choice = np.where(better, value, best), np.where(better, k, choice)
-    return _Cut(choice, problem.cost(choice), problem.used(choice) - problem.limits)
-
-
-def _dual(problem: Problem) -> tuple[Floats, float, Choice | None]:
-    """Best prices found, the bound they give, and the cheapest choice within the limits met on the way."""
-    free = _minimiser(problem, np.zeros(len(problem.limits)))
-    if (free.excess <= 0).all():
-        return np.zeros(len(problem.limits)), free.cost, free.choice
-    return _one_price(problem, free) if len(problem.limits) == 1 else _many_prices(problem, free)
-
-
-def _one_price(problem: Problem, over: _Cut) -> tuple[Floats, float, Choice | None]:
-    """Where the lines of the last choice over the limit and the last within it cross, until no choice lies below."""
-    choice = least(problem, 0)
-    within = _Cut(choice, problem.cost(choice), problem.used(choice) - problem.limits)
-    if within.excess[0] > 0:
-        return np.zeros(1), -math.inf, None
-    price, bound = np.zeros(1), over.cost
-    for _ in range(MOST_CUTS):
-        price = np.array([(within.cost - over.cost) / (over.excess[0] - within.excess[0])])
-        crossing = over.cost + price[0] * over.excess[0]
-        cut = _minimiser(problem, price)
-        bound = cut.cost + price[0] * cut.excess[0]
-        if bound >= crossing - 1e-15 * abs(crossing) or (cut.choice == within.choice).all():
-            break
-        if cut.excess[0] > 0:
-            over = cut
-        else:
-            within = cut
-    return price, min(bound, within.cost), within.choice
-
-
-def _many_prices(problem: Problem, first: _Cut) -> tuple[Floats, float, Choice | None]:
-    """Kelley's cutting planes: the best prices of all cuts so far, until their bound is reached."""
-    count = len(problem.limits)
-    cuts, prices, bound = [first], np.zeros(count), first.cost
-    best: _Cut | None = None
-    reach = 1.0
-    for _ in range(MOST_CUTS):
-        master = optimum(_master(cuts, reach))
-        if master is None:
-            break
-        candidate = master.values[1:]
-        cut = _minimiser(problem, candidate)
-        value = cut.cost + float(candidate @ cut.excess)
-        if value > bound:
-            prices, bound = candidate, value
-        if (cut.excess <= 0).all() and (best is None or cut.cost < best.cost):
-            best = cut
-        if (candidate >= reach).any() and reach < 1e12:
-            reach *= 10
-        elif -master.cost - bound <= 1e-12 * max(1.0, abs(bound)):
-            break
-        cuts.append(cut)
-    return prices, bound, None if best is None else best.choice
-
-
-def _master(cuts: Sequence[_Cut], reach: float) -> Program:
-    """The greatest value that all cuts allow, at prices from 0 to `reach`; its x is (value, *prices)."""
-    count = cuts[0].excess.size
-    return Program(
-        costs=np.array([-1.0, *[0.0] * count]),
-        matrix=Matrix.of(np.array([[1.0, *(-cut.excess)] for cut in cuts])),
-        at_least=np.full(len(cuts), -np.inf),
-        at_most=np.array([cut.cost for cut in cuts]),
-        lowest=np.array([-np.inf, *[0.0] * count]),
-        highest=np.array([np.inf, *[reach] * count]),
-    )
-
-
-def _any_within(problem: Problem) -> Choice | None:
+def _any_within(problem: Problem, watch: Watch) -> Choice | None:
     """A choice within limits that the dual's walk never met, by HiGHS."""
     items = problem.costs.shape[1]
-    result = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs))
+    result = _program(problem, np.zeros(items, np.int64), np.arange(items), np.isfinite(problem.costs), NODES, watch)
     return None if result is None else result[0]
 
 
@@ -222,11 +148,10 @@ def _filled(problem: Problem, choice: Choice) -> Choice:
     return choice
 
 
-def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> Solution:
+def _closed(problem: Problem, solution: Solution, found: Dual, watch: Watch) -> Solution:
     """Look for something better among the options that the gap leaves open."""
-    cost = problem.cost(choice)
-    solution = Solution(choice, cost, min(bound, cost))
-    reduced = problem.costs + np.tensordot(prices, problem.weights, 1)
+    choice, cost, bound = solution.choice, solution.cost, found.bound
+    reduced = problem.costs + np.tensordot(found.prices, problem.weights, 1)
     reduced -= reduced.min(axis=0)
     room = (cost - bound) * (1 + 1e-9)
     if room <= 0:
@@ -240,7 +165,7 @@ def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> S
         second = np.partition(np.where(open_[:, items], reduced[:, items], np.inf), 1, axis=0)[1]
         items = items[np.argsort(second, kind="stable")[:CORE_ITEMS]]
     fixed = choice if not whole else np.where(open_.sum(axis=0) == 1, open_.argmax(axis=0), choice)
-    result = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES)
+    result = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES, watch)
     if result is None:
         return solution
     better, below = result
@@ -249,92 +174,30 @@ def _closed(problem: Problem, choice: Choice, prices: Floats, bound: float) -> S
     return replace(solution, bound=min(solution.cost, max(bound, below))) if whole else solution
 
 
-@dataclass(frozen=True)
-class _Core:
-    """What HiGHS decides of a problem: options of some items, the others fixed; in units that it adds exactly.
-
-    option, item: (open options,), which option of which item each is; costs: in `unit` of the problem's, beyond
-    `paid` for the fixed items; takes: (limits, open options) in `scale`, of what is `left`.
-    """
-
-    option: Choice
-    item: Choice
-    costs: Floats
-    takes: Floats
-    left: Floats
-    unit: float
-    paid: float
-    one_each: Matrix
-    items: int
-
-    @classmethod
-    def of(cls, problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_]) -> "_Core":
-        """The open options of these items."""
-        option, position = np.nonzero(open_[:, items])
-        others = np.setdiff1d(np.arange(fixed.size), items)
-        spent = np.array([math.fsum(weights[fixed[others], others]) for weights in problem.weights])
-        costs = problem.costs[option, items[position]]
-        unit = OBJECTIVE_SCALE / max(float(np.abs(costs).max()), 1e-300)
-        scale = np.array([_unit(weights) for weights in problem.weights])
-        return cls(
-            option=option,
-            item=items[position],
-            costs=costs * unit,
-            takes=problem.weights[:, option, items[position]] / scale[:, None],
-            left=(problem.limits - spent) / scale,
-            unit=unit,
-            paid=math.fsum(problem.costs[fixed[others], others]),
-            one_each=Matrix(position, np.arange(option.size), np.ones(option.size)),
-            items=items.size,
-        )
-
-    def program(self, refused: Floats, tight: float) -> Program:
-        """One option for each item, with this much less room; refused: (choices, open options), not to be made."""
-        limits = Matrix.of(np.concatenate([self.takes, refused]), below=self.items)
-        most_refused = np.full(len(refused), self.items - 1.0)
-        return Program(
-            costs=self.costs,
-            matrix=self.one_each.beside(limits),
-            at_least=np.concatenate([np.ones(self.items), np.full(len(self.left) + len(refused), -np.inf)]),
-            at_most=np.concatenate([np.ones(self.items), self.left - tight, most_refused]),
-            lowest=np.zeros(self.option.size),
-            highest=np.ones(self.option.size),
-            whole=True,
-        )
-
-
 def _program(
-    problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_], nodes: int = NODES
+    problem: Problem, fixed: Choice, items: Choice, open_: NDArray[np.bool_], nodes: int, watch: Watch
 ) -> tuple[Choice, float] | None:
     """HiGHS's best choice for these items among the open options, the others fixed; and a bound on the whole cost.
 
     None where it finds none.
     """
-    core = _Core.of(problem, fixed, items, open_)
-    refused = np.zeros((0, core.option.size))
-    below, tight = -math.inf, -ROOM
-    for attempt in range(2 * EXACT_ATTEMPTS):  # HiGHS keeps a limit to a tolerance; ours is kept to the bit
-        best = optimum(core.program(refused, tight), nodes)
-        if best is None:
-            return None
-        # Refusing a choice that is over a limit keeps the bound true; taking room away does not.
-        if attempt < EXACT_ATTEMPTS:
-            below = max(below, best.bound / core.unit + core.paid)
-        taken = best.values > 0.5
+    option, position = np.nonzero(open_[:, items])
+    item = items[position]
+    others = np.setdiff1d(np.arange(fixed.size), items)
+    spent = np.array([math.fsum(weights[fixed[others], others]) for weights in problem.weights])
+    core = Core(
+        costs=problem.costs[option, item],
+        takes=problem.weights[:, option, item],
+        left=problem.limits - spent,
+        units=np.array([shared_unit(weights) for weights in problem.weights]),
+        paid=math.fsum(problem.costs[fixed[others], others]),
+        rows=Matrix(position, np.arange(option.size), np.ones(option.size)),
+        equal=np.ones(items.size),
+    )
+
+    def choice_of(taken: NDArray[np.bool_]) -> Choice:
         choice = fixed.copy()
-        choice[core.item[taken]] = core.option[taken]
-        if problem.within(choice):
-            return choice, below
-        refused = np.vstack([refused, taken.astype(np.float64)])
-        if attempt >= EXACT_ATTEMPTS - 1:
-            tight += 1e-6
-    return None
+        choice[item[taken]] = option[taken]
+        return choice
 
-
-def _unit(weights: Floats) -> float:
-    """What every entry is a whole multiple of, so that HiGHS adds small integers; the largest where there is none."""
-    if (np.abs(weights) < 2.0**62).all():  # what is larger, or infinite, is no integer that numpy has
-        whole = weights.astype(np.int64)
-        if (whole == weights).all():
-            return float(np.gcd.reduce(whole, axis=None)) or 1.0
-    return float(weights.max()) or 1.0
+    return decided(core, choice_of, problem.within, nodes, watch)

@@ -171,10 +171,8 @@ def test_maps_count_in_total(table: LayerTable, limit: str, share: float, parts:
     found = budget.solve(table)
     assert size_of(found.plan, limit) == takes(table, widths_of(found.plan), limit) <= most
     assert found.objective == pytest.approx(cost(table, widths_of(found.plan)), abs=1e-8)
-    assert costs[parts] - 1e-8 <= found.objective <= costs[False] + 1e-8
+    assert found.objective == pytest.approx(costs[parts], abs=1e-8)
     assert found.objective * (1 - found.gap) <= costs[parts] + 1e-8
-    if not parts:
-        assert found.objective == pytest.approx(costs[False], abs=1e-8)
 
 
 @given(tables(), shares, shares)
@@ -232,8 +230,8 @@ def test_a_network_gets_what_it_may_take(limit: str, parts: bool) -> None:
         assert uniform is not None
         assert found.objective <= uniform * (0.9 if parts else 1 + 1e-12)
         assert found.objective <= before
-        # The bound knows nothing of maps, and these layers are small.
-        assert 0 <= found.gap < (5e-2 if parts and limit in ("total_average_bits", "size_bytes") else 1e-4)
+        # Of small layers some sets of widths are left open where maps count.
+        assert 0 <= found.gap < (2e-3 if parts and limit in ("total_average_bits", "size_bytes") else 1e-4)
         before = found.objective
 
 
@@ -254,8 +252,6 @@ def test_channels_apart_are_never_worse_than_layers_whole(table: LayerTable, lim
 
 @given(tables(), st.sampled_from(SIZES), shares, st.integers(0, 40), st.booleans())
 def test_more_room_never_costs_more(table: LayerTable, limit: str, share: float, more: int, parts: bool) -> None:
-    if parts and limit in ("total_average_bits", "size_bytes"):
-        return  # what maps take is set aside by a rule of thumb
     most = asked(table, limit, max(0.0, share))
     costs = [
         Budget(**{limit: room}, bits=FEW, parts=parts).solve(table).objective  # type: ignore[arg-type]
@@ -320,6 +316,33 @@ def test_a_full_limit_binds_only_where_more_would_help() -> None:
     rising = table_of(layer("a", [[9.0, 4.0, 2.0, 1.0, 2.0, 3.0, 4.0, 5.0]], 10))
     assert Budget(average_bits=4).solve(rising).binding == ()
     assert Budget(average_bits=3.9).solve(rising).binding == ("average_bits",)
+
+
+def test_room_for_more_bits_of_a_channel_but_not_for_a_map_binds() -> None:
+    """Eight channels of one weight at 2 bits take 288 bits: a third bit for one takes 2 more, and the map 8."""
+    table = table_of(layer("a", [falling(1.0)] * 8, 1))
+    found = Budget(size_bytes=37, bits=(2, 3)).solve(table)
+    assert {own.bits for own in found.plan.layers} == {2}
+    assert found.binding == ("size_bytes",)
+
+
+def test_a_time_limit_gives_a_plan_and_its_gap() -> None:
+    table = seeded(SHAPES)
+    budget = Budget(size_bytes=5000, time_limit=1e-9)
+    hurried, patient = budget.solve(table), Budget(size_bytes=5000).solve(table)
+    assert size_of(hurried.plan, "size_bytes") <= 5000
+    assert patient.objective <= hurried.objective
+    assert hurried.objective * (1 - hurried.gap) <= patient.objective
+    assert hurried.gap > patient.gap
+    assert hurried.plan.allocator.parameters["gap"] == hurried.gap
+
+
+def test_without_time_no_plan_found_is_said() -> None:
+    """Two limits that only HiGHS can reconcile, and no time for it."""
+    table = table_of(layer("a", [falling(1.0)], 8), layer("b", [falling(1.0)], 8))
+    times = {"a": {2: 10.0, 8: 1.0}, "b": {2: 10.0, 8: 1.0}}
+    with pytest.raises(SettingError, match=naming("time_limit", "1e-09", "seconds", "allow more")):
+        Budget(average_bits=4, latency=times, latency_limit=5.0, bits=(2, 8), time_limit=1e-9)(table)  # type: ignore[arg-type]
 
 
 def test_the_limit_that_binds_is_named() -> None:
@@ -531,8 +554,8 @@ def test_the_gap_is_of_the_whole_objective_pinned_layers_included(monkeypatch: p
     table = seeded([(4, 8), (4, 8)], names=["pinned", "free"])
     solved = Layout.solved
 
-    def half_known(self: Layout) -> Any:
-        widths, solution = solved(self)
+    def half_known(self: Layout, *watch: Any) -> Any:
+        widths, solution = solved(self, *watch)
         return widths, dataclasses.replace(solution, bound=solution.cost / 2)
 
     monkeypatch.setattr(Layout, "solved", half_known)

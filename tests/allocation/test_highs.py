@@ -3,6 +3,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from mpq_plugins.allocation.highs import Matrix, Program, optimum
+from mpq_plugins.allocation.watch import Watch
 
 
 def knapsack(costs: list[float], takes: list[list[float]], most: list[float], whole: bool = True) -> Program:
@@ -70,7 +73,7 @@ def test_a_search_that_ends_early_without_a_vector_has_no_optimum() -> None:
 def test_entries_of_a_matrix_are_those_that_are_not_0() -> None:
     matrix = Matrix.of(np.array([[0.0, 2.0], [3.0, 0.0]]), below=4)
     assert (matrix.row.tolist(), matrix.column.tolist(), matrix.value.tolist()) == ([4, 5], [1, 0], [2.0, 3.0])
-    both = matrix.beside(Matrix.of(np.array([[1.0]])))
+    both = Matrix.together([matrix, Matrix.of(np.array([[1.0]]))])
     assert (both.row.tolist(), both.column.tolist(), both.value.tolist()) == ([4, 5, 0], [1, 0, 0], [2.0, 3.0, 1.0])
 
 
@@ -83,5 +86,70 @@ def test_ctrl_c_ends_a_search(capfd: pytest.CaptureFixture[str]) -> None:
         optimum(market_split())
     assert time.monotonic() - start < 30
     timer.join()
-    assert threading.active_count() <= threads  # nothing is left searching
+    while threading.active_count() > threads:  # nothing is left searching
+        assert time.monotonic() - start < 60
+        time.sleep(0.05)
     assert capfd.readouterr() == ("", "")
+
+
+LARGE = """
+import os, signal, threading, time
+import numpy as np
+from mpq_plugins.allocation.highs import Matrix, Program, optimum
+
+options, items, generator = 8, 20_000, np.random.default_rng(0)
+count = options * items
+takes = Matrix.of(generator.integers(0, 1000, (3, count)).astype(np.float64), below=items)
+one_each = Matrix(np.tile(np.arange(items), options), np.arange(count), np.ones(count))
+program = Program(
+    costs=generator.uniform(0, 10, count), matrix=Matrix.together([one_each, takes]),
+    at_least=np.array([1.0] * items + [-np.inf] * 3), at_most=np.array([1.0] * items + [300.0 * items] * 3),
+    lowest=np.zeros(count), highest=np.ones(count), whole=True,
+)
+sent = []
+
+def interrupt():
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+
+timer = threading.Timer(2.0, interrupt)
+timer.daemon = True
+timer.start()
+try:
+    optimum(program)
+except KeyboardInterrupt:
+    print(time.monotonic() - sent[0])
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_search_that_does_not_look_up() -> None:
+    """HiGHS is in the linear relaxation of 160,000 variables for many seconds without asking whether to go on."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, timeout=60, check=True)
+    assert float(done.stdout) < 1.0
+    assert done.stderr == ""
+    assert time.monotonic() - start < 30
+
+
+def test_without_time_a_search_gives_what_it_has() -> None:
+    start = time.monotonic()
+    assert optimum(market_split(), watch=Watch(1.0)) is None
+    assert time.monotonic() - start < 20
+
+
+def test_a_long_search_says_how_far_it_is() -> None:
+    told: list[tuple[str, int, int]] = []
+    optimum(market_split(), 10**9, Watch(2.5, lambda *each: told.append(each)))
+    assert told
+    assert all(what == "search" and most == 10**9 for what, _, most in told)
+    done = [each[1] for each in told]
+    assert done == sorted(done)
+    assert done[-1] > 0
+
+
+def test_a_short_search_says_nothing() -> None:
+    def told(*each: object) -> None:
+        pytest.fail(f"told {each} within a second")
+
+    optimum(knapsack([-3.0, -2.0, -1.0], [[1.0, 1.0, 1.0]], [1.5]), watch=Watch(progress=told))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins.allocation import knapsack
-from mpq_plugins.allocation.knapsack import Choice, Problem, Solution, least, solve
+from mpq_plugins.allocation.dual import Choice
+from mpq_plugins.allocation.knapsack import Problem, Solution, solve
 
 CLOSE = 1e-9  # of the largest cost; HiGHS itself stops at 1e-12 of it
 
@@ -152,7 +153,7 @@ def test_the_unit_of_a_limit_does_not_matter(problem: Problem, unit: float) -> N
 def test_least_is_what_takes_least(problem: Problem) -> None:
     amounts = [problem.used(choice)[0] for choice in every_choice(problem) if problem.cost(choice) < math.inf]
     if amounts:
-        assert problem.used(least(problem, 0))[0] == min(amounts)
+        assert problem.used(problem.least(0).choice)[0] == min(amounts)
 
 
 def test_of_options_that_cost_the_same_the_one_that_takes_least_is_chosen() -> None:
@@ -265,7 +266,7 @@ def test_thousands_of_items_are_solved_all_but_exactly(limits: int, share: float
 def test_a_limit_that_only_the_least_keeps_is_kept(seed: int) -> None:
     """Quotients of sizes and limit add up to 1 and a rounding; the limit itself is kept to the bit."""
     problem = seeded(300, seed=seed)
-    choice = least(problem, 0)
+    choice = problem.least(0).choice
     tight = Problem(problem.costs, problem.weights, problem.used(choice))
     solution = solve(tight)
     assert solution is not None
