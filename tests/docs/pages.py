@@ -3,7 +3,8 @@
 A comment that readers do not see stands on a line of its own before the block it is about:
 
     <!-- not run: why -->   the block is shown and not run
-    <!-- printed -->        the block is what the one before it prints; a line of dots stands for any lines
+    <!-- printed -->        the block is what the one before it prints, 120 columns wide; a line of three dots stands
+                            for any lines, and an ellipsis for any text
 
 Blocks of Python and of commands that have neither are run. One with a title, ```python title="mine.py", is a file.
 """
