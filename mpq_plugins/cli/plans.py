@@ -5,15 +5,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..allocation.budget import Budget
 from ..allocation.budget_problem import nothing_to_tie
 from ..allocation.contract import Allocator, Needs
 from ..allocation.guard import JUDGED
 from ..common.files import atomic_directory, exists
 from ..common.patterns import FUSED, families
+from ..common.progress import Progress
 from ..common.registry import at_work, described
 from ..errors import PluginError, SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
+from ..report.progress import progress_bar
 
 
 def joint_needs(allocators: Sequence[Allocator]) -> Needs:
@@ -34,12 +37,17 @@ def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
     """The plan of each, in their order. Raises as they do; PluginError naming one of another package that fails."""
     plans: list[Plan] = []
     for allocator in allocators:
-        with at_work("allocators", allocator):
-            made: Any = allocator(table)  # whatever another package's returns
+        with at_work("allocators", allocator), progress_bar("deciding") as progress:
+            made: Any = _made(allocator, table, progress)
             if not isinstance(made, Plan):
                 raise PluginError(f"{described('allocators', allocator)} returned a {type(made).__name__} and no plan")
         plans.append(made)
     return plans
+
+
+def _made(allocator: Allocator, table: LayerTable, progress: Progress | None) -> Any:
+    """What the allocator returns, whatever another package's does. Budget, which may take its time, says how far it is."""
+    return allocator.solve(table, progress).plan if isinstance(allocator, Budget) else allocator(table)
 
 
 def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.plugins.adapter import mpq_halves as halves
 from mpq_plugins import (
     Adapter,
     Affine,
@@ -29,7 +30,6 @@ from mpq_plugins import (
 from mpq_plugins.common import registry
 from tests.adapters import nets
 from tests.conftest import Ran
-from tests.helpers import halves
 from tests.helpers.distributions import install
 from tests.helpers.nets import tied_net
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.plugins.sensitivity import mpq_energy as outside_sensitivity
 from mpq_plugins import Affine, Budget, LayerTable, Sensitivity, measure, sensitivity
 from mpq_plugins.errors import PluginError
 from tests.conftest import Ran
-from tests.helpers import outside_sensitivity
 from tests.helpers.distributions import install
 from tests.helpers.nets import conv_net
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from examples.plugins.scheme import mpq_powers as powers
 from mpq_plugins import (
     Affine,
     Budget,
@@ -37,7 +38,6 @@ from mpq_plugins.common import registry
 from mpq_plugins.plans import scheme_names
 from mpq_plugins.quantization import quantize
 from tests.conftest import Ran
-from tests.helpers import powers
 from tests.helpers.distributions import install
 
 CODE = Path(powers.__file__).read_text()
