@@ -46,7 +46,7 @@ def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
 
 
 def _made(allocator: Allocator, table: LayerTable, progress: Progress | None) -> Any:
-    """What the allocator returns, whatever another package's does. Budget, which may take its time, says how far it is."""
+    """What the allocator returns, whatever another package's does; Budget may take its time, and says how far it is."""
     return allocator.solve(table, progress).plan if isinstance(allocator, Budget) else allocator(table)
 
 
