@@ -3,4 +3,4 @@
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, as a layer's name, how much of it is done and how much there is in all, or at most."""
+"""Called with what is being done, as a layer's name, how much of it is done, and how much there is at most."""
