@@ -16,8 +16,9 @@ from .parts_knapsack import Flags, PartsProblem, bits_of, option_sets
 from .watch import Watch
 
 ALTERNATIVES = 150  # sets and options beside the best that HiGHS decides between
-NODES = 100  # of its search tree: the dual's bound leaves a hundredth of a percent
-ROUNDS = 3  # a better choice narrows what is open
+NODES = 50  # of its search tree: the dual's bound leaves a hundredth of a percent
+ENOUGH = 1e-4  # a gap that another search for seconds would not be worth
+ROUNDS = 2  # a better choice narrows what is open
 
 
 def solve_parts(problem: PartsProblem, watch: Watch) -> Solution | None:
@@ -37,7 +38,7 @@ def solve_parts(problem: PartsProblem, watch: Watch) -> Solution | None:
     best = replace(best, bound=min(found.bound, best.cost))
     for _ in range(ROUNDS):
         closer = _closer(problem, best, prices, watch) if watch.left else best
-        if closer.cost == best.cost:
+        if closer.cost == best.cost or closer.gap < ENOUGH:
             return closer
         best = closer
     return best

@@ -5,14 +5,13 @@
 The CIFAR-10 ResNets per channel, sizes in total with other candidates, pins, ends, ties and limits beside them.
 """
 
-import argparse
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import need_networks, resnet
+from examples.cifar_resnet import resnet
 
 AFFINE = mpq.Affine(granularity="per_channel", range="mse")
 FROM_TWO = tuple(range(2, 9))
@@ -20,7 +19,6 @@ FROM_TWO = tuple(range(2, 9))
 
 def main() -> None:
     warnings.simplefilter("ignore", mpq.errors.PlanWarning)
-    need_networks(argparse.ArgumentParser(description=__doc__))
     print("| net | limits | objective | gap | CPU-s |\n|---|---|---|---|---|")
     for depth in (20, 56):
         affine = mpq.measure(resnet(depth), AFFINE, range(1, 9), per_channel=True)
