@@ -27,9 +27,9 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     """The plan's widths, granularity and symmetry as stock torchao's config, for `quantize_` and TorchAoConfig.
 
     torchao chooses scales its own way (symmetric 4 bits: max|w| / 7.5), so weights come close to the plan's and are
-    not equal; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per channel or per group. torchao ignores
-    names it does not find: give `model` to have them checked. Raises SettingError for anything else, and for tied
-    weights, which quantize_ would untie; MismatchError for another model.
+    not equal, and layers at 16 bits stay as they are; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per
+    channel or per group. torchao ignores names it does not find: give `model` to have them checked. Raises SettingError
+    for anything else, and for tied weights, which quantize_ would untie; MismatchError for another model.
     """
     check_plan(plan)
     if model is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, load_lazily, load_torch, read_checkpoint, storage_identity
 from ..checkpoints.readers import StoredTensor, read_header, safetensors_tensors
-from ..checkpoints.shards import INDEX_NAME, weight_files
+from ..checkpoints.shards import weight_files
 from ..checkpoints.state_dicts import StateDict, chosen_state_dict
 from ..checkpoints.torch_files import refuse_expanded
 from ..common.documents import load_json
@@ -204,7 +204,8 @@ def _rewrite_torch(
 
 
 def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> None:
-    shards = list(weight_files(source).shards)
+    files = weight_files(source)
+    shards = list(files.shards)
     names = bare_names(_shapes([source / shard for shard in shards]))
     with atomic_directory(target) as temporary, unchanged(source):
         for shard in shards:
@@ -217,8 +218,8 @@ def _rewrite_directory(source: Path, target: Path, quantizer: _Quantizer) -> Non
                 _rewrite_torch(source / shard, temporary / shard, quantizer, content, chosen, names)
         quantizer.finish()
         _copy_others(source, temporary, {*shards})
-        if quantizer.saved:
-            _tell_size(temporary / INDEX_NAME, quantizer.saved)
+        if quantizer.saved and files.index is not None:
+            _tell_size(temporary / files.index.name, quantizer.saved)
         temporary.chmod(source.stat().st_mode & 0o777)
 
 
@@ -233,8 +234,6 @@ def _copy_others(source: Path, target: Path, written: set[str]) -> None:
 
 def _tell_size(index: Path, saved: int) -> None:
     """Put right the size that an index tells, where it tells one."""
-    if not index.is_file():
-        return
     document = load_json(index)
     metadata = document.get("metadata")
     if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
