@@ -26,12 +26,29 @@ from .size import PlanSize, plan_size
 
 PLAN_FORMAT = "mpq-plan"
 PLAN_VERSION = 3
+FOUND = {"budget": ("objective", "gap", "binding"), "ptilmpq": ("alpha",)}  # among parameters, until version 2
+
+
+def _found_apart(plan: dict[str, Any]) -> dict[str, Any]:
+    """A version 2 plan as version 3 has it: what its allocator found is no parameter."""
+    record = plan.get("allocator")
+    parameters = record.get("parameters") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(parameters, dict):
+        return {**plan, "version": 3}  # which is refused for what it lacks
+    names = FOUND.get(str(record.get("name")), ())
+    sized = any(parameters.get(name) is not None for name in ("average_bits", "size_bytes"))
+    found = {name: parameters[name] for name in names if name in parameters and sized | (name != "alpha")}
+    kept = {name: value for name, value in parameters.items() if name not in found}
+    apart = {**record, "parameters": kept, **({"found": found} if found else {})}
+    return {**plan, "allocator": apart, "version": 3}
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda plan: {**plan, "version": 2},
-    2: lambda plan: {**plan, "version": 3},
+    2: _found_apart,
 }
 """Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none, and
-version 2 no rest_bytes."""
+version 2 neither rest_bytes nor what an allocator found apart from its parameters."""
 
 SAID_WITHIN = 256  # bytes from its beginning: the first thing that a plan says
 DEEPEST = 32  # of parameters in one another

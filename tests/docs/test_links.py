@@ -51,3 +51,7 @@ def test_errors_that_the_manual_explains_are_errors_that_are_raised() -> None:
     said = SAID.findall((ROOT / "docs/troubleshooting.md").read_text())
     assert len(said) > 40
     assert [text for text in said if text not in code] == []
+
+
+def test_the_readme_is_the_way_in_and_no_longer() -> None:
+    assert len(README.read_text().splitlines()) <= 200

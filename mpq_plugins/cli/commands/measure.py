@@ -23,7 +23,7 @@ def _metrics() -> tuple[str, ...]:
 )
 @click.argument("source", type=FileOrFactory())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
-@click.option("--bits", type=IntegerList(), default="1-8", show_default=True, help="Bit-widths to measure.")
+@click.option("--bits", type=IntegerList(), help="Bit-widths to measure (default: those of 1-8 that the scheme has).")
 @click.option(
     "--metrics", type=NameList(_metrics), default="relative,mse", show_default=True,
     help="Errors of the weights: relative, mse, rmse, sqnr_db, max_abs.",
@@ -53,7 +53,7 @@ def _metrics() -> tuple[str, ...]:
 def measure(
     source: str,
     output: Path | None,
-    bits: tuple[int, ...],
+    bits: tuple[int, ...] | None,
     metrics: tuple[str, ...],
     per_channel_errors: bool | None,
     input_shape: tuple[int, ...] | None,
@@ -75,6 +75,7 @@ def measure(
     """
     from ...allocation.contract import Needs
     from ...common.store import Store
+    from ...plans.scheme import INTEGER_BITS, has_width
     from ...report.layer_plots import errors_plot, table_title
     from ...report.plots import check_plot
     from ..calibration import check_sensitivities, with_sensitivities
@@ -94,8 +95,10 @@ def measure(
         check_output(Store.beside(output).path, *inputs)
     claim(output, plot)
     request = Request(**request_values(options))
+    scheme = request.scheme(USUAL)
     if per_channel_errors is None:
-        per_channel_errors = request.scheme(USUAL).granularity != "per_tensor"
+        per_channel_errors = scheme.granularity != "per_tensor"
+    bits = bits or tuple(b for b in INTEGER_BITS if has_width(scheme, b))
     needs = Needs(bits, metrics, per_channel_errors, USUAL)
     given = resolve_source(source)
     _check_asked(sensitivities, calibration, output_function)
