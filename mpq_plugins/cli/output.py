@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ..plans.plan import Plan
     from ..plans.table import LayerTable
     from ..report.console import PlainConsole
+    from ..simulation.match import Match
 
 BAD_INPUT = 2
 INTERNAL = 70  # as sysexits.h has it
@@ -111,6 +112,12 @@ def print_table(table: "LayerTable") -> None:
     out.print(measurement_table(table))
     for line in table_details(table) if verbose() else []:
         out.sentence(line)
+
+
+def say_notes(fit: "Match", *, loaded_from: Path | str) -> None:
+    """What a careful user wants to know of a plan that fits: that its weights were others, say."""
+    for note in fit.notes:
+        say(f"note: {loaded_from}: {note}")
 
 
 def say_written(file: Path | None, what: str) -> None:

@@ -55,7 +55,7 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
     """
     with unchanged(source):
         checkpoint = checkpoint or read_checkpoint(source, weights, prefer=plan.weights, whole=True)
-        fit = match(plan, source, model=model, checkpoint=checkpoint)
+        fit = match(plan, source, weights=True, model=model, checkpoint=checkpoint)
     named = fit.require(str(source))
     require_unscaled(fit)
     _check_target(source, target)

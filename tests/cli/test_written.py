@@ -83,3 +83,18 @@ def test_swapped_arguments_are_said_to_be(mpq: Mpq, checkpoint: Path, tmp_path: 
     assert ran.code == 2
     assert f"{plan} is a plan and {checkpoint} is none, so they are swapped; write mpq {words[0]}" in ran.err
     assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["apply", "compress", "check"])
+def test_a_plan_of_other_weights_is_noted(mpq: Mpq, checkpoint: Path, tmp_path: Path, command: str) -> None:
+    plan, other = tmp_path / "plan.json", tmp_path / "other.safetensors"
+    assert mpq("plan", checkpoint, "-o", plan).code == 0
+    trained = conv_net()
+    trained.fc.weight.data.mul_(2)
+    save_model(trained, str(other))
+    for source, noted in ((checkpoint, False), (other, True)):
+        outputs = {"apply": ("-o", tmp_path / f"q-{source.name}"), "compress": ("-o", tmp_path / f"{source.name}.mpq")}
+        pair = (plan, source) if command == "check" else (source, plan)
+        ran = mpq(command, *pair, *outputs.get(command, ()))
+        assert ran.code == 0, ran.err
+        assert ("their weights are not those it was made from" in ran.err) is noted

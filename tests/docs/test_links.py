@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mpq_plugins
-from tests.docs.pages import MANUAL, PAGES, ROOT, name_of, prose
+from tests.docs.pages import MANUAL, PAGES, README, ROOT, name_of, prose
 
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

@@ -8,7 +8,7 @@ import click
 
 from ...report.progress import echo, say
 from ..help import SectionCommand
-from ..output import claim, json_option, print_json, weights_option
+from ..output import claim, json_option, print_json, say_notes, weights_option
 from ..types import IntegerList
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for it
@@ -75,6 +75,7 @@ def apply(
         corrected = dict(corrected_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), inputs))
     with progress_bar("quantizing") as progress:
         fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, checkpoint=stored)
+    say_notes(fit, loaded_from=plan_file)
     if fit.present.key is not None:
         say(f"weights: those under {fit.present.key!r}; others in the file are as they were")
     if loaded.activation_bits is not None:

@@ -9,7 +9,7 @@ import click
 from ...errors import SettingError
 from ...report.progress import echo, progress_bar, say
 from ..help import SectionCommand
-from ..output import claim, json_option, model_option, weights_option
+from ..output import claim, json_option, model_option, say_notes, weights_option
 from ..types import FileOrFactory
 from .inspect import print_container
 
@@ -56,6 +56,7 @@ def compress(
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
     from ...compression.write import write  # which leaves it to its caller to say what was left out
     from ...plans.plan import Plan
+    from ...simulation.match import match
     from ..output import check_output
     from ..sources import check_order, make_module, resolve_source
 
@@ -70,6 +71,7 @@ def compress(
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None
+    say_notes(match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model), loaded_from=plan_file)
     with progress_bar("compressing") as progress:
         container = write(
             resolved, plan, output, prune=pruning, coding=coding, progress=progress, model=model, weights=weights

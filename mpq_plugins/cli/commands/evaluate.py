@@ -10,7 +10,7 @@ import click
 from ...errors import SettingError
 from ...report.progress import echo, progress_bar, say
 from ..help import SectionCommand
-from ..output import check_output, claim, json_option, print_json, say_written, weights_option
+from ..output import check_output, claim, json_option, print_json, say_notes, say_written, weights_option
 from ..types import FileOrFactory, IntegerList
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
@@ -107,8 +107,7 @@ def _fitting(plan: "Plan", model: "nn.Module", name: str) -> "Plan":
 
     fit = match(plan, model, weights=True, rewrapped=True)
     fitting = fit.require(name)
-    for note in fit.notes:
-        say(f"note: {name}: {note}")
+    say_notes(fit, loaded_from=name)
     return fitting
 
 
