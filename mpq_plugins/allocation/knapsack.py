@@ -24,6 +24,8 @@ CORE_OPTIONS = 2000  # up to which HiGHS decides all that is open, so that its o
 CORE_ITEMS = 60  # of a larger core: it decides these, and the others keep what the filling gave them
 NODES = 20_000  # of the search tree; a limit in seconds would make a plan depend on the machine
 FEW_NODES = 500  # where the gap is parts in a million anyway
+MANY_ITEMS = 1000  # channels of a network, and no layers; the last 1e-5 of their cost would take seconds to prove
+NODES_OF_MANY = 100
 SMALLEST = 1e-200  # below it a limit is 0 but for its last bits, and nothing is measured in it
 
 
@@ -165,7 +167,8 @@ def _closed(problem: Problem, solution: Solution, found: Dual, watch: Watch) -> 
         second = np.partition(np.where(open_[:, items], reduced[:, items], np.inf), 1, axis=0)[1]
         items = items[np.argsort(second, kind="stable")[:CORE_ITEMS]]
     fixed = choice if not whole else np.where(open_.sum(axis=0) == 1, open_.argmax(axis=0), choice)
-    result = _program(problem, fixed, items, open_, NODES if whole else FEW_NODES, watch)
+    most = NODES if choice.size <= MANY_ITEMS else NODES_OF_MANY
+    result = _program(problem, fixed, items, open_, most if whole else FEW_NODES, watch)
     if result is None:
         return solution
     better, below = result
