@@ -103,7 +103,16 @@ def _reference() -> nn.Module:
 
 
 def check(plan: Plan, model: nn.Module) -> None:
-    """Raise MismatchError or SettingError, naming layers and remedy, where the plan cannot be run on the model."""
+    """Check that the plan can be run on the model.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Raises:
+        SettingError: The plan cannot be run. The message names layers and the remedy.
+        MismatchError: The plan is another model's.
+    """
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
 
