@@ -102,7 +102,7 @@ def distillation(teacher: nn.Module) -> Loss:
         >>> import torch
         >>> from mpq_plugins.adapters import brevitas
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> float(brevitas.distillation(net)(net, torch.zeros(2, 8)))
+        >>> float(brevitas.distillation(net)(net, torch.zeros(2, 8)).detach())
         0.0
     """
     fixed = duplicate(teacher).eval()

@@ -419,6 +419,9 @@ class PlanConfig(PlanningConfig):
             operator_name_or_list: Not used.
             config: Not used.
 
+        Returns:
+            Nothing; it refuses.
+
         Raises:
             SettingError: Always.
         """

@@ -117,16 +117,17 @@ Ties = Annotated[tuple[str, ...], BeforeValidator(_ties)]
 class Budget:
     """The least predicted cost within every limit that is given; at least one of them is.
 
-    The first four limits count the planned layers, those pinned to 16 or 32 bits among them, and nothing else.
+    Limits on average bits, size_bytes and weights_only_bytes count the planned layers, those pinned to 16 or 32 bits
+    among them, and nothing else.
 
     Attributes:
         average_bits: Most bits a weight, codes alone, interval bits included: what papers quote.
         total_average_bits: Most bits a weight, with scales, zero points and channel-to-part maps.
-        size_bytes: Most bytes, with scales, zero points and channel-to-part maps.
-        weights_only_bytes: Most bytes of the codes alone.
         size: Most bytes of the whole model, a number or as `9MB`, `120kB` or `1.5MiB`. It counts what size_bytes
             counts, and skipped layers, biases, norms and buffers as they are stored (the table's rest_bytes). A
             correction that gives layers biases adds theirs.
+        size_bytes: Most bytes, with scales, zero points and channel-to-part maps.
+        weights_only_bytes: Most bytes of the codes alone.
         bops: Most multiply-accumulates x weight bits x activation bits, for tables with multiply-accumulates.
         bops_activation_bits: Activation bits in bops.
         latency: A table layer -> bits -> cost, or a JSON file of one.
