@@ -50,6 +50,14 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
         VerifyError: The model does not hold the plan. The message lists what is wrong.
         MismatchError: The plan is another model's.
         SettingError: The float model does not run on the batch.
+
+    Example:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc_classic
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> inc_classic.verify(inc_classic.apply(net, plan), plan, net, batch=torch.ones(4, 8))[0].bits
+        ((3, 8),)
     """
     module = cast(nn.Module, getattr(quantized, "model", quantized))
     check_module(module, "quantized")

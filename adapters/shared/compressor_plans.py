@@ -112,6 +112,12 @@ def check(plan: Plan, model: nn.Module) -> None:
     Raises:
         SettingError: The plan cannot be run. The message names layers and the remedy.
         MismatchError: The plan is another model's.
+
+    Example:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc_classic
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> inc_classic.check(mpq.Uniform(bits=3)(mpq.measure(net)), net)
     """
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
