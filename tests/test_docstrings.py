@@ -30,7 +30,7 @@ OF_BACKENDS = (
     "torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning",
 )  # fmt: skip
 CONTRACT = ("check", "apply", "verify")  # what every adapter shows at work; the rest is in docs/backends, whole
-SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example):$")
+SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Examples):$")
 ENTRY = re.compile(r"    \*{0,2}(\w+): \S")
 ERRORS = {name for name, value in vars(importlib.import_module("mpq_plugins.errors")).items() if inspect.isclass(value)}
 
@@ -116,7 +116,10 @@ def text_problems(where: str, doc: str | None) -> list[str]:
     if not doc:
         return [f"{where}: has no docstring"]
     first = doc.splitlines()[0]
-    return [] if first.endswith(".") and first[0] != " " else [f"{where}: its first line is no sentence: {first}"]
+    problems = [] if first.endswith(".") and first[0] != " " else [f"{where}: its first line is no sentence: {first}"]
+    if ">>>" in doc and "Examples" not in sections(doc):
+        problems.append(f"{where}: what it shows is not under Examples:, which the manual renders")
+    return problems
 
 
 def function_problems(where: str, function: Any) -> list[str]:
@@ -137,7 +140,7 @@ def function_problems(where: str, function: Any) -> list[str]:
 
 def class_problems(where: str, cls: type) -> list[str]:
     said = sections(inspect.getdoc(cls) or "")
-    problems = text_problems(where, vars(cls).get("__doc__"))
+    problems = text_problems(where, inspect.cleandoc(vars(cls).get("__doc__") or ""))  # its own, not a base's
     fields = fields_of(cls)
     told = [name for name in said.get("Attributes", []) if name in fields]
     if told != fields:

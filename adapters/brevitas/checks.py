@@ -52,7 +52,7 @@ def check(plan: Plan, model: nn.Module) -> None:
         SettingError: Brevitas cannot run the plan. The message names layers and the remedy.
         MismatchError: The plan is another model's, or Brevitas cannot run the model.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import brevitas
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

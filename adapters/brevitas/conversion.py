@@ -48,7 +48,7 @@ def to_brevitas(
             it.
         SettingError: Brevitas cannot run the plan.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import brevitas
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
@@ -90,7 +90,7 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> nn.Mod
         SettingError: Brevitas cannot run the plan, or activations are to be quantized and there are no batches.
         MismatchError: As `to_brevitas`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import brevitas
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -37,7 +37,7 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
         MismatchError: As `to_brevitas`.
         SettingError: As `to_brevitas`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import brevitas
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

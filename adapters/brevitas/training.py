@@ -98,7 +98,7 @@ def distillation(teacher: nn.Module) -> Loss:
     Returns:
         (model, batch) -> a scalar, for `train`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mpq_plugins.adapters import brevitas
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))

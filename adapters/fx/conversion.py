@@ -37,7 +37,7 @@ def apply(
         SettingError: As `prepare`; or there are no batches, or such that the model does not run on.
         MismatchError: As `prepare`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -200,7 +200,7 @@ def prepare(
         SettingError: As `qconfig_mapping`; or the model does not run on the inputs.
         MismatchError: As `qconfig_mapping`; or torch.fx traces the model wrongly.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
@@ -252,7 +252,7 @@ def check(plan: Plan, model: nn.Module) -> None:
         SettingError: FX cannot run the plan. The message names layers and the remedy.
         MismatchError: The plan is another model's, or FX would get the model wrong.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -59,7 +59,7 @@ def verify(
         SettingError: The model does not run on the batch; or a batch is given after QAT, which trained more than the
             weights.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import fx
         >>> net, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(32, 8)

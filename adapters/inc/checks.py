@@ -20,7 +20,7 @@ def check(plan: Plan, model: nn.Module) -> None:
         SettingError: The plan cannot be run. The message names layers and the remedy.
         MismatchError: The plan is another model's, or the model cannot be quantized by Neural Compressor.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

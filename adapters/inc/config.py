@@ -246,7 +246,7 @@ class MixQuantConfig(AllocatingConfig):
         white_list: Neural Compressor's, names or module types.
         **kwargs: Refused; they are named in the error.
 
-    Example:
+    Examples:
         >>> from mpq_plugins.adapters import inc
         >>> [config.qem for config in inc.MixQuantConfig(qem=[2.0, 3.0]).variants()]
         [2.0, 3.0]
@@ -308,7 +308,7 @@ class PTILMPQConfig(AllocatingConfig):
         white_list: Neural Compressor's, names or module types.
         **kwargs: Refused; they are named in the error.
 
-    Example:
+    Examples:
         >>> from mpq_plugins.adapters import inc
         >>> len(inc.PTILMPQConfig(alpha=[0.0, 0.5, 1.0]).variants())
         3
@@ -369,7 +369,7 @@ class PlanConfig(PlanningConfig):
         white_list: Neural Compressor's; the plan says what each layer gets, so none but its default is allowed.
         **kwargs: Refused; they are named in the error.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

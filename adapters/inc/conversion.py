@@ -32,7 +32,7 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Modul
         MismatchError: The plan is another model's. The message names layers and the remedy.
         SettingError: The plan quantizes activations.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -43,7 +43,7 @@ def plan_of(quantized: nn.Module) -> Plan:
     Raises:
         SettingError: The model was not quantized by ours.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -63,7 +63,7 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
         SettingError: The compressor would skip, round, untie or compute something wrongly.
         MismatchError: The plan is another model's.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()

@@ -102,7 +102,7 @@ def tune(
         SourceError: As `autotune`.
         SettingError: As `autotune`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -51,7 +51,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
         MismatchError: The plan is another model's.
         SettingError: The float model does not run on the batch.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

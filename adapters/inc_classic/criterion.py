@@ -36,7 +36,7 @@ class TuningCriterion(ClassicTuningCriterion):  # type: ignore[misc]  # Neural C
     Raises:
         SettingError: The strategy is another.
 
-    Example:
+    Examples:
         >>> from mpq_plugins.adapters import inc_classic
         >>> inc_classic.TuningCriterion("mixquant", {"qem": [4, 3, 2]}).strategy
         'mixquant'

@@ -51,7 +51,7 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
         MismatchError: The plan is another model's.
         SettingError: The float model does not run on the batch.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import inc_classic
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -38,7 +38,7 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> torch.fx
         MismatchError: As PlanQuantizer.
         SourceError: torch.export fails.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import pt2e
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

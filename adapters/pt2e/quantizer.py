@@ -62,7 +62,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         SettingError: PT2E cannot run the plan.
         MismatchError: The plan is another model's.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import pt2e
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

@@ -44,7 +44,7 @@ def verify(
         SettingError: The float model does not run on the batch.
         SourceError: The converted model is no GraphModule.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import pt2e
         >>> net, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(2, 8)

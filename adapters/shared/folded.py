@@ -116,7 +116,7 @@ def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
     Raises:
         MismatchError: The plan is another model's.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import fx
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

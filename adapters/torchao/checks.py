@@ -42,7 +42,7 @@ def check(plan: Plan, model: nn.Module) -> None:
         SettingError: torchao cannot run the plan. The message names layers and the remedy.
         MismatchError: The plan is another model's, or torchao cannot run the model.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import torchao
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

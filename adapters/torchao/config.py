@@ -40,7 +40,7 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
         SettingError: The plan has anything else, or tied weights, which quantize_ would untie.
         MismatchError: The plan is another model's.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import torchao
         >>> net = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()

@@ -48,7 +48,7 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Modul
             message names layers and the remedy.
         SettingError: torchao cannot run the plan.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.adapters import torchao
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()

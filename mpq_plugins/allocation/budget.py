@@ -148,7 +148,7 @@ class Budget:
         SettingError: Nothing is asked, or nonsense. When called: a table without what is needed, names that match
             nothing, or limits that cannot be met. The message says which limits, and by how much.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> table = mpq.measure(net, mpq.Affine(granularity="per_channel"), bits=range(1, 9))
@@ -224,7 +224,7 @@ class Budget:
         Raises:
             SettingError: The table lacks what is needed, a name matches nothing, or the limits cannot be met.
 
-        Example:
+        Examples:
             >>> import mpq_plugins as mpq, torch
             >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
             >>> table = mpq.measure(net, mpq.Affine(granularity="per_channel"), bits=range(1, 9))

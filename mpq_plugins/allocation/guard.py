@@ -118,7 +118,7 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
     Raises:
         SettingError: The sensitivity was not measured.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
         >>> mpq.compare(table, mpq.Uniform(bits=4)(table)).worse

@@ -25,7 +25,7 @@ class LatencyTable:
     Attributes:
         entries: (layer, ((bits, cost), ...)) pairs, in the unit of whoever timed them.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.LatencyTable.of({"fc": {4: 1.0, 8: 1.5}}).curve("fc", (8, 4))
         [1.5, 1.0]

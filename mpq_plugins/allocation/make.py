@@ -36,7 +36,7 @@ def make_plan(
     Raises:
         SettingError: A width that the table's scheme does not have. The message names the layer.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 2)))
         >>> mpq.make_plan(table, mpq.Uniform(), {"0": [4, 8]}).layers[0].bits_text

@@ -39,7 +39,7 @@ class MixQuant:
         SettingError: qem is not above 0, bits or baseline lie outside 1..8, or the metric is unknown. When called: the
             table lacks an error it needs.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))
         >>> mpq.MixQuant(qem=1000)(table).layers[0].bits

@@ -82,7 +82,7 @@ class PTILMPQ:
             a plan smaller as alpha rises; two ways of saying the same. When called: a table without channel norms, a
             width that its scheme does not have, or a size that no alpha reaches.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
         >>> sorted(layer.bits_text for layer in mpq.PTILMPQ(alpha=0.5)(table).layers)

@@ -38,7 +38,7 @@ class SQNR:
         SettingError: The average is not above 0, or widths lie outside 1..8. When called: the average is below the
             least width.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 64)))
         >>> [layer.bits for layer in mpq.SQNR(average_bits=4)(table).layers]

@@ -22,7 +22,7 @@ class Uniform:
     Raises:
         SettingError: The width is not one of these.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8))))
         >>> plan.size().weights_only_bytes

@@ -58,7 +58,7 @@ class Store:
             telling.
         SourceError: The file cannot be read or written.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> with mpq.Store("net.store") as store:

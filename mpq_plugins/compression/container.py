@@ -52,7 +52,7 @@ class Container:
         plan: The plan that it carries.
         size: Its bytes.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> written = mpq.compress(net, mpq.Uniform(bits=4)(mpq.measure(net)), "net.mpqc")
@@ -296,7 +296,7 @@ def decompress(path: str | Path | Container, *, progress: Progress | None = None
     Raises:
         FormatError: The file is no container, damaged, or newer than this version.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))

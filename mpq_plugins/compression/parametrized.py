@@ -49,7 +49,7 @@ def finish(model: nn.Module) -> nn.Module:
     Raises:
         SettingError: Something else has been put on such a weight since.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> masked = mpq.prune(torch.nn.Sequential(torch.nn.Linear(8, 8)), mpq.Sparsity(0.5))
         >>> int((mpq.finish(masked)[0].weight == 0).sum())

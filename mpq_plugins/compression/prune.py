@@ -41,7 +41,7 @@ class Sparsity:
     Raises:
         SettingError: A share lies outside 0 to below 1.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> masked = mpq.prune(torch.nn.Sequential(torch.nn.Linear(8, 8)), mpq.Sparsity({"0": 0.25}))
         >>> int((masked[0].weight == 0).sum())
@@ -78,7 +78,7 @@ class GlobalSparsity:
     Raises:
         SettingError: The share lies outside 0 to below 1.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> masked = mpq.prune(net, mpq.GlobalSparsity(0.5))
@@ -115,7 +115,7 @@ class Deviations:
     Raises:
         SettingError: A number is below 0.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> masked = mpq.prune(net, mpq.Deviations(1.0))
@@ -194,7 +194,7 @@ def prune(model: nn.Module, pruning: Pruning, *, skip: Sequence[str] = (), only:
         SettingError: A glob matches nothing, no weight of a layer would stay, or weights are tied.
         WeightError: A weight holds NaN or infinity, or has a dtype that we do not quantize.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> masked = mpq.prune(torch.nn.Sequential(torch.nn.Linear(8, 8)), mpq.Sparsity(0.5))
         >>> int((masked[0].weight == 0).sum())

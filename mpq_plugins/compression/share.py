@@ -65,7 +65,7 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
         MismatchError: The plan was made for another model.
         SettingError: A layer is under another scheme, partly in floating point, or has a tied weight.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> shared = mpq.share(net, mpq.Uniform(bits=2)(mpq.measure(net, mpq.Codebook(), bits=[2])))

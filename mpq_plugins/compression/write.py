@@ -350,7 +350,7 @@ def compress(  # noqa: PLR0913  # each option is a user's word
         WeightError: A weight holds NaN.
         SourceError: The source cannot be read, or the file not written.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> container = mpq.compress(net, mpq.Uniform(bits=4)(mpq.measure(net)), "net.mpqc", prune=mpq.Sparsity(0.5))

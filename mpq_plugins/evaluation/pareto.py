@@ -53,7 +53,7 @@ def pareto(
     Raises:
         SettingError: There are no budgets, one is below the least width, or the table lacks what Budget needs.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=(2, 3, 4))
         >>> [row.series for row in mpq.pareto(table, [3])]

@@ -129,7 +129,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         WeightError: A weight cannot be quantized.
         VerifyError: A quantized copy does not hold its plan.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))
         >>> rows = mpq.sweep(table, [mpq.Uniform(bits=b)(table) for b in (2, 4)])

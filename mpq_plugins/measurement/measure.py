@@ -107,7 +107,7 @@ def measure(  # noqa: PLR0913  # each option is a user's word
         WeightError: A layer's weight cannot be measured.
         WorkerError: An executor's workers fail.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=(2, 4, 8))
         >>> table.errors("relative", (2, 8)).shape

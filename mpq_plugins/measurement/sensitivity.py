@@ -72,7 +72,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         MismatchError: The table is another model's.
         PluginError: The kind is not installed.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
         >>> table = mpq.sensitivity(net, mpq.measure(net), "output_mse", [torch.ones(4, 8)])

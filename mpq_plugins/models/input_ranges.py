@@ -89,7 +89,7 @@ def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRan
     Returns:
         The ranges by layer name.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> mpq.input_ranges(mpq.with_input_ranges(net, {"0": mpq.InputRange(8, 0.5, 128)}))
@@ -119,7 +119,7 @@ def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.
     Raises:
         SettingError: The model does not have such a layer, or what is given is no range.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> _ = torch.nn.init.ones_(net[0].weight)
@@ -154,7 +154,7 @@ def without_input_ranges(model: nn.Module) -> nn.Module:
     Returns:
         The copy.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = mpq.with_input_ranges(torch.nn.Sequential(torch.nn.Linear(8, 8)), {"0": mpq.InputRange(8, 0.5, 128)})
         >>> mpq.input_ranges(mpq.without_input_ranges(net))

@@ -124,7 +124,7 @@ class Part(Strict):
         bits: 1 to 8, 16 for float16, 32 for what is left alone.
         channels: The channels, ascending.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.Part(bits=4, channels=range(3)).model_dump()
         {'bits': 4, 'channels': '0-2'}
@@ -154,7 +154,7 @@ class LayerChoice(LayerDocument):
         scheme: How its weights become codes.
         tied: Other names of the same weight.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 2))))
         >>> plan.layers[0].widths, plan.layers[0].code_bits

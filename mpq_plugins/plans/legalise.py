@@ -44,7 +44,7 @@ class Capabilities:
     Raises:
         SettingError: Nothing is left.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.Capabilities(backend="chip", bits=(4, 8), kinds=("linear",)).beside(None).kinds
         ('linear',)
@@ -126,7 +126,7 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
         SettingError: The policy is unknown, a width has no other to go up to, or, under "error", layers would change.
             The message names every such layer, with the remedy.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> chip = mpq.Capabilities(backend="chip", bits=(4, 8), kinds=("linear",))
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))

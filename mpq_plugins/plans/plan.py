@@ -74,7 +74,7 @@ class Plan(Strict):
             layers). None where that is not known.
         layers: What each layer gets.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8))))
         >>> plan.save("net.plan.json")

@@ -211,7 +211,7 @@ class Granular:
         sorts: Whether all weights of a group must be in memory at once.
         scales_per_group: How many 32-bit numbers a group has beside its codebook.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> scheme = mpq.Affine(granularity="per_group", group_size=32)
         >>> scheme.grain, scheme.group_count((16, 128), 0, 16, "fc")
@@ -378,7 +378,7 @@ class Affine(Granular):
     Raises:
         SettingError: A value is not one of these.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.Affine().levels(4), mpq.Affine(symmetric=True).levels(4)
         (16, 15)
@@ -482,7 +482,7 @@ class Piecewise(Granular):
     Raises:
         SettingError: A value is not one of these.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.Piecewise().interval_bits(4), mpq.Piecewise(storage="shared").interval_bits(4)
         (1, 0)
@@ -584,7 +584,7 @@ class Codebook(Granular):
     Raises:
         SettingError: A value is not one of these.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.Codebook().codebook_entries(4)
         16

@@ -51,7 +51,7 @@ class PlanSize:
         rest_bytes: Bytes of all that the model stores beside them; None where that is not known.
         skipped: How many layers are skipped.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> size = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))).size()
         >>> size.weights_only_bytes, size.total_bits - size.weights_only_bits

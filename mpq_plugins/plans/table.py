@@ -29,7 +29,7 @@ class LayerTable(Measured):
         weights: The key of the weights in a torch checkpoint; None for the top.
         rest_bytes: Bytes of all that is stored beside the layers' weights; None where that is not known.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=(2, 4))
         >>> table.save("net.mpqt")

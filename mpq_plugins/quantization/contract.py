@@ -67,7 +67,7 @@ class PartShape:
         scheme: The scheme.
         layer: What names the layer in errors.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq
         >>> part = mpq.PartShape((4, 8), 0, 3, mpq.Affine(granularity="per_channel"), "fc")
         >>> part.weights, part.groups, part.zero_points

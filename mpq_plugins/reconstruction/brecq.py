@@ -110,7 +110,7 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
         WeightError: A weight cannot be quantized.
         SourceError: The disk is full, say. Finished blocks stay in the store.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
         >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))

@@ -68,7 +68,7 @@ def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = Non
         WeightError: A weight holds NaN or infinity, or lies beyond float16 at 16 bits.
         SettingError: As `correct`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> quantized = mpq.apply(net, mpq.Uniform(bits=2)(mpq.measure(net)))
@@ -107,7 +107,7 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
     Raises:
         VerifyError: The model does not hold the plan. The message lists what is wrong.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> plan = mpq.Uniform(bits=2)(mpq.measure(net))

@@ -90,7 +90,7 @@ def correct(
         MismatchError: The plan is for another model.
         WeightError: A weight cannot be quantized.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8)).eval()
         >>> plan = mpq.Uniform(bits=2)(mpq.measure(net))

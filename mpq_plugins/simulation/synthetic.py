@@ -54,7 +54,7 @@ def synthetic_batches(
         SettingError: The shape is none, or the model does not run on it; or the model has no BatchNorm statistics, and
             so says nothing of its inputs.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)).eval()
         >>> batches = mpq.synthetic_batches(net, (16, 8), count=2, steps=3)

@@ -74,7 +74,7 @@ def find_weights(  # noqa: PLR0913  # each option is a user's word
         WeightError: A weight has a dtype that we do not quantize.
         SettingError: A glob matches nothing, or an option means nothing with such a source.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> [(weight.name, weight.shape) for weight in mpq.find_weights(net)]
@@ -218,7 +218,7 @@ def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]
         WeightError: As `find_weights`.
         SettingError: As `find_weights`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> for name, weight in mpq.iter_weights(torch.nn.Sequential(torch.nn.Linear(8, 2))):
         ...     print(name, list(weight.shape))

@@ -29,7 +29,7 @@ class Weight:
         refusal: Why it cannot be quantized, for a layer that must be skipped; else empty.
         scale: Of a checkpoint of 8-bit floating point, the tensor that its codes are multiplied by; else empty.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> weight, = mpq.find_weights(torch.nn.Sequential(torch.nn.Linear(8, 2)))
         >>> weight.channels, tuple(weight.rows(0, 1).shape)
@@ -116,7 +116,7 @@ class Weights:
         folded: Whether BatchNorm is folded into some of them.
         key: Of a torch checkpoint, where its weights were found (`state_dict`); None for the top.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> found = mpq.find_weights(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), skip=["0"])
         >>> len(found), found.skipped
