@@ -25,9 +25,12 @@ from mpq_plugins.plans.plan import Plan
 class LayerCheck:
     """One planned layer as it was found in a quantized model.
 
-    layer: its first name in the plan. bits: (width, output channels) pairs, one a part. stored: what holds its weight
-    there, in the backend's words: a class, a dtype or a quantizer. activation_bits: of its input, None for floating
-    point. ties: codes that lie one off the plan's, for weights in the middle between two levels.
+    Attributes:
+        layer: Its first name in the plan.
+        bits: (width, output channels) pairs, one a part.
+        stored: What holds its weight there, in the backend's words: a class, a dtype or a quantizer.
+        activation_bits: Bits of its input; None for floating point.
+        ties: Codes that lie one off the plan's, for weights in the middle between two levels.
     """
 
     layer: str
@@ -38,7 +41,17 @@ class LayerCheck:
 
     @classmethod
     def of(cls, layer: LayerChoice, stored: str, activation_bits: int | None = None, ties: int = 0) -> "LayerCheck":
-        """A check of a layer that holds its plan's widths."""
+        """Make the check of a layer that holds its plan's widths.
+
+        Args:
+            layer: The plan's choice for it.
+            stored: What holds its weight.
+            activation_bits: Bits of its input; None for floating point.
+            ties: Codes that lie one off the plan's.
+
+        Returns:
+            The check, with the layer's name and widths.
+        """
         return cls(layer.name, layer.widths, stored, activation_bits, ties)
 
 
@@ -49,10 +62,11 @@ def class_name(module: object) -> str:
 
 @public
 class Adapter(Protocol):
-    """A backend's door; a batch is a tensor, or a tuple or mapping of the model's arguments.
+    """What a backend offers: three functions and what it can run.
 
-    Errors are MPQError's family: SettingError for a plan or argument that the backend cannot run, MismatchError for a
-    model that it cannot run or that the plan was not made for, VerifyError for a model that does not hold the plan.
+    A batch is a tensor, or a tuple or mapping of the model's arguments. Errors are MPQError's family: SettingError for
+    a plan or argument that the backend cannot run, MismatchError for a model that it cannot run or that the plan was
+    not made for, VerifyError for a model that does not hold the plan.
     """
 
     @property
@@ -61,21 +75,51 @@ class Adapter(Protocol):
         ...
 
     def check(self, plan: Plan, model: nn.Module) -> None:
-        """Raise MismatchError or SettingError, naming layers and remedy, where the backend cannot run the plan."""
+        """Check that the backend can run the plan on the model.
+
+        Args:
+            plan: The plan.
+            model: The float model; it is not changed.
+
+        Raises:
+            SettingError: The backend cannot run the plan. The message names layers and the remedy.
+            MismatchError: The plan is another model's, or the backend cannot run the model.
+        """
         ...
 
     def apply(self, model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> Any:
-        """A quantized copy of the model; the model is unchanged.
+        """Make a quantized copy of the model.
 
-        batches: inputs, by which the ranges of quantized activations are set and the model is exported; a backend that
-        needs none leaves them alone, one that lacks them raises SettingError. Raises what `check` raises.
+        Args:
+            model: The float model; it is not changed.
+            plan: The plan.
+            batches: Inputs, by which the ranges of quantized activations are set and the model is exported. A backend
+                that needs none leaves them alone.
+
+        Returns:
+            The copy, in the backend's own form.
+
+        Raises:
+            SettingError: As `check`; or inputs are needed, and there are none.
+            MismatchError: As `check`.
         """
         ...
 
     def verify(self, quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
-        """Compare what a quantized model holds with what the plan makes of the float `model`: a check a planned layer.
+        """Compare what a quantized model holds with what the plan makes of the float model.
 
-        batch: inputs on which the outputs must be those of `mpq_plugins.apply` too, within what the backend's
-        arithmetic comes to. Raises VerifyError listing what is wrong, MismatchError for another model.
+        Args:
+            quantized: The quantized model.
+            plan: The plan.
+            model: The float model.
+            batch: Inputs on which the outputs must be those of `mpq_plugins.apply` too, within what the backend's
+                arithmetic comes to.
+
+        Returns:
+            A check for each planned layer.
+
+        Raises:
+            VerifyError: The model does not hold the plan. The message lists what is wrong.
+            MismatchError: The plan is another model's.
         """
         ...

@@ -76,7 +76,11 @@ class VerifyError(MPQError):
 
 
 class TuningError(MPQError):
-    """No trial of a tuning run meets its criterion; `tuning` is the run's record, where there is one."""
+    """No trial of a tuning run meets its criterion.
+
+    Attributes:
+        tuning: The run's record, where there is one.
+    """
 
     __module__ = "mpq_plugins"
 

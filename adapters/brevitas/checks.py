@@ -42,7 +42,22 @@ MODULE_NAMES = {*vars(nn.Module())}
 
 
 def check(plan: Plan, model: nn.Module) -> None:
-    """Raise MismatchError or SettingError, naming layers and remedy, where Brevitas cannot run the plan."""
+    """Check that Brevitas can run the plan on the model.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Raises:
+        SettingError: Brevitas cannot run the plan. The message names layers and the remedy.
+        MismatchError: The plan is another model's, or Brevitas cannot run the model.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import brevitas
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> brevitas.check(mpq.Uniform(bits=3)(mpq.measure(net)), net)
+    """
     check_traced(plan, Traced(model))
 
 

@@ -27,15 +27,34 @@ from .tuning import calibrate
 def to_brevitas(
     model: nn.Module, plan: Plan, activation_bits: int | None = None, *, ternary: str | Sequence[str] = ()
 ) -> nn.Module:
-    """A copy of the model with Brevitas layers, whose quantized weights are the plan's to the bit.
+    """Make a copy of the model with Brevitas layers, whose quantized weights are the plan's to the bit.
 
-    activation_bits: of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's. It is short
-    for a plan.with_activation_bits(...), which is the plan to verify, save and export by; `calibrate` sets the ranges.
-    ternary: names of layers with 2 symmetric bits that become Brevitas's TernaryQuant, the same weights. BatchNorm is
-    folded where the plan was measured so. A module under several names stays one, tied weights stay tied, and the model
-    keeps its mode, training or not. Raises MismatchError (another model; a layer that its Brevitas twin would not
-    replace, by name) and SettingError (a plan that Brevitas cannot run). Brevitas's global settings are left as they
-    were.
+    BatchNorm is folded where the plan was measured so. A module under several names stays one, tied weights stay tied,
+    and the model keeps its mode, training or not. Brevitas's global settings are left as they were.
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        activation_bits: Bits of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's. It
+            is short for a plan.with_activation_bits(...), which is the plan to verify, save and export by; `calibrate`
+            sets the ranges.
+        ternary: Names of layers with 2 symmetric bits that become Brevitas's TernaryQuant, the same weights.
+
+    Returns:
+        The copy.
+
+    Raises:
+        MismatchError: The plan is another model's, or a layer's Brevitas twin would not replace it. The message names
+            it.
+        SettingError: Brevitas cannot run the plan.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import brevitas
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> quantized = brevitas.to_brevitas(net, mpq.Uniform(bits=3)(mpq.measure(net)))
+        >>> int(quantized[0].quant_weight().bit_width)
+        3
     """
     check_plan(plan)
     plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
@@ -57,9 +76,27 @@ def to_brevitas(
 
 
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> nn.Module:
-    """`to_brevitas`, and with quantized activations `calibrate` on the batches, which gives evaluation mode.
+    """Make a copy by `to_brevitas`, and with quantized activations `calibrate` it, which gives evaluation mode.
 
-    Raises as these; SettingError for quantized activations without batches.
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Inputs that set the ranges of quantized activations.
+
+    Returns:
+        The copy.
+
+    Raises:
+        SettingError: Brevitas cannot run the plan, or activations are to be quantized and there are no batches.
+        MismatchError: As `to_brevitas`.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import brevitas
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> torch.equal(brevitas.apply(net, plan)[0].quant_weight().value, mpq.apply(net, plan)[0].weight)
+        True
     """
     quantized = to_brevitas(model, plan)
     if not input_quantizers(quantized):

@@ -40,13 +40,25 @@ def export(
 ) -> tuple[Path, ...]:
     """Write the model for another tool, check what lies in the file, and return the files written.
 
-    Weights are to the bit those of the model; the path is taken as it is, whatever its suffix. format: onnx_qcdq, for
-    onnxruntime and most others; qonnx, for FINN, hls4ml and the like; torch_qcdq, TorchScript. example_inputs: a tensor
-    or a tuple of arguments; in ONNX their first dimension may vary. None of the formats holds widths that differ
-    between the channels of a layer, which it states at the widest channel's, and QCDQ has no binary weights, which it
-    states as 2 bits: an error, or with plan_beside the plan in `NAME.plan.json` beside the file. Scales per group are
-    in none. Raises SettingError for what the format cannot hold, an unknown format, a model that cannot be traced;
-    VerifyError where the model does not hold the plan, or the file not the model.
+    Weights are to the bit those of the model. None of the formats holds widths that differ between the channels of a
+    layer, which it states at the widest channel's, and QCDQ has no binary weights, which it states as 2 bits: an error,
+    or with plan_beside the plan in `NAME.plan.json` beside the file. Scales per group are in none.
+
+    Args:
+        quantized: What `to_brevitas` made, tuned or not.
+        plan: The plan.
+        path: The file to write, taken as it is, whatever its suffix.
+        example_inputs: A tensor or a tuple of arguments; in ONNX their first dimension may vary.
+        format: `onnx_qcdq`, for onnxruntime and most others; `qonnx`, for FINN, hls4ml and the like; `torch_qcdq`,
+            TorchScript.
+        plan_beside: Whether to write the plan beside the file.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SettingError: The format cannot hold the model or is unknown, or the model cannot be traced.
+        VerifyError: The model does not hold the plan, or the file not the model.
     """
     target = Path(path)
     if format not in FORMATS:

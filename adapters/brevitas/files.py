@@ -26,8 +26,15 @@ FORMAT = "mpq-brevitas"
 def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
     """Write a model's state and its plan as one safetensors file, atomically.
 
-    Raises VerifyError where the model does not hold the plan; SettingError for state that is no tensor; SourceError
-    where the file cannot be written.
+    Args:
+        quantized: What `to_brevitas` made, tuned or not.
+        plan: The plan.
+        path: The file to write.
+
+    Raises:
+        VerifyError: The model does not hold the plan.
+        SettingError: Some state is no tensor.
+        SourceError: The file cannot be written.
     """
     verify_tuned(quantized, plan)
     ternary = [layer.name for layer in planned_layers(plan) if _is_ternary(quantized.get_submodule(layer.name))]
@@ -36,11 +43,23 @@ def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
 
 
 def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Module:
-    """A copy of `model` converted by the file's own plan, with the file's weights, in evaluation mode.
+    """Make a copy of a model converted by the file's own plan, with the file's weights, in evaluation mode.
 
-    model: the network in float32, its weights of no matter. plan: refuse a file of any other. What is loaded can be
-    exported and trained, and not tuned: its float weights are gone. Raises FormatError (not such a file, or damaged),
-    MismatchError (another plan, or another network) and VerifyError (a file changed since it was saved).
+    What is loaded can be exported and trained, and not tuned: its float weights are gone.
+
+    Args:
+        path: What `save` wrote.
+        model: The network in float32, its weights of no matter; it is not changed.
+        plan: Refuse a file of any other; by default the file's own is taken.
+
+    Returns:
+        The copy.
+
+    Raises:
+        FormatError: The file is none of `save`'s, or damaged.
+        MismatchError: The file is of another plan, or of another network.
+        SettingError: The arguments are no path and no module.
+        VerifyError: The file was changed since it was saved.
     """
     from .conversion import to_brevitas
 

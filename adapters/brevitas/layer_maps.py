@@ -20,12 +20,29 @@ from .quantizers import weight_quantizer
 
 
 def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module], tuple[type[nn.Module], Any]]:
-    """The plan as `compute_layer_map` for Brevitas's `layerwise_quantize`, in which weights are the plan's to the bit.
+    """Make the plan a `compute_layer_map` for Brevitas's `layerwise_quantize`; weights are the plan's to the bit.
 
-    Brevitas skips what it does not find, changes the model in place, and goes by exact types: give `model` to have
-    everything checked beforehand that would be skipped or lost. Without it only a layer that the plan does not know is
-    refused, when Brevitas comes to it. A plan measured with BatchNorm folded wants the folded model, and so `model`.
-    Raises MismatchError and SettingError as to_brevitas.
+    Brevitas skips what it does not find, changes the model in place, and goes by exact types. A plan measured with
+    BatchNorm folded wants the folded model, and so `model`.
+
+    Args:
+        plan: The plan.
+        model: The model, by which everything is checked beforehand that would be skipped or lost. Without it only a
+            layer that the plan does not know is refused, when Brevitas comes to it.
+
+    Returns:
+        Types of layers, with what they become.
+
+    Raises:
+        MismatchError: As `to_brevitas`.
+        SettingError: As `to_brevitas`.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import brevitas
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> torch.nn.Linear in brevitas.layer_map(mpq.Uniform(bits=3)(mpq.measure(net)), net)
+        True
     """
     check_plan(plan)
     require_legal(plan, CAPABILITIES)

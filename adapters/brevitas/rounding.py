@@ -43,16 +43,29 @@ def learned_round(
 ) -> nn.Module:
     """Learn for every weight whether to round up or down, block by block; a block that gets no better stays as it was.
 
-    blocks: globs, or `re:` and a regular expression, on module names, of which the outermost that match are blocks
-    (`layer?.*`: the residual blocks of a ResNet); layers in none, and by default all, are blocks of their own. steps:
-    for each block, each on one of the batches, so give batches of 32 or more; lr: of sign gradient descent, falling to
-    0. One block's inputs and outputs at a time are held in memory. Codes move by one at most; scales, zero points and
-    widths stay the plan's, and parameters as trainable as they were. The same seed gives the same weights. It begins at
-    the float weights and biases, whatever was tuned before. Warns, by name, of layers that it leaves as they were: of 1
-    bit, ternary, embeddings, those that no batch reaches. Raises SettingError: batches that the model cannot take,
-    activations without ranges, a model that was trained or loaded, whose float weights are gone, a glob that matches no
-    module, steps below 1, no code that changed; MismatchError: a block whose output is no tensor; WeightError: one that
-    gives NaN.
+    One block's inputs and outputs at a time are held in memory. Codes move by one at most; scales, zero points and
+    widths stay the plan's, and parameters as trainable as they were. It begins at the float weights and biases,
+    whatever was tuned before. It warns, by name, of layers that it leaves as they were: of 1 bit, ternary, embeddings,
+    those that no batch reaches.
+
+    Args:
+        quantized: What `to_brevitas` made; it is changed.
+        batches: Inputs without labels. Each step is on one of them, so give batches of 32 or more.
+        blocks: Globs, or `re:` and a regular expression, on module names, of which the outermost that match are blocks
+            (`layer?.*`: the residual blocks of a ResNet). Layers in none, and by default all, are blocks of their own.
+        steps: For each block.
+        lr: Of sign gradient descent, falling to 0.
+        seed: The same seed gives the same weights.
+        progress: Called with (block, steps done, steps in all).
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: The model cannot take the batches, activations have no ranges, the model was trained or loaded so
+            that its float weights are gone, a glob matches no module, steps are below 1, or no code changed.
+        MismatchError: A block's output is no tensor.
+        WeightError: A block gives NaN.
     """
     given = given_batches(batches)
     check_schedule("learned_round", "steps", steps, lr)

@@ -27,13 +27,27 @@ def train(
     lr: float = 1e-4,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Quantization-aware training: weights, biases, norms and scales by Adam, its rate falling to 0 along a cosine.
+    """Train with quantization: weights, biases, norms and scales by Adam, its rate falling to 0 along a cosine.
 
-    loss: (model, batch) -> a scalar, as `distillation(teacher)`; it gets each batch as it is, so labels may be in it:
-    `lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])`. Batches come in their order each epoch; BatchNorm
-    keeps its statistics. Widths and zero points stay the plan's. What is trainable stays so, for a loop of one's own.
-    Raises SettingError: no batch, epochs below 1, an lr that is not positive, nothing to train, a loss that is no
-    scalar with a gradient; WeightError: a loss that is NaN or infinite.
+    Batches come in their order each epoch; BatchNorm keeps its statistics. Widths and zero points stay the plan's. What
+    is trainable stays so, for a loop of one's own.
+
+    Args:
+        quantized: What `to_brevitas` made; it is changed.
+        batches: What the loss gets, each as it is, so labels may be in it.
+        loss: (model, batch) -> a scalar, as `distillation(teacher)`, or with labels
+            `lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])`.
+        epochs: How often the batches are gone through.
+        lr: Adam's first rate.
+        progress: Called with what is being done, steps done and steps in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: There is no batch, epochs are below 1, lr is not positive, nothing is to train, or the loss is no
+            scalar with a gradient.
+        WeightError: The loss is NaN or infinite.
     """
     given = given_batches(batches)
     check_schedule("train", "epochs", epochs, lr)
@@ -74,10 +88,22 @@ def _loss(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def distillation(teacher: nn.Module) -> Loss:
-    """The loss that needs no labels: KL divergence of the model's logits, (..., classes), from the teacher's.
+    """Make the loss that needs no labels: KL divergence of the model's logits from the teacher's.
 
-    teacher: the float model, of which a copy in evaluation mode is asked. Outputs may be logits, have them as
-    `.logits`, or give them first of several.
+    Outputs may be logits, (..., classes), have them as `.logits`, or give them first of several.
+
+    Args:
+        teacher: The float model, of which a copy in evaluation mode is asked.
+
+    Returns:
+        (model, batch) -> a scalar, for `train`.
+
+    Examples:
+        >>> import torch
+        >>> from mpq_plugins.adapters import brevitas
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> float(brevitas.distillation(net)(net, torch.zeros(2, 8)).detach())
+        0.0
     """
     fixed = duplicate(teacher).eval()
 

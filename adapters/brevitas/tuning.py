@@ -28,8 +28,18 @@ GREEDY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what Brevitas has GPTQ 
 def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
     """Set the ranges of quantized activations: Brevitas's percentiles (0.001 and 99.999), averaged over the batches.
 
-    Done again, it begins again. Raises SettingError: no layer quantizes its inputs, a layer that no batch reaches,
-    batches that the model cannot take.
+    Done again, it begins again.
+
+    Args:
+        quantized: What `to_brevitas` made, its activations quantized; it is changed.
+        batches: Inputs without labels.
+        progress: Called with what is being done, batches done and batches in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: No layer quantizes its inputs, no batch reaches a layer, or the model cannot take the batches.
     """
     given = given_batches(batches)
     names = input_quantizers(quantized)
@@ -58,8 +68,19 @@ def correct_bias(quantized: nn.Module, batches: Iterable[Batch], *, progress: Pr
     """Add to each layer's bias the mean output error that quantization causes, per channel, over all inputs.
 
     Layers without a bias get one. It comes last: tuning a model begins at its own biases again, and so does a second
-    correction. Raises SettingError: batches that the model cannot take, activations without ranges, a model that was
-    trained or loaded, whose float weights are gone, or one with embeddings alone.
+    correction.
+
+    Args:
+        quantized: What `to_brevitas` made, tuned or not; it is changed.
+        batches: Inputs without labels.
+        progress: Called with what is being done, how much of it is done and how much there is.
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: The model cannot take the batches, activations have no ranges, the model was trained or loaded so
+            that its float weights are gone, or it has embeddings alone.
     """
     given = given_batches(batches)
     tuned = ready(quantized)
@@ -84,9 +105,22 @@ def correct_bias(quantized: nn.Module, batches: Iterable[Batch], *, progress: Pr
 def gptq(
     quantized: nn.Module, batches: Iterable[Batch], *, act_order: bool = True, progress: Progress | None = None
 ) -> nn.Module:
-    """Brevitas's GPTQ (arXiv 2210.17323), layer by layer: the weights not yet rounded make up for those that are.
+    """Run Brevitas's GPTQ (arXiv 2210.17323), layer by layer: the weights not yet rounded make up for those that are.
 
-    act_order: the weights of the strongest inputs first. Scales stay the plan's. Raises as gpfq.
+    Scales stay the plan's.
+
+    Args:
+        quantized: What `to_brevitas` made; it is changed.
+        batches: Inputs without labels.
+        act_order: Whether the weights of the strongest inputs come first.
+        progress: Called with a layer's name, layers done and layers in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: As `gpfq`.
+        WeightError: As `gpfq`.
     """
     return _greedy("GPTQ", gptq_mode, quantized, batches, act_order, progress)
 
@@ -94,14 +128,26 @@ def gptq(
 def gpfq(
     quantized: nn.Module, batches: Iterable[Batch], *, act_order: bool = True, progress: Progress | None = None
 ) -> nn.Module:
-    """Brevitas's GPFQ (greedy path following, doi 10.1137/22M1511709), layer by layer, against the float model's path.
+    """Run Brevitas's GPFQ (greedy path following, doi 10.1137/22M1511709), layer by layer, on the float model's path.
 
-    act_order: the weights of the strongest inputs first. Scales stay the plan's. It begins at the float weights and
-    biases, whatever was tuned before. Warns, by name, of layers that it leaves as they were: transposed convolutions
-    and embeddings, which Brevitas has it not for, and layers that no batch reaches. Raises SettingError: batches that
-    the model cannot take, activations without ranges, a model that was trained or loaded, whose float weights are
-    gone, scales that follow the weights (Brevitas's default, under which it does nothing), no code that changed;
-    WeightError: a layer whose inputs give nothing to work with.
+    Scales stay the plan's. It begins at the float weights and biases, whatever was tuned before. It warns, by name, of
+    layers that it leaves as they were: transposed convolutions and embeddings, which Brevitas has it not for, and
+    layers that no batch reaches.
+
+    Args:
+        quantized: What `to_brevitas` made; it is changed.
+        batches: Inputs without labels.
+        act_order: Whether the weights of the strongest inputs come first.
+        progress: Called with a layer's name, layers done and layers in all.
+
+    Returns:
+        The model.
+
+    Raises:
+        SettingError: The model cannot take the batches, activations have no ranges, the model was trained or loaded so
+            that its float weights are gone, scales follow the weights (Brevitas's default, under which it does
+            nothing), or no code changed.
+        WeightError: A layer's inputs give nothing to work with.
     """
     return _greedy("GPFQ", gpfq_mode, quantized, batches, act_order, progress)
 

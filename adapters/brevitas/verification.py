@@ -34,14 +34,34 @@ from .read import WeightCodes, input_bits, is_calibrated, is_quantized, weight_c
 
 
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
-    """Read bit-widths back, and compare every weight with what the plan makes of the float `model`, to the bit.
+    """Read bit-widths back, and compare every weight with what the plan makes of the float model, to the bit.
 
     Layers' settings, biases, norms and what the plan leaves in float must be the model's. Planned layers must quantize
     their inputs to the plan's activation bits, calibrated, if it has any; nothing else may be quantized. After GPTQ,
-    GPFQ, learned rounding and training use verify_tuned. batch: inputs on which the outputs must be those of
-    `mpq_plugins.apply`, within float rounding (1e-4 of their norm), or with quantized activations within 5 % at 8 bits,
-    twice that for each bit less. Raises VerifyError listing what is wrong, MismatchError for another model,
-    SettingError where the float model does not run on the batch.
+    GPFQ, learned rounding and training use verify_tuned.
+
+    Args:
+        quantized: The Brevitas model.
+        plan: The plan.
+        model: The float model.
+        batch: Inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their
+            norm), or with quantized activations within 5 % at 8 bits, twice that for each bit less.
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+        MismatchError: The plan is another model's.
+        SettingError: The float model does not run on the batch.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import brevitas
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> brevitas.verify(brevitas.apply(net, plan), plan, net)[0].bits
+        ((3, 8),)
     """
     check_module(quantized, "quantized")
     traced = Traced(model)
@@ -52,7 +72,17 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
 def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
     """Read bit-widths back, and whether every weight lies on a grid that the plan allows, whatever was tuned.
 
-    Inputs are looked at as in verify. Raises VerifyError listing what is wrong.
+    Inputs are looked at as in `verify`.
+
+    Args:
+        quantized: The Brevitas model.
+        plan: The plan.
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
     """
     check_plan(plan)
     check_module(quantized, "quantized")

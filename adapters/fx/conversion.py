@@ -22,10 +22,29 @@ EXAMPLE = "example_inputs: "  # what `prepare` calls the first batch
 def apply(
     model: nn.Module, plan: Plan, batches: Iterable[Any] = (), *, activation_observer: str = "mse"
 ) -> torch.fx.GraphModule:
-    """A converted copy of the model, its activations' ranges set by the batches; the model is unchanged.
+    """Make a converted copy of the model, its activations' ranges set by the batches.
 
-    batches: a few hundred inputs in all, each a tensor or a tuple of arguments. activation_observer: as of `prepare`.
-    Raises as `prepare`; also SettingError for no batches, or such that the model does not run on.
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: A few hundred inputs in all, each a tensor or a tuple of arguments.
+        activation_observer: As of `prepare`.
+
+    Returns:
+        What torch's `convert_fx` makes.
+
+    Raises:
+        SettingError: As `prepare`; or there are no batches, or such that the model does not run on.
+        MismatchError: As `prepare`.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net)).with_activation_bits(8)
+        >>> converted = fx.apply(net, plan, [torch.randn(32, 8)])
+        >>> fx.verify(converted, plan, net)[0].bits
+        ((4, 8),)
     """
     check_settings(plan, model)
     given = [_arguments(batch) for batch in needed_batches(batches, "FX sets the ranges of activations by them")]

@@ -38,7 +38,11 @@ REGISTERED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_se
 
 
 class PercentileObserver(HistogramObserver):
-    """The range that holds all but `tail` of the values at either end of their histogram."""
+    """The range that holds all but a share of the values at either end of their histogram.
+
+    Attributes:
+        tail: The share at either end.
+    """
 
     tail = 1e-4
 
@@ -61,9 +65,14 @@ OBSERVERS: dict[str, type[ObserverBase]] = {
 class PlanWeight(ObserverBase):
     """A layer's integers as torch asks for them: as an observer of its weight, and in QAT as its fake quantizer.
 
-    Converting, it returns the stored scales and zero points, and refuses a weight that they do not turn into the
-    plan's codes. Training, it works the integers out anew for the weight as it is; gradients pass
-    straight through.
+    Converting, it returns the stored scales and zero points, and refuses a weight that they do not turn into the plan's
+    codes. Training, it works the integers out anew for the weight as it is; gradients pass straight through.
+
+    Args:
+        choice: What the plan gives the layer.
+        integers: The layer's codes, scales and zero points.
+        qat: Whether it is the fake quantizer of a model in training.
+        factory_kwargs: torch's; not used.
     """
 
     def __init__(
@@ -76,7 +85,17 @@ class PlanWeight(ObserverBase):
         self.quant_min, self.quant_max = -128, 127
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake quantize while training; else check the weight that torch is about to quantize."""
+        """Fake quantize while training; else check the weight that torch is about to quantize.
+
+        Args:
+            x: The weight.
+
+        Returns:
+            The weight, fake quantized while training.
+
+        Raises:
+            MismatchError: The weight is not what the plan's integers mean.
+        """
         if self.qat and self.training:
             self.integers = integer_weight(x, self.choice)
             return x + (self.integers.dequantized().to(x) - x).detach()
@@ -89,7 +108,14 @@ class PlanWeight(ObserverBase):
         return x
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, (1,) or (channels,)."""
+        """Give scale and zero point.
+
+        Args:
+            **_: torch's; not used.
+
+        Returns:
+            Both, (1,) or (channels,).
+        """
         if self.integers.one_scale:
             return self.integers.scale[:1, 0], self.integers.zero_point[:1, 0]
         return self.integers.scale[:, 0], self.integers.zero_point[:, 0]
@@ -103,13 +129,24 @@ def qconfig_mapping(
     reduce_range: bool | None = None,
     qat: bool = False,
 ) -> QConfigMapping:
-    """The plan as a QConfigMapping for `prepare_fx` of `bake(model, plan)`; layers it does not plan stay in float.
+    """Make the plan a QConfigMapping for `prepare_fx` of `bake(model, plan)`; layers it does not plan stay in float.
 
-    model: the float model. activation_observer: minmax, moving_average, percentile (all but 1e-4 at either end) or
-    mse, torch's histogram search. reduce_range: 7-bit activations, which the x86 and fbgemm engines need on a CPU
-    without VNNI, where their products overflow; by default found out. qat: for `prepare_qat_fx`, activations fake
-    quantized as they are observed. Raises SettingError (a plan that FX cannot run, float activations, an unknown
-    observer) and MismatchError (another model, or one that FX would get wrong), each naming layers and remedy.
+    Args:
+        plan: The plan.
+        model: The float model.
+        activation_observer: `minmax`, `moving_average`, `percentile` (all but 1e-4 at either end) or `mse`, torch's
+            histogram search.
+        reduce_range: Whether activations have 7 bits, which the x86 and fbgemm engines need on a CPU without VNNI,
+            where their products overflow; by default found out.
+        qat: Whether it is for `prepare_qat_fx`, activations fake quantized as they are observed.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        SettingError: FX cannot run the plan, activations are in float, or the observer is unknown. The message names
+            layers and the remedy.
+        MismatchError: The plan is another model's, or FX would get the model wrong.
     """
     return _mapping(plan, _baked(model, plan), activation_observer, reduce_range, qat)
 
@@ -144,11 +181,33 @@ def prepare(
     reduce_range: bool | None = None,
     qat: bool = False,
 ) -> torch.fx.GraphModule:
-    """torch's `prepare_fx` of a baked copy, or `prepare_qat_fx`: run batches through it, then convert.
+    """Run torch's `prepare_fx` on a baked copy, or `prepare_qat_fx`: run batches through it, then convert.
 
-    example_inputs: a batch of one tensor, or a tuple of arguments; the model runs on it. After QAT, call finish_qat
-    before converting. Raises as qconfig_mapping; also MismatchError for a model that torch.fx traces wrongly, and
-    SettingError for inputs that it does not run on.
+    After QAT, call finish_qat before converting.
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        example_inputs: A batch of one tensor, or a tuple of arguments; the model runs on it.
+        activation_observer: As of `qconfig_mapping`.
+        reduce_range: As of `qconfig_mapping`.
+        qat: Whether to prepare for training.
+
+    Returns:
+        The prepared copy.
+
+    Raises:
+        SettingError: As `qconfig_mapping`; or the model does not run on the inputs.
+        MismatchError: As `qconfig_mapping`; or torch.fx traces the model wrongly.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net)).with_activation_bits(8)
+        >>> prepared = fx.prepare(net, plan, torch.randn(2, 8))
+        >>> prepared(torch.randn(32, 8)).shape
+        torch.Size([32, 8])
     """
     baked = _baked(model, plan)
     mapping = _mapping(plan, baked, activation_observer, reduce_range, qat)
@@ -160,7 +219,14 @@ def prepare(
 
 
 def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
-    """End QAT: set every weight to what its integers mean, and return those, for `verify`; evaluation mode after."""
+    """End QAT: set every weight to what its integers mean, and put the model in evaluation mode.
+
+    Args:
+        prepared: What `prepare` made with qat, trained; it is changed.
+
+    Returns:
+        The integers by layer name, for `verify`.
+    """
     prepared.eval()
     trained: dict[str, IntegerWeight] = {}
     for module in prepared.modules():
@@ -174,15 +240,41 @@ def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
 
 
 def check(plan: Plan, model: nn.Module) -> None:
-    """Raise MismatchError or SettingError, naming layers and remedy, where FX cannot run the plan on the model.
+    """Check that FX can run the plan on the model.
 
     What only shows as the model runs, `prepare` refuses: single samples, values that depend on what was traced.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Raises:
+        SettingError: FX cannot run the plan. The message names layers and the remedy.
+        MismatchError: The plan is another model's, or FX would get the model wrong.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> fx.check(mpq.Uniform(bits=4)(mpq.measure(net)).with_activation_bits(8), net)
     """
     _baked(model, plan)
 
 
 def bake(model: nn.Module, plan: Plan) -> torch.fx.GraphModule:
-    """A copy of the model with BatchNorm folded away and every planned weight set to what its integers mean."""
+    """Make a copy of the model with BatchNorm folded away and every planned weight set to what its integers mean.
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+
+    Returns:
+        The copy, traced.
+
+    Raises:
+        SettingError: FX cannot run the plan.
+        MismatchError: The plan is another model's, or torch.fx cannot trace the model.
+    """
     return _baked(model, plan).model
 
 
@@ -251,7 +343,11 @@ def _set_weights(model: nn.Module, integers: dict[str, IntegerWeight]) -> None:
 
 
 def needs_reduced_range() -> bool:
-    """Whether this engine's int8 products can overflow on this CPU: x86 and fbgemm without VNNI."""
+    """Tell whether this engine's int8 products can overflow on this CPU: x86 and fbgemm without VNNI.
+
+    Returns:
+        Whether they can.
+    """
     return torch.backends.quantized.engine in ("x86", "fbgemm") and not torch.cpu._is_vnni_supported()
 
 

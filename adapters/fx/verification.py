@@ -37,13 +37,35 @@ def verify(
     """Read the integer codes back from what `convert_fx` or `convert_to_reference_fx` made, and compare them.
 
     Every planned layer must be a quantized module, fed by quantized activations, whose codes, scales and zero points
-    are the plan's of the float `model`, and whose bias is its own (after QAT: the `integers` that finish_qat
-    returned); every other layer must be in float. The ranges of activations are the calibration's.
-    batch: inputs, a tensor or a tuple or mapping of arguments, on which the converted model must also run, and give
-    what `mpq_plugins.apply(model, plan)` gives: |converted - applied| <= tolerance |applied| for every output. That is
-    where ranges are judged: give inputs like those that it was calibrated on.
-    Raises VerifyError listing what is wrong, MismatchError for another model, SettingError for a batch that the model
-    does not run on, or after QAT, which trained more than the weights.
+    are the plan's of the float model, and whose bias is its own; every other layer must be in float. The ranges of
+    activations are the calibration's.
+
+    Args:
+        quantized: The converted model.
+        plan: The plan.
+        model: The float model.
+        integers: After QAT, what finish_qat returned.
+        batch: Inputs, a tensor or a tuple or mapping of arguments, on which the converted model must also run, and give
+            what `mpq_plugins.apply(model, plan)` gives. That is where ranges are judged: give inputs like those that it
+            was calibrated on.
+        tolerance: For every output, |converted - applied| <= tolerance |applied|.
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+        MismatchError: The plan is another model's.
+        SettingError: The model does not run on the batch; or a batch is given after QAT, which trained more than the
+            weights.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import fx
+        >>> net, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(32, 8)
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net)).with_activation_bits(8)
+        >>> fx.verify(fx.apply(net, plan, [inputs]), plan, net, batch=inputs)[0].layer
+        '0'
     """
     check_module(quantized, "quantized")
     traced = Traced(model)

@@ -232,10 +232,24 @@ class AllocatingConfig(PlanningConfig):
 
 
 class MixQuantConfig(AllocatingConfig):
-    """MixQuant (arXiv 2309.17341) for `quantize`, `prepare` and `autotune`; parameters as those of `MixQuant`.
+    """MixQuant (arXiv 2309.17341) for `quantize`, `prepare` and `autotune`.
 
-    scheme: the base quantizer, None for asymmetric per-tensor min-max. skip: globs of layers that stay in float;
-    white_list: Neural Compressor's, names or module types.
+    A list of values for a parameter makes `autotune` try each.
+
+    Args:
+        qem: As of `MixQuant`.
+        metric: As of `MixQuant`.
+        bits: As of `MixQuant`.
+        baseline: As of `MixQuant`.
+        scheme: The base quantizer, None for asymmetric per-tensor min-max.
+        skip: Globs of layers that stay in float.
+        white_list: Neural Compressor's, names or module types.
+        **kwargs: Refused; they are named in the error.
+
+    Examples:
+        >>> from mpq_plugins.adapters import inc
+        >>> [config.qem for config in inc.MixQuantConfig(qem=[2.0, 3.0]).variants()]
+        [2.0, 3.0]
     """
 
     name = "mixquant"
@@ -257,19 +271,47 @@ class MixQuantConfig(AllocatingConfig):
         self._settle(qem=qem, metric=metric, bits=bits, baseline=baseline, scheme=scheme, skip=skip)
 
     def relative_size(self) -> float:
-        """Of a network that is always the same."""
+        """Give a size to sort by, of a network that is always the same.
+
+        Returns:
+            The size.
+        """
         return reference_size(self.allocator(), self.scheme)
 
     @classmethod
     def get_config_set_for_tuning(cls) -> "MixQuantConfig":
-        """What is tried where the user names nothing."""
+        """Give what is tried where the user names nothing.
+
+        Returns:
+            A configuration with a list of values.
+        """
         return cls(qem=[4, 3, 2, 1.5])
 
 
 class PTILMPQConfig(AllocatingConfig):
-    """PTILMPQ (arXiv 2404.02947) for `quantize`, `prepare` and `autotune`; parameters as those of `PTILMPQ`.
+    """PTILMPQ (arXiv 2404.02947) for `quantize`, `prepare` and `autotune`.
 
-    scheme: None for the paper's, two regions per channel. skip, white_list: as in MixQuantConfig.
+    A list of values for a parameter makes `autotune` try each.
+
+    Args:
+        alpha: As of `PTILMPQ`.
+        beta_important: As of `PTILMPQ`.
+        beta_other: As of `PTILMPQ`.
+        important_bits: As of `PTILMPQ`.
+        other_bits: As of `PTILMPQ`.
+        layer_threshold: As of `PTILMPQ`.
+        channel_threshold: As of `PTILMPQ`.
+        average_bits: As of `PTILMPQ`.
+        size_bytes: As of `PTILMPQ`.
+        scheme: None for the paper's, two regions per channel.
+        skip: Globs of layers that stay in float.
+        white_list: Neural Compressor's, names or module types.
+        **kwargs: Refused; they are named in the error.
+
+    Examples:
+        >>> from mpq_plugins.adapters import inc
+        >>> len(inc.PTILMPQConfig(alpha=[0.0, 0.5, 1.0]).variants())
+        3
     """
 
     name = "ptilmpq"
@@ -300,19 +342,41 @@ class PTILMPQConfig(AllocatingConfig):
         )  # fmt: skip
 
     def relative_size(self) -> float:
-        """The size that it is to reach, or that of a network that is always the same."""
+        """Give a size to sort by: the one that it is to reach, or that of a network that is always the same.
+
+        Returns:
+            The size.
+        """
         made = cast(PTILMPQ, self.allocator())
         wanted = made.size_bytes if made.average_bits is None else made.average_bits
         return float(wanted) if wanted is not None else reference_size(made, self.scheme)
 
     @classmethod
     def get_config_set_for_tuning(cls) -> "PTILMPQConfig":
-        """What is tried where the user names nothing."""
+        """Give what is tried where the user names nothing.
+
+        Returns:
+            A configuration with a list of values.
+        """
         return cls(alpha=[0.0, 0.25, 0.5, 0.75, 1.0])
 
 
 class PlanConfig(PlanningConfig):
-    """A plan made before, whoever made it: the plan or its file. A list makes `autotune` try each, smallest first."""
+    """A plan made before, whoever made it.
+
+    Args:
+        plan: The plan or its file. A list makes `autotune` try each, smallest first.
+        white_list: Neural Compressor's; the plan says what each layer gets, so none but its default is allowed.
+        **kwargs: Refused; they are named in the error.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> inc.PlanConfig(plan).plan_for(net) == plan
+        True
+    """
 
     name = "mpq_plan"
 
@@ -330,23 +394,54 @@ class PlanConfig(PlanningConfig):
         self._post_init()
 
     def plan_for(self, model: nn.Module, left_out: Sequence[str] = ()) -> Plan:
-        """The plan itself. Raises MismatchError for a model that it was not made for."""
+        """Give the plan itself.
+
+        Args:
+            model: The model that is quantized.
+            left_out: Not used: the plan says what stays in float.
+
+        Returns:
+            The plan.
+
+        Raises:
+            MismatchError: The plan was not made for the model.
+            SettingError: Several plans are given, which `autotune` alone tries.
+        """
         if not isinstance(self.plan, Plan):
             raise SettingError(f"plan: {len(self.plan)} are given, and only autotune tries several; give one")
         match(self.plan, model).require(type(model).__name__)
         return self.plan
 
     def set_local(self, operator_name_or_list: Any, config: Any) -> Self:
-        """Refused: the plan says what each layer gets. Raises SettingError."""
+        """Refuse: the plan says what each layer gets.
+
+        Args:
+            operator_name_or_list: Not used.
+            config: Not used.
+
+        Returns:
+            Nothing; it refuses.
+
+        Raises:
+            SettingError: Always.
+        """
         raise SettingError(f"set_local({shown(operator_name_or_list)}): the plan says what each layer gets; change it")
 
     def relative_size(self) -> float:
-        """Its bits in total."""
+        """Give a size to sort by: the plan's bits in total.
+
+        Returns:
+            The bits.
+        """
         return float(self.plan.size().total_bits)
 
     @classmethod
     def get_config_set_for_tuning(cls) -> "PlanConfig":
-        """Nothing to try where no plan is given: it expands to no configuration."""
+        """Give nothing to try where no plan is given.
+
+        Returns:
+            A configuration that expands to no other.
+        """
         return cls([])
 
 

@@ -18,10 +18,27 @@ with quiet_import():
 
 
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Module:
-    """A copy of the model, quantized by Neural Compressor with the plan; the model is unchanged.
+    """Make a copy of the model, quantized by Neural Compressor with the plan.
 
-    batches: weights alone are quantized, which needs none. Raises MismatchError (another model) and SettingError
-    (quantized activations), naming layers and remedy.
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Weights alone are quantized, which needs none.
+
+    Returns:
+        The copy, which carries its plan.
+
+    Raises:
+        MismatchError: The plan is another model's. The message names layers and the remedy.
+        SettingError: The plan quantizes activations.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> torch.equal(inc.apply(net, plan)[0].weight, mpq.apply(net, plan)[0].weight)
+        True
     """
     check_types(plan, model)
     with quiet():

@@ -40,10 +40,17 @@ NOTICE = "quantized by a plan: mpq_plugins.adapters.inc.load(folder, model) load
 def save(quantized: nn.Module, folder: Path | str = "saved_results") -> None:
     """Write a quantized model into a folder: its state with its plan, in float32 at the plan's levels.
 
-    It is also the quantized model's own `save`, which Neural Compressor's calls. A model that was quantized by
-    `to_inc` is saved by Neural Compressor. Raises VerifyError where a layer's weights are not those that it was
-    quantized to (trained, say), SettingError for a model that is not quantized, SourceError where nothing can be
-    written. Biases and norms may have been corrected since.
+    It is also the quantized model's own `save`, which Neural Compressor's calls. A model that was quantized by `to_inc`
+    is saved by Neural Compressor. Biases and norms may have been corrected since.
+
+    Args:
+        quantized: The quantized model.
+        folder: The folder to write into.
+
+    Raises:
+        VerifyError: A layer's weights are not those that it was quantized to (trained, say).
+        SettingError: The model is not quantized.
+        SourceError: Nothing can be written.
     """
     check_module(quantized)
     path = _folder(folder)
@@ -67,11 +74,22 @@ def save(quantized: nn.Module, folder: Path | str = "saved_results") -> None:
 
 
 def load(folder: Path | str, model: nn.Module) -> nn.Module:
-    """A copy of the float `model` with the weights that `save` wrote, in evaluation mode.
+    """Make a copy of the float model with the weights that `save` wrote, in evaluation mode.
 
     Folders of models that were quantized by `to_inc` are loaded by Neural Compressor, which takes what is not packed
-    from `model`. Raises FormatError (no such folder, or damaged), MismatchError (another network), VerifyError (a
-    file changed since it was saved).
+    from the model.
+
+    Args:
+        folder: What `save` wrote.
+        model: The float model; it is not changed.
+
+    Returns:
+        The copy.
+
+    Raises:
+        FormatError: There is no such folder, or it is damaged.
+        MismatchError: The folder is of another network.
+        VerifyError: A file was changed since it was saved.
     """
     check_module(model)
     path = _folder(folder)

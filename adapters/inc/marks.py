@@ -32,7 +32,25 @@ def mark(model: nn.Module, plan: Plan, configs: Any, save: Callable[..., None]) 
 
 
 def plan_of(quantized: nn.Module) -> Plan:
-    """The plan that a model was quantized by. Raises SettingError where it was not by ours."""
+    """Give the plan that a model was quantized by.
+
+    Args:
+        quantized: The quantized model.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SettingError: The model was not quantized by ours.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> inc.plan_of(inc.apply(net, plan)) == plan
+        True
+    """
     plan = getattr(quantized, "mpq_plan", None)
     if not isinstance(plan, Plan):
         raise SettingError(f"{type(quantized).__name__}: was not quantized by one of our configurations")

@@ -43,14 +43,33 @@ READ_BY_OTHERS = "NonDynamicallyQuantizableLinear"
 
 
 def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTNConfig:
-    """The plan as an RTNConfig for Neural Compressor's own quantize, save and load, which pack the codes.
+    """Make the plan an RTNConfig for Neural Compressor's own quantize, save and load, which pack the codes.
 
-    Widths, groups and symmetry are the plan's, names match exactly, layers that the plan leaves out are left alone.
-    The codes are the plan's (but for near ties, which `verify` counts); their scales, and the layers' biases, the
+    Widths, groups and symmetry are the plan's, names match exactly, layers that the plan leaves out are left alone. The
+    codes are the plan's (but for near ties, which `verify` counts); their scales, and the layers' biases, the
     compressor keeps in float16. `apply` is exact. Linear layers of float32 or float16 at 2 to 8 bits, 8 bits symmetric
-    alone, per channel or per group, min-max. `model`: check now that the plan is its; names that it lacks are found
-    when it is quantized anyhow. Raises SettingError for what the compressor would skip, round, untie or compute
-    wrongly; MismatchError for another model; and, when a model is quantized, WeightError for NaN and infinity.
+    alone, per channel or per group, min-max. When a model is quantized, WeightError is raised for NaN and infinity.
+
+    Args:
+        plan: The plan.
+        algo: Neural Compressor's algorithm; `rtn` alone.
+        model: The float model: check now that the plan is its. Names that it lacks are found when it is quantized
+            anyhow.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        SettingError: The compressor would skip, round, untie or compute something wrongly.
+        MismatchError: The plan is another model's.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()
+        >>> table = mpq.measure(net, mpq.Affine(granularity="per_channel"))
+        >>> inc.to_inc(mpq.Uniform(bits=4)(table)).name
+        'rtn'
     """
     check_plan(plan)
     if algo not in ALGOS:

@@ -35,16 +35,30 @@ def autotune(  # noqa: PLR0913  # as Neural Compressor's
     *,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Neural Compressor's `autotune`: trials go up from the smallest plan for this model, and failure is an error.
+    """Run Neural Compressor's `autotune`: trials go up from the smallest plan for this model, and failure is an error.
 
-    Takes what `neural_compressor.torch.quantization.autotune` takes, with configurations of ours; configurations
-    that make the same plan are one trial. eval_fn returns a number above 0, larger is better, or a mapping of names
-    to numbers of which the first counts. The model is unchanged; what is returned carries its plan (`plan_of`) and
-    the trials (`tuning_of`). progress: called with (what, trials done, trials).
+    Takes what `neural_compressor.torch.quantization.autotune` takes, with configurations of ours; configurations that
+    make the same plan are one trial. Where no trial is within the tolerable loss, Neural Compressor returns the best of
+    them or None; here that is an error.
 
-    Raises TuningError, with the best trial, where none is within the tolerable loss, for which Neural Compressor
-    returns the best of them or None; SourceError, naming the trial, where eval_fn fails; SettingError for
-    configurations of others.
+    Args:
+        model: The float model; it is not changed.
+        tune_config: Neural Compressor's: the configurations to try, and the tolerable loss.
+        eval_fn: Called with a model; returns a number above 0, larger is better, or a mapping of names to numbers of
+            which the first counts.
+        eval_args: What eval_fn gets beside the model.
+        run_fn: Neural Compressor's calibration.
+        run_args: What run_fn gets beside the model.
+        example_inputs: Neural Compressor's.
+        progress: Called with (what, trials done, trials).
+
+    Returns:
+        The quantized copy, which carries its plan (`plan_of`) and the trials (`tuning_of`).
+
+    Raises:
+        TuningError: No trial is within the tolerable loss. The error has the best.
+        SourceError: eval_fn fails. The message names the trial.
+        SettingError: Configurations are of others.
     """
     check_module(model)
     criterion = _criterion(tune_config)
@@ -71,14 +85,49 @@ def tune(
     *,
     progress: Progress | None = None,
 ) -> Tuning:
-    """`autotune` over plans made before; what `mpq tune` runs. Raises as autotune does."""
+    """Run `autotune` over plans made before; what `mpq tune` runs.
+
+    Args:
+        model: The float model; it is not changed.
+        plans: The plans to try.
+        evaluate: As `eval_fn` of `autotune`.
+        tolerable_loss: How much of the float model's score may be lost, as a share of it.
+        progress: Called with (what, trials done, trials).
+
+    Returns:
+        The baseline, the criterion and the trials.
+
+    Raises:
+        TuningError: As `autotune`.
+        SourceError: As `autotune`.
+        SettingError: As `autotune`.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> table = mpq.measure(net)
+        >>> tuning = inc.tune(net, [mpq.Uniform(bits=b)(table) for b in (4, 8)], lambda tried: 1.0)
+        >>> len(tuning.trials)
+        1
+    """
     check_plans(plans)
     config = TuningConfig(PlanConfig(list(plans)), tolerable_loss=tolerable_loss, max_trials=max(1, len(plans)))
     return tuning_of(autotune(model, config, evaluate, progress=progress))
 
 
 def tuning_of(tuned: nn.Module) -> Tuning:
-    """The baseline, the criterion and the trials of the run that made a model. Raises SettingError for another."""
+    """Give the baseline, the criterion and the trials of the run that made a model.
+
+    Args:
+        tuned: What `autotune` returned.
+
+    Returns:
+        The run's record.
+
+    Raises:
+        SettingError: The model was made otherwise.
+    """
     tuning = getattr(tuned, "mpq_tuning", None)
     if not isinstance(tuning, Tuning):
         raise SettingError(f"{type(tuned).__name__}: was not made by mpq_plugins.adapters.inc.autotune")

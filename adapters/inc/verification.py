@@ -29,14 +29,35 @@ SLACK = 0.25  # of a level: what float16 does to a scale and to a weight of 8 bi
 
 @torch.no_grad()
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
-    """Compare every layer with what the plan makes of the float `model`, and all else with the model's own.
+    """Compare every layer with what the plan makes of the float model, and all else with the model's own.
 
     Weights must be the plan's to the bit, tied ones under each of their names. Where Neural Compressor has packed a
     layer (`to_inc`), the weights that it computes with must be the plan's as float16 has them. Its arithmetic differs
     in the last bit, so a weight in the middle between two levels may go to the other one: one in 10,000 may, and is
-    counted. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of
-    their norm; packed or in half precision 1e-2). Raises VerifyError listing what is wrong, MismatchError for another
-    model, SettingError where the float model does not run on the batch.
+    counted.
+
+    Args:
+        quantized: The quantized model.
+        plan: The plan.
+        model: The float model.
+        batch: Inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their
+            norm; packed or in half precision 1e-2).
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+        MismatchError: The plan is another model's.
+        SettingError: The float model does not run on the batch.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> inc.verify(inc.apply(net, plan), plan, net, batch=torch.ones(4, 8))[0].bits
+        ((3, 8),)
     """
     check_module(quantized, "quantized")
     traced = Traced(model)

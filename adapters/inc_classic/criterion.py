@@ -21,10 +21,25 @@ STRATEGIES = ("mixquant", "ptilmpq", "plan")
 class TuningCriterion(ClassicTuningCriterion):  # type: ignore[misc]  # Neural Compressor has no types
     """Names one of our strategies, which Neural Compressor's own refuses; the other arguments are its.
 
-    strategy_kwargs: the allocator's parameters (`qem`, `alpha`, ...; of `plan`, `plan`: a Plan, its file or a list),
-    each with one value or a list of values to try; `scheme`, `skip`; and for approach="static" `int8_below`.
-    Raises SettingError for another strategy; and, in `fit`, where quant_level is not 1, with which Neural Compressor
-    would run a strategy of its own without a word.
+    In `fit`, quant_level must be 1: with another Neural Compressor would run a strategy of its own without a word, and
+    SettingError says so.
+
+    Args:
+        strategy: `mixquant`, `ptilmpq` or `plan`.
+        strategy_kwargs: The allocator's parameters (`qem`, `alpha`, ...; of `plan`, `plan`: a Plan, its file or a
+            list), each with one value or a list of values to try; `scheme`, `skip`; and for approach="static"
+            `int8_below`.
+        timeout: Seconds after which Neural Compressor tries no more; 0 for no limit.
+        max_trials: How many trials there are at most.
+        objective: Neural Compressor's.
+
+    Raises:
+        SettingError: The strategy is another.
+
+    Examples:
+        >>> from mpq_plugins.adapters import inc_classic
+        >>> inc_classic.TuningCriterion("mixquant", {"qem": [4, 3, 2]}).strategy
+        'mixquant'
     """
 
     def __init__(

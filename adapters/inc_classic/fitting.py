@@ -33,11 +33,24 @@ def fit(
     eval_dataloader: Any = None,
     eval_metric: Any = None,
 ) -> Any:
-    """`neural_compressor.quantization.fit` without its logging, and without the folder that it would leave behind.
+    """Run `neural_compressor.quantization.fit` without its logging, and without the folder that it would leave behind.
 
-    Takes what that takes; eval_func returns a number, or a mapping of names to numbers of which the first counts, and
-    sees copies. Raises what the strategies raise: TuningError where no trial meets the criterion, SourceError where
-    eval_func fails, SettingError for a strategy that would be ignored. The model is unchanged.
+    Args:
+        model: The float model; it is not changed.
+        conf: Neural Compressor's configuration, with one of our strategies in its TuningCriterion.
+        calib_dataloader: Neural Compressor's.
+        calib_func: Neural Compressor's.
+        eval_func: Called with copies; returns a number, or a mapping of names to numbers of which the first counts.
+        eval_dataloader: Neural Compressor's.
+        eval_metric: Neural Compressor's.
+
+    Returns:
+        Neural Compressor's wrapper, with the network as `.model`.
+
+    Raises:
+        TuningError: No trial meets the criterion.
+        SourceError: eval_func fails.
+        SettingError: The strategy would be ignored.
     """
     check_module(model)
     if not isinstance(conf, PostTrainingQuantConfig):
@@ -47,10 +60,27 @@ def fit(
 
 
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> Any:
-    """The model quantized by the classic API with the plan, weights only; the model itself is unchanged.
+    """Quantize a copy of the model by the classic API with the plan, weights only.
 
-    What is returned is the compressor's wrapper, with the network as `.model`. batches: weights alone need none. Raises
-    MismatchError (another model) and SettingError (quantized activations), naming layers and remedy.
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Weights alone need none.
+
+    Returns:
+        The compressor's wrapper, with the network as `.model`.
+
+    Raises:
+        MismatchError: The plan is another model's. The message names layers and the remedy.
+        SettingError: The plan quantizes activations.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc_classic
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> inc_classic.verify(inc_classic.apply(net, plan), plan, net)[0].bits
+        ((3, 8),)
     """
     check_types(plan, model)
     criterion = TuningCriterion("plan", {"plan": plan})
@@ -65,10 +95,23 @@ def tune(
     *,
     progress: Progress | None = None,
 ) -> Tuning:
-    """`fit` over plans made before, weights only; what `mpq tune` runs. Raises as fit does.
+    """Run `fit` over plans made before, weights only; what `mpq tune` runs.
 
-    evaluate: a number above 0, larger is better, or a mapping of names to numbers of which the first counts.
-    progress: called with (what, trials done, trials).
+    Args:
+        model: The float model; it is not changed.
+        plans: The plans to try.
+        evaluate: Called with a model; returns a number above 0, larger is better, or a mapping of names to numbers of
+            which the first counts.
+        tolerable_loss: How much of the float model's score may be lost, as a share of it.
+        progress: Called with (what, trials done, trials).
+
+    Returns:
+        The baseline, the criterion and the trials.
+
+    Raises:
+        TuningError: As `fit`.
+        SourceError: As `fit`.
+        SettingError: As `fit`.
     """
     check_plans(plans)
     check_function(evaluate, "evaluate")
@@ -91,7 +134,17 @@ def tune(
 
 
 def plan_of(q_model: Any) -> Plan:
-    """The plan that a model was quantized by; of `static`, 8 bits for int8 and 32 for fp32. Raises SettingError."""
+    """Give the plan that a model was quantized by; of `static`, 8 bits for int8 and 32 for fp32.
+
+    Args:
+        q_model: What `fit` returned.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SettingError: The model was not quantized by ours.
+    """
     plan = getattr(q_model, "mpq_plan", None)
     if not isinstance(plan, Plan):
         raise SettingError(f"{type(q_model).__name__}: was not quantized by one of our strategies")
@@ -99,7 +152,17 @@ def plan_of(q_model: Any) -> Plan:
 
 
 def tuning_of(q_model: Any) -> Tuning:
-    """The baseline, the criterion and the trials of the run that made a model. Raises SettingError."""
+    """Give the baseline, the criterion and the trials of the run that made a model.
+
+    Args:
+        q_model: What `fit` returned.
+
+    Returns:
+        The run's record.
+
+    Raises:
+        SettingError: The model was made otherwise.
+    """
     tuning = getattr(q_model, "mpq_tuning", None)
     if not isinstance(tuning, Tuning):
         raise SettingError(f"{type(q_model).__name__}: was not tuned by one of our strategies, with an eval_func")

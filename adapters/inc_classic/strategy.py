@@ -279,7 +279,19 @@ class PlanTuneStrategy(PlanningTuneStrategy):
     parameters = ("plan",)
 
     def plans(self, parameters: dict[str, Any], skip: Sequence[str]) -> list[Plan]:
-        """The plans, of this model."""
+        """Give the plans, of this model.
+
+        Args:
+            parameters: The strategy's: `plan` is a Plan, its file, or a list of them.
+            skip: Globs of layers that stay in float.
+
+        Returns:
+            The plans.
+
+        Raises:
+            SettingError: A plan quantizes a layer that is to stay in float.
+            MismatchError: A plan is another model's.
+        """
         given = parameters.get("plan", [])
         plans = [as_plan(one) for one in (given if isinstance(given, list | tuple) else [given])]
         for plan in plans:

@@ -32,11 +32,32 @@ RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
 def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Prove that what `fit` returned, or its module, holds the plan.
 
-    Of weights alone: every weight is, to the bit, what the plan makes of the float `model`, all else the model's own.
-    Of the static approach (the plan has 8-bit activations): the plan's 8-bit layers run in int8, the others in float;
-    scales are the compressor's. batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float
-    rounding (1e-4 of their norm; in half precision 1e-2), or of the static approach within 5 %. Raises VerifyError
-    listing what is wrong, MismatchError for another model, SettingError where the float model does not run on it.
+    Of weights alone: every weight is, to the bit, what the plan makes of the float model, all else the model's own. Of
+    the static approach (the plan has 8-bit activations): the plan's 8-bit layers run in int8, the others in float;
+    scales are the compressor's.
+
+    Args:
+        quantized: What `fit` returned, or its module.
+        plan: The plan.
+        model: The float model.
+        batch: Inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their
+            norm; in half precision 1e-2), or of the static approach within 5 %.
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+        MismatchError: The plan is another model's.
+        SettingError: The float model does not run on the batch.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc_classic
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=3)(mpq.measure(net))
+        >>> inc_classic.verify(inc_classic.apply(net, plan), plan, net, batch=torch.ones(4, 8))[0].bits
+        ((3, 8),)
     """
     module = cast(nn.Module, getattr(quantized, "model", quantized))
     check_module(module, "quantized")

@@ -26,7 +26,22 @@ CAPABILITIES = Capabilities(
 
 
 def check(plan: Plan, model: nn.Module) -> None:
-    """Raise MismatchError or SettingError, naming layers and remedy, where PT2E cannot run the plan on the model."""
+    """Check that PT2E can run the plan on the model.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Raises:
+        SettingError: PT2E cannot run the plan. The message names layers and the remedy.
+        MismatchError: The plan is another model's, or PT2E cannot run the model.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import pt2e
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> pt2e.check(mpq.Uniform(bits=4)(mpq.measure(net)), net)
+    """
     check_traced(plan, Traced(model))
 
 

@@ -20,11 +20,32 @@ from .quantizer import PlanQuantizer
 
 
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> torch.fx.GraphModule:
-    """A converted copy of the model, exported for inputs of the first batch's shapes; the model is unchanged.
+    """Make a converted copy of the model, exported for inputs of the first batch's shapes.
 
-    batches: with 8-bit activations all are run to set their ranges, and have the first one's shapes. To export in
-    another way, use PlanQuantizer with torch's own export, prepare_pt2e and convert_pt2e. Raises as PlanQuantizer;
-    SettingError for no batch, or one that the model does not run on; SourceError where torch.export fails.
+    To export in another way, use PlanQuantizer with torch's own export, prepare_pt2e and convert_pt2e.
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Inputs, each a tensor, or a tuple or mapping of arguments; the first one's shapes are exported. With
+            8-bit activations all are run to set their ranges, and have these shapes.
+
+    Returns:
+        What torchao's `convert_pt2e` makes.
+
+    Raises:
+        SettingError: As PlanQuantizer; or there is no batch, or one that the model does not run on.
+        MismatchError: As PlanQuantizer.
+        SourceError: torch.export fails.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import pt2e
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> converted = pt2e.apply(net, plan, [torch.randn(2, 8)])
+        >>> pt2e.verify(converted, plan, net)[0].bits
+        ((4, 8),)
     """
     check(plan, model)
     given = needed_batches(batches, "PT2E exports the model by one")

@@ -51,9 +51,22 @@ class PlanPerChannelObserver(ObserverBase):  # type: ignore[misc]
 class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
     """Quantizes what the plan says, at its integers, and nothing else.
 
-    model: the float model that is exported. Raises SettingError for a plan that PT2E cannot run, MismatchError for
-    another model's. While preparing, MismatchError for a layer that the exported graph lacks or that has other weights
-    there, for inputs that are to be quantized and cannot be, and where PT2E's folding has made another function.
+    While preparing, MismatchError is raised for a layer that the exported graph lacks or that has other weights there,
+    for inputs that are to be quantized and cannot be, and where PT2E's folding has made another function.
+
+    Args:
+        plan: The plan.
+        model: The float model that is exported.
+
+    Raises:
+        SettingError: PT2E cannot run the plan.
+        MismatchError: The plan is another model's.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import pt2e
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> quantizer = pt2e.PlanQuantizer(mpq.Uniform(bits=4)(mpq.measure(net)), net)
     """
 
     def __init__(self, plan: Plan, model: nn.Module) -> None:
@@ -69,7 +82,17 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
                     self.set_module_name_qconfig(name, get_default_x86_inductor_quantization_config())
 
     def transform_for_annotation(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        """Set every planned weight of the exported graph, BatchNorm folded by now, to what its integers mean."""
+        """Set every planned weight of the exported graph, BatchNorm folded by now, to what its integers mean.
+
+        Args:
+            model: The exported graph; it is changed.
+
+        Returns:
+            The graph.
+
+        Raises:
+            MismatchError: The graph lacks a layer, or has other weights there.
+        """
         nodes = {layer.name: node for node, layer in self._weights(model)}
         problems = [f"{name!r} is not in the exported graph: skip it" for name in self.integers if name not in nodes]
         self.factors, others = folding_factors(model, self.folded)
@@ -108,7 +131,17 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
                 replace_weight(model, str(node.target), half if factor is None else times(half, factor, axis))
 
     def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        """Mark the weights of planned layers, and with 8-bit activations their inputs."""
+        """Mark the weights of planned layers, and with 8-bit activations their inputs.
+
+        Args:
+            model: The exported graph; it is changed.
+
+        Returns:
+            The graph.
+
+        Raises:
+            MismatchError: Inputs are to be quantized and cannot be.
+        """
         if self.plan.activation_bits is not None:
             super().annotate(model)
         untaken: list[str] = []
@@ -142,7 +175,11 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
                 user.meta[FACTOR] = self.factors[str(name)]
 
     def validate(self, model: torch.fx.GraphModule) -> None:
-        """Nothing to add: transform_for_annotation has refused what is wrong."""
+        """Do nothing: transform_for_annotation has refused what is wrong.
+
+        Args:
+            model: The exported graph.
+        """
 
     def _weights(self, model: torch.fx.GraphModule) -> list[tuple[torch.fx.Node, LayerChoice]]:
         """The planned weights' nodes: their targets are the parameters' names, of tied ones any."""

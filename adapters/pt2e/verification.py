@@ -26,10 +26,31 @@ def verify(
 
     Every planned layer must be there in each of its calls, with its own bias, its inputs quantized to 8 bits if and
     only if the plan says so, and nothing else may be quantized. Ranges of activations are the calibration's, and are
-    not judged, nor are biases into which a norm was folded that torch.fx does not show. batch: inputs on which the
-    outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their norm), or with 8-bit activations
-    within 5 %. Raises VerifyError listing what is wrong, MismatchError for another model, SettingError where the float
-    model does not run on the batch.
+    not judged, nor are biases into which a norm was folded that torch.fx does not show.
+
+    Args:
+        quantized: The converted model.
+        plan: The plan.
+        model: The float model.
+        batch: Inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their
+            norm), or with 8-bit activations within 5 %.
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+        MismatchError: The plan is another model's.
+        SettingError: The float model does not run on the batch.
+        SourceError: The converted model is no GraphModule.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import pt2e
+        >>> net, inputs = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> pt2e.verify(pt2e.apply(net, plan, [inputs]), plan, net, batch=inputs)[0].layer
+        '0'
     """
     check_module(quantized, "quantized")
     if not isinstance(quantized, torch.fx.GraphModule):

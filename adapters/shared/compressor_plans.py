@@ -103,7 +103,22 @@ def _reference() -> nn.Module:
 
 
 def check(plan: Plan, model: nn.Module) -> None:
-    """Raise MismatchError or SettingError, naming layers and remedy, where the plan cannot be run on the model."""
+    """Check that the plan can be run on the model.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Raises:
+        SettingError: The plan cannot be run. The message names layers and the remedy.
+        MismatchError: The plan is another model's.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import inc_classic
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> inc_classic.check(mpq.Uniform(bits=3)(mpq.measure(net)), net)
+    """
     check_model(plan, model)
     require_legal(plan, CAPABILITIES)
 

@@ -104,7 +104,25 @@ def lent_weights(traced: Traced) -> set[str]:
 
 
 def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
-    """The integers of every planned layer, of the weights with BatchNorm folded in."""
+    """Work out the integers of every planned layer, of the weights with BatchNorm folded in.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Returns:
+        Codes, scales and zero points by layer name.
+
+    Raises:
+        MismatchError: The plan is another model's.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import fx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> list(fx.folded_integers(mpq.Uniform(bits=4)(mpq.measure(net)), net))
+        ['0']
+    """
     return integers_of(plan, fold_batch_norm(model))
 
 

@@ -32,7 +32,22 @@ FUNCTIONS = {F.linear, F.embedding, F.conv1d, F.conv2d}
 
 
 def check(plan: Plan, model: nn.Module) -> None:
-    """Raise MismatchError or SettingError, naming layers and remedy, where torchao cannot run the plan on the model."""
+    """Check that torchao can run the plan on the model.
+
+    Args:
+        plan: The plan.
+        model: The float model; it is not changed.
+
+    Raises:
+        SettingError: torchao cannot run the plan. The message names layers and the remedy.
+        MismatchError: The plan is another model's, or torchao cannot run the model.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import torchao
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> torchao.check(mpq.Uniform(bits=4)(mpq.measure(net, mpq.Affine(granularity="per_channel"))), net)
+    """
     check_traced(plan, Traced(model))
 
 

@@ -24,12 +24,29 @@ CONFIG_CAPABILITIES = Capabilities(
 
 
 def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
-    """The plan's widths, granularity and symmetry as stock torchao's config, for `quantize_` and TorchAoConfig.
+    """Make the plan's widths, granularity and symmetry stock torchao's config, for `quantize_` and TorchAoConfig.
 
-    torchao chooses scales its own way (symmetric 4 bits: max|w| / 7.5), so weights come close to the plan's and are
-    not equal, and layers at 16 bits stay as they are; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per
-    channel or per group. torchao ignores names it does not find: give `model` to have them checked. Raises SettingError
-    for anything else, and for tied weights, which quantize_ would untie; MismatchError for another model.
+    torchao chooses scales its own way (symmetric 4 bits: max|w| / 7.5), so weights come close to the plan's and are not
+    equal, and layers at 16 bits stay as they are; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per channel or per group.
+
+    Args:
+        plan: The plan.
+        model: The float model, by which names are checked: torchao ignores those that it does not find.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        SettingError: The plan has anything else, or tied weights, which quantize_ would untie.
+        MismatchError: The plan is another model's.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import torchao
+        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 32)).eval()
+        >>> table = mpq.measure(net, mpq.Affine(granularity="per_channel"))
+        >>> type(torchao.to_config(mpq.Uniform(bits=4)(table), net)).__name__
+        'FqnToConfig'
     """
     check_plan(plan)
     if model is not None:

@@ -30,12 +30,31 @@ def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Module:
-    """A copy of the model whose planned weights are torchao tensors of the plan's integers.
+    """Make a copy of the model whose planned weights are torchao tensors of the plan's integers.
 
     A plan with 8-bit activations quantizes the inputs of linear layers per token as they come; torchao has such a
-    kernel for those alone. Tied weights stay tied. batches: nothing is calibrated, which needs none. Raises
-    MismatchError (another model, or a layer whose weight is used where torchao's tensors fail) and SettingError (a plan
-    that torchao cannot run), naming layers and remedy.
+    kernel for those alone. Tied weights stay tied.
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Nothing is calibrated, which needs none.
+
+    Returns:
+        The copy.
+
+    Raises:
+        MismatchError: The plan is another model's, or a layer's weight is used where torchao's tensors fail. The
+            message names layers and the remedy.
+        SettingError: torchao cannot run the plan.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import torchao
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> torch.equal(torchao.apply(net, plan)[0].weight.dequantize(), mpq.apply(net, plan)[0].weight)
+        True
     """
     traced = Traced(model)
     check_traced(plan, traced)

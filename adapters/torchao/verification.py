@@ -21,12 +21,32 @@ from .tensors import activation_type, block_size, dynamic_name
 
 
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
-    """Read the integer codes back and compare them, their scales and zero points with the plan's of the float `model`.
+    """Read the integer codes back and compare them, their scales and zero points with the plan's of the float model.
 
     Layers that the plan leaves in float must be the model's own, and activations quantized where the plan says so.
-    batch: inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their norm;
-    half precision 1e-2), or with 8-bit activations within 5 %. Raises VerifyError listing what is wrong, MismatchError
-    for another model, SettingError where the float model does not run on the batch.
+
+    Args:
+        quantized: The quantized model.
+        plan: The plan.
+        model: The float model.
+        batch: Inputs on which the outputs must be those of `mpq_plugins.apply`, within float rounding (1e-4 of their
+            norm; half precision 1e-2), or with 8-bit activations within 5 %.
+
+    Returns:
+        A check for each planned layer.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+        MismatchError: The plan is another model's.
+        SettingError: The float model does not run on the batch.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from mpq_plugins.adapters import torchao
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> torchao.verify(torchao.apply(net, plan), plan, net, batch=torch.ones(2, 8))[0].bits
+        ((4, 8),)
     """
     check_module(quantized, "quantized")
     traced = Traced(model)

@@ -47,9 +47,12 @@ LIMITS = (*SIZES, "bops", "latency_limit")
 class Allocation:
     """What Budget found.
 
-    objective: the plan's predicted cost, pinned layers included; gap: how far from the optimum it is at most, as a
-    share of it; binding: the limits that keep some layer from more bits; used: limit -> (used, asked), in the unit
-    that was asked in.
+    Attributes:
+        plan: The plan.
+        objective: The plan's predicted cost, pinned layers included.
+        gap: How far it is from the optimum at most, as a share of the objective.
+        binding: The limits that keep some layer from more bits.
+        used: What is used of each limit and what was asked, (used, asked) by name, in the unit that was asked in.
     """
 
     plan: Plan
@@ -114,24 +117,43 @@ Ties = Annotated[tuple[str, ...], BeforeValidator(_ties)]
 class Budget:
     """The least predicted cost within every limit that is given; at least one of them is.
 
-    average_bits: most bits a weight, codes alone, interval bits included (what papers quote). total_average_bits: the
-    same with scales, zero points and channel-to-part maps. size_bytes: all of these in bytes; weights_only_bytes: codes
-    alone. These four count the planned layers, those pinned to 16 or 32 bits among them, and nothing else. size: bytes
-    of the whole model, a number or as `9MB`, `120kB` or `1.5MiB`: size_bytes, and with them skipped layers, biases,
-    norms and buffers as they are stored (the table's rest_bytes); a correction that gives layers biases adds theirs.
-    bops: multiply-accumulates x weight bits x activation bits (`bops_activation_bits`), for tables with
-    multiply-accumulates. latency: a table layer -> bits -> cost, or a JSON file of one; latency_limit: the most of it.
+    Limits on average bits, size_bytes and weights_only_bytes count the planned layers, those pinned to 16 or 32 bits
+    among them, and nothing else.
 
-    sensitivity: what is predicted, an error or sensitivity of the table (`mse`, `output_mse`, `kl`, ...); `kl*mse`
-    takes each layer's scale from the first and the split inside it from the second. parts: whether channels of one
-    layer may have different widths. bits: the candidates. pin: layers whose width is given, as `conv1=8` (a glob, or
-    `re:` and a regular expression; 16 or 32 leaves them in float). ends: width of the first and last layer in the
-    source's order. tie: layers that must agree, as `*.{query,key,value}`, or `qkv` and `gate_up` for what engines fuse
-    under any of its usual names; they get one width each layer. time_limit: seconds after which the best plan found is
-    taken, with the gap it has by then; without, a plan does not depend on the machine.
+    Attributes:
+        average_bits: Most bits a weight, codes alone, interval bits included: what papers quote.
+        total_average_bits: Most bits a weight, with scales, zero points and channel-to-part maps.
+        size: Most bytes of the whole model, a number or as `9MB`, `120kB` or `1.5MiB`. It counts what size_bytes
+            counts, and skipped layers, biases, norms and buffers as they are stored (the table's rest_bytes). A
+            correction that gives layers biases adds theirs.
+        size_bytes: Most bytes, with scales, zero points and channel-to-part maps.
+        weights_only_bytes: Most bytes of the codes alone.
+        bops: Most multiply-accumulates x weight bits x activation bits, for tables with multiply-accumulates.
+        bops_activation_bits: Activation bits in bops.
+        latency: A table layer -> bits -> cost, or a JSON file of one.
+        latency_limit: Most of that table's cost, in its unit.
+        sensitivity: What is predicted, an error or sensitivity of the table (`mse`, `output_mse`, `kl`, ...). `kl*mse`
+            takes each layer's scale from the first and the split inside it from the second.
+        bits: The candidate widths.
+        parts: Whether channels of one layer may have different widths.
+        pin: Layers whose width is given, as `conv1=8`: a glob, or `re:` and a regular expression. 16 or 32 bits leave
+            them in float.
+        tie: Layers that must agree, as `*.{query,key,value}`, or `qkv` and `gate_up` for what engines fuse under any of
+            its usual names. They get one width each layer.
+        ends: Width of the first and last layer in the source's order.
+        time_limit: Seconds after which the best plan found is taken, with the gap it has by then. Without it a plan
+            does not depend on the machine.
 
-    Raises SettingError: nothing or nonsense asked; and, when called, a table without what is needed, names that match
-    nothing, or limits that cannot be met, saying which and by how much.
+    Raises:
+        SettingError: Nothing is asked, or nonsense. When called: a table without what is needed, names that match
+            nothing, or limits that cannot be met. The message says which limits, and by how much.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> table = mpq.measure(net, mpq.Affine(granularity="per_channel"), bits=range(1, 9))
+        >>> mpq.Budget(average_bits=3, parts=False)(table).layers[0].bits
+        3
     """
 
     name: ClassVar[str] = "budget"
@@ -164,7 +186,7 @@ class Budget:
 
     @property
     def needs(self) -> Needs:
-        """Errors at the candidates and at pinned widths, per channel where parts are made."""
+        """What to measure: errors at the candidates and at pinned widths, per channel where parts are made."""
         given = {pinned_width(entry)[1] for entry in self.pin} | ({self.ends} if self.ends is not None else set())
         names = parts_of(self.sensitivity)
         return Needs(
@@ -175,14 +197,40 @@ class Budget:
         )
 
     def __call__(self, table: LayerTable) -> Plan:
-        """The plan for a measured table; it records the objective, the gap and what binds."""
+        """Make the plan for a measured table; it records the objective, the gap and what binds.
+
+        Args:
+            table: The measured layers.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: As `solve`.
+        """
         return self.solve(table).plan
 
     def solve(self, table: LayerTable, progress: Progress | None = None) -> Allocation:
-        """The plan with what is known of it.
+        """Find the plan, and say what is known of it.
 
-        progress: told what is being done, how many steps of it are, and how many there are at most, in a solve that
-        takes more than a second.
+        Args:
+            table: The measured layers.
+            progress: Called with what is being done, how many steps of it are, and how many there are at most, in a
+                solve that takes more than a second.
+
+        Returns:
+            The plan with its objective, gap and limits.
+
+        Raises:
+            SettingError: The table lacks what is needed, a name matches nothing, or the limits cannot be met.
+
+        Examples:
+            >>> import mpq_plugins as mpq, torch
+            >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+            >>> table = mpq.measure(net, mpq.Affine(granularity="per_channel"), bits=range(1, 9))
+            >>> found = mpq.Budget(average_bits=3, parts=False).solve(table)
+            >>> found.used["average_bits"], found.gap
+            ((3.0, 3.0), 0.0)
         """
         watch = Watch(math.inf if self.time_limit is None else self.time_limit, progress)
         if self.parts and table.scheme.granularity == "per_tensor":

@@ -20,7 +20,11 @@ Widths = int | Sequence[int] | NDArray[np.int64]
 class Needs:
     """What a table must hold for an allocator: these errors at these bit-widths.
 
-    scheme: what to measure under where the user asks for nothing else.
+    Attributes:
+        bits: The widths, 1 to 8.
+        metrics: The errors, by name.
+        channel_errors: Whether they are needed for each output channel.
+        scheme: What to measure under where the user asks for nothing else.
     """
 
     bits: tuple[int, ...]
@@ -33,10 +37,12 @@ class Needs:
 class Allocator(Protocol):
     """A frozen dataclass: its fields are its parameters, and its options on the command line.
 
-    `name` is how plans and the command line call it. Annotated[type, "text"] on a field gives its help. A class
-    attribute `grid`, field -> values, is what `mpq sweep` tries where the user names none. An allocator that needs one
-    of several fields names them in a class attribute `one_of`, and in `usual`, field -> value, what `mpq plan` takes
-    where the user gives none of them.
+    `Annotated[type, "text"]` on a field gives its help. A class attribute `grid`, field -> values, is what `mpq sweep`
+    tries where the user names none. An allocator that needs one of several fields names them in a class attribute
+    `one_of`, and in `usual`, field -> value, what `mpq plan` takes where the user gives none of them.
+
+    Attributes:
+        name: How plans and the command line call it.
     """
 
     name: ClassVar[str]
@@ -47,5 +53,12 @@ class Allocator(Protocol):
         ...
 
     def __call__(self, table: LayerTable) -> Plan:
-        """The plan; the same table and value give the same bytes."""
+        """Make the plan; the same table and value give the same bytes.
+
+        Args:
+            table: The measured layers.
+
+        Returns:
+            The plan.
+        """
         ...

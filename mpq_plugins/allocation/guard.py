@@ -30,9 +30,14 @@ WORSE = 1.001  # as a ratio; predictions are no finer than that
 class Comparison:
     """Predicted costs at one size in total: the plan's, that of uniform widths, and that of the best width per layer.
 
-    uniform is interpolated (its logarithm, between whole widths) and None below the smallest uniform plan; best is None
-    where no plan with one width per layer is that small. total_bits is the plan's size with scales and all;
-    average_bits that of one of its weights.
+    Attributes:
+        sensitivity: The judge, by which costs are predicted.
+        total_bits: The plan's size, with scales and all.
+        average_bits: The same for one of its weights.
+        plan: The plan's cost.
+        uniform: That of uniform widths. It is interpolated (its logarithm, between whole widths), and None below the
+            smallest uniform plan.
+        best: That of the best plan with one width per layer; None where none is that small.
     """
 
     sensitivity: str
@@ -56,7 +61,11 @@ class Comparison:
         return self.uniform is not None and self.plan > WORSE * self.uniform
 
     def text(self) -> str:
-        """One line with the numbers."""
+        """Say it in one line, with the numbers.
+
+        Returns:
+            The line.
+        """
         said = [f"predicted {self.sensitivity} at {self.average_bits:.3f} bits in total: {self.plan:.4g}"]
         if self.uniform is not None:
             said.append(f"uniform widths of that size {self.uniform:.4g}")
@@ -97,9 +106,23 @@ def judge_of(table: LayerTable, plans: Iterable[Plan], asked: str | None = None)
 def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Comparison | None:
     """Set a plan against uniform widths, and against Budget per layer, at its own size in total.
 
-    sensitivity: the judge, an error or sensitivity of the table, or two as in kl*mse; by default what judge_of names.
-    None where the table cannot tell (other
-    widths, another scheme, parts without numbers per channel). Raises SettingError for what was not measured.
+    Args:
+        table: The measured layers.
+        plan: A plan made from it.
+        sensitivity: The judge, an error or sensitivity of the table, or two as in `kl*mse`; by default what `judge_of`
+            names.
+
+    Returns:
+        The costs; None where the table cannot tell (other widths, another scheme, parts without numbers per channel).
+
+    Raises:
+        SettingError: The sensitivity was not measured.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
+        >>> mpq.compare(table, mpq.Uniform(bits=4)(table)).worse
+        False
     """
     comparison = _beside_uniform(table, plan, sensitivity)
     return None if comparison is None else _with_best(table, comparison)

@@ -20,13 +20,33 @@ LARGEST_COST = 1e300  # so that those of all layers can be added up
 @public
 @dataclass(frozen=True)
 class LatencyTable:
-    """Layer name -> bit-width -> cost. Channels of a layer are taken to cost an equal share of it each."""
+    """Layer name -> bit-width -> cost. Channels of a layer are taken to cost an equal share of it each.
+
+    Attributes:
+        entries: (layer, ((bits, cost), ...)) pairs, in the unit of whoever timed them.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.LatencyTable.of({"fc": {4: 1.0, 8: 1.5}}).curve("fc", (8, 4))
+        [1.5, 1.0]
+    """
 
     entries: tuple[tuple[str, tuple[tuple[int, float], ...]], ...]
 
     @classmethod
     def of(cls, layers: "LatencyTable | str | Path | Mapping[str, Mapping[Any, float]]") -> "LatencyTable":
-        """From a mapping, or from a JSON file of one. Raises FormatError (file) or SettingError naming the value."""
+        """Make a table from a mapping, or from a JSON file of one.
+
+        Args:
+            layers: Layer -> bits -> cost, a file's path, or a table, which is given back.
+
+        Returns:
+            The table.
+
+        Raises:
+            FormatError: The file is no such mapping.
+            SettingError: A layer, width or cost is not allowed. The message names it.
+        """
         if isinstance(layers, LatencyTable):
             return layers
         if isinstance(layers, str | Path):
@@ -39,7 +59,18 @@ class LatencyTable:
         return cls(tuple((str(name), _widths(str(name), costs)) for name, costs in layers.items()))
 
     def curve(self, layer: str, bits: Sequence[int]) -> list[float]:
-        """The layer's cost at each bit-width. Raises SettingError for one that was not timed."""
+        """Look up the layer's cost at each bit-width.
+
+        Args:
+            layer: Its name.
+            bits: The widths.
+
+        Returns:
+            A cost for each width, in their order.
+
+        Raises:
+            SettingError: The layer was not timed at one of them.
+        """
         known = dict(dict(self.entries).get(layer, ()))
         missing = [b for b in bits if b not in known]
         if missing:

@@ -20,11 +20,27 @@ LOG = logging.getLogger(__name__)
 def make_plan(
     table: LayerTable, allocator: Any, bits: Mapping[str, Widths], *, found: Mapping[str, Any] | None = None
 ) -> Plan:
-    """A plan that gives each layer of the table its bits: one width, or one for each of its output channels.
+    """Make a plan that gives each layer of the table its bits, signed by the allocator.
 
-    It is signed by the allocator (a frozen dataclass); `found` records what the allocator worked out beyond its own
-    fields. Warns with PlanWarning of a plan predicted to be worse than uniform widths (guard.py). Raises SettingError,
-    naming the layer, for a width that the table's scheme does not have.
+    It warns with PlanWarning of a plan predicted to be worse than uniform widths (guard.py).
+
+    Args:
+        table: The measured layers.
+        allocator: A frozen dataclass, which the plan records with its fields.
+        bits: Widths by layer name: one for the layer, or one for each of its output channels.
+        found: What the allocator worked out beyond its own fields, to be recorded too.
+
+    Returns:
+        The plan.
+
+    Raises:
+        SettingError: A width that the table's scheme does not have. The message names the layer.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 2)))
+        >>> mpq.make_plan(table, mpq.Uniform(), {"0": [4, 8]}).layers[0].bits_text
+        '4x1 8x1'
     """
     plan = Plan.model_construct(  # every part of it is valid
         made_with={"mpq-plugins": _own_version()},

@@ -23,14 +23,27 @@ Metric = Literal["relative", "mse", "rmse", "max_abs"]  # sqnr_db grows as the e
 class MixQuant:
     """min b in `bits` with QE(b) <= qem * QE(baseline), layer by layer; `baseline` where none qualifies.
 
-    QE is `metric`, dimensionless (`relative`) or in the weights' units (squared for `mse`). `relative` is the
-    default: each bit removed multiplies the MSE by about 4, so at the paper's own QEMs (1.1 to 3.5) MSE selects
-    nothing below 8 bits, while the paper's tables show 4- to 7-bit layers; the mean relative error (its sec. 6)
-    gives that pattern. It saturates at 1, so a large QEM suddenly sends a layer to 2 bits. `scheme` is the base
-    quantizer; None takes the table's, and another than the table's is refused.
+    MixQuant (arXiv 2309.17341, Alg. 1). QE is `metric`, dimensionless (`relative`) or in the weights' units (squared
+    for `mse`). `relative` is the default: each bit removed multiplies the MSE by about 4, so at the paper's own QEMs
+    (1.1 to 3.5) MSE selects nothing below 8 bits, while the paper's tables show 4- to 7-bit layers; the mean relative
+    error (its sec. 6) gives that pattern. It saturates at 1, so a large QEM suddenly sends a layer to 2 bits.
 
-    Raises SettingError: qem not above 0, bits or baseline outside 1..8, an unknown metric; and, when called, a
-    table that lacks an error it needs.
+    Attributes:
+        qem: The quantization error multiplier: the most error, in the baseline's.
+        metric: Which error is bounded.
+        bits: The candidate widths, 1 to 8.
+        baseline: The width whose error is the yardstick, 1 to 8.
+        scheme: The base quantizer. None takes the table's, and another than the table's is refused.
+
+    Raises:
+        SettingError: qem is not above 0, bits or baseline lie outside 1..8, or the metric is unknown. When called: the
+            table lacks an error it needs.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+        >>> mpq.MixQuant(qem=1000)(table).layers[0].bits
+        2
     """
 
     name: ClassVar[str] = "mixquant"
@@ -48,11 +61,21 @@ class MixQuant:
 
     @property
     def needs(self) -> Needs:
-        """Errors at the candidates and the baseline."""
+        """What to measure: errors at the candidates and the baseline."""
         return Needs(tuple(sorted({*self.bits, self.baseline})), (self.metric,))
 
     def __call__(self, table: LayerTable) -> Plan:
-        """The plan for a measured table."""
+        """Make the plan for a measured table.
+
+        Args:
+            table: The measured layers.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: The table lacks an error that is needed, or has another scheme.
+        """
         if self.scheme not in (None, table.scheme):
             raise SettingError(f"scheme: {self.scheme} is not what the table was measured with ({table.scheme})")
         errors = table.errors(self.metric, (*self.bits, self.baseline))

@@ -60,19 +60,33 @@ Bytes = Annotated[int, PlainValidator(_as_given)]
 class PTILMPQ:
     """Bits by two partitions: layers by F_l = sum |w|, and the output channels of each by F_c = ||w_c||_2.
 
-    The ceil(alpha L) layers of greatest F_l are important, and in each layer the ceil(beta C) channels of greatest
-    F_c, with beta_important in important layers and beta_other in the others. A layer's important channels get the
-    first of its pair of bits, (high, low), the rest the second. Equal importances go by the table's order.
+    PTILMPQ (arXiv 2404.02947). The ceil(alpha L) layers of greatest F_l are important, and in each layer the ceil(beta
+    C) channels of greatest F_c. A layer's important channels get the first of its pair of bits, the rest the second.
+    Equal importances go by the table's order. The plan has the table's scheme; the paper's is `Piecewise`, which `mpq
+    plan` measures under when no scheme is asked for. It records what was found.
 
-    Instead of alpha: `layer_threshold`, the least F_l of an important layer (in the weights' units), or a size,
-    `average_bits` (codes, interval bits included, per weight) or `size_bytes` (in total), for which the greatest
-    alpha that stays within it is found. Instead of the betas: `channel_threshold`, the least F_c of an important
-    channel. The plan has the table's scheme; the paper's is `Piecewise`, which `mpq plan` measures under when no
-    scheme is asked for. It records what was found.
+    Attributes:
+        alpha: Share of layers that are important, 0 to 1.
+        beta_important: Share of channels that are important in important layers, 0 to 1.
+        beta_other: The same in the other layers.
+        important_bits: (high, low) of important layers, 1 to 8.
+        other_bits: (high, low) of the other layers.
+        layer_threshold: Instead of alpha, the least F_l of an important layer, in the weights' units.
+        channel_threshold: Instead of the betas, the least F_c of an important channel, in the weights' units.
+        average_bits: Instead of alpha, most bits a weight (codes, interval bits included). The greatest alpha that
+            stays within it is found.
+        size_bytes: Instead of alpha, most bytes in total. The greatest alpha that stays within it is found.
 
-    Raises SettingError: a fraction outside [0, 1]; high < low; important bits or beta below the others', which
-    would make a plan smaller as alpha rises; two ways of saying the same; and, when called, a table without
-    channel norms, a width that its scheme does not have, or a size that no alpha reaches.
+    Raises:
+        SettingError: A fraction outside [0, 1]; high < low; important bits or beta below the others', which would make
+            a plan smaller as alpha rises; two ways of saying the same. When called: a table without channel norms, a
+            width that its scheme does not have, or a size that no alpha reaches.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
+        >>> sorted(layer.bits_text for layer in mpq.PTILMPQ(alpha=0.5)(table).layers)
+        ['3x4 4x4', '4x4 5x4']
     """
 
     name: ClassVar[str] = "ptilmpq"
@@ -122,13 +136,23 @@ class PTILMPQ:
 
     @property
     def needs(self) -> Needs:
-        """Importances, which every table has; errors at its own bit-widths, to be shown beside the plan."""
+        """What to measure: importances, which every table has; errors at its widths, to be shown beside the plan."""
         return Needs(
             tuple(sorted({*self.important_bits, *self.other_bits})), scheme=Piecewise(granularity="per_channel")
         )
 
     def __call__(self, table: LayerTable) -> Plan:
-        """The plan for a table."""
+        """Make the plan for a measured table.
+
+        Args:
+            table: The measured layers.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: The table has no channel norms or not the widths, or no alpha reaches the size.
+        """
         for field in ("important_bits", "other_bits"):
             for bits in getattr(self, field):
                 table.scheme.check_bits(bits, field)

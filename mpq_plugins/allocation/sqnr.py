@@ -30,8 +30,19 @@ from .make import make_plan
 class SQNR:
     """b_l = b_0 - log2(n_l) / 2, rounded and kept within `bits`, b_0 the greatest that keeps the average.
 
-    average_bits: most bits a weight, codes alone, interval bits included. Raises SettingError: an average that is not
-    above 0, widths outside 1..8, and, when called, an average below the least width.
+    Attributes:
+        average_bits: Most bits a weight, codes alone, interval bits included.
+        bits: The candidate widths, 1 to 8.
+
+    Raises:
+        SettingError: The average is not above 0, or widths lie outside 1..8. When called: the average is below the
+            least width.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 64)))
+        >>> [layer.bits for layer in mpq.SQNR(average_bits=4)(table).layers]
+        [5, 3]
     """
 
     name: ClassVar[str] = "sqnr"
@@ -42,11 +53,21 @@ class SQNR:
 
     @property
     def needs(self) -> Needs:
-        """The shapes, which every table has; errors at its widths, to be shown beside the plan."""
+        """What to measure: the shapes, which every table has, and errors at its widths, to be shown beside the plan."""
         return Needs(self.bits)
 
     def __call__(self, table: LayerTable) -> Plan:
-        """The plan for a table."""
+        """Make the plan for a measured table.
+
+        Args:
+            table: The measured layers.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: The average is below the least width.
+        """
         for b in self.bits:
             table.scheme.check_bits(b, "bits")
         sizes = np.array([max(1, layer.numel) for layer in table.layers], np.float64)

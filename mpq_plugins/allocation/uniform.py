@@ -14,7 +14,20 @@ from .make import make_plan
 @public
 @settings
 class Uniform:
-    """`bits` for every layer. Raises SettingError outside 1..8."""
+    """The same width for every layer.
+
+    Attributes:
+        bits: The width, 1 to 8.
+
+    Raises:
+        SettingError: The width is not one of these.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8))))
+        >>> plan.size().weights_only_bytes
+        32
+    """
 
     name: ClassVar[str] = "uniform"
     grid: ClassVar[dict[str, tuple[int, ...]]] = {"bits": tuple(range(2, 9))}
@@ -23,9 +36,19 @@ class Uniform:
 
     @property
     def needs(self) -> Needs:
-        """The error at its own bit-width, to be shown beside the plan."""
+        """What to measure: the error at its own bit-width, to be shown beside the plan."""
         return Needs((self.bits,))
 
     def __call__(self, table: LayerTable) -> Plan:
-        """The plan for a table."""
+        """Make the plan for a measured table.
+
+        Args:
+            table: The measured layers.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: The table's scheme does not have the width.
+        """
         return make_plan(table, self, {layer.name: self.bits for layer in table.layers})

@@ -28,7 +28,7 @@ def bytes_of(amount: Any, name: str = "size") -> int:
     Raises:
         SettingError: For anything else, and for less than 1 byte or more than 10^18.
 
-    Example:
+    Examples:
         >>> bytes_of("1.5 MiB")
         1572864
     """

@@ -47,11 +47,22 @@ class Store:
     """A context manager over a file of finished units; `job` gives those of one job.
 
     Several kinds of work on one result keep their units in one store. Threads may share it; another store on the same
-    file, in this process or another, is refused for as long as the block lasts.
+    file, in this process or another, is refused for as long as the block lasts. A MeasureWarning says that the file was
+    damaged: units that are whole are used, and the others are done again.
 
-    Raises SettingError where the file is in use, is no store, is one of an earlier or newer version, or is damaged
-    beyond telling; SourceError where it cannot be read or written. A MeasureWarning says that it was damaged: units
-    that are whole are used, and the others are done again.
+    Args:
+        path: The file. It is made where it is not there.
+
+    Raises:
+        SettingError: The file is in use, is no store, is one of an earlier or newer version, or is damaged beyond
+            telling.
+        SourceError: The file cannot be read or written.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> with mpq.Store("net.store") as store:
+        ...     table = mpq.measure(net, store=store)
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,7 +74,17 @@ class Store:
 
     @classmethod
     def beside(cls, result: Path) -> Self:
-        """The store of a run that writes `result`. Raises SettingError for what an earlier version left there."""
+        """Make the store of a run that writes a result, in a file beside it.
+
+        Args:
+            result: The file that the run writes.
+
+        Returns:
+            The store, not yet opened.
+
+        Raises:
+            SettingError: An earlier version left a store there.
+        """
         for kind in ("measure", *names("sensitivities")):  # as earlier versions called theirs
             refuse_old_store(result.with_name(f"{result.name}.{kind}{SUFFIX}"))
         return cls(result.with_name(result.name + SUFFIX))
@@ -96,9 +117,17 @@ class Store:
         return sum(map(len, self._open.places.values()))
 
     def job(self, kind: str, facts: Mapping[str, str]) -> "Finished":
-        """The units of a job: `kind` names it within the store, and `facts` are all that decides its result.
+        """Give the units of a job.
 
-        Raises SettingError where the store holds units of the same kind whose facts are others.
+        Args:
+            kind: What names the job within the store.
+            facts: All that decides its result, by name.
+
+        Returns:
+            The units that are finished, to which others can be added.
+
+        Raises:
+            SettingError: The store holds units of the same kind whose facts are others.
         """
         digests = {name: _digest(value) for name, value in facts.items()}
         with self._lock, self._writing() as file:

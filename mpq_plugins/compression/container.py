@@ -42,7 +42,23 @@ from .streams import Stream, read_codes, read_values
 
 @public
 class Container:
-    """A container that was opened: its header is whole and agrees with its length; tensors are read one at a time."""
+    """A container that was opened: its header is whole and agrees with its length; tensors are read one at a time.
+
+    `open` makes one from a file.
+
+    Args:
+        path: The file.
+        header: What it says of its tensors.
+        plan: The plan that it carries.
+        size: Its bytes.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> written = mpq.compress(net, mpq.Uniform(bits=4)(mpq.measure(net)), "net.mpqc")
+        >>> list(mpq.Container.open("net.mpqc").records)
+        ['0.weight', '0.bias']
+    """
 
     def __init__(self, path: Path, header: Header, plan: Plan, size: int) -> None:
         self.path, self.header, self.plan, self.size = path, header, plan, size
@@ -53,7 +69,18 @@ class Container:
 
     @classmethod
     def open(cls, path: str | Path) -> "Container":
-        """Read and check prologue and header. Raises FormatError naming the file, and what is wrong with it."""
+        """Read and check prologue and header.
+
+        Args:
+            path: The container's file.
+
+        Returns:
+            The container; no tensor has been read.
+
+        Raises:
+            FormatError: The file cannot be read, is no container, or is damaged. The message names it and says what is
+                wrong.
+        """
         path = Path(path)
         try:
             with open_regular(path) as file:
@@ -66,13 +93,27 @@ class Container:
         return cls(path, header, plan, size)
 
     def choice(self, record: TensorRecord) -> LayerChoice | None:
-        """The plan's choice for a tensor, or None for one that is kept as it is."""
+        """Look up the plan's choice for a tensor.
+
+        Args:
+            record: What the header says of it.
+
+        Returns:
+            The choice, or None for a tensor that is kept as it is.
+        """
         return choice_of(self.plan, record) if record.parts is not None else None
 
     def tensors(self, progress: Progress | None = None) -> dict[str, Tensor]:
-        """All of them by name, stacks put together, tied ones the same tensor. Raises FormatError where one is damaged.
+        """Read all tensors, dequantized, stacks put together, tied ones the same tensor.
 
-        progress: called with a name, values done and values in all.
+        Args:
+            progress: Called with a name, values done and values in all.
+
+        Returns:
+            The tensors by name.
+
+        Raises:
+            FormatError: A tensor is damaged.
         """
         sizes = {name: self.values(record) for name, record in self.records.items()}
         tensors: dict[str, Tensor] = {}
@@ -91,17 +132,38 @@ class Container:
         return tensors
 
     def check(self) -> None:
-        """Read every tensor. Raises FormatError, naming it, where one is damaged."""
+        """Read every tensor.
+
+        Raises:
+            FormatError: A tensor is damaged. The message names it.
+        """
         for record in self.header.tensors:
             self.tensor(record.name)
 
     def values(self, record: TensorRecord) -> int:
-        """How many values a tensor has, by itself."""
+        """Count the values that a tensor has by itself.
+
+        Args:
+            record: What the header says of it.
+
+        Returns:
+            The number.
+        """
         choice = self.choice(record)
         return math.prod(record.shape if choice is None else choice.shape) if record.same is None else 0
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, dequantized. Raises FormatError where its bytes are damaged, or say more than memory holds."""
+        """Read one tensor, dequantized.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The tensor, in its stored shape and dtype.
+
+        Raises:
+            FormatError: Its bytes are damaged, or say more than memory holds.
+        """
         try:
             return self._tensor(name)
         except (MemoryError, RuntimeError) as error:  # the latter is torch's
@@ -129,7 +191,17 @@ class Container:
         return torch.cat(values, choice.channel_axis).index_select(choice.channel_axis, index.argsort())
 
     def parts(self, name: str) -> list[PartCodes | Tensor]:
-        """A planned layer's codes part by part; weights where a part is in floating point. Raises FormatError."""
+        """Read a planned layer's codes part by part.
+
+        Args:
+            name: The name of its weight.
+
+        Returns:
+            Codes for each part; weights for a part in floating point.
+
+        Raises:
+            FormatError: Its bytes are damaged.
+        """
         record = self.records[name]
         choice = self.choice(record)
         assert choice is not None, "the caller asks for a planned layer"
@@ -210,10 +282,27 @@ def read_part(record: PartRecord, part: PartShape, streams: Iterator[Stream], ga
 
 
 def decompress(path: str | Path | Container, *, progress: Progress | None = None) -> dict[str, Tensor]:
-    """All tensors of a container by name, dequantized: a state dict. Tied ones are the same tensor.
+    """Read all tensors of a container, dequantized: a state dict.
 
-    Names are the source's; of a checkpoint, without the `module.` that DataParallel puts before them. Raises
-    FormatError for a file that is no container, damaged, or newer than this version.
+    Names are the source's; of a checkpoint, without the `module.` that DataParallel puts before them.
+
+    Args:
+        path: The container's file, or a container that is open.
+        progress: Called with a name, values done and values in all.
+
+    Returns:
+        The tensors by name. Tied ones are the same tensor.
+
+    Raises:
+        FormatError: The file is no container, damaged, or newer than this version.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> state = mpq.decompress(mpq.compress(net, plan, "net.mpqc"))
+        >>> torch.equal(state["0.weight"], mpq.apply(net, plan)[0].weight)
+        True
     """
     container = path if isinstance(path, Container) else Container.open(path)
     return container.tensors(progress)

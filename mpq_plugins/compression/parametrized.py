@@ -38,9 +38,22 @@ def put(model: nn.Module, weight: Weight, maker: WeightMaker) -> None:
 
 
 def finish(model: nn.Module) -> nn.Module:
-    """A copy in which every weight that `prune` or `share` made is a plain parameter again, with the values it has.
+    """Make a copy in which what `prune` or `share` made are plain parameters again, with the values they have.
 
-    Raises SettingError where something else has been put on such a weight since.
+    Args:
+        model: What `prune` or `share` returned, trained or not; it is not changed.
+
+    Returns:
+        The copy, without masks and centroids.
+
+    Raises:
+        SettingError: Something else has been put on such a weight since.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> masked = mpq.prune(torch.nn.Sequential(torch.nn.Linear(8, 8)), mpq.Sparsity(0.5))
+        >>> int((mpq.finish(masked)[0].weight == 0).sum())
+        32
     """
     plain = duplicate(model)
     for name, module in plain.named_modules():

@@ -34,7 +34,18 @@ Amounts = float | Mapping[str, float]
 class Sparsity:
     """This share of every layer's weights is 0 afterwards: those of least magnitude, fewer where some are alike.
 
-    Raises SettingError outside 0 to below 1.
+    Attributes:
+        share: The share, 0 to below 1: one for every layer, or by globs (or `re:` expressions) on their names. A layer
+            that none names is not pruned.
+
+    Raises:
+        SettingError: A share lies outside 0 to below 1.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> masked = mpq.prune(torch.nn.Sequential(torch.nn.Linear(8, 8)), mpq.Sparsity({"0": 0.25}))
+        >>> int((masked[0].weight == 0).sum())
+        16
     """
 
     share: Amounts
@@ -44,7 +55,14 @@ class Sparsity:
             _check_share(amount)
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
-        """Layer -> the least magnitude that stays."""
+        """Find the least magnitude that stays in each layer.
+
+        Args:
+            weights: The layers' weights.
+
+        Returns:
+            The magnitude by layer name, in the weights' units; pruned layers alone.
+        """
         shares = _by_layer(self.share, weights)
         return {w.name: _smallest_kept([w], shares[w.name]) for w in weights if w.name in shares}
 
@@ -54,7 +72,18 @@ class Sparsity:
 class GlobalSparsity:
     """This share of all weights together is 0 afterwards: one threshold for all layers.
 
-    Raises SettingError outside 0 to below 1.
+    Attributes:
+        share: The share, 0 to below 1.
+
+    Raises:
+        SettingError: The share lies outside 0 to below 1.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        >>> masked = mpq.prune(net, mpq.GlobalSparsity(0.5))
+        >>> sum(int((layer.weight == 0).sum()) for layer in masked)
+        64
     """
 
     share: float
@@ -63,14 +92,37 @@ class GlobalSparsity:
         _check_share(self.share)
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
-        """Layer -> the least magnitude that stays, the same for all."""
+        """Find the least magnitude that stays, which is the same for all layers.
+
+        Args:
+            weights: The layers' weights.
+
+        Returns:
+            The magnitude by layer name, in the weights' units.
+        """
         return dict.fromkeys((weight.name for weight in weights), _smallest_kept(weights, self.share))
 
 
 @public
 @dataclass(frozen=True)
 class Deviations:
-    """Weights below this many standard deviations of their layer go. Raises SettingError below 0."""
+    """Weights below this many standard deviations of their layer go.
+
+    Attributes:
+        count: Standard deviations, 0 or more: one number for every layer, or by globs (or `re:` expressions) on their
+            names. A layer that none names is not pruned.
+
+    Raises:
+        SettingError: A number is below 0.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> masked = mpq.prune(net, mpq.Deviations(1.0))
+        >>> deviation = net[0].weight.std(unbiased=False)
+        >>> bool((masked[0].weight[net[0].weight.abs() < 0.99 * deviation] == 0).all())
+        True
+    """
 
     count: Amounts
 
@@ -80,7 +132,14 @@ class Deviations:
                 raise SettingError(f"prune: {amount!r} is not allowed; standard deviations, 0 or more")
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
-        """Layer -> the least magnitude that stays."""
+        """Find the least magnitude that stays in each layer.
+
+        Args:
+            weights: The layers' weights.
+
+        Returns:
+            The magnitude by layer name, in the weights' units; pruned layers alone.
+        """
         counts = _by_layer(self.count, weights)
         return {w.name: counts[w.name] * _deviation(w) for w in weights if w.name in counts}
 
@@ -118,11 +177,28 @@ def pruned(weight: Tensor, threshold: float) -> Tensor:
 
 
 def prune(model: nn.Module, pruning: Pruning, *, skip: Sequence[str] = (), only: Sequence[str] = ()) -> nn.Module:
-    """A copy whose weights are masked, and stay so while it is trained; `finish` makes them plain again.
+    """Make a copy whose weights are masked, and stay so while it is trained; `finish` makes them plain again.
 
-    skip, only: as in find_weights. To store it, save its state_dict or `finish` it: torch pickles no parametrized
-    modules. Raises SettingError and WeightError as checked_thresholds and find_weights do, and SettingError for tied
-    weights.
+    To store it, save its state_dict or `finish` it: torch pickles no parametrized modules.
+
+    Args:
+        model: The model; it is not changed.
+        pruning: Which weights become 0: Sparsity, GlobalSparsity or Deviations.
+        skip: Globs on the names of layers that are not pruned, as in `find_weights`.
+        only: Globs on the names of the layers that are, as in `find_weights`.
+
+    Returns:
+        The masked copy.
+
+    Raises:
+        SettingError: A glob matches nothing, no weight of a layer would stay, or weights are tied.
+        WeightError: A weight holds NaN or infinity, or has a dtype that we do not quantize.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> masked = mpq.prune(torch.nn.Sequential(torch.nn.Linear(8, 8)), mpq.Sparsity(0.5))
+        >>> int((masked[0].weight == 0).sum())
+        32
     """
     masked = duplicate(model)
     weights = list(find_weights(masked, skip=skip, only=only))

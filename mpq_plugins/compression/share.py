@@ -49,11 +49,28 @@ class SharedWeight(WeightMaker):
 
 
 def share(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy whose planned weights are shared as `apply` shares them, and whose centroids are what is trained.
+    """Make a copy whose planned weights are shared as `apply` shares them, and whose centroids are what is trained.
 
     Every planned layer's parameter is its centroids; all else is trained as before. `finish` makes plain weights of
-    them, in which the plan finds the trained centroids. Raises MismatchError for a plan made for
-    another model, SettingError for a layer under another scheme, partly in floating point, or with a tied weight.
+    them, in which the plan finds the trained centroids.
+
+    Args:
+        model: The model; it is not changed.
+        plan: A plan under a codebook scheme.
+
+    Returns:
+        The copy.
+
+    Raises:
+        MismatchError: The plan was made for another model.
+        SettingError: A layer is under another scheme, partly in floating point, or has a tied weight.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> shared = mpq.share(net, mpq.Uniform(bits=2)(mpq.measure(net, mpq.Codebook(), bits=[2])))
+        >>> shared[0].weight.unique().numel()
+        4
     """
     match(plan, model).require(type(model).__name__)
     shared = float_copy(model, plan)

@@ -325,17 +325,37 @@ def compress(  # noqa: PLR0913  # each option is a user's word
 ) -> Container:
     """Write a model to one file as the plan has it: codes, scales and centroids, all other tensors, and the plan.
 
-    source: a module, or a checkpoint; a plan measured with BatchNorm folded in folds a module's. prune: which weights
-    of the quantized layers become 0 first. coding: `smallest` packs or entropy codes every tensor, whichever is
-    smaller; `packed` packs all, so that sizes are the plan's. What comes back by `decompress` is, to the bit, what
-    `apply` makes of the (pruned) weights. What the source holds beside tensors is left out, with a CompressWarning, and
-    named in the container's `header.left_out`. model: of a checkpoint, the module it is of, which says what of it are
-    layers where the plan does not; weights: of a torch checkpoint with several sets of weights, the key of those that
-    are meant, where they are not those the plan was made from.
+    What comes back by `decompress` is, to the bit, what `apply` makes of the (pruned) weights. What the source holds
+    beside tensors is left out, with a CompressWarning, and named in the container's `header.left_out`. Nothing is left
+    half written.
 
-    Returns the container, opened. Raises MismatchError (a plan for another model), SettingError (pruning everything, or
-    weights whose scheme has no 0), WeightError (NaN), SourceError (unreadable, unwritable); nothing is left half
-    written.
+    Args:
+        source: A module, or a checkpoint. A plan measured with BatchNorm folded in folds a module's.
+        plan: The plan.
+        path: The file to write.
+        prune: Which weights of the quantized layers become 0 first.
+        coding: `smallest` packs or entropy codes every tensor, whichever is smaller; `packed` packs all, so that sizes
+            are the plan's.
+        progress: Called with a layer's name, weights done and weights in all.
+        model: Of a checkpoint, the module it is of, which says what of it are layers where the plan does not.
+        weights: Of a torch checkpoint with several sets of weights, the key of those that are meant, where they are not
+            those the plan was made from.
+
+    Returns:
+        The container, opened.
+
+    Raises:
+        MismatchError: The plan is for another model.
+        SettingError: Pruning would leave nothing, or weights are to be pruned whose scheme has no 0.
+        WeightError: A weight holds NaN.
+        SourceError: The source cannot be read, or the file not written.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> container = mpq.compress(net, mpq.Uniform(bits=4)(mpq.measure(net)), "net.mpqc", prune=mpq.Sparsity(0.5))
+        >>> container.size < 4 * 64 * 64
+        True
     """
     container = write(
         source, plan, Path(path), prune=prune, coding=coding, progress=progress, model=model, weights=weights

@@ -73,11 +73,11 @@ def evaluate(
         MismatchError: A plan is another model's.
         SourceError: The evaluation fails, or does not return names with numbers.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
         >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
-        >>> rows = mpq.evaluate(net, {"four": plan}, lambda tried: float(tried(torch.ones(1, 8)).sum()))
+        >>> rows = mpq.evaluate(net, {"four": plan}, lambda tried: float(tried(torch.ones(1, 8)).detach().sum()))
         >>> [row.name for row in rows]
         ['float', 'four']
     """

@@ -22,7 +22,12 @@ PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
 @public
 @dataclass(frozen=True)
 class LabelledPlan:
-    """A plan, and the series it belongs to in a table or picture."""
+    """A plan, and the series it belongs to in a table or picture.
+
+    Attributes:
+        series: The name of the series.
+        plan: The plan.
+    """
 
     series: str
     plan: Plan
@@ -31,11 +36,28 @@ class LabelledPlan:
 def pareto(
     table: LayerTable, budgets: Sequence[float], sensitivity: str = "mse", bits: Sequence[int] | None = None
 ) -> tuple[LabelledPlan, ...]:
-    """Plans of at most these average bits (codes alone): Budget per channel and per layer, MixQuant, PTILMPQ, SQNR.
+    """Make plans of at most these average bits: Budget per channel and per layer, MixQuant, PTILMPQ, SQNR.
 
     Uniform plans of all the table's widths are beside them. An allocator that has no plan as small as a budget has no
-    row there. bits: candidate widths, the table's by default. Raises SettingError for no budgets, a budget below the
-    least width, and a table without what Budget needs.
+    row there.
+
+    Args:
+        table: The measured layers, which have errors per channel unless the scheme is per_tensor.
+        budgets: Average bits a weight, codes alone.
+        sensitivity: What Budget keeps low, an error or sensitivity of the table.
+        bits: Candidate widths, the table's by default.
+
+    Returns:
+        The plans with the names of their series: uniform ones first, then budget by budget.
+
+    Raises:
+        SettingError: There are no budgets, one is below the least width, or the table lacks what Budget needs.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=(2, 3, 4))
+        >>> [row.series for row in mpq.pareto(table, [3])]
+        ['uniform', 'uniform', 'uniform', 'budget per layer', 'mixquant', 'ptilmpq', 'sqnr']
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)  # the comparison is what this is for

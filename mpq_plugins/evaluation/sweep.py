@@ -34,11 +34,20 @@ JOB = "sweep"
 @public
 @dataclass(frozen=True)
 class SweepRow:
-    """One plan. errors: the judge -> predicted cost of the network, None where the table cannot tell; scores: by name,
-    first first.
+    """One plan: what it costs, and what it loses.
 
-    average_bits is weights only, total_average_bits with scales, zero points and part maps. series: what it is called
-    in tables and pictures, the allocator where nothing else was said. found: what the allocator found beside the plan.
+    Attributes:
+        allocator: The name of the allocator that made it.
+        parameters: The allocator's parameters.
+        average_bits: Bits a weight, codes alone.
+        total_average_bits: Bits a weight, with scales, zero points and part maps.
+        weights_only_bytes: Bytes of the codes alone.
+        total_bytes: Bytes of the planned layers in total.
+        errors: The predicted cost of the network by the judge's name; None where the table cannot tell.
+        scores: What the evaluation returned by name, in its order.
+        pareto: Whether no other row is smaller or better.
+        series: What it is called in tables and pictures, the allocator where nothing else was said.
+        found: What the allocator found beside the plan.
     """
 
     allocator: str
@@ -67,7 +76,14 @@ class SweepRow:
         return None if error is None else -error
 
     def beats(self, other: "SweepRow") -> bool:
-        """Whether this one is as small and as good, and smaller or better."""
+        """Tell whether this row is as small and as good, and smaller or better.
+
+        Args:
+            other: The row it is set against.
+
+        Returns:
+            Whether it is; False where one of them has no score.
+        """
         if self.score is None or other.score is None:
             return False
         at_least = self.total_bytes <= other.total_bytes and self.score >= other.score
@@ -86,15 +102,39 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
-    """A row for each of the table's plans, in their order, those on the Pareto front marked.
+    """Make a row for each of the table's plans, in their order, and mark those on the Pareto front.
 
-    With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first
-    row is the float model. series: a name for each plan's row. judge: the sensitivity whose predicted cost, summed over
-    the network, is the rows' error; by default the one that the guard chooses for all of them (`judge_of`). calibrate:
-    batches of inputs on which every quantized copy is corrected (`correct`). store: where evaluations are kept, so that
-    an interrupted sweep goes on, as in `measure`.
-    Raises SettingError for no plans; SourceError where `evaluate` fails, or does not return the same names with
-    numbers every time; and what `apply`, `correct` and `verify` raise.
+    With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first row
+    is the float model.
+
+    Args:
+        table: The measured layers.
+        plans: Plans made from it.
+        model: The float model; it is not changed.
+        evaluate: Called with each quantized copy; returns a number, larger is better, or names and numbers.
+        series: A name for each plan's row.
+        judge: The sensitivity whose predicted cost, summed over the network, is the rows' error; by default the one
+            that the guard chooses for all of them (`judge_of`).
+        calibrate: Batches of inputs on which every quantized copy is corrected (`correct`).
+        store: Where evaluations are kept, so that an interrupted sweep goes on, as in `measure`.
+        progress: Called with the allocator's name, plans done and plans in all.
+
+    Returns:
+        The rows, the float model's first where models are evaluated.
+
+    Raises:
+        SettingError: No plans are given, or as `correct`.
+        SourceError: The evaluation fails, or does not return the same names with numbers every time.
+        MismatchError: A plan is another model's.
+        WeightError: A weight cannot be quantized.
+        VerifyError: A quantized copy does not hold its plan.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+        >>> rows = mpq.sweep(table, [mpq.Uniform(bits=b)(table) for b in (2, 4)])
+        >>> [(row.average_bits, row.pareto) for row in rows]
+        [(2.0, True), (4.0, True)]
     """
     if not plans:
         raise SettingError("plans: none given; one or more")

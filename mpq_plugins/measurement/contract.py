@@ -27,7 +27,12 @@ Output = Callable[[nn.Module, Any], Tensor]
 @public
 @dataclass(frozen=True)
 class Curves:
-    """A layer's predicted cost at each bit-width of the table, (bits,), and that of its channels, (bits, channels)."""
+    """A layer's predicted cost at each bit-width of the table, and that of its channels.
+
+    Attributes:
+        layer: The layer's, (bits,).
+        channels: Its output channels', (bits, channels); None where they cannot be told apart.
+    """
 
     layer: Array
     channels: Array | None = None
@@ -38,10 +43,18 @@ class Curves:
 class Job:
     """What a sensitivity works on: a copy of the model in evaluation mode, in which it may change weights.
 
-    weights: by layer name; modules: all that use a layer's weight; output: the user's function, or the model's own
-    output; moments: second moments of the layers' inputs, where ranges are fitted to them, which `ranges` keeps;
-    finished: rows of an interrupted run, for sensitivities that take long; generator: the job's own, on the CPU, for
-    whatever is drawn at random.
+    Attributes:
+        model: The copy.
+        table: The measured layers.
+        batches: The inputs.
+        weights: The weights by layer name.
+        modules: By layer name, all modules that use its weight.
+        output: The user's function, or None for the model's own output.
+        moments: Second moments of the layers' inputs, where ranges are fitted to them.
+        finished: Rows of an interrupted run, for sensitivities that take long.
+        progress: Called with what is being done, how much of it is done and how much there is.
+        generator: The job's own, on the CPU, for whatever is drawn at random.
+        ranges: The ranges that were fitted, by layer and bits.
     """
 
     model: nn.Module
@@ -57,7 +70,14 @@ class Job:
     ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
-        """The layer's weight at each bit-width of the table, in its own shape."""
+        """Quantize the layer's weight to each bit-width of the table.
+
+        Args:
+            layer: The layer.
+
+        Yields:
+            The weight at each width, in its own shape.
+        """
         scheme, axis = self.table.scheme, layer.channel_axis
         for b in self.table.bits:
             weight = self.weights[layer.name]
@@ -80,7 +100,15 @@ class Job:
         return torch.minimum(torch.maximum(weight, low), high)
 
     def squared_errors(self, layer: LayerStats, weight: Tensor) -> Array:
-        """sum_j weight_cj (w - w')_cj^2 at each bit-width, (bits, channels); `weight` has the layer's shape."""
+        """Sum weight_cj (w - w')_cj^2 over j at each bit-width.
+
+        Args:
+            layer: The layer.
+            weight: What each error counts, of the layer's shape.
+
+        Returns:
+            The sums, (bits, channels).
+        """
         exact = self.weights[layer.name]
         errors = [(w - exact).double().square() * weight.double() for w in self.quantized(layer)]
         axis = layer.channel_axis
@@ -88,9 +116,16 @@ class Job:
         return torch.stack(summed).cpu().numpy()
 
     def run(self, batch: Any) -> Tensor:
-        """The output for a batch, with its graph of gradients: the user's function's, or the model's own logits.
+        """Give the output for a batch, with its graph of gradients: the user's function's, or the model's own logits.
 
-        Raises SettingError.
+        Args:
+            batch: The inputs.
+
+        Returns:
+            The output.
+
+        Raises:
+            SettingError: The model does not run on the batch, or its output is no tensor (samples, features).
         """
         output = call_model(self.model, batch) if self.output is None else self._custom(batch)
         logits = getattr(output, "logits", output)
@@ -102,7 +137,17 @@ class Job:
         return logits
 
     def logits(self, batch: Any) -> Tensor:
-        """As `run`, for what takes the last dimension for classes. Raises SettingError."""
+        """Give the output as `run` does, for what takes the last dimension for classes.
+
+        Args:
+            batch: The inputs.
+
+        Returns:
+            The logits, (..., classes).
+
+        Raises:
+            SettingError: As `run`; or there are no classes in the output.
+        """
         output = self.run(batch)
         if output.dim() > 3:
             raise SettingError(
@@ -121,7 +166,12 @@ class Job:
             raise SettingError(f"output: the function failed ({type(error).__name__}: {error})") from error
 
     def said(self, done: int, total: int) -> None:
-        """Report progress."""
+        """Report progress.
+
+        Args:
+            done: How much is done.
+            total: How much there is.
+        """
         if self.progress is not None:
             self.progress("", done, total)
 
@@ -138,12 +188,24 @@ class Sensitivity(Protocol):
     """What predicts the cost of quantizing each layer from inputs: a frozen dataclass that an entry point names.
 
     The entry point is of the group `mpq_plugins.sensitivities`, and its name is what `measure --sensitivity` takes; the
-    class is made without arguments there, so that every field has a default. `name` is how tables call what it
-    measures. It is given a Job, and gives the Curves of every layer of the job's table.
+    class is made without arguments there, so that every field has a default.
+
+    Attributes:
+        name: How tables call what it measures.
     """
 
     name: ClassVar[str]
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
-        """Curves by layer name, for every layer of the job's table. Raises SettingError naming a layer it cannot."""
+        """Measure every layer of the job's table.
+
+        Args:
+            job: The model, the table and the inputs.
+
+        Returns:
+            Curves by layer name, for every layer.
+
+        Raises:
+            SettingError: A layer cannot be measured. The message names it.
+        """
         ...

@@ -66,29 +66,52 @@ def measure(  # noqa: PLR0913  # each option is a user's word
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> LayerTable:
-    """The quantization error of every layer at every bit-width, and its importance, as plain numbers.
+    """Measure the quantization error of every layer at every bit-width, and its importance, as plain numbers.
 
-    source: a module, a `.safetensors` file, a directory of shards or a torch checkpoint; from files one chunk
-    of a tensor is in memory at a time. scheme: Affine() (asymmetric, per tensor, min-max) by default.
-    bits: any of 1..8. metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`,
-    `max_abs`. per_channel: the errors of each output channel too. skip, only: globs on layer names.
-    fold_bn: whether conv weights are measured with their BatchNorm folded in; "auto" folds a module's for
-    per_tensor, where folding changes the codes, and not otherwise. weights, model, already_quantized: which weights of
-    a checkpoint are meant, and what is known of it, as in find_weights. example_input: a module's input (a tensor,
-    or a tuple of arguments), to count multiply-accumulates.
+    The table is the same to the last bit whoever measures. Each worker needs 20 MiB, beside libraries and the table
+    itself, whatever the model.
 
-    executor: a concurrent.futures.Executor that measures units of at most 64 MiB (one output channel at least, and
-    a layer with one scale up to 256 MiB): threads, processes, or dask's `client.get_executor()`, whose machines need
-    the files under the same paths, and the same processors and packages; a module's weights travel to them. As many
-    threads as torch uses by default. The table is the same to the last bit whoever measures. Each worker needs 20 MiB,
-    beside libraries and the table itself, whatever the model. store: where finished units are kept, so that an
-    interrupted measurement goes on: a file's path, which is there until the table is returned, or an open `Store`,
-    which is there until its block ends; another job's is refused. cache: a file for the table itself: read where it is
-    of these weights and has what is asked for, and otherwise written anew, with a store beside it until then. device:
-    where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
+    Args:
+        source: A module, a `.safetensors` file, a directory of shards or a torch checkpoint. From files one chunk of a
+            tensor is in memory at a time.
+        scheme: How weights are quantized; Affine() (asymmetric, per tensor, min-max) by default.
+        bits: Any of 1..8.
+        metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`, `max_abs`.
+        per_channel: Whether the errors of each output channel are measured too.
+        skip: Globs on the names of layers to leave out, as in `find_weights`.
+        only: Globs on the names of the layers to measure, as in `find_weights`.
+        fold_bn: Whether conv weights are measured with their BatchNorm folded in. "auto" folds a module's for
+            per_tensor, where folding changes the codes, and not otherwise.
+        weights: The key of the weights that are meant in a torch checkpoint, as in `find_weights`.
+        model: The module whose checkpoint the source is, as in `find_weights`.
+        already_quantized: Whether a checkpoint may hold packed weights, as in `find_weights`.
+        example_input: A module's input (a tensor, or a tuple of arguments), to count multiply-accumulates.
+        executor: A concurrent.futures.Executor that measures units of at most 64 MiB (one output channel at least, and
+            a layer with one scale up to 256 MiB): threads, processes, or dask's `client.get_executor()`, whose machines
+            need the files under the same paths, and the same processors and packages. A module's weights travel to
+            them. As many threads as torch uses by default.
+        store: Where finished units are kept, so that an interrupted measurement goes on: a file's path, which is there
+            until the table is returned, or an open `Store`, which is there until its block ends. Another job's is
+            refused.
+        cache: A file for the table itself. It is read where it is of these weights and has what is asked for, and
+            otherwise written anew, with a store beside it until then.
+        device: Where torch computes, as "cuda"; the weights' own by default, files' on the CPU.
+        progress: Called with a layer's name, weights done and weights in all.
 
-    Raises SettingError, SourceError or WeightError, each naming the argument, file or layer, and WorkerError where an
-    executor's workers fail.
+    Returns:
+        The table.
+
+    Raises:
+        SettingError: An argument is not allowed.
+        SourceError: The source cannot be read.
+        WeightError: A layer's weight cannot be measured.
+        WorkerError: An executor's workers fail.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=(2, 4, 8))
+        >>> table.errors("relative", (2, 8)).shape
+        (1, 2)
     """
     request = MeasureRequest(
         scheme or Affine(), bits, metrics, per_channel, skip, only, fold_bn, weights, model, already_quantized

@@ -46,20 +46,38 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> LayerTable:
-    """The table with one more sensitivity: what quantizing each layer is predicted to cost, at all of its bit-widths.
+    """Add one more sensitivity to a table: what quantizing each layer is predicted to cost, at all of its bit-widths.
 
-    kind: `output_mse`, the squared error of the layer's output (one pass); `kl`, the divergence of the model's
-    predictions, and `distance`, 1 - cosine of its output, with that layer alone quantized; `fisher` and `hessian`,
-    quadratics around the float weights; another that an entry point names; or a value of such a class, as
-    Hessian(probes=16). batches: a few hundred inputs without labels, as for `correct`. output: (model, batch) -> tensor
-    (samples, features), for models whose own output is no logits. seed: of labels and probes; the same seed gives the
-    same table. fit_ranges: quantize by the ranges of least input-weighted squared error, as the same argument of
-    `correct` puts them into the model (for tables measured under affine per_channel minmax). store: where
-    finished layers are kept (kl and distance), so that an interrupted measurement goes on, as in `measure`. The model
-    is not changed.
+    Args:
+        model: The model; it is not changed.
+        table: The table that was measured of it.
+        kind: `output_mse`, the squared error of the layer's output (one pass); `kl`, the divergence of the model's
+            predictions, and `distance`, 1 - cosine of its output, with that layer alone quantized; `fisher` and
+            `hessian`, quadratics around the float weights; another that an entry point names; or a value of such a
+            class, as Hessian(probes=16).
+        batches: A few hundred inputs without labels, as for `correct`.
+        output: (model, batch) -> tensor (samples, features), for models whose own output is no logits.
+        seed: Of labels and probes; the same seed gives the same table.
+        fit_ranges: Whether to quantize by the ranges of least input-weighted squared error, as the same argument of
+            `correct` puts them into the model (for tables measured under affine per_channel minmax).
+        store: Where finished layers are kept (kl and distance), so that an interrupted measurement goes on, as in
+            `measure`.
+        progress: Called with what is being done, how much of it is done and how much there is.
 
-    Raises SettingError (inputs, outputs, layers that no input reaches), MismatchError (another model's table) and
-    PluginError (a kind that is not installed).
+    Returns:
+        The table with the sensitivity.
+
+    Raises:
+        SettingError: Inputs or outputs are not of use, or no input reaches a layer.
+        MismatchError: The table is another model's.
+        PluginError: The kind is not installed.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> table = mpq.sensitivity(net, mpq.measure(net), "output_mse", [torch.ones(4, 8)])
+        >>> table.sensitivities
+        ('output_mse',)
     """
     measurer = _made(kind) if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):

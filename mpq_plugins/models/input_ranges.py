@@ -21,7 +21,13 @@ NAME = "input_quantizer"
 @public
 @dataclass(frozen=True)
 class InputRange:
-    """One layer's: its input at b bits has the levels (code - zero_point) scale, code in 0 .. 2^b - 1."""
+    """One layer's: its input at b bits has the levels (code - zero_point) scale, code in 0 .. 2^b - 1.
+
+    Attributes:
+        bits: b.
+        scale: The step between two levels, in the input's units.
+        zero_point: The code of 0.
+    """
 
     bits: int
     scale: float
@@ -75,7 +81,20 @@ def quantize_input(layer: nn.Module, bits: int) -> InputQuantizer:
 
 
 def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRange]:
-    """The ranges of the inputs that a model quantizes, or that its state dict tells of, by layer; none for most."""
+    """List the ranges of the inputs that a model quantizes, or that its state dict tells of; most have none.
+
+    Args:
+        source: A model, or its state dict.
+
+    Returns:
+        The ranges by layer name.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> mpq.input_ranges(mpq.with_input_ranges(net, {"0": mpq.InputRange(8, 0.5, 128)}))
+        {'0': InputRange(bits=8, scale=0.5, zero_point=128)}
+    """
     state = source.state_dict() if isinstance(source, nn.Module) else source
     tail = f"{NAME}.levels"
     ranges = {}
@@ -88,9 +107,24 @@ def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRan
 
 
 def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.Module:
-    """A copy of the model whose layers' inputs are quantized in these ranges, in place of any of its own.
+    """Make a copy of the model whose layers' inputs are quantized in these ranges, in place of any of its own.
 
-    Raises SettingError for a layer that the model does not have, or what is no range.
+    Args:
+        model: The model; it is not changed.
+        ranges: The ranges by layer name.
+
+    Returns:
+        The copy.
+
+    Raises:
+        SettingError: The model does not have such a layer, or what is given is no range.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+        >>> _ = torch.nn.init.ones_(net[0].weight)
+        >>> mpq.with_input_ranges(net, {"0": mpq.InputRange(8, 0.5, 128)})(torch.tensor([[0.6]])).tolist()
+        [[0.5]]
     """
     odd = [
         repr(name)
@@ -112,7 +146,20 @@ def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.
 
 
 def without_input_ranges(model: nn.Module) -> nn.Module:
-    """A copy of the model that quantizes no input, for a backend that finds ranges of its own."""
+    """Make a copy of the model that quantizes no input, for a backend that finds ranges of its own.
+
+    Args:
+        model: The model; it is not changed.
+
+    Returns:
+        The copy.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = mpq.with_input_ranges(torch.nn.Sequential(torch.nn.Linear(8, 8)), {"0": mpq.InputRange(8, 0.5, 128)})
+        >>> mpq.input_ranges(mpq.without_input_ranges(net))
+        {}
+    """
     copied = duplicate(model)
     for name in _quantizers(copied):
         layer = copied.get_submodule(name)

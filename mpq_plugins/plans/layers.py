@@ -118,7 +118,17 @@ ChannelRuns = Annotated[
 
 @public
 class Part(Strict):
-    """Output channels that share a bit-width. Channels ascend; 1..8 bits, 16 for float16, 32 for what is left alone."""
+    """Output channels that share a bit-width.
+
+    Attributes:
+        bits: 1 to 8, 16 for float16, 32 for what is left alone.
+        channels: The channels, ascending.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.Part(bits=4, channels=range(3)).model_dump()
+        {'bits': 4, 'channels': '0-2'}
+    """
 
     bits: Bits
     channels: ChannelRuns
@@ -131,7 +141,25 @@ class Part(Strict):
 
 @public
 class LayerChoice(LayerDocument):
-    """What one layer gets: either `bits` for all of it or `parts` that cover its output channels once each."""
+    """What one layer gets: either `bits` for all of it or `parts` that cover its output channels once each.
+
+    Attributes:
+        name: Its name in the model, without `.weight`.
+        kind: What it is, as `linear` or `conv2d`.
+        shape: The weight's shape.
+        channel_axis: The axis of output channels.
+        numel: The number of weights.
+        bits: 1 to 8, 16 for float16, 32 for what is left alone; None where there are parts.
+        parts: The parts; None where there are bits.
+        scheme: How its weights become codes.
+        tied: Other names of the same weight.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 2))))
+        >>> plan.layers[0].widths, plan.layers[0].code_bits
+        (((4, 2),), 64)
+    """
 
     numel: Annotated[int, Field(ge=0)]
     bits: Bits | None = None

@@ -25,13 +25,29 @@ ACTIVATIONS = "activations"
 @public
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a backend can run without changing a plan's meaning.
+    """What a backend can run without changing a plan's meaning. Layers left at 16 or 32 bits are always possible.
 
-    bits: of weights; kinds: of layers; schemes: by name; symmetric: which of symmetric and asymmetric;
-    granularities; parts: whether channels of one layer may differ in bits, float_parts: some in floating point;
-    activation_bits: None among them is floating point; activation_kinds, activation_symmetric: kinds and symmetric
-    beside quantized activations, where they differ; storage: how the backend keeps quantized weights, None where it
-    does not say. Layers left at 16 or 32 bits are always possible. Raises SettingError where nothing is left.
+    Attributes:
+        backend: Its name.
+        bits: Of weights.
+        kinds: Of layers.
+        schemes: Their names.
+        symmetric: Which of symmetric and asymmetric.
+        granularities: What a scale may belong to.
+        parts: Whether channels of one layer may differ in bits.
+        float_parts: Whether some channels of a layer may stay in floating point.
+        activation_bits: Of activations; None among them is floating point.
+        activation_kinds: Kinds beside quantized activations, where they differ.
+        activation_symmetric: What symmetric is beside quantized activations, where it differs.
+        storage: How the backend keeps quantized weights; None where it does not say.
+
+    Raises:
+        SettingError: Nothing is left.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.Capabilities(backend="chip", bits=(4, 8), kinds=("linear",)).beside(None).kinds
+        ('linear',)
     """
 
     backend: str
@@ -54,7 +70,14 @@ class Capabilities:
             raise SettingError(f"{self.backend}: granularities need per_tensor or per_channel")
 
     def beside(self, activation_bits: int | None) -> "Capabilities":
-        """What is left of it for weights beside activations of these bits."""
+        """Give what is left of it for weights beside activations of these bits.
+
+        Args:
+            activation_bits: Bits of the activations; None for floating point.
+
+        Returns:
+            The capabilities there.
+        """
         if activation_bits is None:
             return self
         return replace(
@@ -69,7 +92,12 @@ class Capabilities:
 class Change:
     """One layer (or `activations`) that a backend cannot take as planned: what it was, what it becomes, and why.
 
-    cost: bits of the whole layer, in total, that the change adds (negative: saves).
+    Attributes:
+        layer: Its name.
+        before: What the plan has, in words.
+        after: What the backend gets, in words.
+        why: What the backend does not have.
+        cost: Bits of the whole layer, in total, that the change adds (negative: saves).
     """
 
     layer: str
@@ -80,13 +108,31 @@ class Change:
 
 
 def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> tuple[Plan, tuple[Change, ...]]:
-    """The plan that the backend can run, and every change made to get there; none for a plan that it takes as it is.
+    """Change a plan into one that the backend can run, and tell every change made to get there.
 
-    policy: "up" takes the next width the backend has, "nearest" the closest (of two the wider), "error" refuses any
-    change. Channel parts where the backend has none become one width, the highest of the parts. A layer of a kind
-    that the backend does not quantize stays in floating point. Two-interval layers become affine ones of the same
-    true size. Raises SettingError: an unknown policy; a width that has no other to go up to; and, under "error",
-    every layer that would change, with the remedy.
+    Channel parts where the backend has none become one width, the highest of the parts. A layer of a kind that the
+    backend does not quantize stays in floating point. Two-interval layers become affine ones of the same true size.
+
+    Args:
+        plan: The plan; it is not changed.
+        capabilities: What the backend can run: an adapter's CAPABILITIES, or your own.
+        policy: "up" takes the next width the backend has, "nearest" the closest (of two the wider), "error" refuses any
+            change.
+
+    Returns:
+        The plan that the backend can run, and the changes; none for a plan that it takes as it is.
+
+    Raises:
+        SettingError: The policy is unknown, a width has no other to go up to, or, under "error", layers would change.
+            The message names every such layer, with the remedy.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> chip = mpq.Capabilities(backend="chip", bits=(4, 8), kinds=("linear",))
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))
+        >>> plan, changes = mpq.legalise(mpq.Uniform(bits=3)(table), chip)
+        >>> plan.layers[0].bits, len(changes)
+        (4, 1)
     """
     if policy not in POLICIES:
         raise SettingError(f"policy: {policy!r} is not allowed; {', '.join(POLICIES)}")

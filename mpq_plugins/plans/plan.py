@@ -75,12 +75,28 @@ class AllocatorRecord(Strict):
 class Plan(Strict):
     """Bits for every quantizable layer of one model.
 
-    activation_bits: for all layers' inputs, or None for floating point. model: fingerprint of the weights the
-    plan was made for. fold_bn: whether BatchNorm was folded when they were measured. skipped: quantizable
-    layers left in floating point on request, or by default. weights: of a torch checkpoint with several sets of
-    weights, the key of those it was made from, None where nothing had to be said. left_alone: parameters that a bare
-    file's reader could take for layers' weights, and that are none. rest_bytes: of all that the model stores beside the
-    layers' weights (biases, norms, buffers, skipped layers), None where that is not known. made_with: versions.
+    Attributes:
+        format: What says that a file is a plan.
+        version: Version of the format.
+        made_with: Versions of the packages that made it.
+        allocator: Name, parameters and findings of the allocator that made it.
+        model: Fingerprint of the weights the plan was made for.
+        fold_bn: Whether BatchNorm was folded when they were measured.
+        activation_bits: For all layers' inputs, 1 to 16; None for floating point.
+        skipped: Quantizable layers left in floating point on request, or by default.
+        weights: Of a torch checkpoint with several sets of weights, the key of those it was made from. None where
+            nothing had to be said.
+        left_alone: Parameters that a bare file's reader could take for layers' weights, and that are none.
+        rest_bytes: Bytes of all that the model stores beside the layers' weights (biases, norms, buffers, skipped
+            layers). None where that is not known.
+        layers: What each layer gets.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8))))
+        >>> plan.save("net.plan.json")
+        >>> mpq.Plan.load("net.plan.json") == plan
+        True
     """
 
     format: Literal["mpq-plan"] = "mpq-plan"
@@ -112,7 +128,17 @@ class Plan(Strict):
         return {name: layer for layer in self.layers for name in layer.names}
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with some fields replaced, unchecked. What was computed of the fields, as `by_name`, is not copied."""
+        """Make a copy with some fields replaced, unchecked.
+
+        What was computed of the fields, as `by_name`, is not copied.
+
+        Args:
+            update: New values by field name.
+            deep: Whether fields are copied too.
+
+        Returns:
+            The copy.
+        """
         copied = super().model_copy(update=update, deep=deep)
         for name, value in vars(type(self)).items():
             if isinstance(value, cached_property):
@@ -120,7 +146,14 @@ class Plan(Strict):
         return copied
 
     def renamed(self, names: Mapping[str, str]) -> "Plan":
-        """The same plan for a model that calls its layers otherwise; what `names` does not have keeps its name."""
+        """Make the same plan for a model that calls its layers otherwise.
+
+        Args:
+            names: New names by old ones; what is not in it keeps its name.
+
+        Returns:
+            The plan.
+        """
         if all(name == new_name for name, new_name in names.items()):
             return self
 
@@ -136,7 +169,11 @@ class Plan(Strict):
         return self.model_copy(update={"layers": layers, "skipped": skipped, "left_alone": left_alone})
 
     def document(self) -> dict[str, Any]:
-        """What its JSON says, without a checksum."""
+        """Give what its JSON says, without a checksum.
+
+        Returns:
+            Plain dicts, lists, texts and numbers.
+        """
         document = self.model_dump(mode="json", exclude_none=True)
         if not self.left_alone:  # as plans were before there was such a field
             del document["left_alone"]
@@ -146,7 +183,11 @@ class Plan(Strict):
         return {**document, "layers": layers}
 
     def to_json(self) -> str:
-        """Readable JSON in a stable order, one line per layer, with its checksum; equal plans give equal bytes."""
+        """Write readable JSON in a stable order, one line per layer, with its checksum.
+
+        Returns:
+            The text; equal plans give equal bytes.
+        """
         document = sealed(self.document())
         layers = document.pop("layers")
         head = "".join(f"  {_one_line(key)}: {_one_line(value)},\n" for key, value in document.items())
@@ -154,12 +195,27 @@ class Plan(Strict):
         return f'{{\n{head}  "layers": [\n{lines}\n  ]\n}}\n'
 
     def save(self, path: str | Path) -> None:
-        """Write the plan; an interruption leaves an older file whole."""
+        """Write the plan; an interruption leaves an older file whole.
+
+        Args:
+            path: The file to write.
+        """
         write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
-        """Read, migrate and validate a plan. Raises FormatError naming file, field and value."""
+        """Read, migrate and validate a plan.
+
+        Args:
+            path: The plan's file.
+
+        Returns:
+            The plan.
+
+        Raises:
+            FormatError: The file is no plan, damaged, or newer than this version. The message names file, field and
+                value.
+        """
         path = Path(path)
         try:
             document = load_json(path)
@@ -171,7 +227,18 @@ class Plan(Strict):
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
-        """A plan's text as `load` takes it. Raises FormatError."""
+        """Read a plan's text as `load` reads its file.
+
+        Args:
+            json_data: The text.
+            **options: Taken as pydantic has them, and not used.
+
+        Returns:
+            The plan.
+
+        Raises:
+            FormatError: The text is no plan.
+        """
         try:
             document = parse_json(json_data if isinstance(json_data, str) else bytes(json_data))
         except ValueError as error:
@@ -180,7 +247,18 @@ class Plan(Strict):
 
     @classmethod
     def from_document(cls, document: Any, where: str) -> Self:
-        """Migrate and validate a parsed plan; `where` names it in errors. Raises FormatError."""
+        """Migrate and validate a parsed plan.
+
+        Args:
+            document: What its JSON says.
+            where: What names it in errors.
+
+        Returns:
+            The plan.
+
+        Raises:
+            FormatError: It is no plan, damaged, or newer than this version.
+        """
         if not isinstance(document, dict) or document.get("format") != PLAN_FORMAT:
             raise FormatError(f"{where}: not a plan; 'format' must be {PLAN_FORMAT!r}")
         version = document.get("version")
@@ -205,17 +283,44 @@ class Plan(Strict):
             raise FormatError(f"{where}: {first_problem(error)}") from error
 
     def size(self, scale_bits: int = 32) -> PlanSize:
-        """What the plan promises in bits; see size.plan_size."""
+        """Count what the plan promises, in bits and bytes; see size.plan_size.
+
+        Args:
+            scale_bits: Bits of a scale or centroid, 32 or 16.
+
+        Returns:
+            The sizes.
+
+        Raises:
+            SettingError: scale_bits is neither.
+        """
         return replace(plan_size(self.layers, scale_bits), rest_bytes=self.rest_bytes, skipped=len(self.skipped))
 
     def diff(self, other: "Plan") -> "tuple[Difference, ...]":
-        """The layers in which `other` differs, in this plan's order, then those only `other` has."""
+        """List the layers in which another plan differs, in this plan's order, then those that only the other has.
+
+        Args:
+            other: The plan it is set against.
+
+        Returns:
+            A Difference for each of these layers.
+        """
         names = [*self.by_name, *(name for name in other.by_name if name not in self.by_name)]
         pairs = ((name, self.by_name.get(name), other.by_name.get(name)) for name in names)
         return tuple(Difference(name=n, before=a, after=b) for n, a, b in pairs if a != b)
 
     def with_activation_bits(self, bits: int | None) -> "Plan":
-        """The same plan with other activation bits, 1 to 16 or None. Raises SettingError."""
+        """Make the same plan with other activation bits.
+
+        Args:
+            bits: 1 to 16, or None for floating point.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: The bits are none of these.
+        """
         if bits is not None and (type(bits) is not int or bits not in range(1, 17)):
             raise SettingError(f"activation_bits: {bits!r} is not allowed; 1 to 16, or none for floating point")
         return self.model_copy(update={"activation_bits": bits})
@@ -250,7 +355,13 @@ def _one_line(value: Any) -> str:
 
 @public
 class Difference(Strict):
-    """One layer of two plans; None where a plan lacks it."""
+    """One layer of two plans.
+
+    Attributes:
+        name: The layer's name.
+        before: What the first plan has; None where it lacks the layer.
+        after: What the second plan has; None where it lacks the layer.
+    """
 
     name: str
     before: LayerChoice | None

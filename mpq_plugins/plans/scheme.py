@@ -94,40 +94,128 @@ class Scheme(Protocol):
         """The codebook scheme that gives the same centroids; None where there is none."""
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
-        """Return `bits` if there are codes of that width, 1 to 8 at the most. Raises SettingError, naming `name`."""
+        """Check that there are codes of that width.
+
+        Args:
+            bits: The width, 1 to 8 at the most.
+            name: What names the value in errors.
+
+        Returns:
+            The width.
+
+        Raises:
+            SettingError: The scheme has no codes of that width.
+        """
 
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
-        """Raise SettingError, naming `layer`, if `channels` of a weight of `shape` cannot have that width."""
+        """Check that so many channels of a weight can have that width.
+
+        Args:
+            bits: The width, one of the scheme's.
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            channels: How many of them have the width.
+            layer: What names the layer in errors.
+
+        Raises:
+            SettingError: They cannot.
+        """
 
     def levels(self, bits: int) -> int:
-        """The most different values a group can hold."""
+        """Count the most different values that a group can hold.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number.
+        """
 
     def has_zero(self, bits: int) -> bool:
-        """Whether a weight of 0 stays 0."""
+        """Tell whether a weight of 0 stays 0.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Whether it does.
+        """
 
     def interval_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
+        """Give the bits that a weight costs beyond its b-bit code.
+
+        Args:
+            bits: b.
+
+        Returns:
+            Bits of each weight.
+        """
 
     def zero_point_bits(self, bits: int) -> int:
-        """Bits of a group's zero point."""
+        """Give the bits of a group's zero point.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Bits of each group; 0 where there is no zero point.
+        """
 
     def codebook_entries(self, bits: int) -> int:
-        """How many values a group keeps in a table of its own."""
+        """Count the values that a group keeps in a table of its own.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number; 0 where there is no codebook.
+        """
 
     def groups_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
-        """How many groups one output channel has by itself, 0 where a group spans channels."""
+        """Count the groups that one output channel has by itself.
+
+        Args:
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            layer: What names the layer in errors.
+
+        Returns:
+            The number; 0 where a group spans channels.
+        """
 
     def group_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
-        """How many groups `channels` of a weight's output channels have together."""
+        """Count the groups that some of a weight's output channels have together.
+
+        Args:
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            channels: How many channels.
+            layer: What names the layer in errors.
+
+        Returns:
+            The number.
+        """
 
 
 @public
 class Granular:
     """What schemes share: scales belong to groups, and the granularity says what a group is.
 
-    A group is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one
-    output channel (times the kernel's positions). A dataclass that inherits it has the fields `granularity` and
-    `group_size`, and calls `check_granularity` in its `__post_init__`.
+    A group is the whole tensor, an output channel, or `group_size` neighbours along the input axis of one output
+    channel (times the kernel's positions). A dataclass that inherits it has the fields `granularity` and `group_size`,
+    and calls `check_granularity` in its `__post_init__`.
+
+    Attributes:
+        granularity: `per_tensor`, `per_channel` or `per_group`.
+        group_size: Inputs of a group under `per_group`, else None.
+        sorts: Whether all weights of a group must be in memory at once.
+        scales_per_group: How many 32-bit numbers a group has beside its codebook.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> scheme = mpq.Affine(granularity="per_group", group_size=32)
+        >>> scheme.grain, scheme.group_count((16, 128), 0, 16, "fc")
+        ('per_group(32)', 64)
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -153,32 +241,76 @@ class Granular:
         return None
 
     def interval_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
+        """Give the bits that a weight costs beyond its b-bit code.
+
+        Args:
+            bits: b.
+
+        Returns:
+            Bits of each weight.
+        """
         return 0
 
     def zero_point_bits(self, bits: int) -> int:
-        """Bits of a group's zero point."""
+        """Give the bits of a group's zero point.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Bits of each group; 0 where there is no zero point.
+        """
         return 0
 
     def codebook_entries(self, bits: int) -> int:
-        """Values that a group keeps in a table of its own."""
+        """Count the values that a group keeps in a table of its own.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number; 0 where there is no codebook.
+        """
         return 0
 
     def has_zero(self, bits: int) -> bool:
-        """Whether a weight of 0 stays 0 at that width."""
+        """Tell whether a weight of 0 stays 0 at that width.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Whether it does.
+        """
         return True
 
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
-        """Raise SettingError, naming `layer`, if `channels` of this weight's channels cannot have that width.
+        """Check that so many channels of a weight can have that width.
 
-        `shape` is the weight's; the width is one of the scheme's.
+        Args:
+            bits: The width, one of the scheme's.
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            channels: How many of them have the width.
+            layer: What names the layer in errors.
+
+        Raises:
+            SettingError: They cannot.
         """
 
     def groups_per_channel(self, shape: Sequence[int], channel_axis: int, layer: str) -> int:
-        """How many groups one output channel has by itself (0 where a group spans channels).
+        """Count the groups that one output channel has by itself.
 
-        `shape` is the weight's. Raises SettingError, naming `layer`, where the input axis does not divide
-        into groups.
+        Args:
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            layer: What names the layer in errors.
+
+        Returns:
+            The number; 0 where a group spans channels.
+
+        Raises:
+            SettingError: The input axis does not divide into groups.
         """
         if self.granularity == "per_tensor":
             return 0
@@ -194,11 +326,28 @@ class Granular:
         return inputs // self.group_size
 
     def group_count(self, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> int:
-        """How many groups `channels` of this weight's output channels have together."""
+        """Count the groups that some of this weight's output channels have together.
+
+        Args:
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            channels: How many channels.
+            layer: What names the layer in errors.
+
+        Returns:
+            The number.
+
+        Raises:
+            SettingError: The input axis does not divide into groups.
+        """
         return max(1, channels * self.groups_per_channel(shape, channel_axis, layer)) if math.prod(shape) else 0
 
     def check_granularity(self) -> None:
-        """Raise SettingError for a granularity that there is not, or a group size that does not fit it."""
+        """Check the granularity and the group size.
+
+        Raises:
+            SettingError: There is no such granularity, or the group size does not fit it.
+        """
         _allow("granularity", self.granularity, GRANULARITIES)
         if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
             raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
@@ -216,11 +365,23 @@ class Granular:
 class Affine(Granular):
     """Uniform integer codes: w' = (code - zero_point) * scale, one scale per group of the weight.
 
-    With bits b on [lo, hi], lo <= 0 <= hi: asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale =
-    max|w| / (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|. `range` picks [lo, hi]: the
-    extremes, or the clipping with the least squared error.
+    With bits b on [lo, hi], lo <= 0 <= hi: asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale = max|w| /
+    (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|.
 
-    Raises SettingError on a value outside what is listed.
+    Attributes:
+        name: `affine`.
+        symmetric: Whether the zero point is at zero.
+        granularity: `per_tensor`, `per_channel` or `per_group`: what has a scale.
+        group_size: Inputs of a group under `per_group`.
+        range: What picks [lo, hi]: the extremes (`minmax`), or the clipping with the least squared error (`mse`).
+
+    Raises:
+        SettingError: A value is not one of these.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.Affine().levels(4), mpq.Affine(symmetric=True).levels(4)
+        (16, 15)
     """
 
     quantizer: ClassVar[str] = "mpq_plugins.quantization.affine:AffineQuantizer"
@@ -252,19 +413,51 @@ class Affine(Granular):
         return self
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
-        """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
+        """Check that this scheme has codes of that width.
+
+        Args:
+            bits: The width, 1 to 8.
+            name: What names the value in errors.
+
+        Returns:
+            The width.
+
+        Raises:
+            SettingError: The width is none of these.
+        """
         return check_bits(bits, name)
 
     def levels(self, bits: int) -> int:
-        """The most different values a group can hold."""
+        """Count the most different values that a group can hold.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number.
+        """
         return int(2**bits) - (self.symmetric and bits > 1)
 
     def has_zero(self, bits: int) -> bool:
-        """Whether a weight of 0 stays 0 at that width: binary weights are +-scale."""
+        """Tell whether a weight of 0 stays 0 at that width: binary weights are +-scale.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Whether it does.
+        """
         return bits > 1
 
     def zero_point_bits(self, bits: int) -> int:
-        """Bits of a group's zero point: a code. Binary weights are +-scale, with nothing to offset."""
+        """Give the bits of a group's zero point, which is a code. Binary weights are +-scale, with nothing to offset.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Bits of each group; 0 where there is no zero point.
+        """
         return 0 if self.symmetric or bits == 1 else bits
 
 
@@ -273,15 +466,26 @@ class Affine(Granular):
 class Piecewise(Granular):
     """Two uniform quantizers per group, side by side: |w| <= p, where weights are dense, and p < |w| <= m.
 
-    m = max|w|; the breakpoint p is by `breakpoint` the one with the least squared error on the weights
-    (`search`), or the optimum for a Gaussian or Laplacian of the group's root mean square: in closed form, or
-    as the root of the optimality condition. PWLQ (arXiv 2002.00104), used by PTILMPQ (arXiv 2404.02947).
+    m = max|w|; p is the breakpoint. PWLQ (arXiv 2002.00104), used by PTILMPQ (arXiv 2404.02947). Bits are 2 to 8.
 
-    `storage` says what b bits buy. `region_bit`: b bits inside each of the two, sign(w) uni(|w|; b-1), so a
-    weight costs b + 1 bits with the bit that tells which. `shared`: 2^b levels in all, at the middles of
-    2^(b-2) equal cells on either side of zero in each of the two; a weight costs b bits, and zero is no level.
+    Attributes:
+        name: `piecewise`.
+        granularity: `per_tensor`, `per_channel` or `per_group`: what a group is.
+        group_size: Inputs of a group under `per_group`.
+        breakpoint: How p is found: with the least squared error on the weights (`search`), or as the optimum for a
+            Gaussian or Laplacian of the group's root mean square, in closed form (`gaussian`, `laplacian`) or as the
+            root of the optimality condition (`gaussian_root`, `laplacian_root`).
+        storage: What b bits buy. `region_bit`: b bits inside each of the two, sign(w) uni(|w|; b-1), so a weight costs
+            b + 1 bits with the bit that tells which. `shared`: 2^b levels in all, at the middles of 2^(b-2) equal cells
+            on either side of zero in each of the two; a weight costs b bits, and zero is no level.
 
-    Bits are 2 to 8. Raises SettingError on a value outside what is listed.
+    Raises:
+        SettingError: A value is not one of these.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.Piecewise().interval_bits(4), mpq.Piecewise(storage="shared").interval_bits(4)
+        (1, 0)
     """
 
     quantizer: ClassVar[str] = "mpq_plugins.quantization.piecewise:PiecewiseQuantizer"
@@ -308,7 +512,18 @@ class Piecewise(Granular):
         return self.breakpoint == "search"
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
-        """Return `bits` if this scheme has codes of that width: 2 to 8. Raises SettingError."""
+        """Check that this scheme has codes of that width.
+
+        Args:
+            bits: The width, 2 to 8.
+            name: What names the value in errors.
+
+        Returns:
+            The width.
+
+        Raises:
+            SettingError: The width is none of these.
+        """
         if check_bits(bits, name) == 1:
             raise SettingError(
                 f"{name}: 1 is not allowed with two regions, which need a sign and a magnitude; 2 to 8, or the affine "
@@ -317,15 +532,36 @@ class Piecewise(Granular):
         return bits
 
     def levels(self, bits: int) -> int:
-        """The most different values a group can hold; +-0, and +-p of either quantizer, are one each."""
+        """Count the most different values that a group can hold; +-0, and +-p of either quantizer, are one each.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number.
+        """
         return int(2 ** (bits + 1) - 3 if self.storage == "region_bit" else 2**bits)
 
     def interval_bits(self, bits: int) -> int:
-        """Bits a weight costs beyond its b-bit code."""
+        """Give the bits that a weight costs beyond its b-bit code.
+
+        Args:
+            bits: b.
+
+        Returns:
+            Bits of each weight.
+        """
         return int(self.storage == "region_bit")
 
     def has_zero(self, bits: int) -> bool:
-        """Whether a weight of 0 stays 0: of 2^b levels in all, none is 0."""
+        """Tell whether a weight of 0 stays 0: of 2^b levels in all, none is 0.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Whether it does.
+        """
         return self.storage == "region_bit"
 
 
@@ -334,13 +570,24 @@ class Piecewise(Granular):
 class Codebook(Granular):
     """Shared weights: every weight is one of a group's 2^b centroids, and its code says which.
 
-    Deep Compression (arXiv 1510.00149, sec. 3). Centroids are what Lloyd's iteration makes of the paper's starts,
-    `linear` (between the extremes, which large weights profit from), `density` (of equal shares) or `forgy` (drawn from
-    the weights), or those of least squared error, `optimal`. Where some weights are exactly 0, as pruned ones are, 0 is
-    one of the 2^b and stays it.
+    Deep Compression (arXiv 1510.00149, sec. 3). Where some weights are exactly 0, as pruned ones are, 0 is one of the
+    2^b and stays it. Bits are 1 to 8; a group of fewer than 2^b weights is refused.
 
-    Bits are 1 to 8; a group of fewer than 2^b weights is refused. Raises SettingError on a value outside what is
-    listed.
+    Attributes:
+        name: `codebook`.
+        granularity: `per_tensor`, `per_channel` or `per_group`: what a group is.
+        group_size: Inputs of a group under `per_group`.
+        init: How centroids are found: as what Lloyd's iteration makes of the paper's starts, `linear` (between the
+            extremes, which large weights profit from), `density` (of equal shares) or `forgy` (drawn from the weights);
+            or as those of least squared error, `optimal`.
+
+    Raises:
+        SettingError: A value is not one of these.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.Codebook().codebook_entries(4)
+        16
     """
 
     quantizer: ClassVar[str] = "mpq_plugins.quantization.codebook:CodebookQuantizer"
@@ -371,11 +618,33 @@ class Codebook(Granular):
         return self
 
     def check_bits(self, bits: int, name: str = "bits") -> int:
-        """Return `bits` if this scheme has codes of that width: 1 to 8. Raises SettingError."""
+        """Check that this scheme has codes of that width.
+
+        Args:
+            bits: The width, 1 to 8.
+            name: What names the value in errors.
+
+        Returns:
+            The width.
+
+        Raises:
+            SettingError: The width is none of these.
+        """
         return check_bits(bits, name)
 
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:
-        """Raise SettingError where there are more centroids than weights in a group."""
+        """Check that a group has at least as many weights as centroids.
+
+        Args:
+            bits: The width, one of the scheme's.
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+            channels: How many of them have the width.
+            layer: What names the layer in errors.
+
+        Raises:
+            SettingError: A group has more centroids than weights.
+        """
         groups = self.group_count(shape, channel_axis, channels, layer)
         weights = channels * (math.prod(shape) // shape[channel_axis]) // groups if groups else 2**bits
         if 2**bits > weights:
@@ -386,11 +655,25 @@ class Codebook(Granular):
             )
 
     def levels(self, bits: int) -> int:
-        """The most different values a group can hold."""
+        """Count the most different values that a group can hold.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number.
+        """
         return int(2**bits)
 
     def codebook_entries(self, bits: int) -> int:
-        """Centroids of a group."""
+        """Count the centroids of a group.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            The number.
+        """
         return int(2**bits)
 
 

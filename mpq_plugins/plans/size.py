@@ -13,9 +13,16 @@ from .scheme import FLOAT_BITS
 @public
 @dataclass(frozen=True)
 class LayerSize:
-    """Bits of one layer, by what they are spent on. Zero points are codes, so they take b bits each.
+    """Bits of one layer, by what they are spent on.
 
-    intervals: the bit of every weight that tells its interval, where two intervals have b bits each.
+    Attributes:
+        numel: The number of weights.
+        codes: Bits of their codes.
+        intervals: The bit of every weight that tells its interval, where two intervals have b bits each.
+        scales: Bits of scales.
+        zero_points: Bits of zero points, which are codes, so they take b bits each.
+        codebooks: Bits of centroids.
+        part_map: Bits of the map that says which part each channel is in.
     """
 
     numel: int
@@ -38,7 +45,17 @@ class PlanSize:
     """Sizes in bits and bytes of the planned layers, those at 16 and 32 bits among them.
 
     Biases, norms, buffers and skipped layers are in rest_bytes alone, where that is known, and in model_bytes.
-    skipped: how many layers are.
+
+    Attributes:
+        layers: The size of each planned layer by name.
+        rest_bytes: Bytes of all that the model stores beside them; None where that is not known.
+        skipped: How many layers are skipped.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> size = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))).size()
+        >>> size.weights_only_bytes, size.total_bits - size.weights_only_bits
+        (32, 36)
     """
 
     layers: dict[str, LayerSize]

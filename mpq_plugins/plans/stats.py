@@ -19,13 +19,21 @@ Array = NDArray[np.float64]
 class LayerStats:
     """One layer's numbers.
 
-    shape: the weight's; channels: output channels; macs: multiply-accumulates for the example input, where
-    one was given; importance: F_l = sum |w|; channel_importance: F_c = ||w_c||_2, (channels,); errors:
-    metric -> (bit-widths,), in the order of the table's `bits`; channel_errors: metric -> (bit-widths, channels),
-    empty unless asked for; sensitivities: name -> (bit-widths,), what quantizing the whole layer is predicted to
-    cost, in the sensitivity's own unit, so that layers add up; channel_sensitivities: the same of each output channel,
-    (bit-widths, channels), for those that can tell; tied: other names of the same weight; digest: see
-    fingerprint.layer_digest.
+    Attributes:
+        name: Its name in the model, without `.weight`.
+        kind: What it is, as `linear` or `conv2d`.
+        shape: The weight's shape.
+        channel_axis: The axis of output channels.
+        importance: F_l = sum |w|.
+        channel_importance: F_c = ||w_c||_2, (channels,).
+        errors: The errors by metric, (bit-widths,) each, in the order of the table's `bits`.
+        channel_errors: The errors of each output channel by metric, (bit-widths, channels); empty unless asked for.
+        sensitivities: By name what quantizing the whole layer is predicted to cost, (bit-widths,), in the sensitivity's
+            own unit, so that layers add up.
+        channel_sensitivities: The same of each output channel, (bit-widths, channels), for those that can tell.
+        macs: Multiply-accumulates for the example input, where one was given.
+        tied: Other names of the same weight.
+        digest: The weight's own; see fingerprint.layer_digest.
     """
 
     name: str

@@ -13,10 +13,12 @@ from .plan import Plan
 class Storage:
     """How a backend keeps the weights that it has quantized; layers in float keep the model's own dtype.
 
-    words: that in a few words, as `int8, a byte a weight`. bits: of every quantized weight, whatever its width in the
-    plan; None where a weight keeps the model's dtype. scale_bits, zero_point_bits: of each scale and zero point, of
-    which an output channel has one, or one for each of its groups. one_scale: whether a layer that has one scale in the
-    plan keeps one.
+    Attributes:
+        words: That in a few words, as `int8, a byte a weight`.
+        bits: Of every quantized weight, whatever its width in the plan; None where a weight keeps the model's dtype.
+        scale_bits: Of each scale, of which an output channel has one, or one for each of its groups.
+        zero_point_bits: Of each zero point; there are as many.
+        one_scale: Whether a layer that has one scale in the plan keeps one.
     """
 
     words: str

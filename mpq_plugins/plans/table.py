@@ -15,26 +15,90 @@ from .table_file import read, write
 @public
 @dataclass(frozen=True, eq=False)
 class LayerTable(Measured):
-    """What was measured, on which weights, under which scheme."""
+    """What was measured, on which weights, under which scheme.
+
+    Attributes:
+        layers: The numbers of each layer.
+        scheme: How weights were quantized.
+        bits: The widths that were measured.
+        metrics: The errors that were measured, by name.
+        fold_bn: Whether conv weights had their BatchNorm folded in.
+        fingerprint: The weights' own, by which a plan knows its model.
+        skipped: Quantizable layers that were left out.
+        left_alone: (parameter, why) of tensors with two or more dimensions that are no quantizable layer.
+        weights: The key of the weights in a torch checkpoint; None for the top.
+        rest_bytes: Bytes of all that is stored beside the layers' weights; None where that is not known.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=(2, 4))
+        >>> table.save("net.mpqt")
+        >>> mpq.LayerTable.load("net.mpqt").bits
+        (2, 4)
+    """
 
     def error(self, layer: LayerStats, metric: str, bits: int) -> float:
-        """The error of a layer at a bit-width. Raises SettingError where it was not measured."""
+        """Look up the error of a layer at a bit-width.
+
+        Args:
+            layer: The layer, of this table.
+            metric: The error's name.
+            bits: The width.
+
+        Returns:
+            The error, in the metric's unit.
+
+        Raises:
+            SettingError: It was not measured.
+        """
         return float(layer.errors[self._check_metric(metric)][self.position(bits)])
 
     def errors(self, metric: str, bits: Sequence[int]) -> Array:
-        """The errors of all layers at several bit-widths, (layers, len(bits)). Raises SettingError as `error`."""
+        """Look up the errors of all layers at several bit-widths.
+
+        Args:
+            metric: The error's name.
+            bits: The widths.
+
+        Returns:
+            The errors, (layers, len(bits)).
+
+        Raises:
+            SettingError: One was not measured.
+        """
         name, columns = self._check_metric(metric), [self.position(b) for b in bits]
         return np.array([layer.errors[name] for layer in self.layers])[:, columns]
 
     def channel_error(self, layer: LayerStats, metric: str, bits: int) -> Array:
-        """The error of each output channel, (channels,). Raises SettingError where it was not measured."""
+        """Look up the error of each output channel.
+
+        Args:
+            layer: The layer, of this table.
+            metric: The error's name.
+            bits: The width.
+
+        Returns:
+            The errors, (channels,).
+
+        Raises:
+            SettingError: They were not measured.
+        """
         if self._check_metric(metric) not in layer.channel_errors:
             raise SettingError(f"layer {layer.name!r}: no errors per channel in this table; measure(per_channel=True)")
         errors: Array = layer.channel_errors[metric][self.position(bits)]
         return errors
 
     def covers(self, bits: Sequence[int], metrics: Sequence[str], channel_errors: bool) -> bool:
-        """Whether every number asked for is here."""
+        """Tell whether every number asked for is here.
+
+        Args:
+            bits: The widths.
+            metrics: The errors, by name.
+            channel_errors: Whether they are needed for each output channel.
+
+        Returns:
+            Whether it is.
+        """
         return (
             set(bits) <= set(self.bits)
             and set(metrics) <= set(self.metrics)
@@ -45,12 +109,26 @@ class LayerTable(Measured):
         """Write the table as one safetensors file with its description in the header; atomically.
 
         The same table gives the same bytes.
+
+        Args:
+            path: The file to write.
         """
         write(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerTable":
-        """Read a table. Raises FormatError naming file, field and value."""
+        """Read a table.
+
+        Args:
+            path: The table's file.
+
+        Returns:
+            The table.
+
+        Raises:
+            FormatError: The file is no table, damaged, or newer than this version. The message names file, field and
+                value.
+        """
         return read(Path(path), cls)
 
     def _check_metric(self, metric: str) -> str:
@@ -59,7 +137,17 @@ class LayerTable(Measured):
         return metric
 
     def position(self, bits: int) -> int:
-        """Where a bit-width stands among those measured. Raises SettingError."""
+        """Find where a bit-width stands among those measured.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Its place in `bits`, from 0.
+
+        Raises:
+            SettingError: The width was not measured.
+        """
         if bits not in self.bits:
             raise SettingError(f"bits: {bits} was not measured; this table has {', '.join(map(str, self.bits))}")
         return self.bits.index(bits)

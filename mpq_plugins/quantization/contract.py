@@ -31,8 +31,11 @@ Symbols = NDArray[np.uint8] | NDArray[np.uint16]
 class PartCodes:
     """What a container stores of some channels of a layer.
 
-    symbols: (weights,), output channel first; tables: float32, what groups have, one after the other: scales; units of
-    dense intervals and then of tails; or centroids; zero_points: (groups,), of asymmetric codes, else (0,).
+    Attributes:
+        symbols: The codes, (weights,), output channel first.
+        tables: What groups have, float32, one after the other: scales; units of dense intervals and then of tails; or
+            centroids.
+        zero_points: (groups,) of asymmetric codes, else (0,).
     """
 
     symbols: Symbols
@@ -40,7 +43,14 @@ class PartCodes:
     zero_points: NDArray[np.uint8]
 
     def equals(self, other: "PartCodes") -> bool:
-        """Whether they are the same, to the bit."""
+        """Tell whether others are the same, to the bit.
+
+        Args:
+            other: The codes they are compared with.
+
+        Returns:
+            Whether they are.
+        """
         pairs = ((self.symbols, other.symbols), (self.tables, other.tables), (self.zero_points, other.zero_points))
         return all(a.dtype == b.dtype and a.tobytes() == b.tobytes() for a, b in pairs)
 
@@ -48,7 +58,21 @@ class PartCodes:
 @public
 @dataclass(frozen=True)
 class PartShape:
-    """What a part's codes are the codes of: a weight of `shape`, so many bits under a scheme, for `layer`."""
+    """What a part's codes are the codes of.
+
+    Attributes:
+        shape: The part's weight's shape.
+        channel_axis: Its axis of output channels.
+        bits: Bits of a code.
+        scheme: The scheme.
+        layer: What names the layer in errors.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> part = mpq.PartShape((4, 8), 0, 3, mpq.Affine(granularity="per_channel"), "fc")
+        >>> part.weights, part.groups, part.zero_points
+        (32, 4, 4)
+    """
 
     shape: tuple[int, ...]
     channel_axis: int
@@ -58,7 +82,7 @@ class PartShape:
 
     @property
     def weights(self) -> int:
-        """How many weights."""
+        """The number of weights."""
         return int(np.prod(self.shape, dtype=object))
 
     @property
@@ -68,37 +92,58 @@ class PartShape:
 
     @property
     def groups(self) -> int:
-        """How many groups."""
+        """The number of groups."""
         channels = self.shape[self.channel_axis]
         return self.scheme.group_count(self.shape, self.channel_axis, channels, self.layer)
 
     @property
     def table_entries(self) -> int:
-        """How many values `tables` has."""
+        """The number of values that `tables` has."""
         return self.groups * (self.scheme.scales_per_group + self.scheme.codebook_entries(self.bits))
 
     @property
     def zero_points(self) -> int:
-        """How many zero points."""
+        """The number of zero points."""
         return self.groups if self.scheme.zero_point_bits(self.bits) else 0
 
     @property
     def dtype(self) -> "np.dtype[np.unsignedinteger[Any]]":
-        """Of the symbols."""
+        """The dtype of the symbols."""
         return np.dtype(np.uint8 if self.width <= 8 else np.uint16)
 
     def rows(self, codes: Tensor) -> NDArray[np.int16]:
-        """Codes of the part's shape as rows, (groups, n)."""
+        """Turn codes of the part's shape into rows.
+
+        Args:
+            codes: The codes.
+
+        Returns:
+            The rows, (groups, n).
+        """
         rows: NDArray[np.int16] = channel_rows(codes.cpu(), self.channel_axis).contiguous().numpy()
         return rows.reshape(self.groups, -1)
 
     def tensor(self, rows: NDArray[np.int16]) -> Tensor:
-        """Rows (groups, n) as a tensor of the part's shape."""
+        """Turn rows into a tensor of the part's shape.
+
+        Args:
+            rows: The rows, (groups, n).
+
+        Returns:
+            The tensor.
+        """
         channels = self.shape[self.channel_axis]
         return from_channel_rows(torch.from_numpy(rows.reshape(channels, -1)), self.shape, self.channel_axis)
 
     def symbols(self, rows: NDArray[np.int16]) -> Symbols:
-        """Rows (groups, n) as symbols, (weights,)."""
+        """Turn rows into symbols.
+
+        Args:
+            rows: The rows, (groups, n).
+
+        Returns:
+            The symbols, (weights,).
+        """
         return rows.reshape(-1).astype(self.dtype)
 
 
@@ -107,26 +152,74 @@ class Quantizer(Protocol):
     """What quantizes weights under one scheme; made by calling the class with the scheme."""
 
     def grids(self, each: Each, stats: GroupStats, bits: Sequence[int]) -> AnyGrids:
-        """The levels of each group at these bit-widths, which are chosen by looking at the weights through `each`.
+        """Fit the levels of each group at these bit-widths.
 
-        stats: of each group, R of them. The grids have K = len(bits) quantizers for each of R groups. Raises
-        SettingError for a bit-width that the scheme does not have.
+        Args:
+            each: What looks at the weights: it applies a function to every block of them.
+            stats: What is known of each group, R of them.
+            bits: The widths, K of them.
+
+        Returns:
+            Grids of K quantizers for each of R groups.
+
+        Raises:
+            SettingError: The scheme does not have one of the widths.
         """
 
     def fake_quantize(self, weight: Tensor, bits: int, *, channel_axis: int, layer: str) -> Tensor:
-        """The weight that `bits` can hold, in its own dtype, shape and on its device.
+        """Make the weight that `bits` can hold.
 
-        Raises SettingError and, for NaN, infinity or another dtype than floating point, WeightError, naming `layer`.
+        Args:
+            weight: The weight.
+            bits: The width.
+            channel_axis: The axis of output channels.
+            layer: What names the layer in errors.
+
+        Returns:
+            The weight, in its own dtype and shape and on its device.
+
+        Raises:
+            SettingError: The scheme does not have the width, or not for this shape.
+            WeightError: The weight holds NaN or infinity, or has another dtype than floating point.
         """
 
     def encode(self, weight: Tensor, part: PartShape) -> PartCodes:
-        """The same as symbols and tables; `weight` has weights. Raises as fake_quantize."""
+        """Make the same as symbols and tables.
+
+        Args:
+            weight: The part's weight; there are weights in it.
+            part: Its shape, width and scheme.
+
+        Returns:
+            The codes.
+
+        Raises:
+            SettingError: As `fake_quantize`.
+            WeightError: As `fake_quantize`.
+        """
 
     def decode(self, codes: PartCodes, part: PartShape, dtype: torch.dtype) -> Tensor:
-        """The weight that fake_quantize gives, to the bit, on the CPU."""
+        """Make the weight that `fake_quantize` gives, to the bit, on the CPU.
+
+        Args:
+            codes: What `encode` gave.
+            part: The part's shape, width and scheme.
+            dtype: The weight's dtype.
+
+        Returns:
+            The weight, of the part's shape.
+        """
 
     def zeros(self, codes: PartCodes, part: PartShape) -> NDArray[np.bool_]:
-        """Which weights are 0, (weights,), under a scheme whose weights can be."""
+        """Tell which weights are 0, under a scheme whose weights can be.
+
+        Args:
+            codes: What `encode` gave.
+            part: The part's shape, width and scheme.
+
+        Returns:
+            Flags, (weights,), in the order of the symbols.
+        """
 
 
 QUANTIZER = ("grids", "fake_quantize", "encode", "decode", "zeros")

@@ -26,54 +26,140 @@ class RowQuantizer:
 
     Rows are the groups of a weight, float32 (groups, n) on the weight's device, finite and with weights in them. Tables
     are what a group keeps, float32 (groups, scales_per_group + codebook_entries(bits)).
+
+    Args:
+        scheme: The scheme whose quantizer it is.
     """
 
     def __init__(self, scheme: Any) -> None:
         self.scheme = scheme
 
     def fit(self, rows: Tensor, bits: int) -> Tensor:
-        """The tables of each group."""
+        """Fit the tables of each group; a subclass gives it.
+
+        Args:
+            rows: The weights, float32 (groups, n).
+            bits: The width.
+
+        Returns:
+            The tables, (groups, scales_per_group + codebook_entries(bits)).
+        """
         raise NotImplementedError
 
     def encode_rows(self, rows: Tensor, tables: Tensor, bits: int) -> Tensor:
-        """Codes of the weights, integers (groups, n) in 0 .. 2^(bits + interval_bits) - 1.
+        """Turn weights into codes; a subclass gives it.
 
         Each code is of one weight and its group's table alone, for large groups come in pieces. A code of 0 for the
         weight 0 makes pruned weights take less room.
+
+        Args:
+            rows: The weights, float32 (groups, n).
+            tables: What `fit` gave.
+            bits: The width.
+
+        Returns:
+            Integers (groups, n) in 0 .. 2^(bits + interval_bits) - 1.
         """
         raise NotImplementedError
 
     def decode_rows(self, codes: Tensor, tables: Tensor, bits: int) -> Tensor:
-        """The weights of these codes, float32 (groups, n)."""
+        """Turn codes into weights; a subclass gives it.
+
+        Args:
+            codes: The codes, (groups, n).
+            tables: What `fit` gave.
+            bits: The width.
+
+        Returns:
+            The weights, float32 (groups, n).
+        """
         raise NotImplementedError
 
     def grids(self, each: Each, stats: GroupStats, bits: Sequence[int]) -> "RowGrids":
-        """The tables of each group at each bit-width."""
+        """Fit the tables of each group at each bit-width.
+
+        Args:
+            each: What looks at the weights: it applies a function to every block of them.
+            stats: What is known of each group, R of them; it is not needed here.
+            bits: The widths, K of them.
+
+        Returns:
+            Grids of K quantizers for each of R groups.
+
+        Raises:
+            SettingError: The scheme does not have one of the widths.
+            PluginError: `fit` gives tables of another shape.
+        """
         widths = [self.scheme.check_bits(b) for b in bits]
         rows = torch.from_numpy(whole_rows(each, self.scheme).astype(np.float32))
         tables = tuple(self._fitted(rows, b).numpy() for b in widths)
         return RowGrids(np.array(widths, np.int64), tables, self)
 
     def fake_quantize(self, weight: Tensor, bits: int, *, channel_axis: int, layer: str) -> Tensor:
-        """The weight that `bits` can hold."""
+        """Make the weight that `bits` can hold.
+
+        Args:
+            weight: The weight.
+            bits: The width.
+            channel_axis: The axis of output channels.
+            layer: What names the layer in errors.
+
+        Returns:
+            The weight, in its own dtype and shape and on its device.
+
+        Raises:
+            SettingError: The scheme does not have the width.
+            WeightError: The weight holds NaN or infinity, or has another dtype than floating point.
+            PluginError: `fit` gives tables of another shape.
+        """
         rows, tables, codes = self._quantized(weight, bits, channel_axis, layer)
         values = self.decode_rows(codes, tables, bits) if rows.numel() else rows
         return _as_weight(values, weight.shape, channel_axis, weight.dtype)
 
     def encode(self, weight: Tensor, part: PartShape) -> PartCodes:
-        """Symbols, which are the codes, and tables."""
+        """Make symbols, which are the codes, and tables.
+
+        Args:
+            weight: The part's weight.
+            part: Its shape, width and scheme.
+
+        Returns:
+            The codes.
+
+        Raises:
+            SettingError: As `fake_quantize`.
+            WeightError: As `fake_quantize`.
+            PluginError: As `fake_quantize`.
+        """
         _, tables, codes = self._quantized(weight, part.bits, part.channel_axis, part.layer)
         symbols = part.symbols(codes.cpu().numpy())
         return PartCodes(symbols, tables.cpu().numpy().reshape(-1), np.zeros(0, np.uint8))
 
     def decode(self, codes: PartCodes, part: PartShape, dtype: torch.dtype) -> Tensor:
-        """The weight again."""
+        """Make the weight again.
+
+        Args:
+            codes: What `encode` gave.
+            part: The part's shape, width and scheme.
+            dtype: The weight's dtype.
+
+        Returns:
+            The weight, of the part's shape.
+        """
         rows = torch.from_numpy(codes.symbols.reshape(part.groups, -1).astype(np.int16))
         tables = torch.from_numpy(codes.tables.reshape(part.groups, -1))
         return _as_weight(self.decode_rows(rows, tables, part.bits), part.shape, part.channel_axis, dtype)
 
     def zeros(self, codes: PartCodes, part: PartShape) -> NDArray[np.bool_]:
-        """Which weights are 0."""
+        """Tell which weights are 0.
+
+        Args:
+            codes: What `encode` gave.
+            part: The part's shape, width and scheme.
+
+        Returns:
+            Flags, (weights,), in the order of the symbols.
+        """
         values = channel_rows(self.decode(codes, part, torch.float32), part.channel_axis)
         zero: NDArray[np.bool_] = (values == 0).numpy().reshape(-1)
         return zero

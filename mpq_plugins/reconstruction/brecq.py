@@ -62,35 +62,61 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
     progress: Progress | None = None,
     finished: Callable[[BlockReport], None] | None = None,
 ) -> nn.Module:
-    """A float copy of the model whose weights lie on the plan's grids, each rounded up or down as its block needs.
+    """Learn how weights are rounded, block by block, in a float copy whose weights lie on the plan's grids.
 
     BRECQ (arXiv 2102.05426, sec. 3) with AdaRound's parametrization (arXiv 2004.10568, eq. 21 to 24), under any affine
     plan, parts included. One block after another, and each layer in no block by itself, learns whether its weights
     round up or down, so that on the inputs that the quantized model so far gives it its output is the float model's.
     Quantizing the copy by the plan changes nothing: `apply` and every adapter find the learned codes in it.
 
-    batches: inputs without labels, as for `correct`; 1,024 samples are usual. blocks: globs, or `re:` and a regular
-    expression, on module names, of which the outermost that match are the blocks; by default the innermost modules in
-    a list (Sequential, ModuleList) that hold several layers, such as residual blocks and transformer layers. steps: for
-    each block, each on `batch_size` samples; lr: Adam's, by default 6 / steps within 0.001 and 0.02, for a weight must
-    be able to cross from one level to the next. loss: `mse`, or `fisher`, where each output counts by its
-    squared gradient of the model's own predictions (logits are needed). regulariser: weight of the term that decides
-    each weight. mix: probability that an input value is the float model's instead (QDrop, arXiv 2203.05740, sec. 4); 0
-    is BRECQ's own. correct: begin at `correct`'s model. tune: `norms` learns the block's biases, norms and other float
-    parameters along. Where the plan quantizes activations, each layer's input gets a range that is learned along and
-    stays in the result (`input_ranges`). seed: the same gives the same model, whatever was interrupted. device: where
-    blocks are learned, by default where the model is. memory: bytes of cached inputs and outputs; more go to disk.
-    store: where finished blocks are kept, so that the same call goes on there: a file's path, which is there until the
-    model is returned, or an open `Store`, which is there until its block ends. progress: called with
-    (block, steps done, steps in all); finished: with each block's BlockReport.
+    Where the plan quantizes activations, each layer's input gets a range that is learned along and stays in the result
+    (`input_ranges`). A block that learning makes no better than rounding to nearest keeps that. Embeddings are rounded
+    to nearest, and so are weights shared with one.
 
-    A block that learning makes no better than rounding to nearest keeps that. Embeddings are rounded to nearest, and so
-    are weights shared with one. The model itself is unchanged.
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Inputs without labels, as for `correct`; 1,024 samples are usual.
+        blocks: Globs, or `re:` and a regular expression, on module names, of which the outermost that match are the
+            blocks. By default they are the innermost modules in a list (Sequential, ModuleList) that hold several
+            layers, such as residual blocks and transformer layers.
+        steps: For each block, each on `batch_size` samples.
+        batch_size: Samples of a step.
+        lr: Adam's, by default 6 / steps within 0.001 and 0.02, for a weight must be able to cross from one level to the
+            next.
+        loss: `mse`, or `fisher`, where each output counts by its squared gradient of the model's own predictions
+            (logits are needed).
+        regulariser: Weight of the term that decides each weight.
+        mix: Probability that an input value is the float model's instead (QDrop, arXiv 2203.05740, sec. 4); 0 is
+            BRECQ's own.
+        correct: Whether to begin at `correct`'s model.
+        tune: `norms` learns the block's biases, norms and other float parameters along with the `rounding`.
+        seed: The same gives the same model, whatever was interrupted.
+        device: Where blocks are learned, by default where the model is.
+        memory: Bytes of cached inputs and outputs; more go to disk.
+        store: Where finished blocks are kept, so that the same call goes on there: a file's path, which is there until
+            the model is returned, or an open `Store`, which is there until its block ends.
+        progress: Called with (block, steps done, steps in all).
+        finished: Called with each block's BlockReport.
 
-    Raises SettingError (arguments, a model in training mode, inputs it does not run on, a block that no batch reaches
-    or whose inputs cannot be captured, a loss that is NaN, naming the block; a store of another job),
-    MismatchError (a plan for another model), WeightError and SourceError (a disk that is full); finished blocks stay
-    in the store.
+    Returns:
+        The copy.
+
+    Raises:
+        SettingError: An argument is not allowed, the model is in training mode or does not run on the inputs, no batch
+            reaches a block or its inputs cannot be captured, a loss is NaN, or the store is another job's. The message
+            names the block.
+        MismatchError: The plan is for another model.
+        WeightError: A weight cannot be quantized.
+        SourceError: The disk is full, say. Finished blocks stay in the store.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net))
+        >>> learned = mpq.reconstruct(net, plan, [torch.randn(32, 8)], steps=10)
+        >>> torch.equal(mpq.apply(learned, plan)[0].weight, learned[0].weight)
+        True
     """
     named = tuple(blocks) if isinstance(blocks, list | tuple) else (blocks,)
     settings = Settings(

@@ -55,9 +55,15 @@ def usual_lr(steps: int) -> float:
 class BlockReport:
     """What became of one block.
 
-    nearest, learned: mean loss a sample over all calibration inputs, rounded to nearest and as it stays; changed: codes
-    that are not the nearest, of `weights`; seconds: of this block, capturing included; resumed: read back from a
-    store.
+    Attributes:
+        name: The block's name.
+        layers: The layers in it.
+        nearest: The mean loss a sample over all calibration inputs, with weights rounded to nearest.
+        learned: The same with weights as they stay.
+        changed: Codes that are not the nearest.
+        weights: How many weights there are.
+        seconds: Of this block, capturing included.
+        resumed: Whether it was read back from a store.
     """
 
     name: str

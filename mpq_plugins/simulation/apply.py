@@ -28,7 +28,15 @@ LOG = logging.getLogger(__name__)
 @public
 @dataclass(frozen=True)
 class PartCheck:
-    """One part of one layer: the most different values any of its groups holds, and how many it may hold."""
+    """One part of one layer, as it was found.
+
+    Attributes:
+        layer: The layer's name.
+        bits: The part's width.
+        channels: How many output channels have it.
+        values: The most different values that any of its groups holds.
+        allowed: How many a group may hold.
+    """
 
     layer: str
     bits: int
@@ -38,15 +46,34 @@ class PartCheck:
 
 
 def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = None) -> nn.Module:
-    """A copy of the model whose weights are quantized and dequantized as the plan says; the model is unchanged.
+    """Make a copy of the model whose weights are quantized and dequantized as the plan says.
 
     Weights keep their dtype. At 16 bits float32 weights are rounded to float16's values; float16 and bfloat16 weights,
     which have 16 bits already, stay as they are, and so does everything at 32 bits. A plan measured with BatchNorm
-    folded in gives a folded copy. Biases, norms and skipped layers keep their values; activations stay in floating
+    folded in gives a folded copy. Biases, norms and skipped layers keep their values. Activations stay in floating
     point, with a warning where the plan has bits for them, unless the model has ranges for them (`reconstruct` learns
-    such). calibrate: batches of inputs, on which BatchNorm statistics and biases are corrected for what quantization
-    shifts (`correct`, which also says how an adapter gets them). Raises MismatchError (other layers or shapes),
-    WeightError (NaN, infinity, or beyond float16 at 16 bits) and what `correct` raises.
+    such).
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        calibrate: Batches of inputs, on which BatchNorm statistics and biases are corrected for what quantization
+            shifts (`correct`, which also says how an adapter gets them).
+
+    Returns:
+        The copy.
+
+    Raises:
+        MismatchError: The plan has other layers or shapes than the model.
+        WeightError: A weight holds NaN or infinity, or lies beyond float16 at 16 bits.
+        SettingError: As `correct`.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> quantized = mpq.apply(net, mpq.Uniform(bits=2)(mpq.measure(net)))
+        >>> quantized[0].weight.unique().numel()
+        4
     """
     traced = Traced(model)
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
@@ -64,11 +91,28 @@ def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = Non
 def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> tuple[PartCheck, ...]:
     """Prove that a model holds what the plan says: right layers, none missing, none extra, few enough values.
 
-    Every group that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b
-    - 1 symmetric, 2 at one bit), or 2^(b+1) - 3 with two intervals of b bits.
-    With `original`, the float model, every weight must also equal, to the bit, what `apply` makes of it, and
-    skipped layers must be untouched. Inputs that the model quantizes itself must have the plan's activation bits.
-    Returns one check per part; raises VerifyError listing what is wrong.
+    Every group that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b - 1
+    symmetric, 2 at one bit), or 2^(b+1) - 3 with two intervals of b bits. Inputs that the model quantizes itself must
+    have the plan's activation bits.
+
+    Args:
+        model: The quantized model.
+        plan: The plan.
+        original: The float model. With it, every weight must also equal, to the bit, what `apply` makes of it, and
+            skipped layers must be untouched.
+
+    Returns:
+        One check per part.
+
+    Raises:
+        VerifyError: The model does not hold the plan. The message lists what is wrong.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> plan = mpq.Uniform(bits=2)(mpq.measure(net))
+        >>> mpq.verify(mpq.apply(net, plan), plan, net)
+        (PartCheck(layer='0', bits=2, channels=8, values=4, allowed=4),)
     """
     weights = quantizable_weights(model)
     plan = as_called(plan, weights)

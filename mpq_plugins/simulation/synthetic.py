@@ -34,10 +34,32 @@ def synthetic_batches(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """`count` float batches of `shape` (samples first), for `correct` and `sensitivity`; a seed gives the same inputs.
+    """Make float batches of inputs from the model alone, for `correct` and `sensitivity`.
 
-    steps: of Adam; 0 leaves plain noise. The model is not changed. Raises SettingError: a shape that is none or that
-    the model does not run on; a model without BatchNorm statistics, which says nothing of its inputs.
+    ZeroQ (arXiv 2001.00281, eq. 4): noise is moved until the inputs of every BatchNorm have the statistics that it
+    stored.
+
+    Args:
+        model: The model; it is not changed.
+        shape: The shape of a batch, samples first.
+        count: How many batches.
+        steps: Of Adam; 0 leaves plain noise.
+        seed: The same seed gives the same inputs.
+        progress: Called with "", steps done and steps in all.
+
+    Returns:
+        The batches.
+
+    Raises:
+        SettingError: The shape is none, or the model does not run on it; or the model has no BatchNorm statistics, and
+            so says nothing of its inputs.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)).eval()
+        >>> batches = mpq.synthetic_batches(net, (16, 8), count=2, steps=3)
+        >>> [tuple(batch.shape) for batch in batches]
+        [(16, 8), (16, 8)]
     """
     for name, value, least in (("count", count, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if type(value) is not int or value < least:

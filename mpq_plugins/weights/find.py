@@ -49,17 +49,36 @@ def find_weights(  # noqa: PLR0913  # each option is a user's word
 ) -> Weights:
     """List the quantizable weights of a module, a `.safetensors` file, a directory of them or a torch checkpoint.
 
-    skip, only: globs on layer names, tied ones included, `re:` and a regular expression, or a role in a language model:
-    `role:embeddings`, `role:lm_head` (the input embedding where that is tied), `role:routers`, `role:lora` (low-rank
-    adapters), `role:fragile` (small tables and gates). Of a checkpoint the last two are skipped unless `only` matches
-    them. fold_bn: give conv weights with their BatchNorm folded in (modules only). refuse: raise for a weight that
-    cannot be quantized, rather than list it with its `refusal`. weights: the key of the weights that are meant in a
-    torch checkpoint with several sets, such as `state_dict_ema`. model: the module whose checkpoint the source is; it
-    says which tensors are layers, and which of them are transposed. already_quantized: list what is left in floating
-    point of a checkpoint whose other weights are packed, rather than refuse it.
-    Raises SourceError (unreadable, packed, with averages beside what they are of, or nothing quantizable), WeightError
-    (a dtype we do not quantize), SettingError (a glob that matches nothing, or an option that means nothing with such
-    a source).
+    Args:
+        source: The module, or the path.
+        skip: Globs on the names of layers to leave out, tied ones included, `re:` and a regular expression, or a role
+            in a language model: `role:embeddings`, `role:lm_head` (the input embedding where that is tied),
+            `role:routers`, `role:lora` (low-rank adapters), `role:fragile` (small tables and gates). Of a checkpoint
+            the last two are skipped unless `only` matches them.
+        only: The same for the layers to take; by default all.
+        fold_bn: Whether to give conv weights with their BatchNorm folded in (modules only).
+        refuse: Whether to raise for a weight that cannot be quantized, rather than list it with its `refusal`.
+        weights: The key of the weights that are meant in a torch checkpoint with several sets, such as
+            `state_dict_ema`.
+        model: The module whose checkpoint the source is. It says which tensors are layers, and which of them are
+            transposed.
+        already_quantized: Whether to list what is left in floating point of a checkpoint whose other weights are
+            packed, rather than refuse it.
+
+    Returns:
+        Handles on the weights, in the source's order, with what was left out.
+
+    Raises:
+        SourceError: The source cannot be read, is packed, has averages beside what they are of, or holds nothing
+            quantizable.
+        WeightError: A weight has a dtype that we do not quantize.
+        SettingError: A glob matches nothing, or an option means nothing with such a source.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> [(weight.name, weight.shape) for weight in mpq.find_weights(net)]
+        [('0', (8, 8)), ('2', (2, 8))]
     """
     if isinstance(source, nn.Module):
         if weights is not None or model is not None:
@@ -185,6 +204,25 @@ def _chosen_weights(
 
 
 def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (layer name, weight) one at a time; options as for find_weights."""
+    """Yield each layer's name and weight, one at a time.
+
+    Args:
+        source: The module, or the path.
+        **options: As for `find_weights`.
+
+    Yields:
+        (layer name, weight), the weight in its own shape.
+
+    Raises:
+        SourceError: As `find_weights`.
+        WeightError: As `find_weights`.
+        SettingError: As `find_weights`.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> for name, weight in mpq.iter_weights(torch.nn.Sequential(torch.nn.Linear(8, 2))):
+        ...     print(name, list(weight.shape))
+        0 [2, 8]
+    """
     for weight in find_weights(source, **options):  # type: ignore[arg-type]  # checked there
         yield weight.name, weight.tensor()
