@@ -27,7 +27,8 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     """Make the plan's widths, granularity and symmetry stock torchao's config, for `quantize_` and TorchAoConfig.
 
     torchao chooses scales its own way (symmetric 4 bits: max|w| / 7.5), so weights come close to the plan's and are not
-    equal, and layers at 16 bits stay as they are; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per channel or per group.
+    equal, and layers at 16 bits stay as they are; `apply` is exact. Linear and embedding layers, 2 to 8 bits, per
+    channel or per group.
 
     Args:
         plan: The plan.

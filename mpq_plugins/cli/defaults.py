@@ -63,42 +63,18 @@ def read_defaults(folder: Path, commands: Iterable[str]) -> Defaults:
 
 
 def default_map(defaults: Defaults, command: click.Command, ctx: click.Context) -> dict[str, Any]:
-    """The defaults of a command by the names of its parameters, as click takes them.
-
-    Raises SettingError for an option that the command does not have, where the file names the command.
-    """
-    name = str(ctx.info_name)
+    """The defaults of a command by the names of its parameters, as click takes them."""
     options = {
         option.removeprefix("--"): parameter
         for parameter in command.get_params(ctx)
         for option in (*parameter.opts, *parameter.secondary_opts)
         if option.startswith("--")
     }
-    for key in defaults.commands.get(name, {}):
-        if key not in options and not _of_some_allocator(key):
-            raise SettingError(
-                f"{defaults.path}: [{name}] {key}: `mpq {name}` has no option --{key}{did_you_mean(key, options)}"
-            )
     return {
         str(options[key].name): _for(options[key], key, value)
-        for key, value in defaults.of(name).items()
+        for key, value in defaults.of(str(ctx.info_name)).items()
         if key in options and f"--{key}" not in ctx.meta.get(IGNORED_KEY, ())
     }
-
-
-def check_common(defaults: Defaults, commands: Mapping[str, click.Command]) -> None:
-    """Refuse a key at the top of the file that is no option of any command. Raises SettingError."""
-    from .chosen import scheme_options
-
-    known = {
-        option.removeprefix("--")
-        for command in commands.values()
-        for parameter in command.params
-        for option in (*parameter.opts, *parameter.secondary_opts)
-    } | {option.removeprefix("--") for option in scheme_options()}
-    for key in defaults.common:
-        if key not in known and not _of_some_allocator(key):
-            raise SettingError(f"{defaults.path}: {key}: no command has an option --{key}{did_you_mean(key, known)}")
 
 
 def _said(path: Path) -> Mapping[str, Any] | None:
@@ -133,12 +109,6 @@ def _check_values(path: Path, where: str, values: Mapping[str, Any]) -> None:
         each = value if isinstance(value, list) else [value]
         if not all(isinstance(one, str | int | float | bool) for one in each):
             raise SettingError(f"{path}: {where}{key}: {value!r:.60} is not allowed; a text, a number, true, or a list")
-
-
-def _of_some_allocator(key: str) -> bool:
-    from .chosen import owners_of
-
-    return bool(owners_of(f"--{key}"))
 
 
 def _for(parameter: click.Parameter, key: str, value: Any) -> Any:

@@ -30,7 +30,7 @@ from .commands.reconstruct import reconstruct
 from .commands.show import show
 from .commands.sweep import sweep
 from .commands.tune import tune
-from .defaults import KEY, check_common, read_defaults
+from .defaults import KEY, read_defaults
 from .help import SectionGroup
 from .output import BAD_INPUT, INTERNAL
 
@@ -150,7 +150,9 @@ def cli() -> None:
     ctx = click.get_current_context()
     defaults = ctx.meta[KEY] = read_defaults(Path.cwd(), cli.commands)
     if defaults.path is not None:
-        check_common(defaults, cli.commands)
+        from .known_options import check_known
+
+        check_known(defaults, cli.commands)
         say(f"note: defaults for options are read from {defaults.path.name}")
 
 

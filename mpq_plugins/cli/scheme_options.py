@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from ..common.outsiders import outsiders
 from ..common.registry import described
-from ..errors import MPQError, PluginError
+from ..errors import PluginError
 from .field_options import REMEDY, OptionField, check_free, default_words, last_named, option_fields, taken_by
 from .help import SectionCommand
 from .output import weights_option
@@ -143,7 +143,7 @@ def _made_of(name: str) -> "Scheme | None":
     from ..plans.scheme_names import scheme_class
 
     made = None
-    with suppress(MPQError, TypeError):
+    with suppress(Exception):  # another package's raises what it likes, which is said where it is made
         made = scheme_class(name)()
     return made
 
