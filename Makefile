@@ -18,7 +18,7 @@ WORKERS := -n 2 --dist worksteal
 .PHONY: demo test quick lint types unit classic classic-env docs bench examples fuzz mutants clean
 
 demo: $(READY)
-	$(BIN)/mpq demo -o plan.json
+	$(BIN)/mpq demo
 
 test: lint types unit classic
 

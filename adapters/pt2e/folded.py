@@ -160,7 +160,9 @@ def halves_of(plan: Plan, rounded: nn.Module) -> dict[str, Tensor]:
     """The weights of the layers at 16 bits, of a model where they are in float16, by the layers' first names there."""
     weights = quantizable_weights(rounded)
     return {
-        name: weights[name].detach() for name, layer in plan.by_any_name.items() if layer.in_float16 and name in weights
+        name: weights[name].detach()
+        for name, layer in plan.by_any_name.items()
+        if layer.rounded_in_float and name in weights
     }
 
 

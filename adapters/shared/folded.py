@@ -62,7 +62,7 @@ def planned_by_name(plan: Plan) -> dict[str, LayerChoice]:
 
 def has_float16(plan: Plan) -> bool:
     """Whether the plan has layers at 16 bits."""
-    return any(layer.in_float16 for layer in plan.layers)
+    return any(layer.rounded_in_float for layer in plan.layers)
 
 
 def as_planned(traced: Traced, plan: Plan) -> nn.Module:
@@ -90,7 +90,7 @@ def round_after(folded: nn.Module, plan: Plan) -> None:
 
 def refuse_float16(plan: Plan, what: str, instead: str) -> None:
     """Refuse layers at 16 bits, which a backend's own call leaves as they are. Raises SettingError."""
-    halves = [repr(layer.name) for layer in plan.layers if layer.in_float16]
+    halves = [repr(layer.name) for layer in plan.layers if layer.rounded_in_float]
     if halves:
         raise SettingError(
             f"{first_few(halves, ', ')}: 16 bits, and {what} leaves weights in float as they are, not in float16. Pin "

@@ -189,8 +189,8 @@ class Layout:
             together = " and ".join(limit.name for limit in self.limits)
             return SettingError(f"{together} can each be met, but no plan meets all of them; {self._apart()}")
         said = [
-            f"{limit.name}: {limit.asked:g} cannot be reached: the least is {limit.shown(amount):.6g} {limit.unit}, "
-            f"{limit.shown(amount) - limit.shown(limit.most):.3g} more"
+            f"{limit.name}: {limit.asked:,g} cannot be reached: the least is {limit.shown(amount):,.6g} {limit.unit}, "
+            f"{limit.shown(amount) - limit.asked:,.4g} more"
             for limit, amount in beyond
         ]
         return SettingError(

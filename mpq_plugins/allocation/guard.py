@@ -22,6 +22,7 @@ from .objective import check, layer_curve, predicted
 FIRST_CHOICE = ("kl", "distance", "mse", "relative")
 SPLITS = ("mse", "output_mse", "relative")
 JUDGED = ("relative", "mse")  # errors that are always measured: cheap beside the reading, and they judge any plan
+FEW_LAYERS = 300  # of which the best widths are found exactly at once; of more, to about one layer's step
 WORSE = 1.001  # as a ratio; predictions are no finer than that
 
 
@@ -200,10 +201,11 @@ class _Whole:
         return math.exp((1 - share) * math.log(cost) + share * math.log(lower))
 
     def best_cost(self, bits: int) -> float | None:
-        """The least cost within that size in total, to about the gap of one layer's step; None where nothing fits."""
+        """The least cost within that size in total, exact for a few hundred layers; None where nothing fits."""
         from .knapsack import Problem, solve
 
-        solution = solve(Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)])), close=False)
+        problem = Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)]))
+        solution = solve(problem, close=len(self.names) <= FEW_LAYERS)
         return None if solution is None else solution.cost
 
 

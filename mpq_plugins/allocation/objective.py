@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.text import did_you_mean
 from ..errors import SettingError
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
@@ -38,12 +39,18 @@ def check(table: LayerTable, name: str) -> tuple[str, ...]:
     """The names, if the table has them. Raises SettingError listing what it has."""
     for part in (names := parts_of(name)):
         if part not in (*table.metrics, *table.sensitivities):
-            has = ", ".join((*table.metrics, *table.sensitivities))
+            has = ", ".join(names_of(table))
             raise SettingError(
-                f"sensitivity: {part!r} was not measured; this table has {has}. Those that need inputs are added by "
-                "mpq_plugins.sensitivity, or `mpq measure --sensitivity ... --calibrate ... -o table.mpqt`."
+                f"sensitivity: {part!r} was not measured; this table has {has}{did_you_mean(part, names_of(table))}. "
+                "What needs inputs is added by mpq_plugins.sensitivity, or measured by: mpq measure MODULE:FACTORY "
+                f"--sensitivity {part} --calibrate MODULE:FUNCTION -o table.mpqt"
             )
     return names
+
+
+def names_of(table: LayerTable) -> tuple[str, ...]:
+    """The errors and sensitivities that a table has."""
+    return (*table.metrics, *table.sensitivities)
 
 
 def layer_curve(table: LayerTable, layer: LayerStats, name: str, bits: Sequence[int]) -> Array:

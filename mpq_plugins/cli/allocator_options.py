@@ -63,7 +63,8 @@ class AllocatorCommand(SchemeCommand):
         """The allocator's, if it asks for one, or the plain one."""
         from ..plans.scheme import Affine, Scheme
 
-        allocator, scheme = ctx.meta[ALLOCATOR_KEY], None
+        allocator: Any = ctx.meta.get(ALLOCATOR_KEY)
+        scheme = None
         with suppress(Exception):  # an allocator that needs its options to be made
             scheme = allocator(**getattr(allocator, "usual", {})).needs.scheme
         return scheme if isinstance(scheme, Scheme) else Affine()

@@ -32,7 +32,7 @@ def chosen_allocator(args: Sequence[str], own: Iterable[str], defaults: Sequence
         PluginError: The allocator is not installed, or cannot be imported.
         click.UsageError: The options belong to different allocators.
     """
-    named = last_named(args, "--allocator", "-a")
+    named = last_named(args, "--allocator", "-a") or last_named(defaults, "--allocator")
     if named is not None:
         return named, registry.load("allocators", named)
     choose_nothing = {*own, *scheme_options()}

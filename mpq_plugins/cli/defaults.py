@@ -16,8 +16,10 @@ import click
 from ..common.files import exists
 from ..common.text import did_you_mean
 from ..errors import SettingError
+from .types import IntegerList
 
 FILE, PROJECT = "mpq.toml", "pyproject.toml"
+OURS = b"tool.mpq"
 KEY = "mpq_plugins.defaults"
 IGNORED_KEY = "mpq_plugins.ignored_defaults"  # options of the file that the command line's replace
 
@@ -84,6 +86,8 @@ def _said(path: Path) -> Mapping[str, Any] | None:
     try:
         document = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        if path.name == PROJECT and OURS not in path.read_bytes():
+            return None  # whatever is wrong with it, it says nothing to us
         raise SettingError(f"{path}: is no TOML ({error})") from error
     if path.name == FILE:
         return document
@@ -97,7 +101,10 @@ def _checked(path: Path, said: Any, commands: list[str]) -> Defaults:
     tables = {name: value for name, value in said.items() if isinstance(value, dict)}
     for name, table in tables.items():
         if name not in commands:
-            raise SettingError(f"{path}: [{name}]: there is no such command{did_you_mean(name, commands)}")
+            raise SettingError(
+                f"{path}: [{name}]: there is no such command, and an option takes no table"
+                f"{did_you_mean(name, commands)}"
+            )
         _check_values(path, f"[{name}] ", table)
     common = {name: value for name, value in said.items() if name not in tables}
     _check_values(path, "", common)
@@ -106,6 +113,8 @@ def _checked(path: Path, said: Any, commands: list[str]) -> Defaults:
 
 def _check_values(path: Path, where: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
+        if key == "force":
+            raise SettingError(f"{path}: {where}force: is said on the command line alone, for what it is meant for")
         each = value if isinstance(value, list) else [value]
         if not all(isinstance(one, str | int | float | bool) for one in each):
             raise SettingError(f"{path}: {where}{key}: {value!r:.60} is not allowed; a text, a number, true, or a list")
@@ -113,8 +122,12 @@ def _check_values(path: Path, where: str, values: Mapping[str, Any]) -> None:
 
 def _for(parameter: click.Parameter, key: str, value: Any) -> Any:
     """A value as the parameter takes it from a command line."""
+    if isinstance(parameter, click.Option) and parameter.count:
+        return int(value) if isinstance(value, bool) else value
     if isinstance(parameter, click.Option) and parameter.is_flag:
         return value is not (f"--{key}" in parameter.secondary_opts) if isinstance(value, bool) else value
+    if isinstance(parameter.type, IntegerList):  # one list of integers, as 2,4,8 is on the command line
+        return [_text(value)] if parameter.multiple else _text(value)
     if parameter.multiple:
         return [_text(one) for one in value] if isinstance(value, list) else [_text(value)]
     return _text(value)

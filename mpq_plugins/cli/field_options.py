@@ -5,6 +5,7 @@ of a flag what its opposite is called.
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ NAMES = click.types.StringParamType()  # of a tuple of strings: repeated, and on
 SINGLE: dict[Any, click.ParamType[Any]] = {
     int: click.INT, float: click.FLOAT, str: click.STRING, tuple: IntegerList(), list: NAMES,
 }  # fmt: skip
+FLAGS = "hqv"  # short options without a value, which may stand before another in one word
 LONGEST_METAVAR = 24  # beyond it an option's values are listed in its text
 REMEDY = "Use it from Python, or rename the field."
 
@@ -143,8 +145,8 @@ def last_named(args: Sequence[str], long: str, short: str | None = None) -> str 
             named = args[position + 1]
         elif argument.startswith(f"{long}="):
             named = argument.partition("=")[2]
-        elif short and argument.startswith(short) and not argument.startswith("--") and len(argument) > len(short):
-            named = argument[len(short) :]
+        elif short and (bundled := re.fullmatch(rf"-[{FLAGS}]*{short[1]}(.*)", argument)) is not None:
+            named = bundled[1] or next(iter(args[position + 1 :]), named)
     return named
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..report.progress import say
 from .defaults import KEY, default_map
 from .verbosity import verbosity_options
 
@@ -29,13 +30,32 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Where it runs": ("workers", "dask", "device"),
     "Output": ("output", "force", "cache", "plot", "plan_file", "as_json", "verbose", "quiet"),
 }  # fmt: skip
+WRITTEN = ("output", "plot", "plan_file")  # what is written
 FORCE_KEY = "mpq_plugins.force"
 OTHER, LAST = "Options", "Output"
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "Decide": ("measure", "plan", "sweep", "pareto", "evaluate", "tune"),
-    "Look": ("show", "diff", "check", "inspect", "plugins"),
-    "Apply": ("apply", "reconstruct", "compress", "decompress"),
-    "Try": ("demo",),
+COMMANDS: dict[str, dict[str, str]] = {
+    "Decide": {
+        "measure": "Measure every layer's error at every width.",
+        "plan": "Decide the bits of every layer.",
+        "sweep": "Plan over a grid of an allocator's parameters.",
+        "pareto": "Plan with every allocator at the same sizes.",
+        "evaluate": "Score plans, as they are and corrected.",
+        "tune": "Find the smallest plan that is good enough.",
+    },
+    "Look": {
+        "show": "Show a plan layer by layer, or a table.",
+        "diff": "Show what differs between two plans.",
+        "check": "Check a plan against weights, or a backend.",
+        "inspect": "Show what a container holds.",
+        "plugins": "List what is installed.",
+    },
+    "Apply": {
+        "apply": "Write a checkpoint with quantized weights.",
+        "reconstruct": "Learn rounding block by block (BRECQ).",
+        "compress": "Write a model and its plan as one small file.",
+        "decompress": "Write a container as a checkpoint.",
+    },
+    "Try": {"demo": "Compare four allocators on a small network."},
 }
 
 
@@ -55,7 +75,7 @@ class SectionCommand(click.Command):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        if any(parameter.name == "output" for parameter in self.params):
+        if any(isinstance(each, click.Option) and each.name in WRITTEN for each in self.params):
             self.params.append(_force_option())
         self.params += verbosity_options()
 
@@ -64,7 +84,10 @@ class SectionCommand(click.Command):
         defaults = ctx.meta.get(KEY)
         if defaults is not None and defaults.of(str(ctx.info_name)):
             ctx.default_map = default_map(defaults, self, ctx)
-        return super().parse_args(ctx, args)
+        left = super().parse_args(ctx, args)
+        if defaults is not None and ctx.default_map:
+            say(f"note: defaults for options are read from {defaults.path.name}")
+        return left
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections that this command has options of; those of fields follow what names their owner."""
@@ -102,7 +125,7 @@ class SectionGroup(click.Group):
         left = dict(self.commands)
         for title, names in COMMANDS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, left.pop(name).get_short_help_str(width)) for name in names])
+                formatter.write_dl([(name, names[name]) for name in names if left.pop(name)])
         if left:
             with formatter.section("Commands"):
                 formatter.write_dl([(name, command.get_short_help_str(width)) for name, command in left.items()])

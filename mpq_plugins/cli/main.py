@@ -13,7 +13,7 @@ from ..common.interrupts import Interrupted, Interrupts
 from ..common.terminal import lasting_streams
 from ..common.text import printable_lines, what_it_said
 from ..errors import MeasureWarning, MPQError, PlanWarning, SourceError
-from ..report.progress import alert, echo_lines, say
+from ..report.progress import alert, echo_lines
 from .commands.apply import apply
 from .commands.check import check
 from .commands.compress import compress
@@ -134,14 +134,14 @@ def _lost(failure: OSError, files: list[Path]) -> int:
 @click.group(
     cls=SectionGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="A first run: mpq demo. On your own weights: mpq plan model.safetensors --qem 2 -o plan.json",
+    epilog="A first run: mpq demo. On your own model: mpq plan mine.py:net --average-bits 3 -o plan.json",
 )
 @click.version_option(package_name="mpq-plugins")
 def cli() -> None:
     """Decide how many bits each layer of a neural network deserves.
 
-    SOURCE is a .safetensors file, a directory with model.safetensors.index.json, a torch checkpoint, or
-    package.module:factory, a function that returns a torch module.
+    SOURCE is a .safetensors file, a directory of weights, a torch checkpoint, or a function that returns a torch
+    module: mine.py:net, or package.module:net.
     """
     try:
         Path.cwd()
@@ -153,7 +153,6 @@ def cli() -> None:
         from .known_options import check_known
 
         check_known(defaults, cli.commands)
-        say(f"note: defaults for options are read from {defaults.path.name}")
 
 
 for command in (

@@ -93,11 +93,12 @@ def _finite(value: Any) -> Any:
 
 
 def print_head(out: "PlainConsole", plan: "Plan") -> None:
-    """What a plan is, in one line; with --verbose the parameters and what was found, too."""
-    from ..report.details import plan_details
+    """What a plan is, and its quantizer, a line each; with --verbose the parameters and what was found, too."""
+    from ..report.details import plan_details, quantizer_line
     from ..report.tables import plan_head
 
     out.sentence(plan_head(plan))
+    out.sentence(quantizer_line(plan))
     for line in plan_details(plan) if verbose() else []:
         out.sentence(line)
 

@@ -44,6 +44,12 @@ def run_options(command: Command) -> Command:
                 metavar="MODULE:FACTORY",
                 help="The model to evaluate, where SOURCE is not itself one.",
             ),
+            click.option(
+                "--calibrate",
+                "calibration",
+                metavar="MODULE:FUNCTION",
+                help="Correct each quantized model on the batches that this returns.",
+            ),
             judge_option,
             click.option(
                 "--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it."
@@ -160,6 +166,17 @@ def model_to_evaluate(given: Source, evaluation: str | None, factory: str | None
             "package.module:factory"
         )
     return given.module
+
+
+def batches_to_correct_on(calibration: str | None, evaluation: str | None) -> "list[Any] | None":
+    """The batches that every quantized model is corrected on. Raises SettingError where nothing is evaluated."""
+    from .calibration import calibration_batches
+
+    if calibration is None:
+        return None
+    if evaluation is None:
+        raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")
+    return calibration_batches(calibration)
 
 
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:

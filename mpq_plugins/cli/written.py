@@ -8,8 +8,13 @@ from ..errors import SettingError
 HEAD = 4096  # bytes that tell most kinds
 MOST = 64 << 20  # of a picture, whose mark may be at its end
 PICTURES = (".png", ".svg", ".pdf")
-MARK = b"mpq-plugins"  # in each picture's metadata
-TABLES_OF_ROWS = (b"series,allocator,", b"allocator,average_bits,", b"plan,corrected,")
+MARKS = (b"Software\0mpq-plugins", b"<dc:title>mpq-plugins</dc:title>", b"/Creator (mpq-plugins)")  # of pictures
+ROWS = (  # what rows as CSV begin with
+    b"series,allocator,average_bits,total_average_bits,weights_only_bytes,total_bytes,",
+    b"allocator,average_bits,total_average_bits,weights_only_bytes,total_bytes,",
+    b"plan,corrected,total_bytes,total_average_bits,",
+)
+PLAN = b'{\n  "format": "mpq-plan",\n  "version": '
 
 
 def check_replaceable(output: Path) -> None:
@@ -28,11 +33,11 @@ def check_replaceable(output: Path) -> None:
 def is_ours(path: Path) -> bool:
     """Whether a file holds what only `mpq` writes."""
     from ..checkpoints.checkpoint import CONTAINER_MAGIC
-    from ..plans.plan import is_plan
     from ..plans.table_file import is_table
 
     with path.open("rb") as file:
         head = file.read(HEAD)
         if path.suffix.lower() in PICTURES:
-            return MARK in head + file.read(MOST)
-    return head.startswith((CONTAINER_MAGIC, *TABLES_OF_ROWS)) or is_plan(path) or is_table(path)
+            whole = head + file.read(MOST)
+            return any(mark in whole for mark in MARKS)
+    return head.startswith((CONTAINER_MAGIC, PLAN, *ROWS)) or is_table(path)

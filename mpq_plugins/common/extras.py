@@ -12,7 +12,8 @@ EXTRAS: Mapping[str, str] = {
 
 ADAPTERS: Mapping[str, tuple[str, str]] = {
     "brevitas": ("brevitas", "brevitas"), "inc": ("neural_compressor", "inc"),
-    "inc_classic": ("neural_compressor", "inc-classic"), "torchao": ("torchao", "torchao"),
+    "inc_classic": ("neural_compressor", "inc-classic"), "pt2e": ("torchao", "torchao"),
+    "torchao": ("torchao", "torchao"),
 }  # fmt: skip
 """Adapter of this project -> the package that it needs, and the extra that installs that."""
 

@@ -15,7 +15,7 @@ from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
 from .scored import FLOAT, Scored, evaluation_facts
-from .scores import Evaluate, Scores
+from .scores import Evaluate, Scores, check_same_names, checked_scores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,12 +95,12 @@ def _timed(score: Evaluate) -> Evaluate:
     """The user's evaluation, with the seconds it took beside its scores, under its own name."""
 
     @functools.wraps(score)
-    def timed(model: "nn.Module") -> Any:
+    def timed(model: "nn.Module") -> dict[str, float]:
         start = time.perf_counter()
-        returned = score(model)
-        seconds = time.perf_counter() - start
-        scores = returned if isinstance(returned, Mapping) else {"score": returned}
-        return {**scores, SECONDS: seconds} if scores else scores
+        scores = checked_scores(score, model, "a model")
+        if SECONDS in scores:
+            raise SettingError(f"evaluation: returns {SECONDS!r}, which the table has already; call it otherwise")
+        return {**scores, SECONDS: time.perf_counter() - start}
 
     timed.__qualname__ = getattr(score, "__qualname__", repr(score))
     return timed
@@ -113,11 +113,14 @@ def _finished(kept: Store | None, job: str, model: "nn.Module", score: Evaluate,
 def _rows(plans: Mapping[str, Plan], runs: Sequence[Scored], progress: Progress | None) -> Iterator[EvaluatedPlan]:
     tries: list[tuple[str, Plan | None, Scored]] = [(FLOAT, None, runs[0])]
     tries += [(name, plan, run) for name, plan in plans.items() for run in runs]
+    first: Scores = {}
     for done, (name, plan, run) in enumerate(tries):
         if progress is not None:
             progress(name, done, len(tries))
         scores = dict(run(plan))
         seconds = scores.pop(SECONDS)
+        first = first or scores
+        check_same_names(first, scores)
         yield EvaluatedPlan(name, run.calibrate is not None, plan.size() if plan else None, scores, seconds)
     if progress is not None:
         progress("", len(tries), len(tries))

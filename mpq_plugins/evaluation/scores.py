@@ -1,5 +1,6 @@
 """What a user's evaluation says of a model: numbers, or an error that names what was evaluated and where it failed."""
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..common.deferred import Deferred
 from ..common.interrupts import Interrupted
 from ..common.text import what_it_said
-from ..errors import SourceError
+from ..errors import MPQError, SourceError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,10 +26,10 @@ def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[st
     name = f"{getattr(evaluate, '__qualname__', repr(evaluate))} of {what}"
     try:
         returned = evaluate(model)
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, MPQError):  # ours says what is wrong already
         raise
     except BaseException as error:  # a user's function may raise anything, and may try to end the program
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        where = _where(evaluate, error)
         raise SourceError(
             f"{name}: the evaluation failed ({what_it_said(error)}; {where.filename}, line {where.lineno})"
         ) from error
@@ -40,3 +41,18 @@ def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[st
     if not numbers or any(math.isnan(value) for value in numbers.values()):
         raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers, none NaN")
     return numbers
+
+
+def check_same_names(first: Scores, scores: Scores) -> None:
+    """Raise SourceError where an evaluation returns other names for one model than for another."""
+    if first.keys() != scores.keys():
+        names = [", ".join(each) for each in (first, scores)]
+        raise SourceError(f"the evaluation returned {names[0]} for one model and {names[1]} for another")
+
+
+def _where(evaluate: object, error: BaseException) -> traceback.FrameSummary:
+    """The last line of the user's own file that was running, or the last of all where none of it was."""
+    frames = traceback.extract_tb(error.__traceback__)
+    code = getattr(inspect.unwrap(evaluate) if callable(evaluate) else evaluate, "__code__", None)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return own[-1] if own else frames[-1]

@@ -14,11 +14,11 @@ from ..common.deferred import Deferred
 from ..common.progress import Progress
 from ..common.public import public
 from ..common.store import Store, opened
-from ..errors import SettingError, SourceError
+from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
 from .scored import FLOAT, Scored, evaluation_facts
-from .scores import Evaluate, Scores
+from .scores import Evaluate, Scores, check_same_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,9 +164,8 @@ def _rows(
         rows.append(_row(table, plan, scored(plan), _errors(table, plan, judge)))
         if series:
             rows[-1] = replace(rows[-1], series=series[position])
-        if float_row and rows[-1].scores.keys() != float_row[0].scores.keys():
-            names = [", ".join(scores) for scores in (float_row[0].scores, rows[-1].scores)]
-            raise SourceError(f"the evaluation returned {names[0]} for one model and {names[1]} for another")
+        if float_row:
+            check_same_names(float_row[0].scores, rows[-1].scores)
     if progress is not None:
         progress("", len(plans), len(plans))
     return (*float_row, *mark_pareto(rows))

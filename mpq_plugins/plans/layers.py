@@ -211,6 +211,11 @@ class LayerChoice(LayerDocument):
         return all(bits == 16 for bits, _ in self.widths)
 
     @property
+    def rounded_in_float(self) -> bool:
+        """Whether the layer is in float, and some of its channels are rounded to float16."""
+        return self.in_float and any(bits == 16 for bits, _ in self.widths)
+
+    @property
     def widths(self) -> tuple[tuple[int, int], ...]:
         """Bits, and how many channels have them."""
         if self.bits is not None:

@@ -37,7 +37,7 @@ def _found_apart(plan: dict[str, Any]) -> dict[str, Any]:
         return {**plan, "version": 3}  # which is refused for what it lacks
     names = FOUND.get(str(record.get("name")), ())
     sized = any(parameters.get(name) is not None for name in ("average_bits", "size_bytes"))
-    found = {name: parameters[name] for name in names if name in parameters and sized | (name != "alpha")}
+    found = {name: parameters[name] for name in names if name in parameters and (sized or name != "alpha")}
     kept = {name: value for name, value in parameters.items() if name not in found}
     apart = {**record, "parameters": kept, **({"found": found} if found else {})}
     return {**plan, "allocator": apart, "version": 3}

@@ -14,17 +14,17 @@ GRAINS = {"per_tensor": "per tensor", "per_channel": "per channel"}
 
 
 def plan_details(plan: Plan) -> list[str]:
-    """The allocator's parameters, apart from them what it found, and what the plan is for."""
+    """The allocator's parameters, apart from them what it found, and what is left in floating point."""
+    skipped = [f"skipped       {len(plan.skipped)} layers, left in floating point"] if plan.skipped else []
+    return [*_named("parameters", plan.allocator.parameters), *_named("found", plan.allocator.found), *skipped]
+
+
+def quantizer_line(plan: Plan) -> str:
+    """How the plan's weights become codes, which decides what plans may be compared."""
     activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
     folded = ", BatchNorm folded" if plan.fold_bn else ""
     schemes = "; ".join(dict.fromkeys(scheme_words(layer.scheme) for layer in plan.layers))
-    skipped = [f"skipped       {len(plan.skipped)} layers, left in floating point"] if plan.skipped else []
-    return [
-        *_named("parameters", plan.allocator.parameters),
-        *_named("found", plan.allocator.found),
-        f"quantizer     {schemes}; activations {activations}{folded}",
-        *skipped,
-    ]
+    return f"quantizer     {schemes}{folded}; activations {activations}"
 
 
 def table_details(table: LayerTable) -> list[str]:

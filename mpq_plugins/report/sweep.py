@@ -14,6 +14,7 @@ from .grid import Grid
 from .tables import bytes_text, grid
 
 MARK = "*"
+ASKED = ("average_bits", "qem", "bits")  # the first that is a number
 
 
 def sweep_table(rows: Sequence[SweepRow], title: str) -> Grid:
@@ -78,7 +79,13 @@ def sweep_json(rows: Sequence[SweepRow], table: LayerTable) -> dict[str, Any]:
 
 def row_label(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:
     """`ptilmpq 0.5, 0.3`: the allocator and its values of the parameters that vary."""
-    return row.series or f"{row.allocator} {values_text(row, varying)}".rstrip()
+    return f"{row.series} {asked_text(row)}" if row.series else f"{row.allocator} {values_text(row, varying)}".rstrip()
+
+
+def asked_text(row: SweepRow) -> str:
+    """What a row of a series was asked for: bits, or a QEM."""
+    asked = next((row.parameters[name] for name in ASKED if isinstance(row.parameters.get(name), int | float)), "")
+    return value_text(asked)
 
 
 def values_text(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MARKERS = "oD^vP*Xph<>d"
 BUDGETS = ("average_bits", "total_average_bits", "bits")  # parameters that say how large a plan may be, in bits
 MOST_TICKS = 12
+LEAST_SHOWN = 0.4  # of the plans
 FAR = 4.0  # a loss so many times that of the best third makes all of those one blob
 
 
@@ -129,12 +130,14 @@ def worth_looking_at(scores: Sequence[float], baseline: float | None) -> tuple[f
     """The least and the greatest score of a picture, which leaves out what is far below the best third of the plans.
 
     A loss is the distance to the best of the scores and the float model's. Of plans whose losses are evenly spread,
-    none is left out, and three quarters of all are shown whatever their losses.
+    none is left out. Where the best third are alike, so that hardly any would be left, two thirds of all are shown.
     """
     known = [*scores, *([baseline] if baseline is not None else [])]
     if not scores:
         return (min(known), max(known)) if known else (0.0, 1.0)
     best = max(known)
     losses = sorted(best - score for score in scores)
-    most = max(FAR * losses[(len(losses) - 1) // 3], losses[(len(losses) - 1) * 3 // 4])
+    most = FAR * losses[(len(losses) - 1) // 3]
+    if sum(loss <= most for loss in losses) < LEAST_SHOWN * len(losses):
+        most = losses[(len(losses) - 1) * 2 // 3]
     return min(score for score in known if best - score <= most), best

@@ -36,7 +36,7 @@ def float_copy(model: nn.Module | Traced, plan: Plan) -> nn.Module:
 
 def set_float16(model: nn.Module, plan: Plan) -> None:
     """Round the layers that the plan has at 16 bits to float16, in the model itself. Raises as simulate_model."""
-    _simulate(model, {name: choice for name, choice in plan.by_any_name.items() if choice.in_float16})
+    _simulate(model, {name: choice for name, choice in plan.by_any_name.items() if choice.rounded_in_float})
 
 
 def _simulate(model: nn.Module, choices: Mapping[str, LayerChoice]) -> None:

@@ -64,6 +64,31 @@ def test_outputs_and_weights_are_those_of_apply(name: str, fold_bn: bool) -> Non
         adapter.verify(adapter.apply(net, as_it_was, BATCHES), plan, net, batch=BATCHES[0])
 
 
+@pytest.mark.parametrize("name", ["brevitas", "inc", "pt2e", "torchao"])
+def test_channels_at_16_beside_32_bits_are_those_of_apply(name: str) -> None:
+    """A layer that is all in float, of which some channels alone are rounded."""
+    adapter, net = loaded(name), made()
+    plan = planned(net, adapter, halves=())
+    parts = [
+        {"bits": 16, "channels": "0-1"},
+        {"bits": 32, "channels": "2-" + str(quantizable_weights(net)["conv2"].shape[0] - 1)},
+    ]
+    layer = plan.by_name["conv2"].model_dump(mode="json", exclude_none=True) | {"parts": parts}
+    layer.pop("bits")
+    document = plan.document()
+    document["layers"] = [layer if one["name"] == "conv2" else one for one in document["layers"]]
+    mixed = Plan.from_document(document, "test")
+    if not adapter.CAPABILITIES.float_parts:
+        mixed = legalise(mixed, adapter.CAPABILITIES)[0]
+    quantized = adapter.apply(net, mixed, BATCHES)
+    adapter.verify(quantized, mixed, net, batch=BATCHES[0])
+    simulated = apply(net, mixed.with_activation_bits(None))
+    with torch.no_grad():
+        difference = (quantized(BATCHES[0]) - simulated(BATCHES[0])).abs().max()
+        unrounded = (apply(net, with_layer(plan, "conv2", bits=32))(BATCHES[0]) - simulated(BATCHES[0])).abs().max()
+    assert difference < 0.5 * unrounded
+
+
 @pytest.mark.parametrize("fold_bn", [False, True])
 def test_fx_bakes_float16_before_or_after_folding_as_it_was_measured(fold_bn: bool) -> None:
     fx, net = loaded("fx"), made()

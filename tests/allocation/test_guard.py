@@ -1,5 +1,6 @@
 """The guard: is a plan predicted to be worse than uniform widths of its own true size?"""
 
+import itertools
 import math
 import warnings
 
@@ -21,6 +22,7 @@ from mpq_plugins import (
 from mpq_plugins.allocation.contract import Widths
 from mpq_plugins.allocation.guard import Comparison
 from mpq_plugins.allocation.make import make_plan
+from mpq_plugins.allocation.objective import predicted
 from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.says import naming
 
@@ -172,3 +174,30 @@ def test_mixquant_far_out_is_flagged() -> None:
     measured = LayerTable((saturated, fine), PER_CHANNEL, BITS, ("relative", "mse"), False, "sha256:test")
     with pytest.warns(PlanWarning, match="this mixquant plan"):
         MixQuant(qem=2.0)(measured)
+
+
+def test_the_best_width_for_each_layer_is_the_best_there_is() -> None:
+    """Against every combination of widths, on layers of sizes that fit into one another badly."""
+    sizes = ((3, 17), (5, 40), (4, 90), (2, 7))
+    measured = table(*(
+        layer(name, mse=10.0**k, channels=channels, per=per)
+        for k, (name, (channels, per)) in enumerate(zip("abcd", sizes, strict=True))
+    ))  # fmt: skip
+    for average in (2.5, 3.1, 4.3, 5.2):
+        plan = Budget(average_bits=average, parts=False, bits=BITS)(measured)
+        found = compare(measured, plan, "mse")
+        assert found is not None
+        assert found.best is not None
+        costs = []
+        for widths in itertools.product(BITS, repeat=4):
+            other = by_hand_quietly(measured, dict(zip("abcd", widths, strict=True)))
+            if other.size().total_bits <= found.total_bits:
+                costs.append(predicted(measured, other, "mse") or 0.0)
+        assert found.best == pytest.approx(min(costs), rel=1e-9)
+        assert found.best <= found.plan * (1 + 1e-9)
+
+
+def by_hand_quietly(measured: LayerTable, bits: dict[str, int]) -> Plan:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)
+        return make_plan(measured, Uniform(), bits)

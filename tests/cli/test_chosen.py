@@ -40,6 +40,9 @@ OWN = ("--output", "-o", "--table", "--json")
         ("--output qem --json", "budget"),
         ("-a mixquant --average-bits 3", "mixquant"),
         ("-- --qem", "budget"),
+        ("-qa mixquant", "mixquant"),
+        ("-vamixquant", "mixquant"),
+        ("-qv --qem 2", "mixquant"),
     ],
 )
 def test_options_choose_the_allocator_that_has_them(words: str, name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_model
 
+from mpq_plugins import LayerTable
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net
 
@@ -59,6 +60,36 @@ def test_several_values_are_a_plan_each_and_flags_have_both_names(mpq: Mpq) -> N
     assert planned(mpq)["allocator"]["parameters"]["parts"] is False
 
 
+def test_a_list_of_widths_is_one_list_as_on_the_command_line(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text("bits = [2, 4, 8]\n")
+    assert planned(mpq, "--qem", 2) == planned(mpq, "--qem", 2, "--bits", "2,4,8")
+    assert planned(mpq)["allocator"]["parameters"]["bits"] == [2, 4, 8]
+    assert mpq("measure", "net.safetensors", "-o", "t.mpqt").code == 0
+    assert LayerTable.load("t.mpqt").bits == (2, 4, 8)
+
+
+def test_an_allocator_in_the_file_is_as_one_named(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text("allocator = 'mixquant'\n")
+    assert planned(mpq)["allocator"]["name"] == "mixquant"
+    assert planned(mpq, "-a", "uniform")["allocator"]["name"] == "uniform"
+    refused = mpq("plan", "net.safetensors", "--average-bits", 3)
+    assert refused.code == 2
+    assert "No such option '--average-bits' for the allocator mixquant" in refused.err
+
+
+def test_a_note_says_so_unless_it_is_to_be_quiet(mpq: Mpq) -> None:
+    Path("mpq.toml").write_text("average-bits = 3\n")
+    assert "defaults for options are read from mpq.toml" in mpq("plan", "net.safetensors").err
+    assert mpq("plan", "net.safetensors", "-q").err == ""
+    Path("mpq.toml").write_text("average-bits = 3\nquiet = true\nverbose = false\n")
+    assert mpq("plan", "net.safetensors").err == ""
+
+
+def test_a_broken_project_file_that_says_nothing_to_us_is_none_of_our_business(mpq: Mpq) -> None:
+    Path("pyproject.toml").write_text("[project\nname = 'x'\n")
+    assert mpq("plan", "net.safetensors").code == 0
+
+
 def test_pyproject_is_read_from_above_and_the_nearest_wins(
     mpq: Mpq, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,13 +118,23 @@ def test_a_table_leaves_defaults_of_the_scheme_aside(mpq: Mpq) -> None:
     [
         ("mpq.toml", "averag-bits = 3", "averag-bits: no command has an option --averag-bits. Did you mean"),
         ("mpq.toml", "[plan]\nskipp = ['a']", "[plan] skipp: `mpq plan` has no option --skipp. Did you mean skip?"),
-        ("mpq.toml", "[plam]\nskip = ['a']", "[plam]: there is no such command. Did you mean plan?"),
+        (
+            "mpq.toml",
+            "[plam]\nskip = ['a']",
+            "[plam]: there is no such command, and an option takes no table. Did you mean plan?",
+        ),
         ("mpq.toml", "[plan]\nskip = {a = 1}", "[plan] skip: {'a': 1} is not allowed"),
         ("mpq.toml", "[plan]\nskip = [[1]]", "[plan] skip: [[1]] is not allowed"),
         ("mpq.toml", "[plan]\naverage-bits = 'few'", "'few' is not a valid float"),
         ("mpq.toml", "[plan", "is no TOML"),
         ("pyproject.toml", "[tool]\nmpq = 3", "tool.mpq: 3 is not allowed; a table"),
-        ("pyproject.toml", "\ufffe[", "is no TOML"),
+        ("pyproject.toml", "[tool.mpq", "is no TOML"),
+        ("mpq.toml", "force = true", "force: is said on the command line alone"),
+        (
+            "mpq.toml",
+            "average-bits = {a = 3}",
+            "[average-bits]: there is no such command, and an option takes no table",
+        ),
     ],
 )
 def test_what_a_file_gets_wrong_is_one_line(mpq: Mpq, name: str, text: str, said: str) -> None:

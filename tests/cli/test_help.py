@@ -78,7 +78,7 @@ def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:
     text = " ".join(mpq("measure", "--help").out.split())
     assert "--range [minmax|mse] [affine] " in text
     assert "--symmetric / --asymmetric [affine] " in text
-    assert "--granularity [per_tensor|per_channel|per_group] what has a scale" in text
+    assert "--granularity NAME scales: per_tensor, per_channel, per_group" in text
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,29 @@ def test_others_files_stay_without_force(mpq: Mpq, checkpoint: Path, tmp_path: P
     assert is_ours(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("plan.json", '{"format": "mpq-plan", "my": "notes"}'),
+        ("rows.csv", "plan,corrected,x\nmine,1,2\n"),
+        ("p.svg", "<svg>about mpq-plugins</svg>"),
+    ],
+)
+def test_what_only_speaks_of_us_is_not_ours(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert not is_ours(tmp_path / name)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_show_has_force_for_its_picture(mpq: Mpq, checkpoint: Path, tmp_path: Path, ending: str) -> None:
+    plan, picture = tmp_path / "plan.json", tmp_path / f"p.{ending}"
+    assert mpq("plan", checkpoint, "-o", plan).code == 0
+    picture.write_text("mine")
+    assert mpq("show", plan, "--plot", picture).code == 2
+    assert mpq("show", plan, "--plot", picture, "--force").code == 0
+    assert mpq("show", plan, "--plot", picture).code == 0
+
+
 def test_a_checkpoint_is_never_known_to_be_ours(mpq: Mpq, checkpoint: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "q.safetensors"
     assert mpq("plan", checkpoint, "-o", plan).code == mpq("apply", checkpoint, plan, "-o", out).code == 0
@@ -66,9 +89,9 @@ def test_an_empty_file_and_the_demos_default_are_no_exception(
     (tmp_path / "empty.json").touch()
     assert mpq("plan", checkpoint, "-o", tmp_path / "empty.json").code == 0
     monkeypatch.chdir(tmp_path)
-    Path("plan.json").write_text("mine")
-    assert "plan.json exists" in mpq("demo").err
-    assert Path("plan.json").read_text() == "mine"
+    Path("demo.json").write_text("mine")
+    assert "demo.json exists" in mpq("demo").err
+    assert Path("demo.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

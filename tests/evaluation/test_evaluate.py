@@ -78,6 +78,19 @@ def test_bad_input_is_refused() -> None:
             mpq.evaluate(conv_net(), plans(), each)
 
 
+def test_names_that_vary_or_are_the_tables_own_are_refused() -> None:
+    names = iter("abc")
+    with pytest.raises(SourceError, match="returned a for one model and b for another"):
+        mpq.evaluate(conv_net(), plans(), lambda _: {next(names): 1.0})
+    with pytest.raises(SettingError, match="returns 'evaluation seconds', which the table has already"):
+        mpq.evaluate(conv_net(), plans(), lambda _: {"evaluation seconds": 1.0})
+
+
+def test_a_fault_names_the_line_of_the_users_own_file() -> None:
+    with pytest.raises(SourceError, match=r"test_evaluate\.py, line \d+"):
+        mpq.evaluate(conv_net(), plans(), lambda model: float(model(torch.ones(1)).sum()))
+
+
 def saved(folder: Path) -> list[Path]:
     for name, plan in plans().items():
         plan.save(folder / name)

@@ -7,7 +7,14 @@ from torch import nn
 from mpq_plugins import Affine, Budget, Codebook, LayerTable, MixQuant, Piecewise, measure
 from mpq_plugins.evaluation.sweep import sweep
 from mpq_plugins.plans.scheme import Scheme
-from mpq_plugins.report.details import plan_details, scheme_words, sweep_details, table_details, value_text
+from mpq_plugins.report.details import (
+    plan_details,
+    quantizer_line,
+    scheme_words,
+    sweep_details,
+    table_details,
+    value_text,
+)
 from mpq_plugins.report.sweep import varying_parameters
 from mpq_plugins.report.tables import plan_head
 
@@ -31,7 +38,8 @@ def test_the_line_over_a_table_says_what_matters_in_80_columns(table: LayerTable
 
 
 def test_what_was_found_stands_apart_from_the_parameters(table: LayerTable) -> None:
-    told, found, quantizer = plan_details(Budget(average_bits=3.0)(table))
+    told, found = plan_details(Budget(average_bits=3.0)(table))
+    quantizer = quantizer_line(Budget(average_bits=3.0)(table))
     assert told.startswith("parameters ")
     assert "average_bits=3, " in told
     assert "bits=1-8" in told
@@ -40,13 +48,13 @@ def test_what_was_found_stands_apart_from_the_parameters(table: LayerTable) -> N
     assert "objective" not in told
     assert "binding=average_bits" in found
     assert quantizer == "quantizer     affine, per channel, clipped; activations floating point"
-    assert [line.split()[0] for line in plan_details(MixQuant()(table))] == ["parameters", "quantizer"]
+    assert [line.split()[0] for line in plan_details(MixQuant()(table))] == ["parameters"]
 
 
 def test_what_was_found_labels_no_row_of_a_sweep(table: LayerTable) -> None:
     rows = sweep(table, [Budget(average_bits=average)(table) for average in (2.0, 3.0, 4.0)])
     assert varying_parameters(rows) == {"budget": ["average_bits"]}
-    assert [line.split(",")[0] for line in sweep_details(rows)] == ["budget", "budget"]
+    assert [line.split(",")[0] for line in sweep_details(rows)] == ["budget"]
     assert "average_bits" not in sweep_details(rows)[0]
 
 

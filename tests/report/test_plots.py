@@ -42,6 +42,8 @@ def test_the_range_leaves_out_what_fails_and_keeps_what_is_evenly_spread() -> No
     assert worth_looking_at([*good, 72.0, 60.0, 40.0, 30.0, 25.0, 12.0, 10.0, 10.0], 91.7) == (90.5, 92.2)
     even = [float(score) for score in range(50, 93)]
     assert worth_looking_at(even, 92.0) == (50.0, 92.0)
+    alike = [99.37] * 4 + [99.25, 99.12, 99.0, 98.8, 98.6, 98.4, 85.6, 40.9]
+    assert worth_looking_at(alike, 99.37) == (98.8, 99.37)
 
 
 def boxes(figure: Figure) -> list[tuple[float, float, float, float]]:

@@ -51,17 +51,18 @@ def apply(
     as_json: bool,
 ) -> None:
     """Write CHECKPOINT with fake-quantized weights, and float16 ones where PLAN has 16 bits, in its own format."""
-    from ...checkpoints.checkpoint import read_checkpoint
-    from ...plans.plan import Plan
-    from ...report.progress import progress_bar
-    from ...simulation.checkpoint import rewrite
-    from ..calibration import corrected_tensors
     from ..output import check_output
     from ..sources import check_order, make_module
 
     check_output(output, checkpoint, plan_file, calibration, model_factory)
     claim(output)
     check_order(plan_file, str(checkpoint), "mpq apply CHECKPOINT PLAN")
+    from ...checkpoints.checkpoint import read_checkpoint  # which take torch, and a second
+    from ...plans.plan import Plan
+    from ...report.progress import progress_bar
+    from ...simulation.checkpoint import rewrite
+    from ..calibration import corrected_tensors
+
     loaded = Plan.load(plan_file)
     if calibration is not None and synthetic is not None:
         raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")

@@ -67,8 +67,6 @@ def check(
     as_json: bool,
 ) -> int:
     """Check that a plan was made for SOURCE: same layers, same shapes, same weights; and what a backend makes of it."""
-    from ...plans.plan import Plan
-    from ...simulation.match import match
     from ..output import check_output
     from ..sources import check_order, make_module, resolve_source
 
@@ -77,6 +75,9 @@ def check(
     check_output(output, plan_file, source)
     claim(output)
     check_order(plan_file, source, "mpq check PLAN SOURCE")
+    from ...plans.plan import Plan
+    from ...simulation.match import match  # which takes torch, and a second
+
     plan = Plan.load(plan_file)
     resolved = resolve_source(source).weights
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
@@ -150,4 +151,5 @@ def _print_changes(plan: "Plan", legal: _Legal, backend: str) -> None:
         return
     console().print(changes_table(changes))
     before, after = plan.size().total_bytes, legal_plan.size().total_bytes
-    echo(f"{backend}: {len(changes)} changes, {bytes_text(before)} -> {bytes_text(after)} in total")
+    count = f"{len(changes)} change{'s' * (len(changes) > 1)}"
+    echo(f"{backend}: {count}, {bytes_text(before)} -> {bytes_text(after)} in total")

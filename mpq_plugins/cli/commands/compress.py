@@ -54,9 +54,6 @@ def compress(
     as_json: bool,
 ) -> None:
     """Write SOURCE as PLAN has it to one file: codes, scales, centroids, all other tensors, and the plan itself."""
-    from ...compression.write import write  # which leaves it to its caller to say what was left out
-    from ...plans.plan import Plan
-    from ...simulation.match import match
     from ..output import check_output
     from ..sources import check_order, make_module, resolve_source
 
@@ -66,6 +63,10 @@ def compress(
     claim(output)
     pruning = _pruning(amounts, prune_by)
     check_order(plan_file, source, "mpq compress SOURCE PLAN")
+    from ...compression.write import write  # which leaves it to its caller to say what was left out
+    from ...plans.plan import Plan
+    from ...simulation.match import match
+
     plan = Plan.load(plan_file)
     resolved = resolve_source(source).weights
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):

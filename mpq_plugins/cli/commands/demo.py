@@ -9,7 +9,7 @@ from ..output import claim, json_option, print_json, say_written
 
 
 @click.command(cls=SectionCommand)
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="plan.json", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="demo.json", show_default=True)
 @json_option
 def demo(output: Path, as_json: bool) -> None:
     """Quantize a small trained network of handwritten digits with four allocators, and write the plan to keep."""

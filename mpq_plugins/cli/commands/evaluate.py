@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...errors import SettingError
-from ...report.progress import echo, progress_bar, say
+from ...report.progress import echo, progress_bar
 from ..help import SectionCommand
 from ..output import check_output, claim, json_option, print_json, say_notes, say_written, weights_option
 from ..types import FileOrFactory, IntegerList
@@ -18,8 +18,6 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 
     from ...common.store import Store
     from ...plans.plan import Plan
-
-STEPS = "an interrupted run starts over; with -o FILE.csv it goes on"
 
 
 @click.command(
@@ -116,7 +114,5 @@ def _kept(output: Path | None) -> "Iterator[Store | None]":
     """The store beside the output, which an interrupted run goes on from."""
     from ..measuring import kept_beside
 
-    if output is None:
-        say(f"note: {STEPS}")
     with kept_beside(output) as store:
         yield store

@@ -6,7 +6,17 @@ from typing import Any
 import click
 
 from ..output import json_option
-from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, run_title, write_rows
+from ..runs import (
+    batches_to_correct_on,
+    check_fit,
+    model_to_evaluate,
+    print_rows,
+    resumable,
+    run_files,
+    run_options,
+    run_title,
+    write_rows,
+)
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..types import FileOrFactory, IntegerList, NumberList
 
@@ -27,10 +37,6 @@ BUDGETS = "2,2.5,3,4"
 @click.option(
     "--sensitivity", default="mse", show_default=True,
     help="What Budget keeps low: an error, or a sensitivity that `mpq measure` put into the table SOURCE, or kl*mse.",
-)  # fmt: skip
-@click.option(
-    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
-    help="Correct every quantized model on the batches of inputs that this function returns, before it is evaluated.",
 )  # fmt: skip
 @run_options
 @scheme_options
@@ -59,12 +65,10 @@ def pareto(
     from ...allocation.budget import Budget
     from ...allocation.contract import Needs
     from ...allocation.objective import parts_of
-    from ...errors import SettingError
     from ...evaluation.pareto import pareto as plans_within
     from ...evaluation.sweep import sweep as run
     from ...plans.stats import METRICS
     from ...report.progress import progress_bar
-    from ..calibration import calibration_batches
     from ..functions import named_function
     from ..measuring import measured
     from ..request import Request
@@ -73,15 +77,13 @@ def pareto(
     files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
     request = Request(**request_values(options))
     evaluate = named_function(evaluation) if evaluation is not None else None
-    if calibration is not None and evaluate is None:
-        raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")
     given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
     scheme = Budget(average_bits=max(budgets)).needs.scheme
     metrics = tuple(dict.fromkeys(["mse", "relative", *(n for n in parts_of(sensitivity) if n in METRICS)]))
     granular = request.scheme(scheme).granularity != "per_tensor"
     needs = Needs(bits, metrics, granular, scheme)
-    batches = calibration_batches(calibration) if calibration is not None else None
+    batches = batches_to_correct_on(calibration, evaluation)
     with resumable(files, model, evaluate, batches) as store:
         table = measured(given, needs, request, cache if given.is_table else files.measurement)
         labelled = plans_within(table, budgets, sensitivity, bits)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...errors import SettingError
 from ...report.progress import alert, echo, say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from, usual_taken
 from ..output import claim, json_option, judge_option, print_head, print_json, say_left_alone, say_written
@@ -18,6 +19,9 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...plans.table import LayerTable
 
 USUAL = "4 bits a weight is what is planned where nothing is asked; ask for less with --average-bits 3 or --size 9MB"
+UNASKED = (
+    "Nothing was asked, so 4 bits a weight were; give --average-bits, --size or another limit, or one --bits alone."
+)
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
 
@@ -53,7 +57,7 @@ def plan(
     from ...allocation.guard import compare, judge_of, worse_text
     from ..measuring import measured
     from ..output import check_ours, check_output
-    from ..plans import joint_needs, plan_files, plans_by, save_plans, untied
+    from ..plans import joint_needs, plan_files, save_plans, untied
     from ..request import Request
     from ..sources import named_files, resolve_source
 
@@ -69,7 +73,7 @@ def plan(
     if request.scheme(needs.scheme).granularity != "per_tensor" and not given.is_table:
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
     table = measured(given, needs, request, cache)
-    plans = [made.with_activation_bits(activation_bits) for made in plans_by(allocators, table)]
+    plans = [made.with_activation_bits(activation_bits) for made in _plans(ctx, allocators, table, options)]
     files = plan_files(plans, output)
     for file in files:
         if output is not None and output.is_dir():
@@ -93,6 +97,18 @@ def plan(
     if usual_taken(ctx, options):
         echo(USUAL)
     say_left_alone(table)
+
+
+def _plans(ctx: click.Context, allocators: Any, table: "LayerTable", options: dict[str, Any]) -> "list[Plan]":
+    """The plans; what cannot be met where nothing was asked says so. Raises as the allocators do."""
+    from ..plans import plans_by
+
+    try:
+        return plans_by(allocators, table)
+    except SettingError as error:
+        if not usual_taken(ctx, options):
+            raise
+        raise SettingError(f"{error} {UNASKED}") from error
 
 
 @dataclass(frozen=True)

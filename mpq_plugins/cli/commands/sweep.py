@@ -9,7 +9,17 @@ import click
 
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
 from ..output import json_option
-from ..runs import check_fit, model_to_evaluate, print_rows, resumable, run_files, run_options, run_title, write_rows
+from ..runs import (
+    batches_to_correct_on,
+    check_fit,
+    model_to_evaluate,
+    print_rows,
+    resumable,
+    run_files,
+    run_options,
+    run_title,
+    write_rows,
+)
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
 
@@ -41,6 +51,7 @@ def sweep(
     output: Path | None,
     plot: Path | None,
     evaluation: str | None,
+    calibration: str | None,
     model_factory: str | None,
     uniform: bool,
     judge: str | None,
@@ -48,9 +59,9 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan SOURCE over a grid of an allocator's parameters: sizes, errors, scores, and which are worth having.
+    """Plan SOURCE over a grid of an allocator's parameters: sizes, errors, scores, the best marked.
 
-    Several values of an option (1,2,3 or first:last:step) make a row each; without any, the allocator's grid does.
+    Several values of an option make a row each (2,3 or 2:4:0.5); the default is the allocator's grid.
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar
@@ -61,21 +72,24 @@ def sweep(
     from ..sources import named_files, resolve_source
 
     request = Request(**request_values(options))
-    files = run_files(source, output, plot, cache, evaluation, model_factory, *named_files(options))
+    files = run_files(source, output, plot, cache, evaluation, calibration, model_factory, *named_files(options))
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
     given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
     needs = _needs(allocators, request, uniform, measure=not given.is_table)
-    with resumable(files, model, evaluate) as store:
+    batches = batches_to_correct_on(calibration, evaluation)
+    with resumable(files, model, evaluate, batches) as store:
         table = measured(given, needs, request, cache if given.is_table else files.measurement)
         plans = plans_by(allocators, table)
         plans += _uniform_beside(plans, table) if uniform else []
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
-            rows = run(table, _distinct(plans), model, evaluate, judge=judge, store=store, progress=progress)
-        write_rows(rows, files, title := run_title(source, table))
+            rows = run(
+                table, _distinct(plans), model, evaluate, judge=judge, calibrate=batches, store=store, progress=progress
+            )
+        write_rows(rows, files, title := run_title(source, table, ", corrected" if batches is not None else ""))
     print_rows(rows, table, title, as_json, output, plot)
 
 
