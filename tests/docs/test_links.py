@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 import mpq_plugins
-from tests.docs.pages import MANUAL, PAGES, README, ROOT, name_of, prose
+from tests.docs.pages import INCLUDED, MANUAL, PAGES, README, ROOT, name_of, prose
 
 LINK = re.compile(r"\[[^\]]*\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+BESIDE = re.compile(r'href="([^"]+)"')
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 DOCUMENTED = re.compile(r"^::: mpq_plugins\.(\w+)$", re.MULTILINE)
 SAID = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
@@ -29,6 +30,12 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         file = (page.parent / target).resolve() if target else page
         assert file.exists(), f"{target}: no such file"
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}: {sorted(anchors(file))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_page_includes_is_linked_for_who_reads_it_where_it_is_kept(page: Path) -> None:
+    linked = {(page.parent / target).resolve() for target in BESIDE.findall(prose(page))}
+    assert linked == {ROOT / name for name in INCLUDED.findall(page.read_text())}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

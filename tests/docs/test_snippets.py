@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from mpq_plugins.cli import main as cli
-from tests.docs.pages import PAGES, ROOT, Block, blocks, name_of
+from tests.docs.pages import PAGES, README, ROOT, Block, blocks, name_of
 
 RUNNING = [page for page in PAGES if any(block.runs for block in blocks(page))]
 pytestmark = pytest.mark.usefixtures("one_thread")
-EVERY_PAGE = blocks(ROOT / "docs/index.md")[:2]  # mymodule.py, and what writes its checkpoint
+EVERY_PAGE = blocks(ROOT / "docs/index.md")[:2]  # mine.py, and what writes its checkpoint
 
 
 @pytest.fixture
@@ -94,6 +94,11 @@ def expected(text: str) -> str:
     """The pattern of what is printed: as it stands, where a line of dots is any lines, and an ellipsis any text."""
     lines = ["(?:.*\n)*?" if line == "..." else f"{re.escape(line)}\n" for line in text.splitlines()]
     return "".join(lines).replace("…", ".*")
+
+
+def test_the_readme_and_the_manual_run_on_the_same_file() -> None:
+    assert blocks(README)[1].title == EVERY_PAGE[0].title == "mine.py"
+    assert blocks(README)[1].text == EVERY_PAGE[0].text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
