@@ -34,7 +34,7 @@ UNIFORM_BITS = range(2, 9)
 
 @click.command(
     cls=AllocatorCommand,
-    epilog="Example: mpq sweep mine.py:net --average-bits 2:4:0.5 --eval mine.py:accuracy --plot sweep.png",
+    epilog="Example: mpq sweep mine.py:net --average-bits 2:4:0.5 --eval mine.py:score --plot sweep.png",
 )
 @click.argument("source", type=FileOrFactory())
 @allocator_option

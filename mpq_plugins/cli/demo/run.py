@@ -82,7 +82,7 @@ def demo_report(result: DemoResult, out: Console, plan_file: str) -> None:
         "Next, look at it, make one of your own network, and try it:",
         f"  mpq show {plan_file}",
         "  mpq plan mine.py:net --average-bits 3 -o mine.json",
-        "  mpq evaluate mine.py:net mine.json --eval mine.py:accuracy --calibrate mine.py:batches",
+        "  mpq evaluate mine.py:net mine.json --eval mine.py:score --calibrate mine.py:batches",
     ):
         out.print(line, soft_wrap=True)
 
