@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 @click.command(
     cls=SectionCommand,
     epilog="Examples: mpq evaluate mine.py:net plan.json --eval mine.py:score. Two plans, as they are and corrected: "
-    "mpq evaluate mine.py:net a.json b.json --eval mine.py:score --calibrate mine.py:batches -o tried.csv. A checkpoint: "
-    "mpq evaluate net.pt plan.json --model mine.py:net --eval mine.py:score",
+    "mpq evaluate mine.py:net a.json b.json --eval mine.py:score --calibrate mine.py:batches -o tried.csv. "
+    "A checkpoint: mpq evaluate net.pt plan.json --model mine.py:net --eval mine.py:score",
 )
 @click.argument("source", type=FileOrFactory())
 @click.argument("plan_files", metavar="PLAN...", nargs=-1, required=True, type=click.Path(path_type=Path))
