@@ -1,14 +1,12 @@
 """Evaluated plans as a table, as CSV and as JSON."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_text
 from ..evaluation.evaluate import EvaluatedPlan
 from .grid import Grid
+from .rows_csv import write_csv
 from .tables import bytes_text, grid
 
 FLOAT_BITS = 32
@@ -29,12 +27,7 @@ def evaluated_table(rows: Sequence[EvaluatedPlan], weights: int, title: str) -> 
 
 def evaluated_csv(rows: Sequence[EvaluatedPlan], path: Path) -> None:
     """Write one line for each model that was tried; atomically."""
-    text = io.StringIO()
-    flat = [_flat(row) for row in rows]
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_text(path, text.getvalue())
+    write_csv([_flat(row) for row in rows], path)
 
 
 def evaluated_json(rows: Sequence[EvaluatedPlan]) -> list[dict[str, Any]]:

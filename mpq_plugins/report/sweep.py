@@ -1,16 +1,14 @@
 """A sweep's rows as a table, as CSV and as JSON."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_text
 from ..evaluation.sweep import SweepRow
 from ..plans.table import LayerTable
 from .details import value_text
 from .grid import Grid
+from .rows_csv import write_csv
 from .tables import bytes_text, grid
 
 MARK = "*"
@@ -64,12 +62,7 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
 
 def sweep_csv(rows: Sequence[SweepRow], path: Path) -> None:
     """Write one line per row, every parameter a column; atomically."""
-    text = io.StringIO()
-    flat = [_flat(row) for row in rows]
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_text(path, text.getvalue())
+    write_csv([_flat(row) for row in rows], path)
 
 
 def sweep_json(rows: Sequence[SweepRow], table: LayerTable) -> dict[str, Any]:
