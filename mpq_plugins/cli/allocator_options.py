@@ -11,9 +11,9 @@ import click
 
 from ..common import registry
 from ..common.outsiders import outsiders
-from ..common.text import printable
+from ..common.text import did_you_mean, printable
 from ..errors import PluginError, SettingError
-from .chosen import SHARED, chosen_allocator, owners_of
+from .chosen import SHARED, chosen_allocator, every_option, owners_of
 from .defaults import IGNORED_KEY, KEY, Defaults
 from .field_options import NAMES, check_free, option_fields, spelled
 from .scheme_options import SchemeCommand
@@ -52,6 +52,8 @@ class AllocatorCommand(SchemeCommand):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             owners = owners_of(error.option_name)
+            if not owners and (near := did_you_mean(error.option_name, every_option())):
+                raise click.UsageError(f"No such option '{error.option_name}'{near}") from error
             if not owners:
                 raise
             raise click.UsageError(

@@ -110,6 +110,16 @@ def owners_of(option: str) -> list[str]:
     return [name for name, kinds in options.kinds.items() if option in kinds]
 
 
+def every_option() -> set[str]:
+    """The options that the fields of any installed allocator become."""
+    found: set[str] = set()
+    for name in registry.names("allocators"):
+        with suppress(PluginError):
+            fields = option_fields(registry.load("allocators", name), f"allocators: {name!r}", SHARED)
+            found |= {field.option for field in fields}
+    return found
+
+
 def _of_several(said: Mapping[str, str | None], options: _Options) -> str:
     owners = {word: [name for name, kinds in options.kinds.items() if word in kinds] for word in said}
     belong = "; ".join(f"{word} belongs to {', '.join(names)}" for word, names in owners.items())

@@ -71,3 +71,16 @@ def test_nothing_asked_is_a_budget_of_4_bits_and_said(mpq: Callable[..., Ran], t
     document = json.loads(mpq("plan", path, "--json").out)
     assert document["allocator"]["parameters"]["average_bits"] == 4
     assert not document["predicted"]["worse"]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("--alph", "--alpha"), ("--qemm", "--qem"), ("--averge-bits", "--average-bits")]
+)
+def test_a_mistyped_option_of_any_allocator_is_answered_with_the_one_meant(
+    mpq: Callable[..., Ran], tmp_path: Path, typo: str, meant: str
+) -> None:
+    path = tmp_path / "net.safetensors"
+    save_model(conv_net(), str(path))
+    ran = mpq("plan", path, typo, 3)
+    assert ran.code == 2
+    assert f"No such option '{typo}'. Did you mean {meant}?" in ran.err
