@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from examples import train_demo
-from mpq_plugins import Plan, verify
+from mpq_plugins import LayerTable, Plan, verify
 from mpq_plugins.cli.demo.net import DIGITS, WEIGHTS, accuracy, calibration_digits, digit_net, unseen_digits
 from mpq_plugins.cli.demo.run import SIZES, run_demo
 from tests.conftest import Ran
@@ -78,3 +78,32 @@ def test_the_training_script_makes_both_files(
     assert "on 797 test digits" in capsys.readouterr().out
     assert load_file(tmp_path / WEIGHTS).keys() == digit_net().state_dict().keys()
     assert (tmp_path / DIGITS).stat().st_size < 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what torch says of its own quantization
+def test_the_readmes_figures_are_what_comes_out() -> None:
+    from mpq_plugins import Affine, Budget, apply, correct, measure
+    from mpq_plugins.adapters import fx
+    from mpq_plugins.report.tables import bytes_text
+
+    net, batches = digit_net(), calibration_digits()
+    table = measure(net, Affine(granularity="per_channel", range="mse"), range(1, 9), per_channel=True)
+    plan = Budget(average_bits=3)(table)
+    in_fx = plan.with_activation_bits(8)
+    corrected = correct(net, plan, batches)
+    size = bytes_text(plan.size().total_bytes)
+    rows = {
+        "float": (bytes_text(4 * table_weights(table)), net),
+        "3 bits, as it is": (size, apply(net, plan)),
+        "3 bits, corrected": (size, apply(net, plan, calibrate=batches)),
+        "3 bits, corrected, in FX with 8-bit activations": ("43.09 kB (int8)", fx.apply(corrected, in_fx, batches)),
+    }
+    readme = Path(train_demo.__file__).parents[1].joinpath("README.md").read_text()
+    for name, (taken, model) in rows.items():
+        scores = accuracy(model)
+        assert f"| {name} | {taken} | {100 * scores['accuracy']:.2f} % | {scores['cross_entropy']:.4f} |" in readme
+
+
+def table_weights(table: LayerTable) -> int:
+    return sum(layer.numel for layer in table.layers)
