@@ -21,7 +21,7 @@ from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
-from ..shared.folded import integers_of, planned_by_name, planned_layers
+from ..shared.folded import has_float16, integers_of, planned_by_name, planned_layers
 from .checks import check_traced
 from .folded import folding_factors, graph_problem, halves_of, rounded_fold, times, traced_fold, weight_names
 from .graph import ANNOTATION, replace_weight
@@ -75,7 +75,7 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         check_traced(plan, traced)
         self.plan, self.model, self.folded = plan, model, traced_fold(traced)
         self.integers, self.factors = integers_of(plan, self.folded), dict[str, Tensor]()
-        self.halves = halves_of(plan, rounded_fold(traced, plan))
+        self.halves = halves_of(plan, rounded_fold(traced, plan)) if has_float16(plan) else {}
         if plan.activation_bits is not None:
             for layer in planned_layers(plan):
                 for name in layer.names:

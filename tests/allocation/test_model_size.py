@@ -57,7 +57,7 @@ def test_what_cannot_be_met_is_said_in_bytes_of_the_model() -> None:
     table = dataclasses.replace(seeded(SHAPES), rest_bytes=10_000)
     least = Budget(average_bits=2, bits=(2,))(table).size().total_bytes
     with pytest.raises(
-        SettingError, match=naming("size", "5000", f"the least is {least + 10_000}", f"{least + 5000:.3g} more")
+        SettingError, match=naming("size", "5,000", f"the least is {least + 10_000:,}", f"{least + 5000:,} more")
     ):
         Budget(size=5000, bits=(2, 4))(table)
 

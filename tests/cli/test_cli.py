@@ -90,7 +90,7 @@ def test_names_with_brackets_are_printed_as_they_are(mpq: Mpq, tmp_path: Path) -
     plan = tmp_path / "plan[v2].json"
     assert "wrote" in mpq("plan", tmp_path / "net[v2].safetensors", "-o", plan).out
     assert "a[/b]" in mpq("show", plan).out
-    assert "plan[v2].json: " in mpq("diff", plan, plan).out
+    assert "plan[v2].json:" in mpq("diff", plan, plan).out
 
 
 def test_json_knows_no_infinity(mpq: Mpq, tmp_path: Path) -> None:

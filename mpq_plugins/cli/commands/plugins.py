@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ...report.progress import echo
 from ..help import SectionCommand
 from ..output import json_option, print_json
 
@@ -24,10 +23,11 @@ def plugins(as_json: bool) -> None:
     if as_json:
         print_json([{**vars(plugin), "missing": _missing(plugin)} for plugin in listed])
         return
-    console().print(plugins_table(listed))
+    out = console()
+    out.print(plugins_table(listed))
     for plugin in listed:
         if missing := _missing(plugin):
-            echo(f"{plugin.name}: cannot be used here, for {missing}")
+            out.sentence(f"{plugin.name}: cannot be used here, for {missing}")
 
 
 def _missing(plugin: "Plugin") -> str:

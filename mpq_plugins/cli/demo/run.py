@@ -6,8 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-
 from ...allocation.budget import Budget
 from ...allocation.ptilmpq import PTILMPQ
 from ...allocation.uniform import Uniform
@@ -20,6 +18,7 @@ from ...measurement.measure import measure
 from ...plans.plan import Plan
 from ...plans.scheme import Affine
 from ...plans.table import LayerTable
+from ...report.console import PlainConsole
 from ...report.tables import bytes_text, grid
 from .net import accuracy, calibration_digits, digit_net, unseen_digits
 
@@ -72,7 +71,7 @@ def run_demo(progress: Progress | None = None) -> DemoResult:
     return DemoResult(len(labels), weights, len(table.layers), tuple(trials), _kept(trials))
 
 
-def demo_report(result: DemoResult, out: Console, plan_file: str) -> None:
+def demo_report(result: DemoResult, out: PlainConsole, plan_file: str) -> None:
     """Print the table, what is kept and why, and what to type next."""
     title = f"{result.digits} handwritten digits, {result.weights:,} weights in {result.layers} layers"
     out.print(grid(title, COLUMNS, [_line(trial, result.weights) for trial in result.trials]))
@@ -84,7 +83,7 @@ def demo_report(result: DemoResult, out: Console, plan_file: str) -> None:
         "  mpq plan mine.py:net --average-bits 3 -o mine.json",
         "  mpq evaluate mine.py:net mine.json --eval mine.py:score --calibrate mine.py:batches",
     ):
-        out.print(line, soft_wrap=True)
+        out.sentence(line)
 
 
 def demo_json(result: DemoResult) -> dict[str, Any]:
