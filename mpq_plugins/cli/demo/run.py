@@ -83,7 +83,10 @@ def demo_report(result: DemoResult, out: PlainConsole, plan_file: str) -> None:
         "  mpq plan mine.py:net --average-bits 3 -o mine.json",
         "  mpq evaluate mine.py:net mine.json --eval mine.py:score --calibrate mine.py:batches",
     ):
-        out.sentence(line)
+        if line.startswith(" "):
+            out.print(line, soft_wrap=True)  # a command is copied as it is
+        else:
+            out.sentence(line)
 
 
 def demo_json(result: DemoResult) -> dict[str, Any]:
