@@ -10,7 +10,7 @@ import click
 from ..common import registry
 from ..common.checks import as_integer
 from ..errors import PluginError
-from .field_options import last_named, option_fields, spelled
+from .field_options import OptionField, last_named, option_fields, spelled
 
 BEST = "budget"
 SHARED = ("scheme",)  # fields that the shared options give
@@ -39,9 +39,9 @@ def chosen_allocator(args: Sequence[str], own: Iterable[str], defaults: Sequence
     if defaults and not any(owners_of(word) for word in _said(args) if word not in choose_nothing):
         return chosen_allocator([*args, *defaults], own)
     said = {word: value for word, value in _said(args).items() if word not in choose_nothing}
-    options = _options_of(FIRST, said)
+    options = _options_of(FIRST)
     if not options.known >= said.keys():  # a package's own allocator is imported only where ours leave an option open
-        options = _options_of((*FIRST, *(name for name in registry.names("allocators") if name not in FIRST)), said)
+        options = _options_of((*FIRST, *(name for name in registry.names("allocators") if name not in FIRST)))
     relevant = {word: value for word, value in said.items() if word in options.known}
     having = [name for name, kinds in options.kinds.items() if kinds.keys() >= relevant.keys()]
     if not having:
@@ -61,19 +61,19 @@ class _Options:
         return {option for kinds in self.kinds.values() for option in kinds}
 
 
-def _options_of(names: Iterable[str], said: Mapping[str, str | None]) -> _Options:
+def _options_of(names: Iterable[str]) -> _Options:
     """Those of the allocators that can be loaded; whatever is wrong with another, it was not asked for."""
     found: dict[str, Mapping[str, Any]] = {}
     for name in names:
         with suppress(PluginError):
             fields = option_fields(registry.load("allocators", name), f"allocators: {name!r}", SHARED)
-            found[name] = {
-                option: field.kind.type
-                for field in fields
-                for option in (field.option, spelled(f"no_{field.name}"))
-                if option in said
-            }
+            found[name] = {option: field.kind.type for field in fields for option in _spellings(field)}
     return _Options(found)
+
+
+def _spellings(field: OptionField) -> tuple[str, ...]:
+    """The options of a field: of a flag two."""
+    return (field.option, field.kind.opposite(field.name)) if field.kind.type is bool else (field.option,)
 
 
 def scheme_options() -> Iterable[str]:
@@ -106,18 +106,12 @@ def _fits(kinds: Mapping[str, Any], said: Mapping[str, str | None]) -> bool:
 
 def owners_of(option: str) -> list[str]:
     """The installed allocators that have an option, sorted."""
-    options = _options_of(registry.names("allocators"), {option: None})
-    return [name for name, kinds in options.kinds.items() if option in kinds]
+    return [name for name, kinds in _options_of(registry.names("allocators")).kinds.items() if option in kinds]
 
 
 def every_option() -> set[str]:
     """The options that the fields of any installed allocator become."""
-    found: set[str] = set()
-    for name in registry.names("allocators"):
-        with suppress(PluginError):
-            fields = option_fields(registry.load("allocators", name), f"allocators: {name!r}", SHARED)
-            found |= {field.option for field in fields}
-    return found
+    return _options_of(registry.names("allocators")).known
 
 
 def _of_several(said: Mapping[str, str | None], options: _Options) -> str:

@@ -64,14 +64,19 @@ def read_defaults(folder: Path, commands: Iterable[str]) -> Defaults:
     return Defaults()
 
 
-def default_map(defaults: Defaults, command: click.Command, ctx: click.Context) -> dict[str, Any]:
-    """The defaults of a command by the names of its parameters, as click takes them."""
-    options = {
+def long_options(parameters: Iterable[click.Parameter]) -> dict[str, click.Parameter]:
+    """The parameters by their long options, as a file names them: without dashes."""
+    return {
         option.removeprefix("--"): parameter
-        for parameter in command.get_params(ctx)
+        for parameter in parameters
         for option in (*parameter.opts, *parameter.secondary_opts)
         if option.startswith("--")
     }
+
+
+def default_map(defaults: Defaults, command: click.Command, ctx: click.Context) -> dict[str, Any]:
+    """The defaults of a command by the names of its parameters, as click takes them."""
+    options = long_options(command.get_params(ctx))
     return {
         str(options[key].name): _for(options[key], key, value)
         for key, value in defaults.of(str(ctx.info_name)).items()

@@ -9,7 +9,7 @@ from ..common.text import did_you_mean
 from ..errors import PluginError, SettingError
 from .allocator_options import AllocatorCommand
 from .chosen import owners_of
-from .defaults import Defaults
+from .defaults import Defaults, long_options
 from .field_options import option_fields
 from .scheme_options import NO_OPTIONS, SchemeCommand
 
@@ -36,12 +36,7 @@ def check_known(defaults: Defaults, commands: Mapping[str, click.Command]) -> No
 
 def _options(command: click.Command) -> set[str]:
     """The options of a command without their dashes, those of schemes' fields too, but no allocator's."""
-    own = {
-        option.removeprefix("--")
-        for parameter in command.params
-        for option in (*parameter.opts, *parameter.secondary_opts)
-        if option.startswith("--")
-    }
+    own = {*long_options(command.params)}
     return own | (_scheme_options() if isinstance(command, SchemeCommand) else set())
 
 
@@ -52,6 +47,5 @@ def _scheme_options() -> set[str]:
     for name in scheme_names():
         with suppress(PluginError):  # whatever is wrong with another package's
             for field in option_fields(scheme_class(name), f"schemes: {name!r}", NO_OPTIONS):
-                made = field.made("")
-                found |= {option.removeprefix("--") for option in (*made.opts, *made.secondary_opts)}
+                found |= {*long_options([field.made("")])}
     return found

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..plans.scheme import FLOAT_BITS
 from ..quantization.contract import PartCodes, PartShape
 from ..simulation.checkpoint import require_unscaled
 from ..simulation.floats import HALF, SINGLE, as_float
-from ..simulation.match import match
+from ..simulation.match import Match, match
 from ..simulation.parts import WeightPart, weight_parts
 from ..simulation.planned_tensors import PlannedTensors
 from ..weights.dtypes import check_weight
@@ -77,15 +77,20 @@ def write(  # noqa: PLR0913  # as compress
     progress: Progress | None,
     model: nn.Module | None = None,
     weights: str | None = None,
+    noted: Callable[[Match], None] | None = None,
 ) -> Container:
-    """What `compress` promises."""
+    """What `compress` promises; noted: told how the plan fits, the weights it was made from looked at too."""
     if coding not in CHOICES:
         raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
     if isinstance(source, nn.Module):
-        contents = _of_module(source, plan)
+        fit = match(plan, source, weights=noted is not None, rewrapped=True)
+        contents = _of_module(source, fit)
     else:
-        contents = _of_checkpoint(Path(source), plan, model, weights)
+        fit = match(plan, source, weights=noted is not None, key=weights, model=model)
+        contents = _of_checkpoint(Path(source), fit)
         _check_target(Path(source), path)
+    if noted is not None:
+        noted(fit)
     thresholds = _thresholds(prune, contents) if prune is not None else {}
     made_with = {"mpq-plugins": version("mpq-plugins")} | ({"pruning": str(prune)} if prune is not None else {})
     with atomic_path(path) as temporary:
@@ -109,15 +114,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(apart, temporary, {"format": "pt"})
 
 
-def _of_module(source: nn.Module, plan: Plan) -> _Source:
-    fit = match(plan, source, rewrapped=True)
+def _of_module(source: nn.Module, fit: Match) -> _Source:
     named = fit.require(type(source).__name__)
-    state = (folded_copy(source, named) if plan.fold_bn else source).state_dict()
+    state = (folded_copy(source, named) if named.fold_bn else source).state_dict()
     return _Source(stored_tensors(state), fit.present.weights, _no_tensors(state), named)
 
 
-def _of_checkpoint(source: Path, plan: Plan, model: nn.Module | None, key: str | None) -> _Source:
-    fit = match(plan, source, key=key, model=model)
+def _of_checkpoint(source: Path, fit: Match) -> _Source:
     named = fit.require(str(source))
     require_unscaled(fit)
     assert fit.checkpoint is not None

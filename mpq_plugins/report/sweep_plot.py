@@ -62,7 +62,7 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
 
 def _error_name(rows: Sequence[SweepRow]) -> str:
     error = next(iter(rows[0].errors), "")
-    return f"predicted {error}" if rows[-1].series else f"mean {error} error"
+    return f"predicted {error}"
 
 
 def _series(rows: Sequence[SweepRow], score: str | None) -> Mapping[str, list[Point]]:

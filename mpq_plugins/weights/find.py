@@ -4,7 +4,7 @@ From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Em
 checkpoint, where no class can be asked: see from_checkpoint.py. Whatever is left alone is listed with its reason.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -199,8 +199,15 @@ def _chosen_weights(
             raise WeightError(f"layer {weight.name!r}: {weight.refusal}, or skip the layer.")
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in weights if weight.name not in names)
-    folded = any(weight.name in (pairs or {}) for weight in kept)
-    return Weights(tuple(kept), skipped, tuple(left_alone), folded)
+    return Weights(tuple(kept), skipped, tuple(left_alone), _folding(pairs or {}, weights, names))
+
+
+def _folding(pairs: Mapping[str, str], weights: Sequence[Weight], kept: Collection[str]) -> dict[str, str]:
+    """What is folded of these pairs where some layers are kept; nothing where no layer that is kept has a pair."""
+    if not any(name in pairs for name in kept):
+        return {}
+    skipped = {name for weight in weights if weight.name not in kept for name in weight.names}
+    return {convolution: norm for convolution, norm in pairs.items() if convolution not in skipped}
 
 
 def iter_weights(source: nn.Module | str | Path, **options: bool | Sequence[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,8 @@
 """A handle on a weight, and what a source holds of them."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class Weights:
         skipped: Quantizable layers left out on request, or because of a role that is left alone by default.
         left_alone: (parameter name, why) of tensors with two or more dimensions that are no quantizable layer, and of
             those whose role is left alone.
-        folded: Whether BatchNorm is folded into some of them.
+        folding: Convolution -> the BatchNorm that is folded into it, by name.
         key: Of a torch checkpoint, where its weights were found (`state_dict`); None for the top.
 
     Examples:
@@ -126,8 +126,13 @@ class Weights:
     weights: tuple[Weight, ...]
     skipped: tuple[str, ...]
     left_alone: tuple[tuple[str, str], ...]
-    folded: bool
+    folding: Mapping[str, str] = field(default_factory=dict)
     key: str | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether BatchNorm is folded into some of them."""
+        return bool(self.folding)
 
     def __iter__(self) -> Iterator[Weight]:
         return iter(self.weights)

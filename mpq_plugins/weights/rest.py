@@ -11,8 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from ..checkpoints.checkpoint import read_checkpoint, storage_identity
 from ..checkpoints.readers import StoredTensor
-from ..models.folding import conv_bn_pairs
-from ..models.tracing import Traced
 from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
 from .handles import Weight, Weights
 
@@ -47,14 +45,13 @@ def _in_file(tensor: StoredTensor) -> _Stored:
 
 
 def _of_module(model: nn.Module, weights: Weights) -> dict[str, _Stored]:
-    pairs = conv_bn_pairs(Traced(model), weights.skipped) if weights.folded else {}
-    norms = frozenset(pairs.values())
+    norms = frozenset(weights.folding.values())
     stored = {
         name: _in_memory(name, value)
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor) and name.rpartition(".")[0] not in norms
     }
-    return stored | _biases_of_folding(model, pairs)
+    return stored | _biases_of_folding(model, weights.folding)
 
 
 def _in_memory(name: str, tensor: Tensor) -> _Stored:

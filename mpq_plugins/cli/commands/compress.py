@@ -1,6 +1,7 @@
 """`mpq compress`: a model in one small file."""
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +66,17 @@ def compress(
     check_order(plan_file, source, "mpq compress SOURCE PLAN")
     from ...compression.write import write  # which leaves it to its caller to say what was left out
     from ...plans.plan import Plan
-    from ...simulation.match import match
 
     plan = Plan.load(plan_file)
     resolved = resolve_source(source).weights
     if not isinstance(resolved, Path) and (model_factory, weights) != (None, None):
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None
-    say_notes(match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model), loaded_from=plan_file)
     with progress_bar("compressing") as progress:
         container = write(
-            resolved, plan, output, prune=pruning, coding=coding, progress=progress, model=model, weights=weights
-        )
+            resolved, plan, output, prune=pruning, coding=coding, progress=progress, model=model, weights=weights,
+            noted=partial(say_notes, loaded_from=plan_file),
+        )  # fmt: skip
     if container.header.left_out:
         say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
     if plan.activation_bits is not None:
