@@ -21,7 +21,7 @@ WIDTHS = (60, 80, 100, 160)
 WIDE = "400"
 NUMBER = re.compile(r"[0-9][0-9.,]*(?:e[-+]?[0-9]+)?")
 RUN_DEMO = demo.run_demo
-PATHS = ("wrote ", "not saved")  # a path is not wrapped, so that it can be copied
+PATHS = ("wrote ", "not saved", "  mpq ")  # a path and a command are not wrapped, so that they can be copied
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

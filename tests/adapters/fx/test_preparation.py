@@ -643,7 +643,10 @@ def test_verify_finds_what_was_planted() -> None:
         fx.verify(model, plan, model)
 
 
-def test_mpq_check_lists_what_a_backend_changes(mpq: Callable[..., Ran], tmp_path: Path) -> None:
+def test_mpq_check_lists_what_a_backend_changes(
+    mpq: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # at 80 the reasons are left out, and a note says so
     source = "tests.adapters.fx.test_preparation:small_net"
     model = small_net()
     plan_file, legal_file = tmp_path / "plan.json", tmp_path / "legal.json"
