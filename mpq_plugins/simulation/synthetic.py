@@ -5,10 +5,17 @@ Gaussian noise x, moved by Adam so that the inputs of every BatchNorm get the st
     minimise over x   sum_l mean_c ((mu_lc(x) - running_mean_lc) / s_lc)^2 + mean_c (sigma_lc(x) / s_lc - 1)^2
 
 s = sqrt(running_var), mu and sigma the batch's own (ZeroQ, Cai et al. 2020, arXiv 2001.00281, eq. 4).
+
+The time is samples times steps. Samples meet in mu and sigma alone, so a group of some of them is moved at a time. Only
+the first group needs every step from noise. The next start from it, each sample cut in two and joined with another's
+half, which leaves the statistics nearly as they were. On ResNet-20 noise is at 14.5, 60 steps bring it to 0.25, a mix
+starts at 0.37, and 8 steps bring that to 0.29. Where a mix is not that near, a group starts from noise too.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +24,35 @@ from torch import Tensor, nn
 from ..common.progress import Progress
 from ..errors import SettingError
 from ..models.copying import duplicate
-from ..models.running import call_model, evaluating
+from ..models.running import call_model, evaluating, first_input
 from ..models.tracing import BATCH_NORMS
+from .batch_statistics import batch_statistics
 
-RATE = 0.1
 LEAST_SIGMA = 1e-3
 MOST_VALUES = 1 << 30  # 4 GiB as float32
+GROUP = 32  # samples that are moved at a time; a processor's cache holds what a small net makes of them
+LEAST_MIXED = 8  # samples, for the mixes of fewer are much like one another
+NEAR = 0.25  # a mix's mismatch, at most, for each of the noise's
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a group starts from, and how Adam moves it."""
+
+    rate: float
+    betas: tuple[float, float]
+    falls: bool  # whether the rate does, to 0
+    share: float  # of the steps
+
+    def steps(self, steps: int) -> int:
+        return math.ceil(steps * self.share)
+
+    def rate_at(self, done: float) -> float:
+        return self.rate * (1 - done) if self.falls else self.rate
+
+
+NOISE = _Start(0.1, (0.9, 0.999), falls=False, share=1)
+MIX = _Start(0.05, (0.8, 0.99), falls=True, share=8 / 60)
 
 
 def synthetic_batches(
@@ -43,7 +73,7 @@ def synthetic_batches(
         model: The model; it is not changed.
         shape: The shape of a batch, samples first.
         count: How many batches.
-        steps: Of Adam; 0 leaves plain noise.
+        steps: Of Adam, from noise; inputs that start from others take fewer. 0 leaves plain noise.
         seed: The same seed gives the same inputs.
         progress: Called with "", steps done and steps in all.
 
@@ -82,26 +112,88 @@ def synthetic_batches(
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    batches = [torch.randn(tuple(shape), generator=generator) for _ in range(count)]
     with evaluating(copied):
-        for position in range(count):
-            noise = torch.randn(tuple(shape), generator=generator)
+        with torch.no_grad():
+            call_model(copied, batches[0])
+        if steps:
+            groups = [group for batch in batches for group in batch.tensor_split(_groups(copied, batch))]
+            _move(copied, norms, groups, steps, generator, progress)
+        elif progress is not None:
+            progress("", 0, 0)
+    return batches
+
+
+def _groups(model: nn.Module, batch: Tensor) -> int:
+    """How many groups a batch makes. Without positions a sample is one value of a statistic, and a few are too few."""
+    groups = math.ceil(len(batch) / GROUP) if batch.dim() > 2 else 1
+    if groups > 1:
+        try:
             with torch.no_grad():
-                call_model(copied, noise)
-            report = _reporter(progress, position * steps, count * steps)
-            made.append(_moved(copied, norms, noise, steps, report))
-    return made
+                call_model(model, batch.tensor_split(groups)[-1])
+        except SettingError:  # it is made for one size of batch
+            return 1
+    return groups
 
 
-def _reporter(progress: Progress | None, before: int, total: int) -> Callable[[int], None]:
-    return lambda step: progress("", before + step, total) if progress is not None else None
+def _move(
+    model: nn.Module,
+    norms: Sequence[Any],
+    groups: Sequence[Tensor],
+    steps: int,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> None:
+    """Move the groups of noise in place."""
+    mixes = min(map(len, groups)) >= LEAST_MIXED and any(size > 1 for size in groups[0].shape[2:])
+    planned = [(MIX if mixes and position else NOISE).steps(steps) for position in range(len(groups))]
+    with torch.no_grad():
+        far = _mismatch(model, norms, groups[0])
+    for position, group in enumerate(groups):
+        start, done = NOISE, sum(planned[:position])
+        if mixes and position:
+            mixed = _mixed(groups[position - 1], len(group), generator)
+            with torch.no_grad():
+                near = bool(_mismatch(model, norms, mixed) <= NEAR * far)
+            if near:
+                start = MIX
+                group.copy_(mixed)
+        report = _reporter(progress, done, planned[position], sum(planned))
+        group.copy_(_moved(model, norms, group.clone(), start, start.steps(steps), report))
 
 
-def _moved(model: nn.Module, norms: Sequence[Any], noise: Tensor, steps: int, report: Callable[[int], None]) -> Tensor:
-    inputs = noise.requires_grad_(True)
-    optimizer = torch.optim.Adam([inputs], lr=RATE)
+def _mixed(group: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """So many samples, each of two cut at a place of its own along one of the axes of positions."""
+    axes = [axis for axis in range(2, group.dim()) if group.shape[axis] > 1]
+    axis = axes[int(torch.randint(len(axes), (), generator=generator))]
+    size = group.shape[axis]
+    cuts = torch.randint(max(1, size // 4), size - size // 4, (count,), generator=generator)
+    shape = [1] * group.dim()
+    shape[0], shape[axis] = count, size
+    before = (torch.arange(size) < cuts[:, None]).view(shape)
+    first = torch.arange(count) % len(group)
+    second = (first + int(torch.randint(1, len(group), (), generator=generator))) % len(group)
+    return torch.where(before, group[first], group[second])
+
+
+def _reporter(progress: Progress | None, before: int, planned: int, total: int) -> Callable[[float], None]:
+    """Tell the share that is done of a group, whose steps may be more than were planned."""
+    return lambda done: progress("", before + int(planned * done), total) if progress is not None else None
+
+
+def _moved(
+    model: nn.Module,
+    norms: Sequence[Any],
+    inputs: Tensor,
+    start: _Start,
+    steps: int,
+    report: Callable[[float], None],
+) -> Tensor:
+    inputs.requires_grad_(True)
+    optimizer = torch.optim.Adam([inputs], lr=start.rate, betas=start.betas)
     for step in range(steps):
-        report(step)
+        report(step / steps)
+        optimizer.param_groups[0]["lr"] = start.rate_at(step / steps)
         optimizer.zero_grad()
         with torch.enable_grad():
             loss = _mismatch(model, norms, inputs)
@@ -112,23 +204,37 @@ def _moved(model: nn.Module, norms: Sequence[Any], noise: Tensor, steps: int, re
             )
         loss.backward()
         optimizer.step()
-    report(steps)
+    report(1)
     return inputs.detach()
 
 
 def _mismatch(model: nn.Module, norms: Sequence[Any], inputs: Tensor) -> Tensor:
-    seen: list[tuple[Any, Tensor]] = []
-    handles = [norm.register_forward_hook(lambda module, given, _: seen.append((module, given[0]))) for norm in norms]
-    try:
+    terms = [inputs.new_zeros(())]
+    with _hooked(norms, lambda norm, values: terms.append(_distance(norm, values))):
         call_model(model, inputs)
+    return torch.stack(terms).sum()
+
+
+def _distance(norm: Any, values: Tensor) -> Tensor:
+    """Of a BatchNorm's input from the statistics that it stored."""
+    mean, variance = batch_statistics(values, norm.running_mean)
+    sigma = norm.running_var.sqrt() + LEAST_SIGMA
+    spread = (variance + LEAST_SIGMA**2).sqrt()
+    distance: Tensor = ((mean - norm.running_mean) / sigma).square().mean() + (spread / sigma - 1).square().mean()
+    return distance
+
+
+@contextmanager
+def _hooked(norms: Sequence[Any], seen: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    """Show every input of the BatchNorms."""
+    handles = [
+        norm.register_forward_pre_hook(
+            lambda module, args, kwargs: seen(module, first_input(args, kwargs)), with_kwargs=True
+        )
+        for norm in norms
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    total = inputs.new_zeros(())
-    for norm, values in seen:
-        over = [axis for axis in range(values.dim()) if axis != 1]
-        sigma = norm.running_var.sqrt() + LEAST_SIGMA
-        spread = (values.var(over, unbiased=False) + LEAST_SIGMA**2).sqrt()
-        total = total + ((values.mean(over) - norm.running_mean) / sigma).square().mean()
-        total = total + (spread / sigma - 1).square().mean()
-    return total
