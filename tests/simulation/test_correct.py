@@ -15,7 +15,7 @@ from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.quantization.quantize import fake_quantize
-from mpq_plugins.simulation.correct import _usual
+from mpq_plugins.simulation.correct import AT_ONCE, _Shift, _usual
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.odd import CHANNELS, NormAct
@@ -814,3 +814,17 @@ def test_a_batch_norm_over_a_single_value_is_refused() -> None:
     model = seeded(nn.Linear(8, 6), nn.BatchNorm1d(6))
     with pytest.raises(SettingError, match=naming("does not run", "more than 1 value per channel")):
         correct(model, planned(model), [ROWS[:1]])
+
+
+def test_sums_over_many_rows_are_those_of_all_at_once() -> None:
+    generator = torch.Generator().manual_seed(4)
+    exact = torch.randn(2 * AT_ONCE + 5, 3, generator=generator) + 1
+    rough = exact + torch.randn(exact.shape, generator=generator) / 3
+    shift = _Shift()
+    shift.add(exact, rough)
+    shift.add(exact[:7], rough[:7])
+    f, q = (torch.cat([one, one[:7]]).double() for one in (exact, rough))
+    expected = {"f": f, "q": q, "ff": f * f, "qq": q * q, "fq": f * q}
+    assert shift.count == len(f)
+    for key, values in expected.items():
+        torch.testing.assert_close(shift.sums[key], values.sum(0), rtol=1e-12, atol=0)
