@@ -1,6 +1,6 @@
 """Synthetic inputs have the statistics that BatchNorm stored, whatever they start from."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -52,6 +52,28 @@ def test_every_batch_gets_near_the_statistics() -> None:
         assert mismatch(model, after) < 0.05 * mismatch(model, before)
 
 
+class Counted(nn.Module):
+    """It counts the samples of its calls; its copies count in the same list."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_groups_after_the_first_take_a_quarter_of_the_steps() -> None:
+    Counted.calls.clear()
+    synthetic_batches(Counted().eval(), (128, 3, 8, 8), count=2, steps=40)
+    moved = 40 + 3 * 10  # steps of the four groups of 64
+    assert moved < Counted.calls.count(64) < moved + 10  # and some that look how near a mix is
+
+
 def test_no_two_samples_are_alike() -> None:
     """Those that start from others, too."""
     samples = torch.cat(synthetic_batches(net(), (40, 3, 16, 16), count=3)).flatten(1)
@@ -61,7 +83,7 @@ def test_no_two_samples_are_alike() -> None:
 
 def test_a_seed_gives_the_same_inputs_and_another_does_not() -> None:
     def made(seed: int) -> Tensor:
-        return torch.cat(synthetic_batches(net(), (33, 3, 8, 8), count=2, steps=8, seed=seed))
+        return torch.cat(synthetic_batches(net(), (65, 3, 8, 8), count=2, steps=8, seed=seed))
 
     assert made(1).equal(made(1))
     assert not made(1).equal(made(2))
@@ -77,7 +99,7 @@ def test_the_model_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [(16, 3, 8, 8), (64, 3, 8, 8), (33, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8), (9, 3, 3, 1)]
+    "shape", [(16, 3, 8, 8), (64, 3, 8, 8), (65, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8), (9, 3, 3, 1)]
 )
 def test_progress_goes_up_to_one_total(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
@@ -120,10 +142,10 @@ def test_a_model_made_for_one_size_of_batch() -> None:
             self.norm = nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.norm(x.view(48, 3, 4, 4))
+            out: Tensor = self.norm(x.view(96, 3, 4, 4))
             return out
 
-    (made,) = synthetic_batches(Fixed().eval(), (48, 3, 4, 4), count=1, steps=40)
+    (made,) = synthetic_batches(Fixed().eval(), (96, 3, 4, 4), count=1)
     assert made.mean((0, 2, 3)).abs().max() < 0.02
 
 
