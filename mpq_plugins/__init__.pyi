@@ -49,7 +49,8 @@ from .plans.table import LayerTable
 from .quantization.contract import PartCodes, PartShape, Quantizer
 from .quantization.row_quantizer import RowQuantizer
 from .reconstruction.brecq import reconstruct
-from .reconstruction.settings import BlockReport
+from .reconstruction.compensate import compensate
+from .reconstruction.settings import BlockReport, LayerReport
 from .simulation.apply import PartCheck, apply, verify
 from .simulation.correct import correct
 from .simulation.synthetic import synthetic_batches
@@ -84,6 +85,7 @@ __all__ = [
     "LatencyTable",
     "LayerCheck",
     "LayerChoice",
+    "LayerReport",
     "LayerSize",
     "LayerStats",
     "LayerTable",
@@ -120,6 +122,7 @@ __all__ = [
     "WorkerError",
     "apply",
     "compare",
+    "compensate",
     "compress",
     "correct",
     "decompress",

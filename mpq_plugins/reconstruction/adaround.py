@@ -173,14 +173,14 @@ class _Cells:
         below = position.floor() if gap == 1 else torch.full_like(position, -1.0)
         free = (below >= least) & (below + gap <= greatest) & (scale > 0) & (rows.amin(1) < rows.amax(1))[:, None]
         if bits > 1:
-            held, codes = _ends(rows, codes, least, greatest, scheme.symmetric)
+            held, codes = group_ends(rows, codes, least, greatest, scheme.symmetric)
             free &= ~held
         low = torch.where(free, below, codes)
         share = ((position - low) / gap).clamp(0, 1)
         return cls((low - zero_point) * scale, free * (gap * scale), share, codes > low)
 
 
-def _ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def group_ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Which weights hold each group's range, and the codes with theirs at its ends.
 
     Asymmetric: the extreme on either side of zero, whose nearest code may be one short of the end where it is a tie;

@@ -32,7 +32,7 @@ from .collect import Collector
 from .finished import FinishedBlocks, job_of
 from .fisher import importance_of
 from .learn import Block, Learned, inner_name, learn
-from .nets import Nets, on_device
+from .nets import Nets, as_the_models, device_of, on_device
 from .samples import Samples
 from .settings import MEMORY, BlockReport, Settings, usual_lr
 
@@ -125,7 +125,7 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
     )  # fmt: skip
     given = _checked(model, plan, batches, memory)
     _check_callbacks(progress, finished)
-    home = _device_of(model)
+    home = device_of(model)
     place = checked_device(device, dtype=torch.float32) or home
     with opened(store) as kept:
         blocks_kept = None
@@ -133,9 +133,7 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
             blocks_kept = FinishedBlocks(kept.job("reconstruct", job_of(model, plan, given, settings, place)))
         nets = Nets.of(model, plan, given, settings, place)
         _reconstruct(_Job(nets, given, settings, memory, blocks_kept), progress, finished)
-    known = dict(model.named_parameters())
-    for name, parameter in nets.rough.named_parameters():  # a bias may be new
-        parameter.requires_grad_(known[name].requires_grad if name in known else bool(known))
+    as_the_models(model, nets.rough)
     return nets.rough.to(home)
 
 
@@ -292,7 +290,3 @@ def _check_callbacks(*callbacks: object) -> None:
     for callback in callbacks:
         if callback is not None and not callable(callback):
             raise SettingError(f"progress, finished: {callback!r:.60} cannot be called; a function, or None")
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -101,6 +101,18 @@ def on_device(batch: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, going by its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def as_the_models(model: nn.Module, net: nn.Module) -> None:
+    """Let the net's parameters take gradients as the model's do; a bias may be new."""
+    known = dict(model.named_parameters())
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(known[name].requires_grad if name in known else bool(known))
+
+
 def _quantize_the_rest(model: nn.Module, plan: Plan, learned: Mapping[str, Tensor]) -> None:
     """Embeddings, and layers that share their weights, as the plan has them: rounded to nearest."""
     with torch.no_grad():

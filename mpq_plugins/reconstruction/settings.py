@@ -74,3 +74,52 @@ class BlockReport:
     weights: int
     seconds: float
     resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """The arguments of `compensate` that its result depends on; see there. Raises SettingError."""
+
+    columns: int
+    damping: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        integer("columns", self.columns, "an integer from 1 up, such as 32768", least=1)
+        integer("seed", self.seed, "an integer from 0 up")
+        number("damping", self.damping, "a number from 0 up, such as 0.01", least=0)
+
+
+@public
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer in `compensate`.
+
+    Attributes:
+        name: The layer's name.
+        rounding: `compensated` or `nearest`.
+        why: Why it was rounded to nearest; empty where it was not.
+        target: What it comes close to: `its own weights`, `the float output` or `the float sum`, which a shortcut is
+            part of.
+        columns: How many inputs it was compensated on; of a convolution, output positions.
+        damping: What was added to its inputs' second moments, as a share of their mean.
+        nearest: The mean squared error of an output position to the target, summed over channels, to nearest.
+        compensated: The same with weights as they stay.
+        changed: Weights that are not at the nearest level.
+        weights: How many weights there are.
+        seconds: Of this layer.
+        resumed: Whether it was read back from a store.
+    """
+
+    name: str
+    rounding: str
+    why: str
+    target: str
+    columns: int
+    damping: float
+    nearest: float
+    compensated: float
+    changed: int
+    weights: int
+    seconds: float
+    resumed: bool = False

@@ -21,7 +21,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,27 +34,29 @@ from ..common.progress import Progress
 from ..common.text import first_few
 from ..errors import SettingError
 from ..measurement.moments import second_moments, weight_users
-from ..measurement.own_output import watching
-from ..models.behaviour import adds_its_bias, follows_its_statistics
 from ..models.copying import duplicate
-from ..models.folding import borrowed_weights, folded_copy
-from ..models.kinds import layer_kind, quantizable_weights
+from ..models.folding import folded_copy
+from ..models.kinds import quantizable_weights
 from ..models.plain import is_plain
 from ..models.running import checked_batches, evaluating, first_input, run_model
-from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
+from ..models.tracing import BATCH_NORMS, Traced
 from ..plans.plan import Plan
 from ..quantization.fitted import check_fits, fitted
 from ..weights.dtypes import check_weight
 from .match import match
 from .model import simulate_model
 from .parts import weight_parts
+from .shifts import (
+    Shift,
+    by_channel,
+    channel_axis_of_output,
+    correctable,
+    correction_targets,
+    own_biases,
+    usual_vectors,
+)
 
 LOG = logging.getLogger(__name__)
-
-LONGEST = 3.0  # times the median length of an output vector; longer ones are left out of a bias's mean
-AT_ONCE = 8192  # rows that are summed: their float64 copies stay in the cache; those of all take thrice as long
-LEAST_RHO = 0.3  # below it a channel is mostly noise, and its correlation an estimate of little
-BIASED = (nn.Linear, *CONVOLUTIONS)
 
 
 def correct(
@@ -108,7 +110,7 @@ def correct(
     if fit_ranges:
         _fit_ranges(copied, plan, given)
     quantized = simulate_model(copied, plan)
-    _own_biases(copied)
+    own_biases(copied)
     shifts, unreached = _measure(exact, quantized, plan, given, progress)
     LOG.info("%d statistics and biases corrected on %d batches", len(shifts), len(given))
     with torch.no_grad():
@@ -119,16 +121,6 @@ def correct(
         named = first_few([repr(name) for name in unreached], ", ")
         warnings.warn(f"no calibration batch reached {named}: not corrected", stacklevel=2)
     return copied
-
-
-def _own_biases(model: nn.Module) -> None:
-    """Layers that share a bias get one each, for each has an error of its own."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, BIASED) and module.bias is not None:
-            if id(module.bias) in seen:
-                module.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=module.bias.requires_grad)
-            seen.add(id(module.bias))
 
 
 def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
@@ -150,99 +142,15 @@ def _fit_ranges(model: nn.Module, plan: Plan, batches: Sequence[Any]) -> None:
                     part.put(weight, fitted(part.values, part.bits, schemes[name], h, axis))
 
 
-@dataclass
-class _Shift:
-    """Sums over the calibration set of one module's values, per channel, in float64; f the float net's, q the other."""
-
-    count: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, exact: Tensor, rough: Tensor) -> None:
-        """Take in one call's values, (values, channels)."""
-        for some, others in zip(exact.split(AT_ONCE), rough.split(AT_ONCE), strict=True):
-            f, q = some.double(), others.double()
-            self.count += len(f)
-            new = {"f": f.sum(0), "q": q.sum(0), "ff": (f * f).sum(0), "qq": (q * q).sum(0), "fq": (f * q).sum(0)}
-            self.sums = {key: self.sums[key] + value if self.sums else value for key, value in new.items()}
-
-    def correct(self, name: str, module: nn.Module, shrinkage: float) -> None:
-        """Put it right in the float net's module."""
-        mean = {key: self.sums[key] / self.count for key in self.sums}
-        if not all(bool(value.isfinite().all()) for value in mean.values()):
-            raise SettingError(
-                f"{name!r}: its values on the calibration batches are NaN or infinite; look at the inputs"
-            )
-        shift = mean["q"] - mean["f"]
-        if isinstance(module, BATCH_NORMS):
-            self._correct_norm(module, mean, shift, shrinkage)
-            return
-        assert isinstance(module, BIASED)
-        if module.bias is None:
-            zeros = module.weight.new_zeros(shift.numel())
-            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-        module.bias -= shift.to(module.bias)
-
-    @staticmethod
-    def _correct_norm(module: Any, mean: dict[str, Tensor], shift: Tensor, shrinkage: float) -> None:
-        v_f, v_q = (mean[2 * key] - mean[key] ** 2 for key in "fq")
-        covariance = mean["fq"] - mean["f"] * mean["q"]
-        # A channel that does not vary, in either net, has no scale to put right.
-        alive = (v_f > 1e-12 * mean["ff"]) & (v_q > 1e-12 * mean["qq"])
-        rho = (covariance / (v_f * v_q).clamp_min(1e-300).sqrt()).clamp(LEAST_RHO, 1.0)
-        ratio = torch.where(alive, v_q / v_f.clamp_min(1e-300) / rho**shrinkage, 1.0)
-        module.running_mean += shift.to(module.running_mean)
-        module.running_var *= ratio.to(module.running_var)
-
-
-def _targets(model: nn.Module, plan: Plan) -> list[str]:
-    """Every BatchNorm with statistics, and every planned layer that can have a bias."""
-    planned = plan.by_any_name
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, BATCH_NORMS) and module.running_mean is not None)
-        or (name in planned and isinstance(module, BIASED) and layer_kind(module) is not None)
-    ]
-
-
-def _correctable(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> list[str]:
-    """Those whose bias or statistics do what they do in torch's classes; the others are named in a warning.
-
-    A bias or statistics that a functional call uses too are left as they are.
-    """
-    modules = dict(model.named_modules())
-    odd = {modules[name]: name for name in names if not is_plain(modules[name])}
-    follows: dict[str, bool] = {}
-
-    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        name = odd[module]
-        if isinstance(module, BATCH_NORMS):
-            follows[name] = follows.get(name, True) and follows_its_statistics(module, args, kwargs)
-        elif isinstance(output, Tensor):
-            axis = _channel_axis(module, output)
-            follows[name] = follows.get(name, True) and adds_its_bias(module, axis, args, kwargs)
-
-    with watching(list(odd), seen):
-        for batch in batches[: 1 if odd else 0]:
-            run_model(model, batch)
-    corrected = {f"{name}.{attribute}": name for name in names for attribute in ("bias", "running_mean", "running_var")}
-    lent = {corrected[parameter] for parameter in borrowed_weights(model) if parameter in corrected}
-    left = [name for name in names if name in lent or not follows.get(name, modules[name] not in odd)]
-    if left:
-        named = first_few([repr(name) for name in left], ", ")
-        warnings.warn(f"not corrected, for they compute in their own way or lend what would be: {named}", stacklevel=4)
-    return [name for name in names if name not in left]
-
-
 def _measure(
     exact: nn.Module, rough: nn.Module, plan: Plan, batches: Sequence[Any], progress: Progress | None
-) -> tuple[dict[str, _Shift], list[str]]:
+) -> tuple[dict[str, Shift], list[str]]:
     """What each module that takes a correction needs, and the modules that no batch reached.
 
     Layers that feed a BatchNorm leave the correction to it.
     """
-    names = _correctable(exact, _targets(exact, plan), batches)
-    shifts: dict[str, _Shift] = {}
+    names = correctable(exact, correction_targets(exact, plan), batches)
+    shifts: dict[str, Shift] = {}
     feeders: set[str] = set()
     for position, batch in enumerate(batches):
         if progress is not None:
@@ -287,24 +195,24 @@ class _Values:
         self._outputs.clear()
 
     @contextmanager
-    def comparing(self, net: nn.Module, names: Sequence[str], shifts: dict[str, _Shift]) -> Iterator[None]:
+    def comparing(self, net: nn.Module, names: Sequence[str], shifts: dict[str, Shift]) -> Iterator[None]:
         """While the quantized net runs: every module goes on as if it were corrected already."""
 
         def pair(name: str, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
             calls = self.by_name.get(name, [])
             if not calls or calls[0].shape != value.shape:
                 raise _another_path(name)
-            return _by_channel(calls.pop(0), axis), _by_channel(value, axis)
+            return by_channel(calls.pop(0), axis), by_channel(value, axis)
 
         def norm(name: str, _: nn.Module, value: Tensor) -> None:
-            shifts.setdefault(name, _Shift()).add(*pair(name, value, 1))
+            shifts.setdefault(name, Shift()).add(*pair(name, value, 1))
 
         def layer(name: str, module: nn.Module, output: Tensor) -> Tensor:
-            axis = _channel_axis(module, output)
+            axis = channel_axis_of_output(module, output)
             f, q = pair(name, output, axis)
-            usual = _usual(f)
+            usual = usual_vectors(f)
             f, q = f[usual], q[usual]
-            shifts.setdefault(name, _Shift()).add(f, q)
+            shifts.setdefault(name, Shift()).add(f, q)
             shape = [1] * output.dim()
             shape[axis] = -1
             return output - (q.mean(0) - f.mean(0)).to(output).view(shape)
@@ -376,33 +284,3 @@ def _hooked(
 def _by_batch(norm: Any, value: Tensor) -> Tensor:
     """What the BatchNorm gives when it normalises by its batch."""
     return F.batch_norm(value, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
-
-
-def _channel_axis(module: nn.Module, output: Tensor) -> int:
-    """Linear layers have their channels last; a convolution's come before its positions, batch or no batch."""
-    if isinstance(module, nn.Linear):
-        return output.dim() - 1
-    positions = 1 + sum(isinstance(module, kinds) for kinds in (_ABOVE_1D, _ABOVE_2D))
-    return output.dim() - 1 - positions
-
-
-_ABOVE_1D = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ABOVE_2D = (nn.Conv3d, nn.ConvTranspose3d)
-
-
-def _usual(vectors: Tensor) -> Tensor:
-    """Which output vectors (values, channels) are no outliers in length.
-
-    In transformers a few tokens, such as the first, carry activations hundreds of times those of the others (Sun et al.
-    2024, arXiv 2402.17762), and the normalisation after them takes the length away: a mean error that they decide is
-    right for them and wrong for all others. Spearman of MiniLM at uniform 2 bits: 0.771 with them, 0.838 without.
-    """
-    lengths = vectors.float().norm(dim=1)
-    # NaN and infinity stay in, to be found in the mean.
-    usual: Tensor = ~(lengths.isfinite() & (lengths > LONGEST * lengths[lengths > 0].median()))
-    return usual
-
-
-def _by_channel(value: Tensor, axis: int) -> Tensor:
-    """(values, channels)."""
-    return value.movedim(axis, -1).reshape(-1, value.shape[axis])

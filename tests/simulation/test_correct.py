@@ -15,7 +15,7 @@ from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.quantization.quantize import fake_quantize
-from mpq_plugins.simulation.correct import AT_ONCE, _Shift, _usual
+from mpq_plugins.simulation.shifts import AT_ONCE, Shift, usual_vectors
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.odd import CHANNELS, NormAct
@@ -334,12 +334,12 @@ def test_rare_long_outputs_are_left_out_of_the_mean() -> None:
 @pytest.mark.parametrize(("times", "usual"), [(2.9, True), (3.1, False), (10.0, False)])
 def test_an_output_of_three_times_the_median_length_is_long(times: float, usual: bool) -> None:
     vectors = torch.cat([torch.ones(9, 4), torch.full((1, 4), times)])
-    assert _usual(vectors).tolist() == [True] * 9 + [usual]
+    assert usual_vectors(vectors).tolist() == [True] * 9 + [usual]
 
 
 def test_padding_of_zeros_makes_no_output_long() -> None:
     vectors = torch.cat([torch.zeros(20, 4), torch.ones(9, 4), torch.full((1, 4), 10.0)])
-    assert _usual(vectors).tolist() == [True] * 29 + [False]
+    assert usual_vectors(vectors).tolist() == [True] * 29 + [False]
 
 
 def test_layers_that_share_a_bias_get_one_each() -> None:
@@ -820,7 +820,7 @@ def test_sums_over_many_rows_are_those_of_all_at_once() -> None:
     generator = torch.Generator().manual_seed(4)
     exact = torch.randn(2 * AT_ONCE + 5, 3, generator=generator) + 1
     rough = exact + torch.randn(exact.shape, generator=generator) / 3
-    shift = _Shift()
+    shift = Shift()
     shift.add(exact, rough)
     shift.add(exact[:7], rough[:7])
     f, q = (torch.cat([one, one[:7]]).double() for one in (exact, rough))

@@ -1,0 +1,421 @@
+"""Compensated rounding: closed form, one forward pass, no gradients.
+
+Columns of a layer are rounded one after another, and those not yet rounded make good what the rounded ones lost (GPTQ,
+Frantar et al. 2022, arXiv 2210.17323; targets from the float net, GPTAQ, Li et al. 2025, arXiv 2504.02692). The float
+net and the quantized net run side by side, and BatchNorm's statistics and biases are corrected as they go.
+"""
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.progress import Progress
+from ..common.store import Store, opened
+from ..common.text import first_few
+from ..models.copying import duplicate
+from ..models.device import checked_device
+from ..models.folding import folded_copy
+from ..models.kinds import quantizable_weights
+from ..models.plain import why_not_plain
+from ..models.running import checked_batches, evaluating, first_input, one_sample, run_model
+from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
+from ..plans.plan import Plan
+from ..simulation.layer import simulate_layer
+from ..simulation.match import match
+from ..simulation.shifts import (
+    Shift,
+    by_channel,
+    channel_axis_of_output,
+    correctable,
+    correction_targets,
+    own_biases,
+    usual_vectors,
+)
+from .blocks import learned_layers
+from .finished import FinishedLayers, job_of
+from .gram import Gram
+from .nets import as_the_models, device_of, on_device
+from .round_layer import CannotCompensate, Given, LayerRounding, Rounded, later_gram
+from .settings import Compensation, LayerReport
+from .stations import Stations, find_stations
+from .walk import Arrival, Station, Step, Walk
+
+LOG = logging.getLogger(__name__)
+
+SHRINKAGE = 1.0  # as `correct`
+LEAST_GAIN = 1e-3  # of a BatchNorm, by which what a shortcut lost is divided
+FEW = 0.1  # columns for each input of a layer, below which it is said that there are few
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def compensate(  # noqa: PLR0913  # each option is a user's word
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    *,
+    columns: int = 1 << 15,
+    damping: float = 0.01,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    store: str | Path | Store | None = None,
+    progress: Progress | None = None,
+    finished: Callable[[LayerReport], None] | None = None,
+) -> nn.Module:
+    """Round weights so that layers make good each other's errors, in a float copy with the weights on the plan's grids.
+
+    OBQ's update column by column (GPTQ, arXiv 2210.17323), towards the float model's outputs (GPTAQ, arXiv 2504.02692),
+    on the inputs that the quantized model so far gives; then local moves. Any scheme, any widths inside a layer. It
+    corrects BatchNorm statistics and biases on the way, as `correct` does. Quantizing the copy by the plan changes
+    nothing: `apply`, every adapter and the container find the rounded weights in it.
+
+    Layers that cannot be compensated are rounded to nearest, with a warning that lists them: embeddings and weights
+    shared with one, layers that compute in their own way or are never called, other dtypes than float32.
+
+    Args:
+        model: The float model; it is not changed.
+        plan: The plan.
+        batches: Inputs without labels, as for `correct`. A few hundred samples do. All batches are on their way through
+            both nets at once, so memory has to hold their activations at one depth.
+        columns: Output positions of a convolution that are looked at, drawn evenly from all samples; 32 times its
+            inputs where that is more. Of linear layers all are.
+        damping: What is added to the diagonal of the second moments of a layer's inputs, as a share of its mean.
+        seed: Of the positions that are drawn.
+        device: Where the nets run, by default where the model is.
+        store: Where finished layers are kept, so that the same call goes on there: a file's path, which is there until
+            the model is returned, or an open `Store`.
+        progress: Called with (layer, steps done, steps in all).
+        finished: Called with each layer's LayerReport.
+
+    Returns:
+        The copy.
+
+    Raises:
+        SettingError: An argument is not allowed, the model does not run on the inputs, or a layer's inputs hold NaN.
+            The message names the layer; finished ones stay in the store.
+        MismatchError: The plan is for another model.
+        WeightError: A weight cannot be quantized.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=2)(mpq.measure(net, mpq.Affine(granularity="per_channel")))
+        >>> rounded = mpq.compensate(net, plan, [torch.randn(256, 8)])
+        >>> torch.equal(mpq.apply(rounded, plan)[0].weight, rounded[0].weight)
+        True
+    """
+    settings = Compensation(columns=columns, damping=damping, seed=seed)
+    traced = Traced(model)
+    plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
+    given = checked_batches(batches)
+    home = device_of(model)
+    place = checked_device(device, dtype=torch.float32) or home
+    exact = folded_copy(traced, plan)
+    rough = duplicate(exact)
+    own_biases(rough)
+    for net in (exact, rough):
+        net.to(place).requires_grad_(False)
+    given = [on_device(batch, place) for batch in given]
+    with opened(store) as kept, evaluating(exact), evaluating(rough):
+        layers = None
+        if kept is not None:
+            layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
+        job = _Job.of(exact, rough, plan, given, settings, layers)
+        job.run(given, progress, finished)
+    as_the_models(model, rough)
+    return rough.to(home)
+
+
+@dataclass
+class _Job:
+    """One compensation. layers: those to compensate; nearest: why others are not; floats: weights to put back at the
+    end, of what the plan rounds to nearest."""
+
+    walk: Walk
+    plan: Plan
+    settings: Compensation
+    kept: FinishedLayers | None
+    layers: Mapping[str, nn.Module]
+    weights: Mapping[str, Tensor]
+    later: Mapping[str, Gram]
+    nearest: dict[str, str]
+    few: list[str] = field(default_factory=list)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, exact: nn.Module, rough: nn.Module, plan: Plan, batches: Sequence[Any], settings: Compensation,
+        kept: FinishedLayers | None,
+    ) -> "_Job":  # fmt: skip
+        """Find the layers and their stations, and round the others to nearest."""
+        choices = plan.by_any_name
+        planned = learned_layers(rough, plan)
+        nearest = {name: why for name, module in planned.items() if (why := _why_to_nearest(module))}
+        layers = {name: module for name, module in planned.items() if name not in nearest}
+        corrected = correctable(exact, correction_targets(exact, plan), batches)
+        norms = frozenset(name for name in corrected if isinstance(exact.get_submodule(name), BATCH_NORMS))
+        users = _users(rough, layers)
+        names = [*norms, *(user for of_layer in users.values() for user in of_layer)]
+        stations = find_stations(exact, names, one_sample(batches[0], 0))
+        biased = frozenset(name for name in corrected if name in layers and name not in stations.norms)
+        weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
+        walk = Walk(exact, rough, stations, users, biased, norms)
+        later = _later_inputs(exact, layers, users, stations, batches, settings)
+        job = cls(walk, plan, settings, kept, layers, weights, later, nearest)
+        for name, weight in quantizable_weights(rough).items():
+            if name in choices and name not in layers:
+                job.floats[name] = weight.detach().clone()
+                weight.copy_(simulate_layer(weight, choices[name]))
+                if not choices[name].in_float:
+                    nearest.setdefault(
+                        name, _why_to_nearest(rough.get_submodule(name)) or "it shares an embedding's weight"
+                    )
+        return job
+
+    def run(
+        self, batches: Sequence[Any], progress: Progress | None, finished: Callable[[LayerReport], None] | None
+    ) -> None:
+        """Walk, round and correct; then say what was rounded to nearest."""
+        buffers = {name: buffer.clone() for name, buffer in self.walk.rough.named_buffers()}
+        steps = [Station(name, step) for name in self.walk.stations.order for step in self._steps(name)]
+        for station in steps:
+            self._resume(station, finished)
+
+        def handle(station: Station, arrivals: Sequence[Arrival]) -> Any:
+            if progress is not None:
+                progress(station.name, len(self.walk.done), max(len(steps), len(self.walk.done) + 1))
+            if station.step == Step.ROUND:
+                self._round(station, arrivals, finished)
+                return None
+            return self._correct(station, arrivals)
+
+        self.walk.run(batches, handle)
+        if progress is not None:
+            progress("", len(steps), len(steps))
+        for name in self.layers:
+            if Station(name, Step.ROUND) not in self.walk.done:
+                self._to_nearest(name, "no batch reaches it, or it is used without being called", finished)
+        self._leave_as_it_was(buffers)
+        self._say()
+
+    def _steps(self, name: str) -> list[Step]:
+        if name in self.walk.norms:
+            return [Step.NORM]
+        layer = next((layer for layer, users in self.walk.users.items() if name in users), name)
+        if layer != name:
+            return []
+        return [Step.ROUND, Step.BIAS] if name in self.walk.biased else [Step.ROUND]
+
+    def _resume(self, station: Station, finished: Callable[[LayerReport], None] | None) -> None:
+        """What a store has of a station is put into the quantized net, and the walk does not stop there."""
+        stored = self.kept.read(_unit(station)) if self.kept is not None else None
+        if stored is None:
+            return
+        tensors, report = stored
+        module: Any = self.walk.rough.get_submodule(station.name)
+        if station.step == Step.ROUND and "kept" in tensors:
+            self.floats[station.name] = tensors.pop("kept")
+        for name, value in tensors.items():
+            if getattr(module, name, None) is None:
+                setattr(module, name, nn.Parameter(value.to(module.weight), requires_grad=False))
+            getattr(module, name).copy_(value)
+        self.walk.done.add(station)
+        if report is not None:
+            if report.why:
+                self.nearest[station.name] = report.why
+            if finished is not None:
+                finished(report)
+
+    def _keep(self, station: Station, tensors: Mapping[str, Tensor], report: LayerReport | None) -> None:
+        if self.kept is not None:
+            self.kept.write(_unit(station), tensors, report)
+
+    def _round(
+        self, station: Station, arrivals: Sequence[Arrival], finished: Callable[[LayerReport], None] | None
+    ) -> None:
+        name, start = station.name, time.perf_counter()
+        module, weight = self.layers[name], self.weights[name]
+        calls = [call for arrival in arrivals if (call := self._given(name, module, arrival)) is not None]
+        rounding = LayerRounding(
+            name, module, weight, self.plan.by_any_name[name], self.settings.columns, self.settings.damping
+        )
+        generator = _generator(self.settings.seed, name)
+        try:
+            rounded = rounding.round(calls, self.later.get(name), generator)
+        except CannotCompensate as why:
+            self._to_nearest(name, str(why), finished, start)
+            return
+        module.weight.copy_(rounded.weight)  # type: ignore[operator]
+        tensors = {"weight": rounded.weight}
+        if not rounded.kept.equal(rounded.weight):
+            self.floats[name] = tensors["kept"] = rounded.kept
+        if rounded.columns < FEW * weight[0].numel():
+            self.few.append(f"{name!r} ({rounded.columns:,} of {weight[0].numel():,} inputs)")
+        report = self._report(name, rounded, "", time.perf_counter() - start)
+        self._keep(station, tensors, report)
+        LOG.info("%s: %s, error %.4g, to nearest %.4g", name, rounded.target, rounded.compensated, rounded.nearest)
+        if finished is not None:
+            finished(report)
+
+    def _to_nearest(
+        self, name: str, why: str, finished: Callable[[LayerReport], None] | None, start: float | None = None
+    ) -> None:
+        module, weight = self.layers[name], self.weights[name]
+        rounded = simulate_layer(weight, self.plan.by_any_name[name])
+        module.weight.copy_(rounded)  # type: ignore[operator]
+        self.floats[name], self.nearest[name] = weight, why
+        report = self._report(name, None, why, 0.0 if start is None else time.perf_counter() - start)
+        self._keep(Station(name, Step.ROUND), {"weight": rounded, "kept": weight}, report)
+        if finished is not None:
+            finished(report)
+
+    def _report(self, name: str, rounded: Rounded | None, why: str, seconds: float) -> LayerReport:
+        weight = self.weights[name]
+        if rounded is None:
+            return LayerReport(name, "nearest", why, "", 0, 0.0, 0.0, 0.0, 0, weight.numel(), seconds)
+        near = simulate_layer(weight, self.plan.by_any_name[name])
+        return LayerReport(
+            name, "compensated", why, rounded.target, rounded.columns, rounded.damping, rounded.nearest,
+            rounded.compensated, int((near != rounded.weight).sum()), weight.numel(), seconds,
+        )  # fmt: skip
+
+    def _given(self, name: str, module: nn.Module, arrival: Arrival) -> Given | None:
+        """The arrival as a layer's call; without the float net's part where that is of another shape."""
+        if not isinstance(arrival.rough, Tensor) or not arrival.rough.numel():
+            return None
+        exact = arrival.exact if isinstance(arrival.exact, Tensor) else None
+        return Given(arrival.rough, exact, self._lost(name, module, arrival))
+
+    def _lost(self, name: str, module: nn.Module, arrival: Arrival) -> Tensor | None:
+        """What the shortcut behind a convolution lost, as it counts at its output."""
+        if arrival.shortcut is None or not isinstance(module, CONVOLUTIONS):
+            return None
+        exact, rough = arrival.shortcut
+        if exact.shape != rough.shape or arrival.exact is None or exact.shape != arrival.exact.shape:
+            return None
+        found = self.walk.stations.sums[name].norm
+        return exact - rough if found is None else (exact - rough) / _gain(self.walk.exact.get_submodule(found), exact)
+
+    def _correct(self, station: Station, arrivals: Sequence[Arrival]) -> Any:
+        """A norm's statistics or a layer's bias; of a bias, what moves the outputs at hand likewise."""
+        module: Any = self.walk.rough.get_submodule(station.name)
+        pairs = [
+            (arrival.exact, arrival.rough)
+            for arrival in arrivals
+            if isinstance(arrival.exact, Tensor) and isinstance(arrival.rough, Tensor)
+            and arrival.exact.shape == arrival.rough.shape
+        ]  # fmt: skip
+        if not pairs:
+            return None
+        axis = 1 if station.step == Step.NORM else channel_axis_of_output(module, pairs[0][0])
+        shift = Shift()
+        for exact, rough in pairs:
+            f, q = by_channel(exact, axis), by_channel(rough, axis)
+            usual = usual_vectors(f) if station.step == Step.BIAS else slice(None)
+            shift.add(f[usual], q[usual])
+        if not shift.count:
+            return None
+        shift.correct(station.name, module, SHRINKAGE)
+        names = ("running_mean", "running_var") if station.step == Step.NORM else ("bias",)
+        self._keep(station, {name: getattr(module, name) for name in names}, None)
+        if station.step == Step.NORM:
+            return None
+        mean = (shift.sums["q"] - shift.sums["f"]) / shift.count
+        return lambda output: (
+            output - mean.to(output).view([-1 if position == axis else 1 for position in range(output.dim())])
+        )
+
+    def _leave_as_it_was(self, buffers: Mapping[str, Tensor]) -> None:
+        """Float weights of what the plan rounds to nearest; and counters, for runs are not part of the result."""
+        corrected = {f"{name}.{kind}" for name in self.walk.norms for kind in ("running_mean", "running_var")}
+        for name, buffer in self.walk.rough.named_buffers():
+            if name in buffers and name not in corrected:
+                buffer.copy_(buffers[name])
+        for name, weight in self.floats.items():
+            self.walk.rough.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
+
+    def _say(self) -> None:
+        if self.nearest:
+            listed = first_few([f"{name!r} ({why})" for name, why in self.nearest.items()])
+            warnings.warn(f"rounded to nearest: {listed}", stacklevel=4)
+        if self.few:
+            warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
+
+
+def _why_to_nearest(module: nn.Module) -> str:
+    """Why a layer's formula does not hold; empty where it does."""
+    if isinstance(module, nn.Embedding):
+        return "it is an embedding"
+    if module.weight.dtype != torch.float32:
+        return f"{module.weight.dtype} cannot hold compensated weights exactly; use model.float()"
+    return why_not_plain(module)
+
+
+def _users(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Layer -> all modules that have its weight, which it comes first among."""
+    owners = {id(module.weight): name for name, module in layers.items()}
+    users: dict[str, list[str]] = {name: [] for name in layers}
+    for name, module in model.named_modules():
+        owner = owners.get(id(getattr(module, "weight", None)))
+        if owner is not None:
+            users[owner].append(name)
+    return {name: tuple(of_layer) for name, of_layer in users.items()}
+
+
+def _later_inputs(
+    exact: nn.Module, layers: Mapping[str, nn.Module], users: Mapping[str, Sequence[str]], stations: Stations,
+    batches: Sequence[Any], settings: Compensation,
+) -> dict[str, Gram]:  # fmt: skip
+    """Layers that are called several times: H of the calls after the first, from the float net."""
+    several = [name for name in layers if sum(stations.calls.get(user, 0) for user in users[name]) > 1]
+    seen: dict[str, list[tuple[nn.Module, Tensor]]] = {name: [] for name in several}
+    calls = dict.fromkeys(several, 0)
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] += 1
+        value = first_input(args, kwargs)
+        if calls[name] > 1 and isinstance(value, Tensor) and value.numel():
+            seen[name].append((module, value.detach().clone()))
+
+    with ExitStack() as stack:
+        for name in several:
+            for user in users[name]:
+                module = exact.get_submodule(user)
+                stack.enter_context(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+        for batch in batches if several else ():
+            calls = dict.fromkeys(several, 0)
+            run_model(exact, batch)
+    return {
+        name: later_gram(seen[name], settings.columns, _generator(settings.seed, f"later {name}"))
+        for name in seen
+        if seen[name]
+    }
+
+
+def _gain(norm: Any, like: Tensor) -> Tensor:
+    """What a BatchNorm multiplies its input with, each channel at least by LEAST_GAIN in size."""
+    gain = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        gain = gain * norm.weight
+    least = torch.where(gain < 0, -LEAST_GAIN, LEAST_GAIN)
+    return torch.where(gain.abs() < LEAST_GAIN, least, gain).view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _unit(station: Station) -> str:
+    return f"{station.step.name.lower()} {station.name}"
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A layer's own, so that a run that goes on after others draws alike."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,217 @@
+"""The compensated rounding of one layer, on its inputs in the float and in the quantized net.
+
+    target    W* = W + G (H + damping)^-1     weights that give the float net's output on the quantized net's inputs
+    rounding  minimise tr((W* - Q) H (W* - Q)^T) over Q on the grid     column by column, errors carried over
+
+Targets are as in GPTAQ (arXiv 2504.02692). Where a block adds its input to a convolution's output, the layer should
+also give what the shortcut lost, divided by the gain of the BatchNorm in between. A linear layer of tokens keeps its
+own weights as the target, and so does a layer that few columns came to. In transformers a few tokens are hundreds of
+times as long as the others, and a LayerNorm takes the length away: they would decide what is fitted, and are left out
+of H.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingError
+from ..plans.layers import LayerChoice
+from ..simulation.layer import simulate_layer
+from ..simulation.shifts import usual_vectors
+from .columns import CHUNK, Columns, choose_positions
+from .feedback import Factor, descend, factorise, round_with_feedback, solve
+from .gram import Gram
+from .levels import Levels
+
+OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
+PER_INPUT = 32  # columns for each input of a layer, at least, where there are so many positions
+FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
+MOVING = 16  # columns for each input, at least, where single weights are moved on them
+SWEEPS = 10  # of single moves, at most
+
+
+@dataclass(frozen=True)
+class Given:
+    """One call of a layer: its input in the quantized net, and what the float net's layer gives, None if it has not.
+
+    lost: what the shortcut lost, as it counts at the layer's output; None without one.
+    """
+
+    rough: Tensor
+    exact: Tensor | None
+    lost: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """weight: as it is used, every value at a level; kept: what the plan makes it of; target: in words; columns: how
+    many there were; damping: as a share of H's mean diagonal; nearest, compensated: mean squared errors of an output
+    position to the target, summed over channels."""
+
+    weight: Tensor
+    kept: Tensor
+    target: str
+    columns: int
+    damping: float
+    nearest: float
+    compensated: float
+
+
+class CannotCompensate(Exception):  # noqa: N818  # no error: the layer is rounded to nearest, and this is said
+    """Why a layer is rounded to nearest."""
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """A layer with what decides its rounding. columns: most positions that are looked at, unless the layer is wide."""
+
+    name: str
+    module: Any
+    weight: Tensor
+    choice: LayerChoice
+    columns: int
+    damping: float
+
+    def round(self, calls: Sequence[Given], later: Gram | None, generator: torch.Generator) -> Rounded:
+        """Round it. later: H of further calls of the layer.
+
+        Raises CannotCompensate where it has to be rounded to nearest; SettingError, naming the layer, for NaN.
+        """
+        geometry = Columns.of(self.module)
+        matrices = geometry.matrices(self.weight)
+        gram = self._gram(geometry, matrices, calls, generator)
+        if later is not None:
+            gram = Gram(gram.count + later.count, gram.h + later.h, gram.g)
+        if not gram.finite:
+            raise SettingError(f"layer {self.name!r}: its inputs hold NaN or infinity; look at the batches")
+        if not gram.count:
+            raise CannotCompensate("it is not called with a tensor")
+        if not bool(gram.h.any()):
+            raise CannotCompensate("all of its inputs are zero")
+        if gram.count < FITTING * matrices.shape[2]:
+            gram = Gram(gram.count, gram.h)
+        levels = Levels.of(self.weight.cpu(), self.choice)
+        group, held = geometry.matrices(levels.group), geometry.matrices(levels.held)
+        near = geometry.matrices(simulate_layer(self.weight, self.choice))
+        rounded, losses, damping = torch.empty_like(matrices), [0.0, 0.0], 0.0
+        for g in range(geometry.groups):
+            of_group = Levels(levels.values, levels.first, group[g], held[g])
+            one = _Matrix(matrices[g], gram.h[g] / gram.count, gram.g[g] / gram.count if gram.g.numel() else None)
+            factor, target = one.factor(self.damping), one.target(self.damping)
+            rounded[g] = round_with_feedback(target, factor, of_group)
+            if gram.count >= MOVING * matrices.shape[2]:
+                rounded[g] = descend(target, one.damped(factor), rounded[g], of_group, SWEEPS)
+            damping = max(damping, factor.damping)
+            losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
+        if losses[1] > losses[0]:
+            raise CannotCompensate("rounding to nearest is better")
+        kept, weight = self._settled(geometry.weight(rounded, self.weight.shape))
+        how = OWN if not gram.g.numel() else (SUM if any(call.lost is not None for call in calls) else OUTPUT)
+        return Rounded(weight, kept, how, gram.count, damping, *losses)
+
+    def _gram(self, geometry: Columns, matrices: Tensor, calls: Sequence[Given], generator: torch.Generator) -> Gram:
+        """Sums over all calls, a few samples at a time, so that columns fit into memory."""
+        gram, d = Gram(), matrices.shape[2]
+        samples = sum(geometry.samples(call.rough) for call in calls)
+        share = math.ceil(max(self.columns, PER_INPUT * d) / max(1, samples))
+        bias = 0.0 if self.module.bias is None else self.module.bias.reshape(geometry.groups, -1)
+        for call in calls:
+            tokens = not geometry.spatial and call.rough.dim() > 2
+            positions = geometry.positions(self.module, call.rough)
+            chosen = choose_positions(geometry.samples(call.rough), positions, share, generator)
+            for piece, at in geometry.pieces(call.rough, chosen, max(1, CHUNK // (geometry.groups * d))):
+                columns = geometry.columns(self.module, piece.of(call.rough), at)
+                own = torch.einsum("ngd,grd->ngr", columns, matrices)
+                exact = None
+                if call.exact is not None and geometry.outputs(call.exact) == (len(chosen), positions):
+                    exact = geometry.values(piece.of(call.exact), at)
+                if tokens:
+                    usual = usual_vectors((own if exact is None else exact).flatten(1))
+                    gram.add(columns[usual], None)
+                elif exact is None:
+                    gram.add(columns, None)
+                else:
+                    wanted = exact - bias
+                    if call.lost is not None:
+                        wanted = wanted + geometry.values(piece.of(call.lost), at)
+                    gram.add(columns, wanted - own)
+        return gram
+
+    def _settled(self, rounded: Tensor) -> tuple[Tensor, Tensor]:
+        """What the plan is to be applied to, and what that gives, which is `rounded` but for float32's last bits.
+
+        Channels whose levels quantizing does not find again keep their float weights, and are rounded to nearest.
+        """
+        values = rounded
+        for _ in range(4):
+            again = simulate_layer(values, self.choice)
+            if again.equal(values):
+                break
+            values = again
+        else:
+            again = simulate_layer(values, self.choice)
+        limit = 1e-5 * rounded.abs().amax() if rounded.numel() else 0.0
+        wrong = ((again - values) != 0) | ((values - rounded).abs() > limit)
+        axis = self.choice.channel_axis
+        lost = wrong.movedim(axis, 0).flatten(1).any(1) if wrong.dim() > 1 else wrong
+        if not bool(lost.any()):
+            return values, values
+        if self.choice.scheme.granularity == "per_tensor":
+            raise CannotCompensate(f"quantizing does not find the levels of {self.choice.scheme} again")
+        shape = [-1 if k == axis else 1 for k in range(rounded.dim())]
+        kept = torch.where(lost.view(shape), self.weight, values)
+        weight = simulate_layer(kept, self.choice)
+        if not bool(torch.where(lost.view(shape), True, weight == values).all()) or bool(lost.all()):
+            raise CannotCompensate(f"quantizing does not find the levels of {self.choice.scheme} again")
+        return kept, weight
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Weights (rows, d), H float64 (d, d), G float64 (rows, d) or None."""
+
+    weight: Tensor
+    h: Tensor
+    g: Tensor | None
+
+    def factor(self, damping: float) -> Factor:
+        """H damped and factorised."""
+        factor = factorise(self.h, damping)
+        if factor is None:
+            raise CannotCompensate("no damping makes its inputs' second moments invertible")
+        return factor
+
+    def target(self, damping: float) -> Tensor:
+        """W*, float64."""
+        if self.g is None:
+            return self.weight.double()
+        return self.weight.double() + solve(self.factor(damping), self.g)
+
+    def damped(self, factor: Factor) -> Tensor:
+        """H as it was factorised, but for inputs that are always zero."""
+        diagonal = self.h.diagonal()
+        damped = self.h.clone()
+        damped.diagonal().add_(factor.damping * diagonal[diagonal > 0].mean())
+        return damped
+
+    def loss(self, target: Tensor, rounded: Tensor) -> float:
+        """tr((W* - Q) H (W* - Q)^T)."""
+        lost = target - rounded.double()
+        return float(((lost @ self.h) * lost).sum())
+
+
+def later_gram(calls: Sequence[tuple[nn.Module, Tensor]], columns: int, generator: torch.Generator) -> Gram:
+    """H of further calls of a layer: the modules that are called, and the inputs that they have in the float net."""
+    gram = Gram()
+    for module, value in calls:
+        geometry = Columns.of(module)
+        d = geometry.matrices(module.weight).shape[2]  # type: ignore[arg-type]
+        share = math.ceil(max(columns, PER_INPUT * d) / max(1, len(calls) * geometry.samples(value)))
+        chosen = choose_positions(geometry.samples(value), geometry.positions(module, value), share, generator)
+        for piece, at in geometry.pieces(value, chosen, max(1, CHUNK // (geometry.groups * d))):
+            gram.add(geometry.columns(module, piece.of(value), at), None)
+    return gram

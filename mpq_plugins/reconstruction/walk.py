@@ -1,0 +1,169 @@
+"""The float net and the quantized net walked side by side, from station to station, all batches together.
+
+A layer is rounded when every batch has come to it in both nets, on the inputs that the quantized prefix gives; then a
+BatchNorm behind it, or its own bias, is corrected on what comes out; then both nets go on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import SettingError
+from ..models.running import call_model, first_input
+from .stations import Stations, Sum
+from .streams import Stream, current
+
+
+class Step(IntEnum):
+    """What is done at a station."""
+
+    ROUND = 0
+    BIAS = 1
+    NORM = 2
+
+
+@dataclass(frozen=True)
+class Station:
+    """A layer or a norm, and what is done there."""
+
+    name: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What one batch brings to a station: the quantized net's value and the float net's, None if that is elsewhere.
+
+    A layer's value is its input in the quantized net and its output in the float one, and its output in both where its
+    bias is corrected; a norm's is its input. shortcut: (float, quantized) what is added behind the layer.
+    """
+
+    rough: Any
+    exact: Any
+    shortcut: tuple[Tensor, Tensor] | None = None
+
+
+Handle = Callable[[Station, Sequence[Arrival]], Any]
+
+
+@dataclass
+class Walk:
+    """Two nets and the places where they stop.
+
+    users: layer -> the modules that use its weight; biased: layers whose biases are corrected; norms: BatchNorms whose
+    statistics are.
+    """
+
+    exact: nn.Module
+    rough: nn.Module
+    stations: Stations
+    users: Mapping[str, Sequence[str]]
+    biased: frozenset[str]
+    norms: frozenset[str]
+    done: set[Station] = field(default_factory=set)
+
+    def run(self, batches: Sequence[Any], handle: Handle) -> None:
+        """Walk them on all batches. handle: does what is to be done; what it gives is taken from a bias's layer."""
+        pairs: list[tuple[Stream, Stream]] = []
+        ranks = {name: rank for rank, name in enumerate(self.stations.order)}
+        with ExitStack() as stack:
+            stack.callback(_close, pairs)
+            stack.enter_context(self._hooks())
+            for batch in batches:
+                pairs.append(tuple(Stream(partial(call_model, net, batch)) for net in (self.exact, self.rough)))  # type: ignore[arg-type]
+                for stream in pairs[-1]:
+                    stream.check()
+            while waiting := {stream.at for pair in pairs for stream in pair if stream.at is not None}:
+                at = min(waiting, key=lambda station: (ranks.setdefault(station.name, len(ranks)), station.step))
+                answer = handle(at, [self._arrival(at, *pair) for pair in pairs if pair[1].at == at])
+                self.done.add(at)
+                for stream in [stream for pair in pairs for stream in pair if stream.at == at]:
+                    stream.go_on(answer)
+
+    def _arrival(self, at: Station, exact: Stream, rough: Stream) -> Arrival:
+        together = exact.at == at
+        shortcut = self.stations.sums.get(at.name) if at.step == Step.ROUND and together else None
+        kept = None if shortcut is None else tuple(_kept(stream, shortcut) for stream in (exact, rough))
+        whole = kept is not None and all(value is not None for value in kept)
+        return Arrival(rough.value, exact.value if together else None, kept if whole else None)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """On both nets, while they are walked."""
+        with ExitStack() as stack:
+            for net in (self.exact, self.rough):
+                modules = dict(net.named_modules())
+                for handle in self._notes(modules):
+                    stack.enter_context(handle)
+                for layer, users in self.users.items():
+                    for user in users:
+                        for handle in self._at_layer(modules[user], layer, net is self.rough):
+                            stack.enter_context(handle)
+                for name in self.norms:
+                    before = partial(self._before, Station(name, Step.NORM))
+                    stack.enter_context(modules[name].register_forward_pre_hook(before, with_kwargs=True))
+            yield
+
+    def _notes(self, modules: Mapping[str, nn.Module]) -> Iterator[Any]:
+        """What is added behind layers is kept when it goes by."""
+        for place in dict.fromkeys((found.module, found.is_input) for found in self.stations.sums.values()):
+            module = modules[place[0]]
+            if place[1]:
+                yield module.register_forward_pre_hook(partial(_note_input, place), with_kwargs=True)
+            else:
+                yield module.register_forward_hook(partial(_note_output, place))
+
+    def _at_layer(self, module: nn.Module, layer: str, rough: bool) -> Iterator[Any]:
+        rounding = Station(layer, Step.ROUND)
+        if rough:
+            yield module.register_forward_pre_hook(partial(self._before, rounding), with_kwargs=True)
+        else:
+            yield module.register_forward_hook(partial(self._after, rounding))
+        if layer in self.biased:
+            yield module.register_forward_hook(partial(self._after, Station(layer, Step.BIAS)))
+
+    def _before(self, station: Station, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stop(station, first_input(args, kwargs))
+
+    def _after(self, station: Station, _: nn.Module, __: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            raise SettingError(f"layer {station.name!r}: gives a {type(output).__name__}, not a tensor; skip it")
+        moved = self._stop(station, output)
+        return None if moved is None or station.step != Step.BIAS else moved(output)
+
+    def _stop(self, station: Station, value: Any) -> Any:
+        stream = current()
+        if stream is None or station in self.done:  # a run of somebody else's, or a further call
+            return None
+        return stream.stop(station, value)
+
+
+def _close(pairs: Sequence[tuple[Stream, Stream]]) -> None:
+    for pair in pairs:
+        for stream in pair:
+            stream.close()
+
+
+def _note_input(place: tuple[str, bool], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _note(place, first_input(args, kwargs))
+
+
+def _note_output(place: tuple[str, bool], _: nn.Module, __: Any, output: Any) -> None:
+    _note(place, output)
+
+
+def _note(place: tuple[str, bool], value: Any) -> None:
+    stream = current()
+    if stream is not None and isinstance(value, Tensor):
+        stream.notes[place] = (value, value._version)
+
+
+def _kept(stream: Stream, shortcut: Sum) -> Tensor | None:
+    """What is added, if it is still what went by."""
+    value, version = stream.notes.get((shortcut.module, shortcut.is_input), (None, 0))
+    return value if value is not None and value._version == version else None
