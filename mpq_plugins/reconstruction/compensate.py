@@ -5,14 +5,11 @@ Frantar et al. 2022, arXiv 2210.17323; targets from the float net, GPTAQ, Li et 
 net and the quantized net run side by side, and BatchNorm's statistics and biases are corrected as they go.
 """
 
-import hashlib
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,7 @@ from ..models.copying import duplicate
 from ..models.device import checked_device
 from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
-from ..models.plain import why_not_plain
-from ..models.running import checked_batches, evaluating, first_input, one_sample, run_model
+from ..models.running import checked_batches, evaluating, one_sample
 from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
 from ..plans.plan import Plan
 from ..simulation.layer import simulate_layer
@@ -42,12 +38,13 @@ from ..simulation.shifts import (
     usual_vectors,
 )
 from .blocks import learned_layers
+from .candidates import generator_of, later_calls, users_of, why_to_nearest
 from .finished import FinishedLayers, job_of
 from .gram import Gram
 from .nets import as_the_models, device_of, on_device
-from .round_layer import CannotCompensate, Given, LayerRounding, Rounded, later_gram
+from .round_layer import CannotCompensate, Given, LayerRounding, Rounded
 from .settings import Compensation, LayerReport
-from .stations import Stations, find_stations
+from .stations import find_stations
 from .walk import Arrival, Station, Step, Walk
 
 LOG = logging.getLogger(__name__)
@@ -160,17 +157,18 @@ class _Job:
         """Find the layers and their stations, and round the others to nearest."""
         choices = plan.by_any_name
         planned = learned_layers(rough, plan)
-        nearest = {name: why for name, module in planned.items() if (why := _why_to_nearest(module))}
+        nearest = {name: why for name, module in planned.items() if (why := why_to_nearest(module))}
         layers = {name: module for name, module in planned.items() if name not in nearest}
         corrected = correctable(exact, correction_targets(exact, plan), batches)
         norms = frozenset(name for name in corrected if isinstance(exact.get_submodule(name), BATCH_NORMS))
-        users = _users(rough, layers)
-        names = [*norms, *(user for of_layer in users.values() for user in of_layer)]
+        users = users_of(rough, layers)
+        biased = frozenset(corrected) - norms
+        names = [*norms, *biased, *(user for of_layer in users.values() for user in of_layer)]
         stations = find_stations(exact, names, one_sample(batches[0], 0))
-        biased = frozenset(name for name in corrected if name in layers and name not in stations.norms)
+        biased -= stations.norms.keys()
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
         walk = Walk(exact, rough, stations, users, biased, norms)
-        later = _later_inputs(exact, layers, users, stations, batches, settings)
+        later = later_calls(exact, layers, users, stations, batches, settings)
         job = cls(walk, plan, settings, kept, layers, weights, later, nearest)
         for name, weight in quantizable_weights(rough).items():
             if name in choices and name not in layers:
@@ -178,7 +176,7 @@ class _Job:
                 weight.copy_(simulate_layer(weight, choices[name]))
                 if not choices[name].in_float:
                     nearest.setdefault(
-                        name, _why_to_nearest(rough.get_submodule(name)) or "it shares an embedding's weight"
+                        name, why_to_nearest(rough.get_submodule(name)) or "it shares an embedding's weight"
                     )
         return job
 
@@ -209,12 +207,9 @@ class _Job:
         self._say()
 
     def _steps(self, name: str) -> list[Step]:
-        if name in self.walk.norms:
-            return [Step.NORM]
-        layer = next((layer for layer, users in self.walk.users.items() if name in users), name)
-        if layer != name:
-            return []
-        return [Step.ROUND, Step.BIAS] if name in self.walk.biased else [Step.ROUND]
+        """What is done at a module; a tied weight is rounded at whichever comes first, under its first name."""
+        steps = ((Step.ROUND, self.layers), (Step.BIAS, self.walk.biased), (Step.NORM, self.walk.norms))
+        return [step for step, names in steps if name in names]
 
     def _resume(self, station: Station, finished: Callable[[LayerReport], None] | None) -> None:
         """What a store has of a station is put into the quantized net, and the walk does not stop there."""
@@ -249,7 +244,7 @@ class _Job:
         rounding = LayerRounding(
             name, module, weight, self.plan.by_any_name[name], self.settings.columns, self.settings.damping
         )
-        generator = _generator(self.settings.seed, name)
+        generator = generator_of(self.settings.seed, name)
         try:
             rounded = rounding.round(calls, self.later.get(name), generator)
         except CannotCompensate as why:
@@ -352,56 +347,6 @@ class _Job:
             warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
 
 
-def _why_to_nearest(module: nn.Module) -> str:
-    """Why a layer's formula does not hold; empty where it does."""
-    if isinstance(module, nn.Embedding):
-        return "it is an embedding"
-    if module.weight.dtype != torch.float32:
-        return f"{module.weight.dtype} cannot hold compensated weights exactly; use model.float()"
-    return why_not_plain(module)
-
-
-def _users(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
-    """Layer -> all modules that have its weight, which it comes first among."""
-    owners = {id(module.weight): name for name, module in layers.items()}
-    users: dict[str, list[str]] = {name: [] for name in layers}
-    for name, module in model.named_modules():
-        owner = owners.get(id(getattr(module, "weight", None)))
-        if owner is not None:
-            users[owner].append(name)
-    return {name: tuple(of_layer) for name, of_layer in users.items()}
-
-
-def _later_inputs(
-    exact: nn.Module, layers: Mapping[str, nn.Module], users: Mapping[str, Sequence[str]], stations: Stations,
-    batches: Sequence[Any], settings: Compensation,
-) -> dict[str, Gram]:  # fmt: skip
-    """Layers that are called several times: H of the calls after the first, from the float net."""
-    several = [name for name in layers if sum(stations.calls.get(user, 0) for user in users[name]) > 1]
-    seen: dict[str, list[tuple[nn.Module, Tensor]]] = {name: [] for name in several}
-    calls = dict.fromkeys(several, 0)
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[name] += 1
-        value = first_input(args, kwargs)
-        if calls[name] > 1 and isinstance(value, Tensor) and value.numel():
-            seen[name].append((module, value.detach().clone()))
-
-    with ExitStack() as stack:
-        for name in several:
-            for user in users[name]:
-                module = exact.get_submodule(user)
-                stack.enter_context(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
-        for batch in batches if several else ():
-            calls = dict.fromkeys(several, 0)
-            run_model(exact, batch)
-    return {
-        name: later_gram(seen[name], settings.columns, _generator(settings.seed, f"later {name}"))
-        for name in seen
-        if seen[name]
-    }
-
-
 def _gain(norm: Any, like: Tensor) -> Tensor:
     """What a BatchNorm multiplies its input with, each channel at least by LEAST_GAIN in size."""
     gain = (norm.running_var + norm.eps).rsqrt()
@@ -413,9 +358,3 @@ def _gain(norm: Any, like: Tensor) -> Tensor:
 
 def _unit(station: Station) -> str:
     return f"{station.step.name.lower()} {station.name}"
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """A layer's own, so that a run that goes on after others draws alike."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

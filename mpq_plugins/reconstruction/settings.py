@@ -109,6 +109,14 @@ class LayerReport:
         weights: How many weights there are.
         seconds: Of this layer.
         resumed: Whether it was read back from a store.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan, reports = mpq.Uniform(bits=2)(mpq.measure(net)), []
+        >>> _ = mpq.compensate(net, plan, [torch.randn(256, 8)], finished=reports.append)
+        >>> [(report.name, report.rounding, report.columns) for report in reports]
+        [('0', 'compensated', 256)]
     """
 
     name: str

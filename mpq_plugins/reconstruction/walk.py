@@ -55,8 +55,8 @@ Handle = Callable[[Station, Sequence[Arrival]], Any]
 class Walk:
     """Two nets and the places where they stop.
 
-    users: layer -> the modules that use its weight; biased: layers whose biases are corrected; norms: BatchNorms whose
-    statistics are.
+    users: layers to round -> the modules that use their weights; biased: layers whose biases are corrected; norms:
+    BatchNorms whose statistics are.
     """
 
     exact: nn.Module
@@ -82,8 +82,11 @@ class Walk:
                 at = min(waiting, key=lambda station: (ranks.setdefault(station.name, len(ranks)), station.step))
                 answer = handle(at, [self._arrival(at, *pair) for pair in pairs if pair[1].at == at])
                 self.done.add(at)
-                for stream in [stream for pair in pairs for stream in pair if stream.at == at]:
-                    stream.go_on(answer)
+                for exact, rough in pairs:
+                    if exact.at == at:
+                        exact.go_on()
+                    if rough.at == at:
+                        rough.go_on(answer)
 
     def _arrival(self, at: Station, exact: Stream, rough: Stream) -> Arrival:
         together = exact.at == at
@@ -102,8 +105,10 @@ class Walk:
                     stack.enter_context(handle)
                 for layer, users in self.users.items():
                     for user in users:
-                        for handle in self._at_layer(modules[user], layer, net is self.rough):
-                            stack.enter_context(handle)
+                        stack.enter_context(self._at_layer(modules[user], layer, net is self.rough))
+                for name in self.biased:
+                    after = partial(self._after, Station(name, Step.BIAS))
+                    stack.enter_context(modules[name].register_forward_hook(after))
                 for name in self.norms:
                     before = partial(self._before, Station(name, Step.NORM))
                     stack.enter_context(modules[name].register_forward_pre_hook(before, with_kwargs=True))
@@ -118,14 +123,11 @@ class Walk:
             else:
                 yield module.register_forward_hook(partial(_note_output, place))
 
-    def _at_layer(self, module: nn.Module, layer: str, rough: bool) -> Iterator[Any]:
-        rounding = Station(layer, Step.ROUND)
+    def _at_layer(self, module: nn.Module, layer: str, rough: bool) -> Any:
+        station = Station(layer, Step.ROUND)
         if rough:
-            yield module.register_forward_pre_hook(partial(self._before, rounding), with_kwargs=True)
-        else:
-            yield module.register_forward_hook(partial(self._after, rounding))
-        if layer in self.biased:
-            yield module.register_forward_hook(partial(self._after, Station(layer, Step.BIAS)))
+            return module.register_forward_pre_hook(partial(self._before, station), with_kwargs=True)
+        return module.register_forward_hook(partial(self._after, station))
 
     def _before(self, station: Station, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stop(station, first_input(args, kwargs))
