@@ -48,12 +48,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Rounded:
-    """weight: as it is used, every value at a level; kept: what the plan makes it of; target: in words; columns: how
-    many there were; damping: as a share of H's mean diagonal; nearest, compensated: mean squared errors of an output
-    position to the target, summed over channels."""
+    """weight: as it is used, every value at a level; kept: what the plan makes it of; lost: channels that are rounded to
+    nearest after all; target: in words; columns: how many there were; damping: as a share of H's mean diagonal; nearest,
+    compensated: mean squared errors of an output position to the target, summed over channels."""
 
     weight: Tensor
     kept: Tensor
+    lost: int
     target: str
     columns: int
     damping: float
@@ -109,9 +110,9 @@ class LayerRounding:
             losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
         if losses[1] > losses[0]:
             raise CannotCompensate("rounding to nearest is better")
-        kept, weight = self._settled(geometry.weight(rounded, self.weight.shape))
+        kept, weight, lost = self._settled(geometry.weight(rounded, self.weight.shape))
         how = OWN if not gram.g.numel() else (SUM if any(call.lost is not None for call in calls) else OUTPUT)
-        return Rounded(weight, kept, how, gram.count, damping, *losses)
+        return Rounded(weight, kept, lost, how, gram.count, damping, *losses)
 
     def _gram(self, geometry: Columns, matrices: Tensor, calls: Sequence[Given], generator: torch.Generator) -> Gram:
         """Sums over all calls, a few samples at a time, so that columns fit into memory."""
@@ -141,8 +142,8 @@ class LayerRounding:
                     gram.add(columns, wanted - own)
         return gram
 
-    def _settled(self, rounded: Tensor) -> tuple[Tensor, Tensor]:
-        """What the plan is to be applied to, and what that gives, which is `rounded` but for float32's last bits.
+    def _settled(self, rounded: Tensor) -> tuple[Tensor, Tensor, int]:
+        """What the plan is to be applied to, what that gives, `rounded` but for float32's last bits, and lost channels.
 
         Channels whose levels quantizing does not find again keep their float weights, and are rounded to nearest.
         """
@@ -159,7 +160,7 @@ class LayerRounding:
         axis = self.choice.channel_axis
         lost = wrong.movedim(axis, 0).flatten(1).any(1) if wrong.dim() > 1 else wrong
         if not bool(lost.any()):
-            return values, values
+            return values, values, 0
         if self.choice.scheme.granularity == "per_tensor":
             raise CannotCompensate(f"quantizing does not find the levels of {self.choice.scheme} again")
         shape = [-1 if k == axis else 1 for k in range(rounded.dim())]
@@ -167,7 +168,7 @@ class LayerRounding:
         weight = simulate_layer(kept, self.choice)
         if not bool(torch.where(lost.view(shape), True, weight == values).all()) or bool(lost.all()):
             raise CannotCompensate(f"quantizing does not find the levels of {self.choice.scheme} again")
-        return kept, weight
+        return kept, weight, int(lost.sum())
 
 
 @dataclass(frozen=True)

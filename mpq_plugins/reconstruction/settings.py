@@ -85,7 +85,7 @@ class Compensation:
     seed: int
 
     def __post_init__(self) -> None:
-        integer("columns", self.columns, "an integer from 1 up, such as 32768", least=1)
+        integer("columns", self.columns, "an integer from 1 up, such as 65536", least=1)
         integer("seed", self.seed, "an integer from 0 up")
         number("damping", self.damping, "a number from 0 up, such as 0.01", least=0)
 
@@ -98,7 +98,7 @@ class LayerReport:
     Attributes:
         name: The layer's name.
         rounding: `compensated` or `nearest`.
-        why: Why it was rounded to nearest; empty where it was not.
+        why: Why it, or some of its channels, was rounded to nearest; empty where nothing was.
         target: What it comes close to: `its own weights`, `the float output` or `the float sum`, which a shortcut is
             part of.
         columns: How many inputs it was compensated on; of a convolution, output positions.
