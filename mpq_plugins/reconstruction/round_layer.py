@@ -48,9 +48,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Rounded:
-    """weight: as it is used, every value at a level; kept: what the plan makes it of; lost: channels that are rounded to
-    nearest after all; target: in words; columns: how many there were; damping: as a share of H's mean diagonal; nearest,
-    compensated: mean squared errors of an output position to the target, summed over channels."""
+    """What a layer becomes.
+
+    weight: as it is used, every value at a level; kept: what the plan makes it of; lost: channels that are rounded to
+    nearest after all; target: in words; columns: how many there were; damping: as a share of H's mean diagonal;
+    nearest, compensated: mean squared errors of an output position to the target, summed over channels.
+    """
 
     weight: Tensor
     kept: Tensor
