@@ -19,7 +19,17 @@ from examples.minilm_torchao import PAIRS, minilm
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Affine(granularity="per_channel", range="mse")
-COLUMNS = ("plan", "bits", "in total", "to nearest", "biases corrected", "BRECQ", "blocks at nearest", "seconds")
+COLUMNS = (
+    "plan",
+    "bits",
+    "in total",
+    "to nearest",
+    "biases corrected",
+    "compensated",
+    "BRECQ",
+    "blocks at nearest",
+    "seconds",
+)
 
 
 def main() -> None:
@@ -40,7 +50,7 @@ def main() -> None:
     def shown(net: nn.Module) -> str:
         return f"{spearman(net, tokenizer):.4f}"
 
-    rows = [("float", "32", "32", shown(model), "", "", "", "")]
+    rows = [("float", "32", "32", shown(model), "", "", "", "", "")]
     for bits in options.bits:
         best = mpq.Budget(average_bits=bits, sensitivity="distance", bits=tuple(range(1, 7)), parts=False)
         for name, plan in ((f"uniform {bits}", mpq.Uniform(bits=bits)(table)), (f"Budget {bits}", best(table))):
@@ -51,7 +61,8 @@ def main() -> None:
             mpq.verify(learned, plan, learned)
             rows.append((
                 name, f"{size.average_bits:.2f}", f"{size.total_average_bits:.2f}", shown(mpq.apply(model, plan)),
-                shown(mpq.apply(model, plan, calibrate=batches)), shown(learned),
+                shown(mpq.apply(mpq.correct(model, plan, batches), plan)), shown(mpq.compensate(model, plan, batches)),
+                shown(learned),
                 str(sum(block.learned >= block.nearest for block in kept)), f"{seconds:.0f}",
             ))  # fmt: skip
             print(" | ".join(rows[-1]), flush=True)
