@@ -31,7 +31,7 @@ PIECEWISE: list[Scheme] = [
     Piecewise(storage=storage, breakpoint=kind, **grain)
     for storage in ("region_bit", "shared") for kind in ("search", "gaussian") for grain in GRAINS
 ]  # fmt: skip
-CODEBOOKS: list[Scheme] = [Codebook(init=init, **grain) for init in ("linear", "optimal") for grain in GRAINS]  # type: ignore[arg-type]
+CODEBOOKS: list[Scheme] = [Codebook(init=init, **grain) for init in ("linear", "optimal") for grain in GRAINS]
 FLOATS = (16, 32)
 FEW = settings(max_examples=12)  # for each of many schemes
 
