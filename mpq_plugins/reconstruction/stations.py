@@ -108,7 +108,7 @@ class _Seen:
             if layer is None or place is None or output.shape != term.shape:
                 continue
             position, module, is_input, version = place
-            if layer[0] not in self.sums and position < self.began[layer[0]] and term._version == version:
+            if layer[0] not in self.sums and position <= self.began[layer[0]] and term._version == version:
                 self.sums[layer[0]] = Sum(module, is_input, layer[1])
 
     def _layer_of(self, value: Any) -> tuple[str, str | None] | None:

@@ -68,7 +68,8 @@ class Walk:
     done: set[Station] = field(default_factory=set)
 
     def run(self, batches: Sequence[Any], handle: Handle) -> None:
-        """Walk them on all batches. handle: does what is to be done; what it gives is taken from a bias's layer."""
+        """Walk them on all batches. handle: does what is to be done; where a bias is
+        corrected, what it gives is what the quantized net's outputs at hand go through."""
         pairs: list[tuple[Stream, Stream]] = []
         ranks = {name: rank for rank, name in enumerate(self.stations.order)}
         with ExitStack() as stack:
@@ -82,8 +83,12 @@ class Walk:
                 at = min(waiting, key=lambda station: (ranks.setdefault(station.name, len(ranks)), station.step))
                 answer = handle(at, [self._arrival(at, *pair) for pair in pairs if pair[1].at == at])
                 self.done.add(at)
-                for stream in [stream for pair in pairs for stream in pair if stream.at == at]:
-                    stream.go_on(answer)
+                # The float net's outputs are what they are: only the quantized net's are moved.
+                answers = [
+                    (stream, given) for pair in pairs for stream, given in zip(pair, (None, answer), strict=True)
+                ]
+                for stream, given in [(stream, given) for stream, given in answers if stream.at == at]:
+                    stream.go_on(given)
 
     def _arrival(self, at: Station, exact: Stream, rough: Stream) -> Arrival:
         together = exact.at == at

@@ -125,6 +125,19 @@ def test_without_norms_sums_are_found_all_the_same() -> None:
     assert found(Plain(), torch.randn(3, 5)).sums == {"fc2": Sum("", True, None)}
 
 
+def test_a_layers_own_input_may_be_what_is_added_though_no_module_gave_it() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(x)
+            return self.conv(x) + x  # type: ignore[no-any-return]
+
+    assert found(Single()).sums == {"conv": Sum("conv", True, None)}
+
+
 class Odd(nn.Module):
     """A layer, a norm, and something in between or beside that is to mean that they do not belong together."""
 
