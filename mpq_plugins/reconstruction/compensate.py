@@ -57,8 +57,6 @@ LEAST_GAIN = 1e-3  # of a BatchNorm, by which what a shortcut lost is divided
 FEW = 0.1  # columns for each input of a layer, below which it is said that there are few
 
 
-@torch.inference_mode(mode=False)
-@torch.no_grad()
 def compensate(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
     plan: Plan,
@@ -115,25 +113,27 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         True
     """
     settings = Compensation(columns=columns, damping=damping, seed=seed)
-    traced = Traced(model)
-    plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
-    given = checked_batches(batches)
-    home = device_of(model)
-    place = checked_device(device, dtype=torch.float32) or home
-    exact = folded_copy(traced, plan)
-    rough = duplicate(exact)
-    own_biases(rough)
-    for net in (exact, rough):
-        net.to(place).requires_grad_(False)
-    given = [on_device(batch, place) for batch in given]
-    with opened(store) as kept, evaluating(exact), evaluating(rough):
-        layers = None
-        if kept is not None:
-            layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
-        job = _Job.of(exact, rough, plan, given, settings, layers)
-        job.run(given, progress, finished)
-    as_the_models(model, rough)
-    return rough.to(home)
+    # No decorators: a warning names the caller's line by counting frames.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        traced = Traced(model)
+        plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
+        given = checked_batches(batches)
+        home = device_of(model)
+        place = checked_device(device, dtype=torch.float32) or home
+        exact = folded_copy(traced, plan)
+        rough = duplicate(exact)
+        own_biases(rough)
+        for net in (exact, rough):
+            net.to(place).requires_grad_(False)
+        given = [on_device(batch, place) for batch in given]
+        with opened(store) as kept, evaluating(exact), evaluating(rough):
+            layers = None
+            if kept is not None:
+                layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
+            job = _Job.of(exact, rough, plan, given, settings, layers)
+            job.run(given, progress, finished)
+        as_the_models(model, rough)
+        return rough.to(home)
 
 
 @dataclass
