@@ -159,7 +159,7 @@ class _Job:
     ) -> "_Job":  # fmt: skip
         """Find the layers and their stations, and round the others to nearest."""
         choices = plan.by_any_name
-        planned = learned_layers(rough, plan)
+        planned = {name: module for name, module in learned_layers(rough, plan).items() if _has_weights(module)}
         nearest = {name: why for name, module in planned.items() if (why := _why_to_nearest(module))}
         layers = {name: module for name, module in planned.items() if name not in nearest}
         corrected = correctable(exact, correction_targets(exact, plan), batches)
@@ -173,7 +173,7 @@ class _Job:
         later = _later_inputs(exact, layers, users, stations, batches, settings)
         job = cls(walk, plan, settings, kept, layers, weights, later, nearest)
         for name, weight in quantizable_weights(rough).items():
-            if name in choices and name not in layers:
+            if name in choices and name not in layers and weight.numel():
                 job.floats[name] = weight.detach().clone()
                 weight.copy_(simulate_layer(weight, choices[name]))
                 if not choices[name].in_float:
@@ -350,6 +350,10 @@ class _Job:
             warnings.warn(f"rounded to nearest: {listed}", stacklevel=4)
         if self.few:
             warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
+
+
+def _has_weights(module: Any) -> bool:
+    return bool(module.weight.numel())
 
 
 def _why_to_nearest(module: nn.Module) -> str:
