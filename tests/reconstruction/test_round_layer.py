@@ -72,7 +72,8 @@ def fitted(u: Tensor, output: Tensor, layer: nn.Linear, damping: float = 0.01) -
     inputs = torch.cat([u, below])
     assert n
     more = torch.linalg.lstsq(inputs, torch.cat([lacking, torch.zeros(len(below), lacking.shape[1]).double()])).solution
-    return layer.weight.double() + more.T
+    target: Tensor = layer.weight.double() + more.T
+    return target
 
 
 def test_the_target_is_the_regression_on_the_quantized_nets_inputs() -> None:
