@@ -169,6 +169,8 @@ class _Job:
         stations = find_stations(exact, names, one_sample(batches[0], 0))
         biased = frozenset(name for name in corrected if name in layers and name not in stations.norms)
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
+        for name in biased:
+            _with_bias(layers[name])
         walk = Walk(exact, rough, stations, users, biased, norms)
         later = _later_inputs(exact, layers, users, stations, batches, settings)
         job = cls(walk, plan, settings, kept, layers, weights, later, nearest)
@@ -226,8 +228,6 @@ class _Job:
         if station.step == Step.ROUND and "kept" in tensors:
             self.floats[station.name] = tensors.pop("kept")
         for name, value in tensors.items():
-            if getattr(module, name, None) is None:
-                setattr(module, name, nn.Parameter(value.to(module.weight), requires_grad=False))
             getattr(module, name).copy_(value)
         self.walk.done.add(station)
         if report is not None:
@@ -336,11 +336,15 @@ class _Job:
         )
 
     def _leave_as_it_was(self, buffers: Mapping[str, Tensor]) -> None:
-        """Float weights of what the plan rounds to nearest; and counters, for runs are not part of the result."""
+        """Float weights of what the plan rounds to nearest; counters, for runs are not part of the result; no new bias
+        where nothing was corrected."""
         corrected = {f"{name}.{kind}" for name in self.walk.norms for kind in ("running_mean", "running_var")}
         for name, buffer in self.walk.rough.named_buffers():
             if name in buffers and name not in corrected:
                 buffer.copy_(buffers[name])
+        for name in self.walk.biased:
+            if Station(name, Step.BIAS) not in self.walk.done and self.walk.exact.get_submodule(name).bias is None:
+                self.walk.rough.get_submodule(name).register_parameter("bias", None)
         for name, weight in self.floats.items():
             self.walk.rough.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
 
@@ -350,6 +354,13 @@ class _Job:
             warnings.warn(f"rounded to nearest: {listed}", stacklevel=4)
         if self.few:
             warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
+
+
+def _with_bias(module: Any) -> None:
+    """A bias to correct where there is none, before modules are copied."""
+    if module.bias is None:
+        outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        module.bias = nn.Parameter(module.weight.new_zeros(outputs), requires_grad=False)
 
 
 def _has_weights(module: Any) -> bool:

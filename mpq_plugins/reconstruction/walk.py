@@ -4,6 +4,7 @@ A layer is rounded when every batch has come to it in both nets, on the inputs t
 BatchNorm behind it, or its own bias, is corrected on what comes out; then both nets go on.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ Handle = Callable[[Station, Sequence[Arrival]], Any]
 class Walk:
     """Two nets and the places where they stop.
 
+    Their parameters and buffers are to be changed in place, for each batch has a copy of the modules that shares them.
+
     users: layer -> the modules that use its weight; biased: layers whose biases are corrected; norms: BatchNorms whose
     statistics are.
     """
@@ -74,9 +77,11 @@ class Walk:
         ranks = {name: rank for rank, name in enumerate(self.stations.order)}
         with ExitStack() as stack:
             stack.callback(_close, pairs)
-            stack.enter_context(self._hooks())
-            for batch in batches:
-                pairs.append(tuple(Stream(partial(call_model, net, batch)) for net in (self.exact, self.rough)))  # type: ignore[arg-type]
+            # A model may keep values on itself from one layer to another: each batch has modules of its own.
+            nets = [(self.exact, self.rough), *((_sharing(self.exact), _sharing(self.rough)) for _ in batches[1:])]
+            stack.enter_context(self._hooks(nets))
+            for own, batch in zip(nets, batches, strict=True):
+                pairs.append(tuple(Stream(partial(call_model, net, batch)) for net in own))  # type: ignore[arg-type]
                 for stream in pairs[-1]:
                     stream.check()
             while waiting := {stream.at for pair in pairs for stream in pair if stream.at is not None}:
@@ -98,21 +103,23 @@ class Walk:
         return Arrival(rough.value, exact.value if together else None, kept if whole else None)  # type: ignore[arg-type]
 
     @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        """On both nets, while they are walked."""
+    def _hooks(self, nets: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+        """On all of them, while they are walked."""
         with ExitStack() as stack:
-            for net in (self.exact, self.rough):
-                modules = dict(net.named_modules())
-                for handle in self._notes(modules):
+            for exact, rough in nets:
+                for handle in (*self._on_net(exact, False), *self._on_net(rough, True)):
                     stack.enter_context(handle)
-                for layer, users in self.users.items():
-                    for user in users:
-                        for handle in self._at_layer(modules[user], layer, net is self.rough):
-                            stack.enter_context(handle)
-                for name in self.norms:
-                    before = partial(self._before, Station(name, Step.NORM))
-                    stack.enter_context(modules[name].register_forward_pre_hook(before, with_kwargs=True))
             yield
+
+    def _on_net(self, net: nn.Module, rough: bool) -> Iterator[Any]:
+        modules = dict(net.named_modules())
+        yield from self._notes(modules)
+        for layer, users in self.users.items():
+            for user in users:
+                yield from self._at_layer(modules[user], layer, rough)
+        for name in self.norms:
+            before = partial(self._before, Station(name, Step.NORM))
+            yield modules[name].register_forward_pre_hook(before, with_kwargs=True)
 
     def _notes(self, modules: Mapping[str, nn.Module]) -> Iterator[Any]:
         """What is added behind layers is kept when it goes by."""
@@ -146,6 +153,11 @@ class Walk:
         if stream is None or station in self.done:  # a run of somebody else's, or a further call
             return None
         return stream.stop(station, value)
+
+
+def _sharing(net: nn.Module) -> nn.Module:
+    """A copy of all modules, with the same parameters and buffers."""
+    return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
 
 
 def _close(pairs: Sequence[tuple[Stream, Stream]]) -> None:
