@@ -35,8 +35,8 @@ ENTRY = re.compile(r"    \*{0,2}(\w+): \S")
 ERRORS = {name for name, value in vars(importlib.import_module("mpq_plugins.errors")).items() if inspect.isclass(value)}
 
 RECORDS = {
-    "Allocation", "BlockReport", "LayerReport", "Change", "Comparison", "Curves", "Difference", "EvaluatedPlan", "LabelledPlan",
-    "LayerCheck", "LayerSize", "LayerStats", "Needs", "PartCheck", "PartCodes", "Storage", "SweepRow",
+    "Allocation", "BlockReport", "Change", "Comparison", "Curves", "Difference", "EvaluatedPlan", "LabelledPlan",
+    "LayerCheck", "LayerReport", "LayerSize", "LayerStats", "Needs", "PartCheck", "PartCodes", "Storage", "SweepRow",
 }  # fmt: skip
 """What functions give back, or adapters declare: shown where it comes from."""
 
