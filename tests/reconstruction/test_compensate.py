@@ -18,6 +18,7 @@ from mpq_plugins import Affine, Codebook, LayerReport, MismatchError, Piecewise,
 from mpq_plugins.cli.demo.net import calibration_digits, digit_net, unseen_digits
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.reconstruction.round_layer import LayerRounding
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.plans import with_layer
@@ -316,6 +317,31 @@ def test_a_block_makes_good_what_its_shortcut_lost(inplace: bool) -> None:
     targets = {name: report.target for name, report in reports.items()}
     assert targets["2.conv2"] == targets["3.conv2"] == "the float sum"
     assert targets["2.conv1"] == targets["3.conv1"] == targets["0"] == "the float output"
+
+
+def test_what_a_shortcut_lost_counts_by_the_gain_of_the_norm_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = seeded(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), Residual(6, inplace=False))
+    norm: Any = net[2].bn2
+    with torch.no_grad():
+        norm.running_var.uniform_(0.2, 3)
+        norm.weight.copy_(torch.tensor([2.0, -0.5, 0.0, 1e-6, -1e-6, 1.0]))
+    lost: dict[str, list[Tensor]] = {}
+    usual = LayerRounding.round
+
+    def watched(self: LayerRounding, calls: Any, later: Any, generator: Any) -> Any:
+        lost[self.name] = [call.lost for call in calls if call.lost is not None]
+        return usual(self, calls, later, generator)
+
+    monkeypatch.setattr(LayerRounding, "round", watched)
+    made, _ = compensated(net, plan_of(net, 3), IMAGES.chunk(2))
+    assert {name: len(of_layer) for name, of_layer in lost.items()} == {"0": 0, "2.conv1": 0, "2.conv2": 2}
+    with torch.no_grad():
+        difference = net[:2](IMAGES) - made[:2](IMAGES)  # type: ignore[index]
+    pairs = zip(norm.weight.tolist(), norm.running_var.tolist(), strict=True)
+    gain = [weight / (variance + norm.eps) ** 0.5 for weight, variance in pairs]
+    gain[2:5] = [1e-3, 1e-3, -1e-3]  # no smaller, or what was lost would be all that counts
+    expected = difference / torch.tensor(gain).view(1, 6, 1, 1)
+    torch.testing.assert_close(torch.cat(lost["2.conv2"]), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_working_in_place_changes_nothing() -> None:
