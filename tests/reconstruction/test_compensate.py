@@ -699,6 +699,13 @@ def test_inputs_that_are_all_zero_are_rounded_to_nearest_and_said() -> None:
     assert weight_of(made, "0").equal(weight_of(net, "0"))
 
 
+def test_a_layer_that_is_better_rounded_to_nearest_is_and_that_is_said() -> None:
+    net = conv_net()
+    made, reports = compensated(net, plan_of(net), [IMAGES], nearest=("fc",), damping=0)  # 48 rows for 6 inputs
+    assert reports["fc"].why == "rounding to nearest is better"
+    assert weight_of(made, "fc").equal(weight_of(net, "fc"))
+
+
 def test_few_inputs_are_said() -> None:
     net = seeded(nn.Linear(64, 8))
     with pytest.warns(UserWarning, match=naming("few inputs", "'0'", "5 of 64", "more batches")) as said:
