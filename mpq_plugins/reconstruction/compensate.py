@@ -56,8 +56,6 @@ LEAST_GAIN = 1e-3  # of a BatchNorm, by which what a shortcut lost is divided
 FEW = 0.1  # columns for each input of a layer, below which it is said that there are few
 
 
-@torch.inference_mode(mode=False)
-@torch.no_grad()
 def compensate(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
     plan: Plan,
@@ -114,25 +112,27 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         True
     """
     settings = Compensation(columns=columns, damping=damping, seed=seed)
-    traced = Traced(model)
-    plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
-    given = checked_batches(batches)
-    home = device_of(model)
-    place = checked_device(device, dtype=torch.float32) or home
-    exact = folded_copy(traced, plan)
-    rough = duplicate(exact)
-    own_biases(rough)
-    for net in (exact, rough):
-        net.to(place).requires_grad_(False)
-    given = [on_device(batch, place) for batch in given]
-    with opened(store) as kept, evaluating(exact), evaluating(rough):
-        layers = None
-        if kept is not None:
-            layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
-        job = _Job.of(exact, rough, plan, given, settings, layers)
-        job.run(given, progress, finished)
-    as_the_models(model, rough)
-    return rough.to(home)
+    # No decorators: a warning names the caller's line by counting frames.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        traced = Traced(model)
+        plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
+        given = checked_batches(batches)
+        home = device_of(model)
+        place = checked_device(device, dtype=torch.float32) or home
+        exact = folded_copy(traced, plan)
+        rough = duplicate(exact)
+        own_biases(rough)
+        for net in (exact, rough):
+            net.to(place).requires_grad_(False)
+        given = [on_device(batch, place) for batch in given]
+        with opened(store) as kept, evaluating(exact), evaluating(rough):
+            layers = None
+            if kept is not None:
+                layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
+            job = _Job.of(exact, rough, plan, given, settings, layers)
+            job.run(given, progress, finished)
+        as_the_models(model, rough)
+        return rough.to(home)
 
 
 @dataclass
@@ -158,7 +158,7 @@ class _Job:
     ) -> "_Job":  # fmt: skip
         """Find the layers and their stations, and round the others to nearest."""
         choices = plan.by_any_name
-        planned = learned_layers(rough, plan)
+        planned = {name: module for name, module in learned_layers(rough, plan).items() if _has_weights(module)}
         nearest = {name: why for name, module in planned.items() if (why := why_to_nearest(module))}
         layers = {name: module for name, module in planned.items() if name not in nearest}
         corrected = correctable(exact, correction_targets(exact, plan), batches)
@@ -169,11 +169,13 @@ class _Job:
         stations = find_stations(exact, names, one_sample(batches[0], 0))
         biased -= stations.norms.keys()
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
+        for name in biased:
+            _with_bias(rough.get_submodule(name))
         walk = Walk(exact, rough, stations, users, biased, norms)
         later = later_calls(exact, layers, users, stations, batches, settings)
         job = cls(walk, plan, settings, kept, layers, weights, later, nearest)
         for name, weight in quantizable_weights(rough).items():
-            if name in choices and name not in layers:
+            if name in choices and name not in layers and weight.numel():
                 job.floats[name] = weight.detach().clone()
                 weight.copy_(simulate_layer(weight, choices[name]))
                 if not choices[name].in_float:
@@ -223,8 +225,6 @@ class _Job:
         if station.step == Step.ROUND and "kept" in tensors:
             self.floats[station.name] = tensors.pop("kept")
         for name, value in tensors.items():
-            if getattr(module, name, None) is None:
-                setattr(module, name, nn.Parameter(value.to(module.weight), requires_grad=False))
             getattr(module, name).copy_(value)
         self.walk.done.add(station)
         if report is not None:
@@ -335,11 +335,15 @@ class _Job:
         )
 
     def _leave_as_it_was(self, buffers: Mapping[str, Tensor]) -> None:
-        """Float weights of what the plan rounds to nearest; and counters, for runs are not part of the result."""
+        """Float weights of what the plan rounds to nearest; counters, for runs are not part of the result; no new bias
+        where nothing was corrected."""
         corrected = {f"{name}.{kind}" for name in self.walk.norms for kind in ("running_mean", "running_var")}
         for name, buffer in self.walk.rough.named_buffers():
             if name in buffers and name not in corrected:
                 buffer.copy_(buffers[name])
+        for name in self.walk.biased:
+            if Station(name, Step.BIAS) not in self.walk.done and self.walk.exact.get_submodule(name).bias is None:
+                self.walk.rough.get_submodule(name).register_parameter("bias", None)
         for name, weight in self.floats.items():
             self.walk.rough.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
 
@@ -349,6 +353,17 @@ class _Job:
             warnings.warn(f"rounded to nearest: {listed}", stacklevel=4)
         if self.few:
             warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
+
+
+def _with_bias(module: Any) -> None:
+    """A bias to correct where there is none, before modules are copied."""
+    if module.bias is None:
+        outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        module.bias = nn.Parameter(module.weight.new_zeros(outputs), requires_grad=False)
+
+
+def _has_weights(module: Any) -> bool:
+    return bool(module.weight.numel())
 
 
 def _gain(norm: Any, like: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class Levels:
             if part.in_float:
                 part.put(held, as_float(part.values, part.bits, choice.name))
                 continue
+            if not part.values.numel():
+                continue
             levels, ends = _part_levels(part, choice)
             numbers = torch.arange(len(tables), len(tables) + len(levels), dtype=torch.int32)
             for whole, rows in ((group, numbers[:, None].expand(ends.shape)), (held, ends)):

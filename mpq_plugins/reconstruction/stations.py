@@ -58,17 +58,21 @@ def find_stations(model: nn.Module, names: Sequence[str], batch: Any) -> Station
 
 @dataclass
 class _Seen:
-    """What goes by; tensors are kept, so that none gets the identity of one that is gone."""
+    """What goes by; tensors are kept, so that none gets the identity of one that is gone.
+
+    places: tensor -> when and where it was seen first, and the version that it had; outputs: tensor -> the layer that
+    gave it, the norm behind, and the version. A tensor that is changed in place is another one.
+    """
 
     modules: Mapping[str, nn.Module]
     names: frozenset[str]
     order: list[str] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
     sums: dict[str, Sum] = field(default_factory=dict)
-    places: dict[int, tuple[int, str, bool]] = field(default_factory=dict)
-    outputs: dict[int, tuple[str, str | None]] = field(default_factory=dict)
+    places: dict[int, tuple[int, str, bool, int]] = field(default_factory=dict)
+    outputs: dict[int, tuple[str, str | None, int]] = field(default_factory=dict)
     began: dict[str, int] = field(default_factory=dict)
-    kept: list[tuple[Tensor, int]] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
 
     def before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,8 +80,8 @@ class _Seen:
             if name in self.names:
                 self.order.append(name)
                 self.began.setdefault(name, len(self.kept))
-                fed = self.outputs.get(id(given)) if isinstance(given, Tensor) else None
-                if fed is not None and fed[1] is None and isinstance(module, BATCH_NORMS) and self._unchanged(given):
+                fed = self._layer_of(given) if isinstance(module, BATCH_NORMS) else None
+                if fed is not None and fed[1] is None:
                     self.norms[fed[0]] = name
             self._place(given, name, True)
 
@@ -89,9 +93,9 @@ class _Seen:
                 if isinstance(module, BATCH_NORMS):
                     layer = next((layer for layer, norm in self.norms.items() if norm == name), None)
                     if layer is not None:
-                        self.outputs[id(output)] = (layer, name)
+                        self.outputs[id(output)] = (layer, name, output._version)
                 else:
-                    self.outputs[id(output)] = (name, None)
+                    self.outputs[id(output)] = (name, None, output._version)
             self._place(output, name, False)
 
         return hook
@@ -99,21 +103,26 @@ class _Seen:
     def add(self, one: Any, other: Any) -> None:
         """An addition of two tensors of one shape."""
         for output, term in ((one, other), (other, one)):
-            layer = self.outputs.get(id(output))
+            layer = self._layer_of(output)
             place = self.places.get(id(term))
             if layer is None or place is None or output.shape != term.shape:
                 continue
-            position, module, is_input = place
-            if layer[0] not in self.sums and position < self.began[layer[0]] and self._unchanged(term):
+            position, module, is_input, version = place
+            if layer[0] not in self.sums and position <= self.began[layer[0]] and term._version == version:
                 self.sums[layer[0]] = Sum(module, is_input, layer[1])
 
-    def _place(self, value: Any, name: str, is_input: bool) -> None:
-        if isinstance(value, Tensor):
-            self.places.setdefault(id(value), (len(self.kept), name, is_input))
-            self.kept.append((value, value._version))
+    def _layer_of(self, value: Any) -> tuple[str, str | None] | None:
+        """The layer whose output a value is, and the norm in between."""
+        layer, norm, version = self.outputs.get(id(value), (None, None, None))
+        return None if layer is None or value._version != version else (layer, norm)
 
-    def _unchanged(self, value: Tensor) -> bool:
-        return next(version for kept, version in reversed(self.kept) if kept is value) == value._version
+    def _place(self, value: Any, name: str, is_input: bool) -> None:
+        if not isinstance(value, Tensor):
+            return
+        known = self.places.get(id(value))
+        if known is None or known[3] != value._version:
+            self.places[id(value)] = (len(self.kept), name, is_input, value._version)
+        self.kept.append(value)
 
 
 class _Additions(TorchFunctionMode):

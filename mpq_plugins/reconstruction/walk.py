@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import SettingError
-from ..models.running import call_model, first_input
-from .stations import Stations, Sum
-from .streams import Stream, current
+from ..models.running import call_model
+from .stations import Stations
+from .streams import Stream
 
 
 class Step(IntEnum):
@@ -55,6 +54,8 @@ Handle = Callable[[Station, Sequence[Arrival]], Any]
 class Walk:
     """Two nets and the places where they stop.
 
+    Their parameters and buffers are to be changed in place, for each batch has a copy of the modules that shares them.
+
     users: layers to round -> the modules that use their weights; biased: layers whose biases are corrected; norms:
     BatchNorms whose statistics are.
     """
@@ -68,20 +69,24 @@ class Walk:
     done: set[Station] = field(default_factory=set)
 
     def run(self, batches: Sequence[Any], handle: Handle) -> None:
-        """Walk them on all batches. handle: does what is to be done; what it gives is taken from a bias's layer."""
+        """Walk them on all batches. handle: does what is to be done; where a bias is
+        corrected, what it gives is what the quantized net's outputs at hand go through."""
         pairs: list[tuple[Stream, Stream]] = []
         ranks = {name: rank for rank, name in enumerate(self.stations.order)}
         with ExitStack() as stack:
             stack.callback(_close, pairs)
-            stack.enter_context(self._hooks())
-            for batch in batches:
-                pairs.append(tuple(Stream(partial(call_model, net, batch)) for net in (self.exact, self.rough)))  # type: ignore[arg-type]
+            # A model may keep values on itself from one layer to another: each batch has modules of its own.
+            nets = [(self.exact, self.rough), *((_sharing(self.exact), _sharing(self.rough)) for _ in batches[1:])]
+            stack.enter_context(self._hooks(nets))
+            for own, batch in zip(nets, batches, strict=True):
+                pairs.append(tuple(Stream(partial(call_model, net, batch)) for net in own))  # type: ignore[arg-type]
                 for stream in pairs[-1]:
                     stream.check()
             while waiting := {stream.at for pair in pairs for stream in pair if stream.at is not None}:
                 at = min(waiting, key=lambda station: (ranks.setdefault(station.name, len(ranks)), station.step))
                 answer = handle(at, [self._arrival(at, *pair) for pair in pairs if pair[1].at == at])
                 self.done.add(at)
+                # The float net's outputs are what they are: only the quantized net's are moved.
                 for exact, rough in pairs:
                     if exact.at == at:
                         exact.go_on()
@@ -96,76 +101,9 @@ class Walk:
         return Arrival(rough.value, exact.value if together else None, kept if whole else None)  # type: ignore[arg-type]
 
     @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        """On both nets, while they are walked."""
+    def _hooks(self, nets: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+        """On all of them, while they are walked."""
         with ExitStack() as stack:
-            for net in (self.exact, self.rough):
-                modules = dict(net.named_modules())
-                for handle in self._notes(modules):
+            for exact, rough in nets:
+                for handle in (*self._on_net(exact, False), *self._on_net(rough, True)):
                     stack.enter_context(handle)
-                for layer, users in self.users.items():
-                    for user in users:
-                        stack.enter_context(self._at_layer(modules[user], layer, net is self.rough))
-                for name in self.biased:
-                    after = partial(self._after, Station(name, Step.BIAS))
-                    stack.enter_context(modules[name].register_forward_hook(after))
-                for name in self.norms:
-                    before = partial(self._before, Station(name, Step.NORM))
-                    stack.enter_context(modules[name].register_forward_pre_hook(before, with_kwargs=True))
-            yield
-
-    def _notes(self, modules: Mapping[str, nn.Module]) -> Iterator[Any]:
-        """What is added behind layers is kept when it goes by."""
-        for place in dict.fromkeys((found.module, found.is_input) for found in self.stations.sums.values()):
-            module = modules[place[0]]
-            if place[1]:
-                yield module.register_forward_pre_hook(partial(_note_input, place), with_kwargs=True)
-            else:
-                yield module.register_forward_hook(partial(_note_output, place))
-
-    def _at_layer(self, module: nn.Module, layer: str, rough: bool) -> Any:
-        station = Station(layer, Step.ROUND)
-        if rough:
-            return module.register_forward_pre_hook(partial(self._before, station), with_kwargs=True)
-        return module.register_forward_hook(partial(self._after, station))
-
-    def _before(self, station: Station, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stop(station, first_input(args, kwargs))
-
-    def _after(self, station: Station, _: nn.Module, __: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            raise SettingError(f"layer {station.name!r}: gives a {type(output).__name__}, not a tensor; skip it")
-        moved = self._stop(station, output)
-        return None if moved is None or station.step != Step.BIAS else moved(output)
-
-    def _stop(self, station: Station, value: Any) -> Any:
-        stream = current()
-        if stream is None or station in self.done:  # a run of somebody else's, or a further call
-            return None
-        return stream.stop(station, value)
-
-
-def _close(pairs: Sequence[tuple[Stream, Stream]]) -> None:
-    for pair in pairs:
-        for stream in pair:
-            stream.close()
-
-
-def _note_input(place: tuple[str, bool], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _note(place, first_input(args, kwargs))
-
-
-def _note_output(place: tuple[str, bool], _: nn.Module, __: Any, output: Any) -> None:
-    _note(place, output)
-
-
-def _note(place: tuple[str, bool], value: Any) -> None:
-    stream = current()
-    if stream is not None and isinstance(value, Tensor):
-        stream.notes[place] = (value, value._version)
-
-
-def _kept(stream: Stream, shortcut: Sum) -> Tensor | None:
-    """What is added, if it is still what went by."""
-    value, version = stream.notes.get((shortcut.module, shortcut.is_input), (None, 0))
-    return value if value is not None and value._version == version else None

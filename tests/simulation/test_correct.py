@@ -15,7 +15,6 @@ from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.quantization.quantize import fake_quantize
-from mpq_plugins.simulation.shifts import AT_ONCE, Shift, usual_vectors
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.odd import CHANNELS, NormAct
@@ -293,7 +292,7 @@ def chains(bias: bool) -> dict[str, tuple[nn.Module, Tensor]]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", chains(True))
 def test_the_mean_output_error_of_every_layer_is_gone(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.simulation.correct.LONGEST", 1e9)  # every output is of usual length
+    monkeypatch.setattr("mpq_plugins.simulation.shifts.LONGEST", 1e9)  # every output is of usual length
     model, given = chains(bias)[name]
     plan = planned(model.eval(), 3)
     corrected = correct(model, plan, [given])
@@ -329,17 +328,6 @@ def test_rare_long_outputs_are_left_out_of_the_mean() -> None:
     long = torch.full((1, 8), 200.0)
     spoiled = correct(model, plan, [torch.cat([ROWS, long])])
     torch.testing.assert_close(bias_of(spoiled, "0"), bias_of(correct(model, plan, [ROWS]), "0"), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("times", "usual"), [(2.9, True), (3.1, False), (10.0, False)])
-def test_an_output_of_three_times_the_median_length_is_long(times: float, usual: bool) -> None:
-    vectors = torch.cat([torch.ones(9, 4), torch.full((1, 4), times)])
-    assert usual_vectors(vectors).tolist() == [True] * 9 + [usual]
-
-
-def test_padding_of_zeros_makes_no_output_long() -> None:
-    vectors = torch.cat([torch.zeros(20, 4), torch.ones(9, 4), torch.full((1, 4), 10.0)])
-    assert usual_vectors(vectors).tolist() == [True] * 29 + [False]
 
 
 def test_layers_that_share_a_bias_get_one_each() -> None:
@@ -483,7 +471,7 @@ def test_apply_with_calibration_is_apply_of_the_corrected_model() -> None:
 
 
 def test_a_plan_measured_folded_gives_a_folded_copy_with_corrected_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.simulation.correct.LONGEST", 1e9)
+    monkeypatch.setattr("mpq_plugins.simulation.shifts.LONGEST", 1e9)
     model = conv_net()
     before = state_of(model)
     plan = planned(model, 3, Affine())
@@ -588,7 +576,7 @@ class CalledTwice(nn.Module):
 
 
 def test_a_layer_called_twice_gets_the_mean_of_both_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.simulation.correct.LONGEST", 1e9)
+    monkeypatch.setattr("mpq_plugins.simulation.shifts.LONGEST", 1e9)
     torch.manual_seed(0)
     model = CalledTwice().eval()
     plan = planned(model, 3)
@@ -814,17 +802,3 @@ def test_a_batch_norm_over_a_single_value_is_refused() -> None:
     model = seeded(nn.Linear(8, 6), nn.BatchNorm1d(6))
     with pytest.raises(SettingError, match=naming("does not run", "more than 1 value per channel")):
         correct(model, planned(model), [ROWS[:1]])
-
-
-def test_sums_over_many_rows_are_those_of_all_at_once() -> None:
-    generator = torch.Generator().manual_seed(4)
-    exact = torch.randn(2 * AT_ONCE + 5, 3, generator=generator) + 1
-    rough = exact + torch.randn(exact.shape, generator=generator) / 3
-    shift = Shift()
-    shift.add(exact, rough)
-    shift.add(exact[:7], rough[:7])
-    f, q = (torch.cat([one, one[:7]]).double() for one in (exact, rough))
-    expected = {"f": f, "q": q, "ff": f * f, "qq": q * q, "fq": f * q}
-    assert shift.count == len(f)
-    for key, values in expected.items():
-        torch.testing.assert_close(shift.sums[key], values.sum(0), rtol=1e-12, atol=0)
