@@ -34,7 +34,7 @@ from .fisher import importance_of
 from .learn import Block, Learned, inner_name, learn
 from .nets import Nets, as_the_models, device_of, on_device
 from .samples import Samples
-from .settings import MEMORY, BlockReport, Settings, usual_lr
+from .settings import MEMORY, BlockReport, Settings, check_callbacks, usual_lr
 
 LOG = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
         loss=loss, regulariser=regulariser, mix=mix, correct=correct, tune=tune, seed=seed,
     )  # fmt: skip
     given = _checked(model, plan, batches, memory)
-    _check_callbacks(progress, finished)
+    check_callbacks(progress, finished)
     home = device_of(model)
     place = checked_device(device, dtype=torch.float32) or home
     with opened(store) as kept:
@@ -284,9 +284,3 @@ def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) 
     if empty is not None:
         raise SettingError(f"batches: batch {empty} holds no samples; leave it out")
     return given
-
-
-def _check_callbacks(*callbacks: object) -> None:
-    for callback in callbacks:
-        if callback is not None and not callable(callback):
-            raise SettingError(f"progress, finished: {callback!r:.60} cannot be called; a function, or None")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.kinds import layer_kind
 from ..models.plain import why_not_plain
 from ..models.running import first_input, run_model
 from .gram import Gram
@@ -32,7 +33,7 @@ def users_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, tup
     users: dict[str, list[str]] = {name: [] for name in layers}
     for name, module in model.named_modules():
         owner = owners.get(id(getattr(module, "weight", None)))
-        if owner is not None:
+        if owner is not None and layer_kind(module) is not None:
             users[owner].append(name)
     return {name: tuple(of_layer) for name, of_layer in users.items()}
 

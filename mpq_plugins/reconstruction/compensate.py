@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..common.progress import Progress
 from ..common.store import Store, opened
 from ..common.text import first_few
+from ..errors import SettingError
 from ..models.copying import duplicate
 from ..models.device import checked_device
 from ..models.folding import folded_copy
@@ -39,12 +40,14 @@ from ..simulation.shifts import (
 )
 from .blocks import learned_layers
 from .candidates import generator_of, later_calls, users_of, why_to_nearest
+from .capture import call_order
 from .finished import FinishedLayers, job_of
 from .gram import Gram
 from .nets import as_the_models, device_of, on_device
 from .round_layer import CannotCompensate, Given, LayerRounding, Rounded
-from .settings import Compensation, LayerReport
-from .stations import find_stations
+from .settings import Compensation, LayerReport, check_callbacks
+from .stations import Stations, find_stations
+from .streams import JOIN
 from .walk import Arrival, Station, Step, Walk
 
 LOG = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ SHRINKAGE = (
     0.5  # of a BatchNorm's variance, as in correct.py; there 1 was best, here this, on both ResNets at 1.5 and 2 bits
 )
 LEAST_GAIN = 1e-3  # of a BatchNorm, by which what a shortcut lost is divided
+UNREACHED = "no batch reaches it, or it is used without being called"
+MOST_THREADS = 4096
 FEW = 0.1  # columns for each input of a layer, below which it is said that there are few
 
 
@@ -112,11 +117,13 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         True
     """
     settings = Compensation(columns=columns, damping=damping, seed=seed)
+    check_callbacks(progress, finished)
     # No decorators: a warning names the caller's line by counting frames.
     with torch.inference_mode(mode=False), torch.no_grad():
         traced = Traced(model)
         plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
         given = checked_batches(batches)
+        _check_threads(given)
         home = device_of(model)
         place = checked_device(device, dtype=torch.float32) or home
         exact = folded_copy(traced, plan)
@@ -148,6 +155,7 @@ class _Job:
     weights: Mapping[str, Tensor]
     later: Mapping[str, Gram]
     nearest: dict[str, str]
+    unreached: tuple[str, ...]
     few: list[str] = field(default_factory=list)
     floats: dict[str, Tensor] = field(default_factory=dict)
 
@@ -164,16 +172,20 @@ class _Job:
         corrected = correctable(exact, correction_targets(exact, plan), batches)
         norms = frozenset(name for name in corrected if isinstance(exact.get_submodule(name), BATCH_NORMS))
         users = users_of(rough, layers)
-        biased = frozenset(corrected) - norms
+        biased = frozenset(name for name in corrected if _has_weights(exact.get_submodule(name))) - norms
         names = [*norms, *biased, *(user for of_layer in users.values() for user in of_layer)]
-        stations = find_stations(exact, names, one_sample(batches[0], 0))
+        stations = _stations(exact, names, batches[0])
+        unreached = [name for name in layers if not any(user in stations.calls for user in users[name])]
+        if unreached:  # in one sample's run
+            called = {user for batch in batches for user in call_order(exact, [*names], batch)}
+            unreached = [name for name in unreached if called.isdisjoint(users[name])]
         biased -= stations.norms.keys()
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
         for name in biased:
             _with_bias(rough.get_submodule(name))
         walk = Walk(exact, rough, stations, users, biased, norms)
         later = later_calls(exact, layers, users, stations, batches, settings)
-        job = cls(walk, plan, settings, kept, layers, weights, later, nearest)
+        job = cls(walk, plan, settings, kept, layers, weights, later, nearest, tuple(unreached))
         for name, weight in quantizable_weights(rough).items():
             if name in choices and name not in layers and weight.numel():
                 job.floats[name] = weight.detach().clone()
@@ -190,8 +202,15 @@ class _Job:
         """Walk, round and correct; then say what was rounded to nearest."""
         buffers = {name: buffer.clone() for name, buffer in self.walk.rough.named_buffers()}
         steps = [Station(name, step) for name in self.walk.stations.order for step in self._steps(name)]
-        for station in steps:
+        unseen = [
+            name for name in (*self.layers, *self.walk.biased, *self.walk.norms) if name not in self.walk.stations.calls
+        ]
+        for station in (*steps, *(Station(name, step) for name in dict.fromkeys(unseen) for step in self._steps(name))):
             self._resume(station, finished)
+
+        for name in self.unreached:  # before what comes behind them is compensated
+            self._to_nearest(name, UNREACHED, finished)
+            self.walk.done.add(Station(name, Step.ROUND))
 
         def handle(station: Station, arrivals: Sequence[Arrival]) -> Any:
             if progress is not None:
@@ -206,7 +225,7 @@ class _Job:
             progress("", len(steps), len(steps))
         for name in self.layers:
             if Station(name, Step.ROUND) not in self.walk.done:
-                self._to_nearest(name, "no batch reaches it, or it is used without being called", finished)
+                self._to_nearest(name, UNREACHED, finished)
         self._leave_as_it_was(buffers)
         self._say()
 
@@ -256,8 +275,8 @@ class _Job:
         tensors = {"weight": rounded.weight}
         if not rounded.kept.equal(rounded.weight):
             self.floats[name] = tensors["kept"] = rounded.kept
-        if rounded.columns < FEW * weight[0].numel():
-            self.few.append(f"{name!r} ({rounded.columns:,} of {weight[0].numel():,} inputs)")
+        if rounded.columns < FEW * rounded.inputs:
+            self.few.append(f"{name!r} ({rounded.columns:,} for {rounded.inputs:,} inputs)")
         if rounded.lost:
             self.nearest[name] = f"{rounded.lost} of its channels, whose levels quantizing would not find again"
         report = self._report(name, rounded, self.nearest.get(name, ""), time.perf_counter() - start)
@@ -292,7 +311,9 @@ class _Job:
         """The arrival as a layer's call; without the float net's part where that is of another shape."""
         if not isinstance(arrival.rough, Tensor) or not arrival.rough.numel():
             return None
-        exact = arrival.exact if isinstance(arrival.exact, Tensor) else None
+        # With several modules on one weight, which may have biases and shapes of their own, the weight is the target.
+        alone = len(self.walk.users[name]) == 1
+        exact = arrival.exact if isinstance(arrival.exact, Tensor) and alone else None
         return Given(arrival.rough, exact, self._lost(name, module, arrival))
 
     def _lost(self, name: str, module: nn.Module, arrival: Arrival) -> Tensor | None:
@@ -316,9 +337,9 @@ class _Job:
         ]  # fmt: skip
         if not pairs:
             return None
-        axis = 1 if station.step == Step.NORM else channel_axis_of_output(module, pairs[0][0])
         shift = Shift()
         for exact, rough in pairs:
+            axis = 1 if station.step == Step.NORM else channel_axis_of_output(module, exact)
             f, q = by_channel(exact, axis), by_channel(rough, axis)
             usual = usual_vectors(f) if station.step == Step.BIAS else slice(None)
             shift.add(f[usual], q[usual])
@@ -330,9 +351,12 @@ class _Job:
         if station.step == Step.NORM:
             return None
         mean = (shift.sums["q"] - shift.sums["f"]) / shift.count
-        return lambda output: (
-            output - mean.to(output).view([-1 if position == axis else 1 for position in range(output.dim())])
-        )
+
+        def moved(output: Tensor) -> Tensor:
+            axis = channel_axis_of_output(module, output)
+            return output - mean.to(output).view([-1 if position == axis else 1 for position in range(output.dim())])
+
+        return moved
 
     def _leave_as_it_was(self, buffers: Mapping[str, Tensor]) -> None:
         """Float weights of what the plan rounds to nearest; counters, for runs are not part of the result; no new bias
@@ -353,6 +377,24 @@ class _Job:
             warnings.warn(f"rounded to nearest: {listed}", stacklevel=4)
         if self.few:
             warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
+
+
+def _stations(model: nn.Module, names: Sequence[str], batch: Any) -> Stations:
+    """The stations as one sample's run shows them; of a model that takes a whole batch alone, as that does."""
+    try:
+        return find_stations(model, names, one_sample(batch, 0))
+    except SettingError:
+        return find_stations(model, names, batch)
+
+
+def _check_threads(batches: Sequence[Any]) -> None:
+    """Each batch is run in two threads, and each of these has a team of torch's; a process has its limits."""
+    threads = 2 * len(batches) * torch.get_num_threads()
+    if threads > MOST_THREADS:
+        raise SettingError(
+            f"batches: {len(batches)} of them side by side take {threads:,} threads here, of at most "
+            f"{MOST_THREADS:,}; {JOIN}"
+        )
 
 
 def _with_bias(module: Any) -> None:

@@ -113,7 +113,7 @@ def _round_block(
         return _round_in_torch(target, carried, feedback, group, held, levels)
     from .kernel_feedback import round_columns
 
-    rounded, run = torch.empty(target.shape), cast(Callable[..., None], round_columns)
+    rounded, run = torch.empty(target.shape, dtype=torch.float32), cast(Callable[..., None], round_columns)
     run(*map(_array, (target, carried, feedback, levels.values, levels.first, group, held, rounded)))
     return rounded
 

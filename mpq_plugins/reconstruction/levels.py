@@ -44,7 +44,7 @@ class Levels:
     def of(cls, weight: Tensor, choice: LayerChoice) -> Self:
         """The levels of a float32 weight. Raises SettingError and WeightError, naming the layer, as quantizing does."""
         axis = choice.channel_axis
-        group, held = torch.zeros(weight.shape, dtype=torch.int32), torch.full(weight.shape, FREE)
+        group, held = torch.zeros(weight.shape, dtype=torch.int32), torch.full(weight.shape, FREE, dtype=torch.float32)
         tables: list[Tensor] = []
         for part in weight_parts(weight.detach().cpu(), choice):
             if part.in_float:

@@ -51,8 +51,8 @@ class Rounded:
     """What a layer becomes.
 
     weight: as it is used, every value at a level; kept: what the plan makes it of; lost: channels that are rounded to
-    nearest after all; target: in words; columns: how many there were; damping: as a share of H's mean diagonal;
-    nearest, compensated: mean squared errors of an output position to the target, summed over channels.
+    nearest after all; target: in words; columns: how many there were, for so many inputs; damping: as a share of H's
+    mean diagonal; nearest, compensated: mean squared errors of an output position to the target, summed over channels.
     """
 
     weight: Tensor
@@ -60,6 +60,7 @@ class Rounded:
     lost: int
     target: str
     columns: int
+    inputs: int
     damping: float
     nearest: float
     compensated: float
@@ -105,7 +106,8 @@ class LayerRounding:
         for g in range(geometry.groups):
             of_group = Levels(levels.values, levels.first, group[g], held[g])
             one = _Matrix(matrices[g], gram.h[g] / gram.count, gram.g[g] / gram.count if gram.g.numel() else None)
-            factor, target = one.factor(self.damping), one.target(self.damping)
+            factor = one.factor(self.damping)
+            target = one.target(factor)
             rounded[g] = round_with_feedback(target, factor, of_group)
             if gram.count >= MOVING * matrices.shape[2]:
                 rounded[g] = descend(target, one.damped(factor), rounded[g], of_group, SWEEPS)
@@ -115,11 +117,11 @@ class LayerRounding:
             raise CannotCompensate("rounding to nearest is better")
         kept, weight, lost = self._settled(geometry.weight(rounded, self.weight.shape))
         how = OWN if not gram.g.numel() else (SUM if any(call.lost is not None for call in calls) else OUTPUT)
-        return Rounded(weight, kept, lost, how, gram.count, damping, *losses)
+        return Rounded(weight, kept, lost, how, gram.count, matrices.shape[2], damping, *losses)
 
     def _gram(self, geometry: Columns, matrices: Tensor, calls: Sequence[Given], generator: torch.Generator) -> Gram:
         """Sums over all calls, a few samples at a time, so that columns fit into memory."""
-        gram, d = Gram(), matrices.shape[2]
+        gram, d, lacking, varying = Gram(), matrices.shape[2], 0.0, 0.0
         samples = sum(geometry.samples(call.rough) for call in calls)
         share = math.ceil(max(self.columns, PER_INPUT * d) / max(1, samples))
         bias = 0.0 if self.module.bias is None else self.module.bias.reshape(geometry.groups, -1)
@@ -128,11 +130,11 @@ class LayerRounding:
             positions = geometry.positions(self.module, call.rough)
             chosen = choose_positions(geometry.samples(call.rough), positions, share, generator)
             for piece, at in geometry.pieces(call.rough, chosen, max(1, CHUNK // (geometry.groups * d))):
-                columns = geometry.columns(self.module, piece.of(call.rough), at)
+                columns = geometry.columns(self.module, piece.of(call.rough), at).float()
                 own = torch.einsum("ngd,grd->ngr", columns, matrices)
                 exact = None
                 if call.exact is not None and geometry.outputs(call.exact) == (len(chosen), positions):
-                    exact = geometry.values(piece.of(call.exact), at)
+                    exact = geometry.values(piece.of(call.exact), at).float()
                 if tokens:
                     usual = usual_vectors((own if exact is None else exact).flatten(1))
                     gram.add(columns[usual], None)
@@ -143,6 +145,10 @@ class LayerRounding:
                     if call.lost is not None:
                         wanted = wanted + geometry.values(piece.of(call.lost), at)
                     gram.add(columns, wanted - own)
+                    lacking += float((wanted - own).square().sum())
+                    varying += float((exact - exact.mean(0)).square().sum())
+        if lacking > varying:  # the nets' rows are not of the same samples
+            return Gram(gram.count, gram.h)
         return gram
 
     def _settled(self, rounded: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -189,11 +195,9 @@ class _Matrix:
             raise CannotCompensate("no damping makes its inputs' second moments invertible")
         return factor
 
-    def target(self, damping: float) -> Tensor:
+    def target(self, factor: Factor) -> Tensor:
         """W*, float64."""
-        if self.g is None:
-            return self.weight.double()
-        return self.weight.double() + solve(self.factor(damping), self.g)
+        return self.weight.double() if self.g is None else self.weight.double() + solve(factor, self.g)
 
     def damped(self, factor: Factor) -> Tensor:
         """H as it was factorised, but for inputs that are always zero."""

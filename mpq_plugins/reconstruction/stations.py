@@ -32,6 +32,11 @@ class Sum:
     is_input: bool
     norm: str | None
 
+    @property
+    def place(self) -> tuple[str, bool]:
+        """The module, and whether it is its input."""
+        return self.module, self.is_input
+
 
 @dataclass(frozen=True)
 class Stations:
@@ -53,14 +58,22 @@ def find_stations(model: nn.Module, names: Sequence[str], batch: Any) -> Station
             stack.enter_context(module.register_forward_hook(seen.after(name)))
         stack.enter_context(_Additions(seen))
         run_model(model, batch)
-    return Stations(tuple(dict.fromkeys(seen.order)), Counter(seen.order), seen.norms, seen.sums)
+    # Of a module that is called several times, a place does not say which call is meant.
+    found = {layer: [one for one in places if seen.calls[one.module] == 1] for layer, places in seen.sums.items()}
+    sums = {layer: places[0] for layer, places in found.items() if places}
+    return Stations(tuple(dict.fromkeys(seen.order)), Counter(seen.order), seen.norms, sums)
+
+
+def version_of(value: Tensor) -> int:
+    """How often a tensor was changed in place; tensors made in inference mode do not say."""
+    return 0 if value.is_inference() else value._version
 
 
 @dataclass
 class _Seen:
     """What goes by; tensors are kept, so that none gets the identity of one that is gone.
 
-    places: tensor -> when and where it was seen first, and the version that it had; outputs: tensor -> the layer that
+    places: tensor -> when and where it was seen, and the version that it had; outputs: tensor -> the layer that
     gave it, the norm behind, and the version. A tensor that is changed in place is another one.
     """
 
@@ -68,15 +81,17 @@ class _Seen:
     names: frozenset[str]
     order: list[str] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
-    sums: dict[str, Sum] = field(default_factory=dict)
-    places: dict[int, tuple[int, str, bool, int]] = field(default_factory=dict)
+    sums: dict[str, list[Sum]] = field(default_factory=dict)
+    places: dict[int, list[tuple[int, str, bool, int]]] = field(default_factory=dict)
     outputs: dict[int, tuple[str, str | None, int]] = field(default_factory=dict)
     began: dict[str, int] = field(default_factory=dict)
     kept: list[Tensor] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
 
     def before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = first_input(args, kwargs)
+            self.calls[name] += 1
             if name in self.names:
                 self.order.append(name)
                 self.began.setdefault(name, len(self.kept))
@@ -93,9 +108,9 @@ class _Seen:
                 if isinstance(module, BATCH_NORMS):
                     layer = next((layer for layer, norm in self.norms.items() if norm == name), None)
                     if layer is not None:
-                        self.outputs[id(output)] = (layer, name, output._version)
+                        self.outputs[id(output)] = (layer, name, version_of(output))
                 else:
-                    self.outputs[id(output)] = (name, None, output._version)
+                    self.outputs[id(output)] = (name, None, version_of(output))
             self._place(output, name, False)
 
         return hook
@@ -104,24 +119,23 @@ class _Seen:
         """An addition of two tensors of one shape."""
         for output, term in ((one, other), (other, one)):
             layer = self._layer_of(output)
-            place = self.places.get(id(term))
-            if layer is None or place is None or output.shape != term.shape:
+            if layer is None or layer[0] in self.sums or output.shape != term.shape:
                 continue
-            position, module, is_input, version = place
-            if layer[0] not in self.sums and position <= self.began[layer[0]] and term._version == version:
-                self.sums[layer[0]] = Sum(module, is_input, layer[1])
+            self.sums[layer[0]] = [
+                Sum(module, is_input, layer[1])
+                for position, module, is_input, version in self.places.get(id(term), ())
+                if position <= self.began[layer[0]] and version == version_of(term)
+            ]
 
     def _layer_of(self, value: Any) -> tuple[str, str | None] | None:
         """The layer whose output a value is, and the norm in between."""
         layer, norm, version = self.outputs.get(id(value), (None, None, None))
-        return None if layer is None or value._version != version else (layer, norm)
+        return None if layer is None or version_of(value) != version else (layer, norm)
 
     def _place(self, value: Any, name: str, is_input: bool) -> None:
         if not isinstance(value, Tensor):
             return
-        known = self.places.get(id(value))
-        if known is None or known[3] != value._version:
-            self.places[id(value)] = (len(self.kept), name, is_input, value._version)
+        self.places.setdefault(id(value), []).append((len(self.kept), name, is_input, version_of(value)))
         self.kept.append(value)
 
 

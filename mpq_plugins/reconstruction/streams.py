@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from ..errors import SettingError
+
 _OWN = threading.local()
+JOIN = "join them into fewer, larger batches"
 
 
 class _Over(BaseException):
@@ -18,7 +21,7 @@ class _Over(BaseException):
 
 
 class Stream:
-    """One run. It begins at once, stops at each `stop` in it, and goes on when it is told to.
+    """One run. It begins at `start`, stops at each `stop` in it, and goes on when it is told to.
 
     at: where it stands, None when it has ended; value: what it brought there; notes: what hooks keep for later.
     """
@@ -32,21 +35,22 @@ class Stream:
         self._closing = False
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
-        self._thread.start()
-        self._back.acquire()
 
-    def check(self) -> None:
-        """Raise what its model raised, if it did."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+    def start(self) -> None:
+        """Let it run to where it stops first, or ends. Raises what its model raises, or SettingError for no thread."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise SettingError(
+                f"batches: each is run in two threads, and there are no more ({error}); {JOIN}"
+            ) from error
+        self._wait()
 
     def go_on(self, answer: Any = None) -> None:
         """Let it run to where it stops next, or ends. Raises what its model raises."""
         self._answer, self.at, self.value = answer, None, None
         self._turn.release()
-        self._back.acquire()
-        self.check()
+        self._wait()
 
     def close(self) -> None:
         """End it where it stands."""
@@ -64,6 +68,12 @@ class Stream:
             raise _Over
         answer, self._answer = self._answer, None
         return answer
+
+    def _wait(self) -> None:
+        self._back.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def _work(self, run: Callable[[], Any]) -> None:
         _OWN.stream = self

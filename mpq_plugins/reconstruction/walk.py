@@ -4,6 +4,7 @@ A layer is rounded when every batch has come to it in both nets, on the inputs t
 BatchNorm behind it, or its own bias, is corrected on what comes out; then both nets go on.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.running import call_model
-from .stations import Stations
-from .streams import Stream
+from ..errors import SettingError
+from ..models.running import call_model, first_input
+from .stations import Stations, Sum, version_of
+from .streams import Stream, current
 
 
 class Step(IntEnum):
@@ -79,19 +81,32 @@ class Walk:
             nets = [(self.exact, self.rough), *((_sharing(self.exact), _sharing(self.rough)) for _ in batches[1:])]
             stack.enter_context(self._hooks(nets))
             for own, batch in zip(nets, batches, strict=True):
-                pairs.append(tuple(Stream(partial(call_model, net, batch)) for net in own))  # type: ignore[arg-type]
-                for stream in pairs[-1]:
-                    stream.check()
+                pair = (Stream(partial(call_model, own[0], batch)), Stream(partial(call_model, own[1], batch)))
+                pairs.append(pair)
+                for stream in pair:
+                    stream.start()
             while waiting := {stream.at for pair in pairs for stream in pair if stream.at is not None}:
                 at = min(waiting, key=lambda station: (ranks.setdefault(station.name, len(ranks)), station.step))
                 answer = handle(at, [self._arrival(at, *pair) for pair in pairs if pair[1].at == at])
                 self.done.add(at)
+                self._forget(at, pairs)
                 # The float net's outputs are what they are: only the quantized net's are moved.
-                for exact, rough in pairs:
-                    if exact.at == at:
-                        exact.go_on()
-                    if rough.at == at:
-                        rough.go_on(answer)
+                answers = [
+                    (stream, given) for pair in pairs for stream, given in zip(pair, (None, answer), strict=True)
+                ]
+                for stream, given in [(stream, given) for stream, given in answers if stream.at == at]:
+                    stream.go_on(given)
+
+    def _forget(self, at: Station, pairs: Sequence[tuple[Stream, Stream]]) -> None:
+        """Let go of what was kept for a layer's sum, if no other layer waits for it."""
+        found = self.stations.sums.get(at.name)
+        if found is None or at.step != Step.ROUND:
+            return
+        waiting = [layer for layer, other in self.stations.sums.items() if other.place == found.place]
+        if all(Station(layer, Step.ROUND) in self.done for layer in waiting):
+            for pair in pairs:
+                for stream in pair:
+                    stream.notes.pop(found.place, None)
 
     def _arrival(self, at: Station, exact: Stream, rough: Stream) -> Arrival:
         together = exact.at == at
@@ -107,3 +122,77 @@ class Walk:
             for exact, rough in nets:
                 for handle in (*self._on_net(exact, False), *self._on_net(rough, True)):
                     stack.enter_context(handle)
+            yield
+
+    def _on_net(self, net: nn.Module, rough: bool) -> Iterator[Any]:
+        modules = dict(net.named_modules())
+        yield from self._notes(modules)
+        for layer, users in self.users.items():
+            for user in users:
+                yield self._at_layer(modules[user], layer, rough)
+        for name in self.biased:
+            yield modules[name].register_forward_hook(partial(self._after, Station(name, Step.BIAS)))
+        for name in self.norms:
+            before = partial(self._before, Station(name, Step.NORM))
+            yield modules[name].register_forward_pre_hook(before, with_kwargs=True)
+
+    def _notes(self, modules: Mapping[str, nn.Module]) -> Iterator[Any]:
+        """What is added behind layers is kept when it goes by."""
+        for place in dict.fromkeys(found.place for found in self.stations.sums.values()):
+            module = modules[place[0]]
+            if place[1]:
+                yield module.register_forward_pre_hook(partial(_note_input, place), with_kwargs=True)
+            else:
+                yield module.register_forward_hook(partial(_note_output, place))
+
+    def _at_layer(self, module: nn.Module, layer: str, rough: bool) -> Any:
+        rounding = Station(layer, Step.ROUND)
+        if rough:
+            return module.register_forward_pre_hook(partial(self._before, rounding), with_kwargs=True)
+        return module.register_forward_hook(partial(self._after, rounding))
+
+    def _before(self, station: Station, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stop(station, first_input(args, kwargs))
+
+    def _after(self, station: Station, _: nn.Module, __: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            raise SettingError(f"layer {station.name!r}: gives a {type(output).__name__}, not a tensor; skip it")
+        moved = self._stop(station, output)
+        return None if moved is None or station.step != Step.BIAS else moved(output)
+
+    def _stop(self, station: Station, value: Any) -> Any:
+        stream = current()
+        if stream is None or station in self.done:  # a run of somebody else's, or a further call
+            return None
+        return stream.stop(station, value)
+
+
+def _sharing(net: nn.Module) -> nn.Module:
+    """A copy of all modules, with the same parameters and buffers."""
+    return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
+
+
+def _close(pairs: Sequence[tuple[Stream, Stream]]) -> None:
+    for pair in pairs:
+        for stream in pair:
+            stream.close()
+
+
+def _note_input(place: tuple[str, bool], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _note(place, first_input(args, kwargs))
+
+
+def _note_output(place: tuple[str, bool], _: nn.Module, __: Any, output: Any) -> None:
+    _note(place, output)
+
+
+def _note(place: tuple[str, bool], value: Any) -> None:
+    stream = current()
+    if stream is not None and isinstance(value, Tensor):
+        stream.notes[place] = (value, version_of(value))
+
+
+def _kept(stream: Stream, shortcut: Sum) -> Tensor | None:
+    """What is added, if it is still what went by."""
+    value, version = stream.notes.get(shortcut.place, (None, 0))
+    return value if value is not None and version_of(value) == version else None

@@ -286,7 +286,7 @@ def test_norms_get_the_means_and_variances_that_come_to_them(parts: int) -> None
         moved = corrected.running_mean - own.running_mean  # type: ignore[operator]
         torch.testing.assert_close(moved.double(), q.mean(1) - f.mean(1), rtol=1e-3, atol=1e-5)
         rho = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(f, q, strict=True)]).clamp(0.3, 1)
-        expected = q.var(1, unbiased=False) / f.var(1, unbiased=False) / rho
+        expected = q.var(1, unbiased=False) / f.var(1, unbiased=False) / rho**0.5
         scaled = corrected.running_var / own.running_var  # type: ignore[operator, arg-type]
         torch.testing.assert_close(scaled.double(), expected, rtol=1e-3, atol=0)
 
@@ -708,7 +708,7 @@ def test_a_layer_that_is_better_rounded_to_nearest_is_and_that_is_said() -> None
 
 def test_few_inputs_are_said() -> None:
     net = seeded(nn.Linear(64, 8))
-    with pytest.warns(UserWarning, match=naming("few inputs", "'0'", "5 of 64", "more batches")) as said:
+    with pytest.warns(UserWarning, match=naming("few inputs", "'0'", "5 for 64 inputs", "more batches")) as said:
         mpq.compensate(net, plan_of(net), [torch.randn(5, 64, generator=torch.Generator().manual_seed(0))])
     assert said[0].filename == __file__
 

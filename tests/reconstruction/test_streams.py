@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from mpq_plugins.errors import SettingError
 from mpq_plugins.reconstruction.streams import Stream, current
+
+
+def begun(run: Callable[[], object]) -> Stream:
+    """A run that has come to where it stops first."""
+    stream = Stream(run)
+    stream.start()
+    return stream
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +39,7 @@ def stops(*places: str, said: list[Any]) -> Callable[[], None]:
 
 def test_a_run_stops_goes_on_and_ends() -> None:
     said: list[Any] = []
-    stream = Stream(stops("a", "b", said=said))
+    stream = begun(stops("a", "b", said=said))
     assert (stream.at, stream.value, said) == ("a", "value of a", [])
     stream.go_on(1)
     assert (stream.at, stream.value, said) == ("b", "value of b", [("a", 1)])
@@ -51,7 +59,7 @@ def test_runs_take_turns_in_the_order_that_the_caller_says() -> None:
 
         return work
 
-    streams = {name: Stream(run(name)) for name in "xyz"}
+    streams = {name: begun(run(name)) for name in "xyz"}
     for name in "zxyyxzzyx":
         streams[name].go_on()
     for stream in streams.values():
@@ -71,7 +79,7 @@ def test_only_one_works_at_a_time() -> None:
             working[0] -= 1
             current().stop("here", None)  # type: ignore[union-attr]
 
-    streams = [Stream(work) for _ in range(5)]
+    streams = [begun(work) for _ in range(5)]
     while any(stream.at is not None for stream in streams):
         for stream in streams:
             if stream.at is not None:
@@ -87,24 +95,35 @@ def test_what_the_run_raises_later_comes_to_who_let_it_go_on(kind: type[BaseExce
         current().stop("here", None)  # type: ignore[union-attr]
         raise kind("inside")
 
-    stream = Stream(run)
-    stream.check()
+    stream = begun(run)
     with pytest.raises(kind, match="inside"):
         stream.go_on()
     assert stream.at is None
-    stream.check()  # it is raised once
     stream.close()
 
 
-def test_what_the_run_raises_at_once_waits_for_check() -> None:
+def test_what_the_run_raises_at_once_comes_to_who_starts_it() -> None:
     def run() -> None:
         raise ValueError("inside")
 
     stream = Stream(run)
-    assert stream.at is None
     with pytest.raises(ValueError, match="inside"):
-        stream.check()
+        stream.start()
+    assert stream.at is None
     stream.close()
+
+
+def test_a_run_that_never_started_is_closed_too() -> None:
+    Stream(lambda: None).close()
+
+
+def test_where_there_are_no_threads_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(SettingError, match="larger batches"):
+        Stream(lambda: None).start()
 
 
 def test_closing_ends_a_run_that_waits_through_what_it_has_to_do_at_the_end() -> None:
@@ -119,7 +138,7 @@ def test_closing_ends_a_run_that_waits_through_what_it_has_to_do_at_the_end() ->
         finally:
             said.append("cleaned up")
 
-    stream = Stream(run)
+    stream = begun(run)
     stream.close()
     assert said == ["cleaned up"]
     stream.close()  # again does nothing
@@ -133,7 +152,7 @@ def test_closing_ends_a_run_that_stops_over_and_over() -> None:
             finally:
                 current().stop("and on the way out", None)  # type: ignore[union-attr]
 
-    Stream(run).close()
+    begun(run).close()
 
 
 def test_each_run_knows_its_own_stream_and_the_caller_has_none() -> None:
@@ -144,7 +163,7 @@ def test_each_run_knows_its_own_stream_and_the_caller_has_none() -> None:
         current().stop("here", None)  # type: ignore[union-attr]
         seen.append(current())
 
-    one, other = Stream(run), Stream(run)
+    one, other = begun(run), begun(run)
     for stream in (one, other):
         stream.go_on()
         stream.close()
@@ -154,7 +173,7 @@ def test_each_run_knows_its_own_stream_and_the_caller_has_none() -> None:
 
 def test_runs_take_no_gradients_and_leave_the_callers_mode() -> None:
     modes: list[bool] = []
-    stream = Stream(lambda: modes.append(torch.is_grad_enabled()))
+    stream = begun(lambda: modes.append(torch.is_grad_enabled()))
     stream.close()
     assert modes == [False]
     assert torch.is_grad_enabled()
@@ -165,7 +184,7 @@ def test_notes_go_when_the_run_ends() -> None:
         current().notes["place"] = torch.ones(3)  # type: ignore[union-attr]
         current().stop("here", None)  # type: ignore[union-attr]
 
-    stream = Stream(run)
+    stream = begun(run)
     assert list(stream.notes) == ["place"]
     stream.go_on()
     assert not stream.notes
