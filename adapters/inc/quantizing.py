@@ -13,7 +13,7 @@ from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import apply as simulated
+from mpq_plugins.simulation.model import simulated
 
 from ..shared.compressor_quiet import quiet_import
 from .config import CONFIGS, PlanningConfig

@@ -7,7 +7,7 @@ import torch
 
 from mpq_plugins.models.kinds import KINDS
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import apply as simulated
+from mpq_plugins.simulation.model import simulated
 
 from ..shared.compressor_quiet import quiet_import
 
