@@ -51,7 +51,7 @@ def main() -> None:
             mpq.verify(learned, plan, learned)
             rows.append((
                 name, f"{size.average_bits:.2f}", f"{size.total_average_bits:.2f}", shown(mpq.apply(model, plan)),
-                shown(mpq.apply(model, plan, calibrate=batches)), shown(learned),
+                shown(mpq.apply(model, plan, calibrate=batches, rounding="nearest")), shown(learned),
                 str(sum(block.learned >= block.nearest for block in kept)), f"{seconds:.0f}",
             ))  # fmt: skip
             print(" | ".join(rows[-1]), flush=True)

@@ -113,7 +113,8 @@ def report(depth: int, steps: int, only: list[str], seed: int) -> None:
         size = row.plan.size()
         rows.append((
             row.name, f"{size.average_bits:.3f}", f"{size.total_average_bits:.3f}",
-            shown(mpq.apply(net, row.plan)), shown(mpq.apply(net, row.plan, calibrate=batches)), shown(learned),
+            shown(mpq.apply(net, row.plan)),
+            shown(mpq.apply(net, row.plan, calibrate=batches, rounding="nearest")), shown(learned),
             str(sum(block.learned >= block.nearest for block in kept)), f"{seconds:.0f}", f"{cpu:.0f}",
         ))  # fmt: skip
         print(f"ResNet-{depth}, {' | '.join(rows[-1])}", flush=True)
