@@ -26,6 +26,7 @@ Mpq = Callable[..., Ran]
 ME = "tests.cli.test_fitting"
 NET = "tests.helpers.nets:conv_net"
 COMMANDS = ("apply", "evaluate", "pareto", "sweep")
+TUNE = "tune"  # takes a module alone, so it has no --model
 SCORED = ("--eval", f"{ME}:score")
 ON = ("--calibrate", f"{ME}:batches")
 LABELS: list[tuple[tuple[str, ...], str]] = [
@@ -66,10 +67,11 @@ def plan(tmp_path: Path) -> Path:
 def test_every_command_that_applies_plans_has_them_with_the_same_words() -> None:
     options = [
         {one.name: (one.opts, one.help) for one in cli.commands[name].params if isinstance(one, click.Option)}
-        for name in COMMANDS
+        for name in (*COMMANDS, TUNE)
     ]
     for name in ("calibration", "synthetic", "rounding", "model_factory"):
-        assert all(own[name] == options[0][name] for own in options)
+        assert all(own[name] == options[0][name] for own in options if name in own)
+        assert [name in own for own in options] == [True] * len(COMMANDS) + [name != "model_factory"]
 
 
 @pytest.mark.parametrize(
