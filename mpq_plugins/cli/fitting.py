@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from ..errors import SettingError
 from ..reconstruction.rounding import CORRECTED, ROUNDINGS, Rounding, checked_rounding, rounding_label
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 
     from ..plans.plan import Plan
 
+FILE = ParameterSource.DEFAULT_MAP
 OPTIONS = (
     click.option(
         "--calibrate", "calibration", metavar="MODULE:FUNCTION",
@@ -81,12 +83,24 @@ class Fitting:
             return round_weights(model, plan, cast(list[Any], batches), self.rounding, progress=progress)
 
 
+def _said(calibration: str | None, synthetic: tuple[int, ...] | None, rounding: str | None) -> Fitting:
+    """What the options say. A file's defaults give way to the command line, and its rounding waits for inputs."""
+    source = click.get_current_context().get_parameter_source
+    by_default = {name for name in ("calibration", "synthetic", "rounding") if source(name) is FILE}
+    if calibration is not None and synthetic is not None:
+        calibration = None if by_default & {"calibration", "synthetic"} == {"calibration"} else calibration
+        synthetic = None if by_default & {"calibration", "synthetic"} == {"synthetic"} else synthetic
+    if "rounding" in by_default and calibration is None and synthetic is None:
+        rounding = None
+    return Fitting(calibration, synthetic, rounding)
+
+
 def fitting_options(command: Command) -> Command:
     """Give a command the three options, as one argument, `fitting`."""
 
     @functools.wraps(command)
     def fitted(*arguments: Any, calibration: Any, synthetic: Any, rounding: Any, **options: Any) -> Any:
-        return command(*arguments, fitting=Fitting(calibration, synthetic, rounding), **options)
+        return command(*arguments, fitting=_said(calibration, synthetic, rounding), **options)
 
     made: Any = fitted
     for option in reversed(OPTIONS):
