@@ -55,11 +55,11 @@ def report(depth: int, budgets: list[float]) -> None:
             continue
         free = ("",)
         if made is not None and one.series == PER_CHANNEL:
-            free = shown(mpq.apply(net, one.plan, calibrate=made), inputs, labels)
+            free = shown(mpq.apply(net, one.plan, calibrate=made, rounding="nearest"), inputs, labels)
         rows.append((
             one.series, f"{size.average_bits:.3f}", f"{size.total_average_bits:.3f}",
             *shown(mpq.apply(net, one.plan), inputs, labels),
-            *shown(mpq.apply(net, one.plan, calibrate=batches), inputs, labels), *free,
+            *shown(mpq.apply(net, one.plan, calibrate=batches, rounding="nearest"), inputs, labels), *free,
         ))  # fmt: skip
     columns = ("plan", "bits", "in total", "as it is", "corrected", "corrected without data")
     Console(width=120, highlight=False).print(grid(f"ResNet-{depth}, {SCHEME}: top-1 % / cross-entropy", columns, rows))

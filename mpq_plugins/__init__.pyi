@@ -48,12 +48,13 @@ from .plans.storage import Storage
 from .plans.table import LayerTable
 from .quantization.contract import PartCodes, PartShape, Quantizer
 from .quantization.row_quantizer import RowQuantizer
+from .reconstruction.apply import apply, round_weights
 from .reconstruction.brecq import reconstruct
 from .reconstruction.compensate import compensate
 from .reconstruction.settings import BlockReport, LayerReport
-from .simulation.apply import PartCheck, apply, verify
 from .simulation.correct import correct
 from .simulation.synthetic import synthetic_batches
+from .simulation.verify import PartCheck, verify
 from .weights.find import find_weights, iter_weights
 from .weights.handles import Weight, Weights
 
@@ -137,6 +138,7 @@ __all__ = [
     "pareto",
     "prune",
     "reconstruct",
+    "round_weights",
     "sensitivity",
     "share",
     "sweep",

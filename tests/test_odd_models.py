@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from mpq_plugins import Affine, LayerTable, Uniform, apply, measure, sensitivity, verify
 from mpq_plugins.errors import MPQError, SettingError
 from mpq_plugins.models.plain import is_plain
+from mpq_plugins.reconstruction.rounding import Rounding
 from tests.helpers.odd import PARAMETRIZED, Recipe, inputs, recipes
 
 pytestmark = pytest.mark.slow
 
 PER_CHANNEL = Affine(granularity="per_channel")
-# How BatchNorm is measured, whether it is corrected, and how far outputs may go from the float model's at 8 bits.
-PATHS: tuple[tuple[Affine, bool | Literal["auto"], bool, float], ...] = (
-    (Affine(), "auto", False, 0.05),
-    (PER_CHANNEL, True, False, 0.02),
-    (PER_CHANNEL, False, True, 0.02),
+# How BatchNorm is measured, the rounding on inputs, if any, and how far outputs may go from the float ones at 8 bits.
+PATHS: tuple[tuple[Affine, bool | Literal["auto"], Rounding | None, float], ...] = (
+    (Affine(), "auto", None, 0.05),
+    (PER_CHANNEL, True, None, 0.02),
+    (PER_CHANNEL, False, "nearest", 0.02),
 )
 MODELS = 200
 
@@ -56,12 +57,12 @@ def rounding(recipe: Recipe, batch: Tensor, exact: Tensor) -> float:
 def outcome(model: nn.Module, recipe: Recipe, batch: Tensor, exact: Tensor) -> str | None:
     """What went wrong, in words; None where the law holds."""
     noise = rounding(recipe, batch, exact)
-    for scheme, fold, corrects, limit in PATHS:
-        how = f"{scheme}, fold_bn={fold}, corrected: {corrects}"
+    for scheme, fold, how_rounded, limit in PATHS:
+        how = f"{scheme}, fold_bn={fold}, on inputs: {how_rounded}"
         try:
             plan = Uniform(bits=8)(measure(model, scheme, [8], skip=recipe.skip, fold_bn=fold))
-            quantized = apply(model, plan, calibrate=[batch] if corrects else None)
-            if not corrects:
+            quantized = apply(model, plan, calibrate=[batch] if how_rounded else None, rounding=how_rounded)
+            if how_rounded is None:
                 verify(quantized, plan, original=model)
         except MPQError as error:
             if names_a_module(str(error), model) or "cannot be traced" in str(error):

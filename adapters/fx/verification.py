@@ -1,6 +1,5 @@
 """Proof that a converted FX model holds the plan: its integer codes, read back and compared."""
 
-import warnings
 from typing import Any, cast
 
 import torch
@@ -13,8 +12,8 @@ from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import apply
 from mpq_plugins.simulation.integers import IntegerWeight
+from mpq_plugins.simulation.model import simulated
 
 from ..contract import LayerCheck, class_name
 from ..shared.folded import biases_of, check_model, check_module, integers_of, planned_layers
@@ -98,17 +97,11 @@ def verify(
     ]
     problems += [f"{name!r} is quantized and the plan leaves it in float" for name in extra]
     if batch is not None and not problems:
-        problem = output_problem(quantized, _applied(model, plan), batch, tolerance)
+        problem = output_problem(quantized, simulated(model, plan), batch, tolerance)
         problems += [f"on the batch, beside mpq_plugins.apply's, {problem}"] if problem else []
     if problems:
         raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
-
-
-def _applied(model: nn.Module, plan: Plan) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # activations stay in float there, which the tolerance is for
-        return apply(model, plan)
 
 
 def _stored(converted: nn.Module, name: str) -> nn.Module | None:

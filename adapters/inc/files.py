@@ -17,8 +17,8 @@ from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.fingerprint import model_digest
 from mpq_plugins.models.folding import folded_copy
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import verify
 from mpq_plugins.simulation.match import match
+from mpq_plugins.simulation.verify import verify
 
 from ..shared.carried import read_carried, write_carrying
 from ..shared.compressor_quiet import quiet, quiet_import

@@ -13,9 +13,10 @@ from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import apply as simulated
+from mpq_plugins.simulation.model import simulated
 
 from ..shared.compressor_quiet import quiet_import
+from ..shared.fitting import fitted
 from .config import CONFIGS, PlanningConfig
 from .files import save
 from .joint import joint_plan
@@ -51,15 +52,28 @@ def quantize_entry(
     plan = joint_plan(model, configs)
     if mode == Mode.PREPARE:
         return model
-    made = quantizable_weights(_simulated(model, plan))
+    exact = fitted(model, plan)
+    made = quantizable_weights(_simulated(exact, plan))
     if plan.fold_bn:
         fold_in_place(model, plan.skipped)
+    if exact is not model:
+        _put_corrections(model, exact)
     choices = plan.by_any_name
     for name, weight in quantizable_weights(model).items():
         if name in choices and choices[name].bits != 32:
             _put(model, choices[name], weight, made[name].detach())
     mark(model, plan, configs_mapping, save)
     return model
+
+
+def _put_corrections(model: nn.Module, exact: nn.Module) -> None:
+    """Give the model the biases and statistics of a copy that was rounded on inputs; its weights come after."""
+    own = dict(model.named_modules())
+    for name, module in exact.named_modules():
+        if "bias" in module._parameters and module.bias is not None:
+            own[name].bias = module.bias
+        for key, value in module._buffers.items():
+            own[name]._buffers[key] = value
 
 
 def _simulated(model: nn.Module, plan: Plan) -> nn.Module:

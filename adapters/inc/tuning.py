@@ -1,7 +1,7 @@
 """Neural Compressor's accuracy-aware tuning with our configurations, from the smallest plan up, and an honest end."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -11,9 +11,11 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.evaluation.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.reconstruction.rounding import Rounding
 
 from ..shared.compressor_plans import check_evaluation, check_max_trials, check_plans
 from ..shared.compressor_quiet import quiet, quiet_import
+from ..shared.fitting import rounding_on
 from ..shared.folded import check_module
 from .config import PlanConfig, PlanningConfig
 from .joint import joint_plan
@@ -83,6 +85,8 @@ def tune(
     evaluate: Callable[[nn.Module], Any],
     tolerable_loss: float = 0.01,
     *,
+    calibrate: Iterable[Any] | None = None,
+    rounding: Rounding | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Run `autotune` over plans made before; what `mpq tune` runs.
@@ -92,6 +96,8 @@ def tune(
         plans: The plans to try.
         evaluate: As `eval_fn` of `autotune`.
         tolerable_loss: How much of the float model's score may be lost, as a share of it.
+        calibrate: Batches of inputs on which every trial is rounded and corrected, as in `mpq_plugins.apply`.
+        rounding: As in `mpq_plugins.apply`: `nearest`, `compensated` or `learned`.
         progress: Called with (what, trials done, trials).
 
     Returns:
@@ -113,7 +119,8 @@ def tune(
     """
     check_plans(plans)
     config = TuningConfig(PlanConfig(list(plans)), tolerable_loss=tolerable_loss, max_trials=max(1, len(plans)))
-    return tuning_of(autotune(model, config, evaluate, progress=progress))
+    with rounding_on(calibrate, rounding):
+        return tuning_of(autotune(model, config, evaluate, progress=progress))
 
 
 def tuning_of(tuned: nn.Module) -> Tuning:

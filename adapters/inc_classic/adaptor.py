@@ -7,9 +7,10 @@ import torch
 
 from mpq_plugins.models.kinds import KINDS
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import apply as simulated
+from mpq_plugins.simulation.model import simulated
 
 from ..shared.compressor_quiet import quiet_import
+from ..shared.fitting import fitted
 
 with quiet_import():
     from neural_compressor.adaptor.pytorch import PyTorchWeightOnlyAdaptor
@@ -33,9 +34,9 @@ class PlanAdaptor(PyTorchWeightOnlyAdaptor):  # type: ignore[misc]  # Neural Com
     @torch.inference_mode(False)
     def quantize(self, tune_cfg: dict[str, Any], model: Any, dataloader: Any, calib_func: Any = None) -> Any:
         """A quantized copy of the model, in Neural Compressor's wrapper."""
-        network = model.model
+        network, plan = model.model, carried_plan(tune_cfg)
         # A copy of the wrapper around the quantized module, in the place of a copy of the user's.
-        q_model = copy.deepcopy(model, {id(network): simulated(network, carried_plan(tune_cfg))})
+        q_model = copy.deepcopy(model, {id(network): simulated(fitted(network, plan), plan)})
         q_model.q_config = copy.deepcopy(tune_cfg)
         q_model.is_quantized = True
         return q_model

@@ -12,9 +12,11 @@ from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
 from mpq_plugins.evaluation.tuning import Tuning
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.reconstruction.rounding import Rounding
 
 from ..shared.compressor_plans import check_function, check_plans
 from ..shared.compressor_quiet import quiet, quiet_import
+from ..shared.fitting import rounding_on
 from ..shared.folded import check_module, check_types
 from .criterion import TuningCriterion
 from .strategy import register
@@ -93,6 +95,8 @@ def tune(
     evaluate: Callable[[nn.Module], Any],
     tolerable_loss: float = 0.01,
     *,
+    calibrate: Iterable[Any] | None = None,
+    rounding: Rounding | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
     """Run `fit` over plans made before, weights only; what `mpq tune` runs.
@@ -103,6 +107,8 @@ def tune(
         evaluate: Called with a model; returns a number above 0, larger is better, or a mapping of names to numbers of
             which the first counts.
         tolerable_loss: How much of the float model's score may be lost, as a share of it.
+        calibrate: Batches of inputs on which every trial is rounded and corrected, as in `mpq_plugins.apply`.
+        rounding: As in `mpq_plugins.apply`: `nearest`, `compensated` or `learned`.
         progress: Called with (what, trials done, trials).
 
     Returns:
@@ -130,7 +136,8 @@ def tune(
     conf = PostTrainingQuantConfig(
         approach="weight_only", quant_level=1, tuning_criterion=criterion, accuracy_criterion=accuracy
     )
-    return tuning_of(fit(model, conf, eval_func=counted))
+    with rounding_on(calibrate, rounding):
+        return tuning_of(fit(model, conf, eval_func=counted))
 
 
 def plan_of(q_model: Any) -> Plan:

@@ -11,7 +11,7 @@ from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import verify as verify_simulated
+from mpq_plugins.simulation.verify import verify as verify_simulated
 
 from ..contract import LayerCheck, class_name
 from ..shared.folded import (

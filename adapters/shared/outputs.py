@@ -1,6 +1,5 @@
 """Whether a quantized model computes what the plan's simulation computes, on a batch."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from mpq_plugins.errors import SettingError
 from mpq_plugins.models.running import call_model, run_model, seeded
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.apply import apply
+from mpq_plugins.simulation.model import simulated
 
 FLOAT_ROUNDING = 1e-4
 """What the same weights may come to in another order of additions, as a part of the outputs' norm."""
@@ -32,9 +31,7 @@ def output_problems(
     """
     if batch is None:
         return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # activations are what the tolerance is for
-        simulation = apply(model, plan)
+    simulation = simulated(model, plan)
     tolerance = HALF_ROUNDING if packed or not _is_single(model) else FLOAT_ROUNDING
     if plan.activation_bits is not None:
         tolerance = INPUT_ROUNDING * 2.0 ** (8 - plan.activation_bits)

@@ -1,9 +1,10 @@
-"""From words on the command line to calibration inputs, and to what they correct in a checkpoint."""
+"""From words on the command line to calibration inputs, and to the model that runs them."""
 
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,10 @@ from ..report.progress import progress_bar
 from .functions import named_function
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..checkpoints.readers import StoredTensor
     from ..common.store import Store
-    from ..plans.plan import Plan
     from ..plans.table import LayerTable
 
 MOST_BATCHES = 10_000
@@ -36,21 +36,12 @@ def calibration_batches(text: str) -> list[Any]:
     return checked_batches(batches, text)
 
 
-def synthetic(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
+def synthetic_inputs(model: "nn.Module", shape: Sequence[int]) -> list[Any]:
     """Batches of this shape made of the model alone, with a progress bar. Raises SettingError."""
     from ..simulation.synthetic import synthetic_batches
 
     with progress_bar("making inputs") as progress:
-        return list(synthetic_batches(model, shape, progress=progress))
-
-
-def batches_of(model: "nn.Module", calibration: str | None, shape: Sequence[int] | None) -> list[Any] | None:
-    """The batches that --calibrate or --synthetic asks for; None for neither. Raises SettingError for both."""
-    if calibration is not None and shape is not None:
-        raise SettingError("calibrate: --calibrate and --synthetic both say what to correct on; give one")
-    if shape is not None:
-        return synthetic(model, list(shape))
-    return calibration_batches(calibration) if calibration is not None else None
+        return list(synthetic_batches(model, list(shape), progress=progress))
 
 
 def loaded_module(source: str, factory: str | None, key: str | None) -> "nn.Module":
@@ -71,41 +62,8 @@ def loaded_module(source: str, factory: str | None, key: str | None) -> "nn.Modu
             f"{source}: is a file, and only a module can be run; add --model package.module:factory, which makes it"
         )
     model = make_module(factory)
-    _load(model, given.path, read_checkpoint(given.path, key, whole=True).tensors, factory)
+    load_tensors(model, given.path, read_checkpoint(given.path, key, whole=True).tensors, factory)
     return model
-
-
-def corrected_tensors(
-    checkpoint: Path,
-    stored: "Mapping[str, StoredTensor]",
-    plan: "Plan",
-    model: "nn.Module",
-    factory: str,
-    calibration: str | Sequence[int],
-) -> Mapping[str, "Tensor"]:
-    """Biases and statistics that calibration changes, by the names that they have in the checkpoint.
-
-    stored: what the checkpoint holds. calibration: a function that returns batches, or the shape of synthetic ones.
-    factory: what made the model, whose weights become the checkpoint's. Raises as `correct`, or SourceError.
-    """
-    from ..simulation.correct import correct
-    from ..simulation.match import match
-
-    names = _load(model, checkpoint, stored, factory)
-    plan = match(plan, model, rewrapped=True).require(factory)
-    named = isinstance(calibration, str)
-    batches = calibration_batches(str(calibration)) if named else synthetic(model, [int(n) for n in calibration])
-    with progress_bar("correcting") as progress, redirect_stdout(sys.stderr):
-        corrected = correct(model, plan, batches, progress=progress)
-    before, after = model.state_dict(), corrected.state_dict()
-    added = [name for name in after if name not in before]
-    if added:
-        raise SettingError(
-            f"calibrate: {added[0]!r}{f' and {len(added) - 1} more' if len(added) > 1 else ''} would be new: the layer "
-            "has no bias and no BatchNorm to take the correction, and the checkpoint no place for it. Use "
-            "mpq_plugins.apply(model, plan, calibrate=batches) and save the module"
-        )
-    return {names.get(name, name): value for name, value in after.items() if not value.equal(before[name])}
 
 
 def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None:
@@ -137,21 +95,38 @@ def with_sensitivities(
     return table
 
 
-def _load(
+def load_tensors(
     model: "nn.Module", checkpoint: Path, stored: "Mapping[str, StoredTensor]", factory: str
 ) -> Mapping[str, str]:
-    """Put the checkpoint's tensors into the model; what its tensors are called there."""
+    """Put the checkpoint's tensors into the model; what its tensors are called there.
+
+    stored: what the checkpoint holds. Raises SourceError for another model's.
+    """
     from ..models.wrappers import renaming
 
     state = model.state_dict()
-    wanted = [name for name, value in state.items() if value.dim()]
-    names = renaming([(name,) for name in wanted], (), stored) or {name: name for name in wanted}
-    missing = [name for name in wanted if names[name] not in stored]
+    groups = _tied(model)
+    names = renaming(groups, (), stored) or {name: name for name in chain(*groups)}
+    missing = [group[0] for group in groups if not any(names.get(name) in stored for name in group)]
     if missing:
         raise SourceError(f"{factory}: has {missing[0]!r}, which {checkpoint} lacks; name the checkpoint's own model")
-    given = {name: stored[names[name]].tensor() for name in wanted}
+    given = {name: stored[names[name]].tensor() for name in chain(*groups) if names.get(name) in stored}
     try:
         model.load_state_dict({**state, **given})
     except RuntimeError as error:
         raise SourceError(f"{factory}: does not take {checkpoint} ({what_it_said(error)})") from error
     return names
+
+
+def _tied(model: "nn.Module") -> list[list[str]]:
+    """The names of each of a model's tensors; a tied one has several, of which a file may have but one.
+
+    Scalars are left out: counts of batches, which files leave out, too.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    groups: dict[object, list[str]] = {}
+    for name, value in model.state_dict().items():
+        if value.dim():
+            holder, _, own = name.rpartition(".")
+            groups.setdefault(id(getattr(modules.get(holder), own, name)), []).append(name)
+    return list(groups.values())

@@ -23,7 +23,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "blocks", "steps", "batch_size", "lr", "loss", "regulariser", "mix", "correct", "tune", "seed", "memory",
     ),
     "Inputs and evaluation": (
-        "sensitivities", "calibration", "synthetic", "output_function", "evaluation",
+        "sensitivities", "calibration", "synthetic", "rounding", "output_function", "evaluation",
     ),
     "Layers and weights": ("skip", "only", "model_factory", "weights", "already_quantized", "fold_bn"),
     "Scheme": ("scheme_name",),
@@ -39,7 +39,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "plan": "Decide the bits of every layer.",
         "sweep": "Plan over a grid of an allocator's parameters.",
         "pareto": "Plan with every allocator at the same sizes.",
-        "evaluate": "Score plans, as they are and corrected.",
+        "evaluate": "Score plans, rounded in one way or another.",
         "tune": "Find the smallest plan that is good enough.",
     },
     "Look": {

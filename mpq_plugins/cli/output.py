@@ -46,6 +46,10 @@ model_option = click.option(
     "--model", "model_factory", metavar="MODULE:FACTORY",
     help="The checkpoint's model: it says what of the file are layers, where the plan does not.",
 )  # fmt: skip
+run_model_option = click.option(
+    "--model", "model_factory", metavar="MODULE:FACTORY",
+    help="The model to run, where a file is given.",
+)  # fmt: skip
 weights_option = click.option(
     "--weights", metavar="KEY",
     help="Which set of weights of a checkpoint: state_dict_ema, ema.model.",

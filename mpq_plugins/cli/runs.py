@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SettingError
+from ..reconstruction.rounding import Rounding
 from ..report.progress import echo, say
-from .output import claim, judge_option, plot_option, print_json, say_left_alone, say_written
+from .fitting import Fitting, fitting_options
+from .output import claim, judge_option, plot_option, print_json, run_model_option, say_left_alone, say_written
 from .scheme_options import Command
 from .sources import Source, source_name
 from .verbosity import verbose
@@ -38,18 +40,8 @@ def run_options(command: Command) -> Command:
                 metavar="MODULE:FUNCTION",
                 help="Gives each model's score (larger is better), or names and numbers.",
             ),
-            click.option(
-                "--model",
-                "model_factory",
-                metavar="MODULE:FACTORY",
-                help="The model to evaluate, where SOURCE is not itself one.",
-            ),
-            click.option(
-                "--calibrate",
-                "calibration",
-                metavar="MODULE:FUNCTION",
-                help="Correct each quantized model on the batches that this returns.",
-            ),
+            run_model_option,
+            fitting_options,
             judge_option,
             click.option(
                 "--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it."
@@ -168,15 +160,14 @@ def model_to_evaluate(given: Source, evaluation: str | None, factory: str | None
     return given.module
 
 
-def batches_to_correct_on(calibration: str | None, evaluation: str | None) -> "list[Any] | None":
-    """The batches that every quantized model is corrected on. Raises SettingError where nothing is evaluated."""
-    from .calibration import calibration_batches
-
-    if calibration is None:
-        return None
-    if evaluation is None:
-        raise SettingError("calibrate: corrects what is evaluated; add --eval package.module:function")
-    return calibration_batches(calibration)
+def batches_to_fit_on(fitting: Fitting, model: "nn.Module | None") -> "list[Any] | None":
+    """The batches that every quantized model is fitted to. Raises SettingError where nothing is evaluated."""
+    if model is not None:
+        return fitting.batches(model)
+    if fitting.calibrated or fitting.asked is not None:
+        option = "rounding" if fitting.asked else "synthetic" if fitting.synthetic else "calibrate"
+        raise SettingError(f"{option}: is for models that are evaluated; add --eval package.module:function")
+    return None
 
 
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:
@@ -194,7 +185,8 @@ def resumable(
     files: RunFiles,
     model: "nn.Module | None",
     evaluate: Callable[..., Any] | None,
-    calibrate: "Sequence[Any] | None" = None,
+    calibrate: "Sequence[Any] | None",
+    rounding: Rounding,
 ) -> "Iterator[Store | None]":
     """Give the store of a sweep with evaluations and an output; what takes no time needs none.
 
@@ -211,7 +203,7 @@ def resumable(
     from ..evaluation.sweep import JOB
 
     with Store(files.store) as store:
-        rows = store.job(JOB, evaluation_facts(model, evaluate, calibrate))
+        rows = store.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding))
         if len(rows):
             say(f"going on: rows already in {store.path}: {len(rows)}")
         with _measurement_until_the_end(files, store):

@@ -12,7 +12,8 @@ MARKS = (b"Software\0mpq-plugins", b"<dc:title>mpq-plugins</dc:title>", b"/Creat
 ROWS = (  # what rows as CSV begin with
     b"series,allocator,average_bits,total_average_bits,weights_only_bytes,total_bytes,",
     b"allocator,average_bits,total_average_bits,weights_only_bytes,total_bytes,",
-    b"plan,corrected,total_bytes,total_average_bits,",
+    b"plan,rounding,corrected,total_bytes,total_average_bits,",
+    b"plan,corrected,total_bytes,total_average_bits,",  # before there was a choice of rounding
 )
 PLAN = b'{\n  "format": "mpq-plan",\n  "version": '
 

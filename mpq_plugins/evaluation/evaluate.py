@@ -1,4 +1,4 @@
-"""A few plans of one model, tried: the float model, each plan as it is, and each corrected."""
+"""A few plans of one model, tried: the float model, and each plan to nearest as it is and with another rounding."""
 
 import functools
 import time
@@ -14,6 +14,7 @@ from ..common.store import Store, opened
 from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
+from ..reconstruction.rounding import NEAREST, Rounding, checked_rounding
 from .scored import FLOAT, Scored, evaluation_facts
 from .scores import Evaluate, Scores, check_same_names, checked_scores
 
@@ -23,7 +24,7 @@ else:
     nn = Deferred("torch.nn")
 
 SECONDS = "evaluation seconds"  # beside the scores, in what is kept of a row
-AS_IT_IS, CORRECTED = "evaluate", "evaluate corrected"
+AS_IT_IS, CALIBRATED = "evaluate", "evaluate calibrated"
 
 
 @public
@@ -33,17 +34,22 @@ class EvaluatedPlan:
 
     Attributes:
         name: What the plan is called; `float` for the model itself.
-        corrected: Whether statistics and biases were corrected on calibration inputs.
+        rounding: `nearest`, `nearest, corrected`, `compensated` or `learned`; empty for the float model.
         size: The plan's size; None for the float model.
         scores: What the evaluation returned, by name.
         seconds: How long the evaluation took.
     """
 
     name: str
-    corrected: bool
+    rounding: str
     size: PlanSize | None
     scores: Scores
     seconds: float
+
+    @property
+    def corrected(self) -> bool:
+        """Whether calibration inputs went into the model; `rounding` says how."""
+        return self.rounding not in ("", NEAREST)
 
 
 def evaluate(
@@ -52,24 +58,26 @@ def evaluate(
     score: Evaluate,
     *,
     calibrate: "Sequence[Any] | None" = None,
+    rounding: Rounding | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[EvaluatedPlan, ...]:
-    """Evaluate the float model, each plan as it is and, with calibration inputs, each plan corrected.
+    """Evaluate the float model, each plan rounded to nearest and, with calibration inputs, each plan fitted to them.
 
     Args:
         model: The float model; it is not changed. Every plan is applied to a copy, and the copy is verified.
         plans: Plans by the names that their rows get.
         score: Called with each model; returns a number, larger is better, or names and numbers.
-        calibrate: Batches of inputs on which a second copy of each plan is corrected (`correct`).
+        calibrate: Batches of inputs on which a second copy of each plan is rounded and corrected, as in `apply`.
+        rounding: Of that copy, as in `apply`: `nearest` (corrected alone), `compensated` (the default) or `learned`.
         store: Where finished evaluations are kept, so that an interrupted run goes on, as in `measure`.
         progress: Called with (name, done, total).
 
     Returns:
-        The rows: float first, then each plan in its order, as it is and corrected.
+        The rows: float first, then each plan in its order, as it is and fitted.
 
     Raises:
-        SettingError: No plans are given.
+        SettingError: No plans are given; or as `apply`.
         MismatchError: A plan is another model's.
         SourceError: The evaluation fails, or does not return names with numbers.
 
@@ -83,11 +91,15 @@ def evaluate(
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
+    checked_rounding(rounding, calibrated=calibrate is not None)
     timed = _timed(score)
     with opened(store) as kept:
-        runs = [Scored(model, timed, None, _finished(kept, AS_IT_IS, model, score, None))]
+        plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score))
+        runs = [Scored(model, timed, None, plain)]
         if calibrate is not None:
-            runs.append(Scored(model, timed, calibrate, _finished(kept, CORRECTED, model, score, calibrate)))
+            facts = evaluation_facts(model, score, calibrate, rounding)
+            fitted = None if kept is None else kept.job(CALIBRATED, facts)
+            runs.append(Scored(model, timed, calibrate, fitted, rounding))
         return tuple(_rows(plans, runs, progress))
 
 
@@ -106,21 +118,18 @@ def _timed(score: Evaluate) -> Evaluate:
     return timed
 
 
-def _finished(kept: Store | None, job: str, model: "nn.Module", score: Evaluate, calibrate: Any) -> Any:
-    return None if kept is None else kept.job(job, evaluation_facts(model, score, calibrate))
-
-
 def _rows(plans: Mapping[str, Plan], runs: Sequence[Scored], progress: Progress | None) -> Iterator[EvaluatedPlan]:
     tries: list[tuple[str, Plan | None, Scored]] = [(FLOAT, None, runs[0])]
     tries += [(name, plan, run) for name, plan in plans.items() for run in runs]
     first: Scores = {}
     for done, (name, plan, run) in enumerate(tries):
         if progress is not None:
-            progress(name, done, len(tries))
+            progress(name if plan is None else f"{name}, {run.label}", done, len(tries))
         scores = dict(run(plan))
         seconds = scores.pop(SECONDS)
         first = first or scores
         check_same_names(first, scores)
-        yield EvaluatedPlan(name, run.calibrate is not None, plan.size() if plan else None, scores, seconds)
+        label, size = ("", None) if plan is None else (run.label, plan.size())
+        yield EvaluatedPlan(name, label, size, scores, seconds)
     if progress is not None:
         progress("", len(tries), len(tries))

@@ -10,6 +10,7 @@ from ..common.deferred import Deferred
 from ..common.store import Finished
 from ..models.copying import duplicate
 from ..plans.plan import Plan
+from ..reconstruction.rounding import Rounding, checked_rounding, rounding_label
 from .scores import Evaluate, Scores, checked_scores
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ class Scored:
     evaluate: Evaluate | None
     calibrate: "Sequence[Any] | None"
     finished: Finished | None
+    rounding: Rounding | None = None
+
+    @property
+    def label(self) -> str:
+        """What a table calls the rounding; empty where nothing is evaluated."""
+        calibrated = self.calibrate is not None
+        rounding = checked_rounding(self.rounding, calibrated=calibrated)
+        return rounding_label(rounding, calibrated=calibrated) if self.possible else ""
 
     @property
     def possible(self) -> bool:
@@ -45,7 +54,7 @@ class Scored:
         if known is not None:
             return known
         # A copy for the float model too: an evaluation may leave its mark on what it is given.
-        given = duplicate(self.model) if plan is None else quantized_copy(self.model, plan, self.calibrate)
+        given = duplicate(self.model) if plan is None else self._quantized(plan)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
         scores = checked_scores(self.evaluate, given, what)
         LOG.info("%s: %s", what, scores)
@@ -53,26 +62,31 @@ class Scored:
             self.finished.add_row(key, scores)
         return scores
 
+    def _quantized(self, plan: Plan) -> "nn.Module":
+        """The model under the plan, verified."""
+        from ..reconstruction.apply import apply
+        from ..simulation.verify import verify
 
-def quantized_copy(model: "nn.Module", plan: Plan, calibrate: "Sequence[Any] | None" = None) -> "nn.Module":
-    """The model under the plan, verified; corrected on the batches, where there are any."""
-    from ..simulation.apply import apply, verify
-
-    quantized = apply(model, plan, calibrate=calibrate)
-    verify(quantized, plan)
-    return quantized
+        assert self.model is not None
+        quantized = apply(self.model, plan, calibrate=self.calibrate, rounding=self.rounding)
+        verify(quantized, plan)
+        return quantized
 
 
 def evaluation_facts(
-    model: "nn.Module", evaluate: Evaluate | None, calibrate: "Sequence[Any] | None" = None
+    model: "nn.Module",
+    evaluate: Evaluate | None,
+    calibrate: "Sequence[Any] | None" = None,
+    rounding: Rounding | None = None,
 ) -> dict[str, str]:
-    """Say what decides the scores of a plan: the model, the function's code, and what is corrected on."""
+    """Say what decides the scores of a plan: the model, the function's code, the rounding and what it is fitted on."""
     from ..models.fingerprint import batches_digest, model_digest, source_digest
 
     code = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
     return {
         "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(code)}",
         "calibration": "" if calibrate is None else batches_digest(calibrate),
+        "rounding": checked_rounding(rounding, calibrated=calibrate is not None),
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ..common.store import Store, opened
 from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
+from ..reconstruction.rounding import Rounding, checked_rounding
 from .scored import FLOAT, Scored, evaluation_facts
 from .scores import Evaluate, Scores, check_same_names
 
@@ -48,6 +49,8 @@ class SweepRow:
         pareto: Whether no other row is smaller or better.
         series: What it is called in tables and pictures, the allocator where nothing else was said.
         found: What the allocator found beside the plan.
+        rounding: Of the model that was evaluated: `nearest`, `nearest, corrected`, `compensated` or `learned`. Empty
+            for the float model, and where nothing was.
     """
 
     allocator: str
@@ -61,6 +64,7 @@ class SweepRow:
     pareto: bool = False
     series: str = ""
     found: Mapping[str, Any] = field(default_factory=dict)
+    rounding: str = ""
 
     @property
     def name(self) -> str:
@@ -99,6 +103,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     series: Sequence[str] = (),
     judge: str | None = None,
     calibrate: "Sequence[Any] | None" = None,
+    rounding: Rounding | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
@@ -115,7 +120,9 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         series: A name for each plan's row.
         judge: The sensitivity whose predicted cost, summed over the network, is the rows' error; by default the one
             that the guard chooses for all of them (`judge_of`).
-        calibrate: Batches of inputs on which every quantized copy is corrected (`correct`).
+        calibrate: Batches of inputs on which every quantized copy is rounded and corrected, as in `apply`.
+        rounding: As in `apply`: `nearest`, `compensated` or `learned`; by default compensated with inputs, and nearest
+            without.
         store: Where evaluations are kept, so that an interrupted sweep goes on, as in `measure`.
         progress: Called with the allocator's name, plans done and plans in all.
 
@@ -123,7 +130,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         The rows, the float model's first where models are evaluated.
 
     Raises:
-        SettingError: No plans are given, or as `correct`.
+        SettingError: No plans are given, or as `apply`.
         SourceError: The evaluation fails, or does not return the same names with numbers every time.
         MismatchError: A plan is another model's.
         WeightError: A weight cannot be quantized.
@@ -138,13 +145,15 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
+    checked_rounding(rounding, calibrated=calibrate is not None)
     with opened(store) as kept:
         finished = (
-            kept.job(JOB, evaluation_facts(model, evaluate, calibrate))
+            kept.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding))
             if kept is not None and model is not None
             else None
         )
-        return _rows(table, plans, Scored(model, evaluate, calibrate, finished), series, judge, progress)
+        scored = Scored(model, evaluate, calibrate, finished, rounding)
+        return _rows(table, plans, scored, series, judge, progress)
 
 
 def _rows(
@@ -161,7 +170,7 @@ def _rows(
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        rows.append(_row(table, plan, scored(plan), _errors(table, plan, judge)))
+        rows.append(_row(plan, scored(plan), _errors(table, plan, judge), scored.label))
         if series:
             rows[-1] = replace(rows[-1], series=series[position])
         if float_row:
@@ -188,11 +197,11 @@ def _errors(table: LayerTable, plan: Plan, judge: str | None) -> dict[str, float
     return {} if judge is None else {judge: predicted(table, plan, judge)}
 
 
-def _row(table: LayerTable, plan: Plan, scores: Scores, errors: Mapping[str, float | None]) -> SweepRow:
+def _row(plan: Plan, scores: Scores, errors: Mapping[str, float | None], rounding: str) -> SweepRow:
     size = plan.size()
     return SweepRow(
         plan.allocator.name, plan.allocator.parameters, size.average_bits, size.total_average_bits,
-        size.weights_only_bytes, size.total_bytes, errors, scores, found=plan.allocator.found,
+        size.weights_only_bytes, size.total_bytes, errors, scores, found=plan.allocator.found, rounding=rounding,
     )  # fmt: skip
 
 

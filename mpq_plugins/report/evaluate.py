@@ -17,12 +17,12 @@ def evaluated_table(rows: Sequence[EvaluatedPlan], weights: int, title: str) -> 
     scores = list(rows[0].scores)
     lines = [
         (
-            row.name, "yes" if row.corrected else "", *_size(row, weights),
+            row.name, row.rounding, *_size(row, weights),
             *(f"{row.scores[name]:.4g}" for name in scores), f"{row.seconds:.2f}",
         )
         for row in rows
     ]  # fmt: skip
-    return grid(title, ("plan", "corrected", "bits", "size", "smaller", *scores, "seconds"), lines, left=2)
+    return grid(title, ("plan", "rounding", "bits", "size", "smaller", *scores, "seconds"), lines, left=2)
 
 
 def evaluated_csv(rows: Sequence[EvaluatedPlan], path: Path) -> None:
@@ -35,6 +35,7 @@ def evaluated_json(rows: Sequence[EvaluatedPlan]) -> list[dict[str, Any]]:
     return [
         {
             "plan": row.name,
+            "rounding": row.rounding,
             "corrected": row.corrected,
             "total_bytes": None if row.size is None else row.size.total_bytes,
             "total_average_bits": FLOAT_BITS if row.size is None else row.size.total_average_bits,

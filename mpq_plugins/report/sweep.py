@@ -112,6 +112,7 @@ def _flat(row: SweepRow) -> dict[str, Any]:
         **{f"{name}_error": error for name, error in row.errors.items()},
         **{f"score_{name}": score for name, score in row.scores.items()},
         "pareto": int(row.pareto),
+        **({"rounding": row.rounding} if row.rounding else {}),
         **{f"param_{name}": _text(value) for name, value in row.parameters.items()},
         **{f"found_{name}": _text(value) for name, value in row.found.items()},
     }

@@ -36,7 +36,7 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
     target: Path,
     progress: Progress | None = None,
     *,
-    corrected: Mapping[str, Tensor] | None = None,
+    fitted: Mapping[str, Tensor] | None = None,
     model: nn.Module | None = None,
     weights: str | None = None,
     checkpoint: Checkpoint | None = None,
@@ -45,13 +45,13 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
 
     Quantized weights keep their dtype. A float32 layer that the plan has at 16 bits is written as float16, and a layer
     with parts keeps its dtype, whatever their bits. Everything else in the checkpoint (biases, norms, skipped layers,
-    other sets of weights, metadata, a directory's other files) is carried over, but for what `corrected` replaces by
-    name (see correct.py). model: the module whose checkpoint it is, which says what of it are layers where the plan
-    does not; weights: the key of the set that is meant, where it is not the one the plan was made from; checkpoint: the
-    source's own, where it has been read whole. Returns how the plan fits. Raises MismatchError for a plan made for
-    another model, SettingError for a target of another format or weights that cannot be written as they are stored,
-    WeightError for NaN, infinity and values beyond float16, SourceError where reading or writing fails; nothing is left
-    half written.
+    other sets of weights, metadata, a directory's other files) is carried over. fitted: tensors that stand in for the
+    source's, by name: biases and statistics, and weights that are rounded to the plan's grids already. model: the
+    module whose checkpoint it is, which says what of it are layers where the plan does not; weights: the key of the set
+    that is meant, where it is not the one the plan was made from; checkpoint: the source's own, where it has been read
+    whole. Returns how the plan fits. Raises MismatchError for a plan made for another model, SettingError for a target
+    of another format or weights that cannot be written as they are stored, WeightError for NaN, infinity and values
+    beyond float16, SourceError where reading or writing fails; nothing is left half written.
     """
     with unchanged(source):
         checkpoint = checkpoint or read_checkpoint(source, weights, prefer=plan.weights, whole=True)
@@ -60,7 +60,7 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
     require_unscaled(fit)
     _check_target(source, target)
     total = sum(layer.numel for layer in named.layers)
-    quantizer = _Quantizer(named.by_any_name, total, corrected or {}, progress)
+    quantizer = _Quantizer(named.by_any_name, total, fitted or {}, progress)
     if source.is_dir():
         _rewrite_directory(source, target, quantizer)
     elif source.suffix == ".safetensors":
@@ -94,12 +94,12 @@ class _Quantizer:
         self,
         choices: Mapping[str, LayerChoice],
         total: int,
-        corrected: Mapping[str, Tensor],
+        fitted: Mapping[str, Tensor],
         progress: Progress | None,
     ) -> None:
         self.planned, self.total, self.progress = PlannedTensors(choices), total, progress
         self.done: dict[str, int] = {}  # layer -> weights; a tied one is quantized under each name that stands apart
-        self.corrected = corrected
+        self.fitted = fitted
         self.saved = 0  # bytes by which float16 is less
 
     def __call__(self, parameter: str, tensor: Tensor) -> Tensor:
@@ -110,10 +110,12 @@ class _Quantizer:
     def _made(self, parameter: str, tensor: Tensor) -> Tensor:
         choice = self.planned.layer(parameter)
         if choice is not None:
-            return self._simulated(choice, tensor).to(stored_dtype(choice, tensor.dtype))
+            # Fitted weights in the precision that they were fitted in, for there they lie on the grids to the bit.
+            weight = self._simulated(choice, self.fitted.get(parameter, tensor))
+            return weight.to(stored_dtype(choice, tensor.dtype))
         if self.planned.is_stack(parameter, tensor.shape):
             return self._stack(parameter, tensor)
-        return self.corrected[parameter].to(tensor) if parameter in self.corrected else tensor
+        return self.fitted[parameter].to(tensor) if parameter in self.fitted else tensor
 
     def _stack(self, parameter: str, tensor: Tensor) -> Tensor:
         """A stack of experts, which has one dtype: float16 where each of them has."""
@@ -130,7 +132,7 @@ class _Quantizer:
 
     def changes(self, parameter: str, tensor: Tensor) -> bool:
         """Whether what it makes of the parameter is another tensor."""
-        return self.planned.has(parameter, tensor.shape) or parameter in self.corrected
+        return self.planned.has(parameter, tensor.shape) or parameter in self.fitted
 
     def finish(self) -> None:
         """Called before what was written takes its place."""

@@ -11,6 +11,16 @@ from ..models.tracing import Traced
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from .layer import simulate_layer
+from .match import match
+
+
+def simulated(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy whose planned weights are rounded to nearest, under whatever names the plan has for its layers.
+
+    Raises MismatchError (the plan is another model's), and as simulate_model.
+    """
+    traced = Traced(model)
+    return simulate_model(traced, match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__))
 
 
 def simulate_model(model: nn.Module | Traced, plan: Plan) -> nn.Module:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_model
+from torch import Tensor, nn
 
 from mpq_plugins import LayerTable
 from tests.conftest import Ran
@@ -152,3 +154,49 @@ def test_two_files_at_once_are_refused(mpq: Mpq) -> None:
     assert "pyproject.toml has a [tool.mpq] too; keep one of them" in mpq("plan", "net.safetensors").err
     Path("pyproject.toml").write_text("[project]\nname = 'x'")
     assert mpq("plan", "net.safetensors").code == 0
+
+
+HERE = "tests.cli.test_defaults"
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+
+
+def applied(mpq: Mpq, *words: str) -> str:
+    """The rounding that `mpq apply` says."""
+    ran = mpq("apply", "net.safetensors", "plan.json", "-o", "q.safetensors", "--force", "--json", *words)
+    assert ran.code == 0, ran.err
+    return str(json.loads(ran.out)["rounding"])
+
+
+def test_a_rounding_in_the_file_is_for_runs_that_have_inputs(mpq: Mpq) -> None:
+    model, on = ("--model", "tests.helpers.nets:conv_net"), ("--calibrate", f"{HERE}:batches")
+    assert mpq("plan", "net.safetensors", "--bits", 3, "-a", "uniform", "--skip", "up", "-o", "plan.json").code == 0
+    for word, label in (("nearest", "nearest, corrected"), ("compensated", "compensated")):
+        Path("mpq.toml").write_text(f'rounding = "{word}"\n')
+        assert applied(mpq) == "nearest"
+        assert applied(mpq, *model, *on) == label
+        assert mpq("sweep", "net.safetensors", "--qem", 2).code == 0
+    assert applied(mpq, *model, *on, "--rounding", "nearest") == "nearest, corrected"
+
+
+def test_inputs_on_the_command_line_go_before_those_of_the_file(mpq: Mpq) -> None:
+    net = "tests.helpers.nets:conv_net"
+    assert mpq("plan", net, "--bits", 3, "-a", "uniform", "--fold-bn", "no", "-o", "plan.json").code == 0
+    words = ("evaluate", net, "plan.json", "--eval", f"{HERE}:score", "--json")
+    shape, on = ("--synthetic", "4,3,8,8"), ("--calibrate", f"{HERE}:batches")
+    wanted = [mpq(*words, *given).out for given in (shape, on)]
+    Path("mpq.toml").write_text(f'calibrate = "{HERE}:batches"\n')
+    by_shape = mpq(*words, *shape).out
+    Path("mpq.toml").write_text('synthetic = "4,3,8,8"\n')
+    by_function = mpq(*words, *on).out
+    scores = [[row["scores"] for row in json.loads(out)["rows"]] for out in (*wanted, by_shape, by_function)]
+    assert scores[0] == scores[2] != scores[1] == scores[3]
+    Path("mpq.toml").write_text(f'calibrate = "{HERE}:batches"\nsynthetic = "4,3,8,8"\n')
+    assert "give one" in mpq(*words).err
+
+
+def score(model: nn.Module) -> float:
+    with torch.no_grad():
+        return float(model(torch.ones(1, 3, 8, 8)).sum())

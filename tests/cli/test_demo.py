@@ -39,12 +39,13 @@ def test_the_demo_tries_every_plan_and_keeps_a_good_one() -> None:
     assert kept.scores["cross_entropy"] == min(trial.scores["cross_entropy"] for trial in others)
 
 
-def test_the_plans_are_corrected_on_digits_that_the_scores_are_not_of() -> None:
+def test_the_plans_are_compensated_on_digits_that_the_scores_are_not_of() -> None:
     trial = run_demo().trials[-1]
     assert trial.plan is not None
     from mpq_plugins import apply
 
-    assert accuracy(apply(digit_net(), trial.plan, calibrate=calibration_digits())) == trial.scores
+    made = apply(digit_net(), trial.plan, calibrate=calibration_digits(), rounding="compensated")
+    assert accuracy(made) == trial.scores
     seen = {image.numpy().tobytes() for batch in calibration_digits() for image in batch}
     assert len(seen) == 200
     assert not seen & {image.numpy().tobytes() for image in unseen_digits()[0]}
@@ -83,7 +84,7 @@ def test_the_training_script_makes_both_files(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch says of its own quantization
 def test_the_readmes_figures_are_what_comes_out() -> None:
-    from mpq_plugins import Affine, Budget, apply, correct, measure
+    from mpq_plugins import Affine, Budget, apply, measure, round_weights
     from mpq_plugins.adapters import fx
     from mpq_plugins.report.tables import bytes_text
 
@@ -91,13 +92,14 @@ def test_the_readmes_figures_are_what_comes_out() -> None:
     table = measure(net, Affine(granularity="per_channel", range="mse"), range(1, 9), per_channel=True)
     plan = Budget(average_bits=3)(table)
     in_fx = plan.with_activation_bits(8)
-    corrected = correct(net, plan, batches)
+    rounded = round_weights(net, plan, batches)
     size = bytes_text(plan.size().total_bytes)
     rows = {
         "float": (bytes_text(4 * table_weights(table)), net),
-        "3 bits, as it is": (size, apply(net, plan)),
-        "3 bits, corrected": (size, apply(net, plan, calibrate=batches)),
-        "3 bits, corrected, in FX with 8-bit activations": ("43.09 kB (int8)", fx.apply(corrected, in_fx, batches)),
+        "3 bits, rounded to nearest": (size, apply(net, plan)),
+        "3 bits, to nearest and corrected": (size, apply(net, plan, calibrate=batches, rounding="nearest")),
+        "3 bits, compensated": (size, apply(net, plan, calibrate=batches)),
+        "3 bits, compensated, in FX with 8-bit activations": ("43.09 kB (int8)", fx.apply(rounded, in_fx, batches)),
     }
     readme = Path(train_demo.__file__).parents[1].joinpath("README.md").read_text()
     for name, (taken, model) in rows.items():

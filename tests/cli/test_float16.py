@@ -35,9 +35,13 @@ def planned(source: Path, path: Path, **bits: int) -> Plan:
 @pytest.mark.parametrize(
     ("bits", "said", "counts"),
     [
-        ({}, "3 layers fake-quantized, everything else as it was", {"fake-quantized": 3}),
-        ({"fc": 16}, "2 layers fake-quantized, 1 in float16, everything", {"fake-quantized": 2, "float16": 1}),
-        ({"fc": 32}, "2 layers fake-quantized, everything", {"fake-quantized": 2, "as they were": 1}),
+        ({}, "3 layers fake-quantized (nearest), everything else as it was", {"fake-quantized": 3}),
+        (
+            {"fc": 16},
+            "2 layers fake-quantized (nearest), 1 in float16, everything",
+            {"fake-quantized": 2, "float16": 1},
+        ),
+        ({"fc": 32}, "2 layers fake-quantized (nearest), everything", {"fake-quantized": 2, "as they were": 1}),
         ({"fc": 16, "up": 16, "conv2": 32}, "pt: 2 in float16, everything", {"float16": 2, "as they were": 1}),
     ],
 )
@@ -58,7 +62,7 @@ def test_what_is_bfloat16_stays_so_and_that_is_said(mpq: Mpq, tmp_path: Path, so
     planned(source, tmp_path / "plan.json", fc=16)
     out = tmp_path / "q.safetensors"
     assert (
-        "2 layers fake-quantized, 1 in bfloat16, everything"
+        "2 layers fake-quantized (nearest), 1 in bfloat16, everything"
         in mpq("apply", source, tmp_path / "plan.json", "-o", out).out
     )
     assert load_file(out)["fc.weight"].equal(half["fc.weight"])

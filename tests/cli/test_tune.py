@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mpq_plugins import Plan
+from mpq_plugins import Plan, Uniform, apply, measure, synthetic_batches
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net
 
@@ -57,6 +58,42 @@ def test_json_holds_the_trials_and_nothing_else_is_printed(mpq: Mpq, tmp_path: P
     assert "evaluating" in ran.err
 
 
+def batches() -> list[Tensor]:
+    return list(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(4)).split(8))
+
+
+def output(model: nn.Module) -> float:
+    """About 1 for the float model, and another number for each quantized one."""
+    with torch.no_grad():
+        return float(model(batches()[0]).norm() / net()(batches()[0]).norm())
+
+
+CALIBRATED = ("--calibrate", "tests.cli.test_tune:batches")
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        ((), "nearest"),
+        (CALIBRATED, "compensated"),
+        ((*CALIBRATED, "--rounding", "nearest"), "nearest, corrected"),
+        (("--synthetic", "8,3,8,8"), "compensated"),
+    ],
+)
+def test_trials_are_rounded_as_the_options_say(mpq: Mpq, words: tuple[str, ...], label: str) -> None:
+    tuned = ("tune", NET, "--eval", "tests.cli.test_tune:output", "-a", "uniform", "--bits", 3, "--tolerable-loss", 0.9)
+    ran = mpq(*tuned, *words, "--json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    assert document["rounding"] == label
+    given = {"": None, "--calibrate": batches(), "--synthetic": synthetic_batches(net(), (8, 3, 8, 8))}
+    rounding = "nearest" if label.startswith("nearest") else "compensated"
+    plan = Uniform(bits=3)(measure(net(), bits=(3,)))
+    expected = apply(net(), plan, calibrate=given[words[0] if words else ""], rounding=rounding)  # type: ignore[arg-type]
+    assert document["trials"][0]["score"] == output(expected)
+    assert f"{NET}, {label}" in mpq(*tuned, *words).out.splitlines()[0]
+
+
 def test_where_none_is_good_enough_the_trials_are_shown(mpq: Mpq, tmp_path: Path) -> None:
     arguments = ("tune", NET, "--eval", SCORE, "--qem", "20,30", "-o", tmp_path / "plan.json")
     ran = mpq(*arguments)
@@ -86,6 +123,8 @@ def test_without_values_the_allocators_own_grid_is_tried(mpq: Mpq) -> None:
         ((NET, "--eval", "tests.cli.test_tune:failing", "--qem", "2"), "of the float model: the evaluation failed"),
         ((NET, "--eval", "tests.cli.test_tune:negative", "--qem", "2"), "score above 0"),
         ((NET, "--eval", SCORE, "--tolerable-loss", "nan"), "tolerable_loss: nan is not allowed"),
+        ((NET, "--eval", SCORE, "--rounding", "learned"), "rounding: 'learned' needs calibration inputs"),
+        ((NET, "--eval", SCORE, *CALIBRATED, "--synthetic", "4,3,8,8"), "give one"),
         ((NET, "--eval", SCORE, "--backend", "torchao"), "torchao has no tuner"),
         ((NET, "--eval", SCORE, "--backend", "inc_classic"), "inc-classic"),
         ((NET, "--eval", SCORE, "--backend", "absent"), "'absent' is not installed"),

@@ -1,7 +1,8 @@
-"""Plans tried on a model: rows against runs by hand, corrected ones against `apply`, and the command."""
+"""Plans tried on a model: rows against runs by hand with `apply`, whatever the rounding, and the command."""
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
+from mpq_plugins.evaluation.scored import evaluation_facts
+from mpq_plugins.reconstruction.rounding import Rounding
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net, tied_net
 
@@ -50,21 +53,76 @@ def plans() -> dict[str, mpq.Plan]:
     return {f"{bits}.json": mpq.Uniform(bits=bits)(table) for bits in (2, 4)}
 
 
-def test_rows_are_what_running_by_hand_gives() -> None:
+@pytest.mark.parametrize(
+    ("rounding", "label"),
+    [(None, "compensated"), ("compensated", "compensated"), ("nearest", "nearest, corrected")],
+)
+def test_rows_are_what_running_by_hand_gives(rounding: Rounding | None, label: str) -> None:
     model, given = conv_net(), plans()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = mpq.evaluate(model, given, score, calibrate=batches())
-    wanted: list[tuple[str, bool, nn.Module]] = [("float", False, model)]
+    rows = mpq.evaluate(model, given, score, calibrate=batches(), rounding=rounding)
+    wanted: list[tuple[str, str, bool, nn.Module]] = [("float", "", False, model)]
     for name, plan in given.items():
-        wanted.append((name, False, mpq.apply(model, plan)))
-        wanted.append((name, True, mpq.apply(model, plan, calibrate=batches())))
-    assert [(row.name, row.corrected, dict(row.scores)) for row in rows] == [
-        (name, corrected, score(tried)) for name, corrected, tried in wanted
+        wanted.append((name, "nearest", False, mpq.apply(model, plan)))
+        wanted.append((name, label, True, mpq.apply(model, plan, calibrate=batches(), rounding=rounding)))
+    assert [(row.name, row.rounding, row.corrected, dict(row.scores)) for row in rows] == [
+        (name, called, corrected, score(tried)) for name, called, corrected, tried in wanted
     ]
     assert rows[0].size is None
     assert [row.size for row in rows[1::2]] == [plan.size() for plan in given.values()]
     assert all(row.seconds > 0 for row in rows)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_progress_names_the_plan_and_its_rounding() -> None:
+    said: list[str] = []
+    mpq.evaluate(conv_net(), plans(), score, calibrate=batches(), progress=lambda name, *_: said.append(name))
+    assert said == ["float", *(f"{name}, {how}" for name in plans() for how in ("nearest", "compensated")), ""]
+
+
+def test_rows_of_another_rounding_are_not_taken_for_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = conv_net(), plans()
+    monkeypatch.setattr(f"{HERE}.stop_at", 4)  # after float, a plan to nearest, the same compensated, and the next
+
+    def run(rounding: Rounding | None) -> Any:
+        return mpq.evaluate(
+            model, given, score, calibrate=batches(), rounding=rounding, store=tmp_path / "rows.partial"
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(None)
+    monkeypatch.setattr(f"{HERE}.stop_at", -1)
+    with pytest.raises(SettingError, match=r"another job finished \(it differs in rounding\)"):
+        run("nearest")
+    monkeypatch.setattr(f"{HERE}.calls", 0)
+    assert [row.rounding for row in run("compensated")] == ["", *["nearest", "compensated"] * 2]
+    assert calls == 1
+
+
+def test_rows_from_before_there_was_a_choice_are_refused(tmp_path: Path) -> None:
+    facts = evaluation_facts(conv_net(), score, batches(), "nearest")
+    before = {name: value for name, value in facts.items() if name != "rounding"}
+    with mpq.Store(tmp_path / "rows.partial") as store:
+        store.job("sweep", before).add_row("a plan", {"score": 1})
+        with pytest.raises(SettingError, match="differs in rounding"):
+            store.job("sweep", facts)
+
+
+def test_what_decides_a_score_tells_roundings_apart() -> None:
+    words: tuple[Rounding, ...] = ("nearest", "compensated", "learned")
+    facts = [evaluation_facts(conv_net(), score, batches(), word) for word in words]
+    facts.append(evaluation_facts(conv_net(), score))
+    assert len({json.dumps(one) for one in facts}) == 4
+    assert evaluation_facts(conv_net(), score, batches()) == facts[1]
+    assert evaluation_facts(conv_net(), score, None, "nearest") == facts[3]
+
+
+def test_a_rounding_that_needs_inputs_is_refused_before_the_first_evaluation() -> None:
+    for bad, said in (("compensated", "needs calibration inputs"), ("best", "nearest, compensated, learned")):
+        given: Any = bad
+        with pytest.raises(SettingError, match=said):
+            mpq.evaluate(conv_net(), plans(), score, rounding=given)
+    assert calls == 0
 
 
 def test_bad_input_is_refused() -> None:
@@ -104,11 +162,13 @@ def test_the_command_shows_every_row_and_writes_it(mpq: Mpq, tmp_path: Path) -> 
     assert ran.code == 0, ran.err
     with out.open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["plan"], row["corrected"]) for row in rows] == [
-        ("float", "False"), ("2.json", "False"), ("2.json", "True"), ("4.json", "False"), ("4.json", "True")
+    how = [("nearest", "False"), ("compensated", "True")]
+    assert [(row["plan"], row["rounding"], row["corrected"]) for row in rows] == [
+        ("float", "", "False"), *(("2.json", *one) for one in how), *(("4.json", *one) for one in how)
     ]  # fmt: skip
     for row in rows:
         assert f"{float(row['score_sum']):.4g}" in ran.out
+        assert re.search(rf"│ {row['plan']} +│ {row['rounding']} ", ran.out)
     document = json.loads(mpq(*words, "--json").out)
     assert [row["plan"] for row in document["rows"]] == ["float", "2.json", "4.json"]
     assert [row["scores"]["sum"] for row in document["rows"]] == [

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, measure
+from mpq_plugins import PTILMPQ, Allocator, MixQuant, Piecewise, Uniform, apply, measure
 from mpq_plugins.allocation.objective import predicted
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.evaluation.sweep import SweepRow, mark_pareto, sweep
@@ -102,6 +102,53 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     for one, other in zip(resumed, whole, strict=True):
         assert one.scores["score"] == other.scores["score"]
         assert (one.parameters, one.total_bytes, one.pareto) == (other.parameters, other.total_bytes, other.pareto)
+
+
+BATCHES = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+HOW: list[tuple[dict[str, Any], str]] = [
+    ({}, "nearest"),
+    ({"rounding": "nearest"}, "nearest"),
+    ({"calibrate": BATCHES, "rounding": "nearest"}, "nearest, corrected"),
+    ({"calibrate": BATCHES}, "compensated"),
+]
+
+
+@pytest.mark.parametrize(("how", "label"), HOW)
+def test_rows_name_their_rounding_and_score_what_apply_makes(how: dict[str, Any], label: str) -> None:
+    net = conv_net()
+    table = measure(net, PER_CHANNEL, fold_bn=False)
+    plan = Uniform(bits=2)(table)
+    exact, found = sweep(table, [plan], net, Counting(), **how)
+    assert (exact.rounding, found.rounding) == ("", label)
+    assert found.scores["score"] == Counting()(apply(net, plan, **how))["score"]
+
+
+def test_rows_that_nothing_was_evaluated_for_have_no_rounding() -> None:
+    table = measure(conv_net(), PER_CHANNEL)
+    (found,) = sweep(table, [Uniform(bits=2)(table)])
+    assert found.rounding == ""
+
+
+def test_a_rounding_that_needs_inputs_is_refused() -> None:
+    table, given = measure(conv_net(), PER_CHANNEL), Counting()
+    for bad, said in (("learned", "needs calibration inputs"), ("up", "nearest, compensated, learned")):
+        word: Any = bad
+        with pytest.raises(SettingError, match=said):
+            sweep(table, [Uniform(bits=2)(table)], conv_net(), given, rounding=word)
+    assert given.calls == 0
+
+
+def test_an_interrupted_sweep_does_not_go_on_with_another_rounding(tmp_path: Path) -> None:
+    net, store = conv_net(), tmp_path / "rows.partial"
+    table = measure(net, PER_CHANNEL, fold_bn=False)
+    plans = [Uniform(bits=bits)(table) for bits in (2, 4)]
+    with pytest.raises(KeyboardInterrupt):
+        sweep(table, plans, net, Counting(stop_at=2), calibrate=BATCHES, store=store)
+    with pytest.raises(SettingError, match="differs in rounding"):
+        sweep(table, plans, net, Counting(), calibrate=BATCHES, rounding="nearest", store=store)
+    rest = Counting()
+    sweep(table, plans, net, rest, calibrate=BATCHES, rounding="compensated", store=store)
+    assert rest.calls == 1
 
 
 class Marking:

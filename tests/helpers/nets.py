@@ -58,3 +58,10 @@ def tied_net() -> TiedNet:
     """TiedNet with seeded weights."""
     torch.manual_seed(1)
     return TiedNet().eval()
+
+
+def weight_of(net: nn.Module, name: str) -> Tensor:
+    """A layer's weight."""
+    weight = net.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight

@@ -56,7 +56,7 @@ def test_a_corrected_plan_keeps_the_accuracy(depth: int, bits: float) -> None:
     plan = Budget(average_bits=bits)(table(depth))
     assert plan.size().average_bits <= bits
     net = resnet(depth)
-    quantized = apply(net, plan, calibrate=calibration())
+    quantized = apply(net, plan, calibrate=calibration(), rounding="nearest")
     verify(quantized, plan)
     top1, loss = evaluate(quantized, *pictures())
     least, most = WANTED[depth][bits]
@@ -70,7 +70,7 @@ def test_without_data_too() -> None:
     made = synthetic_batches(net, (256, 3, 32, 32), count=1, steps=0)
     for bits, least in ((3.0, 90.2), (2.5, 75.0)):
         plan = Budget(average_bits=bits)(table(20))
-        top1, _ = evaluate(apply(net, plan, calibrate=made), *pictures())
+        top1, _ = evaluate(apply(net, plan, calibrate=made, rounding="nearest"), *pictures())
         assert top1 >= least
 
 

@@ -55,8 +55,8 @@ def test_the_first_80_lines_are_enough(tmp_path: Path) -> None:
     assert 2.9 < plan.size().average_bits <= 3
     for layer in plan.layers:
         assert f"│ {layer.name} " in ran.stdout
-    assert "corrected" in ran.stdout
-    assert "│ yes " in ran.stdout
+    for rounding in ("nearest", "compensated"):
+        assert f"│ plan.json │ {rounding} " in ran.stdout
     code = "\n".join(block.text for block in given if block.language == "python" and not block.title)
     assert "fx.verify" in code
     script = subprocess.run(
@@ -69,10 +69,10 @@ def test_the_first_80_lines_are_enough(tmp_path: Path) -> None:
          "--calibrate", "mine.py:batches", "-o", "rows.csv", "--json"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    exact, plain, corrected = (row["scores"]["score"] for row in json.loads(evaluated.stdout)["rows"])
+    exact, plain, compensated = (row["scores"]["score"] for row in json.loads(evaluated.stdout)["rows"])
     in_fx = float(script.stdout.splitlines()[-1])
-    # Corrected is nearer to the float model than as it is, and FX with its 8-bit activations stays near that.
-    assert plain < corrected < exact == 0
-    assert abs(in_fx - corrected) < 0.5 * abs(plain)
+    # Compensated is nearer to the float model than to nearest, and FX with its 8-bit activations stays near that.
+    assert plain < compensated < exact == 0
+    assert abs(in_fx - compensated) < 0.5 * abs(plain)
     with (tmp_path / "rows.csv").open() as file:
-        assert [row["corrected"] for row in csv.DictReader(file)] == ["False", "False", "True"]
+        assert [row["rounding"] for row in csv.DictReader(file)] == ["", "nearest", "compensated"]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpq_plugins import Plan, apply, correct, decompress
+from mpq_plugins import Plan, apply, decompress
 from mpq_plugins.checkpoints.checkpoint import load_torch
 from tests.conftest import Ran
 
@@ -94,7 +94,7 @@ def test_its_biases_are_corrected_where_they_are_in_the_checkpoint(
     assert ran.code == 0
     changed = json.loads(ran.out)["corrected"]
     assert {own.removeprefix(prefix) for own in changed} == {"down.bias", "up.bias", "out.bias"}
-    corrected = correct(unet(), Plan.load(plan), batches()).state_dict()
+    corrected = apply(unet(), Plan.load(plan), calibrate=batches()).state_dict()
     written = load_torch(tmp_path / "q.pt")
     assert all(written[f"{prefix}{own}"].equal(corrected[own]) for own in corrected if own.endswith("bias"))
 

@@ -15,9 +15,11 @@ from mpq_plugins import (
     measure,
     sensitivity,
 )
+from mpq_plugins.reconstruction.rounding import Rounding
 from mpq_plugins.simulation.synthetic import synthetic_batches
 
 SCHEME = Affine(granularity="per_channel")
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "compensated")
 
 
 class NormAct(nn.BatchNorm2d):
@@ -75,14 +77,15 @@ def table_of(model: nn.Module, bits: tuple[int, ...] = (2, 8)) -> LayerTable:
     return measure(model, SCHEME, bits, per_channel=True)
 
 
-def test_a_batch_norm_that_does_more_keeps_doing_it() -> None:
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_batch_norm_that_does_more_keeps_doing_it(rounding: Rounding) -> None:
     torch.manual_seed(0)
     plain = Net(joint=False).eval()
     joint = Net(joint=True).eval()
     joint.load_state_dict(plain.state_dict())
     plan = Budget(average_bits=3.0, bits=(2, 3, 4))(table_of(plain, (2, 3, 4)))
     images = batch(32, 3, 8, 8)
-    outputs = [apply(net, plan, calibrate=[images])(images) for net in (plain, joint)]
+    outputs = [apply(net, plan, calibrate=[images], rounding=rounding)(images) for net in (plain, joint)]
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
     folded = [apply(net, Uniform(bits=8)(measure(net, bits=[8]))) for net in (plain, joint)]
     assert torch.allclose(folded[1](images), joint(images), atol=0.05)
@@ -90,7 +93,8 @@ def test_a_batch_norm_that_does_more_keeps_doing_it() -> None:
     assert int(joint.bn1.num_batches_tracked or 0) == 0
 
 
-def test_a_forward_that_changes_its_input_changes_no_batch() -> None:
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_forward_that_changes_its_input_changes_no_batch(rounding: Rounding) -> None:
     torch.manual_seed(0)
     model = Changes(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     inputs = batch(16, 6)
@@ -100,19 +104,20 @@ def test_a_forward_that_changes_its_input_changes_no_batch() -> None:
     assert torch.equal(inputs, kept)
     for own, other in zip(found.layers, expected.layers, strict=True):
         assert own.sensitivities["kl"] == pytest.approx(other.sensitivities["kl"])
-    apply(model, Budget(average_bits=4, bits=(2, 8))(found), calibrate=[inputs])
+    apply(model, Budget(average_bits=4, bits=(2, 8))(found), calibrate=[inputs], rounding=rounding)
     assert torch.equal(inputs, kept)
 
 
-def test_a_shared_bias_is_corrected_for_each_layer() -> None:
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_a_shared_bias_is_corrected_for_each_layer(rounding: Rounding) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
     model[2].bias = model[0].bias
     plan = Budget(average_bits=2, bits=(2,))(table_of(model))
     inputs = batch(64, 8)
     off, corrected = (
-        float((apply(model, plan, calibrate=given)(inputs) - model(inputs)).mean(0).abs().max().detach())
-        for given in (None, [inputs])
+        float((tried(inputs) - model(inputs)).mean(0).abs().max().detach())
+        for tried in (apply(model, plan), apply(model, plan, calibrate=[inputs], rounding=rounding))
     )
     assert corrected < 1e-5 < off
 

@@ -459,7 +459,7 @@ def test_apply_with_calibration_is_apply_of_the_corrected_model() -> None:
     model = conv_net()
     before = state_of(model)
     plan = planned(model)
-    quantized = apply(model, plan, calibrate=IMAGES.split(16))
+    quantized = apply(model, plan, calibrate=IMAGES.split(16), rounding="nearest")
     expected = apply(correct(model, plan, IMAGES.split(16)), plan)
     assert same(quantized.state_dict(), expected.state_dict())
     assert same(model.state_dict(), before)
@@ -751,7 +751,7 @@ def test_bad_batches_are_refused_by_name(batches: Any, message: str, through_app
     plan = planned(model)
     given = iter(()) if hasattr(batches, "__next__") else batches
     with pytest.raises(SettingError, match=message) as refused:
-        apply(model, plan, calibrate=given) if through_apply else correct(model, plan, given)
+        apply(model, plan, calibrate=given, rounding="nearest") if through_apply else correct(model, plan, given)
     assert "\n" not in str(refused.value)
     assert same(model.state_dict(), before)
 

@@ -1,17 +1,20 @@
 """`mpq apply`: a checkpoint in, the same checkpoint with quantized weights out."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ...report.progress import echo, say
+from ..fitting import Fitting, fitting_options
 from ..help import SectionCommand
-from ..output import claim, json_option, print_json, say_notes, weights_option
-from ..types import IntegerList
+from ..output import claim, json_option, print_json, run_model_option, say_notes, weights_option
 
-if TYPE_CHECKING:  # `mpq --help` should not wait for it
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from torch import Tensor
+
     from ...simulation.match import Match
 
 QUANTIZED, LEFT = "fake-quantized", "as they were"
@@ -19,33 +22,21 @@ QUANTIZED, LEFT = "fake-quantized", "as they were"
 
 @click.command(
     cls=SectionCommand,
-    epilog="Examples: mpq apply model.safetensors plan.json -o quantized.safetensors. With statistics and biases "
-    "corrected: mpq apply net.pt plan.json --model package.module:factory --calibrate package.module:batches -o q.pt",
+    epilog="Examples: mpq apply model.safetensors plan.json -o quantized.safetensors. On a few hundred inputs: "
+    "mpq apply net.pt plan.json --model package.module:factory --calibrate package.module:batches -o q.pt",
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
-@click.option(
-    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
-    help="Correct BatchNorm statistics and biases on the batches of inputs that this function returns.",
-)  # fmt: skip
-@click.option(
-    "--synthetic", type=IntegerList(), metavar="SHAPE",
-    help="Instead of --calibrate, where there are no data: inputs of this shape (samples first: 128,3,32,32) made of "
-    "the BatchNorm statistics.",
-)  # fmt: skip
-@click.option(
-    "--model", "model_factory", metavar="MODULE:FACTORY",
-    help="The checkpoint's model, which a correction runs; it also says what of the file are layers.",
-)  # fmt: skip
+@fitting_options
+@run_model_option
 @weights_option
 @json_option
 def apply(
     checkpoint: Path,
     plan_file: Path,
     output: Path,
-    calibration: str | None,
-    synthetic: tuple[int, ...] | None,
+    fitting: Fitting,
     model_factory: str | None,
     weights: str | None,
     as_json: bool,
@@ -54,39 +45,39 @@ def apply(
     from ..output import check_output
     from ..sources import check_order, make_module
 
-    check_output(output, checkpoint, plan_file, calibration, model_factory)
+    check_output(output, checkpoint, plan_file, fitting.calibration, model_factory)
     claim(output)
     check_order(plan_file, str(checkpoint), "mpq apply CHECKPOINT PLAN")
     from ...checkpoints.checkpoint import read_checkpoint  # which take torch, and a second
     from ...plans.plan import Plan
     from ...report.progress import progress_bar
     from ...simulation.checkpoint import rewrite
-    from ..calibration import corrected_tensors
+    from ...simulation.planned_tensors import PlannedTensors
+    from ..fitted_tensors import fitted_tensors
 
     loaded = Plan.load(plan_file)
-    if calibration is not None and synthetic is not None:
-        raise click.UsageError("--calibrate and --synthetic both say what to correct on; give one")
-    inputs = calibration or synthetic
-    if inputs is not None and model_factory is None:
-        raise click.UsageError("a correction runs the checkpoint's model: give --model too")
+    if fitting.calibrated and model_factory is None:
+        raise click.UsageError("calibration runs the checkpoint's model: give --model too")
     model = make_module(model_factory) if model_factory is not None else None
     stored = read_checkpoint(checkpoint, weights, prefer=loaded.weights, whole=True)
-    corrected = {}
-    if inputs is not None and model is not None:
-        corrected = dict(corrected_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), inputs))
+    fitted: Mapping[str, Tensor] = {}
+    if fitting.calibrated and model is not None:
+        fitted = fitted_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), fitting)
     with progress_bar("quantizing") as progress:
-        fit = rewrite(checkpoint, loaded, output, progress, corrected=corrected, model=model, checkpoint=stored)
+        fit = rewrite(checkpoint, loaded, output, progress, fitted=fitted, model=model, checkpoint=stored)
     say_notes(fit, loaded_from=plan_file)
     if fit.present.key is not None:
         say(f"weights: those under {fit.present.key!r}; others in the file are as they were")
     if loaded.activation_bits is not None:
         say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
+    planned = PlannedTensors(fit.plan.by_any_name)
+    corrected = sorted(name for name in fitted if planned.layer(name) is None)
     if as_json:
         counts = {"layers": len(loaded.layers), "as": _written_as(fit)}
-        print_json({"checkpoint": str(output), **counts, "corrected": sorted(corrected)})
+        print_json({"checkpoint": str(output), **counts, "rounding": fitting.label, "corrected": corrected})
     else:
         others = f"{len(corrected)} biases and statistics corrected, all else" if corrected else "everything else"
-        echo(f"wrote {output}: {_counts_text(_written_as(fit))}{others} as it was")
+        echo(f"wrote {output}: {_counts_text(_written_as(fit), fitting.label)}{others} as it was")
 
 
 def _written_as(fit: "Match") -> dict[str, int]:
@@ -104,8 +95,8 @@ def _written_as(fit: "Match") -> dict[str, int]:
     return dict(counts)
 
 
-def _counts_text(counts: dict[str, int]) -> str:
-    """`18 layers fake-quantized, 2 in float16, `; layers that are left as they were are among all else."""
-    quantized = [f"{counts[QUANTIZED]} layers {QUANTIZED}"] if QUANTIZED in counts else []
+def _counts_text(counts: dict[str, int], rounding: str) -> str:
+    """`18 layers fake-quantized (compensated), 2 in float16, `; those left as they were are among all else."""
+    quantized = [f"{counts[QUANTIZED]} layers {QUANTIZED} ({rounding})"] if QUANTIZED in counts else []
     halves = [f"{counts[dtype]} in {dtype}" for dtype in ("float16", "bfloat16") if dtype in counts]
     return "".join(f"{text}, " for text in (*quantized, *halves))

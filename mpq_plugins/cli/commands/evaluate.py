@@ -1,4 +1,4 @@
-"""`mpq evaluate`: what plans do to a model's score, as they are and corrected."""
+"""`mpq evaluate`: what plans do to a model's score, rounded to nearest and on calibration inputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,19 @@ import click
 
 from ...errors import SettingError
 from ...report.progress import echo, progress_bar
+from ..fitting import Fitting, fitting_options
 from ..help import SectionCommand
-from ..output import check_output, claim, json_option, print_json, say_notes, say_written, weights_option
-from ..types import FileOrFactory, IntegerList
+from ..output import (
+    check_output,
+    claim,
+    json_option,
+    print_json,
+    run_model_option,
+    say_notes,
+    say_written,
+    weights_option,
+)
+from ..types import FileOrFactory
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -22,7 +32,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 
 @click.command(
     cls=SectionCommand,
-    epilog="Examples: mpq evaluate mine.py:net plan.json --eval mine.py:score. Two plans, as they are and corrected: "
+    epilog="Examples: mpq evaluate mine.py:net plan.json --eval mine.py:score. Two plans, to nearest and compensated: "
     "mpq evaluate mine.py:net a.json b.json --eval mine.py:score --calibrate mine.py:batches -o tried.csv. "
     "A checkpoint: mpq evaluate net.pt plan.json --model mine.py:net --eval mine.py:score",
 )
@@ -32,15 +42,8 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     "--eval", "evaluation", metavar="MODULE:FUNCTION", required=True,
     help="Called with the float model and each quantized one; returns a score, larger is better, or names and numbers.",
 )  # fmt: skip
-@click.option(
-    "--calibrate", "calibration", metavar="MODULE:FUNCTION",
-    help="Also correct each plan's statistics and biases, on the batches of inputs that this function returns.",
-)  # fmt: skip
-@click.option(
-    "--synthetic", type=IntegerList(), metavar="SHAPE",
-    help="Instead of --calibrate: inputs of this shape (samples first) made of the BatchNorm statistics.",
-)  # fmt: skip
-@click.option("--model", "model_factory", metavar="MODULE:FACTORY", help="The checkpoint's model, where SOURCE is one.")
+@fitting_options
+@run_model_option
 @weights_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes.")
 @json_option
@@ -48,31 +51,30 @@ def evaluate(
     source: str,
     plan_files: tuple[Path, ...],
     evaluation: str,
-    calibration: str | None,
-    synthetic: tuple[int, ...] | None,
+    fitting: Fitting,
     model_factory: str | None,
     weights: str | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate SOURCE in float, under each PLAN as it is and, with calibration inputs, under each PLAN corrected."""
+    """Evaluate SOURCE in float, under each PLAN to nearest and, with inputs, under each PLAN rounded for these."""
     from ...evaluation.evaluate import evaluate as run
     from ...report.console import console
     from ...report.evaluate import evaluated_csv, evaluated_json, evaluated_table
-    from ..calibration import batches_of, loaded_module
+    from ..calibration import loaded_module
     from ..functions import named_function
     from ..sources import check_order
 
-    check_output(output, source, evaluation, calibration, model_factory, *plan_files)
+    check_output(output, source, evaluation, fitting.calibration, model_factory, *plan_files)
     claim(output)
     check_order(plan_files[0], source, "mpq evaluate SOURCE PLAN...")
     loaded = named_plans(plan_files)
     model = loaded_module(source, model_factory, weights)
     plans = {name: _fitting(plan, model, name) for name, plan in loaded.items()}
     score = named_function(evaluation)
-    batches = batches_of(model, calibration, synthetic)
+    batches = fitting.batches(model)
     with _kept(output) as store, progress_bar("evaluating") as progress:
-        rows = run(model, plans, score, calibrate=batches, store=store, progress=progress)
+        rows = run(model, plans, score, calibrate=batches, rounding=fitting.rounding, store=store, progress=progress)
         if output is not None:
             evaluated_csv(rows, output)
     if as_json:
@@ -82,7 +84,7 @@ def evaluate(
     console().print(evaluated_table(rows, count, f"{source}, {count:,} planned weights"))
     echo("bits: a weight, in total; size: of the planned layers, in total; seconds: of one evaluation")
     if batches is None:
-        echo("--calibrate MODULE:FUNCTION, which returns batches of inputs, tries every plan corrected too")
+        echo("--calibrate MODULE:FUNCTION, which returns batches of inputs, tries every plan compensated too")
     say_written(output, "rows as CSV")
 
 

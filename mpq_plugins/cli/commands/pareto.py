@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
+from ..fitting import Fitting
 from ..output import json_option
 from ..runs import (
-    batches_to_correct_on,
+    batches_to_fit_on,
     check_fit,
     model_to_evaluate,
     print_rows,
@@ -49,7 +50,7 @@ def pareto(
     output: Path | None,
     plot: Path | None,
     evaluation: str | None,
-    calibration: str | None,
+    fitting: Fitting,
     model_factory: str | None,
     judge: str | None,
     cache: Path | None,
@@ -74,7 +75,7 @@ def pareto(
     from ..request import Request
     from ..sources import resolve_source
 
-    files = run_files(source, output, plot, cache, evaluation, model_factory, calibration)
+    files = run_files(source, output, plot, cache, evaluation, model_factory, fitting.calibration)
     request = Request(**request_values(options))
     evaluate = named_function(evaluation) if evaluation is not None else None
     given = resolve_source(source)
@@ -83,8 +84,8 @@ def pareto(
     metrics = tuple(dict.fromkeys(["mse", "relative", *(n for n in parts_of(sensitivity) if n in METRICS)]))
     granular = request.scheme(scheme).granularity != "per_tensor"
     needs = Needs(bits, metrics, granular, scheme)
-    batches = batches_to_correct_on(calibration, evaluation)
-    with resumable(files, model, evaluate, batches) as store:
+    batches = batches_to_fit_on(fitting, model)
+    with resumable(files, model, evaluate, batches, fitting.rounding) as store:
         table = measured(given, needs, request, cache if given.is_table else files.measurement)
         labelled = plans_within(table, budgets, sensitivity, bits)
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
@@ -99,8 +100,9 @@ def pareto(
                 series=series,
                 judge=judge,
                 calibrate=batches,
+                rounding=fitting.rounding,
                 store=store,
                 progress=progress,
             )
-        write_rows(rows, files, title := run_title(source, table, ", corrected" if batches is not None else ""))
+        write_rows(rows, files, title := run_title(source, table, f", {fitting.label}" if model is not None else ""))
     print_rows(rows, table, title, as_json, output, plot)

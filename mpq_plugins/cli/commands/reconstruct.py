@@ -1,7 +1,6 @@
 """`mpq reconstruct`: a model's codes learned block by block under a plan, written as a checkpoint."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -166,13 +165,12 @@ def _save(model: "nn.Module", output: Path) -> None:
 
 def _scores(model: "nn.Module", plan: "Plan", learned: "nn.Module", evaluate: Any) -> dict[str, Any]:
     from ...evaluation.scores import checked_scores
-    from ...simulation.apply import apply
+    from ...simulation.model import simulated
 
-    with redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # to nearest, activations are in float
+    with redirect_stdout(sys.stderr):
         return {
             name: checked_scores(evaluate, net, name)
-            for name, net in (("float", model), ("nearest", apply(model, plan)), ("learned", learned))
+            for name, net in (("float", model), ("nearest", simulated(model, plan)), ("learned", learned))
         }
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
+from ..fitting import Fitting
 from ..output import json_option
 from ..runs import (
-    batches_to_correct_on,
+    batches_to_fit_on,
     check_fit,
     model_to_evaluate,
     print_rows,
@@ -51,7 +52,7 @@ def sweep(
     output: Path | None,
     plot: Path | None,
     evaluation: str | None,
-    calibration: str | None,
+    fitting: Fitting,
     model_factory: str | None,
     uniform: bool,
     judge: str | None,
@@ -59,9 +60,8 @@ def sweep(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Plan SOURCE over a grid of an allocator's parameters: sizes, errors, scores, the best marked.
-
-    Several values of an option make a row each (2,3 or 2:4:0.5); the default is the allocator's grid.
+    """Plan SOURCE over a grid of an allocator's parameters: sizes, errors, scores, the best marked. Several
+    values of an option make a row each (2,3 or 2:4:0.5); default: the allocator's grid.
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar
@@ -72,14 +72,16 @@ def sweep(
     from ..sources import named_files, resolve_source
 
     request = Request(**request_values(options))
-    files = run_files(source, output, plot, cache, evaluation, calibration, model_factory, *named_files(options))
+    files = run_files(
+        source, output, plot, cache, evaluation, fitting.calibration, model_factory, *named_files(options)
+    )
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
     evaluate = named_function(evaluation) if evaluation is not None else None
     given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
     needs = _needs(allocators, request, uniform, measure=not given.is_table)
-    batches = batches_to_correct_on(calibration, evaluation)
-    with resumable(files, model, evaluate, batches) as store:
+    batches = batches_to_fit_on(fitting, model)
+    with resumable(files, model, evaluate, batches, fitting.rounding) as store:
         table = measured(given, needs, request, cache if given.is_table else files.measurement)
         plans = plans_by(allocators, table)
         plans += _uniform_beside(plans, table) if uniform else []
@@ -87,9 +89,17 @@ def sweep(
             check_fit(plans[0], model, model_factory or source)
         with progress_bar("sweeping") as progress:
             rows = run(
-                table, _distinct(plans), model, evaluate, judge=judge, calibrate=batches, store=store, progress=progress
+                table,
+                _distinct(plans),
+                model,
+                evaluate,
+                judge=judge,
+                calibrate=batches,
+                rounding=fitting.rounding,
+                store=store,
+                progress=progress,
             )
-        write_rows(rows, files, title := run_title(source, table, ", corrected" if batches is not None else ""))
+        write_rows(rows, files, title := run_title(source, table, f", {fitting.label}" if model is not None else ""))
     print_rows(rows, table, title, as_json, output, plot)
 
 

@@ -10,6 +10,7 @@ import click
 from ...errors import PluginError, SettingError, TuningError
 from ...report.progress import echo, progress_bar, say
 from ..allocator_options import ALLOCATOR_KEY, AllocatorCommand, allocator_option, allocators_from
+from ..fitting import Fitting, fitting_options
 from ..output import claim, json_option, judge_option, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import installed
@@ -25,13 +26,13 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
 
 @click.command(
     cls=AllocatorCommand,
-    epilog="Example: mpq tune package.module:factory --eval package.module:accuracy --qem 4,3,2,1.5 -o plan.json",
+    epilog="Example: mpq tune mine.py:net --eval mine.py:score --qem 4,3,2,1.5 -o plan.json",
 )
 @click.argument("source", metavar="MODULE:FACTORY")
 @allocator_option
 @click.option(
     "--eval", "evaluation", metavar="MODULE:FUNCTION", required=True,
-    help="Called with the float model and each quantized one; returns a score above 0, larger is better.",
+    help="Gives each model's score, above 0 (larger is better).",
 )  # fmt: skip
 @click.option(
     "--tolerable-loss", type=float, default=0.01, show_default=True, help="Share of the float score that may be lost."
@@ -42,6 +43,7 @@ BACKENDS = ("inc", "inc_classic")  # of which an environment can have one
     metavar="NAME",
     help="Whose tuner: inc or inc_classic (default: what is installed).",
 )
+@fitting_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write.")
 @judge_option
 @scheme_options
@@ -55,14 +57,14 @@ def tune(
     evaluation: str,
     tolerable_loss: float,
     backend: str | None,
+    fitting: Fitting,
     output: Path | None,
     judge: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Try an allocator's plans from the smallest up in Intel Neural Compressor, and keep the first that is good enough.
-
-    Several values of an option (1,2,3 or first:last:step) are a trial each; without any, the allocator's grid is.
+    """Try an allocator's plans, the smallest first, in Intel Neural Compressor, and keep the first that is good
+    enough. Several values of an option (2,3 or 1:4:0.5) are a trial each; default: the allocator's grid.
     """
     from ...evaluation.tuning import Criterion
     from ...report.tuning import Judged
@@ -73,7 +75,7 @@ def tune(
     from ..request import Request
     from ..sources import Source, make_module, named_files
 
-    check_output(output, source, evaluation, *named_files(options))
+    check_output(output, source, evaluation, fitting.calibration, *named_files(options))
     claim(output)
     Criterion(tolerable_loss)
     request = Request(**request_values(options))
@@ -82,19 +84,22 @@ def tune(
     evaluate = named_function(evaluation)
     model: nn.Module = make_module(source)
     table = measure_now(Source(source, "module", model), joint_needs(allocators), request)
+    batches = fitting.batches(model)
+    # Tuners of other packages may have no place for inputs.
+    more = {} if batches is None else {"calibrate": batches, "rounding": fitting.rounding}
     with progress_bar("tuning") as progress:
         plans = plans_by(allocators, table)
         judged = Judged.of(table, plans, judge)
         _say_merged(plans)
         try:
-            tuning = run(model, plans, evaluate, tolerable_loss, progress=progress)
+            tuning = run(model, plans, evaluate, tolerable_loss, progress=progress, **more)
         except TuningError as error:
             if error.tuning is not None:
-                _print(error.tuning, judged, source, as_json, None)
+                _print(error.tuning, judged, source, fitting, as_json, None)
             raise
     if output is not None:
         tuning.chosen.plan.save(output)
-    _print(tuning, judged, source, as_json, output)
+    _print(tuning, judged, source, fitting, as_json, output)
     if not as_json:
         say_left_alone(table)
 
@@ -122,14 +127,15 @@ def _say_merged(plans: "Sequence[Plan]") -> None:
         say(f"note: the {len(plans)} settings make {distinct} different plans; each is tried once")
 
 
-def _print(tuning: "Tuning", judged: Any, source: str, as_json: bool, output: Path | None) -> None:
+def _print(tuning: "Tuning", judged: Any, source: str, fitting: Fitting, as_json: bool, output: Path | None) -> None:
     from ...report.console import console
     from ...report.tuning import tuning_json, tuning_table
 
     if as_json:
-        print_json({**tuning_json(tuning, judged), "plan": str(output) if output else None})
+        plan = str(output) if output else None
+        print_json({**tuning_json(tuning, judged), "rounding": fitting.label, "plan": plan})
         return
-    console().print(tuning_table(tuning, source, judged))
+    console().print(tuning_table(tuning, f"{source}, {fitting.label}", judged))
     echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
     if tuning.met:
         say_written(output, "plan")

@@ -1,4 +1,4 @@
-"""The demo: four allocators at the same sizes, each plan applied, corrected, verified and tried on unseen digits."""
+"""The demo: four allocators at the same sizes, each plan compensated, verified and tried on unseen digits."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from ...measurement.measure import measure
 from ...plans.plan import Plan
 from ...plans.scheme import Affine
 from ...plans.table import LayerTable
+from ...reconstruction.rounding import COMPENSATED
 from ...report.console import PlainConsole
 from ...report.tables import bytes_text, grid
 from .net import accuracy, calibration_digits, digit_net, unseen_digits
@@ -31,7 +32,7 @@ COLUMNS = ("plan", "bits a weight", "size", "smaller", "accuracy", "cross-entrop
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan, corrected and tried on the digits; None is the float network."""
+    """One plan, applied and tried on the digits; None is the float network."""
 
     name: str
     plan: Plan | None
@@ -40,7 +41,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The float network, every plan corrected, by its name, and the name of the one to keep."""
+    """The float network, every plan by its name, and the name of the one to keep."""
 
     digits: int
     weights: int
@@ -60,7 +61,7 @@ def run_demo(progress: Progress | None = None) -> DemoResult:
     net = digit_net()
     table = measure(net, Affine(granularity="per_channel", range="mse"), WIDTHS, per_channel=True)
     plans = dict(_named_plans(table))
-    scored = Scored(net, accuracy, calibration_digits(), None)
+    scored = Scored(net, accuracy, calibration_digits(), None, COMPENSATED)
     trials = [Trial("float", None, scored(None))]
     for position, (name, plan) in enumerate(plans.items()):
         if progress is not None:
@@ -76,7 +77,7 @@ def demo_report(result: DemoResult, out: PlainConsole, plan_file: str) -> None:
     title = f"{result.digits} handwritten digits, {result.weights:,} weights in {result.layers} layers"
     out.print(grid(title, COLUMNS, [_line(trial, result.weights) for trial in result.trials]))
     for line in (
-        "Sizes are true: codes, scales, zero points and channel maps. Every plan is corrected on 200 digits.",
+        "Sizes are true: codes, scales, zero points and channel maps. Every plan is compensated on 200 digits.",
         f"Kept: {result.kept}, the best of the smallest size within {TOLERATED_LOSS:.1%} of the float accuracy.",
         "Next, look at it, make one of your own network, and try it:",
         f"  mpq show {plan_file}",
@@ -93,6 +94,7 @@ def demo_json(result: DemoResult) -> dict[str, Any]:
     """The same figures for programs."""
     return {
         "digits": result.digits,
+        "rounding": COMPENSATED,
         "float": dict(result.trials[0].scores),
         "trials": [
             {

@@ -592,6 +592,41 @@ def test_plans_to_tune_over_are_a_list_of_plans(plans: Any) -> None:
         inc.tune(nets.made(nets.SmallNet), the_plan(), by_bits)
 
 
+@pytest.mark.parametrize("scheme", [Affine(), PER_CHANNEL], ids=["folded", "not folded"])
+@pytest.mark.parametrize("rounding", [None, "nearest", "compensated"])
+def test_trials_on_inputs_are_what_apply_makes_of_them(scheme: Affine, rounding: Any) -> None:
+    model, batches = nets.made(nets.SmallNet), list(torch.cat([IMAGES, IMAGES.flip(0) / 2]).split(4))
+    before = copy.deepcopy(model)
+    table = measure(model, scheme, (2, 3))
+    plans = [Uniform(bits=bits)(table) for bits in (2, 3)]
+    tried: list[nn.Module] = []
+
+    def score(given: nn.Module) -> float:
+        tried.append(given)
+        return 100.0 if len(tried) in (1, 3) else 1.0
+
+    run = inc.tune(model, plans, score, calibrate=batches, rounding=rounding)
+    assert [trial.met for trial in run.trials] == [False, True]
+    exact, *quantized = tried
+    assert same(exact, before)
+    for found, plan in zip(quantized, plans, strict=True):
+        assert same(found, simulated(model, plan, calibrate=batches, rounding=rounding))
+        assert not same(found, simulated(model, plan))
+    assert same(model, before)
+    inc.tune(model, plans[:1], score)  # the inputs were of that run alone
+    assert same(tried[-1], simulated(model, plans[0]))
+
+
+def test_inputs_that_do_not_fit_are_refused_by_name() -> None:
+    model, plans = nets.made(nets.SmallNet), [the_plan()]
+    with pytest.raises(SettingError, match="batches: none given"):
+        inc.tune(model, plans, lambda _: 1.0, calibrate=[])
+    with pytest.raises(SettingError, match="SmallNet does not run on a batch"):
+        inc.tune(model, plans, lambda _: 1.0, calibrate=[ROWS], rounding="nearest")
+    with pytest.raises(SettingError, match="rounding: 'learned' needs calibration inputs"):
+        inc.tune(model, plans, lambda _: 1.0, rounding="learned")
+
+
 def test_configurations_of_the_same_plan_are_one_trial() -> None:
     """Neural Compressor skips a configuration that it has seen, never reaches its number of trials, returns None."""
     config = inc.MixQuantConfig(qem=[1e-9, 1e-8])

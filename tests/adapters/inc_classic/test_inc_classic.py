@@ -497,6 +497,25 @@ def test_plans_to_tune_over_are_a_list_of_plans(plans: Any) -> None:
         classic.tune(nets.made(nets.SmallNet), [other_plan()], None)
 
 
+@pytest.mark.parametrize("rounding", [None, "nearest", "compensated"])
+def test_trials_on_inputs_are_what_apply_makes_of_them(rounding: Any) -> None:
+    model, batches = nets.made(nets.SmallNet), list(torch.cat([IMAGES, IMAGES.flip(0) / 2]).split(4))
+    table = measure(model, PER_CHANNEL, (2, 3))
+    plans = [Uniform(bits=bits)(table) for bits in (2, 3)]
+    tried: list[nn.Module] = []
+
+    def score(given: nn.Module) -> float:
+        tried.append(given)
+        return 100.0 if len(tried) in (1, 3) else 1.0
+
+    run = classic.tune(model, plans, score, calibrate=batches, rounding=rounding)
+    assert [trial.met for trial in run.trials] == [False, True]
+    for found, plan in zip(tried[1:3], plans, strict=True):
+        assert same(found, simulated(model, plan, calibrate=batches, rounding=rounding))
+    with pytest.raises(SettingError, match="rounding: 'compensated' needs calibration inputs"):
+        classic.tune(model, plans, score, rounding="compensated")
+
+
 def test_a_bare_layer() -> None:
     model = nn.Linear(8, 8).eval()
     plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,)))

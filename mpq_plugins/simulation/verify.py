@@ -1,10 +1,7 @@
-"""Simulated quantization of a model by a plan, and the proof that the model holds what the plan says."""
+"""The proof that a model holds what a plan says."""
 
-import logging
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,16 +10,12 @@ from ..common.text import first_few
 from ..errors import VerifyError
 from ..models.input_ranges import input_ranges
 from ..models.kinds import quantizable_weights
-from ..models.tracing import Traced
 from ..models.wrappers import renaming
 from ..plans.layers import LayerChoice, Part
 from ..plans.plan import Plan
-from .correct import correct
 from .layer import most_distinct_values
-from .match import as_called, match
-from .model import simulate_model
-
-LOG = logging.getLogger(__name__)
+from .match import as_called
+from .model import simulated
 
 
 @public
@@ -43,49 +36,6 @@ class PartCheck:
     channels: int
     values: int
     allowed: int
-
-
-def apply(model: nn.Module, plan: Plan, *, calibrate: Iterable[Any] | None = None) -> nn.Module:
-    """Make a copy of the model whose weights are quantized and dequantized as the plan says.
-
-    Weights keep their dtype. At 16 bits float32 weights are rounded to float16's values; float16 and bfloat16 weights,
-    which have 16 bits already, stay as they are, and so does everything at 32 bits. A plan measured with BatchNorm
-    folded in gives a folded copy. Biases, norms and skipped layers keep their values. Activations stay in floating
-    point, with a warning where the plan has bits for them, unless the model has ranges for them (`reconstruct` learns
-    such).
-
-    Args:
-        model: The float model; it is not changed.
-        plan: The plan.
-        calibrate: Batches of inputs, on which BatchNorm statistics and biases are corrected for what quantization
-            shifts (`correct`, which also says how an adapter gets them).
-
-    Returns:
-        The copy.
-
-    Raises:
-        MismatchError: The plan has other layers or shapes than the model.
-        WeightError: A weight holds NaN or infinity, or lies beyond float16 at 16 bits.
-        SettingError: As `correct`.
-
-    Examples:
-        >>> import mpq_plugins as mpq, torch
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> quantized = mpq.apply(net, mpq.Uniform(bits=2)(mpq.measure(net)))
-        >>> quantized[0].weight.unique().numel()
-        4
-    """
-    traced = Traced(model)
-    plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
-    if calibrate is not None:
-        traced = Traced(model := correct(model, plan, calibrate))
-    if plan.activation_bits is not None and not _simulates_activations(model, plan):
-        warnings.warn(
-            f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
-            stacklevel=2,
-        )
-    LOG.info("%d layers quantized%s", len(plan.layers), ", BatchNorm folded in" if plan.fold_bn else "")
-    return simulate_model(traced, plan)
 
 
 def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> tuple[PartCheck, ...]:
@@ -147,19 +97,9 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
     return tuple(checks)
 
 
-def _simulates_activations(model: nn.Module, plan: Plan) -> bool:
-    """Whether the model quantizes the inputs of all planned layers that have values for inputs, as the plan says."""
-    bits = {name: input_range.bits for name, input_range in input_ranges(model).items()}
-    wanted = [layer for layer in plan.layers if not layer.in_float and layer.kind != "embedding"]
-    return all(any(bits.get(name) == plan.activation_bits for name in layer.names) for layer in wanted)
-
-
 def _expected(original: nn.Module, plan: Plan, present: Iterable[str]) -> dict[str, Tensor]:
     """What the plan makes of the float model's weights, by the names that the model in hand has for them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about activations, which are not compared here
-        simulated = apply(original, plan)
-    weights = quantizable_weights(simulated)
+    weights = quantizable_weights(simulated(original, plan))
     names = renaming([(name,) for name in weights], (), present)
     return {names.get(name, name): weight for name, weight in weights.items()}
 

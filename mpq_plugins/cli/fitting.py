@@ -1,0 +1,108 @@
+"""--calibrate, --synthetic and --rounding: how weights are rounded to a plan's grids, and on which inputs."""
+
+import functools
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+from click.core import ParameterSource
+
+from ..errors import SettingError
+from ..reconstruction.rounding import CORRECTED, ROUNDINGS, Rounding, checked_rounding, rounding_label
+from ..report.progress import progress_bar
+from .scheme_options import Command
+from .types import IntegerList, OneOf
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from torch import nn
+
+    from ..plans.plan import Plan
+
+FILE = ParameterSource.DEFAULT_MAP
+OPTIONS = (
+    click.option(
+        "--calibrate", "calibration", metavar="MODULE:FUNCTION",
+        help="Batches of inputs, without labels, to round and correct on.",
+    ),
+    click.option(
+        "--synthetic", type=IntegerList(), metavar="SHAPE",
+        help="Instead, inputs (128,3,32,32) made of BatchNorm statistics.",
+    ),
+    click.option(
+        "--rounding", type=OneOf(ROUNDINGS), metavar="HOW",
+        help="nearest, compensated (default with inputs), or learned.",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What the three options say, of which two exclude each other. Raises SettingError for what contradicts itself."""
+
+    calibration: str | None = None
+    synthetic: tuple[int, ...] | None = None
+    asked: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None and self.synthetic is not None:
+            raise SettingError("calibrate: --calibrate and --synthetic both say what to calibrate on; give one")
+        checked_rounding(self.asked, calibrated=self.calibrated)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are inputs."""
+        return self.calibration is not None or self.synthetic is not None
+
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding that was asked for, or the default."""
+        return checked_rounding(self.asked, calibrated=self.calibrated)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return rounding_label(self.rounding, calibrated=self.calibrated)
+
+    def batches(self, model: "nn.Module") -> list[Any] | None:
+        """The inputs for this model, None without any. Raises SourceError and SettingError, naming what they are of."""
+        from .calibration import calibration_batches, synthetic_inputs
+
+        if self.synthetic is not None:
+            return synthetic_inputs(model, self.synthetic)
+        return calibration_batches(self.calibration) if self.calibration is not None else None
+
+    def fitted(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
+        """A float copy that rounds so under the plan, with a progress bar; inputs are given. Raises as `apply`."""
+        from ..reconstruction.apply import round_weights
+
+        batches = self.batches(model)
+        doing = "correcting" if self.label == CORRECTED else "rounding"
+        with progress_bar(doing) as progress, redirect_stdout(sys.stderr):
+            return round_weights(model, plan, cast(list[Any], batches), self.rounding, progress=progress)
+
+
+def _said(calibration: str | None, synthetic: tuple[int, ...] | None, rounding: str | None) -> Fitting:
+    """What the options say. A file's defaults give way to the command line, and its rounding waits for inputs."""
+    source = click.get_current_context().get_parameter_source
+    by_default = {name for name in ("calibration", "synthetic", "rounding") if source(name) is FILE}
+    if calibration is not None and synthetic is not None:
+        calibration = None if by_default & {"calibration", "synthetic"} == {"calibration"} else calibration
+        synthetic = None if by_default & {"calibration", "synthetic"} == {"synthetic"} else synthetic
+    if "rounding" in by_default and calibration is None and synthetic is None:
+        rounding = None
+    return Fitting(calibration, synthetic, rounding)
+
+
+def fitting_options(command: Command) -> Command:
+    """Give a command the three options, as one argument, `fitting`."""
+
+    @functools.wraps(command)
+    def fitted(*arguments: Any, calibration: Any, synthetic: Any, rounding: Any, **options: Any) -> Any:
+        return command(*arguments, fitting=_said(calibration, synthetic, rounding), **options)
+
+    made: Any = fitted
+    for option in reversed(OPTIONS):
+        made = option(made)
+    return cast(Command, made)
