@@ -58,6 +58,7 @@ examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.ptilmpq_resnet
 	$(BIN)/python -m examples.budget_resnet
 	$(BIN)/python -m examples.budget_minilm
+	$(BIN)/python -m examples.compensated_plans
 	$(BIN)/python -m examples.brecq_table
 	$(BIN)/python -m examples.brecq_minilm
 	$(BIN)/python -m examples.fx_resnet

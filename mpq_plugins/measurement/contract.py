@@ -79,11 +79,21 @@ class Job:
             The weight at each width, in its own shape.
         """
         scheme, axis = self.table.scheme, layer.channel_axis
+        for b, weight in zip(self.table.bits, self.clipped(layer), strict=True):
+            yield fake_quantize(weight, b, scheme, channel_axis=axis, layer=layer.name)
+
+    def clipped(self, layer: LayerStats) -> Iterator[Tensor]:
+        """Clip the layer's weight to the range that it is quantized by, at each bit-width of the table.
+
+        Args:
+            layer: The layer.
+
+        Yields:
+            The weight for each width; as it is, where no ranges are fitted.
+        """
         for b in self.table.bits:
             weight = self.weights[layer.name]
-            if self.moments is not None:
-                weight = self._fitted(layer, b, weight)
-            yield fake_quantize(weight, b, scheme, channel_axis=axis, layer=layer.name)
+            yield weight if self.moments is None else self._fitted(layer, b, weight)
 
     def _fitted(self, layer: LayerStats, bits: int, weight: Tensor) -> Tensor:
         """The weight clipped to its fitted ranges, which are searched once: every batch asks for them again."""

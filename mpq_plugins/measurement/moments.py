@@ -33,7 +33,7 @@ def second_moments(
     their own output (own_output.py). Raises SettingError, naming the layer, where no batch reaches it, or where
     something else uses its weight too.
     """
-    _refuse_borrowed(model, modules)
+    refuse_borrowed(model, modules)
     sums: dict[str, Tensor] = {}
     names = {module: name for name, users in modules.items() for module in users}
     plain = {module: is_plain(module) for module in names}
@@ -62,7 +62,8 @@ def second_moments(
     return {name: total / samples for name, total in sums.items()}
 
 
-def _refuse_borrowed(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> None:
+def refuse_borrowed(model: nn.Module, modules: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Raise SettingError, naming the layer, where something else than these modules uses its weight."""
     borrowed = borrowed_weights(model)
     users = {id(module): name for name, users in modules.items() for module in users}
     for path, module in model.named_modules(remove_duplicate=False):

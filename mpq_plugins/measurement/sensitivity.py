@@ -51,10 +51,10 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     Args:
         model: The model; it is not changed.
         table: The table that was measured of it.
-        kind: `output_mse`, the squared error of the layer's output (one pass); `kl`, the divergence of the model's
-            predictions, and `distance`, 1 - cosine of its output, with that layer alone quantized; `fisher` and
-            `hessian`, quadratics around the float weights; another that an entry point names; or a value of such a
-            class, as Hessian(probes=16).
+        kind: `output_mse`, the squared error of the layer's output (one pass), and `compensated_mse`, the same once
+            `compensate` has rounded the layer; `kl`, the divergence of the model's predictions, and `distance`,
+            1 - cosine of its output, with that layer alone quantized; `fisher` and `hessian`, quadratics around the
+            float weights; another that an entry point names; or a value of such a class, as Hessian(probes=16).
         batches: A few hundred inputs without labels, as for `correct`.
         output: (model, batch) -> tensor (samples, features), for models whose own output is no logits.
         seed: Of labels and probes; the same seed gives the same table.

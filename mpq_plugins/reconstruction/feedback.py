@@ -62,6 +62,13 @@ def factorise(h: Tensor, damping: float, most: float = 10.0) -> Factor | None:
     return None
 
 
+def damped(h: Tensor, factor: Factor) -> Tensor:
+    """H as it was factorised, but for inputs that are always zero."""
+    diagonal, result = h.diagonal(), h.clone()
+    result.diagonal().add_(factor.damping * diagonal[diagonal > 0].mean())
+    return result
+
+
 def solve(factor: Factor, right: Tensor) -> Tensor:
     """X with X H = right, both (rows, d), float64."""
     backwards = factor.order.flip(0)

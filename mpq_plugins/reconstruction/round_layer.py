@@ -23,7 +23,7 @@ from ..plans.layers import LayerChoice
 from ..simulation.layer import simulate_layer
 from ..simulation.shifts import usual_vectors
 from .columns import CHUNK, Columns, choose_positions
-from .feedback import Factor, descend, factorise, round_with_feedback, solve
+from .feedback import Factor, damped, descend, factorise, round_with_feedback, solve
 from .gram import Gram
 from .levels import Levels
 
@@ -110,7 +110,7 @@ class LayerRounding:
             target = one.target(factor)
             rounded[g] = round_with_feedback(target, factor, of_group)
             if gram.count >= MOVING * matrices.shape[2]:
-                rounded[g] = descend(target, one.damped(factor), rounded[g], of_group, SWEEPS)
+                rounded[g] = descend(target, damped(one.h, factor), rounded[g], of_group, SWEEPS)
             damping = max(damping, factor.damping)
             losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
         if losses[1] > losses[0]:
@@ -198,13 +198,6 @@ class _Matrix:
     def target(self, factor: Factor) -> Tensor:
         """W*, float64."""
         return self.weight.double() if self.g is None else self.weight.double() + solve(factor, self.g)
-
-    def damped(self, factor: Factor) -> Tensor:
-        """H as it was factorised, but for inputs that are always zero."""
-        diagonal = self.h.diagonal()
-        damped = self.h.clone()
-        damped.diagonal().add_(factor.damping * diagonal[diagonal > 0].mean())
-        return damped
 
     def loss(self, target: Tensor, rounded: Tensor) -> float:
         """tr((W* - Q) H (W* - Q)^T)."""

@@ -965,7 +965,7 @@ def nets_like_chain() -> nn.Module:
 
 
 REFUSED: list[tuple[dict[str, Any], type[MPQError], str]] = [
-    ({"kind": "hessien"}, PluginError, "sensitivities: 'hessien' is not installed; there are distance, fisher"),
+    ({"kind": "hessien"}, PluginError, "sensitivities: 'hessien' is not installed; there are compensated_mse"),
     ({"batches": []}, SettingError, "batches: none given"),
     ({"batches": ROWS}, SettingError, "batches: a single tensor is one batch"),
     ({"batches": [torch.zeros(2, 5)]}, SettingError, "batches: Sequential does not run on a batch"),

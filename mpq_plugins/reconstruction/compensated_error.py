@@ -1,0 +1,198 @@
+"""Compensated MSE: the squared error on a layer's output once its weights are rounded as `compensate` rounds them.
+
+    S_c(b) = P (w_c - q_c) H (w_c - q_c)^T,    H = U^T U / n,   the second moments of the layer's columns U
+
+Q is rounded to b bits with error feedback (feedback.py) towards the layer's own weights, on its inputs in the float
+net; P is how many columns a sample has. Columns make good each other's errors, the more so the more they depend on
+each other: S is less than output_mse says, and in other proportions between layers. What `compensate` rounds to nearest
+is measured as output_mse measures it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..allocation.choices import layer_choice
+from ..errors import SettingError
+from ..measurement.contract import Curves, Job
+from ..measurement.moments import refuse_borrowed
+from ..measurement.output_error import OutputMSE
+from ..measurement.own_output import watching
+from ..models.running import call_model, first_input, sample_count
+from ..plans.stats import LayerStats
+from ..simulation.shifts import usual_vectors
+from .candidates import why_to_nearest
+from .columns import CHUNK, Columns, choose_positions
+from .feedback import Factor, damped, descend, factorise, round_with_feedback
+from .gram import Gram
+from .levels import Levels
+from .round_layer import MOVING, PER_INPUT, SWEEPS
+from .settings import MEMORY, Compensation
+
+
+@dataclass(frozen=True)
+class CompensatedMSE:
+    """(w - q)_c H (w - q)_c^T for every output channel, in the squared unit of the layer's output, per sample.
+
+    Attributes:
+        columns: As the argument of `compensate`.
+        damping: As the argument of `compensate`.
+    """
+
+    columns: int = 1 << 15
+    damping: float = 0.01
+    name: ClassVar[str] = "compensated_mse"
+
+    def __post_init__(self) -> None:
+        Compensation(columns=self.columns, damping=self.damping, seed=0)
+
+    def measure(self, job: Job) -> Mapping[str, Curves]:
+        """One forward pass a batch, or several where the second moments of all layers do not fit into memory."""
+        refuse_borrowed(job.model, job.modules)
+        curves: dict[str, Curves] = {}
+        passes = list(_passes([layer for layer in job.table.layers if _compensable(job.modules[layer.name])]))
+        total = sum(len(job.batches) + len(layers) for layers in passes)
+        done = 0
+        for layers in passes:
+            inputs = _Inputs(job, {layer.name: _Seen() for layer in layers}, self.columns)
+            done = inputs.collect(done, total)
+            for layer in layers:
+                job.said(done, total)
+                done += 1
+                found = _curves(job, layer, inputs.seen.pop(layer.name), self.damping)
+                curves |= {layer.name: found} if found is not None else {}
+        job.said(total, total)
+        others = tuple(layer for layer in job.table.layers if layer.name not in curves)
+        return {**curves, **(_by_output_mse(job, others) if others else {})}
+
+
+def _compensable(users: Sequence[nn.Module]) -> bool:
+    """Whether `compensate` does more than rounding to nearest, and one H tells the error at all users."""
+    alike = {(Columns.of(user).groups, Columns.of(user).transposed) for user in users}
+    return len(alike) == 1 and not any(why_to_nearest(user) for user in users)
+
+
+def _by_output_mse(job: Job, layers: tuple[LayerStats, ...]) -> Mapping[str, Curves]:
+    table, modules = replace(job.table, layers=layers), {layer.name: job.modules[layer.name] for layer in layers}
+    return OutputMSE().measure(replace(job, table=table, modules=modules, progress=None))
+
+
+def _passes(layers: Sequence[LayerStats]) -> Iterator[list[LayerStats]]:
+    """The layers, as many at a time as second moments fit into memory."""
+    now: list[LayerStats] = []
+    used = 0
+    for layer in layers:
+        side = layer.numel // max(1, layer.channels)
+        if now and used + 8 * side**2 > MEMORY:
+            yield now
+            now, used = [], 0
+        now.append(layer)
+        used += 8 * side**2
+    if now:
+        yield now
+
+
+@dataclass
+class _Seen:
+    """Of one layer: its H, and how many columns there were, with those that are not in H."""
+
+    gram: Gram = field(default_factory=Gram)
+    positions: int = 0
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Layers' inputs in the float net, as they come. columns: as `compensate` takes it."""
+
+    job: Job
+    seen: dict[str, _Seen]
+    columns: int
+
+    def collect(self, done: int, total: int) -> int:
+        """Run all batches; how much is done after."""
+        names = {module: name for name in self.seen for module in self.job.modules[name]}
+        samples = sum(map(sample_count, self.job.batches))
+
+        def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            value = first_input(args, kwargs)
+            if isinstance(value, Tensor) and isinstance(output, Tensor) and value.numel():
+                self._add(self.seen[names[module]], module, value.detach(), output.detach(), samples)
+
+        with watching(list(names), take):
+            for position, batch in enumerate(self.job.batches):
+                self.job.said(done + position, total)
+                with torch.no_grad():
+                    call_model(self.job.model, batch)
+        return done + len(self.job.batches)
+
+    def _add(self, seen: _Seen, module: Any, value: Tensor, output: Tensor, samples: int) -> None:
+        geometry = Columns.of(module)
+        groups, _, d = geometry.matrices(module.weight).shape
+        positions = geometry.positions(module, value)
+        share = math.ceil(max(self.columns, PER_INPUT * d) / max(1, samples))
+        chosen = choose_positions(geometry.samples(value), positions, share, self.job.generator)
+        seen.positions += len(chosen) * positions
+        for piece, at in geometry.pieces(value, chosen, max(1, CHUNK // max(1, groups * d))):
+            columns = geometry.columns(module, piece.of(value), at)
+            if not geometry.spatial and value.dim() > 2:  # tokens, of which a few are out of proportion
+                columns = columns[usual_vectors(geometry.values(piece.of(output), at).flatten(1))]
+            seen.gram.add(columns, None)
+
+
+def _curves(job: Job, layer: LayerStats, seen: _Seen, damping: float) -> Curves | None:
+    """None where the layer is rounded to nearest: no batch reaches it, or there is nothing to compensate with."""
+    gram = seen.gram
+    if not gram.finite:
+        raise SettingError(f"layer {layer.name!r}: its inputs hold NaN or infinity; look at the batches")
+    if not gram.count or not bool(gram.h.any()):
+        return None
+    h = gram.h / gram.count
+    factors = [factorise(group, damping) for group in h]
+    known = [factor for factor in factors if factor is not None]
+    if len(known) < len(factors):
+        return None
+    geometry = Columns.of(job.modules[layer.name][0])
+    rounding = _Rounding(geometry, h, known, moves=gram.count >= MOVING * h.shape[-1])
+    per_sample = seen.positions / sum(map(sample_count, job.batches))
+    weight = job.weights[layer.name]
+    rows = []
+    for b, clipped, near in zip(job.table.bits, job.clipped(layer), job.quantized(layer), strict=True):
+        levels = Levels.of(clipped.cpu(), layer_choice(layer, b, job.table.scheme))
+        errors = rounding.errors(weight, levels, near)
+        rows.append(errors.movedim(layer.channel_axis, 0).flatten(1).sum(1).cpu().numpy())
+    channels = per_sample * np.stack(rows)
+    return Curves(channels.sum(1), channels)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """A layer's rounding, whatever the width. h, factors: of each group; moves: whether single weights are moved."""
+
+    geometry: Columns
+    h: Tensor
+    factors: Sequence[Factor]
+    moves: bool
+
+    def errors(self, weight: Tensor, levels: Levels, near: Tensor) -> Tensor:
+        """What each weight adds to the squared error, in the weight's shape, float64.
+
+        near: the weight rounded to nearest, which stays where compensation is no better.
+        """
+        exact, nearest = self.geometry.matrices(weight), self.geometry.matrices(near)
+        group, held = self.geometry.matrices(levels.group), self.geometry.matrices(levels.held)
+        found = torch.zeros((2, *exact.shape), dtype=torch.float64, device=exact.device)
+        for g, factor in enumerate(self.factors):
+            of_group = Levels(levels.values, levels.first, group[g], held[g])
+            rounded = round_with_feedback(exact[g], factor, of_group)
+            if self.moves:
+                rounded = descend(exact[g], damped(self.h[g], factor), rounded, of_group, SWEEPS)
+            for k, values in enumerate((nearest[g], rounded)):
+                lost = exact[g].double() - values.double()
+                found[k, g] = (lost @ self.h[g]) * lost
+        better = found[1] if float(found[1].sum()) <= float(found[0].sum()) else found[0]
+        return self.geometry.weight(better, weight.shape)
