@@ -44,7 +44,7 @@ class CompensatedMSE:
         damping: As the argument of `compensate`.
     """
 
-    columns: int = 1 << 15
+    columns: int = 1 << 16
     damping: float = 0.01
     name: ClassVar[str] = "compensated_mse"
 
