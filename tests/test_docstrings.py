@@ -36,7 +36,7 @@ ERRORS = {name for name, value in vars(importlib.import_module("mpq_plugins.erro
 
 RECORDS = {
     "Allocation", "BlockReport", "Change", "Comparison", "Curves", "Difference", "EvaluatedPlan", "LabelledPlan",
-    "LayerCheck", "LayerReport", "LayerSize", "LayerStats", "Needs", "PartCheck", "PartCodes", "Storage", "SweepRow",
+    "LayerCheck", "LayerSize", "LayerStats", "Needs", "PartCheck", "PartCodes", "Storage", "SweepRow",
 }  # fmt: skip
 """What functions give back, or adapters declare: shown where it comes from."""
 
