@@ -28,6 +28,7 @@ PATHS: tuple[tuple[Affine, bool | Literal["auto"], Rounding | None, float], ...]
     (Affine(), "auto", None, 0.05),
     (PER_CHANNEL, True, None, 0.02),
     (PER_CHANNEL, False, "nearest", 0.02),
+    (PER_CHANNEL, False, "compensated", 0.02),
 )
 MODELS = 200
 

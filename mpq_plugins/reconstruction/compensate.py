@@ -172,7 +172,7 @@ class _Job:
         corrected = correctable(exact, correction_targets(exact, plan), batches)
         norms = frozenset(name for name in corrected if isinstance(exact.get_submodule(name), BATCH_NORMS))
         users = users_of(rough, layers)
-        biased = frozenset(name for name in corrected if _has_weights(exact.get_submodule(name))) - norms
+        biased = frozenset(name for name in corrected if name not in norms and _has_weights(exact.get_submodule(name)))
         names = [*norms, *biased, *(user for of_layer in users.values() for user in of_layer)]
         stations = _stations(exact, names, batches[0])
         unreached = [name for name in layers if not any(user in stations.calls for user in users[name])]
