@@ -17,11 +17,13 @@ from .round_layer import later_gram
 from .settings import Compensation
 from .stations import Stations
 
+EMBEDDING, SHARED = "it is an embedding", "it shares an embedding's weight"
+
 
 def why_to_nearest(module: nn.Module) -> str:
     """Why a layer's formula does not hold; empty where it does."""
     if isinstance(module, nn.Embedding):
-        return "it is an embedding"
+        return EMBEDDING
     if module.weight.dtype != torch.float32:
         return f"{module.weight.dtype} cannot hold compensated weights exactly; use model.float()"
     return why_not_plain(module)

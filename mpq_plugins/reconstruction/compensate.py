@@ -39,12 +39,12 @@ from ..simulation.shifts import (
     usual_vectors,
 )
 from .blocks import learned_layers
-from .candidates import generator_of, later_calls, users_of, why_to_nearest
+from .candidates import EMBEDDING, SHARED, generator_of, later_calls, users_of, why_to_nearest
 from .capture import call_order
 from .finished import FinishedLayers, job_of
 from .gram import Gram
 from .nets import as_the_models, device_of, on_device
-from .round_layer import CannotCompensate, Given, LayerRounding, Rounded
+from .round_layer import NO_BETTER, CannotCompensate, Given, LayerRounding, Rounded
 from .settings import Compensation, LayerReport, check_callbacks
 from .stations import Stations, find_stations
 from .streams import JOIN
@@ -78,11 +78,16 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
 
     OBQ's update column by column (GPTQ, arXiv 2210.17323), towards the float model's outputs (GPTAQ, arXiv 2504.02692),
     on the inputs that the quantized model so far gives; then local moves. Any scheme, any widths inside a layer. It
-    corrects BatchNorm statistics and biases on the way, as `correct` does. Quantizing the copy by the plan changes
-    nothing: `apply`, every adapter and the container find the rounded weights in it.
+    corrects BatchNorm statistics and biases on the way, as `correct` does. Quantizing the copy by the plan leaves
+    compensated weights as they are: `apply`, every adapter and the container find them in it.
 
-    Layers that cannot be compensated are rounded to nearest, with a warning that lists them: embeddings and weights
-    shared with one, layers that compute in their own way or are never called, other dtypes than float32.
+    Layers that cannot be compensated keep their float weights, which the plan rounds to nearest, and a warning lists
+    them: layers that compute in their own way or are never called, other dtypes than float32. So do channels whose
+    levels quantizing would not find again, as with two-region schemes, which look for their regions anew. Embeddings,
+    and weights shared with one, are rounded to nearest too.
+
+    All batches run side by side, so a forward that takes a lock from one layer to another would wait for ever, and one
+    that draws random numbers is rounded on other draws than the float model's.
 
     Args:
         model: The float model; it is not changed.
@@ -191,9 +196,7 @@ class _Job:
                 job.floats[name] = weight.detach().clone()
                 weight.copy_(simulate_layer(weight, choices[name]))
                 if not choices[name].in_float:
-                    nearest.setdefault(
-                        name, why_to_nearest(rough.get_submodule(name)) or "it shares an embedding's weight"
-                    )
+                    nearest.setdefault(name, why_to_nearest(rough.get_submodule(name)) or SHARED)
         return job
 
     def run(
@@ -372,9 +375,12 @@ class _Job:
             self.walk.rough.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
 
     def _say(self) -> None:
-        if self.nearest:
-            listed = first_few([f"{name!r} ({why})" for name, why in self.nearest.items()])
-            warnings.warn(f"rounded to nearest: {listed}", stacklevel=4)
+        # That embeddings are rounded to nearest is what is expected, and where that is better it is no loss.
+        listed = [
+            f"{name!r} ({why})" for name, why in self.nearest.items() if why not in (EMBEDDING, SHARED, NO_BETTER)
+        ]
+        if listed:
+            warnings.warn(f"rounded to nearest: {first_few(listed)}", stacklevel=4)
         if self.few:
             warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
 

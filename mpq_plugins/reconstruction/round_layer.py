@@ -27,6 +27,7 @@ from .feedback import Factor, damped, descend, factorise, round_with_feedback, s
 from .gram import Gram
 from .levels import Levels
 
+NO_BETTER = "rounding to nearest is better"
 OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
 PER_INPUT = 32  # columns for each input of a layer, at least, where there are so many positions
 FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
@@ -100,13 +101,15 @@ class LayerRounding:
             raise CannotCompensate("all of its inputs are zero")
         if gram.count < FITTING * matrices.shape[2]:
             gram = Gram(gram.count, gram.h)
+        gram.h.div_(gram.count)  # in place: of wide layers each copy takes gigabytes
+        gram.g.div_(gram.count)
         levels = Levels.of(self.weight.cpu(), self.choice)
         group, held = geometry.matrices(levels.group), geometry.matrices(levels.held)
         near = geometry.matrices(simulate_layer(self.weight, self.choice))
         rounded, losses, damping = torch.empty_like(matrices), [0.0, 0.0], 0.0
         for g in range(geometry.groups):
             of_group = Levels(levels.values, levels.first, group[g], held[g])
-            one = _Matrix(matrices[g], gram.h[g] / gram.count, gram.g[g] / gram.count if gram.g.numel() else None)
+            one = _Matrix(matrices[g], gram.h[g], gram.g[g] if gram.g.numel() else None)
             factor = one.factor(self.damping)
             target = one.target(factor)
             rounded[g] = round_with_feedback(target, factor, of_group)
@@ -115,7 +118,7 @@ class LayerRounding:
             damping = max(damping, factor.damping)
             losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
         if losses[1] > losses[0]:
-            raise CannotCompensate("rounding to nearest is better")
+            raise CannotCompensate(NO_BETTER)
         kept, weight, lost = self._settled(geometry.weight(rounded, self.weight.shape))
         how = OWN if not gram.g.numel() else (SUM if any(call.lost is not None for call in calls) else OUTPUT)
         return Rounded(weight, kept, lost, how, gram.count, matrices.shape[2], damping, *losses)

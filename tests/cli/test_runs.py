@@ -175,6 +175,7 @@ def printing() -> torch.nn.Module:
         "sweep HERE:printing --eval USERS:runs --qem 2",
     ],
 )
+@pytest.mark.filterwarnings("ignore:rounded to nearest")
 def test_json_is_all_that_is_on_stdout(mpq: Mpq, folder: Path, command: str) -> None:
     ran = mpq(*command.replace("HERE", "tests.cli.test_runs").replace("USERS", USERS).split(), "--json")
     assert ran.code == 0, ran.err

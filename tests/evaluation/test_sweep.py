@@ -114,6 +114,7 @@ HOW: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("how", "label"), HOW)
+@pytest.mark.filterwarnings("ignore:rounded to nearest")
 def test_rows_name_their_rounding_and_score_what_apply_makes(how: dict[str, Any], label: str) -> None:
     net = conv_net()
     table = measure(net, PER_CHANNEL, fold_bn=False)
@@ -138,6 +139,7 @@ def test_a_rounding_that_needs_inputs_is_refused() -> None:
     assert given.calls == 0
 
 
+@pytest.mark.filterwarnings("ignore:rounded to nearest")
 def test_an_interrupted_sweep_does_not_go_on_with_another_rounding(tmp_path: Path) -> None:
     net, store = conv_net(), tmp_path / "rows.partial"
     table = measure(net, PER_CHANNEL, fold_bn=False)
