@@ -27,6 +27,12 @@ class MeasureWarning(UserWarning):
     __module__ = "mpq_plugins"
 
 
+class RoundingWarning(UserWarning):
+    """Layers that compensation rounds to nearest, or has few inputs for."""
+
+    __module__ = "mpq_plugins"
+
+
 class CompressWarning(UserWarning):
     """Something of the source that a container does not keep."""
 

@@ -12,7 +12,7 @@ import click
 from ..common.interrupts import Interrupted, Interrupts
 from ..common.terminal import lasting_streams
 from ..common.text import printable_lines, what_it_said
-from ..errors import MeasureWarning, MPQError, PlanWarning, SourceError
+from ..errors import MeasureWarning, MPQError, PlanWarning, RoundingWarning, SourceError
 from ..report.progress import alert, echo_lines
 from .commands.apply import apply
 from .commands.check import check
@@ -99,7 +99,7 @@ def _say_warning(
     line: str | None = None,
 ) -> None:
     """Our own in the commands' voice, others' as Python does."""
-    if issubclass(category, MeasureWarning):
+    if issubclass(category, MeasureWarning | RoundingWarning):
         alert(f"warning: {message}")
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)

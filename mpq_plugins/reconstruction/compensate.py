@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common.progress import Progress
 from ..common.store import Store, opened
 from ..common.text import first_few
-from ..errors import SettingError
+from ..errors import RoundingWarning, SettingError
 from ..models.copying import duplicate
 from ..models.device import checked_device
 from ..models.folding import folded_copy
@@ -380,9 +380,10 @@ class _Job:
             f"{name!r} ({why})" for name, why in self.nearest.items() if why not in (EMBEDDING, SHARED, NO_BETTER)
         ]
         if listed:
-            warnings.warn(f"rounded to nearest: {first_few(listed)}", stacklevel=4)
+            warnings.warn(RoundingWarning(f"rounded to nearest: {first_few(listed)}"), stacklevel=4)
         if self.few:
-            warnings.warn(f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches", stacklevel=4)
+            few = f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches"
+            warnings.warn(RoundingWarning(few), stacklevel=4)
 
 
 def _stations(model: nn.Module, names: Sequence[str], batch: Any) -> Stations:
