@@ -78,6 +78,10 @@ class Columns:
         windows = self._windows(layer, self._batched(given)[:1])
         return math.prod(windows.shape[2 : 2 + self.spatial])
 
+    def takes_tokens(self, given: Tensor) -> bool:
+        """Whether a linear layer's samples are tokens of sequences."""
+        return not self.spatial and given.dim() > 2
+
     def outputs(self, output: Tensor) -> tuple[int, int]:
         """How many samples, and positions of each, an output has."""
         batched = self._batched(output)

@@ -99,10 +99,11 @@ def _passes(layers: Sequence[LayerStats]) -> Iterator[list[LayerStats]]:
 
 @dataclass
 class _Seen:
-    """Of one layer: its H, and how many columns there were, with those that are not in H."""
+    """Of one layer: its H, how many columns there were, with those that are not in H, and whether they are tokens."""
 
     gram: Gram = field(default_factory=Gram)
     positions: int = 0
+    tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class _Inputs:
         seen.positions += len(chosen) * positions
         for piece, at in geometry.pieces(value, chosen, max(1, CHUNK // max(1, groups * d))):
             columns = geometry.columns(module, piece.of(value), at)
-            if not geometry.spatial and value.dim() > 2:  # tokens, of which a few are out of proportion
+            if geometry.takes_tokens(value):  # a few are out of proportion
+                seen.tokens = True
                 columns = columns[usual_vectors(geometry.values(piece.of(output), at).flatten(1))]
             seen.gram.add(columns, None)
 
@@ -157,7 +159,7 @@ def _curves(job: Job, layer: LayerStats, seen: _Seen, damping: float) -> Curves 
     if len(known) < len(factors):
         return None
     geometry = Columns.of(job.modules[layer.name][0])
-    rounding = _Rounding(geometry, h, known, moves=gram.count >= MOVING * h.shape[-1])
+    rounding = _Rounding(geometry, h, known, moves=gram.count >= MOVING * h.shape[-1] and not seen.tokens)
     per_sample = seen.positions / sum(map(sample_count, job.batches))
     weight = job.weights[layer.name]
     rows = []

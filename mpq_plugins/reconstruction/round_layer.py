@@ -31,7 +31,7 @@ NO_BETTER = "rounding to nearest is better"
 OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
 PER_INPUT = 32  # columns for each input of a layer, at least, where there are so many positions
 FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
-MOVING = 16  # columns for each input, at least, where single weights are moved on them
+MOVING = 16  # columns for each input, at least, where single weights are moved on them; on tokens they never are
 STRANGE = 0.6  # of a layer's variance is lacking where the nets' rows are of other samples; at one bit up to 0.46 is
 SWEEPS = 10  # of single moves, at most
 
@@ -107,13 +107,14 @@ class LayerRounding:
         group, held = geometry.matrices(levels.group), geometry.matrices(levels.held)
         near = geometry.matrices(simulate_layer(self.weight, self.choice))
         rounded, losses, damping = torch.empty_like(matrices), [0.0, 0.0], 0.0
+        tokens = any(geometry.takes_tokens(call.rough) for call in calls)
         for g in range(geometry.groups):
             of_group = Levels(levels.values, levels.first, group[g], held[g])
             one = _Matrix(matrices[g], gram.h[g], gram.g[g] if gram.g.numel() else None)
             factor = one.factor(self.damping)
             target = one.target(factor)
             rounded[g] = round_with_feedback(target, factor, of_group)
-            if gram.count >= MOVING * matrices.shape[2]:
+            if gram.count >= MOVING * matrices.shape[2] and not tokens:
                 rounded[g] = descend(target, damped(one.h, factor), rounded[g], of_group, SWEEPS)
             damping = max(damping, factor.damping)
             losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
@@ -130,7 +131,7 @@ class LayerRounding:
         share = math.ceil(max(self.columns, PER_INPUT * d) / max(1, samples))
         bias = 0.0 if self.module.bias is None else self.module.bias.reshape(geometry.groups, -1)
         for call in calls:
-            tokens = not geometry.spatial and call.rough.dim() > 2
+            tokens = geometry.takes_tokens(call.rough)
             positions = geometry.positions(self.module, call.rough)
             chosen = choose_positions(geometry.samples(call.rough), positions, share, generator)
             for piece, at in geometry.pieces(call.rough, chosen, max(1, CHUNK // (geometry.groups * d))):

@@ -142,6 +142,17 @@ def test_few_columns_fit_no_target_and_move_nothing() -> None:
     assert (few.target, enough.target) == (OWN, OUTPUT)
 
 
+def test_on_tokens_no_weight_is_moved_after_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("moved")
+
+    monkeypatch.setattr("mpq_plugins.reconstruction.round_layer.descend", refused)
+    layer, u = linear(), rows(240)
+    assert run(rounding_of(layer), Given(u.view(40, 6, -1), None, None)).target == OWN
+    with pytest.raises(AssertionError, match="moved"):
+        run(rounding_of(layer), Given(u, None, None))
+
+
 def test_later_calls_count_in_the_moments() -> None:
     layer, u, others = linear(), rows(200), rows(200, seed=9)
     later = later_gram([(layer, others)], 1 << 15, torch.Generator())
