@@ -131,7 +131,8 @@ def test_a_model_runs_in_another_thread_while_one_is_traced() -> None:
             runs[0] += 1
 
     with ThreadPoolExecutor(1) as pool:
-        ran, pairs = pool.submit(run), []
+        ran = pool.submit(run)
+        pairs: list[dict[str, str]] = []
         while len(pairs) < 60 or (runs[0] < 2 and not ran.done()):  # its first run may take longer than all of ours
             pairs.append(conv_bn_pairs(traced))
         stop.set()
