@@ -15,11 +15,11 @@ from ..common.text import what_it_said
 from ..errors import SettingError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
-def duplicate(model: "nn.Module") -> "nn.Module":
-    """A deep copy.
+def duplicate(model: "nn.Module", kept: "Iterable[Tensor]" = ()) -> "nn.Module":
+    """A deep copy. kept: tensors of the model that the copy has too, instead of copies of them.
 
     Raises SettingError, naming what torch cannot copy, such as an output that a module keeps, or a function that would
     go on with the original's weights.
@@ -32,7 +32,7 @@ def duplicate(model: "nn.Module") -> "nn.Module":
             "types.MethodType(function, module), or a module"
         )
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     except Exception as error:  # a user's module may hold anything
         raise SettingError(
             f"{type(model).__name__}: cannot be copied, and it is never changed itself: {_culprit(model, error)}"

@@ -120,17 +120,23 @@ def require_affine(weight: Tensor, choice: LayerChoice) -> None:
         )
 
 
+def requantized(weight: Tensor, choice: LayerChoice) -> tuple[Tensor, Tensor]:
+    """What quantizing over and over comes to, and what quantizing makes of that: the same, if it has settled."""
+    weights = simulate_layer(weight, choice)
+    for _ in range(4):
+        again = simulate_layer(weights, choice)
+        if again.equal(weights):
+            return weights, again
+        weights = again
+    return weights, simulate_layer(weights, choice)
+
+
 def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
     """The weight as quantizing it leaves it, which may differ from it by float32's rounding of the scale, no more.
 
     Raises WeightError, naming the layer, if the plan finds another grid in it.
     """
-    weights = simulate_layer(weight, choice)
-    for _ in range(4):
-        again = simulate_layer(weights, choice)
-        if again.equal(weights):
-            break
-        weights = again
+    weights, _ = requantized(weight, choice)
     limit = weight.detach().abs().amax() * 1e-5 if weight.numel() else 0.0
     if not bool(((weights - weight).abs() <= limit).all()):
         raise WeightError(f"layer {choice.name!r}: the learned codes do not survive quantizing; please report this")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..models.tracing import CONVOLUTIONS, TRANSPOSED
 
+PER_INPUT = 32  # columns for each input of a layer, at least, where there are so many positions
 CHUNK = 1 << 24  # values of columns at a time, 64 MB
 
 
@@ -86,6 +87,18 @@ class Columns:
         """How many samples, and positions of each, an output has."""
         batched = self._batched(output)
         return self.samples(output), math.prod(batched.shape[2:]) if self.spatial else 1
+
+    def drawn(
+        self, layer: Any, given: Tensor, most: int, samples: int, generator: torch.Generator
+    ) -> Iterator[tuple["Piece", Tensor]]:
+        """A layer's input a few samples at a time, and the positions that are drawn of each sample.
+
+        most: positions of all `samples`, or PER_INPUT times the layer's inputs, where that is more.
+        """
+        d = self.matrices(layer.weight).shape[2]
+        share = math.ceil(max(most, PER_INPUT * d) / max(1, samples))
+        chosen = choose_positions(self.samples(given), self.positions(layer, given), share, generator)
+        yield from self.pieces(given, chosen, max(1, CHUNK // max(1, self.groups * d)))
 
     def pieces(self, given: Tensor, chosen: Tensor, most: int) -> Iterator[tuple["Piece", Tensor]]:
         """Samples a few at a time, of `most` columns in all or a single sample, and the positions chosen of them."""

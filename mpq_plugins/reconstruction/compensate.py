@@ -37,6 +37,7 @@ from ..simulation.shifts import (
     correction_targets,
     own_biases,
     usual_vectors,
+    with_bias,
 )
 from .blocks import learned_layers
 from .candidates import EMBEDDING, SHARED, generator_of, later_calls, users_of, why_to_nearest
@@ -52,9 +53,7 @@ from .walk import Arrival, Station, Step, Walk
 
 LOG = logging.getLogger(__name__)
 
-SHRINKAGE = (
-    0.5  # of a BatchNorm's variance, as in correct.py; there 1 was best, here this, on both ResNets at 1.5 and 2 bits
-)
+SHRINKAGE = 0.5  # of a BatchNorm's variance, as in correct.py: best on both ResNets at 1.5 and 2 bits
 LEAST_GAIN = 1e-3  # of a BatchNorm, by which what a shortcut lost is divided
 UNREACHED = "no batch reaches it, or it is used without being called"
 MOST_THREADS = 4096
@@ -187,7 +186,7 @@ class _Job:
         biased -= stations.norms.keys()
         weights = {name: module.weight.detach().clone() for name, module in layers.items()}  # type: ignore[operator]
         for name in biased:
-            _with_bias(rough.get_submodule(name))
+            with_bias(rough.get_submodule(name))
         walk = Walk(exact, rough, stations, users, biased, norms)
         later = later_calls(exact, layers, users, stations, batches, settings)
         job = cls(walk, plan, settings, kept, layers, weights, later, nearest, tuple(unreached))
@@ -205,15 +204,10 @@ class _Job:
         """Walk, round and correct; then say what was rounded to nearest."""
         buffers = {name: buffer.clone() for name, buffer in self.walk.rough.named_buffers()}
         steps = [Station(name, step) for name in self.walk.stations.order for step in self._steps(name)]
-        unseen = [
-            name for name in (*self.layers, *self.walk.biased, *self.walk.norms) if name not in self.walk.stations.calls
-        ]
-        for station in (*steps, *(Station(name, step) for name in dict.fromkeys(unseen) for step in self._steps(name))):
+        every = dict.fromkeys((*self.walk.stations.order, *self.layers, *self.walk.biased, *self.walk.norms))
+        for station in [Station(name, step) for name in every for step in self._steps(name)]:
             self._resume(station, finished)
-
-        for name in self.unreached:  # before what comes behind them is compensated
-            self._to_nearest(name, UNREACHED, finished)
-            self.walk.done.add(Station(name, Step.ROUND))
+        self._unreached_to_nearest(self.unreached, finished)  # before what comes behind them is compensated
 
         def handle(station: Station, arrivals: Sequence[Arrival]) -> Any:
             if progress is not None:
@@ -226,9 +220,7 @@ class _Job:
         self.walk.run(batches, handle)
         if progress is not None:
             progress("", len(steps), len(steps))
-        for name in self.layers:
-            if Station(name, Step.ROUND) not in self.walk.done:
-                self._to_nearest(name, UNREACHED, finished)
+        self._unreached_to_nearest(self.layers, finished)
         self._leave_as_it_was(buffers)
         self._say()
 
@@ -300,18 +292,24 @@ class _Job:
         if finished is not None:
             finished(report)
 
+    def _unreached_to_nearest(self, names: Iterable[str], finished: Callable[[LayerReport], None] | None) -> None:
+        """Those of these layers that nothing was done to, neither here nor in the run that this one goes on from."""
+        for station in [Station(name, Step.ROUND) for name in names]:
+            if station not in self.walk.done:
+                self._to_nearest(station.name, UNREACHED, finished)
+                self.walk.done.add(station)
+
     def _report(self, name: str, rounded: Rounded | None, why: str, seconds: float) -> LayerReport:
         weight = self.weights[name]
         if rounded is None:
             return LayerReport(name, "nearest", why, "", 0, 0.0, 0.0, 0.0, 0, weight.numel(), seconds)
-        near = simulate_layer(weight, self.plan.by_any_name[name])
         return LayerReport(
             name, "compensated", why, rounded.target, rounded.columns, rounded.damping, rounded.nearest,
-            rounded.compensated, int((near != rounded.weight).sum()), weight.numel(), seconds,
+            rounded.compensated, rounded.changed, weight.numel(), seconds,
         )  # fmt: skip
 
     def _given(self, name: str, module: nn.Module, arrival: Arrival) -> Given | None:
-        """The arrival as a layer's call; without the float net's part where that is of another shape."""
+        """The arrival as a layer's call; None where the layer is given no tensor, or an empty one."""
         if not isinstance(arrival.rough, Tensor) or not arrival.rough.numel():
             return None
         # With several modules on one weight, which may have biases and shapes of their own, the weight is the target.
@@ -402,13 +400,6 @@ def _check_threads(batches: Sequence[Any]) -> None:
             f"batches: {len(batches)} of them side by side take {threads:,} threads here, of at most "
             f"{MOST_THREADS:,}; {JOIN}"
         )
-
-
-def _with_bias(module: Any) -> None:
-    """A bias to correct where there is none, before modules are copied."""
-    if module.bias is None:
-        outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        module.bias = nn.Parameter(module.weight.new_zeros(outputs), requires_grad=False)
 
 
 def _has_weights(module: Any) -> bool:

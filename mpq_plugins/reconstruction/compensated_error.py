@@ -8,7 +8,6 @@ each other: S is less than output_mse says, and in other proportions between lay
 is measured as output_mse measures it.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -27,11 +26,11 @@ from ..models.running import call_model, first_input, sample_count
 from ..plans.stats import LayerStats
 from ..simulation.shifts import usual_vectors
 from .candidates import why_to_nearest
-from .columns import CHUNK, Columns, choose_positions
-from .feedback import Factor, damped, descend, factorise, round_with_feedback
+from .columns import Columns
+from .feedback import Factor, compensated, factorise
 from .gram import Gram
 from .levels import Levels
-from .round_layer import MOVING, PER_INPUT, SWEEPS
+from .round_layer import MOVING
 from .settings import MEMORY, Compensation
 
 
@@ -133,12 +132,8 @@ class _Inputs:
 
     def _add(self, seen: _Seen, module: Any, value: Tensor, output: Tensor, samples: int) -> None:
         geometry = Columns.of(module)
-        groups, _, d = geometry.matrices(module.weight).shape
-        positions = geometry.positions(module, value)
-        share = math.ceil(max(self.columns, PER_INPUT * d) / max(1, samples))
-        chosen = choose_positions(geometry.samples(value), positions, share, self.job.generator)
-        seen.positions += len(chosen) * positions
-        for piece, at in geometry.pieces(value, chosen, max(1, CHUNK // max(1, groups * d))):
+        seen.positions += geometry.samples(value) * geometry.positions(module, value)
+        for piece, at in geometry.drawn(module, value, self.columns, samples, self.job.generator):
             columns = geometry.columns(module, piece.of(value), at)
             if geometry.takes_tokens(value):  # a few are out of proportion
                 seen.tokens = True
@@ -190,9 +185,7 @@ class _Rounding:
         found = torch.zeros((2, *exact.shape), dtype=torch.float64, device=exact.device)
         for g, factor in enumerate(self.factors):
             of_group = Levels(levels.values, levels.first, group[g], held[g])
-            rounded = round_with_feedback(exact[g], factor, of_group)
-            if self.moves:
-                rounded = descend(exact[g], damped(self.h[g], factor), rounded, of_group, SWEEPS)
+            rounded = compensated(exact[g], self.h[g], factor, of_group, self.moves)
             for k, values in enumerate((nearest[g], rounded)):
                 lost = exact[g].double() - values.double()
                 found[k, g] = (lost @ self.h[g]) * lost

@@ -18,6 +18,7 @@ from ..quantization.kernel import numba_available
 from .levels import Levels
 
 BLOCK = 64  # columns at a time
+SWEEPS = 10  # of single moves, at most
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ def descend(target: Tensor, h: Tensor, rounded: Tensor, levels: Levels, sweeps: 
     run = cast(Callable[..., None], move_singly)
     run(*map(_array, (slope, h, levels.values, levels.first, levels.group, levels.held, moved)), sweeps)
     return moved.to(rounded.device)
+
+
+def compensated(target: Tensor, h: Tensor, factor: Factor, levels: Levels, moves: bool) -> Tensor:
+    """The rounded matrix: with error feedback, and then, if it `moves`, with single weights moved."""
+    rounded = round_with_feedback(target, factor, levels)
+    return descend(target, damped(h, factor), rounded, levels, SWEEPS) if moves else rounded
 
 
 def _array(tensor: Tensor) -> Any:

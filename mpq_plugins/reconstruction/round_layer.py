@@ -10,7 +10,6 @@ times as long as the others, and a LayerNorm takes the length away: they would d
 of H.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +21,17 @@ from ..errors import SettingError
 from ..plans.layers import LayerChoice
 from ..simulation.layer import simulate_layer
 from ..simulation.shifts import usual_vectors
-from .columns import CHUNK, Columns, choose_positions
-from .feedback import Factor, damped, descend, factorise, round_with_feedback, solve
+from .adaround import requantized
+from .columns import Columns
+from .feedback import Factor, compensated, factorise, solve
 from .gram import Gram
 from .levels import Levels
 
 NO_BETTER = "rounding to nearest is better"
 OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
-PER_INPUT = 32  # columns for each input of a layer, at least, where there are so many positions
 FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
 MOVING = 16  # columns for each input, at least, where single weights are moved on them; on tokens they never are
 STRANGE = 0.6  # of a layer's variance is lacking where the nets' rows are of other samples; at one bit up to 0.46 is
-SWEEPS = 10  # of single moves, at most
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,15 @@ class Rounded:
     """What a layer becomes.
 
     weight: as it is used, every value at a level; kept: what the plan makes it of; lost: channels that are rounded to
-    nearest after all; target: in words; columns: how many there were, for so many inputs; damping: as a share of H's
-    mean diagonal; nearest, compensated: mean squared errors of an output position to the target, summed over channels.
+    nearest after all; changed: weights not at the nearest level; target: in words; columns: how many there were, for
+    so many inputs; damping: as a share of H's mean diagonal; nearest, compensated: mean squared errors of an output
+    position to the target, summed over channels.
     """
 
     weight: Tensor
     kept: Tensor
     lost: int
+    changed: int
     target: str
     columns: int
     inputs: int
@@ -108,37 +108,35 @@ class LayerRounding:
         near = geometry.matrices(simulate_layer(self.weight, self.choice))
         rounded, losses, damping = torch.empty_like(matrices), [0.0, 0.0], 0.0
         tokens = any(geometry.takes_tokens(call.rough) for call in calls)
+        moves = gram.count >= MOVING * matrices.shape[2] and not tokens
         for g in range(geometry.groups):
             of_group = Levels(levels.values, levels.first, group[g], held[g])
             one = _Matrix(matrices[g], gram.h[g], gram.g[g] if gram.g.numel() else None)
             factor = one.factor(self.damping)
             target = one.target(factor)
-            rounded[g] = round_with_feedback(target, factor, of_group)
-            if gram.count >= MOVING * matrices.shape[2] and not tokens:
-                rounded[g] = descend(target, damped(one.h, factor), rounded[g], of_group, SWEEPS)
+            rounded[g] = compensated(target, one.h, factor, of_group, moves)
             damping = max(damping, factor.damping)
             losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
         if losses[1] > losses[0]:
             raise CannotCompensate(NO_BETTER)
         kept, weight, lost = self._settled(geometry.weight(rounded, self.weight.shape))
         how = OWN if not gram.g.numel() else (SUM if any(call.lost is not None for call in calls) else OUTPUT)
-        return Rounded(weight, kept, lost, how, gram.count, matrices.shape[2], damping, *losses)
+        changed = int((near != geometry.matrices(weight)).sum())
+        return Rounded(weight, kept, lost, changed, how, gram.count, matrices.shape[2], damping, *losses)
 
     def _gram(self, geometry: Columns, matrices: Tensor, calls: Sequence[Given], generator: torch.Generator) -> Gram:
         """Sums over all calls, a few samples at a time, so that columns fit into memory."""
-        gram, d, lacking, varying = Gram(), matrices.shape[2], 0.0, 0.0
+        gram, lacking, varying = Gram(), 0.0, 0.0
         samples = sum(geometry.samples(call.rough) for call in calls)
-        share = math.ceil(max(self.columns, PER_INPUT * d) / max(1, samples))
         bias = 0.0 if self.module.bias is None else self.module.bias.reshape(geometry.groups, -1)
         for call in calls:
             tokens = geometry.takes_tokens(call.rough)
-            positions = geometry.positions(self.module, call.rough)
-            chosen = choose_positions(geometry.samples(call.rough), positions, share, generator)
-            for piece, at in geometry.pieces(call.rough, chosen, max(1, CHUNK // (geometry.groups * d))):
+            shape = (geometry.samples(call.rough), geometry.positions(self.module, call.rough))
+            for piece, at in geometry.drawn(self.module, call.rough, self.columns, samples, generator):
                 columns = geometry.columns(self.module, piece.of(call.rough), at).float()
                 own = torch.einsum("ngd,grd->ngr", columns, matrices)
                 exact = None
-                if call.exact is not None and geometry.outputs(call.exact) == (len(chosen), positions):
+                if call.exact is not None and geometry.outputs(call.exact) == shape:
                     exact = geometry.values(piece.of(call.exact), at).float()
                 if tokens:
                     usual = usual_vectors((own if exact is None else exact).flatten(1))
@@ -161,14 +159,7 @@ class LayerRounding:
 
         Channels whose levels quantizing does not find again keep their float weights, and are rounded to nearest.
         """
-        values = rounded
-        for _ in range(4):
-            again = simulate_layer(values, self.choice)
-            if again.equal(values):
-                break
-            values = again
-        else:
-            again = simulate_layer(values, self.choice)
+        values, again = requantized(rounded, self.choice)
         limit = 1e-5 * rounded.abs().amax() if rounded.numel() else 0.0
         wrong = ((again - values) != 0) | ((values - rounded).abs() > limit)
         axis = self.choice.channel_axis
@@ -220,9 +211,7 @@ def later_gram(calls: Sequence[tuple[nn.Module, Tensor]], columns: int, generato
     gram = Gram()
     for module, value in calls:
         geometry = Columns.of(module)
-        d = geometry.matrices(module.weight).shape[2]  # type: ignore[arg-type]
-        share = math.ceil(max(columns, PER_INPUT * d) / max(1, len(calls) * geometry.samples(value)))
-        chosen = choose_positions(geometry.samples(value), geometry.positions(module, value), share, generator)
-        for piece, at in geometry.pieces(value, chosen, max(1, CHUNK // (geometry.groups * d))):
+        samples = len(calls) * geometry.samples(value)
+        for piece, at in geometry.drawn(module, value, columns, samples, generator):
             gram.add(geometry.columns(module, piece.of(value), at), None)
     return gram

@@ -4,7 +4,6 @@ A layer is rounded when every batch has come to it in both nets, on the inputs t
 BatchNorm behind it, or its own bias, is corrected on what comes out; then both nets go on.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..models.copying import duplicate
 from ..models.running import call_model, first_input
 from .stations import Stations, Sum, version_of
 from .streams import Stream, current
@@ -91,11 +91,11 @@ class Walk:
                 self.done.add(at)
                 self._forget(at, pairs)
                 # The float net's outputs are what they are: only the quantized net's are moved.
-                answers = [
-                    (stream, given) for pair in pairs for stream, given in zip(pair, (None, answer), strict=True)
-                ]
-                for stream, given in [(stream, given) for stream, given in answers if stream.at == at]:
-                    stream.go_on(given)
+                for exact, rough in pairs:
+                    if exact.at == at:
+                        exact.go_on()
+                    if rough.at == at:
+                        rough.go_on(answer)
 
     def _forget(self, at: Station, pairs: Sequence[tuple[Stream, Stream]]) -> None:
         """Let go of what was kept for a layer's sum, if no other layer waits for it."""
@@ -169,7 +169,7 @@ class Walk:
 
 def _sharing(net: nn.Module) -> nn.Module:
     """A copy of all modules, with the same parameters and buffers."""
-    return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
+    return duplicate(net, kept=(*net.parameters(), *net.buffers()))
 
 
 def _close(pairs: Sequence[tuple[Stream, Stream]]) -> None:

@@ -38,6 +38,15 @@ def own_biases(model: nn.Module) -> None:
             seen.add(id(module.bias))
 
 
+def with_bias(module: Any) -> Any:
+    """The layer, linear or a convolution, with a bias of zeros where it has none."""
+    if module.bias is None:
+        outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        zeros = module.weight.new_zeros(outputs)
+        module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
+    return module
+
+
 @dataclass
 class Shift:
     """Sums over the calibration set of one module's values, per channel, in float64; f the float net's, q the other."""
@@ -65,10 +74,8 @@ class Shift:
             self._correct_norm(module, mean, shift, shrinkage)
             return
         assert isinstance(module, BIASED)
-        if module.bias is None:
-            zeros = module.weight.new_zeros(shift.numel())
-            module.bias = nn.Parameter(zeros, requires_grad=module.weight.requires_grad)
-        module.bias -= shift.to(module.bias)
+        biased = with_bias(module)
+        biased.bias -= shift.to(biased.bias)
 
     @staticmethod
     def _correct_norm(module: Any, mean: dict[str, Tensor], shift: Tensor, shrinkage: float) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,18 @@ def test_what_a_shortcut_brought_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -
     _, _, reports = made_of(net, [IMAGES], 3)
     assert {report.target for report in reports} == {"the float sum"}
     assert max(most) <= 2
+
+
+@pytest.mark.filterwarnings("ignore:rounded to nearest")
+def test_a_layer_that_nothing_calls_is_reported_once_when_a_run_goes_on(tmp_path: Path) -> None:
+    net = Net(lambda net, x: net.b(F.linear(x, net.a.weight, net.a.bias)), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
+    plan = mpq.Uniform(bits=2)(mpq.measure(net, SCHEME, (2,)))
+
+    def stopped(name: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    reports: list[mpq.LayerReport] = []
+    with pytest.raises(KeyboardInterrupt):
+        mpq.compensate(net, plan, [ROWS], store=tmp_path / "kept", progress=stopped)
+    mpq.compensate(net, plan, [ROWS], store=tmp_path / "kept", finished=reports.append)
+    assert [(report.name, report.resumed) for report in reports] == [("a", True), ("b", False)]

@@ -146,7 +146,7 @@ def test_on_tokens_no_weight_is_moved_after_the_columns(monkeypatch: pytest.Monk
     def refused(*_: object) -> None:
         raise AssertionError("moved")
 
-    monkeypatch.setattr("mpq_plugins.reconstruction.round_layer.descend", refused)
+    monkeypatch.setattr("mpq_plugins.reconstruction.feedback.descend", refused)
     layer, u = linear(), rows(240)
     assert run(rounding_of(layer), Given(u.view(40, 6, -1), None, None)).target == OWN
     with pytest.raises(AssertionError, match="moved"):
@@ -239,7 +239,7 @@ def test_wide_and_many_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     layer, u = nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(20, 3, 8, 8)
     whole = run(rounding_of(layer), Given(u, layer(u), None))
-    monkeypatch.setattr("mpq_plugins.reconstruction.round_layer.CHUNK", 300)
+    monkeypatch.setattr("mpq_plugins.reconstruction.columns.CHUNK", 300)
     parts = run(rounding_of(layer), Given(u, layer(u), None))
     assert parts.weight.equal(whole.weight)
     assert parts.compensated == pytest.approx(whole.compensated, rel=1e-5)
