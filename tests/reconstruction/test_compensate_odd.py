@@ -206,7 +206,7 @@ def test_what_a_shortcut_brought_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -
     assert max(most) <= 2
 
 
-@pytest.mark.filterwarnings("ignore:rounded to nearest")
+@pytest.mark.filterwarnings("ignore:rounded to nearest", "ignore:not corrected")
 def test_a_layer_that_nothing_calls_is_reported_once_when_a_run_goes_on(tmp_path: Path) -> None:
     net = Net(lambda net, x: net.b(F.linear(x, net.a.weight, net.a.bias)), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
     plan = mpq.Uniform(bits=2)(mpq.measure(net, SCHEME, (2,)))
