@@ -39,6 +39,7 @@ from .measurement.contract import Curves, Job, Sensitivity
 from .measurement.measure import measure
 from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
+from .plans.entropy_coded import EntropyCoded
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
 from .plans.plan import Difference, Plan
@@ -77,6 +78,7 @@ __all__ = [
     "Curves",
     "Deviations",
     "Difference",
+    "EntropyCoded",
     "EvaluatedPlan",
     "FormatError",
     "GlobalSparsity",

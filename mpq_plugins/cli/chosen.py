@@ -78,7 +78,7 @@ def _spellings(field: OptionField) -> tuple[str, ...]:
 
 def scheme_options() -> Iterable[str]:
     """The options that the fields of this package's schemes become."""
-    from ..plans.scheme import SCHEMES
+    from ..plans.schemes import SCHEMES
 
     return (spelled(field.name) for scheme in SCHEMES.values() for field in dataclasses.fields(scheme))
 

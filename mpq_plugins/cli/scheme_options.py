@@ -124,7 +124,7 @@ class SchemeCommand(SectionCommand):
         return ()
 
     def _options(self, ctx: click.Context, given: Iterable[click.Parameter]) -> list[click.Option]:
-        from ..plans.scheme import SCHEMES
+        from ..plans.schemes import SCHEMES
 
         schemes = SchemeFields()
         taken = taken_by(given, "the command's")

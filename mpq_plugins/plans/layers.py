@@ -152,6 +152,8 @@ class LayerChoice(LayerDocument):
         bits: 1 to 8, 16 for float16, 32 for what is left alone; None where there are parts.
         parts: The parts; None where there are bits.
         scheme: How its weights become codes.
+        coded_bytes: What its codes take in an entropy-coded file, as the plan promises; None where it makes no promise,
+            and codes count b bits each.
         tied: Other names of the same weight.
 
     Examples:
@@ -165,6 +167,7 @@ class LayerChoice(LayerDocument):
     bits: Bits | None = None
     parts: tuple[Part, ...] | None = None
     scheme: NamedScheme
+    coded_bytes: Annotated[int, Field(ge=0)] | None = None
     tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -224,14 +227,18 @@ class LayerChoice(LayerDocument):
 
     @property
     def bits_text(self) -> str:
-        """`5`, or `3x12 8x4` for parts: bits x channels; `float16` and `float32` for 16 and 32 bits."""
+        """`5`, or `3x12 8x4` for parts: bits x channels; `1.25 coded`; `float16` and `float32` for 16 and 32 bits."""
+        if self.coded_bytes is not None:
+            return f"{8 * self.coded_bytes / max(1, self.numel):.2f} coded"
         if self.bits is not None:
             return width_text(self.bits)
         return " ".join(f"{width_text(bits)}x{count}" for bits, count in self.widths)
 
     @property
     def code_bits(self) -> int:
-        """Bits of all codes together."""
+        """Bits of all codes together: what the plan promises of an entropy-coded file, or b for each."""
+        if self.coded_bytes is not None:
+            return 8 * self.coded_bytes
         if self.bits is not None:
             return self.numel * self.bits
         per_channel = self.numel // max(1, self.channels)

@@ -677,12 +677,6 @@ class Codebook(Granular):
         return int(2**bits)
 
 
-SCHEMES: dict[str, type[Affine | Piecewise | Codebook]] = {
-    "affine": Affine, "piecewise": Piecewise, "codebook": Codebook,
-}  # fmt: skip
-"""Those of this package, which files may have without anything being looked up; see scheme_names.py for all."""
-
-
 def has_width(scheme: Scheme, bits: int) -> bool:
     """Whether the scheme has codes of that width."""
     try:

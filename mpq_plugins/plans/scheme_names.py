@@ -10,7 +10,9 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from ..common.registry import load, names, owner
 from ..errors import PluginError
-from .scheme import SCHEMES, Affine, Codebook, Piecewise, Scheme
+from .entropy_coded import EntropyCoded
+from .scheme import Affine, Codebook, Piecewise, Scheme
+from .schemes import SCHEMES
 
 GROUP = "schemes"
 
@@ -81,7 +83,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 _Ours = Annotated[
-    Annotated[Affine, Tag("affine")] | Annotated[Piecewise, Tag("piecewise")] | Annotated[Codebook, Tag("codebook")],
+    Annotated[Affine, Tag("affine")]
+    | Annotated[Piecewise, Tag("piecewise")]
+    | Annotated[Codebook, Tag("codebook")]
+    | Annotated[EntropyCoded, Tag("entropy_coded")],
     Discriminator(
         lambda value: value.get("name", "affine") if isinstance(value, dict) else getattr(value, "name", None)
     ),

@@ -22,7 +22,7 @@ FINE = np.linspace(-0.018, 0.018, 9)
 def check_fits(scheme: Scheme, layer: str) -> Affine:
     """The scheme, if ranges can be fitted to it. Raises SettingError, naming the layer."""
     affine = scheme.as_affine
-    if affine is None or affine.granularity != "per_channel" or affine.range != "minmax":
+    if affine is None or not scheme.scales_per_group or affine.granularity != "per_channel" or affine.range != "minmax":
         raise SettingError(
             f"layer {layer!r}: {scheme}; ranges are fitted to inputs under affine per_channel minmax, whose ranges are "
             "the weights' extremes: measure under that"

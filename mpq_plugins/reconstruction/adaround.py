@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
-from ..quantization import affine
+from ..quantization.integer_codes import integer_codes
 from ..simulation.floats import as_float
 from ..simulation.layer import simulate_layer
 from ..simulation.parts import weight_parts
@@ -163,7 +163,7 @@ class _Cells:
     def of(cls, weight: Tensor, bits: int, choice: LayerChoice) -> Self:
         scheme = choice.scheme.as_affine
         assert scheme is not None
-        quantized = affine.quantize(weight, bits, scheme, channel_axis=choice.channel_axis, layer=choice.name)
+        quantized = integer_codes(weight, bits, choice.scheme, channel_axis=choice.channel_axis, layer=choice.name)
         grid = quantized.grid
         groups = max(1, grid.scale.shape[0])
         rows, codes = (
@@ -178,7 +178,7 @@ class _Cells:
         position = rows / scale.clamp_min(torch.finfo(torch.float32).smallest_normal) + zero_point
         below = position.floor() if gap == 1 else torch.full_like(position, -1.0)
         free = (below >= least) & (below + gap <= greatest) & (scale > 0) & (rows.amin(1) < rows.amax(1))[:, None]
-        if bits > 1:
+        if bits > 1 and choice.scheme.scales_per_group:  # which is found from the ends again
             held, codes = group_ends(rows, codes, least, greatest, scheme.symmetric)
             free &= ~held
         low = torch.where(free, below, codes)

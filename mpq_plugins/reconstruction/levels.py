@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.layers import LayerChoice
-from ..plans.scheme import Affine
-from ..quantization import affine
 from ..quantization.contract import PartCodes, PartShape
 from ..quantization.groups import group_rows
+from ..quantization.integer_codes import integer_codes
 from ..quantization.quantize import fake_quantize, quantizer
 from ..simulation.floats import as_float
 from ..simulation.parts import WeightPart, weight_parts
@@ -70,9 +69,8 @@ def _part_levels(part: WeightPart, choice: LayerChoice) -> tuple[list[Tensor], T
         return group_rows(channel_rows(values, axis), scheme, max(1, shape.groups // max(1, len(part.channels))))
 
     rows = grouped(part.values.float())
-    as_affine = scheme.as_affine
-    if as_affine is not None:
-        levels, ends = _affine_levels(part, as_affine, choice)
+    if scheme.as_affine is not None:
+        levels, ends = _integer_levels(part, scheme.as_affine.symmetric, choice)
     else:
         levels = [row.unique() for row in _every_level(part.values, shape)]
         nearest = grouped(fake_quantize(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name).float())
@@ -84,8 +82,9 @@ def _part_levels(part: WeightPart, choice: LayerChoice) -> tuple[list[Tensor], T
     return levels, torch.where((rows == 0) & has_zero & ends.isnan(), 0.0, ends)
 
 
-def _affine_levels(part: WeightPart, scheme: Affine, choice: LayerChoice) -> tuple[list[Tensor], Tensor]:
-    quantized = affine.quantize(part.values, part.bits, scheme, channel_axis=choice.channel_axis, layer=choice.name)
+def _integer_levels(part: WeightPart, symmetric: bool, choice: LayerChoice) -> tuple[list[Tensor], Tensor]:
+    axis, scheme = choice.channel_axis, choice.scheme
+    quantized = integer_codes(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name)
     grid = quantized.grid
     scale, zero_point = torch.from_numpy(grid.scale), torch.from_numpy(grid.zero_point)
     least, greatest = int(grid.qmin[0]), int(grid.qmax[0])
@@ -93,9 +92,10 @@ def _affine_levels(part: WeightPart, scheme: Affine, choice: LayerChoice) -> tup
     levels = list((codes - zero_point).float() * scale)
     both = (part.values, quantized.codes)
     rows, found = (channel_rows(values, choice.channel_axis).reshape(len(scale), -1).float() for values in both)
-    if part.bits == 1:  # the scale is the mean magnitude, which is the same whatever the signs are
+    # At 1 bit the scale is the mean magnitude, which is the same whatever the signs are; a plan's step is the plan's.
+    if part.bits == 1 or not scheme.scales_per_group:
         return levels, torch.full_like(rows, FREE)
-    held, at = group_ends(rows, found, least, greatest, scheme.symmetric)
+    held, at = group_ends(rows, found, least, greatest, symmetric)
     return levels, torch.where(held, (at - zero_point) * scale, FREE)
 
 

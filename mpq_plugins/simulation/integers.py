@@ -9,7 +9,7 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.layers import LayerChoice
-from ..quantization import affine
+from ..quantization.integer_codes import integer_codes
 from .parts import weight_parts
 
 
@@ -81,7 +81,7 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
         if part.in_float:
             count = len(part.channels)
             raise SettingError(f"layer {choice.name!r}: {count} channels are in float; legalise the plan first")
-        quantized = affine.quantize(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name)
+        quantized = integer_codes(part.values, part.bits, choice.scheme, channel_axis=axis, layer=choice.name)
         # Asymmetric codes start at 0; signed ones at -2^(b-1).
         shift = 0 if scheme.symmetric or part.bits == 1 else 2 ** (part.bits - 1)
         part.put(codes, (quantized.codes - shift).to(torch.int8))

@@ -67,7 +67,7 @@ def document(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 4}, r"plan version 4, and this mpq-plugins reads up to 3\. Upgrade it"),
+        ({"version": 5}, r"plan version 5, and this mpq-plugins reads up to 4\. Upgrade it"),
         ({"version": 0}, "version: 0 is not allowed"),
         ({"version": "1"}, "version: '1' is not allowed"),
         ({"format": "onnx"}, "not a plan"),
@@ -86,7 +86,7 @@ def document(**changes: Any) -> dict[str, Any]:
         ({"layers__0__scheme__rang": "mse"}, r"rang"),
         (
             {"layers__0__scheme__name": "cubic"},
-            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine, piecewise or codebook",
+            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine, piecewise, codebook or entropy_coded",
         ),
         ({"layers__0__scheme": 5}, r"layers\[0\]\.scheme: '5': is not allowed; a scheme named"),
         ({"layers__0__scheme": {"name": "piecewise"}, "layers__0__bits": 1}, "bits: 1 is not allowed with two regions"),
@@ -163,10 +163,10 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_older_versions_migrate_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PLAN_VERSION", 5)
-    monkeypatch.setitem(plan.MIGRATIONS, 3, lambda old: old | {"version": 4, "fold_bn": True})
-    # The model itself still says 3, so the last step brings the document back to it.
-    monkeypatch.setitem(plan.MIGRATIONS, 4, lambda old: old | {"version": 3})
+    monkeypatch.setattr(plan, "PLAN_VERSION", 6)
+    monkeypatch.setitem(plan.MIGRATIONS, 4, lambda old: old | {"version": 5, "fold_bn": True})
+    # The model itself still says 4, so the last step brings the document back to it.
+    monkeypatch.setitem(plan.MIGRATIONS, 5, lambda old: old | {"version": 4})
     assert Plan.from_document(document(), "plan.json").fold_bn is True
 
 
@@ -190,7 +190,7 @@ VERSION_1 = """{
 def test_plans_of_the_version_without_checksums_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(VERSION_1)
     old = Plan.load(tmp_path / "old.json")
-    assert (old.version, old.skipped, old.layers[0].bits_text) == (3, ("head",), "3x3 8x1")
+    assert (old.version, old.skipped, old.layers[0].bits_text) == (4, ("head",), "3x3 8x1")
     assert Plan.model_validate_json(old.to_json()) == old
 
 
@@ -217,7 +217,7 @@ VERSION_2 = (
 def test_plans_of_the_version_that_knew_no_rest_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(VERSION_2)
     old = Plan.load(tmp_path / "old.json")
-    assert (old.version, old.skipped, old.layers[0].bits_text) == (3, ("1",), "3x2 8x2")
+    assert (old.version, old.skipped, old.layers[0].bits_text) == (4, ("1",), "3x2 8x2")
     assert old.rest_bytes is None
     assert old.size().model_bytes is None
     assert Plan.model_validate_json(old.to_json()) == old

@@ -74,7 +74,7 @@ def net() -> nn.Sequential:
 
 def test_it_is_listed_and_answers_what_is_asked(scheme: Scheme) -> None:
     assert isinstance(scheme, Scheme)
-    assert scheme_names.scheme_names() == ("affine", "piecewise", "codebook", "powers")
+    assert scheme_names.scheme_names() == ("affine", "piecewise", "codebook", "entropy_coded", "powers")
     assert [p.distribution for p in registry.installed() if p.name == "powers"] == ["mpq-powers"]
 
 
@@ -273,9 +273,11 @@ def test_without_its_distribution_the_name_is_unknown_and_those_installed_are_li
     (site / "mpq_powers-1.0.dist-info" / "entry_points.txt").write_text("")
     scheme_names.scheme_class.cache_clear()
     for load, path in ((Plan.load, tmp_path / "plan.json"), (LayerTable.load, tmp_path / "net.mpqt")):
-        with pytest.raises(FormatError, match=r"scheme.* is not allowed; a scheme named affine, piecewise or codebook"):
+        with pytest.raises(
+            FormatError, match=r"scheme.* is not allowed; a scheme named affine, piecewise, codebook or entropy_coded"
+        ):
             load(path)
-    with pytest.raises(SettingError, match="a scheme named affine, piecewise or codebook"):
+    with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook or entropy_coded"):
         table.save(tmp_path / "again.mpqt")  # which nobody could read
     with pytest.raises(PluginError, match="schemes: 'powers' is not installed; there are affine, codebook, piecewise"):
         scheme_names.scheme_class("powers")
