@@ -45,7 +45,7 @@ from .plans.legalise import Capabilities, Change, legalise
 from .plans.plan import Difference, Plan
 from .plans.scheme import Affine, Codebook, Granular, Piecewise, Scheme
 from .plans.size import LayerSize, PlanSize
-from .plans.stats import LayerStats
+from .plans.stats import CodedCurve, LayerStats
 from .plans.storage import Storage
 from .plans.table import LayerTable
 from .quantization.contract import PartCodes, PartShape, Quantizer
@@ -72,6 +72,7 @@ __all__ = [
     "Capabilities",
     "Change",
     "Codebook",
+    "CodedCurve",
     "Comparison",
     "CompressWarning",
     "Container",

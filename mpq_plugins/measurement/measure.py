@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from ..weights.chunks import Array, Op, chunks
 from ..weights.handles import Weight, Weights
 from ..weights.rest import rest_bytes
 from .cache import cached
+from .coded import coded_curve, coded_sums, has_ladder
 from .error import Sums, UnitRequest, answers, layer_stats, unit_sums, whole_sums
 from .macs import count_macs
 from .request import DEFAULT_BITS, DEFAULT_METRICS, FoldBN, MeasureRequest
@@ -236,6 +237,8 @@ def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: 
                 LOG.debug("%s", weights[position].name)
             if progress is not None:
                 progress(name, done, total)
+        if has_ladder(request.scheme):
+            layers |= dict(_with_curves(weights, layers, request, workers, kept))
         for position, future in shared.items():
             if progress is not None:
                 progress(weights[position].name, done, total)
@@ -305,6 +308,23 @@ def _finished(calls: Iterable[Call], workers: Workers, kept: Finished | None) ->
         if kept is not None:
             kept.add_arrays(call.name, result)
         yield call, result
+
+
+def _with_curves(
+    weights: Sequence[Weight],
+    layers: Mapping[int, LayerStats],
+    request: UnitRequest,
+    workers: Workers,
+    kept: Finished | None,
+) -> Iterator[tuple[int, LayerStats]]:
+    """The layers with what they cost entropy coded, each of which one worker measures by itself."""
+    calls = [
+        Call(f"coded {position}", coded_sums, (weights[position], request.scheme, request.device), layer.name)
+        for position, layer in layers.items()
+    ]
+    for call, sums in _finished(calls, workers, kept):
+        position = int(call.name.split()[1])
+        yield position, replace(layers[position], coded=coded_curve(sums))
 
 
 def _split(unit: Unit, sums: Sums) -> list[Sums]:

@@ -15,6 +15,22 @@ Array = NDArray[np.float64]
 
 
 @public
+@dataclass(frozen=True, eq=False)
+class CodedCurve:
+    """What a layer's weights cost and lose at a ladder of steps, entropy coded.
+
+    Attributes:
+        steps: The steps, ascending, (steps,); the first is the finest whose codes have 8 bits.
+        bits: The entropy of the layer's codes, each of its own histogram, in bits for the whole layer, (steps,).
+        squared_error: The sum of (w - w')^2 over the layer, (steps,).
+    """
+
+    steps: Array
+    bits: Array
+    squared_error: Array
+
+
+@public
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value; a layer is itself
 class LayerStats:
     """One layer's numbers.
@@ -31,6 +47,7 @@ class LayerStats:
         sensitivities: By name what quantizing the whole layer is predicted to cost, (bit-widths,), in the sensitivity's
             own unit, so that layers add up.
         channel_sensitivities: The same of each output channel, (bit-widths, channels), for those that can tell.
+        coded: Entropies and errors at a ladder of steps; None under schemes that have none.
         macs: Multiply-accumulates for the example input, where one was given.
         tied: Other names of the same weight.
         digest: The weight's own; see fingerprint.layer_digest.
@@ -46,6 +63,7 @@ class LayerStats:
     channel_errors: Mapping[str, Array] = field(default_factory=dict)
     sensitivities: Mapping[str, Array] = field(default_factory=dict)
     channel_sensitivities: Mapping[str, Array] = field(default_factory=dict)
+    coded: CodedCurve | None = None
     macs: int | None = None
     tied: tuple[str, ...] = ()
     digest: str = ""

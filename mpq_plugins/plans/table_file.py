@@ -21,17 +21,19 @@ from ..errors import FormatError, MeasureWarning, SettingError
 from .layers import LayerDocument, check_once
 from .scheme import INTEGER_BITS
 from .scheme_names import NamedScheme
-from .stats import METRICS, Array, LayerStats, Measured
+from .stats import METRICS, Array, CodedCurve, LayerStats, Measured
 
 TABLE_FORMAT = "mpq-table"
-TABLE_VERSION = 3
+TABLE_VERSION = 4
+LADDER = ("steps", "coded_bits", "coded_squared")
 Table = TypeVar("Table", bound=Measured)
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda old: {**old, "version": 2},
     2: lambda old: {**old, "version": 3},
+    3: lambda old: {**old, "version": 4},
 }
 """Version -> a function from that version's description, without its checksum, to the next one's. Version 1 had none,
-and none of arrays. Version 2 did not say what a model takes beside the layers' weights."""
+and none of arrays. Version 2 did not say what a model takes beside the layers' weights. Version 3 had no ladder."""
 
 
 def write(table: Measured, path: Path) -> None:
@@ -100,15 +102,16 @@ class _Layer(LayerDocument):
 
 
 class _Description(Strict):
-    """checksums: of each array's bytes, in a table that has them."""
+    """ladder: how many steps entropies are known at; checksums: of each array's bytes, in a table that has them."""
 
-    version: Literal[3]
+    version: Literal[4]
     scheme: NamedScheme
     bits: Annotated[tuple[int, ...], Field(min_length=1)]
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
     channel_errors: bool
     sensitivities: tuple[str, ...] = ()
     channel_sensitivities: tuple[str, ...] = ()
+    ladder: Annotated[int, Field(ge=0)] = 0
     fold_bn: bool
     fingerprint: str
     skipped: tuple[str, ...]
@@ -154,6 +157,8 @@ class _Description(Strict):
             shapes["sensitivities"] = (layers, len(self.sensitivities), widths)
         if self.channel_sensitivities:
             shapes["channel_sensitivities"] = (len(self.channel_sensitivities), widths, total)
+        if self.ladder:
+            shapes |= dict.fromkeys(LADDER, (layers, self.ladder))
         return shapes
 
 
@@ -172,6 +177,12 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
     if names := table.channel_sensitivities:
         stacked = [np.stack([layer.channel_sensitivities[n] for n in names]) for layer in table.layers]
         arrays["channel_sensitivities"] = np.concatenate(stacked, axis=2)
+    curves = [layer.coded for layer in table.layers if layer.coded is not None]
+    ladder = len(curves[0].steps) if curves and len(curves) == len(table.layers) else 0
+    if ladder:
+        arrays["steps"] = np.stack([curve.steps for curve in curves])
+        arrays["coded_bits"] = np.stack([curve.bits for curve in curves])
+        arrays["coded_squared"] = np.stack([curve.squared_error for curve in curves])
     # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
     arrays = {name: np.ascontiguousarray(array, np.float64) for name, array in arrays.items()}
     layers = tuple(
@@ -182,7 +193,7 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
         for layer in table.layers
     )  # fmt: skip
     description = _Description(
-        version=3, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
+        version=4, ladder=ladder, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
         skipped=table.skipped, left_alone=table.left_alone, weights=table.weights,
@@ -262,6 +273,8 @@ def _problem(name: str, array: Array, description: _Description) -> str | None:
     """Why these are no measurements, in words."""
     if np.isnan(array).any():
         return "holds NaN"
+    if name == "steps" and not ((array > 0).all() and (np.diff(array) > 0).all()):
+        return "holds steps that do not ascend from above 0"
     if "sensitivities" in name:
         return "holds infinity" if np.isinf(array).any() else None
     if "errors" in name:  # a ratio in decibels may have any sign, and is infinite where nothing is lost
@@ -288,6 +301,7 @@ def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]], kind:
             channel_errors={metric: parts[i] for metric, parts in channel_errors.items()},
             sensitivities={name: arrays["sensitivities"][i, k] for k, name in enumerate(description.sensitivities)},
             channel_sensitivities={name: parts[i] for name, parts in channel_sensitivities.items()},
+            coded=CodedCurve(*(arrays[name][i] for name in LADDER)) if description.ladder else None,
             macs=layer.macs, tied=layer.tied, digest=layer.digest,
         )
         for i, layer in enumerate(description.layers)

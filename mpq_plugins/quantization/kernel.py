@@ -72,7 +72,7 @@ def row_stats(rows: Tensor) -> GroupStats:
     if rows.device.type == "cpu" and numba_available():
         from .kernel_numba import row_table
 
-        table = row_table(_values(rows))
+        table = row_table(stored_values(rows))
     else:
         # float32's squares cannot overflow a float64 sum.
         values = rows.double()
@@ -120,7 +120,7 @@ def kernel_name() -> str:
 def _numba_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
     from .kernel_numba import sums
 
-    return sums(_values(rows), *_levels(grids), largest)
+    return sums(stored_values(rows), *_levels(grids), largest)
 
 
 def _torch_sums(rows: Tensor, grids: Grids, largest: bool) -> Floats:
@@ -146,7 +146,7 @@ def _numba_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floa
     from .kernel_piecewise import sums
 
     split, dense, tail, top = (a.astype(np.float64) for a in (grids.split, grids.dense, grids.tail, grids.top))
-    return sums(_values(rows), split, dense, tail, top, grids.shared, largest)
+    return sums(stored_values(rows), split, dense, tail, top, grids.shared, largest)
 
 
 def _torch_piecewise(rows: Tensor, grids: PiecewiseGrids, largest: bool) -> Floats:
@@ -188,7 +188,7 @@ def _levels(grids: Grids) -> tuple[Floats, Floats, Floats]:
     return grids.scale.astype(np.float64), grids.qmin - offset, grids.qmax - offset
 
 
-def _values(rows: Tensor) -> "NDArray[np.float32] | NDArray[np.uint16]":
+def stored_values(rows: Tensor) -> "NDArray[np.float32] | NDArray[np.uint16]":
     """As the compiled kernel reads them: bfloat16 as its bits, anything else as float32."""
     plain = rows.detach().contiguous()
     if plain.dtype == torch.bfloat16:

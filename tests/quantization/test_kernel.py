@@ -293,6 +293,6 @@ def test_bfloat16_row_stats_show_what_is_not_finite(route: str, bad: float, posi
 
 def test_bfloat16_is_not_copied_to_be_read() -> None:
     rows = torch.randn(3, 70).bfloat16()
-    read = kernel._values(rows)
+    read = kernel.stored_values(rows)
     assert read.dtype == np.uint16
     assert read.ctypes.data == rows.data_ptr()
