@@ -21,13 +21,16 @@ from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
+from ..plans.entropy_coded import EntropyCoded
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Affine
 from ..plans.stats import METRICS
+from ..plans.steps import with_steps
 from ..plans.table import LayerTable
 from .budget_problem import Layout, Rules, pinned_width, plan_bits
 from .contract import Needs
 from .fields import Candidates, Width, ranged
+from .file_steps import steps_for_bits, steps_for_size
 from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, model_limit, numel, total_limit
 from .make import make_plan
@@ -39,7 +42,10 @@ Array = NDArray[np.float64]
 LARGEST = 1e18
 ABOVE_0 = f"a number above 0, at most {LARGEST:g}"
 SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes", "size")
-LIMITS = (*SIZES, "bops", "latency_limit")
+FILES = ("file_bits", "file_size")
+LIMITS = (*SIZES, "bops", "latency_limit", *FILES)
+FILE_WIDTHS = (4, 8)  # at which a sensitivity says what squared error costs in each layer
+NOT_BESIDE = ("pin", "tie", "ends", "time_limit")
 
 
 @public
@@ -69,8 +75,8 @@ def _bytes(value: Any, info: ValidationInfo) -> int:
     return int(value)
 
 
-def _size(value: Any) -> int | None:
-    return None if value is None else bytes_of(value)
+def _size(value: Any, info: ValidationInfo) -> int | None:
+    return None if value is None else bytes_of(value, str(info.field_name))
 
 
 def _latency(value: Any) -> LatencyTable | None:
@@ -132,6 +138,9 @@ class Budget:
         bops_activation_bits: Activation bits in bops.
         latency: A table layer -> bits -> cost, or a JSON file of one.
         latency_limit: Most of that table's cost, in its unit.
+        file_bits: Bits a planned weight in the entropy-coded container: all of its bytes but those of other tensors.
+            This and file_size take a table under `EntropyCoded`, and each alone: layers get steps instead of widths.
+        file_size: Most bytes of the whole container, a number or as `60kB`.
         sensitivity: What is predicted, an error or sensitivity of the table (`mse`, `output_mse`, `kl`, ...). `kl*mse`
             takes each layer's scale from the first and the split inside it from the second.
         bits: The candidate widths.
@@ -170,6 +179,10 @@ class Budget:
     bops_activation_bits: Annotated[Width, "activation bits in bops"] = 8
     latency: Annotated[LatencyTable | str | None, "JSON file: layer -> bits -> cost", BeforeValidator(_latency)] = None
     latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
+    file_bits: Annotated[Most | None, "bits a weight in the entropy-coded file, header and all"] = None
+    file_size: Annotated[int | str | None, "most bytes of the entropy-coded file, as 60kB", BeforeValidator(_size)] = (
+        None
+    )
     sensitivity: Annotated[str, "error or sensitivity to keep low, as kl*mse", BeforeValidator(_name)] = "mse"
     bits: Candidates = tuple(range(1, 9))
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
@@ -183,10 +196,32 @@ class Budget:
             raise SettingError("latency and latency_limit belong together: a table of costs, and the most of them")
         if all(getattr(self, field) is None for field in LIMITS):
             raise SettingError(f"budget: no limit given; one or more of {', '.join(LIMITS)}")
+        self._check_file()
+
+    def _check_file(self) -> None:
+        """Raise SettingError for what a budget of a file's bytes cannot be together with."""
+        given = [name for name in LIMITS if getattr(self, name) is not None]
+        if not self._of_file:
+            return
+        if len(given) > 1:
+            raise SettingError(f"{' and '.join(given)} do not go together; a file's bytes are one limit, given alone")
+        for name in NOT_BESIDE:
+            if getattr(self, name) not in (None, ()):
+                raise SettingError(
+                    f"{name}: means nothing with {given[0]}, which gives every layer a step; leave layers out by "
+                    "measuring without them (skip)"
+                )
+
+    @property
+    def _of_file(self) -> bool:
+        return any(getattr(self, name) is not None for name in FILES)
 
     @property
     def needs(self) -> Needs:
         """What to measure: errors at the candidates and at pinned widths, per channel where parts are made."""
+        if self._of_file:
+            names = ("mse", *(name for name in parts_of(self.sensitivity) if name in METRICS))
+            return Needs(FILE_WIDTHS, tuple(dict.fromkeys(names)), scheme=EntropyCoded())
         given = {pinned_width(entry)[1] for entry in self.pin} | ({self.ends} if self.ends is not None else set())
         names = parts_of(self.sensitivity)
         return Needs(
@@ -232,6 +267,8 @@ class Budget:
             >>> found.used["average_bits"], found.gap
             ((3.0, 3.0), 0.0)
         """
+        if self._of_file:
+            return self._solve_file(table)
         watch = Watch(math.inf if self.time_limit is None else self.time_limit, progress)
         if self.parts and table.scheme.granularity == "per_tensor":
             raise SettingError(
@@ -252,6 +289,27 @@ class Budget:
         binding = layout.binding(widths)
         found = {"objective": objective, "gap": gap, "binding": list(binding)}
         return Allocation(make_plan(table, self, widths, found=found), objective, gap, binding, used)
+
+    def _solve_file(self, table: LayerTable) -> Allocation:
+        """A step for each layer, and what its codes are predicted to take."""
+        if self.file_bits is not None:
+            name, asked = "file_bits", self.file_bits
+            found = steps_for_bits(table, self.sensitivity, asked)
+            used: float = found.file_bits
+        else:
+            name, asked = "file_size", bytes_of(self.file_size)
+            found = steps_for_size(table, self.sensitivity, asked)
+            used = float(found.file_bytes or 0)
+        known: dict[str, Any] = {"objective": found.cost, "file_bits": found.file_bits, "file_bytes": found.file_bytes}
+        if found.finest:
+            known["at_finest_step"] = list(found.finest)
+        made = make_plan(
+            table, self, dict.fromkeys(found.steps, 8), found={key: value for key, value in known.items() if value}
+        )
+        plan = with_steps(made, found.steps, found.coded_bytes)
+        return Allocation(plan, found.cost, 0.0, () if len(found.finest) == len(found.steps) else (name,), {
+            name: (used, float(asked))
+        })  # fmt: skip
 
     def _limits(self, table: LayerTable) -> Iterator[Limit]:
         count, scheme = max(1, numel(table)), table.scheme

@@ -1,0 +1,32 @@
+"""Plans whose layers have steps: given to them, and scaled."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from .entropy_coded import EntropyCoded
+from .plan import Plan
+
+
+def with_steps(plan: Plan, steps: Mapping[str, float], coded_bytes: Mapping[str, int]) -> Plan:
+    """The plan with these steps, and what the layers' codes take in a file; both by layer name.
+
+    Steps are rounded to float32, as they are computed with. Layers under another scheme stay as they are.
+    """
+    layers = []
+    for layer in plan.layers:
+        if isinstance(layer.scheme, EntropyCoded) and layer.name in steps:
+            scheme = replace(layer.scheme, step=float(np.float32(steps[layer.name])))
+            layer = layer.model_copy(update={"scheme": scheme, "coded_bytes": coded_bytes[layer.name]})
+        layers.append(layer)
+    return plan.model_copy(update={"layers": tuple(layers)})
+
+
+def steps_of(plan: Plan) -> dict[str, float]:
+    """The step of each layer that has one."""
+    return {
+        layer.name: layer.scheme.step
+        for layer in plan.layers
+        if isinstance(layer.scheme, EntropyCoded) and layer.scheme.step is not None
+    }
