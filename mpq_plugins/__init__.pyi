@@ -12,6 +12,7 @@ from .allocation.sqnr import SQNR
 from .allocation.uniform import Uniform
 from .common.store import Store
 from .compression.container import Container, decompress
+from .compression.fit import FittedFile, fit_file
 from .compression.parametrized import finish
 from .compression.prune import Deviations, GlobalSparsity, Sparsity, prune
 from .compression.share import share
@@ -81,6 +82,7 @@ __all__ = [
     "Difference",
     "EntropyCoded",
     "EvaluatedPlan",
+    "FittedFile",
     "FormatError",
     "GlobalSparsity",
     "Granular",
@@ -135,6 +137,7 @@ __all__ = [
     "evaluate",
     "find_weights",
     "finish",
+    "fit_file",
     "input_ranges",
     "iter_weights",
     "legalise",

@@ -92,6 +92,13 @@ class Container:
         check_records(header, plan, blocks, path)
         return cls(path, header, plan, size)
 
+    @property
+    def file_bits(self) -> float:
+        """Bits for each weight of the plan's layers: of all bytes of the file but those of other tensors."""
+        others = sum(record.block_bytes for record in self.header.tensors if record.parts is None)
+        weights = sum(layer.numel for layer in self.plan.layers)
+        return 8 * (self.size - others) / max(1, weights)
+
     def choice(self, record: TensorRecord) -> LayerChoice | None:
         """Look up the plan's choice for a tensor.
 

@@ -9,8 +9,8 @@ from .entropy_coded import EntropyCoded
 from .plan import Plan
 
 
-def with_steps(plan: Plan, steps: Mapping[str, float], coded_bytes: Mapping[str, int]) -> Plan:
-    """The plan with these steps, and what the layers' codes take in a file; both by layer name.
+def with_steps(plan: Plan, steps: Mapping[str, float], coded_bytes: Mapping[str, int | None]) -> Plan:
+    """The plan with these steps and what the layers' codes take in a file, None where that is not known; by layer name.
 
     Steps are rounded to float32, as they are computed with. Layers under another scheme stay as they are.
     """
