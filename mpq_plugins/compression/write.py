@@ -82,6 +82,8 @@ def write(  # noqa: PLR0913  # as compress
     """What `compress` promises; noted: told how the plan fits, the weights it was made from looked at too."""
     if coding not in CHOICES:
         raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
+    if coding == "packed":
+        _check_packed(plan)
     if isinstance(source, nn.Module):
         fit = match(plan, source, weights=noted is not None, rewrapped=True)
         contents = _of_module(source, fit)
@@ -101,6 +103,18 @@ def write(  # noqa: PLR0913  # as compress
             writer.finish(made_with, contents.left_out)
         Container.open(temporary)  # before it takes the place of another
     return Container.open(path)
+
+
+def _check_packed(plan: Plan) -> None:
+    """Raise SettingError for a plan whose codes are made to be entropy coded."""
+    promised = [layer for layer in plan.layers if layer.coded_bytes is not None]
+    if promised:
+        packed, coded = (sum(layer.numel * max(b for b, _ in layer.widths) for layer in promised) // 8,
+                         sum(layer.coded_bytes or 0 for layer in promised))  # fmt: skip
+        raise SettingError(
+            f"coding: packed codes of the entropy-coded layers would take {packed:,} bytes, and their plan promises "
+            f"{coded:,}; leave it at 'smallest', or plan widths (Budget(average_bits=...))"
+        )
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -8,6 +8,7 @@ from ..evaluation.sweep import SweepRow
 from ..plans.channels import Channels
 from ..plans.plan import Plan
 from ..plans.scheme import Scheme
+from ..plans.steps import steps_of
 from ..plans.table import LayerTable
 
 GRAINS = {"per_tensor": "per tensor", "per_channel": "per channel"}
@@ -24,6 +25,10 @@ def quantizer_line(plan: Plan) -> str:
     activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
     folded = ", BatchNorm folded" if plan.fold_bn else ""
     schemes = "; ".join(dict.fromkeys(scheme_words(layer.scheme) for layer in plan.layers))
+    steps = sorted(steps_of(plan).values())
+    if steps:
+        same = f"step {steps[0]:.4g}" if steps[0] == steps[-1] else f"steps {steps[0]:.4g} to {steps[-1]:.4g}"
+        schemes = f"{schemes}, {same}"
     return f"quantizer     {schemes}{folded}; activations {activations}"
 
 
@@ -51,6 +56,8 @@ def sweep_details(rows: Sequence[SweepRow]) -> list[str]:
 
 def scheme_words(scheme: Scheme) -> str:
     """`affine, per channel, clipped`: a scheme as a person says it."""
+    if scheme.name == "entropy_coded":
+        return "entropy-coded"
     size = getattr(scheme, "group_size", None)
     grain = GRAINS.get(scheme.granularity, f"groups of {size}")
     symmetric = ["symmetric"] if getattr(scheme, "symmetric", False) else []

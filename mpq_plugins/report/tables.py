@@ -114,6 +114,15 @@ def plan_table(plan: Plan) -> Grid:
     )
 
 
+def file_lines(plan: Plan) -> list[str]:
+    """What the plan promises of its file, where it was made for one."""
+    found = plan.allocator.found
+    if not isinstance(found.get("file_bytes"), int) or not isinstance(found.get("file_bits"), float):
+        return []
+    bits = f"{found['file_bits']:.3f} bits a weight, with its header and without other tensors"
+    return [f"file          {bytes_text(found['file_bytes'])} entropy coded; {bits}"]
+
+
 def plan_head(plan: Plan) -> str:
     """One line: who made it, for how many layers, how small it is."""
     size = plan.size()

@@ -9,6 +9,7 @@ import click
 from ...errors import SettingError
 from ...report.progress import alert, echo, say
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from, usual_taken
+from ..fitting import Fitting
 from ..output import claim, json_option, judge_option, print_head, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
@@ -17,11 +18,13 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.guard import Comparison
     from ...plans.plan import Plan
     from ...plans.table import LayerTable
+    from ..sources import Source
 
 USUAL = "4 bits a weight is what is planned where nothing is asked; ask for less with --average-bits 3 or --size 9MB"
 UNASKED = (
     "Nothing was asked, so 4 bits a weight were; give --average-bits, --size or another limit, or one --bits alone."
 )
+ONE_CURVE = "not compared with uniform widths: entropy-coded codes have none, and cost what the file says"
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
 
@@ -74,6 +77,7 @@ def plan(
         needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
     table = measured(given, needs, request, cache)
     plans = [made.with_activation_bits(activation_bits) for made in _plans(ctx, allocators, table, options)]
+    plans = _met(given, plans, request.weights)
     files = plan_files(plans, output)
     for file in files:
         if output is not None and output.is_dir():
@@ -111,6 +115,16 @@ def _plans(ctx: click.Context, allocators: Any, table: "LayerTable", options: di
         raise SettingError(f"{error} {UNASKED}") from error
 
 
+def _met(source: "Source", plans: "list[Plan]", weights: str | None) -> "list[Plan]":
+    """Those for a file's bytes with steps that meet them, as far as there are weights to write."""
+    from ...plans.steps import steps_of
+    from ..file_budget import fitted_to_file
+
+    if source.is_table:
+        return plans
+    return [fitted_to_file(source, made, Fitting(), weights, None)[1] if steps_of(made) else made for made in plans]
+
+
 @dataclass(frozen=True)
 class _Made:
     """A plan, the file it went into, and how it compares with uniform widths."""
@@ -138,12 +152,13 @@ class _Made:
     def show(self) -> None:
         """What a person wants to know."""
         from ...report.console import console
-        from ...report.tables import bits_summary, size_lines
+        from ...report.tables import bits_summary, file_lines, size_lines
 
         out = console()
         print_head(out, self.plan)
         out.print(bits_summary(self.plan, self.plan.size()))
-        for line in size_lines(self.plan.size()):
+        for line in (*size_lines(self.plan.size()), *file_lines(self.plan)):
             out.sentence(line)
-        out.sentence(self.comparison.text() if self.comparison is not None else UNCOMPARED)
+        uncompared = ONE_CURVE if any(layer.coded_bytes is not None for layer in self.plan.layers) else UNCOMPARED
+        out.sentence(self.comparison.text() if self.comparison is not None else uncompared)
         say_written(self.file, "plan")

@@ -52,7 +52,7 @@ def show(file: Path, plot: Path | None, as_json: bool) -> None:
 
 def _print_plan(plan: "Plan", as_json: bool) -> None:
     from ...report.console import console
-    from ...report.tables import layer_json, plan_table, size_json, size_lines
+    from ...report.tables import file_lines, layer_json, plan_table, size_json, size_lines
 
     if as_json:
         layers = {layer.name: layer_json(layer) for layer in plan.layers}
@@ -61,5 +61,5 @@ def _print_plan(plan: "Plan", as_json: bool) -> None:
     out = console()
     print_head(out, plan)
     out.print(plan_table(plan))
-    for line in size_lines(plan.size()):
+    for line in (*size_lines(plan.size()), *file_lines(plan)):
         out.sentence(line)
