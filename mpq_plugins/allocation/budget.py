@@ -300,7 +300,7 @@ class Budget:
             name, asked = "file_size", bytes_of(self.file_size)
             found = steps_for_size(table, self.sensitivity, asked)
             used = float(found.file_bytes or 0)
-        known: dict[str, Any] = {"objective": found.cost, "file_bits": found.file_bits, "file_bytes": found.file_bytes}
+        known: dict[str, Any] = {"objective": found.cost, "file_bits": round(found.file_bits, 4)}
         if found.finest:
             known["at_finest_step"] = list(found.finest)
         made = make_plan(

@@ -3,6 +3,7 @@
 import logging
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
     if not isinstance(source, nn.Module):
         raise SettingError("batches: a checkpoint's file does not run; give the module itself")
     given = checked_batches(batches)
-    pilot = _Search(source, replace(target, most=target.most * (1 - ROOM)), model, weights)
+    pilot = _Search(source, replace(target, most=target.most * (1 - ROOM)), model, weights, says=False)
     few = list(_few(given))
     close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress)
     whole = _Search(source, target, model, weights)
@@ -148,18 +149,24 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A try: log2 of the steps' factor, what of the target it takes, and what came of it."""
+    """A try: log2 of the steps' factor, what of the target it takes, what came of it and what was warned of."""
 
     octaves: float
     taken: float
     fitted: FittedFile
+    said: tuple[warnings.WarningMessage, ...]
 
 
+@dataclass(frozen=True)
 class _Search:
-    """Looks for the factor of a plan's steps at which its file takes what is asked."""
+    """Looks for the factor of a plan's steps at which its file takes what is asked. says: whether warnings are handed
+    on, those of the try that is taken."""
 
-    def __init__(self, source: Any, target: _Target, model: nn.Module | None, weights: str | None) -> None:
-        self.source, self.target, self.model, self.weights = source, target, model, weights
+    source: Any
+    target: _Target
+    model: nn.Module | None
+    weights: str | None
+    says: bool = True
 
     def fitted(self, plan: Plan, compensation: _Compensation | None, progress: Progress | None) -> FittedFile:
         """The finest steps found whose file is within the target. Raises SettingError where none is."""
@@ -182,7 +189,12 @@ class _Search:
                 f"file: no steps were found that take at most {self.target.most:g} {unit}; the least that was reached "
                 f"is {min(one.taken for one in tried):g}. Ask for a larger file"
             )
-        return max(within, key=lambda one: one.taken).fitted
+        best = max(within, key=lambda one: one.taken)
+        for one in best.said if self.says else ():
+            warnings.warn(one.message, stacklevel=4)
+        if self._close(best):
+            return best.fitted
+        return self._sealed(best.fitted, self._written(best.fitted.model, best.fitted.plan))
 
     def _close(self, one: _Tried) -> bool:
         return (1 - CLOSE) * self.target.most <= one.taken <= self.target.most
@@ -201,18 +213,28 @@ class _Search:
     def _try(self, plan: Plan, octaves: float, compensation: _Compensation | None) -> _Tried:
         steps = {name: step * 2**octaves for name, step in steps_of(plan).items()}
         scaled = with_steps(plan, steps, {layer.name: layer.coded_bytes for layer in plan.layers})
-        model = self.source
+        model, said = self.source, []
         if compensation is not None:
             free = with_steps(scaled, steps, dict.fromkeys(steps, None))  # rounded as is best, whatever it takes
-            model = compensate(
-                self.source, free, compensation.batches, columns=compensation.columns, seed=compensation.seed
-            )
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                model = compensate(
+                    self.source, free, compensation.batches, columns=compensation.columns, seed=compensation.seed
+                )
         container = self._written(model, scaled)
-        for _ in range(SEALING if self._near(container) else 0):  # the promise stands in the header, and takes bytes
-            scaled = with_promise(scaled, container)
-            container = self._written(model, scaled)
         found = FittedFile(model, scaled, container.size, container.file_bits)
-        return _Tried(octaves, self.target.taken(container), found)
+        if self._near(container):
+            found = self._sealed(found, container)
+        taken = found.file_bits if self.target.in_bits else float(found.file_bytes)
+        return _Tried(octaves, taken, found, tuple(said))
+
+    def _sealed(self, found: FittedFile, container: Container) -> FittedFile:
+        """With the plan's promise, which stands in the header and takes bytes itself."""
+        plan = found.plan
+        for _ in range(SEALING):
+            plan = with_promise(plan, container)
+            container = self._written(found.model, plan)
+        return FittedFile(found.model, plan, container.size, container.file_bits)
 
     def _near(self, container: Container) -> bool:
         return (1 - 2 * CLOSE) * self.target.most <= self.target.taken(container) <= self.target.most

@@ -116,11 +116,11 @@ def plan_table(plan: Plan) -> Grid:
 
 def file_lines(plan: Plan) -> list[str]:
     """What the plan promises of its file, where it was made for one."""
-    found = plan.allocator.found
-    if not isinstance(found.get("file_bytes"), int) or not isinstance(found.get("file_bits"), float):
+    bytes_, bits = (plan.allocator.found.get(name) for name in ("file_bytes", "file_bits"))
+    if not isinstance(bits, int | float):
         return []
-    bits = f"{found['file_bits']:.3f} bits a weight, with its header and without other tensors"
-    return [f"file          {bytes_text(found['file_bytes'])} entropy coded; {bits}"]
+    whole = f"{bytes_text(bytes_)} entropy coded" if isinstance(bytes_, int) else "entropy coded, predicted"
+    return [f"file          {whole}; {bits:.3f} bits a weight, with its header and without other tensors"]
 
 
 def plan_head(plan: Plan) -> str:
