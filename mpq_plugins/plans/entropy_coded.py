@@ -65,6 +65,11 @@ class EntropyCoded(Granular):
         return int(self.step is None)
 
     @property
+    def offset(self) -> float:
+        """What is added to |w| / step before it is truncated: without a step 1/2, which rounds to nearest."""
+        return 0.5 if self.step is None else self.rounding_offset
+
+    @property
     def as_affine(self) -> Affine:
         """Symmetric codes with a scale for each channel: what backends run the codes as."""
         return Affine(symmetric=True, granularity="per_channel")

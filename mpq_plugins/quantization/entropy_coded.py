@@ -29,7 +29,7 @@ class EntropyCodedQuantizer(RowQuantizer):
 
     def encode_rows(self, rows: Tensor, tables: Tensor, bits: int) -> Tensor:
         """Codes in two's complement. Raises SettingError for those that have more bits."""
-        codes: Tensor = codes_of(rows, self._steps(tables), self._offset, bits) & (2**bits - 1)
+        codes: Tensor = codes_of(rows, self._steps(tables), self.scheme.offset, bits) & (2**bits - 1)
         return codes
 
     def decode_rows(self, codes: Tensor, tables: Tensor, bits: int) -> Tensor:
@@ -63,10 +63,6 @@ class EntropyCodedQuantizer(RowQuantizer):
         grid = Grids(np.array([bits], np.int64), True, scale, np.zeros(scale.shape, np.int32))
         whole = from_channel_rows(codes, weight.shape, channel_axis)
         return QuantizedTensor(whole, grid, self.scheme.as_affine, channel_axis, weight.dtype)
-
-    @property
-    def _offset(self) -> float:
-        return 0.5 if self.scheme.step is None else self.scheme.rounding_offset
 
     def _quantized(self, weight: Tensor, bits: int, channel_axis: int, layer: str) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, tables and codes; a weight that its dtype rounded from a level keeps that level's code.
