@@ -100,7 +100,7 @@ class PlanIntQuant(_PlanBuffers, IntQuant):  # type: ignore[misc]
     float_to_int_impl: nn.Module
     tensor_clamp_impl: nn.Module
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # Brevitas gives each by its name
         self, narrow_range: bool, signed: bool, input_view_impl: nn.Module, float_to_int_impl: nn.Module,
         tensor_clamp_impl: nn.Module, binary_gain: Tensor, plan_offset: float | None = None,
         device: torch.device | None = None,
