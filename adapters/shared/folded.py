@@ -100,6 +100,16 @@ def refuse_float16(plan: Plan, what: str, instead: str) -> None:
         )
 
 
+def refuse_entropy_coded(plan: Plan, what: str, capabilities: str) -> None:
+    """Refuse layers whose steps are the plan's, which a backend's own call knows nothing of. Raises SettingError."""
+    coded = [repr(layer.name) for layer in planned_layers(plan) if layer.scheme.name == "entropy_coded"]
+    if coded:
+        raise SettingError(
+            f"{first_few(coded, ', ')}: entropy-coded, and {what} finds scales of its own. Use apply(), which is "
+            f"exact, or legalise(plan, {capabilities}), which makes them affine"
+        )
+
+
 def lent_weights(traced: Traced) -> set[str]:
     """Names of parameters that are used outside their layer, as torch.fx sees it or as the model's code says."""
     return borrowed_weights(traced) | borrowed_in_source(traced.model)

@@ -142,8 +142,8 @@ def test_a_step_too_small_is_refused_and_the_least_one_named_works(
         fake_quantize(weight, bits, small, layer="block.fc")
     said = re.fullmatch(
         rf"layer 'block\.fc': step: \S+ is so small that the weight \S+ would have a code beyond {bits} bits, which "
-        rf"end at {2 ** (bits - 1) - 1}; (\S+) is the least step for it\. Plan for a smaller file, or leave the layer out "
-        r"\(skip\)",
+        rf"end at {2 ** (bits - 1) - 1}; (\S+) is the least step for it\. Plan for a smaller file, or leave the "
+        r"layer out \(skip\)",
         str(raised.value),
     )
     assert said is not None
