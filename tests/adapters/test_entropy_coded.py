@@ -18,7 +18,6 @@ from tests.helpers.plans import with_layer
 pytestmark = pytest.mark.filterwarnings("ignore")  # what backends warn of is theirs
 
 ADAPTERS = ("fx", "pt2e", "torchao", "brevitas", "inc", "inc_classic")
-FOLDING = ("fx", "pt2e")
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 BATCHES = list(IMAGES.split(8))
 WIDE: dict[str, Any] = {"bits": 8, "scheme": EntropyCoded(step=0.03)}
@@ -115,6 +114,27 @@ def test_codes_and_outputs_are_the_plans(adapter: Adapter, layers: str, fold_bn:
     with torch.no_grad():
         distance = float((getattr(quantized, "model", quantized)(IMAGES[:8]) - expected[:8]).norm() / expected.norm())
     assert distance < (1e-5 if plan.activation_bits is None else 0.03)
+
+
+@pytest.mark.parametrize("layers", PLANS)
+def test_folding_mirrors_codes_and_stretches_steps(layers: str) -> None:
+    """Codes that FX stores: those of the weights as they were measured, times the sign of what BatchNorm multiplies."""
+    fx = pytest.importorskip("mpq_plugins.adapters.fx")
+    model: Any = net()
+    plan = planned(model, False, **PLANS[layers]).with_activation_bits(8)
+    converted = fx.apply(model, plan, BATCHES)
+    for name, norm in (("conv1", model.bn1), ("conv2", model.bn2)):
+        layer, weight = plan.by_name[name], model.get_submodule(name).weight.detach()
+        factor = norm.weight.detach() / torch.sqrt(norm.running_var + norm.eps)
+        stored = converted.get_submodule(name).weight()
+        found, expected = stored.dequantize(), by_hand(weight, layer) * factor[:, None, None, None]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        step = getattr(layer.scheme, "step", None)
+        if step is not None:
+            codes = (by_hand(weight, layer) / step).round() * factor.sign()[:, None, None, None]
+            assert stored.int_repr().equal(codes.to(torch.int8))
+            scales = torch.where(factor == 0, 1.0, step * factor.abs())
+            torch.testing.assert_close(stored.q_per_channel_scales().float(), scales, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("change", [{"rounding_offset": 0.5}, {"step": 0.0301}], ids=repr)
@@ -244,7 +264,9 @@ def test_fx_trains_at_the_plans_step_folded_weights_too() -> None:
     plan = planned(model, False, **PLANS["mixed"]).with_activation_bits(8)
     made = fx.prepare(model, plan, IMAGES[:1], qat=True, activation_observer="moving_average")
     before = fx.folded_integers(plan, model)
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.5)  # so that some weights go beyond the last code
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
+    with torch.no_grad():
+        made.get_submodule("conv1").weight.mul_(9)  # type: ignore[operator, union-attr]  # beyond the last code
     for _ in range(6):
         optimizer.zero_grad()
         nn.functional.cross_entropy(made(IMAGES), torch.arange(16) % 10).backward()  # type: ignore[no-untyped-call]
@@ -253,7 +275,7 @@ def test_fx_trains_at_the_plans_step_folded_weights_too() -> None:
     for name, after in integers.items():
         torch.testing.assert_close(after.scale, before[name].scale, rtol=1e-6, atol=0)
         assert not after.codes.equal(before[name].codes)
-    assert {int(code) for code in integers["conv1"].codes.unique()} <= {*range(-7, 8)}
+    assert {*integers["conv1"].codes.flatten().tolist()} == {*range(-7, 8)}
     fx.verify(convert_fx(made), plan, model, integers)
 
 
