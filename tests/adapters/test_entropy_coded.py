@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mpq_plugins as mpq
 from mpq_plugins import Adapter, EntropyCoded, LayerChoice, Part, Plan, PluginError, SettingError, Uniform, VerifyError
 from mpq_plugins.common import registry
+from mpq_plugins.models.folding import fold_batch_norm
 from tests.adapters import nets
 from tests.helpers.plans import with_layer
 
@@ -47,7 +48,8 @@ def adapter(request: pytest.FixtureRequest) -> Adapter:
 
 def net() -> nn.Module:
     """BatchNorms with gains below 0 and at 0, a channel of zeros, and a constant one."""
-    model: Any = nets.made(nets.SmallNet)
+    model = nets.made(nets.SmallNet)
+    assert isinstance(model, nets.SmallNet)
     with torch.no_grad():
         model.bn1.weight[::2].neg_()
         model.bn2.weight[1] = 0
@@ -85,7 +87,7 @@ def by_hand(weight: Tensor, layer: LayerChoice) -> Tensor:
 
 def outputs(model: nn.Module, plan: Plan) -> Tensor:
     """What the plan comes to, of the model that was measured, all by hand."""
-    made: Any = mpq.models.folding.fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
+    made: Any = fold_batch_norm(model) if plan.fold_bn else copy.deepcopy(model)
     with torch.no_grad():
         for layer in plan.layers:
             weight = made.get_submodule(layer.name).weight
@@ -137,14 +139,13 @@ def test_folding_mirrors_codes_and_stretches_steps(layers: str) -> None:
             torch.testing.assert_close(stored.q_per_channel_scales().float(), scales, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"rounding_offset": 0.5}, {"step": 0.0301}], ids=repr)
-def test_another_step_or_dead_zone_is_seen(adapter: Adapter, change: dict[str, float]) -> None:
+@pytest.mark.parametrize("other", [EntropyCoded(step=0.03, rounding_offset=0.5), EntropyCoded(step=0.0301)], ids=repr)
+def test_another_step_or_dead_zone_is_seen(adapter: Adapter, other: EntropyCoded) -> None:
     model = net()
     plan = for_backend(planned(model, False, **PLANS["8 bits"]), adapter)
     quantized = adapter.apply(model, plan, BATCHES)
-    other = with_layer(plan, "conv2", scheme=EntropyCoded(**({"step": 0.03} | change)))
     with pytest.raises(VerifyError, match="conv2"):
-        adapter.verify(quantized, other, model)
+        adapter.verify(quantized, with_layer(plan, "conv2", scheme=other), model)
 
 
 def test_a_step_too_small_names_the_layer_and_the_least(adapter: Adapter) -> None:
@@ -266,10 +267,10 @@ def test_fx_trains_at_the_plans_step_folded_weights_too() -> None:
     before = fx.folded_integers(plan, model)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
     with torch.no_grad():
-        made.get_submodule("conv1").weight.mul_(9)  # type: ignore[operator, union-attr]  # beyond the last code
+        made.get_submodule("conv1").weight.mul_(9)  # beyond the last code
     for _ in range(6):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(made(IMAGES), torch.arange(16) % 10).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(made(IMAGES), torch.arange(16) % 10).backward()
         optimizer.step()
     integers = fx.finish_qat(made)
     for name, after in integers.items():

@@ -46,7 +46,8 @@ def cases(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> tuple[Tens
 def test_codes_equal_the_slow_loop(case: tuple[Tensor, EntropyCoded, int]) -> None:
     weight, scheme, bits = case
     assert scheme.step is not None
-    found = integer_weight(weight, linear("fc", *weight.shape, scheme, bits))
+    out, inputs = weight.shape
+    found = integer_weight(weight, linear("fc", out, inputs, scheme, bits))
     step = float(np.float32(scheme.step))
     assert found.scale.flatten().tolist() == [step] * len(weight)
     assert not found.zero_point.any()
@@ -79,7 +80,8 @@ def test_no_code_wanders_in_bfloat16() -> None:
 @given(cases())
 def test_integers_files_and_simulation_are_one(case: tuple[Tensor, EntropyCoded, int]) -> None:
     weight, scheme, bits = case
-    choice = linear("fc", *weight.shape, scheme, bits)
+    out, inputs = weight.shape
+    choice = linear("fc", out, inputs, scheme, bits)
     simulated = simulate_layer(weight, choice)
     limit = torch.finfo(weight.dtype).max
     integers = integer_weight(weight, choice)

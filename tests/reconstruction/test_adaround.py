@@ -21,7 +21,8 @@ SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) fo
 @st.composite
 def roundings(draw: st.DrawFn) -> tuple[torch.Tensor, LayerChoice, Rounding]:
     """A layer of any affine plan, parts included, with every rounding decided at random."""
-    scheme: Scheme = draw(st.sampled_from([*SCHEMES, EntropyCoded(), EntropyCoded(step=1.0)]))
+    every: list[Scheme] = [*SCHEMES, EntropyCoded(), EntropyCoded(step=1.0)]
+    scheme = draw(st.sampled_from(every))
     coded = isinstance(scheme, EntropyCoded)
     widths = draw(st.lists(st.integers(2 if coded else 1, 8), min_size=1, max_size=7))
     columns = draw(st.sampled_from([2, 6, 24]))
@@ -30,7 +31,7 @@ def roundings(draw: st.DrawFn) -> tuple[torch.Tensor, LayerChoice, Rounding]:
     weight += draw(st.sampled_from([0.0, 0.0, 2.0, -30.0]))
     if draw(st.booleans()):
         weight[0] = draw(st.sampled_from([0.0, 1.5, -2.5]))  # a constant channel
-    if scheme == EntropyCoded(step=1.0):
+    if isinstance(scheme, EntropyCoded) and scheme.step is not None:
         finest = scheme.finest_step(float(weight.abs().max()), min(widths))
         offset = draw(st.sampled_from([0.1, 0.36, 0.5]))
         scheme = EntropyCoded(step=max(finest, 1e-6) * draw(st.sampled_from([1.3, 5.0])), rounding_offset=offset)
