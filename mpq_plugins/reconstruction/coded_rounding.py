@@ -1,0 +1,183 @@
+"""The codes of one layer whose plan counts what they take in an entropy-coded file: rounded, moved, and kept small.
+
+Passes of rounding with error feedback (coded_feedback.py), each with costs by the codes of the pass before, then sweeps
+of single moves likewise. What a bit is worth in loss, lambda, is the scheme's usual share, or, where the plan promises
+the layer's bytes, what keeps the promise: it is 0 where codes without it take no more, and else it is found on the way.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..plans.entropy_coded import EntropyCoded
+from ..plans.layers import LayerChoice
+from ..plans.scheme import INTEGER_BITS
+from ..quantization.coded_bits import bits_of_counts
+from .code_costs import Counts, code_costs, counts_of
+from .coded_feedback import CodedMatrix
+from .feedback import SWEEPS, Factor
+
+USUAL = 0.04  # lambda where nothing is promised, in squared steps times the columns' mean conditional variance
+PASSES = 2  # with error feedback, where lambda is not looked for
+MOST_PASSES = 8  # where it is
+MOST_SWEEPS = 40  # where a promise is not kept after the usual ones
+FULL = 0.99  # of what is promised is used, at least, where lambda is not 0
+SETTLED = 0.002  # of the codes are moved in a sweep, at most, when it is the last one
+GAIN = 2.5  # d log(bits) / d lambda, about
+STEEPEST = 3.0  # by how much the gain between two passes may differ from that since lambda 0
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """The grid of a layer. step: the distance between levels; most: the largest code; promised: bits, if any are."""
+
+    step: float
+    most: int
+    promised: float | None
+
+    @classmethod
+    def of(cls, choice: LayerChoice) -> "CodeGrid | None":
+        """None where the layer's weights are not all codes of one width times a step that the plan has."""
+        scheme, bits = choice.scheme, choice.bits
+        if not isinstance(scheme, EntropyCoded) or scheme.step is None or bits is None or bits not in INTEGER_BITS:
+            return None
+        promised = None if choice.coded_bytes is None else 8.0 * choice.coded_bytes
+        step = float(torch.tensor(scheme.step, dtype=torch.float32))
+        return cls(step, 2 ** (bits - 1) - 1, promised)
+
+    def matrix(self, weight: Tensor, target: Tensor, h: Tensor, factor: Factor) -> CodedMatrix:
+        """What is to be rounded, of rows of the layer; weights of exactly 0 stay 0, so a pruned layer stays pruned."""
+        return CodedMatrix(target / self.step, h, factor, weight == 0)
+
+    def bits(self, weights: Tensor) -> float:
+        """What weights at the grid's levels take."""
+        return bits_of_counts(counts_of([(weights / self.step).round().to(torch.int16)], self.most))
+
+    def values(self, codes: Tensor) -> Tensor:
+        """The weights, as quantizing decodes them."""
+        return codes.float() * torch.tensor(self.step, dtype=torch.float32, device=codes.device)
+
+    def keeps(self, bits: float) -> bool:
+        """Whether codes of so many bits are what is promised."""
+        return self.promised is None or bits <= self.promised
+
+
+def round_coded(matrices: Sequence[CodedMatrix], grid: CodeGrid, moves: bool) -> list[Tensor]:
+    """Codes of each matrix of a layer, int16. moves: whether single codes are moved behind the passes."""
+    rounding = _Rounding(matrices, grid)
+    rounding.run_passes()
+    if moves:
+        rounding.run_sweeps()
+    return rounding.codes
+
+
+@dataclass
+class _Lambda:
+    """The search for what a bit is worth. promised: bits; seen: lambda and log(bits) of the pass before, and of 0."""
+
+    promised: float
+    value: float = 0.0
+    gain: float = GAIN
+    before: tuple[float, float] | None = None
+    free: float | None = None
+
+    def full(self, bits: float) -> bool:
+        """Whether the promise is kept, and not by more than has to be."""
+        return bits <= self.promised and (self.value == 0 or bits >= FULL * self.promised)
+
+    def look_on(self, bits: float) -> None:
+        """Set lambda by what a pass with the one so far took."""
+        now, aim = math.log(max(bits, 1.0)), math.log(max(self.promised * (1 + FULL) / 2, 1.0))
+        if self.value == 0:
+            self.free = now
+        elif self.free is not None and now < self.free:
+            self.gain = (self.free - now) / self.value
+        gain = self.gain
+        if self.before is not None and self.before[0] != self.value:
+            local = (self.before[1] - now) / (self.value - self.before[0])
+            gain = min(max(local, gain / STEEPEST), gain * STEEPEST)
+        self.before = (self.value, now)
+        self.value = max(0.0, self.value + (now - aim) / gain)
+
+
+@dataclass
+class _Rounding:
+    """Codes on their way. scale: the geometric mean of all columns' conditional variances."""
+
+    matrices: Sequence[CodedMatrix]
+    grid: CodeGrid
+    codes: list[Tensor] = field(default_factory=list)
+    counts: Counts = field(init=False)
+    scale: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._take([matrix.nearest(self.grid.most) for matrix in self.matrices])
+        variances = torch.cat([matrix.variances for matrix in self.matrices])
+        self.scale = float(variances.log().mean().exp())
+        self.search = None if self.grid.promised is None else _Lambda(self.grid.promised)
+
+    def _take(self, codes: list[Tensor]) -> None:
+        self.codes, self.counts = codes, counts_of(codes, self.grid.most)
+
+    @property
+    def _price(self) -> float:
+        return self.scale * (USUAL if self.search is None else self.search.value)
+
+    def run_passes(self) -> None:
+        """Round with error feedback, once more and once more; of passes for a promise the best one stays."""
+        best = _Best(self.search)
+        for _ in range(PASSES if self.search is None else MOST_PASSES):
+            costs = code_costs(self.counts)
+            self._take([matrix.with_feedback(self._price, costs) for matrix in self.matrices])
+            bits = bits_of_counts(self.counts)
+            best.offer(self.codes, bits)
+            if self.search is not None:
+                if self.search.full(bits):
+                    break
+                self.search.look_on(bits)
+        self._take(best.codes)
+
+    def run_sweeps(self) -> None:
+        """Move single codes until few are moved and the promise is kept."""
+        moving = [matrix.moving(codes) for matrix, codes in zip(self.matrices, self.codes, strict=True)]
+        best = _Best(self.search)
+        for sweep in range(MOST_SWEEPS):
+            if sweep >= SWEEPS and best.kept:
+                break
+            costs = code_costs(self.counts)
+            moved = sum(each.sweep(self._price, costs) for each in moving)
+            self._take([each.codes for each in moving])
+            bits = bits_of_counts(self.counts)
+            best.offer(self.codes, bits)
+            if moved <= SETTLED * int(self.counts.sum()) and (self.search is None or self.search.full(bits)):
+                break
+            if self.search is not None:
+                self.search.look_on(bits)
+        self._take(best.codes)
+
+
+@dataclass
+class _Best:
+    """The last codes, or of those that are to keep a promise the last that do, and use it up if any do."""
+
+    search: _Lambda | None
+    codes: list[Tensor] = field(default_factory=list)
+    rank: tuple[bool, bool, float] = (False, False, -math.inf)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there are any that keep it."""
+        return self.rank[0]
+
+    def offer(self, codes: Sequence[Tensor], bits: float) -> None:
+        """Codes that take so many bits; they are copied if they are the best."""
+        if self.search is None:
+            rank = (True, True, 0.0)
+        else:
+            kept = bits <= self.search.promised
+            rank = (kept, self.search.full(bits), 0.0 if kept else -bits)
+        if rank >= self.rank:
+            self.codes, self.rank = [each.clone() for each in codes], rank
