@@ -5,11 +5,12 @@ of single moves likewise. What a bit is worth in loss, lambda, is the scheme's u
 the layer's bytes, what keeps the promise: it is 0 where codes without it take no more, and else it is found on the way.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..plans.entropy_coded import EntropyCoded
@@ -17,17 +18,16 @@ from ..plans.layers import LayerChoice
 from ..plans.scheme import INTEGER_BITS
 from ..quantization.coded_bits import bits_of_counts
 from .code_costs import Counts, code_costs, counts_of
+from .code_lambda import Lambda
 from .coded_feedback import CodedMatrix
 from .feedback import SWEEPS, Factor
 
 USUAL = 0.04  # lambda where nothing is promised, in squared steps times the columns' mean conditional variance
 PASSES = 2  # with error feedback, where lambda is not looked for
-MOST_PASSES = 8  # where it is
+MOST_PASSES = 12  # where it is
 MOST_SWEEPS = 40  # where a promise is not kept after the usual ones
-FULL = 0.99  # of what is promised is used, at least, where lambda is not 0
 SETTLED = 0.002  # of the codes are moved in a sweep, at most, when it is the last one
-GAIN = 2.5  # d log(bits) / d lambda, about
-STEEPEST = 3.0  # by how much the gain between two passes may differ from that since lambda 0
+RENEWED = 3  # passes, and sweeps, before costs stay as they are, so that it is lambda alone that changes bits
 
 
 @dataclass(frozen=True)
@@ -75,35 +75,6 @@ def round_coded(matrices: Sequence[CodedMatrix], grid: CodeGrid, moves: bool) ->
 
 
 @dataclass
-class _Lambda:
-    """The search for what a bit is worth. promised: bits; seen: lambda and log(bits) of the pass before, and of 0."""
-
-    promised: float
-    value: float = 0.0
-    gain: float = GAIN
-    before: tuple[float, float] | None = None
-    free: float | None = None
-
-    def full(self, bits: float) -> bool:
-        """Whether the promise is kept, and not by more than has to be."""
-        return bits <= self.promised and (self.value == 0 or bits >= FULL * self.promised)
-
-    def look_on(self, bits: float) -> None:
-        """Set lambda by what a pass with the one so far took."""
-        now, aim = math.log(max(bits, 1.0)), math.log(max(self.promised * (1 + FULL) / 2, 1.0))
-        if self.value == 0:
-            self.free = now
-        elif self.free is not None and now < self.free:
-            self.gain = (self.free - now) / self.value
-        gain = self.gain
-        if self.before is not None and self.before[0] != self.value:
-            local = (self.before[1] - now) / (self.value - self.before[0])
-            gain = min(max(local, gain / STEEPEST), gain * STEEPEST)
-        self.before = (self.value, now)
-        self.value = max(0.0, self.value + (now - aim) / gain)
-
-
-@dataclass
 class _Rounding:
     """Codes on their way. scale: the geometric mean of all columns' conditional variances."""
 
@@ -112,15 +83,18 @@ class _Rounding:
     codes: list[Tensor] = field(default_factory=list)
     counts: Counts = field(init=False)
     scale: float = field(init=False)
+    costs: NDArray[np.float64] = field(init=False)
 
     def __post_init__(self) -> None:
         self._take([matrix.nearest(self.grid.most) for matrix in self.matrices])
         variances = torch.cat([matrix.variances for matrix in self.matrices])
         self.scale = float(variances.log().mean().exp())
-        self.search = None if self.grid.promised is None else _Lambda(self.grid.promised)
+        self.search = None if self.grid.promised is None else Lambda(self.grid.promised)
 
-    def _take(self, codes: list[Tensor]) -> None:
+    def _take(self, codes: list[Tensor]) -> float:
+        """Go on with these codes; what they take."""
         self.codes, self.counts = codes, counts_of(codes, self.grid.most)
+        return bits_of_counts(self.counts)
 
     @property
     def _price(self) -> float:
@@ -129,13 +103,12 @@ class _Rounding:
     def run_passes(self) -> None:
         """Round with error feedback, once more and once more; of passes for a promise the best one stays."""
         best = _Best(self.search)
-        for _ in range(PASSES if self.search is None else MOST_PASSES):
-            costs = code_costs(self.counts)
-            self._take([matrix.with_feedback(self._price, costs) for matrix in self.matrices])
-            bits = bits_of_counts(self.counts)
+        for number in range(PASSES if self.search is None else MOST_PASSES):
+            costs = self._costs(number)
+            bits = self._take([matrix.with_feedback(self._price, costs) for matrix in self.matrices])
             best.offer(self.codes, bits)
             if self.search is not None:
-                if self.search.full(bits):
+                if self.search.full(bits) or self.search.exhausted:
                     break
                 self.search.look_on(bits)
         self._take(best.codes)
@@ -144,28 +117,36 @@ class _Rounding:
         """Move single codes until few are moved and the promise is kept."""
         moving = [matrix.moving(codes) for matrix, codes in zip(self.matrices, self.codes, strict=True)]
         best = _Best(self.search)
-        for sweep in range(MOST_SWEEPS):
-            if sweep >= SWEEPS and best.kept:
+        best.offer(self.codes, bits_of_counts(self.counts))
+        for number in range(MOST_SWEEPS):
+            if number >= SWEEPS and best.kept:
                 break
-            costs = code_costs(self.counts)
+            costs = self._costs(number)
             moved = sum(each.sweep(self._price, costs) for each in moving)
-            self._take([each.codes for each in moving])
-            bits = bits_of_counts(self.counts)
+            bits = self._take([each.codes for each in moving])
             best.offer(self.codes, bits)
             if moved <= SETTLED * int(self.counts.sum()) and (self.search is None or self.search.full(bits)):
                 break
-            if self.search is not None:
+            if self.search is not None and not self.search.full(bits):
                 self.search.look_on(bits)
         self._take(best.codes)
+
+    def _costs(self, number: int) -> NDArray[np.float64]:
+        """Of codes in a pass: by those of the pass before, in the first passes."""
+        if number < RENEWED or self.search is None:
+            self.costs = code_costs(self.counts)
+            if self.search is not None:
+                self.search.forget()
+        return self.costs
 
 
 @dataclass
 class _Best:
-    """The last codes, or of those that are to keep a promise the last that do, and use it up if any do."""
+    """The last codes; of those that are to keep a promise the last that do and use it up, if any do."""
 
-    search: _Lambda | None
+    search: Lambda | None
     codes: list[Tensor] = field(default_factory=list)
-    rank: tuple[bool, bool, float] = (False, False, -math.inf)
+    rank: tuple[bool, bool, float] = (False, False, -float("inf"))
 
     @property
     def kept(self) -> bool:
@@ -174,10 +155,12 @@ class _Best:
 
     def offer(self, codes: Sequence[Tensor], bits: float) -> None:
         """Codes that take so many bits; they are copied if they are the best."""
-        if self.search is None:
-            rank = (True, True, 0.0)
-        else:
-            kept = bits <= self.search.promised
-            rank = (kept, self.search.full(bits), 0.0 if kept else -bits)
+        rank = self._rank(bits)
         if rank >= self.rank:
             self.codes, self.rank = [each.clone() for each in codes], rank
+
+    def _rank(self, bits: float) -> tuple[bool, bool, float]:
+        if self.search is None or self.search.full(bits):
+            return True, True, 0.0
+        kept = bits <= self.search.promised
+        return kept, False, bits if kept else -bits

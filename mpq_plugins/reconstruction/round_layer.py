@@ -29,6 +29,7 @@ from .gram import Gram
 from .levels import Levels
 
 NO_BETTER = "rounding to nearest is better"
+ONLY_NEAREST = "compensated, its codes would take more bytes than the plan promises"
 OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
 FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
 MOVING = 16  # columns for each input, at least, where single weights are moved on them; on tokens they never are
@@ -115,6 +116,8 @@ class LayerRounding:
         rounded = self._on_levels(geometry, parts, moves) if grid is None else _on_codes(grid, parts, moves)
         losses = [sum(part.loss(values[g]) for g, part in enumerate(parts)) for values in (near, rounded)]
         damping = max(part.factor.damping for part in parts)
+        if grid is not None:
+            _check_promise(grid, near, rounded)
         if losses[1] > losses[0] and (grid is None or _takes_no_more(grid, near, rounded)):
             raise CannotCompensate(NO_BETTER)
         kept, weight, lost = self._settled(geometry.weight(rounded, self.weight.shape))
@@ -193,6 +196,12 @@ def _on_codes(grid: CodeGrid, parts: Sequence["_Matrix"], moves: bool) -> Tensor
     """The layer's matrices, rounded to whole-number codes whose bits count."""
     coded = [grid.matrix(part.weight, part.target, part.h, part.factor) for part in parts]
     return torch.stack([grid.values(codes) for codes in round_coded(coded, grid, moves)])
+
+
+def _check_promise(grid: CodeGrid, near: Tensor, rounded: Tensor) -> None:
+    """Raise CannotCompensate where it is only to nearest that the layer takes what the plan promises."""
+    if grid.keeps(grid.bits(near)) and not grid.keeps(grid.bits(rounded)):
+        raise CannotCompensate(ONLY_NEAREST)
 
 
 def _takes_no_more(grid: CodeGrid, near: Tensor, rounded: Tensor) -> bool:
