@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpq_plugins import EntropyCoded
 from mpq_plugins.quantization.kernel import numba_available
 from mpq_plugins.reconstruction import coded_feedback
 from mpq_plugins.reconstruction.coded_feedback import CodedMatrix
-from mpq_plugins.reconstruction.feedback import BLOCK, damped, factorise
+from mpq_plugins.reconstruction.feedback import BLOCK, damped, factorise, round_with_feedback
+from mpq_plugins.reconstruction.levels import Levels
+from tests.helpers.plans import linear
 from tests.reconstruction.test_feedback import damped as damped_by
 from tests.reconstruction.test_feedback import matrix, moments
 
@@ -108,6 +111,18 @@ def test_torch_and_the_compiled_loop_round_alike(rows: int, d: int, seed: int, p
     fast = given_.with_feedback(price, costs)
     slow = in_torch(lambda: given_.with_feedback(price, costs))
     assert (fast != slow).double().mean() < 0.01  # a tie may fall either way
+
+
+@pytest.mark.parametrize("d", [9, 70])
+def test_where_bits_cost_nothing_codes_are_those_of_any_grid(d: int) -> None:
+    """The same as over a table of all levels, which is another loop."""
+    weight, h, scheme = matrix(5, d, d), moments(d, 3 * d, d), EntropyCoded(step=0.25)
+    weight[0, 1] = 0
+    factor = factorise(h, 0.01)
+    assert factor is not None
+    given_ = CodedMatrix(weight.double() / 0.25, h, factor, weight == 0)
+    expected = round_with_feedback(weight, factor, Levels.of(weight, linear("fc", 5, d, scheme, 8)))
+    assert (given_.with_feedback(0.0, costs_of(127, 0)) * 0.25).equal(expected)
 
 
 def test_codes_stay_within_their_bounds_and_zeros_stay_zero() -> None:
