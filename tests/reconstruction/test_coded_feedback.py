@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -162,12 +163,13 @@ def test_variances_are_those_given_later_columns(rows: int, d: int, seed: int) -
 def test_no_sweep_raises_loss_and_bits_together(rows: int, d: int, seed: int, price: float) -> None:
     given_, costs = coded(rows, d, seed), costs_of(7, seed)
     price = price * float(given_.variances.mean())
-    for run in (lambda act: act(), in_torch):
+    for compiled_code in (True, False):
         moving = given_.moving(given_.with_feedback(price, costs))
         before = objective(given_, moving.codes, price, costs)
         for _ in range(200):
             earlier = moving.codes.clone()
-            moved = run(lambda moving=moving: moving.sweep(price, costs))
+            sweep = partial(moving.sweep, price, costs)
+            moved = sweep() if compiled_code else in_torch(sweep)
             after = objective(given_, moving.codes, price, costs)
             assert (after <= before + 1e-9).all()
             assert (moved == 0) == moving.codes.equal(earlier)
