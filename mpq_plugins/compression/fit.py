@@ -27,11 +27,12 @@ from .write import write
 LOG = logging.getLogger(__name__)
 
 TRIES = 6
-CLOSE = 0.005  # below what was asked, as a share: near enough
+CLOSE, NEAR = 0.005, 0.01  # below what was asked, as a share: near enough, and so for what takes long
 SLOPE = 0.85  # bits a weight that an octave of the step saves at one or two bits, for the first correction
 FEW_SAMPLES, FEW_COLUMNS = 128, 1 << 13  # that tell what compensated codes take
 SEALING = 2  # writes with the promise in it, which then holds to a byte or two
-ROOM = 0.002  # left below what is asked, for what all samples change
+BEYOND = 0.01  # of what is asked that few samples' codes take more than all samples' do
+INFLATED = 0.35  # octaves that steps are coarser where compensated codes take what the float weights' nearest ones do
 
 
 @public
@@ -115,10 +116,10 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
     if not isinstance(source, nn.Module):
         raise SettingError("batches: a checkpoint's file does not run; give the module itself")
     given = checked_batches(batches)
-    pilot = _Search(source, replace(target, most=target.most * (1 - ROOM)), model, weights, says=False)
+    pilot = _Search(source, replace(target, most=target.most * (1 + BEYOND)), model, weights, says=False)
     few = list(_few(given))
-    close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress)
-    whole = _Search(source, target, model, weights)
+    close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress, INFLATED)
+    whole = _Search(source, target, model, weights, close=NEAR)
     return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed), progress)
 
 
@@ -167,18 +168,20 @@ class _Tried:
 @dataclass(frozen=True)
 class _Search:
     """Looks for the factor of a plan's steps at which its file takes what is asked. says: whether warnings are handed
-    on, those of the try that is taken."""
+    on, those of the try that is taken; close: below the target, as a share, what is near enough."""
 
     source: Any
     target: _Target
     model: nn.Module | None
     weights: str | None
     says: bool = True
+    close: float = CLOSE
 
-    def fitted(self, plan: Plan, compensation: _Compensation | None, progress: Progress | None) -> FittedFile:
+    def fitted(
+        self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float = 0.0
+    ) -> FittedFile:
         """The finest steps found whose file is within the target. Raises SettingError where none is."""
         tried: list[_Tried] = []
-        octaves = 0.0
         for attempt in range(TRIES):
             if progress is not None:
                 progress("fitting steps", attempt, TRIES)
@@ -204,11 +207,11 @@ class _Search:
         return self._sealed(best.fitted, self._written(best.fitted.model, best.fitted.plan))
 
     def _close(self, one: _Tried) -> bool:
-        return (1 - CLOSE) * self.target.most <= one.taken <= self.target.most
+        return (1 - self.close) * self.target.most <= one.taken <= self.target.most
 
     def _next(self, tried: Sequence[_Tried]) -> float:
         """The next factor: by the slope of the two nearest tries, aimed at the middle of what is near enough."""
-        aim = (1 - CLOSE / 2) * self.target.most
+        aim = (1 - self.close / 2) * self.target.most
         nearest = sorted(tried, key=lambda one: abs(math.log(one.taken / aim)))[:2]
         here = nearest[0]
         slope = -SLOPE / max(here.fitted.file_bits, 0.1)  # of log2(taken), for each octave
@@ -244,7 +247,7 @@ class _Search:
         return FittedFile(found.model, plan, container.size, container.file_bits)
 
     def _near(self, container: Container) -> bool:
-        return (1 - 2 * CLOSE) * self.target.most <= self.target.taken(container) <= self.target.most
+        return (1 - 2 * self.close) * self.target.most <= self.target.taken(container) <= self.target.most
 
     def _written(self, model: Any, plan: Plan) -> Container:
         """The container, whose file is gone again."""

@@ -47,7 +47,7 @@ class EntropyCoded(Granular):
 
     name: Literal["entropy_coded"] = "entropy_coded"
     step: Annotated[float | None, "distance between levels; plans for a file's size give it"] = None
-    rounding_offset: Annotated[float, "added to |w| / step before truncating; 0.5 rounds to nearest"] = 0.36
+    rounding_offset: Annotated[float, "added to |w| / step before truncating; 0.5 rounds to nearest"] = 0.4
 
     def __post_init__(self) -> None:
         if self.name != "entropy_coded":
