@@ -116,10 +116,12 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
     if not isinstance(source, nn.Module):
         raise SettingError("batches: a checkpoint's file does not run; give the module itself")
     given = checked_batches(batches)
-    pilot = _Search(source, replace(target, most=target.most * (1 + BEYOND)), model, weights, says=False)
+    pilot = _Search(
+        source, replace(target, most=target.most * (1 + BEYOND)), model, weights, says=False, total=2 * TRIES
+    )
     few = list(_few(given))
     close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress, INFLATED)
-    whole = _Search(source, target, model, weights, close=NEAR)
+    whole = _Search(source, target, model, weights, close=NEAR, before=TRIES, total=2 * TRIES)
     return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed), progress)
 
 
@@ -168,7 +170,8 @@ class _Tried:
 @dataclass(frozen=True)
 class _Search:
     """Looks for the factor of a plan's steps at which its file takes what is asked. says: whether warnings are handed
-    on, those of the try that is taken; close: below the target, as a share, what is near enough."""
+    on, those of the try that is taken; close: below the target, as a share, what is near enough; before, total: tries
+    that progress counts before these, and in all."""
 
     source: Any
     target: _Target
@@ -176,32 +179,36 @@ class _Search:
     weights: str | None
     says: bool = True
     close: float = CLOSE
+    before: int = 0
+    total: int = TRIES
 
     def fitted(
         self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float = 0.0
     ) -> FittedFile:
         """The finest steps found whose file is within the target. Raises SettingError where none is."""
         tried: list[_Tried] = []
+        best: _Tried | None = None
         for attempt in range(TRIES):
             if progress is not None:
-                progress("fitting steps", attempt, TRIES)
-            tried.append(self._try(plan, octaves, compensation))
-            LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, tried[-1].taken, self.target.most)
-            if self._close(tried[-1]):
+                progress("fitting steps", self.before + attempt, self.total)
+            one = self._try(plan, octaves, compensation)
+            LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, one.taken, self.target.most)
+            if one.taken <= self.target.most and (best is None or one.taken > best.taken):
+                best = one
+            if self._close(one):
                 break
+            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # of a large model there is room for two
             octaves = self._next(tried)
         if progress is not None:
-            progress("", TRIES, TRIES)
-        within = [one for one in tried if one.taken <= self.target.most]
-        if not within:
+            progress("", self.before + TRIES, self.total)
+        if best is None:
             unit = "bits a weight" if self.target.in_bits else "bytes"
             raise SettingError(
                 f"file: no steps were found that take at most {self.target.most:g} {unit}; the least that was reached "
                 f"is {min(one.taken for one in tried):g}. Ask for a larger file"
             )
-        best = max(within, key=lambda one: one.taken)
-        for one in best.said if self.says else ():
-            warnings.warn(one.message, stacklevel=4)
+        for said in best.said if self.says else ():
+            warnings.warn(said.message, stacklevel=4)
         if self._close(best):
             return best.fitted
         return self._sealed(best.fitted, self._written(best.fitted.model, best.fitted.plan))
