@@ -197,7 +197,7 @@ class _Search:
                 best = one
             if self._close(one):
                 break
-            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # of a large model there is room for two
+            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # there is room for two large models
             octaves = self._next(tried)
         if progress is not None:
             progress("", self.before + TRIES, self.total)
