@@ -221,7 +221,8 @@ def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: 
     kept = store.job("measure", _facts(weights, request, work)) if store is not None else None
     progress = means.progress
     layers: dict[int, LayerStats] = {}
-    total, done = sum(weight.numel for weight in weights), 0
+    laddered = has_ladder(request.scheme)  # which looks at every weight once more
+    total, done = sum(weight.numel for weight in weights) * (2 if laddered else 1), 0
     coordinators = ThreadPoolExecutor(SHARED_AT_ONCE, "mpq-shared")
     try:
         if progress is not None:
@@ -237,8 +238,11 @@ def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: 
                 LOG.debug("%s", weights[position].name)
             if progress is not None:
                 progress(name, done, total)
-        if has_ladder(request.scheme):
-            layers |= dict(_with_curves(weights, layers, request, workers, kept))
+        for position, layer in _with_curves(weights, layers, request, workers, kept) if laddered else ():
+            layers[position] = layer
+            done += weights[position].numel
+            if progress is not None:
+                progress(layer.name, done, total)
         for position, future in shared.items():
             if progress is not None:
                 progress(weights[position].name, done, total)
@@ -318,13 +322,14 @@ def _with_curves(
     kept: Finished | None,
 ) -> Iterator[tuple[int, LayerStats]]:
     """The layers with what they cost entropy coded, each of which one worker measures by itself."""
+    known = dict(layers)
     calls = [
         Call(f"coded {position}", coded_sums, (weights[position], request.scheme, request.device), layer.name)
-        for position, layer in layers.items()
+        for position, layer in known.items()
     ]
     for call, sums in _finished(calls, workers, kept):
         position = int(call.name.split()[1])
-        yield position, replace(layers[position], coded=coded_curve(sums))
+        yield position, replace(known[position], coded=coded_curve(sums))
 
 
 def _split(unit: Unit, sums: Sums) -> list[Sums]:
