@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..common.text import printable, printable_lines
 from ..plans.plan import Plan
@@ -18,7 +19,10 @@ from .grid import shortened
 from .plots import save_plot, write_plain_numbers
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
 
 MOST_ROWS = 60  # whose names can be read; more layers share rows
 LONGEST_NAME = 36
@@ -59,34 +63,49 @@ class Rows:
 
 
 def bits_plot(plan: Plan, path: Path, title: str) -> None:
-    """Bits of each layer as shares of its weights, and beside them each layer's share of all; atomically."""
-    from matplotlib import colormaps
-
-    weights = [_weights_by_bits(plan, place) for place in range(len(plan.layers))]
+    """Each layer's bits, as shares of its weights or as what its codes take in a file, and its share of all weights."""
     rows = Rows.of([layer.name for layer in plan.layers])
-    counts = [sum(weights[one], Counter()) for one in rows.layers]
-    sizes = np.array([max(1, count.total()) for count in counts], float)
-    widths = sorted({bits for count in counts for bits in count})
+    sizes = np.array([max(1, sum(layer.numel for layer in plan.layers[one])) for one in rows.layers], float)
     figure = rows.figure(9)
-    shares, sums = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
-    left = np.zeros(len(counts))
-    for position, bits in enumerate(widths):
-        share = np.array([count[bits] for count in counts]) / sizes
-        colour = colormaps["viridis"](0.95 - 0.9 * position / max(1, len(widths) - 1))
-        shares.barh(range(len(counts)), share, left=left, color=colour, height=0.85, label=_width_text(bits))
-        left += share
-    shares.set_yticks(range(len(counts)), rows.names, fontsize=7)
-    shares.set_ylim(len(counts) - 0.4, -0.6)
-    shares.set_xlim(0, 1)
-    shares.set_xlabel("share of the layer's weights at each width")
-    sums.barh(range(len(counts)), sizes / sizes.sum(), color="0.6", height=0.85)
+    left, sums = figure.subplots(1, 2, sharey=True, width_ratios=(4, 1))
+    drawn = _draw_coded if any(layer.coded_bytes is not None for layer in plan.layers) else _draw_shares
+    widths = drawn(left, plan, rows, sizes)
+    left.set_yticks(range(len(sizes)), rows.names, fontsize=7)
+    left.set_ylim(len(sizes) - 0.4, -0.6)
+    sums.barh(range(len(sizes)), sizes / sizes.sum(), color="0.6", height=0.85)
     sums.set_xlabel("share of all weights")
     figure.suptitle(printable_lines(title) + rows.note(len(plan.layers), ""), fontsize="medium")
     if widths:
         figure.legend(
-            *shares.get_legend_handles_labels(), loc="outside lower center", ncols=min(8, len(widths)), fontsize="small"
+            *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(8, widths), fontsize="small"
         )
     save_plot(figure, path)
+
+
+def _draw_shares(axes: "Axes", plan: Plan, rows: Rows, sizes: Array) -> int:
+    """Each row's weights by their widths; how many widths there are."""
+    from matplotlib import colormaps
+
+    weights = [_weights_by_bits(plan, place) for place in range(len(plan.layers))]
+    counts = [sum(weights[one], Counter()) for one in rows.layers]
+    widths = sorted({bits for count in counts for bits in count})
+    left = np.zeros(len(counts))
+    for position, bits in enumerate(widths):
+        share = np.array([count[bits] for count in counts]) / sizes
+        colour = colormaps["viridis"](0.95 - 0.9 * position / max(1, len(widths) - 1))
+        axes.barh(range(len(counts)), share, left=left, color=colour, height=0.85, label=_width_text(bits))
+        left += share
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of the layer's weights at each width")
+    return len(widths)
+
+
+def _draw_coded(axes: "Axes", plan: Plan, rows: Rows, sizes: Array) -> int:
+    """What the codes of each row take in the file; no widths."""
+    bits = np.array([sum(layer.code_bits for layer in plan.layers[one]) for one in rows.layers]) / sizes
+    axes.barh(range(len(bits)), bits, color="C0", height=0.85)
+    axes.set_xlabel("bits a weight in the entropy-coded file")
+    return 0
 
 
 def errors_plot(table: LayerTable, path: Path, title: str) -> None:

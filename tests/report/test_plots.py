@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mpq_plugins import Affine, Budget, LayerTable, measure
+from mpq_plugins import Affine, Budget, EntropyCoded, LayerTable, measure
 from mpq_plugins.evaluation.pareto import pareto
 from mpq_plugins.evaluation.sweep import SweepRow, sweep
 from mpq_plugins.report.layer_plots import MOST_ROWS, Rows, bits_plot, errors_plot, plan_title, table_title
@@ -86,6 +86,18 @@ def test_layers_are_drawn_in_every_format(table: LayerTable, tmp_path: Path, end
     errors_plot(table, tmp_path / f"errors.{ending}", table_title(table, "$net"))
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"bits.{ending}", f"errors.{ending}"]
+
+
+def test_entropy_coded_layers_are_drawn_by_what_they_take(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    plan = Budget(file_bits=3.0)(measure(net, EntropyCoded()))
+    with mpl.rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        bits_plot(plan, tmp_path / "bits.svg", "net")
+    text = (tmp_path / "bits.svg").read_text()
+    assert "bits a weight in the entropy-coded file" in text
+    assert "8 bits" not in text
 
 
 def test_titles_say_the_name_and_the_quantizer_in_words(table: LayerTable) -> None:
