@@ -55,13 +55,11 @@ def fitted_to_file(
     Raises SettingError, and as `fit_file`.
     """
     from ..compression.fit import fit_file
+    from ..evaluation.scored import not_compensated
 
     batches = inputs(source, fitting)
     if batches is not None and fitting.rounding != "compensated":
-        raise SettingError(
-            f"rounding: {fitting.rounding!r} is not allowed for a file's bytes; with inputs it is compensated. Leave "
-            "--rounding out"
-        )
+        raise not_compensated(fitting.rounding)
     with progress_bar("fitting") as progress:
         fitted = fit_file(source.weights, plan, batches, progress=progress, weights=weights, model=model)
     return fitted.model, fitted.plan
