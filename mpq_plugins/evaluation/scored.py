@@ -86,15 +86,18 @@ class Scored:
         return _Quantized(quantized, plan, file)
 
     def _rounded(self, plan: Plan) -> "_Quantized":
-        """The model that the plan quantizes: a float copy that is rounded on the inputs, or without any itself."""
+        """The model that the plan quantizes: a float copy that is rounded on the inputs, or without any itself.
+
+        Steps are fitted to the file they were made for, where inputs move the weights or where files are compared.
+        """
         assert self.model is not None
-        if self.calibrate is None:
-            return _Quantized(self.model, plan, None)
-        if made_for_file(plan):
+        if made_for_file(plan) and (self.files or self.calibrate is not None):
             from ..compression.fit import fit_file
 
             fitted = fit_file(self.model, plan, self.calibrate)
             return _Quantized(fitted.model, fitted.plan, FileTaken(fitted.file_bytes, fitted.file_bits))
+        if self.calibrate is None:
+            return _Quantized(self.model, plan, None)
         from ..reconstruction.apply import round_weights
 
         rounding = checked_rounding(self.rounding, calibrated=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.file_steps import predicted_cost
 from ..allocation.guard import judge_of
-from ..allocation.objective import predicted
 from ..common.deferred import Deferred
 from ..common.progress import Progress
 from ..common.public import public
@@ -132,9 +132,9 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first row
     is the float model.
 
-    A plan that was made for a file's bytes (`Budget(file_bits=...)`) is rounded on calibration inputs by `fit_file`,
-    and its row is that of the plan with the steps that were fitted. Without inputs it is taken as it is. The table has
-    no error for its steps.
+    A plan that was made for a file's bytes (`Budget(file_bits=...)`) goes through `fit_file` where there are
+    calibration inputs or `files`, and its row is that of the plan with the steps that were fitted. Only a table under
+    its own scheme has an error for it.
 
     Args:
         table: The measured layers.
@@ -225,7 +225,7 @@ def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
 
 
 def _errors(table: LayerTable, plan: Plan, judge: str | None) -> dict[str, float | None]:
-    return {} if judge is None else {judge: predicted(table, plan, judge)}
+    return {} if judge is None else {judge: predicted_cost(table, plan, judge)}
 
 
 def _row(tried: Tried, errors: Mapping[str, float | None], scored: Scored) -> SweepRow:

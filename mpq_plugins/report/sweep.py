@@ -9,7 +9,7 @@ from ..plans.table import LayerTable
 from .details import value_text
 from .grid import Grid
 from .rows_csv import write_csv
-from .tables import bytes_text, grid
+from .tables import CODES_ALONE, bytes_text, grid
 
 MARK = "*"
 IN_TOTAL = "bits: a weight, in total"
@@ -66,6 +66,8 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
             continue
         notes.append(f"{len(beaten)} of {len(plans)} {who} plans are matched or beaten by a uniform plan no larger")
     untold = [row for row in rows if None in row.errors.values()]
+    if not by_files(rows) and any(_of_file(row) for row in rows):
+        notes.append(CODES_ALONE)
     if any(_of_file(row) for row in untold):
         notes.append("- for entropy-coded steps, which the table has no errors of")
     if not all(_of_file(row) for row in untold):
