@@ -18,7 +18,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "allocator", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
         "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss",
     ),
-    "Pruning and coding": ("amounts", "prune_by", "coding"),
+    "Pruning and coding": ("file_bits", "file_size", "amounts", "prune_by", "coding"),
     "Learning": (
         "blocks", "steps", "batch_size", "lr", "loss", "regulariser", "mix", "correct", "tune", "seed", "memory",
     ),

@@ -58,7 +58,7 @@ class SchemeFields:
                 self.owners.setdefault(each.name, []).append(name)
 
     def options(self, shown: "Scheme | None" = None) -> list[click.Option]:
-        """An option for each field; which schemes have it is said where not all do. None of them has to be given.
+        """An option for each field; which schemes have it is said where few do. None of them has to be given.
 
         shown: the scheme whose options are listed in the help, with what it has for each as the default.
         """
@@ -68,7 +68,9 @@ class SchemeFields:
             owners = self.owners[name]
             if shown is not None and hasattr(shown, name):
                 each = replace(each, default=default_words(getattr(shown, name), name, each.kind))
-            option = each.made(SECTION, said_of="" if {*owners} == schemes else ", ".join(owners), enforced=False)
+            option = each.made(
+                SECTION, said_of="" if 2 * len(owners) > len(schemes) else ", ".join(owners), enforced=False
+            )
             option.hidden = shown is not None and shown.name not in owners
             made.append(option)
         return made
@@ -170,7 +172,7 @@ def scheme_options(command: Command) -> Command:
                 "scheme_name",
                 type=Known(_names),
                 metavar="NAME",
-                help="affine, piecewise, codebook; --scheme NAME -h has its options.",
+                help="affine, piecewise, codebook, entropy_coded; with -h, its options.",
             ),
             click.option(
                 "--skip",

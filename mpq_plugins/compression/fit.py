@@ -45,6 +45,13 @@ class FittedFile:
         plan: The plan, with the steps that were found and what the file takes.
         file_bytes: Bytes of the container that `compress` writes of them.
         file_bits: The same less other tensors, in bits for each planned weight.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(256, 256))
+        >>> fitted = mpq.fit_file(net, mpq.Budget(file_size="24kB")(mpq.measure(net, mpq.EntropyCoded())))
+        >>> mpq.compress(fitted.model, fitted.plan, "net.mpqc").size == fitted.file_bytes <= 24_000
+        True
     """
 
     model: Any

@@ -76,7 +76,7 @@ def version_1(path: Path) -> Path:
         arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         metadata = dict(file.metadata())
     description = json.loads(metadata["table"])
-    del description["checksums"], description["checksum"], description["rest_bytes"]
+    del description["checksums"], description["checksum"], description["rest_bytes"], description["ladder"]
     save_file(arrays, path, metadata | {"table": json.dumps({**description, "version": 1})})
     return path
 
@@ -87,6 +87,17 @@ def version_2(path: Path) -> Path:
         arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         metadata = dict(file.metadata())
     description = json.loads(metadata["table"])
-    del description["rest_bytes"], description["checksum"]
+    del description["rest_bytes"], description["checksum"], description["ladder"]
     save_file(arrays, path, metadata | {"table": json.dumps(sealed({**description, "version": 2}))})
+    return path
+
+
+def version_3(path: Path) -> Path:
+    """A table's file as the version wrote it that had no ladder of steps."""
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = dict(file.metadata())
+    description = json.loads(metadata["table"])
+    del description["ladder"], description["checksum"]
+    save_file(arrays, path, metadata | {"table": json.dumps(sealed({**description, "version": 3}))})
     return path

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, MixQuant, Part, Plan, measure
+from mpq_plugins import Affine, EntropyCoded, MixQuant, Part, Plan, measure
 from mpq_plugins.common.checksum import unsealed
 from mpq_plugins.errors import FormatError, SettingError
 from mpq_plugins.plans import plan
@@ -221,6 +221,44 @@ def test_plans_of_the_version_that_knew_no_rest_are_read(tmp_path: Path) -> None
     assert old.rest_bytes is None
     assert old.size().model_bytes is None
     assert Plan.model_validate_json(old.to_json()) == old
+
+
+VERSION_3 = """{
+  "format": "mpq-plan",
+  "version": 3,
+  "made_with": {"mpq-plugins": "0.1.0"},
+  "allocator": {"name": "budget", "parameters": {"average_bits": 5.5}, "found": {"objective": 0.00019}},
+  "model": "sha256:4f84423b467a9e046f163195b6f79b38b8e1379240cd3334bb6815c7da0fa71b",
+  "fold_bn": false,
+  "skipped": [],
+  "rest_bytes": 16,
+  "layers": [
+    {"name": "0", "kind": "linear", "shape": [4, 2], "channel_axis": 0, "numel": 8, "parts": PARTS, "scheme": SCHEME}
+  ]
+}
+""".replace("PARTS", '[{"bits": 3, "channels": "0,2"}, {"bits": 8, "channels": "1,3"}]').replace(
+    "SCHEME", '{"name": "affine", "symmetric": false, "granularity": "per_channel", "range": "minmax"}'
+)
+
+
+def test_plans_of_the_version_without_coded_bytes_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(VERSION_3)
+    old = Plan.load(tmp_path / "old.json")
+    assert (old.version, old.layers[0].coded_bytes, old.layers[0].code_bits) == (4, None, 44)
+    assert Plan.model_validate_json(old.to_json()) == old
+
+
+def test_a_promise_of_coded_bytes_is_what_codes_count() -> None:
+    made = plan_of(linear("fc", 4, 2, EntropyCoded(step=0.25), 8))
+    promised = made.model_copy(update={"layers": (made.layers[0].model_copy(update={"coded_bytes": 3}),)})
+    assert (promised.layers[0].code_bits, promised.layers[0].bits_text) == (24, "3.00 coded")
+    assert promised.size().total_bits == 24  # the step stands in the plan
+    again = Plan.model_validate_json(promised.to_json())
+    assert again == promised
+    with pytest.raises(FormatError, match="coded_bytes"):
+        Plan.from_document(
+            promised.document() | {"layers": [promised.document()["layers"][0] | {"coded_bytes": -1}]}, "x"
+        )
 
 
 @given(plans, st.integers(0, 10**15))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mpq_plugins import LayerTable, measure
+from mpq_plugins import EntropyCoded, LayerTable, measure
 from mpq_plugins.errors import FormatError, MeasureWarning
 from mpq_plugins.plans.table_file import is_table
 from tests.helpers.nets import conv_net
 from tests.helpers.says import naming
-from tests.helpers.tables import contents, resealed, version_1, version_2
+from tests.helpers.tables import contents, resealed, version_1, version_2, version_3
 
 
 def damaged(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) -> Path:
@@ -29,7 +29,7 @@ def damaged(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) ->
         ({"errors": np.zeros((4, 2, 7), np.int8)}, {}, "got I8"),
         ({"importance": np.array([1, 2, np.nan, 4.0])}, {}, "array 'importance' holds NaN"),
         ({"channel_errors": np.zeros((1, 1, 1))}, {}, "array 'channel_errors'"),
-        ({}, {"version": 4}, "table version 4, and this mpq-plugins reads 1 to 3"),
+        ({}, {"version": 5}, "table version 5, and this mpq-plugins reads 1 to 4"),
         ({}, {"rest_bytes": -1}, "rest_bytes"),
         ({}, {"shape": []}, r"layers\[0\]\.shape"),
         ({}, {"shape": [-8, 3, 3, 3]}, r"layers\[0\]\.shape\[0\]"),
@@ -93,6 +93,42 @@ def test_tables_of_the_version_that_knew_no_rest_are_read(tmp_path: Path) -> Non
     table.save(tmp_path / "net.mpqt")
     old = LayerTable.load(version_2(tmp_path / "net.mpqt"))
     assert contents(old) == contents(replace(table, rest_bytes=None))
+
+
+def test_tables_of_the_version_without_a_ladder_are_read(tmp_path: Path) -> None:
+    table = measure(conv_net(), per_channel=True)
+    table.save(tmp_path / "net.mpqt")
+    assert contents(LayerTable.load(version_3(tmp_path / "net.mpqt"))) == contents(table)
+
+
+def test_a_ladder_comes_back_to_the_bit(tmp_path: Path) -> None:
+    table = measure(conv_net(), EntropyCoded())
+    table.save(tmp_path / "net.mpqt")
+    assert contents(LayerTable.load(tmp_path / "net.mpqt")) == contents(table)
+    assert table.layers[0].coded is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("steps", lambda steps: steps[:, ::-1].copy(), "array 'steps' holds steps that do not ascend from above 0"),
+        ("steps", lambda steps: steps - steps[:, :1], "array 'steps' holds steps that do not ascend from above 0"),
+        ("coded_bits", lambda bits: -bits - 1, "array 'coded_bits' holds negative or infinite values"),
+        ("coded_squared", lambda lost: lost * np.nan, "array 'coded_squared' holds NaN"),
+        ("coded_bits", lambda _: None, "array 'coded_bits' should be F64"),
+    ],
+)
+def test_a_damaged_ladder_is_refused(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    path = tmp_path / "net.mpqt"
+    table = measure(conv_net(), EntropyCoded())
+    table.save(path)
+    curves = {
+        "steps": [layer.coded.steps for layer in table.layers if layer.coded is not None],
+        "coded_bits": [layer.coded.bits for layer in table.layers if layer.coded is not None],
+        "coded_squared": [layer.coded.squared_error for layer in table.layers if layer.coded is not None],
+    }
+    with pytest.raises(FormatError, match=message):
+        LayerTable.load(resealed(path, {name: change(np.stack(curves[name]))}))
 
 
 def test_a_table_that_lost_its_checksums_is_refused(tmp_path: Path) -> None:
