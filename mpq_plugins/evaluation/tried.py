@@ -8,7 +8,7 @@ from ..errors import FormatError
 from ..plans.plan import Plan
 from .scores import Scores
 
-NOT_KEPT = (ValueError, KeyError, TypeError, RecursionError, FormatError)  # of a unit that holds something else
+NOT_KEPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, FormatError)  # of another unit
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ def sweep(
     **options: Any,
 ) -> None:
     """Plan SOURCE over a grid of an allocator's parameters: sizes, errors, scores, the best marked. Several
-    values of an option make a row each (2,3 or 2:4:0.5); default: the allocator's grid. With --eval, plans for a file's
-    bytes are compared by their files.
+    values of an option make a row each (2,3 or 2:4:0.5); default: the allocator's grid.
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar
