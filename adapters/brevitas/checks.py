@@ -18,6 +18,7 @@ from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import (
     FLOAT,
+    INTEGER_SCHEMES,
     check_runnable,
     check_sizes,
     lent_weights,
@@ -32,6 +33,7 @@ CAPABILITIES = Capabilities(
         "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
         "embedding",
     ),
+    schemes=INTEGER_SCHEMES,
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     activation_bits=(None, *range(2, 9)),
@@ -127,10 +129,11 @@ def check_ternary(plan: Plan, ternary: Sequence[str]) -> None:
         layer = plan.by_name[name]
         scheme = layer.scheme.as_affine
         assert scheme is not None
-        if layer.bits != 2 or not scheme.symmetric or scheme.granularity == "per_group":
+        fits = layer.bits == 2 and scheme.symmetric and scheme.granularity != "per_group"
+        if not fits or layer.scheme.name == "entropy_coded":  # which rounds otherwise
             raise SettingError(
                 f"ternary: layer {name!r} has {layer.bits or 'mixed'} bits, {layer.scheme}; ternary weights are 2 "
-                "symmetric bits, per tensor or per channel"
+                "symmetric affine bits, per tensor or per channel"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from brevitas import config
-from brevitas.core.function_wrapper import Identity, TensorClamp
+from brevitas.core.function_wrapper import Identity, RoundSte, TensorClamp
 from brevitas.core.quant import BinaryQuant, IntQuant, RescalingIntQuant, TernaryQuant
 from brevitas.core.scaling import ParameterScaling
 from brevitas.core.utils import SingleArgStatelessBuffer
@@ -21,6 +21,7 @@ from brevitas.quant.solver import WeightQuantSolver
 from torch import Tensor, nn
 
 from mpq_plugins.errors import MismatchError
+from mpq_plugins.plans.entropy_coded import EntropyCoded
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
@@ -89,7 +90,9 @@ class PlanZeroPoint(_PlanBuffers):
 class PlanIntQuant(_PlanBuffers, IntQuant):  # type: ignore[misc]
     """Brevitas's IntQuant that rounds before it adds the zero point, and takes the sign of channels of 1 bit.
 
-    binary_gain: 1, or 0 for channels of 1 bit whose weights are all 0; broadcastable to the weight.
+    binary_gain: 1, or 0 for channels of 1 bit whose weights are all 0; broadcastable to the weight. plan_offset: what
+    an entropy-coded plan adds to magnitudes before it truncates them; None rounds to nearest. A learned rounding takes
+    the place of either.
     """
 
     binary_gain: Tensor
@@ -97,21 +100,36 @@ class PlanIntQuant(_PlanBuffers, IntQuant):  # type: ignore[misc]
     float_to_int_impl: nn.Module
     tensor_clamp_impl: nn.Module
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # Brevitas gives each by its name
         self, narrow_range: bool, signed: bool, input_view_impl: nn.Module, float_to_int_impl: nn.Module,
-        tensor_clamp_impl: nn.Module, binary_gain: Tensor, device: torch.device | None = None,
+        tensor_clamp_impl: nn.Module, binary_gain: Tensor, plan_offset: float | None = None,
+        device: torch.device | None = None,
     ) -> None:  # fmt: skip
         super().__init__(narrow_range, signed, input_view_impl, float_to_int_impl, tensor_clamp_impl)
+        self.plan_offset = plan_offset
         self.register_buffer("binary_gain", binary_gain.to(device, copy=True))
 
     def to_int(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
         """Integer codes as floats, in the quantizer's view."""
         x = self.input_view_impl(x)
-        codes = self.float_to_int_impl(x / scale) + zero_point
+        codes = self._rounded(x / scale) + zero_point
         limits = cast(Any, self)
         codes = self.tensor_clamp_impl(codes, min_val=limits.min_int(bit_width), max_val=limits.max_int(bit_width))
         binary = binary_sign_ste(x) * self.binary_gain + zero_point
         return torch.where(bit_width == 1, binary, codes)
+
+    def _rounded(self, position: Tensor) -> Tensor:
+        if self.plan_offset is None or not isinstance(self.float_to_int_impl, RoundSte):
+            return cast(Tensor, self.float_to_int_impl(position))
+        return truncated(position, self.plan_offset)
+
+
+def truncated(position: Tensor, offset: float) -> Tensor:
+    """sign(x) floor(|x| + offset), whose gradient is 1."""
+    whole = torch.floor(position.detach().abs() + offset)
+    codes = torch.where(position.detach() < 0, -whole, whole)
+    # The difference is exact: it is the whole position, or two numbers that lie within a factor of 2 of each other.
+    return position + (codes - position.detach())
 
 
 class PlanQuant(RescalingIntQuant):  # type: ignore[misc]
@@ -163,6 +181,8 @@ def weight_quantizer(weight: Tensor, layer: LayerChoice, ternary: bool = False) 
         "bit_width_impl": PlanBitWidth,
         "plan_choice": layer,
     }
+    if isinstance(layer.scheme, EntropyCoded):
+        settings |= {"plan_offset": layer.scheme.offset}
     settings |= _grid(integers, layer, grouped)
     settings |= {"group_size": layer.scheme.group_size} if grouped else {"input_view_impl": Identity}
     if layer.bits == 1 and not grouped:  # Brevitas's own knows no groups

@@ -82,6 +82,8 @@ def learned_round(
     with brevitas_settings_kept(), quiet_state_dict(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         _insert(learned)
+        for module in learned.values():
+            _begin_at_plan(module)
         with _trainer(steps, lr) as trainer:
             for done, (name, block) in enumerate(chosen.items()):
                 report(progress, name, done, len(chosen))
@@ -107,16 +109,17 @@ def _learn(trainer: Any, model: nn.Module, name: str, block: nn.Module, batches:
     losses, loader = trainer._instantiate_losses(block), trainer._instantiate_block_dataloader(cache)
     rounding = [module for module in block.modules() if isinstance(module, LearnedRoundSte)]
     values = {id(module.value) for module in rounding}
-    nearest = _error(block, cache)
+    begun = [module.value.detach().clone() for module in rounding]
+    unlearned = _error(block, cache)
     for module in rounding:
         module.train()
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in values)
     trainer._training_loop(block, _call, loader, losses)
     block.eval()
-    if not _error(block, cache) < nearest:
-        for module in rounding:
-            module.value.data.zero_()  # as rounding to nearest is parametrized
+    if not _error(block, cache) < unlearned:
+        for module, value in zip(rounding, begun, strict=True):
+            module.value.data.copy_(value)
 
 
 @torch.no_grad()
@@ -179,6 +182,14 @@ def _insert(learned: Mapping[str, nn.Module]) -> None:
             raise MismatchError(f"{type(module).__name__}: Brevitas gave it no learned rounding")
 
 
+def _begin_at_plan(module: nn.Module) -> None:
+    """Let learning begin at the plan's own rounding: at 0, which is to nearest, or short of it by a dead zone."""
+    int_quant, weight = cast(Any, module).weight_quant.tensor_quant.int_quant, cast(Tensor, module.weight)
+    offset = getattr(int_quant, "plan_offset", None)  # the user's own conversion may have another class there
+    if offset is not None:
+        int_quant.float_to_int_impl.value.data.copy_(weight.detach().sign() * (offset - 0.5))
+
+
 @contextlib.contextmanager
 def _trainer(steps: int, lr: float) -> Iterator[Any]:
     """Brevitas's trainer, without its bars: progress tells the same."""
@@ -218,7 +229,7 @@ def _first(output: Any) -> Tensor:
 
 
 def _round_to_learned(module: nn.Module, injector: Any) -> None:
-    """Set the weight to what was learned, and round to nearest again: what follows needs to know of no learning."""
+    """Set the weight to what was learned, and round as the plan again: what follows needs to know of no learning."""
     proxy, weight = cast(Any, module).weight_quant, cast(Tensor, module.weight)
     proxy.eval()
     weight.data.copy_(weight_codes(module).value.reshape(weight.shape))

@@ -26,13 +26,14 @@ from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
 
-from ..shared.folded import check_model, check_scales, check_state, planned_layers
+from ..shared.folded import INTEGER_SCHEMES, check_model, check_scales, check_state, planned_layers
 from ..shared.outputs import difference
 
 CAPABILITIES = Capabilities(
     backend="fx",
     bits=tuple(range(1, 9)),
     kinds=("linear", "conv1d", "conv2d", "conv3d"),
+    schemes=INTEGER_SCHEMES,
     parts=True,
     activation_bits=(8,),
     storage=Storage("int8, a byte a weight", 8, scale_bits=64, zero_point_bits=64, one_scale=True),

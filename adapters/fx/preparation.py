@@ -26,12 +26,13 @@ from mpq_plugins.models.plain import is_plain, standard_class
 from mpq_plugins.models.tracing import BATCH_NORMS, Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
+from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..shared.folded import integers_of, round_after, rounded_before
 from .checks import check_calls, check_example, check_settings, graph_for_fx, traced_by_fx
 from .graph import InCodes, by_position, divide, lend_shapes, without
 from .inplace import follow_changes
+from .trained import trained_integers
 
 NEAR = 1e-3  # of a step: a baked weight is what it should be
 REGISTERED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -97,7 +98,7 @@ class PlanWeight(ObserverBase):
             MismatchError: The weight is not what the plan's integers mean.
         """
         if self.qat and self.training:
-            self.integers = integer_weight(x, self.choice)
+            self.integers = trained_integers(x, self.choice, self.integers)
             return x + (self.integers.dequantized().to(x) - x).detach()
         if not _becomes(x, self.integers):
             raise MismatchError(
@@ -233,7 +234,8 @@ def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
         quantizer = getattr(module, "weight_fake_quant", None)
         if isinstance(quantizer, PlanWeight):
             weight = cast(Tensor, module.weight)
-            quantizer.integers = trained[quantizer.choice.name] = integer_weight(weight, quantizer.choice)
+            choice = quantizer.choice
+            quantizer.integers = trained[choice.name] = trained_integers(weight, choice, quantizer.integers)
             with torch.no_grad():
                 weight.copy_(quantizer.integers.dequantized())
     return trained
@@ -302,7 +304,7 @@ def _baked(model: nn.Module, plan: Plan) -> _Baked:
     by_position(copied, graph)
     follow_changes(graph, dict(copied.named_modules(remove_duplicate=False)))
     check_calls(plan, folded, graph)
-    integers = integers_of(plan, copied)
+    integers = integers_of(plan, folded)
     _set_weights(copied, integers)
     root = _stand_in(copied)
     lend_shapes(root, graph, integers)

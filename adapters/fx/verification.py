@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, SourceError, VerifyError
-from mpq_plugins.models.folding import fold_batch_norm
+from mpq_plugins.models.folding import Folded
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
@@ -74,9 +74,9 @@ def verify(
             "batch: after QAT biases and norms are trained too, so there is no float model to compare outputs with; "
             "verify the integers alone, and judge the outputs by their accuracy"
         )
-    folded = fold_batch_norm(traced, plan.skipped)
+    folded = Folded.of(traced, plan.skipped)
     expected = integers_of(plan, folded) if integers is None else integers
-    biases = biases_of(folded)
+    biases = biases_of(folded.model)
     problems: list[str] = []
     checks: list[LayerCheck] = []
     inputs = _inputs(quantized)

@@ -20,7 +20,15 @@ from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.weights.dtypes import check_weight
 
 from ..shared.compressor_quiet import quiet_import
-from ..shared.folded import check_model, check_plan, check_sizes, lent_weights, planned_layers, refuse_float16
+from ..shared.folded import (
+    check_model,
+    check_plan,
+    check_sizes,
+    lent_weights,
+    planned_layers,
+    refuse_entropy_coded,
+    refuse_float16,
+)
 from .names import check_float
 
 with quiet_import():
@@ -74,6 +82,7 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
     check_plan(plan)
     if algo not in ALGOS:
         raise SettingError(f"algo: {algo!r} is not allowed; {', '.join(ALGOS)}")
+    refuse_entropy_coded(plan, "Neural Compressor's RTN", "inc.RTN_CAPABILITIES")
     require_legal(plan, RTN_CAPABILITIES)
     refuse_float16(plan, "Neural Compressor's RTN", "apply()")
     check_sizes(plan, "Neural Compressor's RTN")

@@ -23,6 +23,7 @@ def int8_or_fp32(plan: Plan, below: int) -> Plan:
             update={
                 "bits": INT8 if max(part.bits for part in layer.all_parts) < below else FP32,
                 "parts": None,
+                "coded_bytes": None,
                 "scheme": Affine(symmetric=True, granularity="per_channel"),
             }
         )

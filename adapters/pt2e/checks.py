@@ -9,13 +9,14 @@ from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
 
-from ..shared.folded import check_folding, check_runnable, refuse_wrong_pairs
+from ..shared.folded import INTEGER_SCHEMES, check_folding, check_runnable, refuse_wrong_pairs
 from .folded import computed_weights, wrong_pairs
 
 CAPABILITIES = Capabilities(
     backend="pt2e",
     bits=tuple(range(1, 9)),
     kinds=("linear", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "embedding"),
+    schemes=INTEGER_SCHEMES,
     parts=True,
     activation_bits=(None, 8),
     # torch.compile's frozen int8 kernels drop the zero points of weights without a word.

@@ -13,7 +13,7 @@ from mpq_plugins.checkpoints.rows import channel_rows
 from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import SourceError
 from mpq_plugins.models.copying import duplicate
-from mpq_plugins.models.folding import fold_batch_norm, unfolded_norms
+from mpq_plugins.models.folding import Folded, unfolded_norms
 from mpq_plugins.models.kinds import channel_axis_of, layer_kind, quantizable_weights
 from mpq_plugins.models.running import evaluating
 from mpq_plugins.models.tracing import BATCH_NORMS, Traced, opened_trace
@@ -139,20 +139,20 @@ def graph_problem(graph: torch.fx.GraphModule, model: nn.Module) -> str | None:
     )
 
 
-def traced_fold(traced: Traced) -> nn.Module:
+def traced_fold(traced: Traced) -> Folded:
     """A copy with BatchNorm folded in as torch.fx sees it; the model itself where it sees nothing."""
     try:
-        return fold_batch_norm(traced)
+        return Folded.of(traced)
     except SourceError:
-        return traced.model
+        return Folded(traced.model, {}, traced)
 
 
-def rounded_fold(traced: Traced, plan: Plan) -> nn.Module:
+def rounded_fold(traced: Traced, plan: Plan) -> Folded:
     """The same with layers at 16 bits in float16, before or after they are folded, as they were measured."""
     if not has_float16(plan):
         return traced_fold(traced)
     folded = traced_fold(rounded_before(traced, plan))
-    round_after(folded, plan)
+    round_after(folded.model, plan)
     return folded
 
 

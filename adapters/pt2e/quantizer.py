@@ -73,9 +73,10 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         super().__init__()
         traced = Traced(model)
         check_traced(plan, traced)
-        self.plan, self.model, self.folded = plan, model, traced_fold(traced)
-        self.integers, self.factors = integers_of(plan, self.folded), dict[str, Tensor]()
-        self.halves = halves_of(plan, rounded_fold(traced, plan)) if has_float16(plan) else {}
+        folded = traced_fold(traced)
+        self.plan, self.model, self.folded = plan, model, folded.model
+        self.integers, self.factors = integers_of(plan, folded), dict[str, Tensor]()
+        self.halves = halves_of(plan, rounded_fold(traced, plan).model) if has_float16(plan) else {}
         if plan.activation_bits is not None:
             for layer in planned_layers(plan):
                 for name in layer.names:

@@ -57,8 +57,9 @@ def verify(
         raise SourceError(f"{type(quantized).__name__}: no GraphModule; give what convert_pt2e made")
     traced = Traced(model)
     check_model(plan, model, traced)
-    folded = rounded_fold(traced, plan)
-    expected, biases = integers_of(plan, folded), biases_of(folded)
+    fold = rounded_fold(traced, plan)
+    folded = fold.model
+    expected, biases = integers_of(plan, fold), biases_of(folded)
     problems: list[str] = []
     checks: dict[str, LayerCheck] = {}
     for node in quantized.graph.nodes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.borrowed import borrowed_in_source
-from mpq_plugins.models.folding import borrowed_weights, conv_bn_pairs, fold_batch_norm, unfolded_norms
+from mpq_plugins.models.folding import Folded, borrowed_weights, conv_bn_pairs, folding_factor, unfolded_norms
 from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import layer_kind, quantizable_weights
 from mpq_plugins.models.tracing import Traced
@@ -22,6 +22,8 @@ from mpq_plugins.simulation.match import match
 from mpq_plugins.simulation.model import float_copy, set_float16
 
 FLOAT = torch.float32
+INTEGER_SCHEMES = ("affine", "entropy_coded")
+"""The schemes whose weights are integers times a scale, which backends of integer weights run."""
 
 
 def check_plan(plan: object) -> None:
@@ -98,6 +100,16 @@ def refuse_float16(plan: Plan, what: str, instead: str) -> None:
         )
 
 
+def refuse_entropy_coded(plan: Plan, what: str, capabilities: str) -> None:
+    """Refuse layers whose steps are the plan's, which a backend's own call knows nothing of. Raises SettingError."""
+    coded = [repr(layer.name) for layer in planned_layers(plan) if layer.scheme.name == "entropy_coded"]
+    if coded:
+        raise SettingError(
+            f"{first_few(coded, ', ')}: entropy-coded, and {what} finds scales of its own. Use apply(), which is "
+            f"exact, or legalise(plan, {capabilities}), which makes them affine"
+        )
+
+
 def lent_weights(traced: Traced) -> set[str]:
     """Names of parameters that are used outside their layer, as torch.fx sees it or as the model's code says."""
     return borrowed_weights(traced) | borrowed_in_source(traced.model)
@@ -123,13 +135,34 @@ def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
         >>> list(fx.folded_integers(mpq.Uniform(bits=4)(mpq.measure(net)), net))
         ['0']
     """
-    return integers_of(plan, fold_batch_norm(model))
+    return integers_of(plan, Folded.of(model))
 
 
-def integers_of(plan: Plan, folded: nn.Module) -> dict[str, IntegerWeight]:
-    """The integers of every planned layer of a model that is folded already."""
-    weights = quantizable_weights(folded)
-    return {layer.name: integer_weight(weights[layer.name], layer) for layer in planned_layers(plan)}
+def integers_of(plan: Plan, folded: Folded) -> dict[str, IntegerWeight]:
+    """The integers of every planned layer of a model that is folded already.
+
+    A step that was planned for the weights as they were before is theirs: codes stay, and scales follow the folding.
+    """
+    weights = quantizable_weights(folded.model)
+    integers = {}
+    for layer in planned_layers(plan):
+        if plan.fold_bn or has_own_scales(layer):
+            integers[layer.name] = integer_weight(weights[layer.name], layer)
+        else:
+            integers[layer.name] = _rescaled(layer, folded)
+    return integers
+
+
+def has_own_scales(layer: LayerChoice) -> bool:
+    """Whether a layer's scales are found from its weights, and not the plan's."""
+    return layer.scheme.scales_per_group > 0
+
+
+def _rescaled(layer: LayerChoice, folded: Folded) -> IntegerWeight:
+    original = folded.traced.model
+    integers = integer_weight(cast(Tensor, original.get_submodule(layer.name).weight), layer)
+    norm = next((folded.pairs[name] for name in layer.names if name in folded.pairs), None)
+    return integers if norm is None else integers.rescaled(folding_factor(original.get_submodule(norm)))
 
 
 def biases_of(model: nn.Module) -> dict[str, Tensor | None]:

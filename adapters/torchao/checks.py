@@ -15,12 +15,13 @@ from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
 
-from ..shared.folded import check_runnable, check_sizes, lent_weights, planned_by_name
+from ..shared.folded import INTEGER_SCHEMES, check_runnable, check_sizes, lent_weights, planned_by_name
 
 CAPABILITIES = Capabilities(
     backend="torchao",
     bits=tuple(range(1, 9)),
     kinds=("linear", "conv1d", "conv2d", "embedding"),
+    schemes=INTEGER_SCHEMES,
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     activation_bits=(None, 8),

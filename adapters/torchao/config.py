@@ -13,7 +13,7 @@ from mpq_plugins.plans.legalise import Capabilities, require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import check_model, check_plan, planned_layers
+from ..shared.folded import check_model, check_plan, planned_layers, refuse_entropy_coded
 
 CONFIG_CAPABILITIES = Capabilities(
     backend="torchao's IntxWeightOnlyConfig",
@@ -52,6 +52,7 @@ def to_config(plan: Plan, model: nn.Module | None = None) -> FqnToConfig:
     check_plan(plan)
     if model is not None:
         check_model(plan, model)
+    refuse_entropy_coded(plan, CONFIG_CAPABILITIES.backend, "CONFIG_CAPABILITIES")
     require_legal(plan, CONFIG_CAPABILITIES)
     configs: OrderedDict[str, IntxWeightOnlyConfig | None] = OrderedDict()
     for layer in planned_layers(plan):

@@ -27,11 +27,12 @@ from .write import write
 LOG = logging.getLogger(__name__)
 
 TRIES = 6
-CLOSE = 0.005  # below what was asked, as a share: near enough
+CLOSE, NEAR = 0.005, 0.01  # below what was asked, as a share: near enough, and so for what takes long
 SLOPE = 0.85  # bits a weight that an octave of the step saves at one or two bits, for the first correction
 FEW_SAMPLES, FEW_COLUMNS = 128, 1 << 13  # that tell what compensated codes take
 SEALING = 2  # writes with the promise in it, which then holds to a byte or two
-ROOM = 0.002  # left below what is asked, for what all samples change
+BEYOND = 0.01  # of what is asked that few samples' codes take more than all samples' do
+INFLATED = 0.35  # octaves that steps are coarser where compensated codes take what the float weights' nearest ones do
 
 
 @public
@@ -115,10 +116,12 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
     if not isinstance(source, nn.Module):
         raise SettingError("batches: a checkpoint's file does not run; give the module itself")
     given = checked_batches(batches)
-    pilot = _Search(source, replace(target, most=target.most * (1 - ROOM)), model, weights, says=False)
+    pilot = _Search(
+        source, replace(target, most=target.most * (1 + BEYOND)), model, weights, says=False, total=2 * TRIES
+    )
     few = list(_few(given))
-    close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress)
-    whole = _Search(source, target, model, weights)
+    close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress, INFLATED)
+    whole = _Search(source, target, model, weights, close=NEAR, before=TRIES, total=2 * TRIES)
     return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed), progress)
 
 
@@ -167,48 +170,55 @@ class _Tried:
 @dataclass(frozen=True)
 class _Search:
     """Looks for the factor of a plan's steps at which its file takes what is asked. says: whether warnings are handed
-    on, those of the try that is taken."""
+    on, those of the try that is taken; close: below the target, as a share, what is near enough; before, total: tries
+    that progress counts before these, and in all."""
 
     source: Any
     target: _Target
     model: nn.Module | None
     weights: str | None
     says: bool = True
+    close: float = CLOSE
+    before: int = 0
+    total: int = TRIES
 
-    def fitted(self, plan: Plan, compensation: _Compensation | None, progress: Progress | None) -> FittedFile:
+    def fitted(
+        self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float = 0.0
+    ) -> FittedFile:
         """The finest steps found whose file is within the target. Raises SettingError where none is."""
         tried: list[_Tried] = []
-        octaves = 0.0
+        best: _Tried | None = None
         for attempt in range(TRIES):
             if progress is not None:
-                progress("fitting steps", attempt, TRIES)
-            tried.append(self._try(plan, octaves, compensation))
-            LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, tried[-1].taken, self.target.most)
-            if self._close(tried[-1]):
+                progress("fitting steps", self.before + attempt, self.total)
+            one = self._try(plan, octaves, compensation)
+            LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, one.taken, self.target.most)
+            if one.taken <= self.target.most and (best is None or one.taken > best.taken):
+                best = one
+            if self._close(one):
                 break
+            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # there is room for two large models
             octaves = self._next(tried)
         if progress is not None:
-            progress("", TRIES, TRIES)
-        within = [one for one in tried if one.taken <= self.target.most]
-        if not within:
+            progress("", self.before + TRIES, self.total)
+        if best is None:
             unit = "bits a weight" if self.target.in_bits else "bytes"
             raise SettingError(
                 f"file: no steps were found that take at most {self.target.most:g} {unit}; the least that was reached "
                 f"is {min(one.taken for one in tried):g}. Ask for a larger file"
             )
-        best = max(within, key=lambda one: one.taken)
-        for one in best.said if self.says else ():
-            warnings.warn(one.message, stacklevel=4)
+        for said in best.said if self.says else ():
+            warnings.warn(said.message, stacklevel=4)
         if self._close(best):
             return best.fitted
         return self._sealed(best.fitted, self._file(best.fitted.model, best.fitted.plan))
 
     def _close(self, one: _Tried) -> bool:
-        return (1 - CLOSE) * self.target.most <= one.taken <= self.target.most
+        return (1 - self.close) * self.target.most <= one.taken <= self.target.most
 
     def _next(self, tried: Sequence[_Tried]) -> float:
         """The next factor: by the slope of the two nearest tries, aimed at the middle of what is near enough."""
-        aim = (1 - CLOSE / 2) * self.target.most
+        aim = (1 - self.close / 2) * self.target.most
         nearest = sorted(tried, key=lambda one: abs(math.log(one.taken / aim)))[:2]
         here = nearest[0]
         slope = -SLOPE / max(here.fitted.file_bits, 0.1)  # of log2(taken), for each octave
@@ -244,7 +254,7 @@ class _Search:
         return FittedFile(found.model, plan, container.size, container.file_bits)
 
     def _near(self, container: Container) -> bool:
-        return (1 - 2 * CLOSE) * self.target.most <= self.target.taken(container) <= self.target.most
+        return (1 - 2 * self.close) * self.target.most <= self.target.taken(container) <= self.target.most
 
     def _file(self, model: Any, plan: Plan) -> Container:
         return written_once(model, plan, self.model, self.weights)

@@ -162,6 +162,15 @@ def folded_weight(conv: nn.Module, norm: nn.Module) -> Tensor:
     return _fold(conv, norm)[0].detach()
 
 
+def folding_factor(norm: nn.Module) -> Tensor:
+    """What folding a BatchNorm multiplies each output channel of the weight before it by, (channels,)."""
+    assert isinstance(norm, BATCH_NORMS)
+    assert norm.running_var is not None
+    with torch.no_grad():
+        inverse = torch.rsqrt(norm.running_var + norm.eps)
+        return inverse if norm.weight is None else norm.weight.detach() * inverse
+
+
 def _is_torchs(model: nn.Module, layer: str) -> bool:
     module = model.get_submodule(layer)
     return type_before_parametrizations(module) is standard_class(module)

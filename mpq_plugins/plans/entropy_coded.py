@@ -9,8 +9,9 @@ from ..common.public import public
 from ..errors import SettingError
 from .scheme import Affine, Granular, Granularity, check_bits
 
+LEAST_STEP = 2.0**-126  # below it float32 has fewer digits, and in the end none
 LARGEST_STEP = 1e30  # so that no code times a step leaves float32
-STEP = f"a number above 0, at most {LARGEST_STEP:g}"
+STEP = f"a number from {LEAST_STEP:.3g} to {LARGEST_STEP:g}"
 OFFSET = "a number from 0.1 to 0.5"
 
 
@@ -46,13 +47,13 @@ class EntropyCoded(Granular):
 
     name: Literal["entropy_coded"] = "entropy_coded"
     step: Annotated[float | None, "distance between levels; plans for a file's size give it"] = None
-    rounding_offset: Annotated[float, "added to |w| / step before truncating; 0.5 rounds to nearest"] = 0.36
+    rounding_offset: Annotated[float, "added to |w| / step before truncating; 0.5 rounds to nearest"] = 0.4
 
     def __post_init__(self) -> None:
         if self.name != "entropy_coded":
             raise SettingError(f"scheme: {self.name!r} is not allowed; entropy_coded")
         if self.step is not None:
-            number("step", self.step, STEP, above=0, most=LARGEST_STEP)
+            number("step", self.step, STEP, least=LEAST_STEP, most=LARGEST_STEP)
         number("rounding_offset", self.rounding_offset, OFFSET, least=0.1, most=0.5)
 
     def __str__(self) -> str:
@@ -62,6 +63,11 @@ class EntropyCoded(Granular):
     def scales_per_group(self) -> int:  # type: ignore[override]
         """How many 32-bit numbers a channel has: none where the plan has the step."""
         return int(self.step is None)
+
+    @property
+    def offset(self) -> float:
+        """What is added to |w| / step before it is truncated: without a step 1/2, which rounds to nearest."""
+        return 0.5 if self.step is None else self.rounding_offset
 
     @property
     def as_affine(self) -> Affine:

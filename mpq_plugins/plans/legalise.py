@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from ..common.public import public
@@ -183,7 +183,8 @@ def _legal(
     in_float = [part.bits in FLOAT_BITS for part in layer.all_parts]
     if all(in_float):
         return layer, []
-    left_in_float = layer.model_copy(update={"bits": 32, "parts": None})
+    # What a plan promises of a layer's coded size is for its own scheme and widths.
+    left_in_float = layer.model_copy(update={"bits": 32, "parts": None, "coded_bytes": None})
     if layer.kind not in able.kinds:
         beside = "" if activation_bits is None else f" beside {activation_bits}-bit activations"
         return left_in_float, [
@@ -226,8 +227,16 @@ def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]
         whys.append(f"{able.backend} has no {scheme.granularity} scales, only {', '.join(able.granularities)}")
         # The nearest there is: coarser than groups, finer than a whole tensor.
         order: tuple[Granularity, ...] = ("per_channel", "per_tensor")
-        scheme = replace(scheme, granularity=next(g for g in order if g in able.granularities), group_size=None)
+        granularity = next(g for g in order if g in able.granularities)
+        scheme = replace(_with_granularity(scheme), granularity=granularity, group_size=None)
     return scheme, whys
+
+
+def _with_granularity(scheme: Scheme) -> Scheme:
+    """The scheme, or the affine one nearest to it where its granularity is no setting."""
+    if "granularity" in {field.name for field in fields(scheme)}:
+        return scheme
+    return scheme.as_affine or Affine(granularity=scheme.granularity, group_size=scheme.group_size)
 
 
 def _legal_width(bits: int, layer: str, able: Capabilities, policy: Policy) -> int:
@@ -255,10 +264,11 @@ def _legal_activation_bits(bits: int | None, able: Capabilities, policy: Policy)
 
 
 def _with(layer: LayerChoice, scheme: Scheme, by_width: dict[int, list[Part]]) -> LayerChoice:
+    update = {"scheme": scheme, "bits": None, "parts": None, "coded_bytes": None}
     if len(by_width) == 1:
-        return layer.model_copy(update={"scheme": scheme, "bits": next(iter(by_width)), "parts": None})
+        return layer.model_copy(update={**update, "bits": next(iter(by_width))})
     parts = tuple(Part(bits=b, channels=joined(part.runs for part in by_width[b])) for b in sorted(by_width))
-    return layer.model_copy(update={"scheme": scheme, "bits": None, "parts": parts})
+    return layer.model_copy(update={**update, "parts": parts})
 
 
 def _choice_text(layer: LayerChoice) -> str:

@@ -11,7 +11,7 @@ from ..plans.entropy_coded import EntropyCoded
 from ..weights.dtypes import check_weight
 from .affine import QuantizedTensor
 from .contract import PartCodes, PartShape
-from .grid import Grids
+from .grid import Grids, affine_grids
 from .row_quantizer import RowQuantizer
 
 
@@ -24,12 +24,12 @@ class EntropyCodedQuantizer(RowQuantizer):
         """Steps, (groups, 1), where the plan has none: the finest whose codes have so many bits."""
         if self.scheme.step is not None:
             return torch.zeros(len(rows), 0)
-        largest = rows.abs().amax(1, keepdim=True)
-        return torch.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0)
+        largest = rows.abs().amax(1, keepdim=True).double().cpu().numpy()
+        return torch.from_numpy(affine_grids(-largest, largest, np.array([bits]), True).scale).to(rows.device)
 
     def encode_rows(self, rows: Tensor, tables: Tensor, bits: int) -> Tensor:
         """Codes in two's complement. Raises SettingError for those that have more bits."""
-        codes: Tensor = codes_of(rows, self._steps(tables), self._offset, bits) & (2**bits - 1)
+        codes: Tensor = codes_of(rows, self._steps(tables), self.scheme.offset, bits) & (2**bits - 1)
         return codes
 
     def decode_rows(self, codes: Tensor, tables: Tensor, bits: int) -> Tensor:
@@ -64,9 +64,18 @@ class EntropyCodedQuantizer(RowQuantizer):
         whole = from_channel_rows(codes, weight.shape, channel_axis)
         return QuantizedTensor(whole, grid, self.scheme.as_affine, channel_axis, weight.dtype)
 
-    @property
-    def _offset(self) -> float:
-        return 0.5 if self.scheme.step is None else self.scheme.rounding_offset
+    def _quantized(self, weight: Tensor, bits: int, channel_axis: int, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, tables and codes; a weight that its dtype rounded from a level keeps that level's code.
+
+        So quantizing twice changes nothing in bfloat16 either, where a level may lie almost half a step off.
+        """
+        rows, tables, symbols = super()._quantized(weight, bits, channel_axis, layer)
+        if weight.dtype == torch.float32 or not rows.numel():
+            return rows, tables, symbols
+        steps = self._steps(tables).to(rows.device)
+        nearest = torch.round(rows / steps).clamp_(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
+        at_level = (nearest * steps).to(weight.dtype).float() == rows
+        return rows, tables, torch.where(at_level, nearest.to(torch.int16) & (2**bits - 1), symbols)
 
     def _steps(self, tables: Tensor) -> Tensor:
         """Steps, float32, broadcastable to rows."""
@@ -92,12 +101,12 @@ def codes_of(rows: Tensor, steps: Tensor, offset: float, bits: int) -> Tensor:
 def check_codes(weights: Tensor, bits: int, scheme: EntropyCoded) -> None:
     """Raise SettingError where the step is so small that these weights' codes have more bits."""
     assert scheme.step is not None
-    largest = float(weights.float().abs().max())
-    least = scheme.finest_step(largest, bits)
-    if np.float32(largest) / np.float32(scheme.step) + scheme.rounding_offset >= 2 ** (bits - 1):
+    largest = weights.float().abs().max()
+    if float(largest / torch.tensor(scheme.step) + scheme.rounding_offset) >= 2 ** (bits - 1):
         most = 2 ** (bits - 1) - 1
+        least = scheme.finest_step(float(largest), bits) * (1 + 5e-6)  # which six digits do not round below it
         raise SettingError(
-            f"step: {scheme.step:.6g} is so small that the weight {largest:.6g} would have a code beyond {bits} bits, "
-            f"which end at {most}; {least:.6g} is the least step for it. Plan for a smaller file, or leave the layer "
-            "out (skip)"
+            f"step: {scheme.step:.6g} is so small that the weight {float(largest):.6g} would have a code beyond {bits} "
+            f"bits, which end at {most}; {least:.6g} is the least step for it. Plan for a smaller file, or leave the "
+            "layer out (skip)"
         )

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..plans.entropy_coded import EntropyCoded
+from ..plans.entropy_coded import LEAST_STEP, EntropyCoded
 from ..plans.stats import Array
 from .contract import Each
 from .entropy_coded import codes_of
@@ -22,7 +22,7 @@ RUNGS = OCTAVE * OCTAVES + 1
 
 def ladder(largest: float, scheme: EntropyCoded) -> Array:
     """Steps, float64 (RUNGS,): from the finest that these weights have, each by an eighth of an octave coarser."""
-    finest = np.float32(scheme.finest_step(largest) or 1.0)
+    finest = np.float32(max(scheme.finest_step(largest), LEAST_STEP) if largest else 1.0)
     steps: Array = np.float64(finest) * 2.0 ** (np.arange(RUNGS) / OCTAVE)
     return steps
 

@@ -177,10 +177,12 @@ class _Cells:
         gap = 2 if bits == 1 else 1  # binary codes are -1 and 1
         position = rows / scale.clamp_min(torch.finfo(torch.float32).smallest_normal) + zero_point
         below = position.floor() if gap == 1 else torch.full_like(position, -1.0)
-        free = (below >= least) & (below + gap <= greatest) & (scale > 0) & (rows.amin(1) < rows.amax(1))[:, None]
-        if bits > 1 and choice.scheme.scales_per_group:  # which is found from the ends again
-            held, codes = group_ends(rows, codes, least, greatest, scheme.symmetric)
-            free &= ~held
+        free = (below >= least) & (below + gap <= greatest) & (scale > 0)
+        if choice.scheme.scales_per_group:  # which are found from the weights again
+            free &= (rows.amin(1) < rows.amax(1))[:, None]
+            if bits > 1:
+                held, codes = group_ends(rows, codes, least, greatest, scheme.symmetric)
+                free &= ~held
         low = torch.where(free, below, codes)
         share = ((position - low) / gap).clamp(0, 1)
         return cls((low - zero_point) * scale, free * (gap * scale), share, codes > low)

@@ -80,6 +80,9 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
     corrects BatchNorm statistics and biases on the way, as `correct` does. Quantizing the copy by the plan leaves
     compensated weights as they are: `apply`, every adapter and the container find them in it.
 
+    Under `EntropyCoded` with steps, codes of layers whose bytes the plan promises (`coded_bytes`) are kept to them, by
+    their entropy: where they would take more, codes are rounded to what costs fewer bits for the least loss.
+
     Layers that cannot be compensated keep their float weights, which the plan rounds to nearest, and a warning lists
     them: layers that compute in their own way or are never called, other dtypes than float32. So do channels whose
     levels quantizing would not find again, as with two-region schemes, which look for their regions anew. Embeddings,

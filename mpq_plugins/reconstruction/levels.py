@@ -76,7 +76,8 @@ def _part_levels(part: WeightPart, choice: LayerChoice) -> tuple[list[Tensor], T
         nearest = grouped(fake_quantize(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name).float())
         largest = rows.abs().argmax(1, keepdim=True)
         ends = torch.full_like(rows, FREE).scatter(1, largest, nearest.gather(1, largest))
-    constant = rows.amin(1, keepdim=True) == rows.amax(1, keepdim=True)
+    by_step = scheme.as_affine is not None and not scheme.scales_per_group  # which need not have a level at a constant
+    constant = (rows.amin(1, keepdim=True) == rows.amax(1, keepdim=True)) & (not by_step)
     has_zero = torch.tensor([bool((level == 0).any()) for level in levels])[:, None]
     ends = torch.where(constant, rows, ends)
     return levels, torch.where((rows == 0) & has_zero & ends.isnan(), 0.0, ends)

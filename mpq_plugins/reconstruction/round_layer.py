@@ -22,12 +22,14 @@ from ..plans.layers import LayerChoice
 from ..simulation.layer import simulate_layer
 from ..simulation.shifts import usual_vectors
 from .adaround import requantized
+from .coded_rounding import CodeGrid, round_coded
 from .columns import Columns
 from .feedback import Factor, compensated, factorise, solve
 from .gram import Gram
 from .levels import Levels
 
 NO_BETTER = "rounding to nearest is better"
+ONLY_NEAREST = "compensated, its codes would take more bytes than the plan promises"
 OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
 FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
 MOVING = 16  # columns for each input, at least, where single weights are moved on them; on tokens they never are
@@ -103,26 +105,35 @@ class LayerRounding:
             gram = Gram(gram.count, gram.h)
         gram.h.div_(gram.count)  # in place: of wide layers each copy takes gigabytes
         gram.g.div_(gram.count)
-        levels = Levels.of(self.weight.cpu(), self.choice)
-        group, held = geometry.matrices(levels.group), geometry.matrices(levels.held)
-        near = geometry.matrices(simulate_layer(self.weight, self.choice))
-        rounded, losses, damping = torch.empty_like(matrices), [0.0, 0.0], 0.0
         tokens = any(geometry.takes_tokens(call.rough) for call in calls)
         moves = gram.count >= MOVING * matrices.shape[2] and not tokens
-        for g in range(geometry.groups):
-            of_group = Levels(levels.values, levels.first, group[g], held[g])
-            one = _Matrix(matrices[g], gram.h[g], gram.g[g] if gram.g.numel() else None)
-            factor = one.factor(self.damping)
-            target = one.target(factor)
-            rounded[g] = compensated(target, one.h, factor, of_group, moves)
-            damping = max(damping, factor.damping)
-            losses = [losses[0] + one.loss(target, near[g]), losses[1] + one.loss(target, rounded[g])]
-        if losses[1] > losses[0]:
+        near = geometry.matrices(simulate_layer(self.weight, self.choice))
+        parts = [
+            _Matrix.of(matrices[g], gram.h[g], gram.g[g] if gram.g.numel() else None, self.damping)
+            for g in range(geometry.groups)
+        ]
+        grid = CodeGrid.of(self.choice)
+        rounded = self._on_levels(geometry, parts, moves) if grid is None else _on_codes(grid, parts, moves)
+        losses = [sum(part.loss(values[g]) for g, part in enumerate(parts)) for values in (near, rounded)]
+        damping = max(part.factor.damping for part in parts)
+        if grid is not None:
+            _check_promise(grid, near, rounded)
+        if losses[1] > losses[0] and (grid is None or _takes_no_more(grid, near, rounded)):
             raise CannotCompensate(NO_BETTER)
         kept, weight, lost = self._settled(geometry.weight(rounded, self.weight.shape))
         how = OWN if not gram.g.numel() else (SUM if any(call.lost is not None for call in calls) else OUTPUT)
         changed = int((near != geometry.matrices(weight)).sum())
         return Rounded(weight, kept, lost, changed, how, gram.count, matrices.shape[2], damping, *losses)
+
+    def _on_levels(self, geometry: Columns, parts: Sequence["_Matrix"], moves: bool) -> Tensor:
+        """The layer's matrices, rounded to the levels of any scheme."""
+        levels = Levels.of(self.weight.cpu(), self.choice)
+        group, held = geometry.matrices(levels.group), geometry.matrices(levels.held)
+        rounded = [
+            compensated(part.target, part.h, part.factor, Levels(levels.values, levels.first, group[g], held[g]), moves)
+            for g, part in enumerate(parts)
+        ]
+        return torch.stack(rounded)
 
     def _gram(self, geometry: Columns, matrices: Tensor, calls: Sequence[Given], generator: torch.Generator) -> Gram:
         """Sums over all calls, a few samples at a time, so that columns fit into memory."""
@@ -181,28 +192,44 @@ def _variation(values: Tensor) -> float:
     return float((values - values.mean(0)).square().sum())
 
 
+def _on_codes(grid: CodeGrid, parts: Sequence["_Matrix"], moves: bool) -> Tensor:
+    """The layer's matrices, rounded to whole-number codes whose bits count."""
+    coded = [grid.matrix(part.weight, part.target, part.h, part.factor) for part in parts]
+    return torch.stack([grid.values(codes) for codes in round_coded(coded, grid, moves)])
+
+
+def _check_promise(grid: CodeGrid, near: Tensor, rounded: Tensor) -> None:
+    """Raise CannotCompensate where it is only to nearest that the layer takes what the plan promises."""
+    if grid.keeps(grid.bits(near)) and not grid.keeps(grid.bits(rounded)):
+        raise CannotCompensate(ONLY_NEAREST)
+
+
+def _takes_no_more(grid: CodeGrid, near: Tensor, rounded: Tensor) -> bool:
+    """Whether rounding to nearest takes what is promised, or without a promise no more than the other does."""
+    bits = grid.bits(near)
+    return grid.keeps(bits) if grid.promised is not None else bits <= grid.bits(rounded)
+
+
 @dataclass(frozen=True)
 class _Matrix:
-    """Weights (rows, d), H float64 (d, d), G float64 (rows, d) or None."""
+    """Weights (rows, d), the target of their rounding, float64, H float64 (d, d), and H damped and factorised."""
 
     weight: Tensor
+    target: Tensor
     h: Tensor
-    g: Tensor | None
+    factor: Factor
 
-    def factor(self, damping: float) -> Factor:
-        """H damped and factorised."""
-        factor = factorise(self.h, damping)
+    @classmethod
+    def of(cls, weight: Tensor, h: Tensor, g: Tensor | None, damping: float) -> "_Matrix":
+        """g: G, float64 (rows, d), or None, where the weights are the target themselves."""
+        factor = factorise(h, damping)
         if factor is None:
             raise CannotCompensate("no damping makes its inputs' second moments invertible")
-        return factor
+        return cls(weight, weight.double() if g is None else weight.double() + solve(factor, g), h, factor)
 
-    def target(self, factor: Factor) -> Tensor:
-        """W*, float64."""
-        return self.weight.double() if self.g is None else self.weight.double() + solve(factor, self.g)
-
-    def loss(self, target: Tensor, rounded: Tensor) -> float:
+    def loss(self, rounded: Tensor) -> float:
         """tr((W* - Q) H (W* - Q)^T)."""
-        lost = target - rounded.double()
+        lost = self.target - rounded.double()
         return float(((lost @ self.h) * lost).sum())
 
 

@@ -39,26 +39,40 @@ def bits_text(layer: LayerChoice | None) -> str:
 
 
 def bits_summary(plan: Plan, size: PlanSize) -> Grid:
-    """How many layers, channels and weights get how many bits; a layer with parts counts at each of its widths."""
-    layers: Counter[int] = Counter()
-    channels: Counter[int] = Counter()
-    weights: Counter[int] = Counter()
+    """How many layers, channels and weights get how many bits; a layer with parts counts at each of its widths.
+
+    Layers whose codes are promised a size in an entropy-coded file stand apart, at the bits that are promised.
+    """
+    layers: Counter[_Width] = Counter()
+    channels: Counter[_Width] = Counter()
+    weights: Counter[_Width] = Counter()
+    coded = [layer for layer in plan.layers if layer.coded_bytes is not None]
     for layer in plan.layers:
         for part in layer.all_parts:
-            layers[part.bits] += 1
-            channels[part.bits] += len(part.channels)
-            weights[part.bits] += len(part.channels) * (layer.numel // max(1, layer.channels))
+            width = (0, "coded") if layer.coded_bytes is not None else (part.bits, width_text(part.bits))
+            layers[width] += 1
+            channels[width] += len(part.channels)
+            weights[width] += len(part.channels) * (layer.numel // max(1, layer.channels))
     rows = [
         (
-            width_text(bits),
-            layers[bits],
-            f"{channels[bits]:,}",
-            f"{weights[bits]:,}",
-            f"{weights[bits] / max(1, size.numel):.1%}",
+            _coded_text(coded) if width[1] == "coded" else width[1],
+            layers[width],
+            f"{channels[width]:,}",
+            f"{weights[width]:,}",
+            f"{weights[width] / max(1, size.numel):.1%}",
         )
-        for bits in sorted(layers)
+        for width in sorted(layers)
     ]
     return grid("", ("bits", "layers", "channels", "weights", "share"), rows)
+
+
+_Width = tuple[int, str]
+"""A width and its text, in which order they are listed."""
+
+
+def _coded_text(layers: Sequence[LayerChoice]) -> str:
+    """`1.25 coded`: what layers are promised, over all of their weights."""
+    return f"{sum(layer.code_bits for layer in layers) / max(1, sum(layer.numel for layer in layers)):.2f} coded"
 
 
 def size_lines(size: PlanSize) -> list[str]:
@@ -180,11 +194,12 @@ def size_json(size: PlanSize) -> dict[str, Any]:
 
 
 def layer_json(layer: LayerChoice | None) -> Any:
-    """A layer's bits (16 and 32 for float16 and float32), or its parts, or null."""
+    """A layer's bits (16 and 32 for float16 and float32), or its parts, or null; with what its codes are promised."""
     if layer is None:
         return None
     dumped = layer.model_dump(mode="json", exclude_none=True)
-    return {"parts": dumped["parts"]} if layer.parts is not None else dumped["bits"]
+    said = [name for name in ("parts", "bits", "coded_bytes") if name in dumped]
+    return dumped["bits"] if said == ["bits"] else {name: dumped[name] for name in said}
 
 
 def _what_else(difference: Difference) -> str:
@@ -196,6 +211,7 @@ def _what_else(difference: Difference) -> str:
         for field in ("kind", "shape", "channel_axis", "scheme", "tied")
         if getattr(before, field) != getattr(after, field)
     ]
-    if bits_text(before) == bits_text(after) and before.parts != after.parts:
-        changed.append("which channels")
+    if bits_text(before) == bits_text(after):
+        changed += ["which channels"] * (before.parts != after.parts)
+        changed += ["coded_bytes"] * (before.coded_bytes != after.coded_bytes)
     return ", ".join(changed)

@@ -16,6 +16,7 @@ from mpq_plugins import (
     Adapter,
     Affine,
     Capabilities,
+    EntropyCoded,
     LayerCheck,
     MismatchError,
     MPQError,
@@ -39,7 +40,7 @@ CODE = Path(halves.__file__).read_text()
 OURS = sorted({entry.name for entry in entry_points(group="mpq_plugins.adapters")})
 BATCHES = list(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(8))
 SYMMETRIC = Affine(granularity="per_channel", symmetric=True)
-SCHEMES = (SYMMETRIC, Affine(), Piecewise(granularity="per_channel"))
+SCHEMES = (SYMMETRIC, Affine(), Piecewise(granularity="per_channel"), EntropyCoded(), EntropyCoded(step=0.06))
 
 
 @pytest.fixture(autouse=True)

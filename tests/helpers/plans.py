@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 from torch import nn
 
-from mpq_plugins import Affine, Codebook, LayerChoice, Part, Piecewise, Plan, SettingError, find_weights
+from mpq_plugins import Affine, Codebook, EntropyCoded, LayerChoice, Part, Piecewise, Plan, SettingError, find_weights
 from mpq_plugins.plans.plan import AllocatorRecord
 from mpq_plugins.plans.scheme import Scheme
 
@@ -18,6 +18,8 @@ SCHEMES: list[Scheme] = [
     Piecewise(granularity="per_group", group_size=2, breakpoint="laplacian_root"),
     Codebook(),
     Codebook(granularity="per_channel", init="linear"),
+    EntropyCoded(),
+    EntropyCoded(step=3.0),
 ]
 
 

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, Piecewise, Plan
+from mpq_plugins import Affine, EntropyCoded, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.legalise import Capabilities, Policy, legalise, require_legal
 from tests.helpers.plans import linear, plan_of, plans
 from tests.helpers.says import names, naming
 
 ANYTHING = Capabilities(
-    backend="anything", bits=tuple(range(1, 9)), kinds=("linear",), schemes=("affine", "piecewise", "codebook"),
+    backend="anything", bits=tuple(range(1, 9)), kinds=("linear",),
+    schemes=("affine", "piecewise", "codebook", "entropy_coded"),
     granularities=("per_tensor", "per_channel", "per_group"), parts=True, float_parts=True, activation_bits=(None, 8),
 )  # fmt: skip
 INT8 = Capabilities(backend="int8", bits=(8,), kinds=("linear",), granularities=("per_channel",), activation_bits=(8,))
@@ -74,6 +75,55 @@ def test_two_regions_become_an_ordinary_quantizer_of_the_same_size() -> None:
     assert [layer.bits for layer in legal.layers] == [4, 3]
     assert legal.size().weights_only_bits == plan.size().weights_only_bits
     assert all("x has no piecewise scheme" in change.why for change in changes)
+
+
+CODED = EntropyCoded(step=0.25)
+BY_STEP = plan_of(linear("fc", 4, 8, CODED, 8).model_copy(update={"coded_bytes": 5}))
+
+
+@pytest.mark.parametrize(
+    ("able", "expected", "whys"),
+    [
+        ({}, Affine(symmetric=True), ["no entropy_coded scheme", "no per_channel scales"]),
+        ({"granularities": ("per_channel",)}, Affine(symmetric=True, granularity="per_channel"), ["no entropy_coded"]),
+        ({"schemes": ("affine", "entropy_coded")}, Affine(symmetric=True), ["no per_channel scales, only per_tensor"]),
+        ({"symmetric": (False,)}, Affine(), ["no entropy_coded", "only asymmetric scales", "no per_channel scales"]),
+    ],
+    ids=repr,
+)
+def test_a_step_becomes_the_backends_own_scales_and_its_promise_is_gone(
+    able: dict[str, Any], expected: Affine, whys: list[str]
+) -> None:
+    settings = {"backend": "x", "bits": (8,), "kinds": ("linear",), "granularities": ("per_tensor",)} | able
+    legal, (change,) = legalise(BY_STEP, Capabilities(**settings))
+    (layer,) = legal.layers
+    assert (layer.scheme, layer.bits, layer.coded_bytes) == (expected, 8, None)
+    assert (change.before, change.after) == ("1.25 coded bits, entropy-coded, step 0.25", f"8 bits, {expected}")
+    assert [why in change.why for why in whys] == [True] * len(whys)
+    scales = 4 if expected.granularity == "per_channel" else 1
+    assert change.cost == 32 * 8 - 5 * 8 + scales * (32 + 8 * (not expected.symmetric))
+
+
+@pytest.mark.parametrize(
+    ("able", "bits"),
+    [({"kinds": ("conv2d",)}, 32), ({"bits": (4,)}, 4)],
+)
+def test_no_promise_is_kept_at_another_width(able: dict[str, Any], bits: int) -> None:
+    settings = {"backend": "x", "bits": (8,), "kinds": ("linear",), "schemes": ("entropy_coded",)} | able
+    legal, (change,) = legalise(BY_STEP, Capabilities(**settings), "nearest")
+    assert (legal.layers[0].bits, legal.layers[0].coded_bytes) == (bits, None)
+    assert change.cost == 32 * bits - 5 * 8
+
+
+def test_a_backend_that_has_the_scheme_keeps_all_of_it() -> None:
+    able = Capabilities(backend="x", bits=(8,), kinds=("linear",), schemes=("affine", "entropy_coded"))
+    assert legalise(BY_STEP, able, "error") == (BY_STEP, ())
+    with pytest.raises(
+        SettingError,
+        match=r"x cannot run .*'fc': 1\.25 coded bits, entropy-coded, step 0\.25, but x has no entropy_coded scheme\. "
+        r"Use legalise\(plan, \.\.\.\) first",
+    ):
+        require_legal(BY_STEP, Capabilities(backend="x", bits=(8,), kinds=("linear",)))
 
 
 def test_eight_bits_with_a_region_bit_stay_eight_for_nothing_is_wider() -> None:

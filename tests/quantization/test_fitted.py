@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpq_plugins import Affine, Piecewise
+from mpq_plugins import Affine, EntropyCoded, Piecewise
 from mpq_plugins.errors import SettingError
 from mpq_plugins.quantization.affine import quantize
 from mpq_plugins.quantization.fitted import check_fits, fitted
@@ -179,7 +179,7 @@ def test_the_extremes_of_fitted_weights_are_the_range_again() -> None:
     "scheme",
     [
         Affine(), Affine(granularity="per_group", group_size=2), Affine(granularity="per_channel", range="mse"),
-        Piecewise(granularity="per_channel"),
+        Piecewise(granularity="per_channel"), EntropyCoded(step=0.1),
     ],
     ids=str,
 )  # fmt: skip

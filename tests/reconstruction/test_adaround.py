@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, LayerChoice, Part, Piecewise, SettingError
+from mpq_plugins import Affine, EntropyCoded, LayerChoice, Part, Piecewise, SettingError
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.reconstruction.adaround import Rounding, beta_at, settled, soft_weights, undecided
 from mpq_plugins.simulation.integers import integer_weight
 from mpq_plugins.simulation.layer import simulate_layer
@@ -20,13 +21,20 @@ SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) fo
 @st.composite
 def roundings(draw: st.DrawFn) -> tuple[torch.Tensor, LayerChoice, Rounding]:
     """A layer of any affine plan, parts included, with every rounding decided at random."""
-    scheme, widths = draw(st.sampled_from(SCHEMES)), draw(st.lists(st.integers(1, 8), min_size=1, max_size=7))
+    every: list[Scheme] = [*SCHEMES, EntropyCoded(), EntropyCoded(step=1.0)]
+    scheme = draw(st.sampled_from(every))
+    coded = isinstance(scheme, EntropyCoded)
+    widths = draw(st.lists(st.integers(2 if coded else 1, 8), min_size=1, max_size=7))
     columns = draw(st.sampled_from([2, 6, 24]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     weight = torch.randn(len(widths), columns, generator=generator) * draw(st.sampled_from([1e-3, 1.0, 50.0]))
     weight += draw(st.sampled_from([0.0, 0.0, 2.0, -30.0]))
     if draw(st.booleans()):
         weight[0] = draw(st.sampled_from([0.0, 1.5, -2.5]))  # a constant channel
+    if isinstance(scheme, EntropyCoded) and scheme.step is not None:
+        finest = scheme.finest_step(float(weight.abs().max()), min(widths))
+        offset = draw(st.sampled_from([0.1, 0.36, 0.5]))
+        scheme = EntropyCoded(step=max(finest, 1e-6) * draw(st.sampled_from([1.3, 5.0])), rounding_offset=offset)
     groups = {b: tuple(i for i, w in enumerate(widths) if w == b) for b in set(widths)}
     choice = linear("fc", len(widths), columns, scheme, groups if len(groups) > 1 else widths[0])
     rounding = Rounding.of(weight, choice)
@@ -83,6 +91,38 @@ def test_it_begins_at_the_float_weight(scheme: Affine, bits: int, seed: int) -> 
     share = h["w"].detach()
     ties = (share - 0.5).abs() < 1e-4
     assert rounding.rounded()[~ties].equal(rounding.to_nearest()[~ties])
+
+
+def test_a_plans_step_holds_nothing_and_leaves_neighbours_free() -> None:
+    """Not the largest weight, nor a constant or single one: the step is found in the plan, and not in the weights."""
+    weight = torch.tensor([[0.26, 0.26, 0.26], [-1.27, 1.21, 0.0], [0.0, 0.0, 0.05]])
+    choice = linear("fc", 3, 3, EntropyCoded(step=0.01, rounding_offset=0.36), 8)
+    for scheme_weight in (weight, weight[:, :1]):
+        own = choice if scheme_weight is weight else linear("fc", 3, 1, choice.scheme, 8)
+        rounding = Rounding.of(scheme_weight, own)
+        # -127 is the last code below, and float32 has 0.26 / 0.01 and its like a little off a whole number or on it.
+        assert (rounding.step > 0).all()
+        assert torch.allclose(rounding.step, torch.full_like(scheme_weight, 0.01))
+        assert torch.allclose(rounding.to_nearest(), simulate_layer(scheme_weight, own))
+    top = Rounding.of(torch.tensor([[1.2731, 0.003]]), linear("fc", 1, 2, choice.scheme, 8))
+    assert top.step.bool().tolist() == [[False, True]]  # there is no level above 127
+    assert top.rounded()[0, 0] == pytest.approx(1.27)
+
+
+def test_learned_codes_of_a_step_are_found_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for offset in (0.1, 0.36, 0.5):
+        weight = torch.randn(16, 40, generator=generator)
+        choice = linear("fc", 16, 40, EntropyCoded(step=0.04, rounding_offset=offset), 8)
+        rounding = Rounding.of(weight, choice)
+        with torch.no_grad():
+            rounding.v.copy_(torch.randn(weight.shape, generator=generator) * 5)
+        learned = torch.where(rounding.step > 0, rounding.rounded(), rounding.low)
+        codes = (learned / 0.04).round().to(torch.int8)
+        assert integer_weight(learned, choice).codes.equal(codes)
+        found = settled(learned, choice)
+        assert simulate_layer(found, choice).equal(found)
+        assert rounding.changed() > 100
 
 
 def test_the_formulas_are_the_papers() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from mpq_plugins import (
     Affine,
     Codebook,
+    EntropyCoded,
     LayerTable,
     Part,
     Piecewise,
@@ -64,6 +65,8 @@ def allowed(scheme: Scheme, bits: int) -> int:
         return [2, 4, 8, 256][[1, 2, 3, 8].index(bits)] - (scheme.symmetric and bits > 1)
     if isinstance(scheme, Codebook):
         return int(2**bits)
+    if isinstance(scheme, EntropyCoded):
+        return {2: 3, 3: 7, 8: 255}[bits]
     assert isinstance(scheme, Piecewise)
     return {2: 5, 3: 13, 8: 509}[bits] if scheme.storage == "region_bit" else {2: 4, 3: 8, 8: 256}[bits]
 

@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import mpq_plugins as mpq
-from mpq_plugins import Affine, BlockReport, MismatchError, Piecewise, SettingError, SourceError, WeightError
+from mpq_plugins import (
+    Affine,
+    BlockReport,
+    EntropyCoded,
+    MismatchError,
+    Piecewise,
+    SettingError,
+    SourceError,
+    WeightError,
+)
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
-from tests.helpers.plans import with_layer
+from tests.helpers.plans import fits, with_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,13 +84,16 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 SCHEMES: list[Scheme] = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True)
                          for g in ("per_tensor", "per_channel") for r in ("minmax", "mse")]  # fmt: skip
+CODED: list[Scheme] = [EntropyCoded(), EntropyCoded(step=0.35), EntropyCoded(step=0.3, rounding_offset=0.5)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 5])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, *CODED], ids=str)
 def test_the_plan_finds_the_learned_codes_in_the_result(scheme: Scheme, bits: int) -> None:
     net = conv_net()
+    if not fits(net, scheme, bits):
+        return
     plan = plan_of(net, bits, scheme)
     before = copy.deepcopy(net.state_dict())
     learned = learn(net, plan, inputs(size=8), steps=6)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, LayerChoice, Part, Piecewise
+from mpq_plugins import Affine, EntropyCoded, LayerChoice, Part, Piecewise
 from mpq_plugins.errors import SettingError
 from mpq_plugins.simulation.integers import integer_weight
 from mpq_plugins.simulation.layer import simulate_layer
@@ -44,6 +44,8 @@ def test_channels_lie_on_any_axis() -> None:
     choice = LayerChoice(name="up", kind="conv_transpose2d", shape=(4, 3, 2, 2), channel_axis=1, numel=48, parts=parts,
                          scheme=Affine(granularity="per_channel"))  # fmt: skip
     assert integer_weight(weight, choice).dequantized().equal(simulate_layer(weight, choice))
+    by_step = choice.model_copy(update={"scheme": EntropyCoded(step=2.0)})
+    assert integer_weight(weight, by_step).dequantized().equal(simulate_layer(weight, by_step))
 
 
 @pytest.mark.parametrize(
