@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
+from ..plans.plan import Plan
 from ..plans.stats import CodedCurve, LayerStats
+from ..plans.steps import steps_of
 from ..plans.table import LayerTable
-from .objective import check, layer_curve
+from .objective import check, layer_curve, predicted
 
 Array = NDArray[np.float64]
 
@@ -73,8 +75,23 @@ def steps_for_size(table: LayerTable, sensitivity: str, file_size: int) -> Steps
     return _solved(table, sensitivity, file_size - beside)
 
 
+def predicted_cost(table: LayerTable, plan: Plan, sensitivity: str) -> float | None:
+    """The predicted cost of a plan, of steps too; None where the table cannot tell.
+
+    Of steps it can where it has ladders, and where all layers have one.
+    """
+    steps = steps_of(plan)
+    if not steps:
+        return predicted(table, plan, sensitivity)
+    if steps.keys() != {layer.name for layer in table.layers} or len(steps) != len(plan.layers):
+        return None
+    if any(layer.coded is None for layer in table.layers):
+        return None
+    return _cost(_curves(table), _weights(table, sensitivity), steps)
+
+
 def _solved(table: LayerTable, sensitivity: str, most: float) -> Steps:
-    curves = {layer.name: _curve(layer) for layer in table.layers}
+    curves = _curves(table)
     weights = _weights(table, sensitivity)
     relative = {name: 1 / math.sqrt(weight) for name, weight in weights.items()}
 
@@ -100,12 +117,11 @@ def _solved(table: LayerTable, sensitivity: str, most: float) -> Steps:
             f"file_bits, file_size: with every code at 0 the layers take {total:,} bytes; {int(most):,} are left for "
             "them. Ask for a larger file"
         )
-    cost = sum(weights[name] * _at(curve, curve.squared_error, steps[name]) for name, curve in curves.items())
     beside = _header_bytes(table)
     numel = max(1, sum(layer.numel for layer in table.layers))
     return Steps(
         steps, taken, None if table.rest_bytes is None else total + beside + table.rest_bytes,
-        8 * (total + beside) / numel, cost,
+        8 * (total + beside) / numel, _cost(curves, weights, steps),
         tuple(name for name, curve in curves.items() if steps[name] <= curve.steps[0] and curve.bits[0] > 0),
     )  # fmt: skip
 
@@ -134,6 +150,14 @@ def _weights(table: LayerTable, sensitivity: str) -> dict[str, float]:
         found[layer.name] = float(np.exp(np.mean(np.log(costs[known] / lost[known])))) if known.any() else 0.0
     least = min((weight for weight in found.values() if weight > 0), default=1.0)
     return {name: weight or least for name, weight in found.items()}  # what costs nothing is as coarse as any
+
+
+def _cost(curves: Mapping[str, CodedCurve], weights: Mapping[str, float], steps: Mapping[str, float]) -> float:
+    return sum(weights[name] * _at(curve, curve.squared_error, steps[name]) for name, curve in curves.items())
+
+
+def _curves(table: LayerTable) -> dict[str, CodedCurve]:
+    return {layer.name: _curve(layer) for layer in table.layers}
 
 
 def _curve(layer: LayerStats) -> CodedCurve:

@@ -1,18 +1,23 @@
 """--file-bits and --file-size: what a container may take, and the plan that meets it."""
 
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import SettingError
+from ..reconstruction.rounding import COMPENSATED
 from ..report.progress import progress_bar
 from .fitting import Fitting
+from .request import Request
 from .sources import Source
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
 
     from ..plans.plan import Plan
+    from ..plans.table import LayerTable
 
 OPTIONS = (
     click.option(
@@ -47,6 +52,40 @@ def planned_for_file(
         ))  # fmt: skip
 
 
+def check_written(evaluation: str | None, fitting: Fitting) -> None:
+    """Refuse, before the work, files of models that are not evaluated, and roundings that files cannot be fitted to."""
+    if evaluation is None:
+        raise SettingError(
+            "file-bits: files are written of models that are evaluated; add --eval package.module:function"
+        )
+    _check_compensated(fitting)
+
+
+def table_of_steps(
+    source: Source, table: "LayerTable", model: "nn.Module", request: Request, sensitivity: str
+) -> "LayerTable":
+    """The layers of a table measured under the entropy-coded scheme, of what the table is of. Raises SettingError.
+
+    model: what is measured where the source is a table itself.
+    """
+    from ..allocation.budget import Budget
+    from ..allocation.objective import parts_of
+    from ..plans.stats import METRICS
+    from .measuring import measure_now
+
+    beyond = [name for name in parts_of(sensitivity) if name not in METRICS]
+    if beyond:
+        raise SettingError(
+            f"sensitivity: {beyond[0]!r} is not measured for entropy-coded steps here; leave out --file-bits, or plan "
+            f"by an error: {', '.join(METRICS)}"
+        )
+    needs = Budget(file_bits=1, sensitivity=sensitivity).needs
+    if source.is_table:
+        same = tuple(f"re:{re.escape(layer.name)}" for layer in table.layers)
+        return measure_now(Source(source.text, "module", model), needs, Request(only=same))
+    return measure_now(source, needs, replace(request, scheme_name=None, scheme_fields=()))
+
+
 def fitted_to_file(
     source: Source, plan: "Plan", fitting: Fitting, weights: str | None, model: "nn.Module | None"
 ) -> "tuple[Any, Plan]":
@@ -57,14 +96,17 @@ def fitted_to_file(
     from ..compression.fit import fit_file
 
     batches = inputs(source, fitting)
-    if batches is not None and fitting.rounding != "compensated":
-        raise SettingError(
-            f"rounding: {fitting.rounding!r} is not allowed for a file's bytes; with inputs it is compensated. Leave "
-            "--rounding out"
-        )
+    _check_compensated(fitting)
     with progress_bar("fitting") as progress:
         fitted = fit_file(source.weights, plan, batches, progress=progress, weights=weights, model=model)
     return fitted.model, fitted.plan
+
+
+def _check_compensated(fitting: Fitting) -> None:
+    from ..evaluation.scored import not_compensated
+
+    if fitting.calibrated and fitting.rounding != COMPENSATED:
+        raise not_compensated(fitting.rounding)
 
 
 def inputs(source: Source, fitting: Fitting) -> list[Any] | None:

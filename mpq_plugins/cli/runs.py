@@ -187,10 +187,13 @@ def resumable(
     evaluate: Callable[..., Any] | None,
     calibrate: "Sequence[Any] | None",
     rounding: Rounding,
+    written: bool = False,
 ) -> "Iterator[Store | None]":
     """Give the store of a sweep with evaluations and an output; what takes no time needs none.
 
     Interrupted, rows and measurement stay for the next run, if there are rows; otherwise nothing stays behind.
+
+    written: whether each model is written to a file too.
     """
     if model is None or files.store is None:
         if model is not None:
@@ -203,7 +206,7 @@ def resumable(
     from ..evaluation.sweep import JOB
 
     with Store(files.store) as store:
-        rows = store.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding))
+        rows = store.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding, written))
         if len(rows):
             say(f"going on: rows already in {store.path}: {len(rows)}")
         with _measurement_until_the_end(files, store):

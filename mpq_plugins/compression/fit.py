@@ -211,7 +211,7 @@ class _Search:
             warnings.warn(said.message, stacklevel=4)
         if self._close(best):
             return best.fitted
-        return self._sealed(best.fitted, self._written(best.fitted.model, best.fitted.plan))
+        return self._sealed(best.fitted, self._file(best.fitted.model, best.fitted.plan))
 
     def _close(self, one: _Tried) -> bool:
         return (1 - self.close) * self.target.most <= one.taken <= self.target.most
@@ -238,7 +238,7 @@ class _Search:
                 model = compensate(
                     self.source, free, compensation.batches, columns=compensation.columns, seed=compensation.seed
                 )
-        container = self._written(model, scaled)
+        container = self._file(model, scaled)
         found = FittedFile(model, scaled, container.size, container.file_bits)
         if self._near(container):
             found = self._sealed(found, container)
@@ -250,19 +250,25 @@ class _Search:
         plan = found.plan
         for _ in range(SEALING):
             plan = with_promise(plan, container)
-            container = self._written(found.model, plan)
+            container = self._file(found.model, plan)
         return FittedFile(found.model, plan, container.size, container.file_bits)
 
     def _near(self, container: Container) -> bool:
         return (1 - 2 * self.close) * self.target.most <= self.target.taken(container) <= self.target.most
 
-    def _written(self, model: Any, plan: Plan) -> Container:
-        """The container, whose file is gone again."""
-        with tempfile.TemporaryDirectory() as folder:
-            return write(
-                model, plan, Path(folder) / "fitted.mpq", prune=None, coding="smallest", progress=None,
-                model=self.model, weights=self.weights,
-            )  # fmt: skip
+    def _file(self, model: Any, plan: Plan) -> Container:
+        return written_once(model, plan, self.model, self.weights)
+
+
+def written_once(
+    source: nn.Module | str | Path, plan: Plan, model: nn.Module | None = None, weights: str | None = None
+) -> Container:
+    """The container of a source under a plan, whose file is gone again: it says what it took. Raises as `compress`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write(
+            source, plan, Path(folder) / "once.mpq", prune=None, coding="smallest", progress=None, model=model,
+            weights=weights,
+        )  # fmt: skip
 
 
 def with_promise(plan: Plan, container: Container) -> Plan:

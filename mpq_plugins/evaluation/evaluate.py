@@ -14,8 +14,8 @@ from ..common.store import Store, opened
 from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
-from ..reconstruction.rounding import NEAREST, Rounding, checked_rounding
-from .scored import FLOAT, Scored, evaluation_facts
+from ..reconstruction.rounding import NEAREST, Rounding
+from .scored import FLOAT, Scored, check_rounding, evaluation_facts
 from .scores import Evaluate, Scores, check_same_names, checked_scores
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class EvaluatedPlan:
     Attributes:
         name: What the plan is called; `float` for the model itself.
         rounding: `nearest`, `nearest, corrected`, `compensated` or `learned`; empty for the float model.
-        size: The plan's size; None for the float model.
+        size: The plan's size, with the steps that were fitted where it is for a file's bytes; None for the float model.
         scores: What the evaluation returned, by name.
         seconds: How long the evaluation took.
     """
@@ -91,7 +91,7 @@ def evaluate(
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
-    checked_rounding(rounding, calibrated=calibrate is not None)
+    check_rounding(plans.values(), rounding, calibrated=calibrate is not None)
     timed = _timed(score)
     with opened(store) as kept:
         plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score))
@@ -125,11 +125,12 @@ def _rows(plans: Mapping[str, Plan], runs: Sequence[Scored], progress: Progress 
     for done, (name, plan, run) in enumerate(tries):
         if progress is not None:
             progress(name if plan is None else f"{name}, {run.label}", done, len(tries))
-        scores = dict(run(plan))
+        tried = run(plan)
+        scores = dict(tried.scores)
         seconds = scores.pop(SECONDS)
         first = first or scores
         check_same_names(first, scores)
-        label, size = ("", None) if plan is None else (run.label, plan.size())
+        label, size = ("", None) if tried.plan is None else (run.label, tried.plan.size())
         yield EvaluatedPlan(name, label, size, scores, seconds)
     if progress is not None:
         progress("", len(tries), len(tries))

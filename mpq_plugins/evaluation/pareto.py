@@ -16,7 +16,7 @@ from ..errors import PlanWarning, SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
 
-PER_CHANNEL, PER_LAYER = "budget per channel", "budget per layer"
+PER_CHANNEL, PER_LAYER, CODED = "budget per channel", "budget per layer", "entropy coded"
 
 
 @public
@@ -34,24 +34,34 @@ class LabelledPlan:
 
 
 def pareto(
-    table: LayerTable, budgets: Sequence[float], sensitivity: str = "mse", bits: Sequence[int] | None = None
+    table: LayerTable,
+    budgets: Sequence[float],
+    sensitivity: str = "mse",
+    bits: Sequence[int] | None = None,
+    *,
+    coded: LayerTable | None = None,
+    file_bits: Sequence[float] = (),
 ) -> tuple[LabelledPlan, ...]:
     """Make plans of at most these average bits: Budget per channel and per layer, MixQuant, PTILMPQ, SQNR.
 
     Uniform plans of all the table's widths are beside them. An allocator that has no plan as small as a budget has no
-    row there.
+    row there. Plans of entropy-coded steps are made for bytes of a file, and the others for bits a weight: set them
+    side by side by what the files take, with `sweep(files=True)`.
 
     Args:
         table: The measured layers, which have errors per channel unless the scheme is per_tensor.
         budgets: Average bits a weight, codes alone.
         sensitivity: What Budget keeps low, an error or sensitivity of the table.
         bits: Candidate widths, the table's by default.
+        coded: The same layers measured under `EntropyCoded`, for plans of steps.
+        file_bits: Bits a weight in the file, for each of which there is such a plan (`Budget(file_bits=...)`).
 
     Returns:
-        The plans with the names of their series: uniform ones first, then budget by budget.
+        The plans with the names of their series: uniform ones first, then budget by budget, entropy coded ones last.
 
     Raises:
-        SettingError: There are no budgets, one is below the least width, or the table lacks what Budget needs.
+        SettingError: There are no budgets, one is below the least width, the table lacks what Budget needs, or only one
+            of `coded` and `file_bits` is given.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -59,9 +69,12 @@ def pareto(
         >>> [row.series for row in mpq.pareto(table, [3])]
         ['uniform', 'uniform', 'uniform', 'budget per layer', 'mixquant', 'ptilmpq', 'sqnr']
     """
+    if (coded is None) != (not len(file_bits)):
+        raise SettingError("file_bits and coded belong together: bits a weight, and a table under EntropyCoded()")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)  # the comparison is what this is for
-        return tuple(_plans_by_size(table, budgets, sensitivity, tuple(sorted(bits or table.bits))))
+        by_size = _plans_by_size(table, budgets, sensitivity, tuple(sorted(bits or table.bits)))
+        return (*by_size, *(_plans_by_file(coded, file_bits, sensitivity) if coded is not None else ()))
 
 
 def _plans_by_size(
@@ -84,6 +97,11 @@ def _plans_by_size(
         ):
             if plan is not None:
                 yield LabelledPlan(series, plan)
+
+
+def _plans_by_file(table: LayerTable, file_bits: Sequence[float], sensitivity: str) -> Iterator[LabelledPlan]:
+    for asked in sorted(set(file_bits)):
+        yield LabelledPlan(CODED, Budget(file_bits=asked, sensitivity=sensitivity)(table))
 
 
 def mixquant_at(table: LayerTable, average: float, widths: Sequence[int]) -> Plan | None:

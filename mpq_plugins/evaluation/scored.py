@@ -2,16 +2,19 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..common.deferred import Deferred
 from ..common.store import Finished
+from ..errors import SettingError
 from ..models.copying import duplicate
 from ..plans.plan import Plan
-from ..reconstruction.rounding import Rounding, checked_rounding, rounding_label
-from .scores import Evaluate, Scores, checked_scores
+from ..plans.steps import made_for_file
+from ..reconstruction.rounding import COMPENSATED, Rounding, checked_rounding, rounding_label
+from .scores import Evaluate, checked_scores
+from .tried import FileTaken, Tried, keep, kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,13 +28,17 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a plan, or of the float model, from the store or from an evaluation."""
+    """What comes of a plan, or of the float model, from the store or from an evaluation.
+
+    files: whether each quantized model is written to a container too, to see what that takes.
+    """
 
     model: "nn.Module | None"
     evaluate: Evaluate | None
     calibrate: "Sequence[Any] | None"
     finished: Finished | None
     rounding: Rounding | None = None
+    files: bool = False
 
     @property
     def label(self) -> str:
@@ -45,32 +52,82 @@ class Scored:
         """Whether there is a model to evaluate."""
         return self.model is not None and self.evaluate is not None
 
-    def __call__(self, plan: Plan | None) -> Scores:
+    def __call__(self, plan: Plan | None) -> Tried:
         """Evaluate a copy of the model under the plan, or in float for None."""
         if self.model is None or self.evaluate is None:
-            return {}
+            return Tried({}, plan)
         key = FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
-        known = self.finished.row(key) if self.finished is not None else None
+        known = kept(self.finished, key, plan) if self.finished is not None else None
         if known is not None:
             return known
         # A copy for the float model too: an evaluation may leave its mark on what it is given.
-        given = duplicate(self.model) if plan is None else self._quantized(plan)
+        made = _Quantized(duplicate(self.model), None, None) if plan is None else self._quantized(plan)
         what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
-        scores = checked_scores(self.evaluate, given, what)
-        LOG.info("%s: %s", what, scores)
+        tried = Tried(checked_scores(self.evaluate, made.model, what), made.plan, made.file)
+        LOG.info("%s: %s", what, tried.scores)
         if self.finished is not None:
-            self.finished.add_row(key, scores)
-        return scores
+            keep(self.finished, key, tried, plan)
+        return tried
 
-    def _quantized(self, plan: Plan) -> "nn.Module":
-        """The model under the plan, verified."""
+    def _quantized(self, plan: Plan) -> "_Quantized":
+        """The model under the plan, verified, and what its file takes."""
         from ..reconstruction.apply import apply
         from ..simulation.verify import verify
 
-        assert self.model is not None
-        quantized = apply(self.model, plan, calibrate=self.calibrate, rounding=self.rounding)
+        rounded = self._rounded(plan)
+        plan, file = rounded.plan or plan, rounded.file
+        if self.files and file is None:
+            from ..compression.fit import written_once
+
+            container = written_once(rounded.model, plan)
+            file = FileTaken(container.size, container.file_bits)
+        quantized = apply(rounded.model, plan)
         verify(quantized, plan)
-        return quantized
+        return _Quantized(quantized, plan, file)
+
+    def _rounded(self, plan: Plan) -> "_Quantized":
+        """The model that the plan quantizes: a float copy that is rounded on the inputs, or without any itself.
+
+        Steps are fitted to the file they were made for, where inputs move the weights or where files are compared.
+        """
+        assert self.model is not None
+        if made_for_file(plan) and (self.files or self.calibrate is not None):
+            from ..compression.fit import fit_file
+
+            fitted = fit_file(self.model, plan, self.calibrate)
+            return _Quantized(fitted.model, fitted.plan, FileTaken(fitted.file_bytes, fitted.file_bits))
+        if self.calibrate is None:
+            return _Quantized(self.model, plan, None)
+        from ..reconstruction.apply import round_weights
+
+        rounding = checked_rounding(self.rounding, calibrated=True)
+        return _Quantized(round_weights(self.model, plan, self.calibrate, rounding), plan, None)
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A model, the plan it holds, and what its file takes where that is known."""
+
+    model: "nn.Module"
+    plan: Plan | None
+    file: FileTaken | None
+
+
+def check_rounding(plans: Iterable[Plan], rounding: Rounding | None, *, calibrated: bool) -> None:
+    """Raise SettingError for a rounding that is no such word, or that a plan cannot have.
+
+    On inputs, plans for a file's bytes are compensated: what codes take depends on how they are rounded.
+    """
+    rounding = checked_rounding(rounding, calibrated=calibrated)
+    if calibrated and rounding != COMPENSATED and any(map(made_for_file, plans)):
+        raise not_compensated(rounding)
+
+
+def not_compensated(rounding: str) -> SettingError:
+    """What to say of another rounding on inputs for a file's bytes."""
+    return SettingError(
+        f"rounding: {rounding!r} is not allowed for a file's bytes; with inputs it is compensated. Leave it out"
+    )
 
 
 def evaluation_facts(
@@ -78,8 +135,12 @@ def evaluation_facts(
     evaluate: Evaluate | None,
     calibrate: "Sequence[Any] | None" = None,
     rounding: Rounding | None = None,
+    files: bool = False,
 ) -> dict[str, str]:
-    """Say what decides the scores of a plan: the model, the function's code, the rounding and what it is fitted on."""
+    """Say what decides what is kept of a plan: the model, the function's code, the rounding and what it is fitted on.
+
+    files: whether what its file takes is kept too.
+    """
     from ..models.fingerprint import batches_digest, model_digest, source_digest
 
     code = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
@@ -87,6 +148,7 @@ def evaluation_facts(
         "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(code)}",
         "calibration": "" if calibrate is None else batches_digest(calibrate),
         "rounding": checked_rounding(rounding, calibrated=calibrate is not None),
+        **({"files": "written"} if files else {}),
     }  # fmt: skip
 
 

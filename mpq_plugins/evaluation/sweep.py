@@ -3,13 +3,13 @@
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..allocation.file_steps import predicted_cost
 from ..allocation.guard import judge_of
-from ..allocation.objective import predicted
 from ..common.deferred import Deferred
 from ..common.progress import Progress
 from ..common.public import public
@@ -17,9 +17,10 @@ from ..common.store import Store, opened
 from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
-from ..reconstruction.rounding import Rounding, checked_rounding
-from .scored import FLOAT, Scored, evaluation_facts
+from ..reconstruction.rounding import Rounding
+from .scored import FLOAT, Scored, check_rounding, evaluation_facts
 from .scores import Evaluate, Scores, check_same_names
+from .tried import Tried
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +52,9 @@ class SweepRow:
         found: What the allocator found beside the plan.
         rounding: Of the model that was evaluated: `nearest`, `nearest, corrected`, `compensated` or `learned`. Empty
             for the float model, and where nothing was.
+        file_bytes: Bytes of the container of the model that was evaluated, all of it; None where none was written. Of
+            the float model, its bytes as they are stored, 4 for each planned weight.
+        file_bits: The same less other tensors, in bits for each planned weight.
     """
 
     allocator: str
@@ -65,6 +69,8 @@ class SweepRow:
     series: str = ""
     found: Mapping[str, Any] = field(default_factory=dict)
     rounding: str = ""
+    file_bytes: int | None = None
+    file_bits: float | None = None
 
     @property
     def name(self) -> str:
@@ -82,6 +88,8 @@ class SweepRow:
     def beats(self, other: "SweepRow") -> bool:
         """Tell whether this row is as small and as good, and smaller or better.
 
+        What is small is the file, where both have one, and else the planned layers in total.
+
         Args:
             other: The row it is set against.
 
@@ -90,8 +98,19 @@ class SweepRow:
         """
         if self.score is None or other.score is None:
             return False
-        at_least = self.total_bytes <= other.total_bytes and self.score >= other.score
-        return at_least and (self.total_bytes < other.total_bytes or self.score > other.score)
+        own, others = _sizes((self, other))
+        return own <= others and self.score >= other.score and (own < others or self.score > other.score)
+
+
+def by_files(rows: Iterable[SweepRow]) -> bool:
+    """Tell whether rows are set side by side by what their files take: all of them have one."""
+    return all(row.file_bytes is not None for row in rows)
+
+
+def _sizes(rows: Sequence[SweepRow]) -> list[int]:
+    """What the rows are set side by side by, in bytes."""
+    files = [row.file_bytes for row in rows if row.file_bytes is not None]
+    return files if len(files) == len(rows) else [row.total_bytes for row in rows]
 
 
 def sweep(  # noqa: PLR0913  # each option is a user's word
@@ -104,6 +123,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     judge: str | None = None,
     calibrate: "Sequence[Any] | None" = None,
     rounding: Rounding | None = None,
+    files: bool = False,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
@@ -111,6 +131,10 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
 
     With `model` and `evaluate` every plan is applied to a copy of the model, verified and evaluated, and the first row
     is the float model.
+
+    A plan that was made for a file's bytes (`Budget(file_bits=...)`) goes through `fit_file` where there are
+    calibration inputs or `files`, and its row is that of the plan with the steps that were fitted. Only a table under
+    its own scheme has an error for it.
 
     Args:
         table: The measured layers.
@@ -122,7 +146,9 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
             that the guard chooses for all of them (`judge_of`).
         calibrate: Batches of inputs on which every quantized copy is rounded and corrected, as in `apply`.
         rounding: As in `apply`: `nearest`, `compensated` or `learned`; by default compensated with inputs, and nearest
-            without.
+            without. A plan that was made for a file's bytes is compensated.
+        files: Whether each quantized model is written to a container too, for a moment, so that rows are set side by
+            side by what their files take.
         store: Where evaluations are kept, so that an interrupted sweep goes on, as in `measure`.
         progress: Called with the allocator's name, plans done and plans in all.
 
@@ -130,7 +156,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         The rows, the float model's first where models are evaluated.
 
     Raises:
-        SettingError: No plans are given, or as `apply`.
+        SettingError: No plans are given, files are asked for without models, or as `apply`.
         SourceError: The evaluation fails, or does not return the same names with numbers every time.
         MismatchError: A plan is another model's.
         WeightError: A weight cannot be quantized.
@@ -145,14 +171,16 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     """
     if not plans:
         raise SettingError("plans: none given; one or more")
-    checked_rounding(rounding, calibrated=calibrate is not None)
+    if files and (model is None or evaluate is None):
+        raise SettingError("files: are written of models that are evaluated; give model and evaluate, or leave it out")
+    check_rounding(plans, rounding, calibrated=calibrate is not None)
     with opened(store) as kept:
         finished = (
-            kept.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding))
+            kept.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding, files))
             if kept is not None and model is not None
             else None
         )
-        scored = Scored(model, evaluate, calibrate, finished, rounding)
+        scored = Scored(model, evaluate, calibrate, finished, rounding, files)
         return _rows(table, plans, scored, series, judge, progress)
 
 
@@ -165,12 +193,13 @@ def _rows(
     progress: Progress | None,
 ) -> tuple[SweepRow, ...]:
     judge = judge_of(table, plans, judge)
-    float_row = (_float_row(table, scored(None), judge),) if scored.possible else ()
+    float_row = (_float_row(table, scored(None).scores, judge, scored.files),) if scored.possible else ()
     rows = []
     for position, plan in enumerate(plans):
         if progress is not None:
             progress(plan.allocator.name, position, len(plans))
-        rows.append(_row(plan, scored(plan), _errors(table, plan, judge), scored.label))
+        tried = scored(plan)
+        rows.append(_row(tried, _errors(table, tried.plan or plan, judge), scored))
         if series:
             rows[-1] = replace(rows[-1], series=series[position])
         if float_row:
@@ -181,10 +210,12 @@ def _rows(
 
 
 def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
-    """Mark the rows that no other row beats, smaller or better; none without a score."""
+    """Mark the rows that no other row beats, smaller (by their files, where all have one) or better; none without a
+    score."""
     front: set[int] = set()
     best = -math.inf
-    known = sorted((row.total_bytes, -row.score, i) for i, row in enumerate(rows) if row.score is not None)
+    sizes = _sizes(rows)
+    known = sorted((sizes[i], -row.score, i) for i, row in enumerate(rows) if row.score is not None)
     for _, same_size in itertools.groupby(known, key=lambda entry: entry[0]):
         (_, least, first), *others = same_size
         if -least > best:
@@ -194,18 +225,24 @@ def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:
 
 
 def _errors(table: LayerTable, plan: Plan, judge: str | None) -> dict[str, float | None]:
-    return {} if judge is None else {judge: predicted(table, plan, judge)}
+    return {} if judge is None else {judge: predicted_cost(table, plan, judge)}
 
 
-def _row(plan: Plan, scores: Scores, errors: Mapping[str, float | None], rounding: str) -> SweepRow:
-    size = plan.size()
+def _row(tried: Tried, errors: Mapping[str, float | None], scored: Scored) -> SweepRow:
+    assert tried.plan is not None, "the float model has a row of its own"
+    plan, size = tried.plan, tried.plan.size()
+    file = tried.file if scored.files else None  # fitted ones alone would be set against other rows' sizes
     return SweepRow(
         plan.allocator.name, plan.allocator.parameters, size.average_bits, size.total_average_bits,
-        size.weights_only_bytes, size.total_bytes, errors, scores, found=plan.allocator.found, rounding=rounding,
+        size.weights_only_bytes, size.total_bytes, errors, tried.scores, found=plan.allocator.found,
+        rounding=scored.label, file_bytes=None if file is None else file.bytes,
+        file_bits=None if file is None else file.bits,
     )  # fmt: skip
 
 
-def _float_row(table: LayerTable, scores: Scores, judge: str | None) -> SweepRow:
+def _float_row(table: LayerTable, scores: Scores, judge: str | None, files: bool) -> SweepRow:
     size = 4 * sum(layer.numel for layer in table.layers)
     errors: dict[str, float | None] = {} if judge is None else {judge: 0.0}
-    return SweepRow(FLOAT, {}, 32.0, 32.0, size, size, errors, scores)
+    row = SweepRow(FLOAT, {}, 32.0, 32.0, size, size, errors, scores)
+    # A container of float weights would be a few percent smaller; this is what users have.
+    return replace(row, file_bytes=size + (table.rest_bytes or 0), file_bits=32.0) if files else row

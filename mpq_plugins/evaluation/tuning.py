@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 else:
     nn = Deferred("torch.nn")
 
+NUMBERS, OF_FILES = ("qem", "alpha", "bits"), ("file_bits", "file_size")
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -120,8 +122,10 @@ class Tuning:
 
 def plan_label(plan: Plan) -> str:
     """Who made the plan, by which numbers: `mixquant qem=4.0`."""
-    parameters = {**plan.allocator.parameters, **plan.allocator.found}
-    numbers = [name for name in ("qem", "alpha", "bits") if isinstance(parameters.get(name), int | float)]
+    asked = plan.allocator.parameters
+    # What a file is found to take is a size, and not what sets one plan apart from another.
+    parameters = {**asked, **plan.allocator.found, **{name: asked.get(name) for name in OF_FILES}}
+    numbers = [name for name in (*NUMBERS, *OF_FILES) if isinstance(parameters.get(name), int | float)]
     pairs = [name for name in ("important_bits", "other_bits") if name in parameters]
     said = [f"{name}={parameters[name]}" for name in numbers]
     said += [f"{name}={','.join(map(str, parameters[name]))}" for name in pairs]

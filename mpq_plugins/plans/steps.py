@@ -23,6 +23,12 @@ def with_steps(plan: Plan, steps: Mapping[str, float], coded_bytes: Mapping[str,
     return plan.model_copy(update={"layers": tuple(layers)})
 
 
+def made_for_file(plan: Plan) -> bool:
+    """Tell whether it is a plan of steps that were made for a file's bytes, which `fit_file` meets."""
+    asked = (plan.allocator.parameters.get(name) for name in ("file_bits", "file_size"))
+    return bool(steps_of(plan)) and any(value is not None for value in asked)
+
+
 def steps_of(plan: Plan) -> dict[str, float]:
     """The step of each layer that has one."""
     return {

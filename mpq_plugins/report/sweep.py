@@ -4,37 +4,50 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.sweep import SweepRow
+from ..evaluation.sweep import SweepRow, by_files
 from ..plans.table import LayerTable
 from .details import value_text
 from .grid import Grid
 from .rows_csv import write_csv
-from .tables import bytes_text, grid
+from .tables import CODES_ALONE, bytes_text, grid
 
 MARK = "*"
-ASKED = ("average_bits", "qem", "bits")  # the first that is a number
+IN_TOTAL = "bits: a weight, in total"
+IN_FILES = (
+    "file: the whole of it, header and other tensors too; file bits: all but other tensors, for each planned weight; "
+    "the float model as it is stored"
+)
+ASKED = ("average_bits", "file_bits", "qem", "bits")  # the first that is a number
 
 
 def sweep_table(rows: Sequence[SweepRow], title: str) -> Grid:
-    """One line per plan, by size; the ones that no other beats are marked."""
-    varying = varying_parameters(rows)
+    """One line per plan, by size, the file's where there is one; the ones that no other beats are marked."""
+    varying, files = varying_parameters(rows), by_files(rows)
     error, scores = next(iter(rows[0].errors), None), list(rows[0].scores)
     lines = [
         (
-            row_label(row, varying), f"{row.total_average_bits:.3f}",
-            bytes_text(row.total_bytes), *([_number(row.errors.get(error))] if error is not None else ()),
+            row_label(row, varying), *_size(row, files),
+            *([_number(row.errors.get(error))] if error is not None else ()),
             *(_number(row.scores.get(name)) for name in scores), MARK if row.pareto else "",
         )
-        for row in sorted(rows, key=lambda row: row.total_bytes)
+        for row in sorted(rows, key=lambda row: (row.file_bytes or 0) if files else row.total_bytes)
     ]  # fmt: skip
     swept = next((row.allocator for row in rows if row.allocator not in ("float", "uniform")), "")
     head = (
         "" if any(row.series for row in rows) else ", ".join(name.replace("_", " ") for name in varying.get(swept, ()))
     )
     errors = [f"predicted {error}"] if error is not None else []
-    columns = (f"plan, {head}" if head else "plan", "bits", "size", *errors, *scores, MARK)
+    bits, size = ("file bits", "file") if files else ("bits", "size")
+    columns = (f"plan, {head}" if head else "plan", bits, size, *errors, *scores, MARK)
     # What is left says at least how small and how good.
-    return grid(title, columns, lines, leave_out=(*(errors if scores else ()), *reversed(scores[1:]), "bits"))
+    return grid(title, columns, lines, leave_out=(*(errors if scores else ()), *reversed(scores[1:]), bits))
+
+
+def _size(row: SweepRow, files: bool) -> tuple[str, str]:
+    """Bits a weight and bytes: of the file, or of the planned layers in total."""
+    if files and row.file_bytes is not None:
+        return f"{row.file_bits:.3f}", bytes_text(row.file_bytes)
+    return f"{row.total_average_bits:.3f}", bytes_text(row.total_bytes)
 
 
 def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
@@ -43,7 +56,7 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
     good = f"as good in {what}" if what else "as exact"
     error = next(iter(rows[0].errors), None)
     judged = f"; judged on predicted {error}, summed over the network" if error is not None else ""
-    explained = f"bits: a weight, in total{judged}"
+    explained = f"{IN_FILES if by_files(rows) else IN_TOTAL}{judged}"
     notes = [explained, f"{MARK} no other plan that is as small is {good}"]
     mixed = [row for row in rows if row.allocator not in ("uniform", "float")]
     for who in dict.fromkeys(row.name for row in mixed):
@@ -52,12 +65,22 @@ def sweep_notes(rows: Sequence[SweepRow]) -> list[str]:
         if not beaten:
             continue
         notes.append(f"{len(beaten)} of {len(plans)} {who} plans are matched or beaten by a uniform plan no larger")
-    if any(None in row.errors.values() for row in rows):
+    untold = [row for row in rows if None in row.errors.values()]
+    if not by_files(rows) and any(_of_file(row) for row in rows):
+        notes.append(CODES_ALONE)
+    if any(_of_file(row) for row in untold):
+        notes.append("- for entropy-coded steps, which the table has no errors of")
+    if not all(_of_file(row) for row in untold):
         notes.append(
             "- where the table cannot tell: channels of other widths were measured under one scale per tensor, or "
             "without errors per channel"
         )
     return notes
+
+
+def _of_file(row: SweepRow) -> bool:
+    """Whether its plan was made for a file's bytes."""
+    return any(row.parameters.get(name) is not None for name in ("file_bits", "file_size"))
 
 
 def sweep_csv(rows: Sequence[SweepRow], path: Path) -> None:
@@ -109,6 +132,7 @@ def _flat(row: SweepRow) -> dict[str, Any]:
         "total_average_bits": row.total_average_bits,
         "weights_only_bytes": row.weights_only_bytes,
         "total_bytes": row.total_bytes,
+        **({"file_bytes": row.file_bytes, "file_bits": row.file_bits} if row.file_bytes is not None else {}),
         **{f"{name}_error": error for name, error in row.errors.items()},
         **{f"score_{name}": score for name, score in row.scores.items()},
         "pareto": int(row.pareto),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.text import printable
 from ..evaluation.scored import FLOAT
-from ..evaluation.sweep import SweepRow
+from ..evaluation.sweep import SweepRow, by_files
 from .labels import place_labels
 from .plots import save_plot, write_plain_numbers
 from .sweep import values_text, varying_parameters
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = "oD^vP*Xph<>d"
-BUDGETS = ("average_bits", "total_average_bits", "bits")  # parameters that say how large a plan may be, in bits
+BUDGETS = (
+    "average_bits",
+    "total_average_bits",
+    "file_bits",
+    "bits",
+)  # parameters that say how large a plan may be, in bits
+IN_TOTAL = "bits a weight in total: codes, scales, zero points, part maps"
+IN_FILE = "bits a weight in the file: all of its bytes, header and all, but those of other tensors"
 MOST_TICKS = 12
 LEAST_SHOWN = 0.4  # of the plans
 FAR = 4.0  # a loss so many times that of the best third makes all of those one blob
@@ -24,7 +31,10 @@ FAR = 4.0  # a loss so many times that of the best third makes all of those one 
 
 @dataclass(frozen=True)
 class Point:
-    """A plan in a picture: its size in bits a weight, its score or error, and the parameters that set it apart."""
+    """A plan in a picture: its size in bits a weight, its score or error, and the parameters that set it apart.
+
+    bits: in its file, if all plans have one, or else in total.
+    """
 
     bits: float
     value: float
@@ -48,7 +58,7 @@ def sweep_plot(rows: Sequence[SweepRow], path: Path, title: str) -> None:
     front = sorted((point for point in points if point.row.pareto), key=lambda point: point.bits)
     if front:
         axes.plot(*_columns(front), drawstyle="steps-post", color="0.6", linewidth=1, label="Pareto front", zorder=0)
-    axes.set_xlabel("bits a weight in total: codes, scales, zero points, part maps")
+    axes.set_xlabel(IN_FILE if by_files(rows) else IN_TOTAL)
     axes.set_ylabel(printable(score or _error_name(rows)))
     axes.set_title(printable(title), fontsize="medium")
     axes.grid(alpha=0.3)
@@ -69,11 +79,16 @@ def _series(rows: Sequence[SweepRow], score: str | None) -> Mapping[str, list[Po
     """The points of each series, those of plans that have a score, or an error."""
     plans = [row for row in rows if row.allocator != FLOAT and row.score is not None]
     made: dict[str, list[Point]] = {}
+    files = by_files(rows)
     for name in dict.fromkeys(row.name for row in plans):
         own = [row for row in plans if row.name == name]
         varying = varying_parameters(own)
-        made[name] = [Point(row.total_average_bits, _value(row, score), _label(row, varying), row) for row in own]
+        made[name] = [Point(_bits(row, files), _value(row, score), _label(row, varying), row) for row in own]
     return made
+
+
+def _bits(row: SweepRow, files: bool) -> float:
+    return row.file_bits if files and row.file_bits is not None else row.total_average_bits
 
 
 def _label(row: SweepRow, varying: Mapping[str, Sequence[str]]) -> str:

@@ -13,6 +13,8 @@ from ..plans.size import PlanSize
 from ..plans.table import LayerTable
 from .grid import Column, Grid
 
+CODES_ALONE = "entropy-coded plans: bits and size are those of their codes in the file, whose header comes on top"
+
 
 def grid(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1, leave_out: Sequence[str] = ()

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..allocation.file_steps import predicted_cost
 from ..allocation.guard import judge_of
-from ..allocation.objective import predicted
 from ..evaluation.tuning import Trial, Tuning
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
@@ -26,7 +26,7 @@ class Judged:
     def of(cls, table: LayerTable, plans: Sequence[Plan], asked: str | None) -> "Judged":
         """Judge all plans on the same sensitivity. Raises SettingError where `asked` was not measured."""
         judge = judge_of(table, plans, asked)
-        costs = {plan.to_json(): predicted(table, plan, judge) for plan in plans} if judge is not None else {}
+        costs = {plan.to_json(): predicted_cost(table, plan, judge) for plan in plans} if judge is not None else {}
         return cls(judge, costs)
 
     def cost(self, plan: Plan) -> float | None:

@@ -59,8 +59,10 @@ def evaluate(
 ) -> None:
     """Evaluate SOURCE in float, under each PLAN to nearest and, with inputs, under each PLAN rounded for these."""
     from ...evaluation.evaluate import evaluate as run
+    from ...plans.steps import made_for_file
     from ...report.console import console
     from ...report.evaluate import evaluated_csv, evaluated_json, evaluated_table
+    from ...report.tables import CODES_ALONE
     from ..calibration import loaded_module
     from ..functions import named_function
     from ..sources import check_order
@@ -83,6 +85,8 @@ def evaluate(
     count = max(plan.size().numel for plan in plans.values())
     console().print(evaluated_table(rows, count, f"{source}, {count:,} planned weights"))
     echo("bits: a weight, in total; size: of the planned layers, in total; seconds: of one evaluation")
+    if any(map(made_for_file, plans.values())):
+        echo(CODES_ALONE + ("; on inputs their steps are fitted to it" if batches is not None else ""))
     if batches is None:
         echo("--calibrate MODULE:FUNCTION, which returns batches of inputs, tries every plan compensated too")
     say_written(output, "rows as CSV")

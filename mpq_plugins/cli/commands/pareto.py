@@ -27,12 +27,18 @@ BUDGETS = "2,2.5,3,4"
 @click.command(
     cls=SchemeCommand,
     epilog="Examples: mpq pareto net.safetensors -o pareto.csv --plot pareto.png. mpq pareto package.module:factory "
-    "--eval package.module:accuracy --calibrate package.module:batches -o pareto.csv --plot pareto.png",
+    "--eval package.module:accuracy --calibrate package.module:batches -o pareto.csv --plot pareto.png. Files of "
+    "entropy-coded steps beside them: --file-bits 1,1.5,2",
 )
 @click.argument("source", type=FileOrFactory())
 @click.option(
     "--budgets", type=NumberList(click.FLOAT), default=BUDGETS, show_default=True,
     help="Bits a weight, codes alone: a list, or first:last:step.",
+)  # fmt: skip
+@click.option(
+    "--file-bits", type=NumberList(click.FLOAT), metavar="BITS", default=(),
+    help="Also entropy-coded steps, at so many bits a weight in the file; rows are then compared by their files. Needs "
+    "--eval.",
 )  # fmt: skip
 @click.option("--bits", type=IntegerList(), default="1-8", show_default=True, help="Candidate bit-widths.")
 @click.option(
@@ -45,6 +51,7 @@ BUDGETS = "2,2.5,3,4"
 def pareto(
     source: str,
     budgets: tuple[float, ...],
+    file_bits: tuple[float, ...],
     bits: tuple[int, ...],
     sensitivity: str,
     output: Path | None,
@@ -61,7 +68,8 @@ def pareto(
 
     Uniform widths, MixQuant, PTILMPQ, SQNR, and Budget per layer and per channel, all under one scheme (asymmetric per
     channel, clipped by squared error, unless told otherwise) and one accounting. Without --eval the rows have predicted
-    errors alone. Rows that no other row beats in both size and score are marked.
+    errors alone. Rows that no other row beats in both size and score are marked. With --file-bits every model is also
+    written to a file for a moment, and sizes are those of the files.
     """
     from ...allocation.budget import Budget
     from ...allocation.contract import Needs
@@ -70,11 +78,14 @@ def pareto(
     from ...evaluation.sweep import sweep as run
     from ...plans.stats import METRICS
     from ...report.progress import progress_bar
+    from ..file_budget import check_written, table_of_steps
     from ..functions import named_function
     from ..measuring import measured
     from ..request import Request
     from ..sources import resolve_source
 
+    if file_bits:
+        check_written(evaluation, fitting)
     files = run_files(source, output, plot, cache, evaluation, model_factory, fitting.calibration)
     request = Request(**request_values(options))
     evaluate = named_function(evaluation) if evaluation is not None else None
@@ -85,9 +96,12 @@ def pareto(
     granular = request.scheme(scheme).granularity != "per_tensor"
     needs = Needs(bits, metrics, granular, scheme)
     batches = batches_to_fit_on(fitting, model)
-    with resumable(files, model, evaluate, batches, fitting.rounding) as store:
+    with resumable(files, model, evaluate, batches, fitting.rounding, bool(file_bits)) as store:
         table = measured(given, needs, request, cache if given.is_table else files.measurement)
-        labelled = plans_within(table, budgets, sensitivity, bits)
+        coded = None
+        if file_bits and model is not None:
+            coded = table_of_steps(given, table, model, request, sensitivity)
+        labelled = plans_within(table, budgets, sensitivity, bits, coded=coded, file_bits=file_bits)
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
@@ -101,6 +115,7 @@ def pareto(
                 judge=judge,
                 calibrate=batches,
                 rounding=fitting.rounding,
+                files=bool(file_bits),
                 store=store,
                 progress=progress,
             )

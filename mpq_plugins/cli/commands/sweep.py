@@ -65,6 +65,7 @@ def sweep(
     """
     from ...evaluation.sweep import sweep as run
     from ...report.progress import progress_bar
+    from ..file_budget import check_written
     from ..functions import named_function
     from ..measuring import measured
     from ..plans import plans_by
@@ -81,7 +82,10 @@ def sweep(
     model = model_to_evaluate(given, evaluation, model_factory)
     needs = _needs(allocators, request, uniform, measure=not given.is_table)
     batches = batches_to_fit_on(fitting, model)
-    with resumable(files, model, evaluate, batches, fitting.rounding) as store:
+    written = model is not None and _for_files(allocators)
+    if written:
+        check_written(evaluation, fitting)
+    with resumable(files, model, evaluate, batches, fitting.rounding, written) as store:
         table = measured(given, needs, request, cache if given.is_table else files.measurement)
         plans = plans_by(allocators, table)
         plans += _uniform_beside(plans, table) if uniform else []
@@ -96,11 +100,19 @@ def sweep(
                 judge=judge,
                 calibrate=batches,
                 rounding=fitting.rounding,
+                files=written,
                 store=store,
                 progress=progress,
             )
         write_rows(rows, files, title := run_title(source, table, f", {fitting.label}" if model is not None else ""))
     print_rows(rows, table, title, as_json, output, plot)
+
+
+def _for_files(allocators: "Sequence[Allocator]") -> bool:
+    """Whether plans are for a file's bytes, so that models are compared by what their files take."""
+    from ...allocation.budget import FILES, Budget
+
+    return any(isinstance(one, Budget) and any(getattr(one, name) is not None for name in FILES) for one in allocators)
 
 
 def _needs(allocators: "Sequence[Allocator]", request: "Request", uniform: bool, measure: bool) -> "Needs":

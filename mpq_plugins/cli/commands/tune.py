@@ -128,7 +128,9 @@ def _say_merged(plans: "Sequence[Plan]") -> None:
 
 
 def _print(tuning: "Tuning", judged: Any, source: str, fitting: Fitting, as_json: bool, output: Path | None) -> None:
+    from ...plans.steps import made_for_file
     from ...report.console import console
+    from ...report.tables import CODES_ALONE
     from ...report.tuning import tuning_json, tuning_table
 
     if as_json:
@@ -136,6 +138,8 @@ def _print(tuning: "Tuning", judged: Any, source: str, fitting: Fitting, as_json
         print_json({**tuning_json(tuning, judged), "rounding": fitting.label, "plan": plan})
         return
     console().print(tuning_table(tuning, f"{source}, {fitting.label}", judged))
+    if any(made_for_file(trial.plan) for trial in tuning.trials):
+        echo(CODES_ALONE)
     echo(f"wanted: {tuning.criterion.text(tuning.baseline)}")
     if tuning.met:
         say_written(output, "plan")
