@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.amounts import bytes_of
 from ..common.checks import number
 from ..common.progress import Progress
 from ..common.public import public
 from ..errors import SettingError
-from ..models.running import checked_batches
+from ..models.running import checked_batches, sample_count
 from ..plans.names import layer_name
 from ..plans.plan import Plan
 from ..plans.steps import steps_of, with_steps
@@ -273,4 +273,4 @@ def _few(batches: Sequence[Any]) -> Iterator[Any]:
         if left <= 0:
             return
         yield batch
-        left -= len(batch) if isinstance(batch, Tensor) else 1
+        left -= sample_count(batch)

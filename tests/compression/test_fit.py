@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, Budget, EntropyCoded, Uniform
+from mpq_plugins.compression.fit import _few
 from mpq_plugins.errors import MismatchError, RoundingWarning, SettingError
 from tests.helpers.says import naming
 
@@ -104,3 +105,9 @@ def test_packed_codes_are_refused_with_what_they_would_take(tmp_path: Path) -> N
     with pytest.raises(SettingError, match=naming("packed", "29,536", "smallest")):
         mpq.compress(model, plan_of(model, file_bits=2), tmp_path / "net.mpqc", coding="packed")
     assert not (tmp_path / "net.mpqc").exists()
+
+
+def test_the_pilot_takes_few_samples_of_batches_that_are_mappings() -> None:
+    batches = [{"tokens": torch.zeros(64, 7), "mask": torch.zeros(64, 7)} for _ in range(6)]
+    assert [len(batch["tokens"]) for batch in _few(batches)] == [64, 64]
+    assert len(list(_few([torch.zeros(100, 3), torch.zeros(100, 3), torch.zeros(100, 3)]))) == 2
