@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def points(study: Study, methods: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]) -> Iterator[Point]:
-    """Each method at each size."""
+    """Each method at each size, printed as it comes."""
     study.prepare(methods)
     for bits in budgets:
         for method in methods:
@@ -143,11 +143,13 @@ def points(study: Study, methods: Sequence[str], budgets: Sequence[float], seeds
             made = [MAKERS[method](study, bits, seed) for seed in own]
             seconds = (time.process_time() - spent) / len(own)
             scored = [scores(study, one.net) for one in made]
-            yield Point(
+            point = Point(
                 method, round(fmean(one.file_bytes for one in made)), fmean(one.file_bits for one in made),
                 tuple(top1 for top1, _, _ in scored), fmean(loss for _, loss, _ in scored),
                 fmean(divergence for _, _, divergence in scored), seconds,
             )  # fmt: skip
+            print(" | ".join(row(point)), flush=True)
+            yield point
 
 
 def compensated(study: Study, bits: float, seed: int) -> Made:
@@ -222,15 +224,16 @@ def show(name: str, study: Study, found: Sequence[Point]) -> None:
     top1, loss, _ = scores(study, study.net)
     whole = sum(tensor.nbytes for tensor in study.net.state_dict().values())
     rows = [("float", bytes_text(whole), "32", f"{top1:.2f}", f"{loss:.3f}", "0", "")]
-    rows += [
-        (
-            one.method, bytes_text(one.file_bytes), f"{one.file_bits:.3f}", top1_text(one.top1), f"{one.loss:.3f}",
-            f"{one.divergence:.4f}", f"{one.seconds:.1f}",
-        )
-        for one in found
-    ]  # fmt: skip
+    rows += [row(one) for one in found]
     columns = ("method", "file", "file bits", "top-1 %", "cross-entropy", "KL to float", "CPU-s")
     Console(width=120, highlight=False).print(grid(name, columns, rows))
+
+
+def row(one: Point) -> tuple[str, ...]:
+    return (
+        one.method, bytes_text(one.file_bytes), f"{one.file_bits:.3f}", top1_text(one.top1), f"{one.loss:.3f}",
+        f"{one.divergence:.4f}", f"{one.seconds:.1f}",
+    )  # fmt: skip
 
 
 def top1_text(seeds: Sequence[float]) -> str:
