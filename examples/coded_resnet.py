@@ -223,7 +223,7 @@ def scores(study: Study, net: nn.Module) -> tuple[float, float, float]:
 def show(name: str, study: Study, found: Sequence[Point]) -> None:
     top1, loss, _ = scores(study, study.net)
     whole = sum(tensor.nbytes for tensor in study.net.state_dict().values())
-    rows = [("float", bytes_text(whole), "32", f"{top1:.2f}", f"{loss:.3f}", "0", "")]
+    rows: list[tuple[str, ...]] = [("float", bytes_text(whole), "32", f"{top1:.2f}", f"{loss:.3f}", "0", "")]
     rows += [row(one) for one in found]
     columns = ("method", "file", "file bits", "top-1 %", "cross-entropy", "KL to float", "CPU-s")
     Console(width=120, highlight=False).print(grid(name, columns, rows))

@@ -4,7 +4,7 @@ It is no dependency: `pip install nncodec` builds it from C++. Where it is missi
 """
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import tempfile
 from collections.abc import Callable
@@ -28,8 +28,12 @@ class Coded:
 
 
 def installed() -> bool:
-    """Whether it is there."""
-    return importlib.util.find_spec("nncodec") is not None
+    """Whether it is there, with what it needs itself."""
+    try:
+        _codec()
+    except ImportError:
+        return False
+    return True
 
 
 def coder(net: nn.Module, weights: set[str], whole: bool = True) -> Callable[[int], Coded]:
@@ -68,10 +72,8 @@ def nearest(coded: Callable[[int], Coded], bits: float) -> Coded:
 
 def decoded(data: bytes, net: nn.Module) -> dict[str, torch.Tensor]:
     """A state dict for the net, what is not in floating point as it is."""
-    from nncodec.nn import decode
-
     state = net.state_dict()
-    made: dict[str, Any] = _quietly(lambda: decode(bytearray(data)))
+    made: dict[str, Any] = _quietly(lambda: _codec().decode(bytearray(data)))
     return {
         name: torch.from_numpy(np.array(made[name])).reshape(value.shape) if name in made else value
         for name, value in state.items()
@@ -79,10 +81,12 @@ def decoded(data: bytes, net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _encoded(tensors: dict[str, np.ndarray[Any, Any]], qp: int) -> bytes:
-    from nncodec.nn import encode
-
     with tempfile.TemporaryDirectory() as folder:
-        return bytes(_quietly(lambda: encode(tensors, {"qp": qp, "results": folder, "verbose": False})))
+        return bytes(_quietly(lambda: _codec().encode(tensors, {"qp": qp, "results": folder, "verbose": False})))
+
+
+def _codec() -> Any:
+    return importlib.import_module("nncodec.nn")
 
 
 def _quietly(work: Callable[[], Any]) -> Any:

@@ -50,7 +50,7 @@ class Case:
     score: Callable[[nn.Module], float]
     loss: float
     ladder: tuple[float, ...]
-    only: list[str] | None = None
+    only: tuple[str, ...] = ()
     task: str | None = None
 
 
@@ -78,7 +78,7 @@ def minilm_case() -> Case:
     sentences = calibration_sentences()
     batches = [tokens(tokenizer, sentences[i : i + 32]) for i in range(0, len(sentences), 32)]
     score = partial(spearman, tokenizer=tokenizer)
-    return Case("MiniLM", model, batches, score, 0.005, (1.75, 2.0, 2.5, 3.0), only=["encoder.layer*"])
+    return Case("MiniLM", model, batches, score, 0.005, (1.75, 2.0, 2.5, 3.0), only=("encoder.layer*",))
 
 
 def lenet_case() -> Case:
@@ -139,7 +139,7 @@ def files(case: Case, table: mpq.LayerTable, least: float, retrain: bool) -> Ite
     yield "entropy-coded, without data", smallest(lambda bits: coded(case, table, bits, None), case.ladder)
     if nncodec_files.installed():
         named = {f"{layer.name}.weight" for layer in table.layers}
-        coder = nncodec_files.coder(case.net, named, whole=case.only is None)
+        coder = nncodec_files.coder(case.net, named, whole=not case.only)
         yield "nncodec, its defaults", smallest(lambda qp: by_nncodec(case.net, coder, qp), QPS)
     yield "pruned, shared, Huffman", smallest(lambda how: shared(case, *how), SHARED)
     if retrain and case.task is not None:

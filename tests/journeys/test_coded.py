@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from examples import coded_resnet, nncodec_files
-from examples.cifar_resnet import calibration
+from examples.cifar_resnet import calibration, resnet
 from examples.coded_resnet import COMPENSATED, NEAREST, Study, points
 from examples.nncodec_files import COARSEST, FINEST, Coded
 
@@ -23,7 +23,7 @@ def cut(zoo: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("cut")
 @pytest.mark.filterwarnings("ignore::mpq_plugins.RoundingWarning")
 def test_inputs_are_worth_more_than_bits() -> None:
-    study = Study(coded_resnet.resnet(20))
+    study = Study(resnet(20))
     compensated, nearest = points(study, (COMPENSATED, NEAREST), (2.0,), (0,))
     for one in (compensated, nearest):
         assert 1.98 <= one.file_bits <= 2.0
@@ -60,4 +60,4 @@ def test_what_the_other_codec_wrote_is_the_net_again() -> None:
     file = nncodec_files.coder(net, {"0.weight"})(FINEST)
     again = nncodec_files.decoded(file.data, net)
     assert again.keys() == net.state_dict().keys()
-    assert (again["0.weight"] - net[0].weight).abs().max() < 0.01
+    assert (again["0.weight"] - net.get_parameter("0.weight")).abs().max() < 0.01
