@@ -51,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_reconstruct
 	$(BIN)/python -m tests.benchmarks.bench_scale
 	$(BIN)/python -m tests.benchmarks.bench_compress
+	$(BIN)/python -m tests.benchmarks.bench_coded
 
 examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/pytest -m example tests/journeys
@@ -59,6 +60,7 @@ examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.budget_resnet
 	$(BIN)/python -m examples.budget_minilm
 	$(BIN)/python -m examples.compensated_plans
+	$(BIN)/python -m examples.coded_resnet
 	$(BIN)/python -m examples.brecq_table
 	$(BIN)/python -m examples.brecq_minilm
 	$(BIN)/python -m examples.fx_resnet

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.amounts import bytes_of
 from ..common.checks import number
 from ..common.progress import Progress
 from ..common.public import public
 from ..errors import SettingError
-from ..models.running import checked_batches
+from ..models.running import checked_batches, sample_count
 from ..plans.names import layer_name
 from ..plans.plan import Plan
 from ..plans.steps import steps_of, with_steps
@@ -29,6 +29,8 @@ LOG = logging.getLogger(__name__)
 TRIES = 6
 CLOSE, NEAR = 0.005, 0.01  # below what was asked, as a share: near enough, and so for what takes long
 SLOPE = 0.85  # bits a weight that an octave of the step saves at one or two bits, for the first correction
+LEAST_SHARE = 0.05  # of the way from one try to another, so that no factor is tried again
+FLATTER = 25  # times, at the most: where most weights were pruned, what is left to code is where the others are
 FEW_SAMPLES, FEW_COLUMNS = 128, 1 << 13  # that tell what compensated codes take
 SEALING = 2  # writes with the promise in it, which then holds to a byte or two
 BEYOND = 0.01  # of what is asked that few samples' codes take more than all samples' do
@@ -217,14 +219,19 @@ class _Search:
         return (1 - self.close) * self.target.most <= one.taken <= self.target.most
 
     def _next(self, tried: Sequence[_Tried]) -> float:
-        """The next factor: by the slope of the two nearest tries, aimed at the middle of what is near enough."""
+        """The next factor, aimed at the middle of what is near enough: between the nearest tries on either side of it,
+        or by the slope of the two nearest."""
         aim = (1 - self.close / 2) * self.target.most
-        nearest = sorted(tried, key=lambda one: abs(math.log(one.taken / aim)))[:2]
+        nearest = sorted(tried, key=lambda one: abs(math.log(one.taken / aim)))
         here = nearest[0]
+        other = next((one for one in nearest if (one.taken > aim) != (here.taken > aim)), None)
+        if other is not None:
+            share = math.log(aim / here.taken) / math.log(other.taken / here.taken)
+            return here.octaves + max(LEAST_SHARE, share) * (other.octaves - here.octaves)
         slope = -SLOPE / max(here.fitted.file_bits, 0.1)  # of log2(taken), for each octave
-        if len(nearest) == 2 and nearest[1].octaves != here.octaves and nearest[1].taken != here.taken:
+        if len(nearest) > 1 and nearest[1].octaves != here.octaves:
             found = math.log2(here.taken / nearest[1].taken) / (here.octaves - nearest[1].octaves)
-            slope = min(found, slope / 4)
+            slope = min(found, slope / FLATTER)
         return here.octaves + max(-1.0, min(1.0, math.log2(aim / here.taken) / slope))
 
     def _try(self, plan: Plan, octaves: float, compensation: _Compensation | None) -> _Tried:
@@ -289,4 +296,4 @@ def _few(batches: Sequence[Any]) -> Iterator[Any]:
         if left <= 0:
             return
         yield batch
-        left -= len(batch) if isinstance(batch, Tensor) else 1
+        left -= sample_count(batch)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from mpq_plugins import Affine, Budget, EntropyCoded, Uniform
+from mpq_plugins.compression.fit import _few
 from mpq_plugins.errors import MismatchError, RoundingWarning, SettingError
 from tests.helpers.says import naming
 
@@ -104,3 +105,20 @@ def test_packed_codes_are_refused_with_what_they_would_take(tmp_path: Path) -> N
     with pytest.raises(SettingError, match=naming("packed", "29,536", "smallest")):
         mpq.compress(model, plan_of(model, file_bits=2), tmp_path / "net.mpqc", coding="packed")
     assert not (tmp_path / "net.mpqc").exists()
+
+
+def test_the_pilot_takes_few_samples_of_batches_that_are_mappings() -> None:
+    batches = [{"tokens": torch.zeros(64, 7), "mask": torch.zeros(64, 7)} for _ in range(6)]
+    assert [len(batch["tokens"]) for batch in _few(batches)] == [64, 64]
+    assert len(list(_few([torch.zeros(100, 3), torch.zeros(100, 3), torch.zeros(100, 3)]))) == 2
+
+
+def test_a_file_of_pruned_weights_is_fitted_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512, bias=False)
+    nn.init.normal_(layer.weight)
+    sparse = mpq.finish(mpq.prune(nn.Sequential(layer), mpq.Sparsity(0.97)))
+    zero = sparse.get_parameter("0.weight") == 0
+    fitted = mpq.fit_file(sparse, plan_of(sparse, file_size=10_000), [torch.randn(256, 512)])
+    assert 9_800 <= fitted.file_bytes <= 10_000
+    assert not fitted.model.get_parameter("0.weight")[zero].any()
