@@ -26,14 +26,14 @@ from .write import write
 
 LOG = logging.getLogger(__name__)
 
-TRIES = 6
-CLOSE, NEAR = 0.005, 0.01  # below what was asked, as a share: near enough, and so for what takes long
+TRIES = 8
+CLOSE, NEAR = 0.005, 0.015  # below what was asked, as a share: near enough, and so for what takes long
 SLOPE = 0.85  # bits a weight that an octave of the step saves at one or two bits, for the first correction
 LEAST_SHARE = 0.05  # of the way from one try to another, so that no factor is tried again
 FLATTER = 25  # times, at the most: where most weights were pruned, what is left to code is where the others are
 FEW_SAMPLES, FEW_COLUMNS = 128, 1 << 13  # that tell what compensated codes take
 SEALING = 2  # writes with the promise in it, which then holds to a byte or two
-BEYOND = 0.01  # of what is asked that few samples' codes take more than all samples' do
+BEYOND = 0.015  # of what is asked that few samples' codes take more than all samples' do
 INFLATED = 0.35  # octaves that steps are coarser where compensated codes take what the float weights' nearest ones do
 
 
@@ -119,7 +119,13 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
         raise SettingError("batches: a checkpoint's file does not run; give the module itself")
     given = checked_batches(batches)
     pilot = _Search(
-        source, replace(target, most=target.most * (1 + BEYOND)), model, weights, says=False, total=2 * TRIES
+        source,
+        replace(target, most=target.most * (1 + BEYOND)),
+        model,
+        weights,
+        pilot=True,
+        close=NEAR,
+        total=2 * TRIES,
     )
     few = list(_few(given))
     close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress, INFLATED)
@@ -171,15 +177,17 @@ class _Tried:
 
 @dataclass(frozen=True)
 class _Search:
-    """Looks for the factor of a plan's steps at which its file takes what is asked. says: whether warnings are handed
-    on, those of the try that is taken; close: below the target, as a share, what is near enough; before, total: tries
-    that progress counts before these, and in all."""
+    """Looks for the factor of a plan's steps at which its file takes what is asked.
+
+    pilot: whether it only finds where to begin, which is nothing to warn of or to refuse; close: below the target, as a
+    share, what is near enough; before, total: tries that progress counts before these, and in all.
+    """
 
     source: Any
     target: _Target
     model: nn.Module | None
     weights: str | None
-    says: bool = True
+    pilot: bool = False
     close: float = CLOSE
     before: int = 0
     total: int = TRIES
@@ -188,6 +196,25 @@ class _Search:
         self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float = 0.0
     ) -> FittedFile:
         """The finest steps found whose file is within the target. Raises SettingError where none is."""
+        tried, best = self._tries(plan, compensation, progress, octaves)
+        if self.pilot:
+            return (best or min(tried, key=lambda one: one.taken)).fitted
+        if best is None:
+            unit = "bits a weight" if self.target.in_bits else "bytes"
+            raise SettingError(
+                f"file: no steps were found that take at most {self.target.most:g} {unit}; the least that was reached "
+                f"is {min(one.taken for one in tried):g}. Ask for a larger file"
+            )
+        for said in best.said:
+            warnings.warn(said.message, stacklevel=4)
+        if self._close(best):
+            return best.fitted
+        return self._sealed(best.fitted, self._file(best.fitted.model, best.fitted.plan))
+
+    def _tries(
+        self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float
+    ) -> tuple[list[_Tried], _Tried | None]:
+        """All tries, without their models, and the best within the target."""
         tried: list[_Tried] = []
         best: _Tried | None = None
         for attempt in range(TRIES):
@@ -197,23 +224,13 @@ class _Search:
             LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, one.taken, self.target.most)
             if one.taken <= self.target.most and (best is None or one.taken > best.taken):
                 best = one
+            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # there is room for two large models
             if self._close(one):
                 break
-            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # there is room for two large models
             octaves = self._next(tried)
         if progress is not None:
             progress("", self.before + TRIES, self.total)
-        if best is None:
-            unit = "bits a weight" if self.target.in_bits else "bytes"
-            raise SettingError(
-                f"file: no steps were found that take at most {self.target.most:g} {unit}; the least that was reached "
-                f"is {min(one.taken for one in tried):g}. Ask for a larger file"
-            )
-        for said in best.said if self.says else ():
-            warnings.warn(said.message, stacklevel=4)
-        if self._close(best):
-            return best.fitted
-        return self._sealed(best.fitted, self._file(best.fitted.model, best.fitted.plan))
+        return tried, best
 
     def _close(self, one: _Tried) -> bool:
         return (1 - self.close) * self.target.most <= one.taken <= self.target.most
@@ -232,7 +249,11 @@ class _Search:
         if len(nearest) > 1 and nearest[1].octaves != here.octaves:
             found = math.log2(here.taken / nearest[1].taken) / (here.octaves - nearest[1].octaves)
             slope = min(found, slope / FLATTER)
-        return here.octaves + max(-1.0, min(1.0, math.log2(aim / here.taken) / slope))
+        further = here.octaves + max(-1.0, min(1.0, math.log2(aim / here.taken) / slope))
+        coarser = here.taken > aim
+        edge = max(tried, key=lambda one: one.octaves if coarser else -one.octaves).octaves
+        # All tries are on one side, and where more was tried already without an effect it takes more still.
+        return further if (further - edge) * (1 if coarser else -1) > 0 else edge + (1.0 if coarser else -1.0)
 
     def _try(self, plan: Plan, octaves: float, compensation: _Compensation | None) -> _Tried:
         steps = {name: step * 2**octaves for name, step in steps_of(plan).items()}
