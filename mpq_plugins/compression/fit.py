@@ -210,17 +210,17 @@ class _Search:
 
     def _next(self, tried: Sequence[_Tried]) -> float:
         """The next factor, aimed at the middle of what is near enough: between the nearest tries on either side of it,
-        or by the slope of the two nearest."""
+        or beyond the last of those on one side, by the slope that they have."""
         aim = (1 - CLOSE / 2) * self.target.most
-        nearest = sorted(tried, key=lambda one: abs(math.log(one.taken / aim)))
-        here = nearest[0]
-        other = next((one for one in nearest if (one.taken > aim) != (here.taken > aim)), None)
-        if other is not None:
-            share = math.log(aim / here.taken) / math.log(other.taken / here.taken)
-            return here.octaves + max(LEAST_SHARE, share) * (other.octaves - here.octaves)
+        over, under = ([one for one in tried if (one.taken > aim) == above] for above in (True, False))
+        if over and under:
+            here, other = max(over, key=lambda one: one.octaves), min(under, key=lambda one: one.octaves)
+            share = math.log(here.taken / aim) / math.log(here.taken / other.taken)
+            return here.octaves + min(max(LEAST_SHARE, share), 1 - LEAST_SHARE) * (other.octaves - here.octaves)
+        *before, here = sorted(tried, key=lambda one: one.octaves, reverse=not over)
         slope = -SLOPE / max(here.fitted.file_bits, 0.1)  # of log2(taken), for each octave
-        if len(nearest) > 1 and nearest[1].octaves != here.octaves:
-            found = math.log2(here.taken / nearest[1].taken) / (here.octaves - nearest[1].octaves)
+        if before:
+            found = math.log2(here.taken / before[-1].taken) / (here.octaves - before[-1].octaves)
             slope = min(found, slope / FLATTER)
         return here.octaves + max(-1.0, min(1.0, math.log2(aim / here.taken) / slope))
 
