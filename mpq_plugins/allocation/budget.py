@@ -8,7 +8,7 @@ part maps count too, to a few hundredths of a percent (parts_solve.py). The gap 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -45,7 +45,7 @@ SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes
 FILES = ("file_bits", "file_size")
 LIMITS = (*SIZES, "bops", "latency_limit", *FILES)
 FILE_WIDTHS = (4, 8)  # at which a sensitivity says what squared error costs in each layer
-NOT_BESIDE = ("pin", "tie", "ends", "time_limit")
+NOT_BESIDE = ("bits", "parts", "pin", "tie", "ends", "time_limit")
 
 
 @public
@@ -205,8 +205,9 @@ class Budget:
             return
         if len(given) > 1:
             raise SettingError(f"{' and '.join(given)} do not go together; a file's bytes are one limit, given alone")
+        usual = {field.name: field.default for field in fields(self)}
         for name in NOT_BESIDE:
-            if getattr(self, name) not in (None, ()):
+            if getattr(self, name) != usual[name]:
                 raise SettingError(
                     f"{name}: means nothing with {given[0]}, which gives every layer a step; leave layers out by "
                     "measuring without them (skip)"

@@ -70,7 +70,9 @@ def steps_for_size(table: LayerTable, sensitivity: str, file_size: int) -> Steps
     if file_size <= beside:
         raise SettingError(
             f"file_size: {file_size:,} bytes are fewer than what the file holds beside codes: {table.rest_bytes:,} "
-            f"bytes of other tensors (biases, norms, skipped layers) and about {_header_bytes(table):,} of its header"
+            f"bytes of other tensors as they are stored (biases, norms, skipped layers) and about "
+            f"{_header_bytes(table):,} of its header. Coding takes some off: plan with file_bits, which leaves other "
+            "tensors out, and then fit_file(..., file_size=...) counts what they really take"
         )
     return _solved(table, sensitivity, file_size - beside)
 

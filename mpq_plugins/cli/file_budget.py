@@ -109,13 +109,24 @@ def _check_compensated(fitting: Fitting) -> None:
         raise not_compensated(fitting.rounding)
 
 
+def that_runs(source: Source, fitting: Fitting, model: "nn.Module | None", factory: str, weights: str | None) -> Source:
+    """A checkpoint's model with its weights, where there are inputs to run through it. Raises SourceError."""
+    from ..checkpoints.checkpoint import read_checkpoint
+    from .calibration import load_tensors
+
+    if model is None or source.module is not None or not fitting.calibrated:
+        return source
+    load_tensors(model, source.path, read_checkpoint(source.path, weights, whole=True).tensors, factory)
+    return Source(source.text, "module", model)
+
+
 def inputs(source: Source, fitting: Fitting) -> list[Any] | None:
     """The inputs to round on. Raises SettingError where there is nothing to run them through."""
     if not fitting.calibrated:
         return None
     if source.module is None:
         raise SettingError(
-            f"calibrate: {source.text} is a file, and weights are rounded on inputs by running the model; give what "
-            "makes it, package.module:factory, as SOURCE"
+            f"calibrate: {source.text} is a file, and weights are rounded on inputs by running the model; say what "
+            "makes it, --model package.module:factory"
         )
     return fitting.batches(source.module)

@@ -4,7 +4,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,25 @@ from ..common.amounts import bytes_of
 from ..common.checks import number
 from ..common.progress import Progress
 from ..common.public import public
-from ..errors import SettingError
+from ..errors import CompressWarning, RoundingWarning, SettingError, SourceError
 from ..models.running import checked_batches, sample_count
+from ..plans.entropy_coded import LEAST_STEP, EntropyCoded
 from ..plans.names import layer_name
 from ..plans.plan import Plan
 from ..plans.steps import steps_of, with_steps
-from ..reconstruction.compensate import compensate
+from ..quantization.ladder import largest_magnitude
+from ..reconstruction.compensate import compensated_with_notes
+from ..simulation.match import match
+from ..weights.chunks import over_chunks
 from .container import Container
+from .step_search import Point, StepSearch
 from .write import write
 
 LOG = logging.getLogger(__name__)
 
-TRIES = 8
+TRIES = 14
+LACKING = 0.02  # of what codes take: more that is left of what is asked is said
 CLOSE, NEAR = 0.005, 0.015  # below what was asked, as a share: near enough, and so for what takes long
-SLOPE = 0.85  # bits a weight that an octave of the step saves at one or two bits, for the first correction
-LEAST_SHARE = 0.05  # of the way from one try to another, so that no factor is tried again
-FLATTER = 25  # times, at the most: where most weights were pruned, what is left to code is where the others are
 FEW_SAMPLES, FEW_COLUMNS = 128, 1 << 13  # that tell what compensated codes take
 SEALING = 2  # writes with the promise in it, which then holds to a byte or two
 BEYOND = 0.015  # of what is asked that few samples' codes take more than all samples' do
@@ -109,27 +112,22 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
         >>> 1.98 < fitted.file_bits <= 2
         True
     """
+    if not isinstance(plan, Plan):
+        raise SettingError(f"plan: {type(plan).__name__} is no plan; Plan.load reads one from its file")
     target = _Target.of(plan, file_bits, file_size)
     if not steps_of(plan):
         raise SettingError("plan: none of its layers has a step; make it with Budget(file_bits=...) or (file_size=...)")
-    if batches is None:
-        search = _Search(source, target, model, weights)
-        return search.fitted(plan, None, progress)
-    if not isinstance(source, nn.Module):
+    if batches is not None and not isinstance(source, nn.Module):
         raise SettingError("batches: a checkpoint's file does not run; give the module itself")
+    whole = _Search(source, target, finest_steps(source, plan, model, weights), model, weights)
+    if batches is None:
+        return whole.fitted(plan, None, progress)
     given = checked_batches(batches)
-    pilot = _Search(
-        source,
-        replace(target, most=target.most * (1 + BEYOND)),
-        model,
-        weights,
-        pilot=True,
-        close=NEAR,
-        total=2 * TRIES,
+    pilot = replace(
+        whole, target=replace(target, most=target.most * (1 + BEYOND)), pilot=True, close=NEAR, total=2 * TRIES
     )
-    few = list(_few(given))
-    close = pilot.fitted(plan, _Compensation(few, FEW_COLUMNS, seed), progress, INFLATED)
-    whole = _Search(source, target, model, weights, close=NEAR, before=TRIES, total=2 * TRIES)
+    close = pilot.fitted(plan, _Compensation(list(_few(given)), FEW_COLUMNS, seed), progress, INFLATED)
+    whole = replace(whole, close=NEAR, before=TRIES, total=2 * TRIES)
     return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed), progress)
 
 
@@ -167,24 +165,26 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A try: log2 of the steps' factor, what of the target it takes, what came of it and what was warned of."""
+    """What came of a try: the point it is, the result, what was warned of, and whether the plan has its promise."""
 
-    octaves: float
-    taken: float
+    point: Point
     fitted: FittedFile
-    said: tuple[warnings.WarningMessage, ...]
+    notes: tuple[str, ...]
+    sealed: bool
 
 
 @dataclass(frozen=True)
 class _Search:
     """Looks for the factor of a plan's steps at which its file takes what is asked.
 
-    pilot: whether it only finds where to begin, which is nothing to warn of or to refuse; close: below the target, as a
-    share, what is near enough; before, total: tries that progress counts before these, and in all.
+    finest: the finest step of each layer; pilot: whether it only finds where to begin, which is nothing to warn of or
+    to refuse; close: below the target, as a share, what is near enough; before, total: tries that progress counts
+    before these, and in all.
     """
 
     source: Any
     target: _Target
+    finest: Mapping[str, float]
     model: nn.Module | None
     weights: str | None
     pilot: bool = False
@@ -196,82 +196,76 @@ class _Search:
         self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float = 0.0
     ) -> FittedFile:
         """The finest steps found whose file is within the target. Raises SettingError where none is."""
-        tried, best = self._tries(plan, compensation, progress, octaves)
-        if self.pilot:
-            return (best or min(tried, key=lambda one: one.taken)).fitted
-        if best is None:
-            unit = "bits a weight" if self.target.in_bits else "bytes"
-            raise SettingError(
-                f"file: no steps were found that take at most {self.target.most:g} {unit}; the least that was reached "
-                f"is {min(one.taken for one in tried):g}. Ask for a larger file"
-            )
-        for said in best.said:
-            warnings.warn(said.message, stacklevel=4)
-        if self._close(best):
-            return best.fitted
-        return self._sealed(best.fitted, self._file(best.fitted.model, best.fitted.plan))
-
-    def _tries(
-        self, plan: Plan, compensation: _Compensation | None, progress: Progress | None, octaves: float
-    ) -> tuple[list[_Tried], _Tried | None]:
-        """All tries, without their models, and the best within the target."""
-        tried: list[_Tried] = []
+        search = self._begun(plan)
         best: _Tried | None = None
         for attempt in range(TRIES):
             if progress is not None:
                 progress("fitting steps", self.before + attempt, self.total)
             one = self._try(plan, octaves, compensation)
-            LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, one.taken, self.target.most)
-            if one.taken <= self.target.most and (best is None or one.taken > best.taken):
-                best = one
-            tried.append(replace(one, fitted=replace(one.fitted, model=None)))  # there is room for two large models
-            if self._close(one):
+            LOG.info("steps x %.4g: %.5g of %.5g", 2**octaves, one.point.taken, self.target.most)
+            search.add(one.point)
+            best = self._better(one, best)
+            if search.settled:
                 break
-            octaves = self._next(tried)
+            octaves = search.next()
         if progress is not None:
             progress("", self.before + TRIES, self.total)
-        return tried, best
+        assert best is not None
+        return best.fitted if self.pilot else self._finished(best, search)
 
-    def _close(self, one: _Tried) -> bool:
-        return (1 - self.close) * self.target.most <= one.taken <= self.target.most
+    def _begun(self, plan: Plan) -> StepSearch:
+        steps, weights = steps_of(plan), max(1, sum(layer.numel for layer in plan.layers))
+        known = [math.log2(self.finest[name] / step) for name, step in steps.items() if self.finest.get(name, 0) > 0]
+        per_bit = 1.0 if self.target.in_bits else weights / 8
+        return StepSearch(self.target.most, self.close, min(known, default=0.0), per_bit)
 
-    def _next(self, tried: Sequence[_Tried]) -> float:
-        """The next factor, aimed at the middle of what is near enough: between the nearest tries on either side of it,
-        or by the slope of the two nearest."""
-        aim = (1 - self.close / 2) * self.target.most
-        nearest = sorted(tried, key=lambda one: abs(math.log(one.taken / aim)))
-        here = nearest[0]
-        other = next((one for one in nearest if (one.taken > aim) != (here.taken > aim)), None)
-        if other is not None:
-            share = math.log(aim / here.taken) / math.log(other.taken / here.taken)
-            return here.octaves + max(LEAST_SHARE, share) * (other.octaves - here.octaves)
-        slope = -SLOPE / max(here.fitted.file_bits, 0.1)  # of log2(taken), for each octave
-        if len(nearest) > 1 and nearest[1].octaves != here.octaves:
-            found = math.log2(here.taken / nearest[1].taken) / (here.octaves - nearest[1].octaves)
-            slope = min(found, slope / FLATTER)
-        further = here.octaves + max(-1.0, min(1.0, math.log2(aim / here.taken) / slope))
-        coarser = here.taken > aim
-        edge = max(tried, key=lambda one: one.octaves if coarser else -one.octaves).octaves
-        # All tries are on one side, and where more was tried already without an effect it takes more still.
-        return further if (further - edge) * (1 if coarser else -1) > 0 else edge + (1.0 if coarser else -1.0)
+    def _better(self, one: _Tried, best: _Tried | None) -> _Tried:
+        """The one that takes more within the target; of those beyond it the one that takes less."""
+        if best is None:
+            return one
+        most = self.target.most
+        ranks = [(tried.point.taken <= most, -abs(most - tried.point.taken)) for tried in (best, one)]
+        return one if ranks[1] > ranks[0] else best
+
+    def _finished(self, best: _Tried, search: StepSearch) -> FittedFile:
+        """The best try with its promise, and what is to be said of it. Raises SettingError where it takes too much."""
+        taken, most = best.point.taken, self.target.most
+        unit = "bits a weight" if self.target.in_bits else "bytes"
+        if taken > most:
+            raise SettingError(
+                f"file: no steps were found that take at most {most:g} {unit}; the least that was reached is "
+                f"{taken:g}. Ask for a larger file"
+            )
+        for note in best.notes:
+            warnings.warn(RoundingWarning(note), stacklevel=4)
+        if most - taken > LACKING * search.per_bit * best.point.file_bits:
+            why = f"no nearer steps were found in {TRIES} tries"
+            if best.point.octaves <= search.finest:
+                why = "all steps are the finest that int8 codes have"
+            elif search.settled:
+                why = "codes change all at once between the nearest steps"
+            warnings.warn(CompressWarning(f"the file takes {taken:.6g} of {most:.6g} {unit}: {why}"), stacklevel=4)
+        if best.sealed:
+            return best.fitted
+        return self._sealed(best.fitted, self._file(best.fitted.model, best.fitted.plan))
 
     def _try(self, plan: Plan, octaves: float, compensation: _Compensation | None) -> _Tried:
-        steps = {name: step * 2**octaves for name, step in steps_of(plan).items()}
+        steps = {name: max(step * 2**octaves, self.finest.get(name, 0.0)) for name, step in steps_of(plan).items()}
         scaled = with_steps(plan, steps, {layer.name: layer.coded_bytes for layer in plan.layers})
-        model, said = self.source, []
+        model, notes = self.source, tuple[str, ...]()
         if compensation is not None:
             free = with_steps(scaled, steps, dict.fromkeys(steps, None))  # rounded as is best, whatever it takes
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                model = compensate(
-                    self.source, free, compensation.batches, columns=compensation.columns, seed=compensation.seed
-                )
+            model, said = compensated_with_notes(
+                self.source, free, compensation.batches, columns=compensation.columns, seed=compensation.seed
+            )
+            notes = tuple(said)
         container = self._file(model, scaled)
         found = FittedFile(model, scaled, container.size, container.file_bits)
-        if self._near(container):
+        sealed = not self.pilot and (1 - 2 * self.close) * self.target.most <= self.target.taken(container)
+        if sealed:
             found = self._sealed(found, container)
         taken = found.file_bits if self.target.in_bits else float(found.file_bytes)
-        return _Tried(octaves, taken, found, tuple(said))
+        return _Tried(Point(octaves, taken, found.file_bits), found, notes, sealed)
 
     def _sealed(self, found: FittedFile, container: Container) -> FittedFile:
         """With the plan's promise, which stands in the header and takes bytes itself."""
@@ -281,20 +275,37 @@ class _Search:
             container = self._file(found.model, plan)
         return FittedFile(found.model, plan, container.size, container.file_bits)
 
-    def _near(self, container: Container) -> bool:
-        return (1 - 2 * self.close) * self.target.most <= self.target.taken(container) <= self.target.most
-
     def _file(self, model: Any, plan: Plan) -> Container:
         return written_once(model, plan, self.model, self.weights)
+
+
+def finest_steps(
+    source: nn.Module | str | Path, plan: Plan, model: nn.Module | None = None, weights: str | None = None
+) -> dict[str, float]:
+    """The finest step of each layer that has one; reads its weights once. Raises as `match`."""
+    found = match(plan, source, rewrapped=True, key=weights, model=model)
+    named = found.require(type(source).__name__ if isinstance(source, nn.Module) else str(source))
+    here = {name: known for known, layer in zip(plan.layers, named.layers, strict=True) for name in layer.names}
+    steps, finest = steps_of(plan), dict[str, float]()
+    for weight in found.present:
+        known = next((here[name] for name in weight.names if name in here), None)
+        if known is not None and known.name in steps and isinstance(known.scheme, EntropyCoded):
+            largest = largest_magnitude(over_chunks(weight))
+            finest[known.name] = max(known.scheme.finest_step(largest), LEAST_STEP)
+    return finest
 
 
 def written_once(
     source: nn.Module | str | Path, plan: Plan, model: nn.Module | None = None, weights: str | None = None
 ) -> Container:
     """The container of a source under a plan, whose file is gone again: it says what it took. Raises as `compress`."""
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise SourceError(f"file: there is no folder for a file to be counted in ({error}); set TMPDIR") from error
+    with folder as place:
         return write(
-            source, plan, Path(folder) / "once.mpq", prune=None, coding="smallest", progress=None, model=model,
+            source, plan, Path(place) / "once.mpq", prune=None, coding="smallest", progress=None, model=model,
             weights=weights,
         )  # fmt: skip
 

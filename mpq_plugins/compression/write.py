@@ -35,6 +35,7 @@ from .bitpack import Codes
 from .codes import encode
 from .container import Container, numpy_dtype, part_shape, read_part
 from .header import (
+    CHECKSUM,
     PROLOGUE,
     Header,
     PartRecord,
@@ -51,6 +52,7 @@ from .streams import CHOICES, Choice, Stream, code_stream, possible, value_strea
 
 LOG = logging.getLogger(__name__)
 
+MORE = 1.02  # than is promised, as a ratio: less is not worth a word
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -103,6 +105,23 @@ def write(  # noqa: PLR0913  # as compress
             writer.finish(made_with, contents.left_out)
         Container.open(temporary)  # before it takes the place of another
     return Container.open(path)
+
+
+def broken_promise(container: Container) -> str | None:
+    """What to say where codes take more than the plan promises, as those of weights that were rounded otherwise do."""
+    promised = {layer.name: layer.coded_bytes for layer in container.plan.layers if layer.coded_bytes is not None}
+    taken = dict.fromkeys(promised, 0)
+    for record in container.header.tensors:
+        choice = container.choice(record)
+        if choice is not None and choice.name in taken:
+            taken[choice.name] += record.block_bytes
+    most = sum(promised.values())
+    if sum(taken.values()) <= most * MORE + CHECKSUM.size * len(taken):
+        return None
+    return (
+        f"the codes take {sum(taken.values()):,} bytes, and the plan promises {most:,}: the weights are rounded "
+        "otherwise than when it was made. fit_file finds the steps for them"
+    )
 
 
 def _check_packed(plan: Plan) -> None:
@@ -377,6 +396,9 @@ def compress(  # noqa: PLR0913  # each option is a user's word
     container = write(
         source, plan, Path(path), prune=prune, coding=coding, progress=progress, model=model, weights=weights
     )
+    broken = broken_promise(container)
+    if broken is not None:
+        warnings.warn(CompressWarning(broken), stacklevel=2)
     if container.header.left_out:
         text = f"left out, no tensors of the model: {', '.join(container.header.left_out)}"
         warnings.warn(CompressWarning(text), stacklevel=2)

@@ -27,6 +27,7 @@ ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
 KINDS = (
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding",
 )  # fmt: skip
+MOST_BESIDE = 1 << 16  # bytes that a layer's codes take beside themselves
 LARGEST_SIDE, LARGEST_SHAPE = 1 << 40, 1 << 62
 
 Side = Annotated[int, Field(ge=0)]
@@ -188,7 +189,20 @@ class LayerChoice(LayerDocument):
                 self.scheme.check_bits(bits, f"{where}: bits")
                 self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
         self.scheme.groups_per_channel(self.shape, self.channel_axis, self.name)
+        self._check_coded(where)
         return self
+
+    def _check_coded(self, where: str) -> None:
+        """Raise ValueError for a promise of coded bytes that no file keeps."""
+        if self.coded_bytes is None:
+            return
+        if getattr(self.scheme, "step", None) is None or self.bits not in INTEGER_BITS:
+            raise ValueError(f"{where}: coded_bytes belongs to a layer of one width whose scheme has a step")
+        if self.coded_bytes > 2 * self.numel + MOST_BESIDE:
+            raise ValueError(
+                f"{where}: coded_bytes {self.coded_bytes:,} is not allowed; {self.numel:,} weights take at most "
+                f"{2 * self.numel + MOST_BESIDE:,}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -210,6 +210,9 @@ def _legal(
             width = _legal_width(wanted, layer.name, able, policy)
         if width != wanted:
             whys.append(f"{able.backend} has no {wanted} bits, only {_listed(able.bits)}")
+        if width < wanted and not scheme.scales_per_group and scheme.as_affine is not None:
+            whys.append("the plan's step needs the width that it has, so scales are found anew")
+            scheme = scheme.as_affine
         by_width.setdefault(width, []).append(part)
     return (_with(layer, scheme, by_width), whys) if whys else (layer, [])
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..errors import SettingError
 from .entropy_coded import EntropyCoded
 from .plan import Plan
 
@@ -17,7 +18,7 @@ def with_steps(plan: Plan, steps: Mapping[str, float], coded_bytes: Mapping[str,
     layers = []
     for layer in plan.layers:
         if isinstance(layer.scheme, EntropyCoded) and layer.name in steps:
-            scheme = replace(layer.scheme, step=float(np.float32(steps[layer.name])))
+            scheme = _with_step(layer.scheme, steps[layer.name], layer.name)
             layer = layer.model_copy(update={"scheme": scheme, "coded_bytes": coded_bytes[layer.name]})
         layers.append(layer)
     return plan.model_copy(update={"layers": tuple(layers)})
@@ -36,3 +37,11 @@ def steps_of(plan: Plan) -> dict[str, float]:
         for layer in plan.layers
         if isinstance(layer.scheme, EntropyCoded) and layer.scheme.step is not None
     }
+
+
+def _with_step(scheme: EntropyCoded, step: float, layer: str) -> EntropyCoded:
+    """Raises SettingError, naming the layer, for a step that is none."""
+    try:
+        return replace(scheme, step=float(np.float32(step)))
+    except SettingError as error:
+        raise SettingError(f"layer {layer!r}: {error}") from error

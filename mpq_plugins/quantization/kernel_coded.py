@@ -11,12 +11,12 @@ CODES = 256
 
 @compiled
 def _codes(values, step, offset, codes):  # type: ignore[no-untyped-def]  # inlined where it is called
-    """Fill codes, uint8 (n,), of the weights (n,), and return their squared error; vector instructions do it."""
+    """Fill codes, uint8 (n,), of the weights (n,), and return their squared error in squared steps."""
     inverse, total = np.float32(1) / step, np.float32(0)
     for i in range(len(values)):
-        magnitude = abs(values[i])
-        code = np.int32(min(magnitude * inverse + offset, np.float32(127)))
-        error = magnitude - np.float32(code) * step
+        magnitude = abs(values[i]) * inverse
+        code = np.int32(min(magnitude + offset, np.float32(127)))
+        error = magnitude - np.float32(code)
         total += error * error
         codes[i] = np.uint8(code | (128 if values[i] < 0 else 0))
     return total
@@ -44,7 +44,8 @@ def fill_ladder(stored, steps, offset, counts, squared):  # type: ignore[no-unty
                 counts[k, 0] += length
                 squared[k] += total
                 continue
-            squared[k] += _codes(values[:length], step, shift, codes[:length])
+            # Squares of very large and very small weights are beyond float32.
+            squared[k] += _codes(values[:length], step, shift, codes[:length]) * (np.float64(step) * np.float64(step))
             of_step = counts[k]
             for i in range(length):
                 of_step[codes[i]] += 1

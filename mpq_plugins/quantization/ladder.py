@@ -37,10 +37,15 @@ def entropies(counts: Array) -> Array:
 
 def climbed(each: Each, scheme: EntropyCoded) -> tuple[Array, Array, Array]:
     """Steps, bits of the codes and squared error at each, all (RUNGS,), of a weight whose chunks `each` looks at."""
-    largest = float(each(_largest).max(initial=0.0))
+    largest = largest_magnitude(each)
     steps = ladder(largest, scheme)
     sums = each(partial(_sums, steps=steps, offset=scheme.rounding_offset)).sum(axis=0)
     return steps, entropies(sums[:, :CODES]), sums[:, CODES]
+
+
+def largest_magnitude(each: Each) -> float:
+    """The greatest magnitude of a weight whose chunks `each` looks at; 0 for an empty one."""
+    return float(each(_largest).max(initial=0.0))
 
 
 def _largest(rows: Tensor) -> Array:

@@ -123,9 +123,31 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         >>> torch.equal(mpq.apply(rounded, plan)[0].weight, rounded[0].weight)
         True
     """
+    made, notes = compensated_with_notes(
+        model, plan, batches, columns=columns, damping=damping, seed=seed, device=device, store=store,
+        progress=progress, finished=finished,
+    )  # fmt: skip
+    for note in notes:
+        warnings.warn(RoundingWarning(note), stacklevel=2)
+    return made
+
+
+def compensated_with_notes(  # noqa: PLR0913  # as compensate
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    *,
+    columns: int = 1 << 16,
+    damping: float = 0.01,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    store: str | Path | Store | None = None,
+    progress: Progress | None = None,
+    finished: Callable[[LayerReport], None] | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """What `compensate` gives, and what it warns of, for who tries several times."""
     settings = Compensation(columns=columns, damping=damping, seed=seed)
     check_callbacks(progress, finished)
-    # No decorators: a warning names the caller's line by counting frames.
     with torch.inference_mode(mode=False), torch.no_grad():
         traced = Traced(model)
         plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
@@ -146,7 +168,7 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
             job = _Job.of(exact, rough, plan, given, settings, layers)
             job.run(given, progress, finished)
         as_the_models(model, rough)
-        return rough.to(home)
+        return rough.to(home), job.notes()
 
 
 @dataclass
@@ -225,7 +247,6 @@ class _Job:
             progress("", len(steps), len(steps))
         self._unreached_to_nearest(self.layers, finished)
         self._leave_as_it_was(buffers)
-        self._say()
 
     def _steps(self, name: str) -> list[Step]:
         """What is done at a module; a tied weight is rounded at whichever comes first, under its first name."""
@@ -375,16 +396,14 @@ class _Job:
         for name, weight in self.floats.items():
             self.walk.rough.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
 
-    def _say(self) -> None:
+    def notes(self) -> list[str]:
+        """What a user is warned of."""
         # That embeddings are rounded to nearest is what is expected, and where that is better it is no loss.
         listed = [
             f"{name!r} ({why})" for name, why in self.nearest.items() if why not in (EMBEDDING, SHARED, NO_BETTER)
         ]
-        if listed:
-            warnings.warn(RoundingWarning(f"rounded to nearest: {first_few(listed)}"), stacklevel=4)
-        if self.few:
-            few = f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches"
-            warnings.warn(RoundingWarning(few), stacklevel=4)
+        few = f"few inputs to compensate on: {first_few(self.few, ', ')}; give more batches"
+        return [*([f"rounded to nearest: {first_few(listed)}"] if listed else []), *([few] if self.few else [])]
 
 
 def _stations(model: nn.Module, names: Sequence[str], batch: Any) -> Stations:

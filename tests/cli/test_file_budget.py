@@ -69,6 +69,15 @@ def test_a_model_is_compressed_without_a_plan(mpq: Mpq, inputs: tuple[str, ...],
     assert Plan.load(tmp_path / "plan.json") == container.plan
 
 
+def test_a_checkpoint_is_rounded_in_its_model(mpq: Mpq, checkpoint: Path, tmp_path: Path) -> None:
+    words = ("--file-size", "12kB", "--calibrate", f"{ME}:batches")
+    made = mpq("compress", checkpoint, "--model", f"{ME}:factory", "-o", tmp_path / "one.mpq", *words)
+    assert made.code == 0, made.err
+    assert mpq("compress", f"{ME}:factory", "-o", tmp_path / "two.mpq", *words).code == 0
+    one, two = (Container.open(tmp_path / f"{name}.mpq").tensor("3.weight") for name in ("one", "two"))
+    assert one.equal(two)
+
+
 def test_a_plan_of_widths_is_compressed_with_compensated_weights(mpq: Mpq, tmp_path: Path) -> None:
     Uniform(bits=2)(measure(factory(), Affine(granularity="per_channel"), (2,))).save(tmp_path / "plan.json")
     for name, inputs in (("plain", ()), ("rounded", ("--calibrate", f"{ME}:batches"))):
@@ -96,7 +105,8 @@ def test_a_table_plans_without_writing(mpq: Mpq, checkpoint: Path, tmp_path: Pat
         (("compress", "NET", "--file-size", "500"), ("file_size", "500", "other tensors", "header")),
         (("compress", "NET", "--file-bits", "2", "--file-size", "9kB"), ("file_bits and file_size",)),
         (("compress", "NET", "--file-bits", "2", "--prune", "0.5"), ("prune",)),
-        (("compress", "NET", "--file-bits", "2", "--calibrate", f"{ME}:batches"), ("calibrate", "package.module")),
+        (("compress", "NET", "--file-bits", "2", "--calibrate", f"{ME}:batches"),
+         ("calibrate", "--model package.module:factory")),
         (("compress", f"{ME}:factory", "--file-bits", "2", "--calibrate", f"{ME}:batches", "--rounding", "learned"),
          ("rounding", "learned")),
         (("compress", "TABLE", "--file-bits", "2"), ("is a table",)),

@@ -1,5 +1,7 @@
 """Files that take what was asked, whatever rounds their weights."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 import mpq_plugins as mpq
 from mpq_plugins import Affine, Budget, EntropyCoded, Uniform
 from mpq_plugins.compression.fit import _few
-from mpq_plugins.errors import MismatchError, RoundingWarning, SettingError
+from mpq_plugins.errors import CompressWarning, MismatchError, RoundingWarning, SettingError
 from tests.helpers.says import naming
 
 
@@ -122,3 +124,81 @@ def test_a_file_of_pruned_weights_is_fitted_too() -> None:
     fitted = mpq.fit_file(sparse, plan_of(sparse, file_size=10_000), [torch.randn(256, 512)])
     assert 9_800 <= fitted.file_bytes <= 10_000
     assert not fitted.model.get_parameter("0.weight")[zero].any()
+
+
+def with_outlier() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).eval()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[0, 0] = 50.0
+    return model
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_layer_that_int8_holds_no_finer_stays_at_its_finest_step(calibrated: bool) -> None:
+    model = with_outlier()
+    fitted = mpq.fit_file(model, plan_of(model, file_bits=2), [torch.randn(512, 256)] if calibrated else None)
+    steps = [layer.scheme.step for layer in fitted.plan.layers if isinstance(layer.scheme, EntropyCoded)]
+    assert steps[0] is not None
+    assert 50 / 127.6 * 0.999 <= steps[0] <= 50 / 100
+    assert 1.95 <= fitted.file_bits <= 2
+
+
+def test_what_int8_cannot_fill_is_said() -> None:
+    model = net()
+    with pytest.warns(CompressWarning, match=naming("finest", "30")):
+        fitted = mpq.fit_file(model, plan_of(model, file_bits=3), file_bits=30)
+    assert fitted.file_bits > 5
+
+
+@pytest.mark.parametrize("levels", [(-0.1, 0.0, 0.1), (0.25,), (0.0,)], ids=str)
+@pytest.mark.filterwarnings("ignore:the file takes:mpq_plugins.CompressWarning")
+def test_weights_of_few_values_are_fitted_or_said(levels: tuple[float, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Linear(128, 128))
+    picked = torch.randint(0, len(levels), (128, 128), generator=generator)
+    model.get_parameter("0.weight").data = torch.tensor(levels)[picked]
+    fitted = mpq.fit_file(model, plan_of(model, file_bits=2))
+    assert fitted.file_bits <= 2
+    kept, given = (one.get_parameter("0.weight") for one in (mpq.apply(model, fitted.plan), model))
+    assert torch.equal(kept != 0, given != 0)
+
+
+@pytest.mark.parametrize("asked", [0.5, 6.5])
+def test_far_from_what_the_plan_was_made_for_it_is_found_too(asked: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    for name in ("0.weight", "1.weight"):
+        nn.init.normal_(model.get_parameter(name))
+    fitted = mpq.fit_file(model, plan_of(model, file_bits=3), file_bits=asked)
+    assert 0.97 * asked <= fitted.file_bits <= asked
+
+
+def test_warnings_stay_as_they_are_where_files_are_fitted_in_threads() -> None:
+    models = [net(seed) for seed in range(3)]
+    plans = [plan_of(model, file_bits=2) for model in models]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = warnings.showwarning, warnings.filters[:]
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(lambda k: mpq.fit_file(models[k], plans[k], inputs()), range(3)))
+        assert (warnings.showwarning, warnings.filters[:]) == before
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            warnings.warn("heard", stacklevel=1)
+        assert [str(one.message) for one in said] == ["heard"]
+
+
+def test_a_file_of_weights_that_are_rounded_otherwise_is_said_to_take_more(tmp_path: Path) -> None:
+    model = net()
+    fitted = mpq.fit_file(model, plan_of(model, file_bits=1.5))
+    other = mpq.finish(model)
+    with torch.no_grad():
+        other.get_parameter("3.weight").mul_(1.5)
+    with pytest.warns(CompressWarning, match=naming("promises", "fit_file")):
+        mpq.compress(other, fitted.plan, tmp_path / "net.mpqc")
+
+
+def test_a_plans_file_is_no_plan() -> None:
+    with pytest.raises(SettingError, match=naming("str", "Plan.load")):
+        mpq.fit_file(net(), "plan.json")  # type: ignore[arg-type]

@@ -261,6 +261,24 @@ def test_a_promise_of_coded_bytes_is_what_codes_count() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"bits": 8', '"bits": 32'),
+        ('"step": 0.25', '"step": null'),
+        ('"coded_bytes": 3', '"coded_bytes": 100000000'),
+        ('"scheme": {"name": "entropy_coded", "step": 0.25, "rounding_offset": 0.4}', '"scheme": {"name": "affine"}'),
+    ],
+)
+def test_a_promise_that_no_file_keeps_is_refused(change: tuple[str, str]) -> None:
+    made = plan_of(linear("fc", 4, 2, EntropyCoded(step=0.25), 8))
+    promised = made.model_copy(update={"layers": (made.layers[0].model_copy(update={"coded_bytes": 3}),)})
+    text = "\n".join(line for line in promised.to_json().splitlines() if '"checksum"' not in line)
+    assert change[0] in text
+    with pytest.raises(FormatError, match=naming("coded_bytes")):
+        Plan.model_validate_json(text.replace(*change))
+
+
 @given(plans, st.integers(0, 10**15))
 def test_what_is_beside_the_layers_is_counted_and_kept(made: Plan, rest: int) -> None:
     whole = made.model_copy(update={"rest_bytes": rest})

@@ -88,3 +88,11 @@ def test_the_entropy_is_that_of_the_histogram() -> None:
     counts[1, [0, 1, 129, 5]] = 4
     counts[2, [0, 1]] = (3, 1)
     assert entropies(counts) == pytest.approx([0, 32, 8 - 3 * math.log2(3)])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e20])
+def test_very_large_and_very_small_weights_have_their_errors(scale: float) -> None:
+    weights = torch.randn(1, 2000, generator=torch.Generator().manual_seed(4))
+    usual, scaled = (climbed(lambda op, w=w: op(w), EntropyCoded())[2] for w in (weights, weights * scale))  # type: ignore[misc]
+    assert np.isfinite(scaled).all()
+    assert scaled / scale**2 == pytest.approx(usual, rel=1e-3)

@@ -1,7 +1,7 @@
 """`mpq compress`: a model in one small file."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from ...errors import SettingError
-from ...report.progress import echo, progress_bar, say
+from ...report.progress import alert, echo, progress_bar, say
 from ..file_budget import file_options
 from ..fitting import Fitting, fitting_options
 from ..help import SectionCommand
@@ -82,18 +82,23 @@ def compress(
     pruning = _pruning(amounts, prune_by)
     if plan_file is not None:
         check_order(plan_file, source, "mpq compress SOURCE PLAN")
-    from ...compression.write import write  # which leaves it to its caller to say what was left out
+    from ...compression.write import broken_promise, write  # which leaves it to its caller to say what was left out
 
     given = resolve_source(source)
     if given.module is not None and (model_factory, weights) != (None, None):
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None
-    to_write, plan = _prepared(given, plan_file, _Asked(file_bits, file_size, fitting, pruning, weights, model))
+    to_write, plan = _prepared(given, plan_file, _Asked(
+        file_bits, file_size, fitting, pruning, weights, model, str(model_factory)
+    ))  # fmt: skip
     with progress_bar("compressing") as progress:
         container = write(
             to_write, plan, output, prune=pruning, coding=coding, progress=progress, model=model, weights=weights,
             noted=partial(say_notes, loaded_from=plan_file) if plan_file is not None else None,
         )  # fmt: skip
+    broken = broken_promise(container)
+    if broken is not None:
+        alert(f"warning: {broken}")
     if container.header.left_out:
         say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
     if plan.activation_bits is not None:
@@ -121,19 +126,23 @@ class _Asked:
     pruning: "Pruning | None"
     weights: str | None
     model: "nn.Module | None"
+    factory: str
 
 
 def _prepared(given: "Source", plan_file: Path | None, asked: _Asked) -> "tuple[Any, Plan]":
     """What is written, and the plan it is written by. Raises SettingError."""
     from ...plans.plan import Plan
     from ...plans.steps import steps_of
-    from ..file_budget import fitted_to_file, inputs, planned_for_file
+    from ..file_budget import fitted_to_file, inputs, planned_for_file, that_runs
 
     if asked.pruning is not None and (plan_file is None or asked.fitting.calibrated):
         raise SettingError(
             "prune: weights that are fitted to a file or to inputs move again; prune the model first (mpq_plugins."
             "prune), whose zeros stay"
         )
+    given = that_runs(given, asked.fitting, asked.model, asked.factory, asked.weights)
+    if given.module is not None:
+        asked = replace(asked, weights=None, model=None)  # which say what a checkpoint holds
     if plan_file is None:
         plan = planned_for_file(given, asked.file_bits, asked.file_size, asked.weights, asked.model)
         return fitted_to_file(given, plan, asked.fitting, asked.weights, asked.model)
