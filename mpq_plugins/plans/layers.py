@@ -196,8 +196,8 @@ class LayerChoice(LayerDocument):
         """Raise ValueError for a promise of coded bytes that no file keeps."""
         if self.coded_bytes is None:
             return
-        if getattr(self.scheme, "step", None) is None or self.bits not in INTEGER_BITS:
-            raise ValueError(f"{where}: coded_bytes belongs to a layer of one width whose scheme has a step")
+        if self.scheme.name != "entropy_coded" or any(bits in FLOAT_BITS for bits, _ in self.widths):
+            raise ValueError(f"{where}: coded_bytes belongs to a layer of codes under the entropy_coded scheme")
         if self.coded_bytes > 2 * self.numel + MOST_BESIDE:
             raise ValueError(
                 f"{where}: coded_bytes {self.coded_bytes:,} is not allowed; {self.numel:,} weights take at most "

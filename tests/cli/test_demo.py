@@ -104,7 +104,7 @@ def test_the_readmes_figures_are_what_comes_out() -> None:
     readme = Path(train_demo.__file__).parents[1].joinpath("README.md").read_text()
     for name, (taken, model) in rows.items():
         scores = accuracy(model)
-        assert f"| {name} | {taken} | {100 * scores['accuracy']:.2f} % | {scores['cross_entropy']:.4f} |" in readme
+        assert f"| {name} | {taken} | {100 * scores['accuracy']:.2f} % | {scores['cross_entropy']:.3f} |" in readme
 
 
 def table_weights(table: LayerTable) -> int:

@@ -265,7 +265,6 @@ def test_a_promise_of_coded_bytes_is_what_codes_count() -> None:
     "change",
     [
         ('"bits": 8', '"bits": 32'),
-        ('"step": 0.25', '"step": null'),
         ('"coded_bytes": 3', '"coded_bytes": 100000000'),
         ('"scheme": {"name": "entropy_coded", "step": 0.25, "rounding_offset": 0.4}', '"scheme": {"name": "affine"}'),
     ],
