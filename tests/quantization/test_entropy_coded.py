@@ -127,7 +127,11 @@ def test_zero_and_constant_weights(value: float, step: float | None) -> None:
             fake_quantize(weight, 8, scheme)
         return
     made = fake_quantize(weight, 8, scheme)
-    expected = value if step is None else codes([value], float(np.float32(step)), 0.36)[0] * float(np.float32(step))
+    expected = (
+        value
+        if step is None
+        else codes([value], float(np.float32(step)), scheme.rounding_offset)[0] * float(np.float32(step))
+    )
     torch.testing.assert_close(made, torch.full((3, 4), expected), rtol=1e-6, atol=1e-42)
 
 
