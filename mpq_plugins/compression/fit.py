@@ -36,7 +36,7 @@ LACKING = 0.02  # of what codes take: more that is left of what is asked is said
 CLOSE, NEAR = 0.005, 0.015  # below what was asked, as a share: near enough, and so for what takes long
 FEW_SAMPLES, FEW_COLUMNS = 128, 1 << 13  # that tell what compensated codes take
 SEALING = 2  # writes with the promise in it, which then holds to a byte or two
-BEYOND = 0.015  # of what is asked that few samples' codes take more than all samples' do
+BEYOND = 0.018  # of what is asked, at one bit a weight, that few samples' codes take more than all samples' do
 INFLATED = 0.35  # octaves that steps are coarser where compensated codes take what the float weights' nearest ones do
 
 
@@ -124,11 +124,17 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
         return whole.fitted(plan, None, progress)
     given = checked_batches(batches)
     pilot = replace(
-        whole, target=replace(target, most=target.most * (1 + BEYOND)), pilot=True, close=NEAR, total=2 * TRIES
+        whole, target=replace(target, most=target.most * _beyond(plan)), pilot=True, close=CLOSE * 2, total=2 * TRIES
     )
     close = pilot.fitted(plan, _Compensation(list(_few(given)), FEW_COLUMNS, seed), progress, INFLATED)
     whole = replace(whole, close=NEAR, before=TRIES, total=2 * TRIES)
     return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed), progress)
+
+
+def _beyond(plan: Plan) -> float:
+    """What few samples' codes may take, as a ratio to what is asked; at more bits they are nearer to all samples'."""
+    bits = plan.allocator.found.get("file_bits")
+    return 1 + BEYOND / max(1.0, bits if isinstance(bits, float) else 1.5) ** 2
 
 
 @dataclass(frozen=True)
