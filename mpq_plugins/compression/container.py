@@ -99,6 +99,16 @@ class Container:
         weights = sum(layer.numel for layer in self.plan.layers)
         return 8 * (self.size - others) / max(1, weights)
 
+    @property
+    def layer_bytes(self) -> dict[str, int]:
+        """What each of the plan's layers takes, in the plan's order; by name."""
+        taken = {layer.name: 0 for layer in self.plan.layers}
+        for record in self.header.tensors:
+            choice = self.choice(record)
+            if choice is not None:
+                taken[choice.name] += record.block_bytes
+        return taken
+
     def choice(self, record: TensorRecord) -> LayerChoice | None:
         """Look up the plan's choice for a tensor.
 

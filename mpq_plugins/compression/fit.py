@@ -18,7 +18,6 @@ from ..common.public import public
 from ..errors import CompressWarning, RoundingWarning, SettingError, SourceError
 from ..models.running import checked_batches, sample_count
 from ..plans.entropy_coded import LEAST_STEP, EntropyCoded
-from ..plans.names import layer_name
 from ..plans.plan import Plan
 from ..plans.steps import steps_of, with_steps
 from ..quantization.ladder import largest_magnitude
@@ -318,10 +317,8 @@ def written_once(
 
 def with_promise(plan: Plan, container: Container) -> Plan:
     """The plan with what its layers and the file take in a container of it."""
-    blocks = {
-        layer_name(record.name): record.block_bytes for record in container.header.tensors if record.parts is not None
-    }
-    taken = {layer.name: sum(blocks.get(name, 0) for name in layer.names) for layer in plan.layers}
+    # In one order, for the source may call its layers otherwise.
+    taken = {layer.name: one for layer, one in zip(plan.layers, container.layer_bytes.values(), strict=True)}
     promised = with_steps(plan, steps_of(plan), taken)
     found = {**plan.allocator.found, "file_bits": round(container.file_bits, 4), "file_bytes": container.size}
     return promised.model_copy(update={"allocator": plan.allocator.model_copy(update={"found": found})})

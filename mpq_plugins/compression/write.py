@@ -110,16 +110,12 @@ def write(  # noqa: PLR0913  # as compress
 def broken_promise(container: Container) -> str | None:
     """What to say where codes take more than the plan promises, as those of weights that were rounded otherwise do."""
     promised = {layer.name: layer.coded_bytes for layer in container.plan.layers if layer.coded_bytes is not None}
-    taken = dict.fromkeys(promised, 0)
-    for record in container.header.tensors:
-        choice = container.choice(record)
-        if choice is not None and choice.name in taken:
-            taken[choice.name] += record.block_bytes
+    taken = sum(one for name, one in container.layer_bytes.items() if name in promised)
     most = sum(promised.values())
-    if sum(taken.values()) <= most * MORE + CHECKSUM.size * len(taken):
+    if taken <= most * MORE + CHECKSUM.size * len(promised):
         return None
     return (
-        f"the codes take {sum(taken.values()):,} bytes, and the plan promises {most:,}: the weights are rounded "
+        f"the codes take {taken:,} bytes, and the plan promises {most:,}: the weights are rounded "
         "otherwise than when it was made. fit_file finds the steps for them"
     )
 
