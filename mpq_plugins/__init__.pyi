@@ -38,17 +38,21 @@ from .evaluation.pareto import LabelledPlan, pareto
 from .evaluation.sweep import SweepRow, sweep
 from .measurement.contract import Curves, Job, Sensitivity
 from .measurement.measure import measure
+from .measurement.measure_types import measure_types
 from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
 from .plans.entropy_coded import EntropyCoded
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
+from .plans.minifloat import Minifloat
 from .plans.plan import Difference, Plan
 from .plans.scheme import Affine, Codebook, Granular, Piecewise, Scheme
 from .plans.size import LayerSize, PlanSize
 from .plans.stats import CodedCurve, LayerStats
 from .plans.storage import Storage
 from .plans.table import LayerTable
+from .plans.type_table import TypeColumn, TypeTable
+from .plans.types import NamedType, named_type
 from .quantization.contract import PartCodes, PartShape, Quantizer
 from .quantization.row_quantizer import RowQuantizer
 from .reconstruction.apply import apply, round_weights
@@ -98,8 +102,10 @@ __all__ = [
     "LayerTable",
     "MPQError",
     "MeasureWarning",
+    "Minifloat",
     "MismatchError",
     "MixQuant",
+    "NamedType",
     "Needs",
     "Part",
     "PartCheck",
@@ -122,6 +128,8 @@ __all__ = [
     "Store",
     "SweepRow",
     "TuningError",
+    "TypeColumn",
+    "TypeTable",
     "Uniform",
     "VerifyError",
     "Weight",
@@ -143,6 +151,8 @@ __all__ = [
     "legalise",
     "make_plan",
     "measure",
+    "measure_types",
+    "named_type",
     "pareto",
     "prune",
     "reconstruct",

@@ -16,25 +16,27 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.amounts import bytes_of
-from ..common.checks import number
+from ..common.checks import as_integer, number
 from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
 from ..plans.entropy_coded import EntropyCoded
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS, Affine
+from ..plans.scheme import FLOAT_BITS, Affine, Scheme
 from ..plans.stats import METRICS
 from ..plans.steps import with_steps
 from ..plans.table import LayerTable
+from ..plans.type_table import TypeTable
 from .budget_problem import Layout, Rules, pinned_width, plan_bits
 from .contract import Needs
 from .fields import Candidates, Width, ranged
 from .file_steps import steps_for_bits, steps_for_size
 from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, model_limit, numel, total_limit
-from .make import make_plan
+from .make import make_plan, plan_of
 from .objective import parts_of
+from .typed import pinned_type, typed_layout
 from .watch import Watch
 
 Array = NDArray[np.float64]
@@ -46,6 +48,7 @@ FILES = ("file_bits", "file_size")
 LIMITS = (*SIZES, "bops", "latency_limit", *FILES)
 FILE_WIDTHS = (4, 8)  # at which a sensitivity says what squared error costs in each layer
 NOT_BESIDE = ("bits", "parts", "pin", "tie", "ends", "time_limit")
+NOT_OF_TYPES = ("bits", "ends", "latency", *FILES)
 
 
 @public
@@ -96,8 +99,18 @@ def _several(value: Any) -> tuple[Any, ...]:
 def _pins(value: Any) -> tuple[Any, ...]:
     entries = _several(value)
     for entry in entries:
-        pinned_width(entry)
+        if not _names_type(entry):
+            pinned_width(entry)
     return entries
+
+
+def _names_type(entry: Any) -> bool:
+    """Whether a pin gives a layer a type rather than a width. Raises SettingError for a type there is not."""
+    word = str(entry).rpartition("=")[2].strip()
+    if not isinstance(entry, str) or as_integer(word) is not None or not word.isidentifier():
+        return False
+    pinned_type(entry)
+    return True
 
 
 def _ties(value: Any) -> tuple[Any, ...]:
@@ -223,7 +236,9 @@ class Budget:
         if self._of_file:
             names = ("mse", *(name for name in parts_of(self.sensitivity) if name in METRICS))
             return Needs(FILE_WIDTHS, tuple(dict.fromkeys(names)), scheme=EntropyCoded())
-        given = {pinned_width(entry)[1] for entry in self.pin} | ({self.ends} if self.ends is not None else set())
+        given = {pinned_width(entry)[1] for entry in self.pin if not _names_type(entry)} | (
+            {self.ends} if self.ends is not None else set()
+        )
         names = parts_of(self.sensitivity)
         return Needs(
             tuple(sorted({*self.bits, *(b for b in given if b not in FLOAT_BITS)})),
@@ -232,11 +247,11 @@ class Budget:
             scheme=Affine(granularity="per_channel", range="mse"),
         )
 
-    def __call__(self, table: LayerTable) -> Plan:
+    def __call__(self, table: LayerTable | TypeTable) -> Plan:
         """Make the plan for a measured table; it records the objective, the gap and what binds.
 
         Args:
-            table: The measured layers.
+            table: The measured layers; of a table of types each layer gets one.
 
         Returns:
             The plan.
@@ -246,11 +261,11 @@ class Budget:
         """
         return self.solve(table).plan
 
-    def solve(self, table: LayerTable, progress: Progress | None = None) -> Allocation:
+    def solve(self, table: LayerTable | TypeTable, progress: Progress | None = None) -> Allocation:
         """Find the plan, and say what is known of it.
 
         Args:
-            table: The measured layers.
+            table: The measured layers; of a table of types each layer gets one.
             progress: Called with what is being done, how many steps of it are, and how many there are at most, in a
                 solve that takes more than a second.
 
@@ -268,9 +283,11 @@ class Budget:
             >>> found.used["average_bits"], found.gap
             ((3.0, 3.0), 0.0)
         """
+        watch = Watch(math.inf if self.time_limit is None else self.time_limit, progress)
+        if isinstance(table, TypeTable):
+            return self._solve_types(table, watch)
         if self._of_file:
             return self._solve_file(table)
-        watch = Watch(math.inf if self.time_limit is None else self.time_limit, progress)
         if self.parts and table.scheme.granularity == "per_tensor":
             raise SettingError(
                 "parts: under per_tensor each part would have a scale of its own, whose error no table knows; measure "
@@ -279,7 +296,7 @@ class Budget:
         for b in self.bits:
             table.scheme.check_bits(b, "bits")
         rules = Rules(self.sensitivity, self.bits, self.parts, self.pin, self.tie, self.ends)
-        layout = Layout(rules, table, tuple(self._limits(table)))
+        layout = Layout(rules, table, tuple(self._limits(table, table.scheme)))
         widths, solution = layout.solved(watch)
         used = {
             limit.name: (limit.shown(float(amount)), limit.asked)
@@ -290,6 +307,28 @@ class Budget:
         binding = layout.binding(widths)
         found = {"objective": objective, "gap": gap, "binding": list(binding)}
         return Allocation(make_plan(table, self, widths, found=found), objective, gap, binding, used)
+
+    def _solve_types(self, table: TypeTable, watch: Watch) -> Allocation:
+        """A type for each layer, exactly; there are no parts, for a type has none."""
+        usual = {field.name: field.default for field in fields(self)}
+        for name in NOT_OF_TYPES:
+            if getattr(self, name) != usual[name]:
+                raise SettingError(
+                    f"{name}: means nothing with a table of types; choose the types where they are measured, and give "
+                    "a layer its own by pin, as 'embed=int8'"
+                )
+        schemes = (*(kind.scheme for kind in table.types), table.base.scheme)
+        limits = [tuple(self._limits(table.base, scheme)) for scheme in schemes]
+        layout = typed_layout(table, self.sensitivity, limits, self.pin, self.tie)
+        given, solution, pinned_cost = layout.solved(watch)
+        pairs = zip(limits[0], layout.taken(given), strict=True)
+        used = {limit.name: (limit.shown(float(amount)), limit.asked) for limit, amount in pairs}
+        objective = solution.cost + pinned_cost
+        gap = solution.gap * solution.cost / objective if objective else 0.0
+        binding = layout.binding(given)
+        found = {"objective": objective, "gap": gap, "binding": list(binding), "types": [k.name for k in table.types]}
+        choices = [layout.choice(layer, given[layer.name]) for layer in table.base.layers]
+        return Allocation(plan_of(table.base, self, choices, found), objective, gap, binding, used)
 
     def _solve_file(self, table: LayerTable) -> Allocation:
         """A step for each layer, and what its codes are predicted to take."""
@@ -312,8 +351,9 @@ class Budget:
             name: (used, float(asked))
         })  # fmt: skip
 
-    def _limits(self, table: LayerTable) -> Iterator[Limit]:
-        count, scheme = max(1, numel(table)), table.scheme
+    def _limits(self, table: LayerTable, scheme: Scheme) -> Iterator[Limit]:
+        """The limits on the table's layers, as codes under a scheme count."""
+        count = max(1, numel(table))
         if self.average_bits is not None:
             most = _most(self.average_bits, count)
             yield code_limit("average_bits", self.average_bits, most, "bits", scheme, count)
@@ -321,7 +361,7 @@ class Budget:
             most = _most(self.total_average_bits, count)
             yield total_limit("total_average_bits", self.total_average_bits, most, "bits", scheme, count)
         if self.size is not None:
-            yield model_limit(bytes_of(self.size), table)
+            yield model_limit(bytes_of(self.size), table, scheme)
         if self.size_bytes is not None:
             yield total_limit("size_bytes", self.size_bytes, 8.0 * self.size_bytes, "bytes", scheme, 8)
         if self.weights_only_bytes is not None:

@@ -1,8 +1,7 @@
 """One table's layers as a knapsack: which are pinned, which are decided together, what each takes of every limit."""
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.checks import as_integer
-from ..common.patterns import FUSED, families, matches
+from ..common.patterns import matches
 from ..common.text import first_few
-from ..errors import PlanWarning, SettingError
+from ..errors import SettingError
 from ..plans.layers import ALLOWED_BITS
 from ..plans.scheme import FLOAT_BITS
 from ..plans.size import map_bits
@@ -24,6 +23,7 @@ from .limits import Limit
 from .objective import channel_curves, layer_curve
 from .parts_knapsack import PartsProblem
 from .parts_solve import solve_parts
+from .ties import tied_layers
 from .watch import Watch
 
 Array = NDArray[np.float64]
@@ -241,7 +241,7 @@ def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
 def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterator[_Item]:
     """Everything that is not pinned, tied layers together; a layer without channels or weights as a whole."""
     layers = {layer.name: layer for layer in table.layers}
-    families_of = _tied(rules, list(layers))
+    families_of = tied_layers(rules.tie, list(layers))
     for family in dict.fromkeys(families_of.values()):
         given = {name: pinned.get(name) for name in family}
         if len(set(given.values())) > 1:
@@ -255,33 +255,14 @@ def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterat
         yield _Item(tuple(layers[name] for name in family), rules.parts and len(family) == 1 and layer.channels > 1)
 
 
-def _tied(rules: Rules, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Layer -> those that it must agree with, itself among them, for layers that a pattern ties."""
-    tied: dict[str, tuple[str, ...]] = {}
-    for pattern in rules.tie:
-        matched = families(pattern, names).values()
-        if not any(len(family) > 1 for family in matched):
-            if pattern not in FUSED:
-                raise SettingError(
-                    f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(names)[:3], ', ')}"
-                )
-            warnings.warn(PlanWarning(nothing_to_tie(pattern)), stacklevel=2)
-        for family in matched:
-            for name in family:
-                if tied.setdefault(name, family) != family:
-                    raise SettingError(f"tie: layer {name!r} is in two groups; give one pattern for it")
-    return tied
-
-
-def nothing_to_tie(pattern: str) -> str:
-    """What to say of a family that is usually fused, in a model that has none of it, or has it fused already."""
-    return f"tie: {pattern} finds no layers to tie in this model; they may be one layer already"
-
-
 def pinned_width(entry: Any) -> tuple[str, int]:
     """'conv1=8' -> ('conv1', 8). Raises SettingError."""
     pattern, equals, bits = str(entry).rpartition("=")
     width = as_integer(bits.strip())
+    if equals and pattern and bits.strip().isidentifier():
+        raise SettingError(
+            f"pin: {entry!r} names a type, and this table has widths; give a number of bits, or measure types"
+        )
     if not equals or not pattern or width is None:
         raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob, and its bits, as in 'conv1=8'")
     return pattern.strip(), plan_bits(f"pin: {pattern}", width)

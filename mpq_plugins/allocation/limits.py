@@ -70,7 +70,7 @@ def total_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme,
     return Limit(name, asked, most, unit, whole, channel, per, maps=True)
 
 
-def model_limit(asked: int, table: LayerTable) -> Limit:
+def model_limit(asked: int, table: LayerTable, scheme: Scheme) -> Limit:
     """Bytes of the whole model: what `total_limit` counts of the planned layers, and the rest as it is stored.
 
     Raises SettingError for a table that does not tell what the rest takes.
@@ -82,7 +82,7 @@ def model_limit(asked: int, table: LayerTable) -> Limit:
             "mpq measure SOURCE -o TABLE"
         )
     most = 8.0 * (asked - table.rest_bytes)
-    limit = total_limit("size", asked, most, "bytes", table.scheme, 8)
+    limit = total_limit("size", asked, most, "bytes", scheme, 8)
     return replace(limit, beside=float(table.rest_bytes))
 
 

@@ -1,12 +1,13 @@
 """What an allocator is, and the plan every allocator starts from."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from ..plans.layers import LayerChoice
 from ..plans.names import may_be_layer, weight_name
 from ..plans.plan import AllocatorRecord, Plan
 from ..plans.scheme import Scheme
@@ -42,17 +43,8 @@ def make_plan(
         >>> mpq.make_plan(table, mpq.Uniform(), {"0": [4, 8]}).layers[0].bits_text
         '4x1 8x1'
     """
-    plan = Plan.model_construct(  # every part of it is valid
-        made_with={"mpq-plugins": _own_version()},
-        allocator=AllocatorRecord(name=allocator.name, parameters=_parameters(allocator), found=dict(found or {})),
-        model=table.fingerprint,
-        fold_bn=table.fold_bn,
-        skipped=table.skipped,
-        weights=table.weights,
-        left_alone=_taken_for_layers(table),
-        rest_bytes=table.rest_bytes,
-        layers=tuple(layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers),
-    )
+    layers = (layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers)
+    plan = plan_of(table, allocator, layers, found or {})
     # Some are tried by the dozen on the way to the one that is wanted; a solve is worth a line.
     said = "".join(f", {name} {value}" for name, value in (found or {}).items())
     LOG.log(logging.INFO if found else logging.DEBUG, "%s: %d layers%s", allocator.name, len(plan.layers), said)
@@ -60,6 +52,21 @@ def make_plan(
 
     warn_if_worse(table, plan)
     return plan
+
+
+def plan_of(table: LayerTable, allocator: Any, layers: Iterable[LayerChoice], found: Mapping[str, Any]) -> Plan:
+    """The plan of these choices, valid each, signed by the allocator; nothing is compared."""
+    return Plan.model_construct(
+        made_with={"mpq-plugins": _own_version()},
+        allocator=AllocatorRecord(name=allocator.name, parameters=_parameters(allocator), found=dict(found)),
+        model=table.fingerprint,
+        fold_bn=table.fold_bn,
+        skipped=table.skipped,
+        weights=table.weights,
+        left_alone=_taken_for_layers(table),
+        rest_bytes=table.rest_bytes,
+        layers=tuple(layers),
+    )
 
 
 def _taken_for_layers(table: LayerTable) -> tuple[str, ...]:

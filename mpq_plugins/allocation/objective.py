@@ -55,10 +55,15 @@ def names_of(table: LayerTable) -> tuple[str, ...]:
 
 def layer_curve(table: LayerTable, layer: LayerStats, name: str, bits: Sequence[int]) -> Array:
     """The predicted cost of a whole layer at each bit-width, (bits,). Raises SettingError where not measured."""
+    curve: Array = combined_curve(table, layer, name)[[table.position(b) for b in bits]]
+    return curve
+
+
+def combined_curve(table: LayerTable, layer: LayerStats, name: str) -> Array:
+    """The predicted cost of a whole layer wherever it was measured. Raises SettingError for what the table lacks."""
     names = check(table, name)
-    positions = [table.position(b) for b in bits]
     last = _curve(layer, names[-1])
-    curve: Array = last[positions] * _scale(layer, names, last)
+    curve: Array = last * _scale(layer, names, last)
     return curve
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..checkpoints.readers import StoredTensor
     from ..common.store import Store
-    from ..plans.table import LayerTable
+    from ..measurement.sensitivity import AnyTable
 
 MOST_BATCHES = 10_000
 
@@ -77,13 +77,13 @@ def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None
 
 
 def with_sensitivities(
-    table: "LayerTable",
+    table: "AnyTable",
     model: Any,
     names: Sequence[str],
     calibration: str,
     output_function: str | None,
     store: "Store | None",
-) -> "LayerTable":
+) -> "AnyTable":
     """The table with these sensitivities; finished layers are kept in the store. Raises as `sensitivity`."""
     from ..measurement.sensitivity import sensitivity
 

@@ -20,6 +20,7 @@ from .written import check_replaceable
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ..plans.plan import Plan
     from ..plans.table import LayerTable
+    from ..plans.type_table import TypeTable
     from ..report.console import PlainConsole
     from ..simulation.match import Match
 
@@ -107,13 +108,18 @@ def print_head(out: "PlainConsole", plan: "Plan") -> None:
         out.sentence(line)
 
 
-def print_table(table: "LayerTable") -> None:
+def print_table(table: "LayerTable | TypeTable") -> None:
     """The errors of a measurement; with --verbose what else was measured, too."""
+    from ..plans.type_table import TypeTable
     from ..report.console import console
     from ..report.details import table_details
     from ..report.tables import measurement_table
+    from ..report.types import types_table
 
     out = console()
+    if isinstance(table, TypeTable):
+        out.print(types_table(table))
+        return
     out.print(measurement_table(table))
     for line in table_details(table) if verbose() else []:
         out.sentence(line)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..allocation.budget import Budget
-from ..allocation.budget_problem import nothing_to_tie
 from ..allocation.contract import Allocator, Needs
 from ..allocation.guard import JUDGED
+from ..allocation.ties import nothing_to_tie
 from ..common.files import atomic_directory, exists
 from ..common.patterns import FUSED, families
 from ..common.progress import Progress
@@ -16,6 +16,7 @@ from ..common.registry import at_work, described
 from ..errors import PluginError, SettingError
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
+from ..plans.type_table import TypeTable
 from ..report.progress import progress_bar
 
 
@@ -33,7 +34,7 @@ def joint_needs(allocators: Sequence[Allocator]) -> Needs:
     )
 
 
-def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
+def plans_by(allocators: Sequence[Allocator], table: LayerTable | TypeTable) -> list[Plan]:
     """The plan of each, in their order. Raises as they do; PluginError naming one of another package that fails."""
     plans: list[Plan] = []
     for allocator in allocators:
@@ -45,9 +46,12 @@ def plans_by(allocators: Sequence[Allocator], table: LayerTable) -> list[Plan]:
     return plans
 
 
-def _made(allocator: Allocator, table: LayerTable, progress: Progress | None) -> Any:
+def _made(allocator: Allocator, table: LayerTable | TypeTable, progress: Progress | None) -> Any:
     """What the allocator returns, whatever another package's does; Budget may take its time, and says how far it is."""
-    return allocator.solve(table, progress).plan if isinstance(allocator, Budget) else allocator(table)
+    if isinstance(allocator, Budget):
+        return allocator.solve(table, progress).plan
+    assert isinstance(table, LayerTable), "types are for Budget, which is made sure of before they are measured"
+    return allocator(table)
 
 
 def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:

@@ -25,7 +25,7 @@ SCHEME_FIELDS_KEY = "mpq_plugins.scheme_fields"
 OPTIONS_KEY = "mpq_plugins.field_options"
 NAMED_KEY = "mpq_plugins.named_scheme"
 SECTION = "Scheme"
-NO_OPTIONS = ("name",)  # which --scheme gives
+NO_OPTIONS = ("name", "type")  # which --scheme and --types give
 
 
 def _names() -> Iterable[str]:

@@ -24,13 +24,18 @@ class Source:
     """
 
     text: str
-    kind: Literal["table", "module", "checkpoint"]
+    kind: Literal["table", "types", "module", "checkpoint"]
     weights: "Path | nn.Module"
 
     @property
     def is_table(self) -> bool:
-        """Whether it is measured already."""
-        return self.kind == "table"
+        """Whether it is measured already, at widths or as types."""
+        return self.kind in ("table", "types")
+
+    @property
+    def has_types(self) -> bool:
+        """Whether it is a table of types."""
+        return self.kind == "types"
 
     @property
     def module(self) -> "nn.Module | None":
@@ -50,6 +55,7 @@ def resolve_source(text: str) -> Source:
     """
     from ..plans.plan import is_plan
     from ..plans.table_file import is_table
+    from ..plans.type_table import is_type_table
 
     path = Path(text)
     if names_function(text):
@@ -58,6 +64,8 @@ def resolve_source(text: str) -> Source:
         raise SourceError(f"{text}: is a plan, and a model or its weights are wanted; `mpq show {text}` shows it")
     if path.suffix == ".py" and path.is_file():
         raise SourceError(f"{text}: which function of it makes the model? Write {text}:NAME")
+    if is_type_table(path):
+        return Source(text, "types", path)
     return Source(text, "table" if is_table(path) else "checkpoint", path)
 
 

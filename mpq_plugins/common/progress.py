@@ -4,3 +4,13 @@ from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, as a layer's name, how much of it is done and how much there is, at most."""
+
+
+def part_of(progress: Progress, position: int, parts: int) -> Progress:
+    """What one of several pieces of equal work reports to, as if they were one; only the last of them ends it."""
+
+    def report(name: str, done: int, total: int) -> None:
+        if name or position == parts - 1:
+            progress(name, position * total + done, parts * total)
+
+    return report

@@ -131,12 +131,16 @@ def measure(  # noqa: PLR0913  # each option is a user's word
 
 @dataclass(frozen=True)
 class Means:
-    """What measures, and what is told of it; none of it changes the table. The fields are arguments of `measure`."""
+    """What measures, and what is told of it; none of it changes the table. The fields are arguments of `measure`.
+
+    job: what a store calls the measurement, where it keeps several.
+    """
 
     executor: Executor | None = None
     store: str | Path | Store | None = None
     device: torch.device | str | None = None
     progress: Progress | None = None
+    job: str = "measure"
 
 
 def run(
@@ -218,7 +222,7 @@ def _measured(weights: list[Weight], request: UnitRequest, means: Means, store: 
     work = cut(weights, request.scheme)
     on_cuda = request.device is not None and request.device.type == "cuda"
     workers = Workers(means.executor, max(CUDA_THREADS if on_cuda else 1, torch.get_num_threads()))
-    kept = store.job("measure", _facts(weights, request, work)) if store is not None else None
+    kept = store.job(means.job, _facts(weights, request, work)) if store is not None else None
     progress = means.progress
     layers: dict[int, LayerStats] = {}
     laddered = has_ladder(request.scheme)  # which looks at every weight once more

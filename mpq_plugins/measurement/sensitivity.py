@@ -7,15 +7,15 @@ in every table. Each kind is a frozen dataclass that an entry point of the group
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..common import registry
-from ..common.progress import Progress
+from ..common.progress import Progress, part_of
 from ..common.store import Store, opened
 from ..common.text import first_few
 from ..errors import MismatchError, PluginError, SettingError
@@ -25,6 +25,7 @@ from ..models.kinds import quantizable_weights
 from ..models.running import checked_batches, evaluating, seeded
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
+from ..plans.type_table import TypeTable
 from ..quantization.fitted import check_fits
 from ..weights.find import find_weights
 from .contract import Curves, Job, Output, Sensitivity
@@ -33,10 +34,12 @@ from .moments import second_moments, weight_users
 
 LOG = logging.getLogger(__name__)
 
+AnyTable = TypeVar("AnyTable", LayerTable, TypeTable)
+
 
 def sensitivity(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
-    table: LayerTable,
+    table: AnyTable,
     kind: "str | Sensitivity",
     batches: Iterable[Any],
     *,
@@ -45,12 +48,12 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     fit_ranges: bool = False,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
-) -> LayerTable:
+) -> AnyTable:
     """Add one more sensitivity to a table: what quantizing each layer is predicted to cost, at all of its bit-widths.
 
     Args:
         model: The model; it is not changed.
-        table: The table that was measured of it.
+        table: The table that was measured of it, or a table of types, of which every type is measured.
         kind: `output_mse`, the squared error of the layer's output (one pass), and `compensated_mse`, the same once
             `compensate` has rounded the layer; `kl`, the divergence of the model's predictions, and `distance`,
             1 - cosine of its output, with that layer alone quantized; `fisher` and `hessian`, quadratics around the
@@ -82,25 +85,53 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     measurer = _made(kind) if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):
         raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")
-    given = checked_batches(batches)
+    asked = _Asked(measurer, checked_batches(batches), output, seed, fit_ranges)
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
+    with opened(store) as kept:
+        if not isinstance(table, TypeTable):
+            return _filled(model, table, asked, kept, progress, measurer.name)
+        tables: dict[str, LayerTable] = {}
+        for n, column in enumerate(table.columns):
+            reported = None if progress is None else part_of(progress, n, len(table.columns))
+            job = f"{measurer.name} {column.type.name}"
+            tables[column.type.name] = _filled(model, column.table, asked, kept, reported, job)
+        return table.with_tables(table.base, tables)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured, on which inputs."""
+
+    measurer: Sensitivity
+    batches: Sequence[Any]
+    output: Output | None
+    seed: int
+    fit_ranges: bool
+
+
+def _filled(
+    model: nn.Module, table: LayerTable, asked: _Asked, store: Store | None, progress: Progress | None, name: str
+) -> LayerTable:
+    """The table with one more sensitivity; name: what a store calls the job."""
+    measurer, given, output, seed, fit_ranges = (
+        asked.measurer, asked.batches, asked.output, asked.seed, asked.fit_ranges
+    )  # fmt: skip
     copied = folded_copy(model, table)
     weights = _weights(copied, table)
     modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
     for layer in table.layers if fit_ranges else ():
         check_fits(table.scheme, layer.name)
-    with opened(store) as kept:
-        finished = None
-        if kept is not None:
-            facts = _facts(copied, table, measurer, given, output, seed) | {"fit_ranges": str(fit_ranges)}
-            finished = kept.job(measurer.name, facts)
-        with evaluating(copied), seeded(seed) as generator:
-            moments = second_moments(copied, modules, given) if fit_ranges else None
-            job = Job(copied, table, given, weights, modules, output, moments, finished, progress, generator)
-            LOG.info("%s of %d layers on %d batches", measurer.name, len(table.layers), len(given))
-            curves = _measured(measurer, job)
-        layers = tuple(_with_curves(layer, measurer.name, curves[layer.name]) for layer in table.layers)
+    finished = None
+    if store is not None:
+        facts = _facts(copied, table, measurer, given, output, seed) | {"fit_ranges": str(fit_ranges)}
+        finished = store.job(name, facts)
+    with evaluating(copied), seeded(seed) as generator:
+        moments = second_moments(copied, modules, given) if fit_ranges else None
+        job = Job(copied, table, given, weights, modules, output, moments, finished, progress, generator)
+        LOG.info("%s of %d layers on %d batches", measurer.name, len(table.layers), len(given))
+        curves = _measured(measurer, job)
+    layers = tuple(_with_curves(layer, measurer.name, curves[layer.name]) for layer in table.layers)
     return replace(table, layers=layers)
 
 

@@ -210,6 +210,13 @@ class LayerChoice(LayerDocument):
         return (self.name, *self.tied)
 
     @property
+    def type(self) -> str | None:
+        """The name of the type that it is stored as; None where its scheme is no named type, or it is in float."""
+        if self.in_float:
+            return None
+        return getattr(self.scheme, "type", None)
+
+    @property
     def all_parts(self) -> tuple[Part, ...]:
         """The parts, a layer without parts being one."""
         if self.parts is not None:
@@ -241,11 +248,11 @@ class LayerChoice(LayerDocument):
 
     @property
     def bits_text(self) -> str:
-        """`5`, or `3x12 8x4` for parts: bits x channels; `1.25 coded`; `float16` and `float32` for 16 and 32 bits."""
+        """`5`, `mxfp4`, `3x12 8x4` for parts: bits x channels; `1.25 coded`; `float16` and `float32` in float."""
         if self.coded_bytes is not None:
             return f"{8 * self.coded_bytes / max(1, self.numel):.2f} coded"
         if self.bits is not None:
-            return width_text(self.bits)
+            return self.type or width_text(self.bits)
         return " ".join(f"{width_text(bits)}x{count}" for bits, count in self.widths)
 
     @property

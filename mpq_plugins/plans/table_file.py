@@ -38,28 +38,40 @@ and none of arrays. Version 2 did not say what a model takes beside the layers' 
 
 def write(table: Measured, path: Path) -> None:
     """What LayerTable.save promises. Raises SettingError for a table that could not be read again."""
+    lines = packed(table)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(lines)
+
+
+def packed(table: Measured) -> "list[bytes | memoryview]":
+    """The bytes of a table's file, in pieces. Raises SettingError for a table that could not be read again."""
     try:
         arrays, description = _pack(table)
     except ValidationError as error:
         raise SettingError(f"table: {first_problem(error)}") from error
     text = json.dumps(sealed(description.model_dump(mode="json")), separators=(",", ":"), ensure_ascii=False)
-    data = save(arrays, {"format": TABLE_FORMAT, "table": text})
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.writelines(_in_order(data))
+    return list(in_order(save(arrays, {"format": TABLE_FORMAT, "table": text})))
 
 
 def read(path: Path, kind: type[Table]) -> Table:
     """What LayerTable.load promises."""
     try:
         with open_regular(path) as file:
-            header = _header(file)
-            if not _is_header(header):
-                raise FormatError(f"{path}: not a table; `mpq measure` writes one")
-            description = _describe(path, header["__metadata__"].get("table", ""))
-            arrays = _arrays(path, file, header, description)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise FormatError(f"{path}: not a readable table ({reason})") from error
+            return unpacked(file, path, kind)
+    except OSError as error:
+        raise FormatError(f"{path}: not a readable table ({error.strerror})") from error
+
+
+def unpacked(file: BinaryIO, path: Path, kind: type[Table]) -> Table:
+    """The table that a file holds from its beginning to its end; path: what names it in FormatError."""
+    try:
+        header = header_of(file)
+        if not _is_header(header):
+            raise FormatError(f"{path}: not a table; `mpq measure` writes one")
+        description = _describe(path, header["__metadata__"].get("table", ""))
+        arrays = _arrays(path, file, header, description)
+    except ValueError as error:
+        raise FormatError(f"{path}: not a readable table ({error})") from error
     return _unpack(description, arrays, kind)
 
 
@@ -67,18 +79,26 @@ def is_table(path: Path) -> bool:
     """Whether the file is a table rather than weights; looks at the header only."""
     try:
         with open_regular(path) as file:
-            return _is_header(_header(file))
+            return _is_header(header_of(file))
     except (OSError, ValueError):
         return False
 
 
-def _header(file: BinaryIO) -> Any:
+def header_of(file: BinaryIO) -> Any:
     """The header of a safetensors file, after which its data begin. Raises ValueError."""
-    size = os.fstat(file.fileno()).st_size
+    size = _size(file)
     length = int.from_bytes(file.read(8), "little")
     if not 2 <= length <= min(size - 8, LARGEST_DOCUMENT):
         raise ValueError(f"its header would have {length} bytes, and the file has {size}")
     return parse_json(file.read(length))
+
+
+def _size(file: BinaryIO) -> int:
+    """Bytes of the whole file; it is left where it is."""
+    place = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    return size
 
 
 def _is_header(header: Any) -> bool:
@@ -86,7 +106,7 @@ def _is_header(header: Any) -> bool:
     return isinstance(metadata, dict) and metadata.get("format") == TABLE_FORMAT
 
 
-def _in_order(data: bytes) -> Iterator[bytes | memoryview]:
+def in_order(data: bytes) -> Iterator[bytes | memoryview]:
     """A safetensors file with its header sorted, for the library writes metadata in any order."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
@@ -239,7 +259,7 @@ def _arrays(path: Path, file: BinaryIO, header: dict[str, Any], description: _De
         if not isinstance(got, dict) or got.get("dtype") != "F64" or got.get("shape") != list(shape):
             described = f"{got.get('dtype')} {got.get('shape')}" if isinstance(got, dict) else "nothing"
             raise FormatError(f"{path}: array {name!r} should be F64 {list(shape)}, got {described:.80}; measure again")
-    place, size = 0, os.fstat(file.fileno()).st_size - file.tell()
+    place, size = 0, _size(file) - file.tell()
     names = sorted(expected, key=lambda name: _ends(header[name]))
     for name in names:
         length = 8 * math.prod(expected[name])

@@ -1,14 +1,21 @@
 """`mpq measure`: a model or a checkpoint in, a table out."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...report.progress import echo
 from ..output import claim, json_option, plot_option, print_json, print_table, say_left_alone, say_written
 from ..scheme_options import SchemeCommand, request_values, scheme_options
+from ..typed import types_option
 from ..types import FileOrFactory, IntegerList, NameList, installed
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from ...allocation.contract import Needs
+    from ...plans.table import LayerTable
+    from ...plans.type_table import TypeTable
+    from ..request import Request
 
 
 def _metrics() -> tuple[str, ...]:
@@ -48,6 +55,7 @@ def _metrics() -> tuple[str, ...]:
 @click.option("--workers", type=click.IntRange(1, 1024), help="Threads to measure with (default: as torch has).")
 @click.option("--dask", metavar="ADDRESS", help="Measure on the workers of a dask cluster: tcp://HOST:8786.")
 @click.option("--device", help="Measure with torch on this device, such as cuda.")
+@types_option
 @scheme_options
 @json_option
 def measure(
@@ -64,6 +72,7 @@ def measure(
     dask: str | None,
     device: str | None,
     plot: Path | None,
+    types: tuple[str, ...] | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -73,16 +82,16 @@ def measure(
     With -o, what is finished is kept in FILE.partial until the table is written: interrupted or killed, the
     same command goes on from there.
     """
-    from ...allocation.contract import Needs
     from ...common.store import Store
-    from ...plans.scheme import INTEGER_BITS, has_width
+    from ...plans.table import LayerTable
     from ...report.layer_plots import errors_plot, table_title
     from ...report.plots import check_plot
     from ..calibration import check_sensitivities, with_sensitivities
-    from ..measuring import USUAL, kept_beside, measure_now
+    from ..measuring import kept_beside, measure_now
     from ..output import check_output
     from ..request import Request
     from ..sources import resolve_source, source_name
+    from ..typed import measure_types_now
     from ..workers import chosen_executor
 
     if output is not None and output.is_dir():
@@ -95,57 +104,88 @@ def measure(
         check_output(Store.beside(output).path, *inputs)
     claim(output, plot)
     request = Request(**request_values(options))
-    scheme = request.scheme(USUAL)
-    if per_channel_errors is None:
-        per_channel_errors = scheme.granularity != "per_tensor"
-    bits = bits or tuple(b for b in INTEGER_BITS if has_width(scheme, b))
-    needs = Needs(bits, metrics, per_channel_errors, USUAL)
     given = resolve_source(source)
     _check_asked(sensitivities, calibration, output_function)
+    if types is not None:
+        _check_types(bits, per_channel_errors, input_shape, plot)
     if sensitivities:
         check_sensitivities(given.weights, sensitivities)
+    table: LayerTable | TypeTable
     with kept_beside(output) as store:
         with chosen_executor(workers, dask) as executor:
-            table = measure_now(
-                given,
-                needs,
-                request,
-                input_shape,
-                store=store,
-                executor=executor,
-                device=device,
-            )
+            if types is not None:
+                table = measure_types_now(given, types, metrics, request, store=store, executor=executor, device=device)
+            else:
+                needs = _needs(request, bits, metrics, per_channel_errors)
+                table = measure_now(given, needs, request, input_shape, store=store, executor=executor, device=device)
         if calibration is not None:
             table = with_sensitivities(table, given.weights, sensitivities, calibration, output_function, store)
         if output is not None:
             table.save(output)
-    if plot is not None:
+    if plot is not None and isinstance(table, LayerTable):
         errors_plot(table, plot, table_title(table, source_name(source)))
+    _show(table, output, plot, as_json)
+
+
+def _needs(
+    request: "Request", bits: tuple[int, ...] | None, metrics: tuple[str, ...], per_channel: bool | None
+) -> "Needs":
+    """What is to be measured where widths are: those that the scheme has, per channel unless scales are per tensor."""
+    from ...allocation.contract import Needs
+    from ...plans.scheme import INTEGER_BITS, has_width
+    from ..measuring import USUAL
+
+    scheme = request.scheme(USUAL)
+    channels = scheme.granularity != "per_tensor" if per_channel is None else per_channel
+    return Needs(bits or tuple(b for b in INTEGER_BITS if has_width(scheme, b)), metrics, channels, USUAL)
+
+
+def _show(table: "LayerTable | TypeTable", output: Path | None, plot: Path | None, as_json: bool) -> None:
+    from ...plans.table import LayerTable
+
+    base = table if isinstance(table, LayerTable) else table.base
     if as_json:
-        print_json(
-            {
-                "table": str(output) if output else None,
-                "scheme": str(table.scheme),
-                "fold_bn": table.fold_bn,
-                "bits": table.bits,
-                "layers": {
-                    layer.name: {
-                        "kind": layer.kind, "numel": layer.numel, "macs": layer.macs, "importance": layer.importance,
-                        "errors": {metric: values.tolist() for metric, values in layer.errors.items()},
-                        "sensitivities": {name: values.tolist() for name, values in layer.sensitivities.items()},
-                    }
-                    for layer in table.layers
-                },
-                "skipped": table.skipped,
-                "left_alone": dict(table.left_alone),
-            }
-        )  # fmt: skip
+        numbers = _json(table) if isinstance(table, LayerTable) else _types_json(table)
+        others = {"skipped": base.skipped, "left_alone": dict(base.left_alone)}
+        print_json({"table": str(output) if output else None, **numbers, **others})
         return
     print_table(table)
-    say_left_alone(table)
+    say_left_alone(base)
     say_written(output, "table")
     if plot is not None:
         echo(f"wrote {plot}")
+
+
+def _json(table: "LayerTable") -> dict[str, Any]:
+    return {
+        "scheme": str(table.scheme),
+        "fold_bn": table.fold_bn,
+        "bits": table.bits,
+        "layers": {
+            layer.name: {
+                "kind": layer.kind, "numel": layer.numel, "macs": layer.macs, "importance": layer.importance,
+                "errors": {metric: values.tolist() for metric, values in layer.errors.items()},
+                "sensitivities": {name: values.tolist() for name, values in layer.sensitivities.items()},
+            }
+            for layer in table.layers
+        },
+    }  # fmt: skip
+
+
+def _types_json(table: "TypeTable") -> dict[str, Any]:
+    from ...report.types import types_json
+
+    return {"types": [kind.name for kind in table.types], "layers": types_json(table)}
+
+
+def _check_types(
+    bits: tuple[int, ...] | None, per_channel: bool | None, input_shape: tuple[int, ...] | None, plot: Path | None
+) -> None:
+    """Refuse what means nothing with types."""
+    given = {"--bits": bits, "--per-channel-errors": per_channel, "--input-shape": input_shape, "--plot": plot}
+    for option, value in given.items():
+        if value is not None:
+            raise click.UsageError(f"{option} means nothing with --types: a type has one width and no parts")
 
 
 def _check_asked(sensitivities: tuple[str, ...], calibration: str | None, output_function: str | None) -> None:

@@ -12,12 +12,14 @@ from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, al
 from ..fitting import Fitting
 from ..output import claim, json_option, judge_option, print_head, print_json, say_left_alone, say_written
 from ..scheme_options import request_values, scheme_options
+from ..typed import COSTS_OF_ITS_OWN, types_option
 from ..types import FileOrFactory
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.guard import Comparison
     from ...plans.plan import Plan
     from ...plans.table import LayerTable
+    from ..request import Request
     from ..sources import Source
 
 USUAL = "4 bits a weight is what is planned where nothing is asked; ask for less with --average-bits 3 or --size 9MB"
@@ -39,6 +41,7 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
 @click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
 @click.option("--activation-bits", type=int, help="Record bits for activations; floating point when left out.")
 @judge_option
+@types_option
 @scheme_options
 @json_option
 @click.pass_context
@@ -51,16 +54,14 @@ def plan(
     cache: Path | None,
     activation_bits: int | None,
     judge: str | None,
+    types: tuple[str, ...] | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Decide the bits of every layer of SOURCE (or of a table that `mpq measure` wrote)."""
-    from dataclasses import replace
-
-    from ...allocation.guard import compare, judge_of, worse_text
-    from ..measuring import measured
+    from ...allocation.guard import worse_text
     from ..output import check_ours, check_output
-    from ..plans import joint_needs, plan_files, save_plans, untied
+    from ..plans import plan_files, save_plans, untied
     from ..request import Request
     from ..sources import named_files, resolve_source
 
@@ -71,22 +72,19 @@ def plan(
     claim(output)
     assert allocator in (None, ctx.meta[NAME_KEY]), "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
-    needs = joint_needs(allocators)
     given = resolve_source(source)
-    if request.scheme(needs.scheme).granularity != "per_tensor" and not given.is_table:
-        needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
-    table = measured(given, needs, request, cache)
-    plans = [made.with_activation_bits(activation_bits) for made in _plans(ctx, allocators, table, options)]
+    measured = _Measured.of(ctx, given, allocators, request, _Asked(types, cache, judge, options))
+    plans = [made.with_activation_bits(activation_bits) for made in measured.plans]
     plans = _met(given, plans, request.weights)
     files = plan_files(plans, output)
     for file in files:
         if output is not None and output.is_dir():
             check_output(file, *inputs, cache)
             check_ours(file)
+    table = measured.table
     for note in untied(allocators, table):
         say(f"note: {note}")
-    judge = judge_of(table, plans, judge)
-    comparisons = [None if judge is None else compare(table, made, judge) for made in plans]
+    comparisons = measured.compared(plans)
     save_plans(plans, files, output)
     for one, comparison in zip(plans, comparisons, strict=True):
         if comparison is not None and comparison.worse:
@@ -103,16 +101,65 @@ def plan(
     say_left_alone(table)
 
 
-def _plans(ctx: click.Context, allocators: Any, table: "LayerTable", options: dict[str, Any]) -> "list[Plan]":
-    """The plans; what cannot be met where nothing was asked says so. Raises as the allocators do."""
-    from ..plans import plans_by
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of a plan beside its allocators: types, the table's file, the judge, and the options' values."""
 
-    try:
-        return plans_by(allocators, table)
-    except SettingError as error:
-        if not usual_taken(ctx, options):
-            raise
-        raise SettingError(f"{error} {UNASKED}") from error
+    types: tuple[str, ...] | None
+    cache: Path | None
+    judge: str | None
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A table and what allocators made of it. table: of types the one that all layers are in."""
+
+    table: "LayerTable"
+    plans: "list[Plan]"
+    judge: str | None
+    of_types: bool
+
+    @classmethod
+    def of(cls, ctx: click.Context, given: "Source", allocators: Any, request: "Request", asked: _Asked) -> "_Measured":
+        """Measure, or read, and plan. What cannot be met where nothing was asked says so; raises as allocators do."""
+        from ..typed import planned_types
+
+        of_types = asked.types is not None or given.has_types
+        if of_types and (asked.judge is not None or asked.cache is not None):
+            option = "judge" if asked.judge is not None else "table"
+            raise SettingError(f"{option}: means nothing with types; leave it out (mpq measure --types keeps a table)")
+        try:
+            if not of_types:
+                return cls._of_widths(given, allocators, request, asked)
+            types, plans = planned_types(given, asked.types, allocators, request)
+        except SettingError as error:
+            if not usual_taken(ctx, asked.options):
+                raise
+            raise SettingError(f"{error} {UNASKED}") from error
+        return cls(types.base, plans, None, True)
+
+    @classmethod
+    def _of_widths(cls, given: "Source", allocators: Any, request: "Request", asked: _Asked) -> "_Measured":
+        from dataclasses import replace
+
+        from ..measuring import measured
+        from ..plans import joint_needs, plans_by
+
+        needs = joint_needs(allocators)
+        if request.scheme(needs.scheme).granularity != "per_tensor" and not given.is_table:
+            needs = replace(needs, channel_errors=True)  # what parts will cost, for the comparison
+        table = measured(given, needs, request, asked.cache)
+        return cls(table, plans_by(allocators, table), asked.judge, False)
+
+    def compared(self, plans: "list[Plan]") -> "list[Comparison | None]":
+        """How each compares with uniform widths; None where it cannot be."""
+        from ...allocation.guard import compare, judge_of
+
+        if self.of_types:
+            return [None] * len(plans)
+        judge = judge_of(self.table, plans, self.judge)
+        return [None if judge is None else compare(self.table, made, judge) for made in plans]
 
 
 def _met(source: "Source", plans: "list[Plan]", weights: str | None) -> "list[Plan]":
@@ -159,6 +206,11 @@ class _Made:
         out.print(bits_summary(self.plan, self.plan.size()))
         for line in (*size_lines(self.plan.size()), *file_lines(self.plan)):
             out.sentence(line)
-        uncompared = ONE_CURVE if any(layer.coded_bytes is not None for layer in self.plan.layers) else UNCOMPARED
-        out.sentence(self.comparison.text() if self.comparison is not None else uncompared)
+        out.sentence(self.comparison.text() if self.comparison is not None else self._uncompared())
         say_written(self.file, "plan")
+
+    def _uncompared(self) -> str:
+        """Why there is no comparison."""
+        if "types" in self.plan.allocator.found:
+            return COSTS_OF_ITS_OWN
+        return ONE_CURVE if any(layer.coded_bytes is not None for layer in self.plan.layers) else UNCOMPARED

@@ -27,6 +27,7 @@ def show(file: Path, plot: Path | None, as_json: bool) -> None:
     from ...plans.plan import Plan
     from ...plans.table import LayerTable
     from ...plans.table_file import is_table
+    from ...plans.type_table import TypeTable, is_type_table
     from ...report.layer_plots import bits_plot, errors_plot, plan_title, table_title
     from ...report.plots import check_plot
     from ..output import check_output
@@ -34,7 +35,11 @@ def show(file: Path, plot: Path | None, as_json: bool) -> None:
     check_plot(plot)
     check_output(plot, file)
     claim(plot)
-    if is_table(file):
+    if is_type_table(file):
+        if as_json or plot is not None:
+            raise click.UsageError(f"{file} is a table of types: `mpq measure --json` prints its numbers")
+        print_table(TypeTable.load(file))
+    elif is_table(file):
         if as_json:
             raise click.UsageError(f"{file} is a table: `mpq measure --json` prints its numbers")
         table = LayerTable.load(file)

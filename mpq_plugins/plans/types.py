@@ -1,0 +1,145 @@
+"""Types by name: what a layer can be stored as, each with one scheme, one width and its true cost."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..common.public import public
+from ..common.text import did_you_mean
+from ..errors import SettingError
+from .layers import LayerChoice
+from .minifloat import MINIFLOATS, Minifloat
+from .scheme import Affine, Scheme
+from .size import layer_size
+
+INTEGER_WIDTHS, GROUP_SIZES = range(2, 9), (32, 64, 128)
+
+
+@public
+@dataclass(frozen=True)
+class NamedType:
+    """A type that a layer can be stored as.
+
+    Attributes:
+        name: How plans, tables and the command line call it.
+        scheme: How weights become its codes.
+        bits: The width of a code.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> int4 = mpq.named_type("int4_g32")
+        >>> int4.bits, int4.bits_a_weight((64, 128))
+        (4, 4.5)
+    """
+
+    name: str
+    scheme: Scheme
+    bits: int
+
+    def fits(self, shape: Sequence[int], channel_axis: int = 0) -> bool:
+        """Tell whether a weight of this shape can have the type: its inputs divide into the type's groups.
+
+        Args:
+            shape: The weight's shape.
+            channel_axis: Its axis of output channels.
+
+        Returns:
+            Whether it can.
+        """
+        own = getattr(self.scheme, "fits", None)
+        if own is not None:
+            return bool(own(shape, channel_axis))
+        if self.scheme.group_size is None:
+            return True
+        inputs = next((n for axis, n in enumerate(shape) if axis != channel_axis), 1)
+        return inputs % self.scheme.group_size == 0
+
+    def bits_a_weight(self, shape: Sequence[int]) -> float:
+        """Count what a weight costs, with its share of scales and all else that a file must hold.
+
+        Args:
+            shape: The shape of a weight, output channels first.
+
+        Returns:
+            Bits of each weight.
+        """
+        choice = LayerChoice.model_construct(
+            name="", kind="linear", shape=tuple(shape), channel_axis=0, numel=_product(shape), bits=self.bits,
+            scheme=self.scheme,
+        )  # fmt: skip
+        return layer_size(choice).total / max(1, choice.numel)
+
+
+def _product(shape: Sequence[int]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _integer(bits: int, group_size: int | None) -> NamedType:
+    """Full-range symmetric codes with 16-bit scales, as GPTQ, compressed-tensors and ggml keep them."""
+    if group_size is None:
+        scheme = Affine(symmetric="full", granularity="per_channel", scale_dtype="float16")
+        return NamedType(f"int{bits}", scheme, bits)
+    scheme = Affine(symmetric="full", granularity="per_group", group_size=group_size, scale_dtype="float16")
+    return NamedType(f"int{bits}_g{group_size}", scheme, bits)
+
+
+def _minifloat(name: str) -> NamedType:
+    scheme = Minifloat(type=name)  # type: ignore[arg-type]  # one of them
+    return NamedType(name, scheme, scheme.bits)
+
+
+_INTEGERS = tuple(_integer(bits, size) for size in (None, *GROUP_SIZES) for bits in INTEGER_WIDTHS)
+_FAMILIES: dict[str, tuple[NamedType, ...]] = {
+    "int": tuple(_integer(bits, 32) for bits in INTEGER_WIDTHS),
+    "mx": tuple(_minifloat(name) for name in MINIFLOATS if name.startswith("mx")),
+    "fp8": tuple(_minifloat(name) for name in MINIFLOATS if not name.startswith("mx")),
+}
+_TYPES = {kind.name: kind for kinds in (_INTEGERS, *_FAMILIES.values()) for kind in kinds}
+
+
+def named_type(name: str) -> NamedType:
+    """Look up a type.
+
+    Args:
+        name: `int4` (a scale for each channel), `int4_g32` (a scale for every 32 inputs; 64 and 128 too), `mxfp4` ...
+
+    Returns:
+        The type.
+
+    Raises:
+        SettingError: There is no such type.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> mpq.named_type("mxfp4").scheme
+        Minifloat(name='minifloat', type='mxfp4')
+    """
+    if name not in _TYPES:
+        raise SettingError(f"type: {name!r} is not allowed; {', '.join(_TYPES)}{did_you_mean(name, tuple(_TYPES))}")
+    return _TYPES[name]
+
+
+def type_names() -> tuple[str, ...]:
+    """The names of all types."""
+    return tuple(_TYPES)
+
+
+def families() -> tuple[str, ...]:
+    """The names that stand for several types."""
+    return tuple(_FAMILIES)
+
+
+def types_of(words: "Iterable[str | NamedType]") -> tuple[NamedType, ...]:
+    """The types that these words mean, a family's all of them, each once. Raises SettingError for none, or another."""
+    if isinstance(words, str):
+        raise SettingError(f"types: {words!r} is not allowed; a list of names")
+    chosen: dict[str, NamedType] = {}
+    for word in words:
+        for kind in (word,) if isinstance(word, NamedType) else _FAMILIES.get(word) or (named_type(word),):
+            if chosen.setdefault(kind.name, kind) != kind:
+                raise SettingError(f"types: {kind.name!r} is the name of two")
+    if not chosen:
+        raise SettingError(f"types: none given; some of {', '.join(_TYPES)}, or {', '.join(_FAMILIES)}")
+    return tuple(chosen.values())
