@@ -8,7 +8,6 @@ import argparse
 import ast
 import importlib.util
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def smollm() -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = str(gguf_file().parent)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     return model.eval(), tokenizer
 
@@ -82,6 +81,6 @@ def perplexity(model: nn.Module, given: Tensor, batch: int = 4) -> float:
     return math.exp(float(torch.stack(losses).sum()) / (given.shape[0] * (TOKENS - 1)))
 
 
-def batches_of(given: Tensor, size: int = 4) -> Sequence[Tensor]:
+def batches_of(given: Tensor, size: int = 4) -> list[Tensor]:
     """The windows as batches for measuring."""
-    return given.split(size)
+    return list(given.split(size))

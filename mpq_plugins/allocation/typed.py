@@ -150,6 +150,8 @@ def layer_costs(table: TypeTable, layer: str, sensitivity: str) -> Array:
     there = [column.by_name.get(layer) for column in table.columns]
     having = [(column, stats) for column, stats in zip(table.columns, there, strict=True) if stats is not None]
     costs = np.full(len(there), np.inf)
+    if not having:
+        return costs
     costs[[stats is not None for stats in there]] = combined_curve(having[0][0].table, _joined(having), sensitivity)
     return costs
 

@@ -33,7 +33,8 @@ class FieldKind:
     """What a field's annotation says.
 
     type: bool, int, float or str; tuple, of integers; list, of names; None for what no option can give. texts: the
-    help and, of a flag, the opposite's name; allowed: of a str, the values there are.
+    help and, of a flag, the opposite's name; allowed: of a str, the values there are, of a flag, one beside yes and no,
+    whose own flag two more texts name and explain.
     """
 
     type: Any
@@ -43,6 +44,11 @@ class FieldKind:
     def opposite(self, name: str) -> str:
         """The flag that turns off a field of this name."""
         return spelled(self.texts[1] if len(self.texts) > 1 else f"no-{name}")
+
+    @property
+    def word(self) -> str:
+        """The parameter that gives a flag's third value; "" where there is none."""
+        return self.texts[2].replace("-", "_") if self.type is bool and self.allowed else ""
 
     def fits(self, other: "FieldKind") -> bool:
         """Whether an option of the other kind gives what a field of this one takes: the same values, or any text."""
@@ -86,6 +92,14 @@ class OptionField:
             [self.option, self.name], type=self._type(several), multiple=several, required=required, help=shown,
             section=section, metavar="NAME" if long else None,
         )  # fmt: skip
+
+    def word_made(self, section: str, said_of: str = "") -> click.Option | None:
+        """The option for a flag's third value, where it has one."""
+        if not self.kind.word:
+            return None
+        head = f"[{said_of}] " if said_of else ""
+        names = [spelled(self.kind.word), self.kind.word]
+        return SectionOption(names, is_flag=True, default=None, help=head + self.kind.texts[3], section=section)
 
     def _type(self, several: bool) -> click.ParamType[Any]:
         if self.kind.allowed:
@@ -165,6 +179,8 @@ def field_kind(hint: Any) -> FieldKind:
             texts = texts or tuple(printable(note) for note in arguments[1:] if isinstance(note, str))
         elif origin in (typing.Union, types.UnionType):
             inner = [argument for argument in arguments if argument is not type(None)]
+            if len(inner) == 2 and inner[0] is bool and typing.get_origin(inner[1]) is typing.Literal:
+                return FieldKind(bool, texts, typing.get_args(inner[1]) if len(texts) == 4 else ())
             hint = inner[0] if len(inner) == 1 else str if str in inner else None
         else:
             break
@@ -183,5 +199,5 @@ def _words(parameter: click.Parameter) -> tuple[str, ...]:
 def _shown(default: Any, name: str, kind: FieldKind) -> str:
     """A default as it would be given; of a flag the one of the two that it is."""
     if kind.type is bool:
-        return spelled(name) if default else kind.opposite(name)
+        return spelled(kind.word if default in kind.allowed else name) if default else kind.opposite(name)
     return printable(",".join(map(str, default)) if isinstance(default, tuple) else default)

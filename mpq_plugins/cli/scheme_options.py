@@ -10,8 +10,8 @@ from click.core import ParameterSource
 
 from ..common.outsiders import outsiders
 from ..common.registry import described
-from ..errors import PluginError
-from .field_options import REMEDY, OptionField, check_free, default_words, last_named, option_fields, taken_by
+from ..errors import PluginError, SettingError
+from .field_options import REMEDY, OptionField, check_free, default_words, last_named, option_fields, spelled, taken_by
 from .help import SectionCommand
 from .output import weights_option
 from .types import Known
@@ -26,6 +26,7 @@ OPTIONS_KEY = "mpq_plugins.field_options"
 NAMED_KEY = "mpq_plugins.named_scheme"
 SECTION = "Scheme"
 NO_OPTIONS = ("name", "type")  # which --scheme and --types give
+RARE = ("full_range", "scale_dtype")  # in the help where their scheme is named, for a page has so many lines
 
 
 def _names() -> Iterable[str]:
@@ -57,10 +58,11 @@ class SchemeFields:
                 self.fields.setdefault(each.name, each)
                 self.owners.setdefault(each.name, []).append(name)
 
-    def options(self, shown: "Scheme | None" = None) -> list[click.Option]:
+    def options(self, shown: "Scheme | None" = None, *, named: bool = False) -> list[click.Option]:
         """An option for each field; which schemes have it is said where few do. None of them has to be given.
 
-        shown: the scheme whose options are listed in the help, with what it has for each as the default.
+        shown: the scheme whose options are listed in the help, with what it has for each as the default; named: whether
+        it was asked for, so that all of them are.
         """
         schemes = {owner for owners in self.owners.values() for owner in owners}
         made = []
@@ -68,12 +70,26 @@ class SchemeFields:
             owners = self.owners[name]
             if shown is not None and hasattr(shown, name):
                 each = replace(each, default=default_words(getattr(shown, name), name, each.kind))
-            option = each.made(
-                SECTION, said_of="" if 2 * len(owners) > len(schemes) else ", ".join(owners), enforced=False
-            )
-            option.hidden = shown is not None and shown.name not in owners
-            made.append(option)
+            said_of = "" if 2 * len(owners) > len(schemes) else ", ".join(owners)
+            word = each.word_made(SECTION, said_of)
+            for option in (each.made(SECTION, said_of=said_of, enforced=False), *([word] if word else [])):
+                option.hidden = shown is not None and (shown.name not in owners or (not named and option.name in RARE))
+                made.append(option)
         return made
+
+    def said(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields that these options say, taken out of a command's. Raises SettingError where two exclude others."""
+        said = {}
+        for name, each in self.fields.items():
+            value, word = values.pop(name), values.pop(each.kind.word, None)
+            if word and value is False:
+                raise SettingError(
+                    f"{name}: {each.kind.opposite(name)} and {spelled(each.kind.word)} exclude each other; give one"
+                )
+            value = each.kind.allowed[0] if word else value
+            if value != (() if each.kind.type is list else None):
+                said[name] = value
+        return said
 
     def _fields_of(self, name: str, taken: Mapping[str, str]) -> list[OptionField]:
         """Those of a scheme. Raises PluginError where one of them is another's option, or whatever is wrong with it."""
@@ -137,7 +153,8 @@ class SchemeCommand(SectionCommand):
         foreign = [name for name in _names() if name not in SCHEMES]
         schemes.add(sorted(foreign, key=lambda name: name != named), taken)
         ctx.meta[SCHEME_FIELDS_KEY] = schemes
-        return [*schemes.options(_made_of(named) if named else self.usual_scheme(ctx)), *more]
+        shown = _made_of(named) if named else self.usual_scheme(ctx)
+        return [*schemes.options(shown, named=bool(named)), *more]
 
 
 def _made_of(name: str) -> "Scheme | None":
@@ -154,13 +171,12 @@ def request_values(values: dict[str, Any], ctx: click.Context | None = None) -> 
     """The values of these options, taken out of a command's, as `Request` takes them."""
     ctx = ctx or click.get_current_context()
     schemes: SchemeFields = ctx.meta[SCHEME_FIELDS_KEY]
-    given = {name: values.pop(name) for name in schemes.fields}
-    unsaid = {name: () if each.kind.type is list else None for name, each in schemes.fields.items()}
-    said = tuple((name, value) for name, value in given.items() if value != unsaid[name])
+    said = schemes.said(values)
     others = {name: values.pop(name) for name in REQUEST_NAMES}
-    sources = {ctx.get_parameter_source(name) for name in (*(name for name, _ in said), *others)}
+    words = [schemes.fields[name].kind.word for name in said]
+    sources = {ctx.get_parameter_source(name) for name in (*said, *filter(None, words), *others)}
     from_file = ParameterSource.DEFAULT_MAP in sources and ParameterSource.COMMANDLINE not in sources
-    return {"scheme_fields": said, "refused_schemes": schemes.refused, "from_file": from_file, **others}
+    return {"scheme_fields": tuple(said.items()), "refused_schemes": schemes.refused, "from_file": from_file, **others}
 
 
 def scheme_options(command: Command) -> Command:
@@ -172,7 +188,7 @@ def scheme_options(command: Command) -> Command:
                 "scheme_name",
                 type=Known(_names),
                 metavar="NAME",
-                help="affine, piecewise, codebook, entropy_coded; with -h, its options.",
+                help="affine, piecewise, codebook, entropy_coded; with -h, all options.",
             ),
             click.option(
                 "--skip",

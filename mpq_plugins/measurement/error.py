@@ -93,7 +93,7 @@ def whole_sums(weight: Weight, request: UnitRequest, each: Callable[[Op], Array]
     each = each or over_chunks(weight, request.device)
     table = each(_stats_table)
     stats = _stats(table, weight)
-    grids = choose_grids(each, stats.merged(), request.bits, request.scheme)
+    grids = choose_grids(each, stats.merged(), request.bits, request.scheme, weight.name)
     sums = {"magnitudes": table[:, 2:], "extremes": table[:, :2]}
     if not request.per_channel:
         return sums | {"totals": each(partial(error_totals, grids=grids, largest=request.largest))}
@@ -110,7 +110,8 @@ def _chunk_sums(weight: Weight, rows: Tensor, request: UnitRequest) -> Sums:
     groups = max(1, request.scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
     finer = group_rows(rows, request.scheme, groups)
     table = _stats_table(finer)
-    grids = choose_grids(lambda op: op(finer), _stats(table, weight, groups), request.bits, request.scheme)
+    stats = _stats(table, weight, groups)
+    grids = choose_grids(lambda op: op(finer), stats, request.bits, request.scheme, weight.name)
     sums = error_sums(finer, grids, request.largest)
     by_channel = add_sums(sums.reshape(-1, groups, *sums.shape[1:]).swapaxes(0, 1))
     of_channel = table.reshape(-1, groups, 4)

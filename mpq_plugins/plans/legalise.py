@@ -11,7 +11,7 @@ from ..errors import SettingError
 from .channels import joined
 from .layers import LayerChoice, Part
 from .plan import Plan
-from .scheme import FLOAT_BITS, INTEGER_BITS, Affine, Granularity, Scheme
+from .scheme import FLOAT_BITS, INTEGER_BITS, SYMMETRIES, Affine, Granularity, Scheme, Symmetry
 from .size import layer_size
 from .storage import Storage
 
@@ -20,6 +20,8 @@ LOG = logging.getLogger(__name__)
 Policy = Literal["up", "nearest", "error"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 ACTIVATIONS = "activations"
+NEAREST: dict[Symmetry, tuple[Symmetry, ...]] = {"full": (True, False), True: ("full", False), False: (True, "full")}
+"""What codes become where a backend has not theirs, the nearest first."""
 
 
 @public
@@ -32,7 +34,7 @@ class Capabilities:
         bits: Of weights.
         kinds: Of layers.
         schemes: Their names.
-        symmetric: Which of symmetric and asymmetric.
+        symmetric: Which of asymmetric (False), symmetric (True) and full-range symmetric codes ("full").
         granularities: What a scale may belong to.
         parts: Whether channels of one layer may differ in bits.
         float_parts: Whether some channels of a layer may stay in floating point.
@@ -54,13 +56,13 @@ class Capabilities:
     bits: tuple[int, ...]
     kinds: tuple[str, ...]
     schemes: tuple[str, ...] = ("affine",)
-    symmetric: tuple[bool, ...] = (False, True)
+    symmetric: tuple[Symmetry, ...] = (False, True)
     granularities: tuple[Granularity, ...] = ("per_tensor", "per_channel")
     parts: bool = False
     float_parts: bool = False
     activation_bits: tuple[int | None, ...] = (None,)
     activation_kinds: tuple[str, ...] | None = None
-    activation_symmetric: tuple[bool, ...] | None = None
+    activation_symmetric: tuple[Symmetry, ...] | None = None
     storage: Storage | None = None
 
     def __post_init__(self) -> None:
@@ -224,8 +226,8 @@ def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]
         scheme = scheme.as_affine or Affine(granularity=scheme.granularity, group_size=scheme.group_size)
     affine = scheme.as_affine
     if affine is not None and affine.symmetric not in able.symmetric:
-        whys.append(f"{able.backend} has only {'asymmetric' if affine.symmetric else 'symmetric'} scales")
-        scheme = replace(affine, symmetric=not affine.symmetric)
+        whys.append(f"{able.backend} has only {' or '.join(SYMMETRIES[each] for each in able.symmetric)} scales")
+        scheme = replace(affine, symmetric=next(each for each in NEAREST[affine.symmetric] if each in able.symmetric))
     if scheme.granularity not in able.granularities:
         whys.append(f"{able.backend} has no {scheme.granularity} scales, only {', '.join(able.granularities)}")
         # The nearest there is: coarser than groups, finer than a whole tensor.

@@ -283,11 +283,11 @@ class Plan(Strict):
         except ValidationError as error:
             raise FormatError(f"{where}: {first_problem(error)}") from error
 
-    def size(self, scale_bits: int = 32) -> PlanSize:
+    def size(self, scale_bits: int | None = None) -> PlanSize:
         """Count what the plan promises, in bits and bytes; see size.plan_size.
 
         Args:
-            scale_bits: Bits of a scale or centroid, 32 or 16.
+            scale_bits: Bits of a scale or centroid, 32 or 16; None for what each layer's scheme has.
 
         Returns:
             The sizes.

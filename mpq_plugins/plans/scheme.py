@@ -22,6 +22,8 @@ RangeName = Literal["minmax", "mse"]
 BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "laplacian_root"]
 StorageName = Literal["region_bit", "shared"]
 InitName = Literal["linear", "optimal", "density", "forgy"]
+Symmetry = bool | Literal["full"]
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
 # As fields of schemes, with the texts of their options.
 Grain = Annotated[Granularity, "scales"]
 GroupSize = Annotated[int | None, "weights per group along the input axis; implies per_group"]
@@ -33,6 +35,8 @@ STORAGES = ("region_bit", "shared")
 INITS: tuple[InitName, ...] = ("linear", "optimal", "density", "forgy")
 INTEGER_BITS = range(1, 9)
 FLOAT_BITS = (16, 32)  # a layer left in floating point
+SYMMETRIES: dict[Symmetry, str] = {False: "asymmetric", True: "symmetric", "full": "full-range symmetric"}
+SCALE_BITS: dict[ScaleDtype, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -83,7 +87,7 @@ class Scheme(Protocol):
 
     @property
     def scales_per_group(self) -> int:
-        """How many 32-bit numbers a group has beside its codebook."""
+        """How many numbers a group has beside its codebook."""
 
     @property
     def as_affine(self) -> "Affine | None":
@@ -209,7 +213,7 @@ class Granular:
         granularity: `per_tensor`, `per_channel` or `per_group`.
         group_size: Inputs of a group under `per_group`, else None.
         sorts: Whether all weights of a group must be in memory at once.
-        scales_per_group: How many 32-bit numbers a group has beside its codebook.
+        scales_per_group: How many numbers a group has beside its codebook.
 
     Examples:
         >>> import mpq_plugins as mpq
@@ -229,6 +233,11 @@ class Granular:
     def searches(self) -> bool:
         """Whether each group's scale is found by trying many."""
         return False
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of each scale, and of each entry of a codebook; a scheme that does not say has 32."""
+        return 32
 
     @property
     def as_affine(self) -> "Affine | None":
@@ -366,46 +375,63 @@ class Affine(Granular):
     """Uniform integer codes: w' = (code - zero_point) * scale, one scale per group of the weight.
 
     With bits b on [lo, hi], lo <= 0 <= hi: asymmetric scale = (hi - lo) / (2^b - 1); symmetric scale = max|w| /
-    (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). b = 1 is binary, +-mean|w|.
+    (2^(b-1) - 1) with codes in +-(2^(b-1) - 1). The full range has all 2^b codes, -2^(b-1) to 2^(b-1) - 1, and a scale
+    of either sign: that of m / -2^(b-1), m the weight of the largest magnitude (of two the negative one), which has the
+    code -2^(b-1). b = 1 is binary, +-mean|w|, under each.
 
     Attributes:
         name: `affine`.
-        symmetric: Whether the zero point is at zero.
+        symmetric: Whether the zero point is at zero; `full` for the full range of codes too.
         granularity: `per_tensor`, `per_channel` or `per_group`: what has a scale.
         group_size: Inputs of a group under `per_group`.
-        range: What picks [lo, hi]: the extremes (`minmax`), or the clipping with the least squared error (`mse`).
+        range: What picks [lo, hi]: the extremes (`minmax`), or the clipping with the least squared error (`mse`), which
+            under the full range tries both signs.
+        scale_dtype: What scales are rounded to before weights become codes: `float32`, `float16` or `bfloat16`. No
+            scale becomes 0, but the smallest number there is; one beyond the largest is refused.
 
     Raises:
         SettingError: A value is not one of these.
 
     Examples:
         >>> import mpq_plugins as mpq
-        >>> mpq.Affine().levels(4), mpq.Affine(symmetric=True).levels(4)
-        (16, 15)
+        >>> mpq.Affine().levels(4), mpq.Affine(symmetric=True).levels(4), mpq.Affine(symmetric="full").levels(4)
+        (16, 15, 16)
+        >>> mpq.Affine(scale_dtype="float16").scale_bits
+        16
     """
 
     quantizer: ClassVar[str] = "mpq_plugins.quantization.affine:AffineQuantizer"
 
     name: Literal["affine"] = "affine"
-    symmetric: Annotated[bool, "zero point at zero", "asymmetric"] = False
+    symmetric: Annotated[
+        Symmetry, "zero point at zero", "asymmetric", "full-range", "symmetric, all codes; scales have signs"
+    ] = False
     granularity: Grain = "per_tensor"
     group_size: GroupSize = None
     range: Annotated[RangeName, "range of the codes: extremes or clipped"] = "minmax"
+    scale_dtype: Annotated[ScaleDtype, "type of scales"] = "float32"
 
     def __post_init__(self) -> None:
         self.check_granularity()
         _allow("range", self.range, RANGES)
+        _allow("scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         _allow("scheme", self.name, ("affine",))
-        if not isinstance(self.symmetric, bool):
-            raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True or False")
+        if not isinstance(self.symmetric, bool) and self.symmetric != "full":
+            raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True, False or 'full'")
 
     def __str__(self) -> str:
-        return f"{'symmetric' if self.symmetric else 'asymmetric'} {self.grain} {self.range}"
+        scales = "" if self.scale_dtype == "float32" else f", scales in {self.scale_dtype}"
+        return f"{SYMMETRIES[self.symmetric]} {self.grain} {self.range}{scales}"
 
     @property
     def searches(self) -> bool:
         """Whether each group's range is found by trying many."""
         return self.range == "mse"
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of each scale."""
+        return SCALE_BITS[self.scale_dtype]
 
     @property
     def as_affine(self) -> "Affine":
@@ -436,7 +462,7 @@ class Affine(Granular):
         Returns:
             The number.
         """
-        return int(2**bits) - (self.symmetric and bits > 1)
+        return int(2**bits) - (self.symmetric is True and bits > 1)
 
     def has_zero(self, bits: int) -> bool:
         """Tell whether a weight of 0 stays 0 at that width: binary weights are +-scale.
@@ -684,6 +710,11 @@ def has_width(scheme: Scheme, bits: int) -> bool:
     except SettingError:
         return False
     return True
+
+
+def scale_bits_of(scheme: Scheme) -> int:
+    """Bits of a scale or centroid; 32 for a scheme that answers the contract and does not say."""
+    return int(getattr(scheme, "scale_bits", 32))
 
 
 def _allow(field: str, value: object, allowed: Sequence[str]) -> None:

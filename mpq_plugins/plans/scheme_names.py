@@ -16,6 +16,8 @@ from .scheme import Affine, Codebook, Piecewise, Scheme
 from .schemes import SCHEMES
 
 GROUP = "schemes"
+ADDED: dict[str, Any] = {"scale_dtype": "float32"}
+"""Fields that schemes had not always, and what stands for them in a file without."""
 
 
 def scheme_names() -> tuple[str, ...]:
@@ -72,7 +74,8 @@ def _validated(value: Any, ours: Any, info: ValidationInfo) -> Any:
 
 def _serialized(value: Any, ours: Any, info: SerializationInfo) -> Any:
     if type(value) in SCHEMES.values():
-        return ours(value)
+        written = ours(value)
+        return {key: inner for key, inner in written.items() if key not in ADDED or inner != ADDED[key]}
     mode: Literal["json", "python"] = "json" if info.mode == "json" else "python"
     fields = _adapter(cast(Any, type(value))).dump_python(value, mode=mode, exclude_none=info.exclude_none)
     return {"name": value.name, **fields}

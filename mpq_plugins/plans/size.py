@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..common.public import public
 from ..errors import SettingError
 from .layers import LayerChoice
-from .scheme import FLOAT_BITS
+from .scheme import FLOAT_BITS, scale_bits_of
 
 
 @public
@@ -113,21 +113,22 @@ class PlanSize:
         return 8 * self.numel / max(1, self.total_bits)
 
 
-def plan_size(layers: Iterable[LayerChoice], scale_bits: int = 32) -> PlanSize:
+def plan_size(layers: Iterable[LayerChoice], scale_bits: int | None = None) -> PlanSize:
     """Size of every layer: codes numel x b, interval bits, scales, zero points (asymmetric), codebooks of 2^b
     centroids, the channel-to-part map.
 
-    scale_bits: of a scale or centroid, 32 or 16. Raises SettingError on another.
+    scale_bits: of a scale or centroid, 32 or 16; None for what each layer's scheme has. Raises SettingError on another.
     """
-    if scale_bits not in FLOAT_BITS:
-        raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32")
+    if scale_bits is not None and scale_bits not in FLOAT_BITS:
+        raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32, or None for the scheme's own")
     return PlanSize({layer.name: layer_size(layer, scale_bits) for layer in layers})
 
 
-def layer_size(layer: LayerChoice, scale_bits: int = 32) -> LayerSize:
+def layer_size(layer: LayerChoice, scale_bits: int | None = None) -> LayerSize:
     """Size of one layer; see plan_size."""
     intervals = scales = zero_points = codebooks = 0
     scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
+    scale_bits = scale_bits_of(scheme) if scale_bits is None else scale_bits
     for bits, channels in layer.widths:
         if bits in FLOAT_BITS:
             continue

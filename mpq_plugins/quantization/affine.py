@@ -14,6 +14,7 @@ from ..plans.scheme import Affine, check_bits
 from .calibrate import choose_affine_grids, fitted_rows, squared_errors
 from .contract import Each, PartCodes, PartShape
 from .grid import Grids, GroupStats
+from .scales import check_scales
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ def quantize(
 
     weight: float32, float16 or bfloat16, any shape, any strides; `channel_axis` is its output axis.
     Raises SettingError for bits outside 1..8 or groups that do not divide the input, and WeightError, naming
-    `layer`, for NaN, infinity or another dtype. A constant weight is represented exactly.
+    `layer`, for NaN, infinity or another dtype. A constant weight is represented exactly where a scale can be it.
     """
     scheme = scheme or Affine()
     check_bits(bits)
     rows, shape, grid = fitted_rows(weight, scheme, channel_axis, layer, partial(_grids, scheme, [bits]))
+    check_scales(grid.scale, scheme.scale_dtype, layer)
     codes = _encode(rows, grid).reshape(shape)
     return QuantizedTensor(
         from_channel_rows(codes, weight.shape, channel_axis), grid, scheme, channel_axis, weight.dtype
@@ -56,7 +58,7 @@ def dequantize(quantized: QuantizedTensor) -> Tensor:
     rows = codes.reshape(groups, -1) if codes.numel() else codes
     if rows.numel():
         scale, zero_point = _columns(quantized.grid, rows.device)
-        rows = (rows - zero_point).float() * scale
+        rows = (rows - zero_point).float() * scale + 0.0  # no -0 of a negative scale
     limit = torch.finfo(quantized.dtype).max  # the last level may lie half a step beyond the range
     values = rows.float().clamp(-limit, limit).to(quantized.dtype).reshape(codes.shape)
     return from_channel_rows(values, quantized.codes.shape, quantized.channel_axis)

@@ -8,11 +8,14 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..plans.entropy_coded import EntropyCoded
+from ..plans.scheme import Affine
 from ..weights.dtypes import check_weight
 from .affine import QuantizedTensor
 from .contract import PartCodes, PartShape
 from .grid import Grids, affine_grids
 from .row_quantizer import RowQuantizer
+
+SYMMETRIC = Affine(symmetric=True)
 
 
 class EntropyCodedQuantizer(RowQuantizer):
@@ -25,7 +28,7 @@ class EntropyCodedQuantizer(RowQuantizer):
         if self.scheme.step is not None:
             return torch.zeros(len(rows), 0)
         largest = rows.abs().amax(1, keepdim=True).double().cpu().numpy()
-        return torch.from_numpy(affine_grids(-largest, largest, np.array([bits]), True).scale).to(rows.device)
+        return torch.from_numpy(affine_grids(-largest, largest, np.array([bits]), SYMMETRIC).scale).to(rows.device)
 
     def encode_rows(self, rows: Tensor, tables: Tensor, bits: int) -> Tensor:
         """Codes in two's complement. Raises SettingError for those that have more bits."""

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-SMALLEST_SCALE = np.float64(np.finfo(np.float32).smallest_subnormal)
-SMALLEST_NORMAL = np.float64(np.finfo(np.float32).smallest_normal)
+from ..plans.scheme import Affine, ScaleDtype, Symmetry
+from .scales import rounded_scale
 
 Floats = NDArray[np.float64]
 
@@ -17,25 +17,25 @@ Floats = NDArray[np.float64]
 class Grids:
     """K quantizers for each of R groups: levels (code - zero_point) * scale for code in qmin..qmax.
 
-    bits: int (K,); scale: float32 (R, K), in the weights' units; zero_point: int32 (R, K). At 1 bit the codes
-    are -1 and +1 alone.
+    bits: int (K,); scale: float32 (R, K), in the weights' units, negative in some groups of the full range; zero_point:
+    int32 (R, K). At 1 bit the codes are -1 and +1 alone.
     """
 
     bits: NDArray[np.int64]
-    symmetric: bool
+    symmetric: Symmetry
     scale: NDArray[np.float32]
     zero_point: NDArray[np.int32]
 
     @property
     def qmin(self) -> NDArray[np.int64]:
         """The least code, (K,)."""
-        least = 1 - 2 ** (self.bits - 1) if self.symmetric else np.zeros_like(self.bits)
+        least = (self.symmetric is True) - 2 ** (self.bits - 1) if self.symmetric else np.zeros_like(self.bits)
         return np.where(self.bits == 1, -1, least) if 1 in self.bits else least
 
     @property
     def qmax(self) -> NDArray[np.int64]:
         """The greatest code, (K,)."""
-        greatest = 2 ** (self.bits - self.symmetric) - 1
+        greatest = 2 ** (self.bits - bool(self.symmetric)) - 1
         return np.where(self.bits == 1, 1, greatest) if 1 in self.bits else greatest
 
     def take(self, columns: Sequence[int]) -> "Grids":
@@ -148,39 +148,55 @@ class GroupStats:
         return GroupStats(low, high, absolute, squared, self.count * self.low.size)
 
 
-def minmax_grids(stats: GroupStats, bits: Sequence[int], symmetric: bool) -> Grids:
+def minmax_grids(stats: GroupStats, bits: Sequence[int], scheme: Affine) -> Grids:
     """Grids that span each group's whole range (asymmetric on [lo, hi], lo <= 0 <= hi), (R, len(bits)).
 
-    A constant group gets the scale |c| and so quantizes to itself, exactly; at 1 bit the scale is mean|w|.
+    A constant group gets the scale |c| and so quantizes to itself, exactly, where the scales' dtype has |c|; at 1 bit
+    the scale is mean|w|. A scale beyond the dtype is infinite, which scales.check_scales refuses.
     """
     widths = np.array(bits, np.int64)
     low, high = stats.low[:, None], stats.high[:, None]
-    grids = affine_grids(np.minimum(low, 0.0), np.maximum(high, 0.0), widths, symmetric)
+    grids = affine_grids(np.minimum(low, 0.0), np.maximum(high, 0.0), widths, scheme)
     scale, zero_point = grids.scale, grids.zero_point
     if (low == high).any():
-        scale = np.where(low == high, np.where(low == 0, 1.0, np.abs(low)).astype(np.float32), scale)
+        exact = np.where(low == 0, 1.0, np.abs(low))
+        constant = (low == high) & (rounded_scale(exact, scheme.scale_dtype) == exact)
+        scale = np.where(constant, exact.astype(np.float32), scale)
         # c < 0 needs a code below the zero point; the asymmetric codes start at 0.
-        zero_point = np.where(low == high, np.int32(0) if symmetric else (low < 0).astype(np.int32), zero_point)
+        zero_point = np.where(constant, np.int32(0) if scheme.symmetric else (low < 0).astype(np.int32), zero_point)
     if (widths == 1).any():
-        scale = np.where(widths == 1, stats.mean_abs[:, None].astype(np.float32), scale)
+        scale = np.where(widths == 1, _binary_scale(stats.mean_abs[:, None], scheme.scale_dtype), scale)
         zero_point = np.where(widths == 1, np.int32(0), zero_point)
-    return Grids(widths, symmetric, scale, zero_point)
+    return Grids(widths, scheme.symmetric, scale, zero_point)
 
 
-def affine_grids(low: Floats, high: Floats, bits: NDArray[np.int64], symmetric: bool) -> Grids:
+def affine_grids(low: Floats, high: Floats, bits: NDArray[np.int64], scheme: Affine) -> Grids:
     """The grids on [low, high], low <= 0 <= high; float64, broadcast over (R, K) with bits (K,).
 
     At 1 bit, where the scale is not the range's, the values mean nothing.
     """
-    if symmetric:
-        scale = _float32_scale(np.maximum(-low, high) / np.maximum(2 ** (bits - 1) - 1, 1))
-        return Grids(bits, symmetric, scale, np.zeros(scale.shape, np.int32))
+    if scheme.symmetric:
+        # Of two extremes that are equally far, the negative one has the code that has no opposite.
+        top = np.maximum(2 ** (bits - 1) - (scheme.symmetric is True), 1)
+        scale = rounded_scale(np.maximum(-low, high) / top, scheme.scale_dtype)
+        if scheme.symmetric == "full":
+            scale = np.where(high > -low, -scale, scale)
+        return Grids(bits, scheme.symmetric, scale, np.zeros(scale.shape, np.int32))
     top = 2**bits - 1
     with np.errstate(over="ignore"):  # at 1 bit, of the widest ranges
-        scale = _float32_scale((high - low) / top)
-    # low is at most 0 and high at least 0, so this lies within the codes but for float32's rounding of the scale.
+        scale = rounded_scale((high - low) / top, scheme.scale_dtype)
+    # low is at most 0 and high at least 0, so this lies within the codes but for the rounding of the scale.
     zero_point = np.minimum(np.rint(-low / scale.astype(np.float64)), top).astype(np.int32)
-    return Grids(bits, symmetric, scale, zero_point)
+    return Grids(bits, scheme.symmetric, scale, zero_point)
+
+
+def _binary_scale(mean: Floats, dtype: ScaleDtype) -> NDArray[np.float32]:
+    """The scale of +-mean|w|; 0 where all weights are 0."""
+    return (
+        mean.astype(np.float32)
+        if dtype == "float32"
+        else np.where(mean == 0, np.float32(0), rounded_scale(mean, dtype))
+    )
 
 
 def piecewise_grids(
@@ -198,13 +214,4 @@ def piecewise_grids(
 
 
 def _unit(exact: Floats) -> NDArray[np.float32]:
-    return np.where(exact == 0, np.float32(0), _float32_scale(exact))
-
-
-def _float32_scale(exact: Floats) -> NDArray[np.float32]:
-    if exact.size == 0 or exact.min() >= SMALLEST_NORMAL:
-        return exact.astype(np.float32)
-    # Below the normal range float32 steps are coarse: round up there, so that no weight is clipped and no
-    # scale becomes 0. An all-zero group may have any scale.
-    steps = np.maximum(np.ceil(exact / SMALLEST_SCALE), 1.0) * SMALLEST_SCALE
-    return np.where(exact == 0, 1.0, np.where(exact < SMALLEST_NORMAL, steps, exact)).astype(np.float32)
+    return np.where(exact == 0, np.float32(0), rounded_scale(exact))

@@ -163,7 +163,8 @@ def sums(rows: Stored, scale: Floats, low: Floats, high: Floats, largest: bool) 
     Computed in float32, the faster, where that is as good: scales far from the ends of its range, and no sum so
     small that an underflow could show in it. Elsewhere in float64.
     """
-    safe = SAFE_SCALES[0] <= scale.min() and scale.max() <= SAFE_SCALES[1]
+    steps = np.abs(scale)  # which are negative in some groups of the full range
+    safe = SAFE_SCALES[0] <= steps.min() and steps.max() <= SAFE_SCALES[1]
     if not safe:
         return _run(rows, scale, low, high, largest)
     results = _run(rows, scale.astype(np.float32), low.astype(np.float32), high.astype(np.float32), largest)

@@ -11,7 +11,8 @@ from ..common.registry import Plugin, imported, owner
 from ..plans.scheme import Affine, Scheme
 from ..plans.schemes import SCHEMES
 from .contract import QUANTIZER, Each, Quantizer
-from .grid import AnyGrids, GroupStats
+from .grid import AnyGrids, Grids, GroupStats
+from .scales import check_scales
 
 
 def quantizer(scheme: Scheme) -> Quantizer:
@@ -32,12 +33,16 @@ def fake_quantize(
     return quantizer(scheme or Affine()).fake_quantize(weight, bits, channel_axis=channel_axis, layer=layer)
 
 
-def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Scheme) -> AnyGrids:
+def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Scheme, layer: str = "weight") -> AnyGrids:
     """The grids of each group at these bit-widths under the scheme's rule, (R, len(bits)).
 
-    Raises SettingError for a bit-width that the scheme does not have.
+    Raises SettingError for a bit-width that the scheme does not have, and, naming `layer`, for a scale beyond its
+    dtype.
     """
-    return quantizer(scheme).grids(each, stats, bits)
+    grids = quantizer(scheme).grids(each, stats, bits)
+    if isinstance(grids, Grids) and isinstance(scheme, Affine):
+        check_scales(grids.scale, scheme.scale_dtype, layer)
+    return grids
 
 
 @cache

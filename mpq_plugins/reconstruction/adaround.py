@@ -19,6 +19,8 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
 from ..plans.layers import LayerChoice
+from ..plans.scheme import Symmetry
+from ..quantization.grid import Grids
 from ..quantization.integer_codes import integer_codes
 from ..simulation.floats import as_float
 from ..simulation.layer import simulate_layer
@@ -173,7 +175,10 @@ class _Cells:
             return cls(rows, rows, rows, rows.bool())
         scale = torch.from_numpy(grid.scale).to(rows.device)
         zero_point = torch.from_numpy(grid.zero_point).to(rows.device).float()
-        least, greatest = int(grid.qmin[0]), int(grid.qmax[0])
+        # Codes are turned round where the scale is negative, so that they ascend with the weights.
+        sign = torch.where(scale < 0, -1.0, 1.0)
+        scale, codes = scale.abs(), codes * sign + 0.0
+        least, greatest = (torch.where(sign < 0, -other, end) for end, other in _both_ways(grid))
         gap = 2 if bits == 1 else 1  # binary codes are -1 and 1
         position = rows / scale.clamp_min(torch.finfo(torch.float32).smallest_normal) + zero_point
         below = position.floor() if gap == 1 else torch.full_like(position, -1.0)
@@ -188,13 +193,25 @@ class _Cells:
         return cls((low - zero_point) * scale, free * (gap * scale), share, codes > low)
 
 
-def group_ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _both_ways(grid: Grids) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The least code and then the greatest, each with the other one."""
+    least, greatest = float(grid.qmin[0]), float(grid.qmax[0])
+    return (least, greatest), (greatest, least)
+
+
+def group_ends(
+    rows: Tensor, codes: Tensor, least: Tensor | float, greatest: Tensor | float, symmetric: Symmetry
+) -> tuple[Tensor, Tensor]:
     """Which weights hold each group's range, and the codes with theirs at its ends.
 
     Asymmetric: the extreme on either side of zero, whose nearest code may be one short of the end where it is a tie;
-    symmetric: the one farthest from zero.
+    symmetric: the one farthest from zero, in the full range of two the negative one, which its scale is of.
     """
     held = torch.zeros_like(rows, dtype=torch.bool)
+    if symmetric == "full":
+        below = -rows.amin(1, keepdim=True) >= rows.amax(1, keepdim=True)
+        farthest = torch.where(below, rows.argmin(1, keepdim=True), rows.argmax(1, keepdim=True))
+        return held.scatter(1, farthest, True), codes
     if symmetric:
         return held.scatter(1, rows.abs().argmax(1, keepdim=True), True), codes
     for end, extreme, beyond in (
@@ -202,5 +219,5 @@ def group_ends(rows: Tensor, codes: Tensor, least: int, greatest: int, symmetric
         (greatest, rows.argmax(1, keepdim=True), rows.amax(1, keepdim=True) > 0),
     ):
         at_end = torch.zeros_like(held).scatter(1, extreme, True) & beyond & (rows.amin(1) < rows.amax(1))[:, None]
-        held, codes = held | at_end, torch.where(at_end, float(end), codes)
+        held, codes = held | at_end, torch.where(at_end, end, codes)
     return held, codes

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.layers import LayerChoice
+from ..plans.scheme import Symmetry
 from ..quantization.contract import PartCodes, PartShape
 from ..quantization.groups import group_rows
 from ..quantization.integer_codes import integer_codes
@@ -83,14 +84,14 @@ def _part_levels(part: WeightPart, choice: LayerChoice) -> tuple[list[Tensor], T
     return levels, torch.where((rows == 0) & has_zero & ends.isnan(), 0.0, ends)
 
 
-def _integer_levels(part: WeightPart, symmetric: bool, choice: LayerChoice) -> tuple[list[Tensor], Tensor]:
+def _integer_levels(part: WeightPart, symmetric: Symmetry, choice: LayerChoice) -> tuple[list[Tensor], Tensor]:
     axis, scheme = choice.channel_axis, choice.scheme
     quantized = integer_codes(part.values, part.bits, scheme, channel_axis=axis, layer=choice.name)
     grid = quantized.grid
     scale, zero_point = torch.from_numpy(grid.scale), torch.from_numpy(grid.zero_point)
-    least, greatest = int(grid.qmin[0]), int(grid.qmax[0])
-    codes = torch.arange(least, greatest + 1, 2 if part.bits == 1 else 1)
-    levels = list((codes - zero_point).float() * scale)
+    least, greatest = float(grid.qmin[0]), float(grid.qmax[0])
+    codes = torch.arange(int(least), int(greatest) + 1, 2 if part.bits == 1 else 1)
+    levels = list(((codes - zero_point).float() * scale + 0.0).sort(1).values)  # scales may be negative
     both = (part.values, quantized.codes)
     rows, found = (channel_rows(values, choice.channel_axis).reshape(len(scale), -1).float() for values in both)
     # At 1 bit the scale is the mean magnitude, which is the same whatever the signs are; a plan's step is the plan's.

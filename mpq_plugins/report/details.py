@@ -7,7 +7,7 @@ from typing import Any
 from ..evaluation.sweep import SweepRow
 from ..plans.channels import Channels
 from ..plans.plan import Plan
-from ..plans.scheme import Scheme
+from ..plans.scheme import SYMMETRIES, Scheme
 from ..plans.steps import steps_of
 from ..plans.table import LayerTable
 
@@ -60,9 +60,12 @@ def scheme_words(scheme: Scheme) -> str:
         return "entropy-coded"
     size = getattr(scheme, "group_size", None)
     grain = GRAINS.get(scheme.granularity, f"groups of {size}")
-    symmetric = ["symmetric"] if getattr(scheme, "symmetric", False) else []
+    said = SYMMETRIES.get(getattr(scheme, "symmetric", False), "symmetric")
+    symmetric = [said] if said != "asymmetric" else []
     clipped = ["clipped"] if getattr(scheme, "range", "") == "mse" else []
-    return ", ".join((scheme.name, *symmetric, grain, *clipped))
+    dtype = getattr(scheme, "scale_dtype", "float32")
+    rounded = [f"scales in {dtype}"] if dtype != "float32" else []
+    return ", ".join((scheme.name, *symmetric, grain, *clipped, *rounded))
 
 
 def value_text(value: Any) -> str:

@@ -18,8 +18,8 @@ class IntegerWeight:
     """w' = (codes - zero_point) scale, the weight `simulate_layer` makes, to the last bit.
 
     codes: int8, the weight's shape, of b bits in -2^(b-1) .. 2^(b-1) - 1 (at one bit -1 and 1, or 0 for weights
-    that are all 0); scale: float32 (channels, groups), in the weights' units, one group unless per_group; zero_point:
-    int64 (channels, groups); one_scale: all channels share both.
+    that are all 0); scale: float32 (channels, groups), in the weights' units, one group unless per_group, negative in
+    some groups of the full range; zero_point: int64 (channels, groups); one_scale: all channels share both.
     """
 
     codes: Tensor
@@ -31,7 +31,7 @@ class IntegerWeight:
     def dequantized(self) -> Tensor:
         """The weight in float32."""
         rows = self.group_rows(self.codes).float() - self.zero_point.reshape(-1, 1).float()
-        values = (rows * self.scale.reshape(-1, 1)).reshape(self.scale.shape[0], -1)
+        values = (rows * self.scale.reshape(-1, 1) + 0.0).reshape(self.scale.shape[0], -1)  # no -0 of a negative scale
         return from_channel_rows(values, self.codes.shape, self.channel_axis)
 
     def code_problem(self, codes: Tensor) -> str | None:

@@ -34,7 +34,9 @@ def test_a_type_that_no_layer_can_have_is_no_column() -> None:
 
 
 def test_a_layer_that_can_have_no_type_is_named_with_the_remedy() -> None:
-    with pytest.raises(SettingError, match=r"types: layer '3' has the shape \[8, 8\], whose inputs .* groups of any of"):
+    with pytest.raises(
+        SettingError, match=r"types: layer '3' has the shape \[8, 8\], whose inputs .* groups of any of"
+    ):
         measure_types(net(), ("mxfp4",))
     assert [layer.name for layer in measure_types(net(), ("mxfp4",), skip=["3"]).base.layers] == ["0", "2"]
 

@@ -40,7 +40,7 @@ def test_symmetric_clipping_is_close_to_brute_force(name: str, bits: int) -> Non
         best = float("inf")
         for ratio in torch.linspace(0.01, 1, 2000).tolist():
             top = (row.abs().max() * ratio).reshape(1).numpy()
-            grid = affine_grids(-top[:, None], top[:, None], np.array([bits]), symmetric=True)
+            grid = affine_grids(-top[:, None], top[:, None], np.array([bits]), Affine(symmetric=True))
             scale = float(grid.scale[0, 0])
             quantized = torch.clamp(torch.round(row / scale), int(grid.qmin[0]), int(grid.qmax[0])) * scale
             best = min(best, float((quantized - row).square().sum()))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
-from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme, Symmetry
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.grid import Grids, minmax_grids
 from mpq_plugins.quantization.quantize import choose_grids
@@ -23,9 +23,9 @@ AGREEMENT = 1e-6  # the compiled path works in float32 where that is safe, in fl
 LENGTHS = [1, 2, 3, 7, 63, 64, 65, 1023, 1024, 1025, 2049, 4099]
 
 
-def grids_for(rows: Tensor, shared: bool, symmetric: bool = False, bits: range = range(1, 9)) -> Grids:
+def grids_for(rows: Tensor, shared: bool, symmetric: Symmetry = False, bits: range = range(1, 9)) -> Grids:
     stats = kernel.row_stats(rows).merged() if shared else kernel.row_stats(rows)
-    return minmax_grids(stats, bits, symmetric)
+    return minmax_grids(stats, bits, Affine(symmetric=symmetric))
 
 
 @pytest.fixture(params=["numba", "torch"])

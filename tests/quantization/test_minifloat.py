@@ -94,9 +94,9 @@ def test_quantizing_twice_changes_nothing(kind: MinifloatName) -> None:
 @pytest.mark.parametrize("kind", MINIFLOATS)
 def test_measured_errors_are_those_of_the_weights(kind: MinifloatName) -> None:
     torch.manual_seed(0)
-    net, scheme = torch.nn.Sequential(torch.nn.Linear(96, 5)), Minifloat(type=kind)
-    weight = net[0].weight.detach()
-    table = measure(net, scheme, (scheme.bits,))
+    linear, scheme = torch.nn.Linear(96, 5), Minifloat(type=kind)
+    weight = linear.weight.detach()
+    table = measure(torch.nn.Sequential(linear), scheme, (scheme.bits,))
     error = (fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="0") - weight).double().square().mean()
     assert table.layers[0].errors["mse"][0] == pytest.approx(float(error), rel=1e-12)
 

@@ -119,7 +119,9 @@ def measure(
                 needs = _needs(request, bits, metrics, per_channel_errors)
                 table = measure_now(given, needs, request, input_shape, store=store, executor=executor, device=device)
         if calibration is not None:
-            table = with_sensitivities(table, given.weights, sensitivities, calibration, output_function, store)
+            table = with_sensitivities(  # type: ignore[type-var]  # either kind gives its own
+                table, given.weights, sensitivities, calibration, output_function, store
+            )
         if output is not None:
             table.save(output)
     if plot is not None and isinstance(table, LayerTable):
