@@ -15,7 +15,7 @@ from .verbosity import verbosity_options
 # Option names as commands have them, by section and in the order in which sections are shown.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
-        "allocator", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
+        "allocator", "types", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
         "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss",
     ),
     "Pruning and coding": ("file_bits", "file_size", "amounts", "prune_by", "coding"),

@@ -68,8 +68,8 @@ def measure_types(  # noqa: PLR0913  # each option is a user's word
     Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure_types(torch.nn.Sequential(torch.nn.Linear(64, 8)), ("int4_g32", "mxfp4"))
-        >>> mpq.Budget(total_average_bits=4.5)(table).layers[0].type
-        'int4_g32'
+        >>> mpq.Budget(total_average_bits=4.25)(table).layers[0].type
+        'mxfp4'
     """
     kinds = types_of(types)
     request = MeasureRequest(

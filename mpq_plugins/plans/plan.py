@@ -25,7 +25,7 @@ from .names import is_weight, layer_name, weight_name
 from .size import PlanSize, plan_size
 
 PLAN_FORMAT = "mpq-plan"
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 FOUND = {"budget": ("objective", "gap", "binding"), "ptilmpq": ("alpha",)}  # among parameters, until version 2
 
 
@@ -47,9 +47,11 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda plan: {**plan, "version": 2},
     2: _found_apart,
     3: lambda plan: {**plan, "version": 4},
+    4: lambda plan: {**plan, "version": 5},
 }
 """Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none, and
-version 2 neither rest_bytes nor what an allocator found apart from its parameters; version 3 no coded_bytes."""
+version 2 neither rest_bytes nor what an allocator found apart from its parameters; version 3 no coded_bytes; version
+4 no types, no full range and no 16-bit scales."""
 
 SAID_WITHIN = 256  # bytes from its beginning: the first thing that a plan says
 DEEPEST = 32  # of parameters in one another
@@ -101,7 +103,7 @@ class Plan(Strict):
     """
 
     format: Literal["mpq-plan"] = "mpq-plan"
-    version: Literal[4] = 4
+    version: Literal[5] = 5
     made_with: dict[str, str]
     allocator: AllocatorRecord
     model: str

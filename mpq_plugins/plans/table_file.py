@@ -24,16 +24,18 @@ from .scheme_names import NamedScheme
 from .stats import METRICS, Array, CodedCurve, LayerStats, Measured
 
 TABLE_FORMAT = "mpq-table"
-TABLE_VERSION = 4
+TABLE_VERSION = 5
 LADDER = ("steps", "coded_bits", "coded_squared")
 Table = TypeVar("Table", bound=Measured)
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda old: {**old, "version": 2},
     2: lambda old: {**old, "version": 3},
     3: lambda old: {**old, "version": 4},
+    4: lambda old: {**old, "version": 5},
 }
 """Version -> a function from that version's description, without its checksum, to the next one's. Version 1 had none,
-and none of arrays. Version 2 did not say what a model takes beside the layers' weights. Version 3 had no ladder."""
+and none of arrays. Version 2 did not say what a model takes beside the layers' weights. Version 3 had no ladder, and
+version 4 no types, no full range and no 16-bit scales."""
 
 
 def write(table: Measured, path: Path) -> None:
@@ -124,7 +126,7 @@ class _Layer(LayerDocument):
 class _Description(Strict):
     """ladder: how many steps entropies are known at; checksums: of each array's bytes, in a table that has them."""
 
-    version: Literal[4]
+    version: Literal[5]
     scheme: NamedScheme
     bits: Annotated[tuple[int, ...], Field(min_length=1)]
     metrics: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -213,7 +215,7 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
         for layer in table.layers
     )  # fmt: skip
     description = _Description(
-        version=4, ladder=ladder, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
+        version=5, ladder=ladder, scheme=table.scheme, bits=table.bits, metrics=table.metrics,
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
         skipped=table.skipped, left_alone=table.left_alone, weights=table.weights,

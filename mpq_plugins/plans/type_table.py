@@ -35,6 +35,12 @@ class TypeColumn:
     Attributes:
         type: The type.
         table: The layers that can have it, measured under its scheme at its width.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> table = mpq.measure_types(torch.nn.Sequential(torch.nn.Linear(64, 8)), ("mxfp4",))
+        >>> list(table.column("mxfp4").by_name)
+        ['0']
     """
 
     type: NamedType

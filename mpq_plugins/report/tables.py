@@ -49,7 +49,8 @@ def bits_summary(plan: Plan, size: PlanSize) -> Grid:
     coded = [layer for layer in plan.layers if layer.coded_bytes is not None]
     for layer in plan.layers:
         for part in layer.all_parts:
-            width = (0, "coded") if layer.coded_bytes is not None else (part.bits, width_text(part.bits))
+            text = layer.type or width_text(part.bits)
+            width = (0, "coded") if layer.coded_bytes is not None else (part.bits, text)
             layers[width] += 1
             channels[width] += len(part.channels)
             weights[width] += len(part.channels) * (layer.numel // max(1, layer.channels))

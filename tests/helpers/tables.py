@@ -101,3 +101,15 @@ def version_3(path: Path) -> Path:
     del description["ladder"], description["checksum"]
     save_file(arrays, path, metadata | {"table": json.dumps(sealed({**description, "version": 3}))})
     return path
+
+
+def version_4(path: Path) -> Path:
+    """A table's file as the version wrote it that had no types, and no scales of 16 bits."""
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        metadata = dict(file.metadata())
+    description = json.loads(metadata["table"])
+    description["scheme"].pop("scale_dtype", None)
+    del description["checksum"]
+    save_file(arrays, path, metadata | {"table": json.dumps(sealed({**description, "version": 4}))})
+    return path

@@ -67,7 +67,7 @@ def document(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 5}, r"plan version 5, and this mpq-plugins reads up to 4\. Upgrade it"),
+        ({"version": 6}, r"plan version 6, and this mpq-plugins reads up to 5\. Upgrade it"),
         ({"version": 0}, "version: 0 is not allowed"),
         ({"version": "1"}, "version: '1' is not allowed"),
         ({"format": "onnx"}, "not a plan"),
@@ -86,7 +86,7 @@ def document(**changes: Any) -> dict[str, Any]:
         ({"layers__0__scheme__rang": "mse"}, r"rang"),
         (
             {"layers__0__scheme__name": "cubic"},
-            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine, piecewise, codebook or entropy_coded",
+            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine, piecewise, codebook",
         ),
         ({"layers__0__scheme": 5}, r"layers\[0\]\.scheme: '5': is not allowed; a scheme named"),
         ({"layers__0__scheme": {"name": "piecewise"}, "layers__0__bits": 1}, "bits: 1 is not allowed with two regions"),
@@ -163,10 +163,10 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_older_versions_migrate_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "PLAN_VERSION", 6)
-    monkeypatch.setitem(plan.MIGRATIONS, 4, lambda old: old | {"version": 5, "fold_bn": True})
-    # The model itself still says 4, so the last step brings the document back to it.
-    monkeypatch.setitem(plan.MIGRATIONS, 5, lambda old: old | {"version": 4})
+    monkeypatch.setattr(plan, "PLAN_VERSION", 7)
+    monkeypatch.setitem(plan.MIGRATIONS, 5, lambda old: old | {"version": 6, "fold_bn": True})
+    # The model itself still says 5, so the last step brings the document back to it.
+    monkeypatch.setitem(plan.MIGRATIONS, 6, lambda old: old | {"version": 5})
     assert Plan.from_document(document(), "plan.json").fold_bn is True
 
 
@@ -190,7 +190,7 @@ VERSION_1 = """{
 def test_plans_of_the_version_without_checksums_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(VERSION_1)
     old = Plan.load(tmp_path / "old.json")
-    assert (old.version, old.skipped, old.layers[0].bits_text) == (4, ("head",), "3x3 8x1")
+    assert (old.version, old.skipped, old.layers[0].bits_text) == (5, ("head",), "3x3 8x1")
     assert Plan.model_validate_json(old.to_json()) == old
 
 
@@ -217,7 +217,7 @@ VERSION_2 = (
 def test_plans_of_the_version_that_knew_no_rest_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(VERSION_2)
     old = Plan.load(tmp_path / "old.json")
-    assert (old.version, old.skipped, old.layers[0].bits_text) == (4, ("1",), "3x2 8x2")
+    assert (old.version, old.skipped, old.layers[0].bits_text) == (5, ("1",), "3x2 8x2")
     assert old.rest_bytes is None
     assert old.size().model_bytes is None
     assert Plan.model_validate_json(old.to_json()) == old
@@ -244,8 +244,34 @@ VERSION_3 = """{
 def test_plans_of_the_version_without_coded_bytes_are_read(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(VERSION_3)
     old = Plan.load(tmp_path / "old.json")
-    assert (old.version, old.layers[0].coded_bytes, old.layers[0].code_bits) == (4, None, 44)
+    assert (old.version, old.layers[0].coded_bytes, old.layers[0].code_bits) == (5, None, 44)
     assert Plan.model_validate_json(old.to_json()) == old
+
+
+VERSION_4 = """{
+  "format": "mpq-plan",
+  "version": 4,
+  "made_with": {"mpq-plugins": "0.1.0"},
+  "allocator": {"name": "budget", "parameters": {"average_bits": 5.5}, "found": {"objective": 0.00019655901061660375}},
+  "model": "sha256:4f84423b467a9e046f163195b6f79b38b8e1379240cd3334bb6815c7da0fa71b",
+  "fold_bn": false,
+  "skipped": [],
+  "rest_bytes": 16,
+  "layers": [
+    {"name": "0", "kind": "linear", "shape": [4, 2], "channel_axis": 0, "numel": 8, "bits": 8, "scheme": SCHEME}
+  ]
+}
+""".replace("SCHEME", '{"name": "affine", "symmetric": true, "granularity": "per_channel", "range": "minmax"}')
+
+
+def test_plans_of_the_version_without_types_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(VERSION_4)
+    old = Plan.load(tmp_path / "old.json")
+    assert (old.version, old.layers[0].type) == (5, None)
+    assert old.layers[0].scheme == Affine(symmetric=True, granularity="per_channel")
+    assert old.size().total_bits == 64 + 4 * 32
+    assert Plan.model_validate_json(old.to_json()) == old
+    assert '"scheme": {"name": "affine", "symmetric": true, "granularity": "per_channel"' in old.to_json()
 
 
 def test_a_promise_of_coded_bytes_is_what_codes_count() -> None:

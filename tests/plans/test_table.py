@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mpq_plugins import EntropyCoded, LayerTable, measure
+from mpq_plugins import Affine, EntropyCoded, LayerTable, measure
 from mpq_plugins.errors import FormatError, MeasureWarning
 from mpq_plugins.plans.table_file import is_table
 from tests.helpers.nets import conv_net
 from tests.helpers.says import naming
-from tests.helpers.tables import contents, resealed, version_1, version_2, version_3
+from tests.helpers.tables import contents, resealed, version_1, version_2, version_3, version_4
 
 
 def damaged(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) -> Path:
@@ -29,7 +29,7 @@ def damaged(path: Path, arrays: dict[str, Any] | None = None, **changes: Any) ->
         ({"errors": np.zeros((4, 2, 7), np.int8)}, {}, "got I8"),
         ({"importance": np.array([1, 2, np.nan, 4.0])}, {}, "array 'importance' holds NaN"),
         ({"channel_errors": np.zeros((1, 1, 1))}, {}, "array 'channel_errors'"),
-        ({}, {"version": 5}, "table version 5, and this mpq-plugins reads 1 to 4"),
+        ({}, {"version": 6}, "table version 6, and this mpq-plugins reads 1 to 5"),
         ({}, {"rest_bytes": -1}, "rest_bytes"),
         ({}, {"shape": []}, r"layers\[0\]\.shape"),
         ({}, {"shape": [-8, 3, 3, 3]}, r"layers\[0\]\.shape\[0\]"),
@@ -99,6 +99,13 @@ def test_tables_of_the_version_without_a_ladder_are_read(tmp_path: Path) -> None
     table = measure(conv_net(), per_channel=True)
     table.save(tmp_path / "net.mpqt")
     assert contents(LayerTable.load(version_3(tmp_path / "net.mpqt"))) == contents(table)
+
+
+def test_tables_of_the_version_without_types_are_read(tmp_path: Path) -> None:
+    for scheme in (Affine(granularity="per_channel"), EntropyCoded()):
+        table = measure(conv_net(), scheme, per_channel=True)
+        table.save(tmp_path / "net.mpqt")
+        assert contents(LayerTable.load(version_4(tmp_path / "net.mpqt"))) == contents(table)
 
 
 def test_a_ladder_comes_back_to_the_bit(tmp_path: Path) -> None:
