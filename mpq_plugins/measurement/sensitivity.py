@@ -89,7 +89,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     weights = _weights(copied, table)
     modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
     for layer in table.layers if fit_ranges else ():
-        check_fits(table.scheme, layer.name)
+        check_fits(table.scheme_of(layer), layer.name)
     with opened(store) as kept:
         finished = None
         if kept is not None:
