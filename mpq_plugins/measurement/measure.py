@@ -76,9 +76,9 @@ def measure(  # noqa: PLR0913  # each option is a user's word
     Args:
         source: A module, a `.safetensors` file, a directory of shards or a torch checkpoint. From files one chunk of a
             tensor is in memory at a time.
-        scheme: How weights are quantized; Affine() (asymmetric, per tensor, min-max) by default. A layer whose inputs do
-            not divide into its groups has groups of the largest power of two that is smaller, divides them and is 16 or
-            more, or else one an output channel; a MeasureWarning names such layers, and `table.scheme_of` tells.
+        scheme: How weights are quantized; Affine() (asymmetric, per tensor, min-max) by default. A layer whose inputs
+            do not divide into its groups has groups of the largest power of two that is smaller, divides them and is 16
+            or more, or else one an output channel; a MeasureWarning names such layers, and `table.scheme_of` tells.
         bits: Any of 1..8.
         metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`, `max_abs`.
         per_channel: Whether the errors of each output channel are measured too.

@@ -682,7 +682,7 @@ class Codebook(Granular):
 
 
 def inputs_of(shape: Sequence[int], channel_axis: int) -> int:
-    """How many inputs a layer's groups divide: the first axis that is not the output channels'; 1 where there is none."""
+    """The inputs that a layer's groups divide: its first axis but that of output channels; 1 where there is none."""
     return next((n for axis, n in enumerate(shape) if axis != channel_axis), 1)
 
 
