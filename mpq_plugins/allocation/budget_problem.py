@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.checks import as_integer
-from ..common.patterns import FUSED, families, matches
+from ..common.patterns import FAMILY_WORDS, agreeing, families, matches
 from ..common.text import first_few
 from ..errors import PlanWarning, SettingError
 from ..plans.layers import ALLOWED_BITS
@@ -257,20 +257,15 @@ def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterat
 
 def _tied(rules: Rules, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Layer -> those that it must agree with, itself among them, for layers that a pattern ties."""
-    tied: dict[str, tuple[str, ...]] = {}
     for pattern in rules.tie:
-        matched = families(pattern, names).values()
-        if not any(len(family) > 1 for family in matched):
-            if pattern not in FUSED:
-                raise SettingError(
-                    f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(names)[:3], ', ')}"
-                )
-            warnings.warn(PlanWarning(nothing_to_tie(pattern)), stacklevel=2)
-        for family in matched:
-            for name in family:
-                if tied.setdefault(name, family) != family:
-                    raise SettingError(f"tie: layer {name!r} is in two groups; give one pattern for it")
-    return tied
+        if any(len(family) > 1 for family in families(pattern, names).values()):
+            continue
+        if pattern not in FAMILY_WORDS:
+            raise SettingError(
+                f"tie: {pattern!r} finds no layers to tie; names look like {first_few(list(names)[:3], ', ')}"
+            )
+        warnings.warn(PlanWarning(nothing_to_tie(pattern)), stacklevel=2)
+    return agreeing(rules.tie, names)
 
 
 def nothing_to_tie(pattern: str) -> str:
