@@ -14,7 +14,7 @@ from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import SourceError
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.folding import Folded, unfolded_norms
-from mpq_plugins.models.kinds import channel_axis_of, layer_kind, quantizable_weights
+from mpq_plugins.models.kinds import layer_kind, output_axis, quantizable_weights
 from mpq_plugins.models.running import evaluating
 from mpq_plugins.models.tracing import BATCH_NORMS, Traced, opened_trace
 from mpq_plugins.plans.names import weight_name
@@ -63,7 +63,7 @@ def folding_factors(graph: torch.fx.GraphModule, model: nn.Module) -> tuple[dict
         if weight.shape != float_weight.shape:
             strange.append(name)
         elif not _close(weight, float_weight):
-            axis = channel_axis_of(layer_kind(layer) or "")
+            axis = output_axis(layer)
             factor = _factor(weight, float_weight, axis)
             if _close(weight, times(float_weight, factor, axis)):
                 factors[name] = factor

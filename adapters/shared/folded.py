@@ -12,7 +12,7 @@ from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.borrowed import borrowed_in_source
 from mpq_plugins.models.folding import Folded, borrowed_weights, conv_bn_pairs, folding_factor, unfolded_norms
 from mpq_plugins.models.input_ranges import refuse_input_ranges
-from mpq_plugins.models.kinds import layer_kind, quantizable_weights
+from mpq_plugins.models.kinds import is_transformers_conv1d, layer_kind, quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities, require_legal
@@ -46,10 +46,25 @@ def check_types(plan: object, model: object) -> None:
 
 
 def check_model(plan: Plan, model: nn.Module, traced: Traced | None = None) -> None:
-    """Refuse what is no plan or module, or quantizes inputs already (SettingError); another's plan (MismatchError)."""
+    """Refuse what is no plan or module, or quantizes inputs already (SettingError).
+
+    Refuse another's plan, and planned layers of a class that no backend knows (MismatchError).
+    """
     check_types(plan, model)
     refuse_input_ranges(model)
     match(plan, model, traced=traced).require(type(model).__name__)
+    _refuse_transformers_conv1d(plan, model)
+
+
+def _refuse_transformers_conv1d(plan: Plan, model: nn.Module) -> None:
+    """Backends would leave these in floating point, or take their inputs for outputs."""
+    planned = planned_by_name(plan)
+    named = [repr(name) for name, module in model.named_modules() if name in planned and is_transformers_conv1d(module)]
+    if named:
+        raise MismatchError(
+            f"{first_few(named, ', ')}: transformers' Conv1D, with weights (inputs, outputs), which no backend runs. "
+            "Skip such layers, or use mpq_plugins.apply, which simulates them"
+        )
 
 
 def planned_layers(plan: Plan) -> list[LayerChoice]:

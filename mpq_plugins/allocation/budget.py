@@ -161,7 +161,7 @@ class Budget:
         pin: Layers whose width is given, as `conv1=8`: a glob, or `re:` and a regular expression. 16 or 32 bits leave
             them in float.
         tie: Layers that must agree, as `*.{query,key,value}`, or `qkv` and `gate_up` for what engines fuse under any of
-            its usual names. They get one width each layer.
+            its usual names, and `experts` for all experts of a layer. They get one width each layer.
         ends: Width of the first and last layer in the source's order.
         time_limit: Seconds after which the best plan found is taken, with the gap it has by then. Without it a plan
             does not depend on the machine.
@@ -200,7 +200,7 @@ class Budget:
     bits: Candidates = tuple(range(1, 9))
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
     pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
-    tie: Annotated[Ties, "layers that must agree: '*.{query,key,value}', qkv"] = ()
+    tie: Annotated[Ties, "layers that must agree: '*.{query,key,value}', qkv, gate_up, experts"] = ()
     ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None
     time_limit: Annotated[Most | None, "seconds after which the best plan found is taken"] = None
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import SettingError
 from ..plans.channels import Channels
+from ..plans.group_sizes import fitted_to
 from ..plans.layers import ALLOWED_BITS, LayerChoice, Part
 from ..plans.scheme import FLOAT_BITS, Scheme
 from ..plans.stats import LayerStats
@@ -18,7 +19,10 @@ _CHOICES: WeakKeyDictionary[LayerStats, dict[tuple[int, Scheme], LayerChoice]] =
 
 
 def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice:
-    """A measured layer at these bits; channels of the same width become a part, parts ascend in width."""
+    """A measured layer at these bits; channels of the same width become a part, parts ascend in width.
+
+    scheme: the table's, of which the layer has what fits its shape.
+    """
     if isinstance(bits, int):
         return _whole(layer, bits, scheme)
     widths = np.asarray(bits)
@@ -27,6 +31,7 @@ def layer_choice(layer: LayerStats, bits: Widths, scheme: Scheme) -> LayerChoice
     distinct = np.unique(widths).tolist()
     if len(distinct) <= 1:  # a layer without channels has any width
         return _whole(layer, distinct[0] if distinct else 8, scheme)
+    scheme = fitted_to(scheme, layer.shape, layer.channel_axis)
     parts = tuple(
         Part.model_construct(bits=_checked(layer, b, scheme, len(channels)), channels=Channels.of(channels))
         for b, channels in ((b, np.flatnonzero(widths == b)) for b in distinct)
@@ -38,7 +43,8 @@ def _whole(layer: LayerStats, bits: int, scheme: Scheme) -> LayerChoice:
     made = _CHOICES.setdefault(layer, {})
     key = (bits, scheme)
     if key not in made:
-        made[key] = _construct(layer, scheme, bits=_checked(layer, bits, scheme, layer.channels))
+        own = fitted_to(scheme, layer.shape, layer.channel_axis)
+        made[key] = _construct(layer, own, bits=_checked(layer, bits, own, layer.channels))
     return made[key]
 
 

@@ -180,8 +180,11 @@ class _Whole:
 
     def priced(self, table: LayerTable, plan: Plan) -> tuple[int, float] | None:
         """Size in total and predicted cost of a plan of the table's layers with one known width each; else None."""
-        options = [self.widths.get(layer.bits or 0) for layer in plan.layers if layer.scheme == table.scheme]
-        if [layer.name for layer in plan.layers] != self.names or None in options or len(options) < len(self.names):
+        if [layer.name for layer in plan.layers] != self.names:
+            return None
+        pairs = zip(plan.layers, table.layers, strict=True)
+        options = [self.widths.get(layer.bits or 0) for layer, of in pairs if layer.scheme == table.scheme_of(of)]
+        if None in options or len(options) < len(self.names):
             return None
         chosen = np.arange(len(self.names)), np.array(options, np.int64)
         return int(self.sizes[chosen].sum()), math.fsum(self.costs[chosen])

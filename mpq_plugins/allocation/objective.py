@@ -114,7 +114,7 @@ def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name
     widths = [part.bits for part in choice.all_parts if part.bits not in FLOAT_BITS]
     if not widths:
         return 0.0
-    if choice.scheme != table.scheme or not set(widths) <= set(table.bits):
+    if choice.scheme != table.scheme_of(layer) or not set(widths) <= set(table.bits):
         return None
     if choice.bits is not None:
         return float(layer_curve(table, layer, name, [choice.bits])[0])

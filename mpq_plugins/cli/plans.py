@@ -10,7 +10,7 @@ from ..allocation.contract import Allocator, Needs
 from ..allocation.guard import JUDGED
 from ..allocation.ties import nothing_to_tie
 from ..common.files import atomic_directory, exists
-from ..common.patterns import FUSED, families
+from ..common.patterns import FAMILY_WORDS, families
 from ..common.progress import Progress
 from ..common.registry import at_work, described
 from ..errors import PluginError, SettingError
@@ -58,7 +58,7 @@ def untied(allocators: Sequence[Allocator], table: LayerTable) -> list[str]:
     """What to say of families that were to be tied and that the model does not have."""
     names = [layer.name for layer in table.layers]
     asked = dict.fromkeys(
-        pattern for allocator in allocators for pattern in getattr(allocator, "tie", ()) if pattern in FUSED
+        pattern for allocator in allocators for pattern in getattr(allocator, "tie", ()) if pattern in FAMILY_WORDS
     )
     return [nothing_to_tie(pattern) for pattern in asked if not families(pattern, names)]
 

@@ -78,7 +78,7 @@ class Job:
         Yields:
             The weight at each width, in its own shape.
         """
-        scheme, axis = self.table.scheme, layer.channel_axis
+        scheme, axis = self.table.scheme_of(layer), layer.channel_axis
         for b, weight in zip(self.table.bits, self.clipped(layer), strict=True):
             yield fake_quantize(weight, b, scheme, channel_axis=axis, layer=layer.name)
 
@@ -100,7 +100,7 @@ class Job:
         assert self.moments is not None
         axis, key = layer.channel_axis, (layer.name, bits)
         if key not in self.ranges:
-            scheme = check_fits(self.table.scheme, layer.name)
+            scheme = check_fits(self.table.scheme_of(layer), layer.name)
             clipped = fitted(weight, bits, scheme, self.moments[layer.name], axis)
             others = [other for other in range(clipped.dim()) if other != axis]
             if bits == 1 or not clipped.numel():

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import WeightError, WorkerError
 from ..models.device import own_stream
 from ..models.fingerprint import fingerprint, layer_digest
+from ..plans.group_sizes import fitted_to
 from ..plans.scheme import Scheme
 from ..plans.stats import LayerStats
 from ..quantization.grid import GroupStats
@@ -107,11 +108,12 @@ def whole_sums(weight: Weight, request: UnitRequest, each: Callable[[Op], Array]
 def _chunk_sums(weight: Weight, rows: Tensor, request: UnitRequest) -> Sums:
     """Of one chunk, whose groups are complete."""
     # A layer without inputs has no group in a channel, and its rows are its channels.
-    groups = max(1, request.scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
-    finer = group_rows(rows, request.scheme, groups)
+    scheme = fitted_to(request.scheme, weight.shape, weight.channel_axis)
+    groups = max(1, scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
+    finer = group_rows(rows, scheme, groups)
     table = _stats_table(finer)
     stats = _stats(table, weight, groups)
-    grids = choose_grids(lambda op: op(finer), stats, request.bits, request.scheme, weight.name)
+    grids = choose_grids(lambda op: op(finer), stats, request.bits, scheme, weight.name)
     sums = error_sums(finer, grids, request.largest)
     by_channel = add_sums(sums.reshape(-1, groups, *sums.shape[1:]).swapaxes(0, 1))
     of_channel = table.reshape(-1, groups, 4)

@@ -26,7 +26,8 @@ from ..errors import MeasureWarning, SettingError
 from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
 from ..models.folding import training_norms
-from ..plans.scheme import Affine, Scheme
+from ..plans.group_sizes import fitted_to
+from ..plans.scheme import Affine, Scheme, inputs_of
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable, with_macs
 from ..quantization.kernel import kernel_name
@@ -75,7 +76,9 @@ def measure(  # noqa: PLR0913  # each option is a user's word
     Args:
         source: A module, a `.safetensors` file, a directory of shards or a torch checkpoint. From files one chunk of a
             tensor is in memory at a time.
-        scheme: How weights are quantized; Affine() (asymmetric, per tensor, min-max) by default.
+        scheme: How weights are quantized; Affine() (asymmetric, per tensor, min-max) by default. A layer whose inputs
+            do not divide into its groups has groups of the largest power of two that is smaller, divides them and is 16
+            or more, or else one an output channel; a MeasureWarning names such layers, and `table.scheme_of` tells.
         bits: Any of 1..8.
         metrics: `relative` mean |w - w'| / |w| (zero weights count 0), `mse`, `rmse`, `sqnr_db`, `max_abs`.
         per_channel: Whether the errors of each output channel are measured too.
@@ -162,6 +165,7 @@ def run(
         folded = ", BatchNorm folded in" if weights.folded else ""
         LOG.info("%d layers under %s, bits %s%s", len(weights), of_unit.scheme, of_unit.bits, folded)
         layers = _checked_and_measured(weights, of_unit, source, means)
+        _say_own_groups(weights, request.scheme)
     table = LayerTable(
         tuple(layers),
         of_unit.scheme,
@@ -205,10 +209,10 @@ def _checked_and_measured(
     means: Means,
 ) -> list[LayerStats]:
     """Every layer's numbers, once none of them is known to be impossible."""
-    scheme = request.scheme
     for weight in weights:  # what does not fit a layer is found before the first one is measured
         if isinstance(weight.read_rows, Expanded):
             raise weight.read_rows.error
+        scheme = fitted_to(request.scheme, weight.shape, weight.channel_axis)
         scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name)
         scheme.check_part(max(request.bits), weight.shape, weight.channel_axis, weight.channels, weight.name)
     if isinstance(means.store, str | Path):
@@ -368,6 +372,19 @@ def _facts(weights: Sequence[Weight], request: UnitRequest, work: Work) -> dict[
         "bits": str(request.bits), "metrics": str(request.metrics), "per_channel": str(request.per_channel),
         "device": str(request.device), "kernel": request.kernel, "unit": str(work.size),
     }  # fmt: skip
+
+
+def _say_own_groups(weights: Iterable[Weight], scheme: Scheme) -> None:
+    """Warn of layers whose inputs do not divide into the groups that were asked for, which have groups of their own."""
+    own = [
+        f"{weight.name!r} ({inputs_of(weight.shape, weight.channel_axis)} inputs, "
+        f"{'per channel' if fitted.group_size is None else f'groups of {fitted.group_size}'})"
+        for weight in weights
+        if (fitted := fitted_to(scheme, weight.shape, weight.channel_axis)) != scheme
+    ]
+    if own:
+        text = f"group_size: {scheme.group_size} does not divide the inputs of {len(own)} layers, which have groups"
+        warnings.warn(MeasureWarning(f"{text} of their own: {first_few(own, ', ')}"), stacklevel=4)
 
 
 def _check_norms(source: nn.Module | str | Path, fold_bn: FoldBN) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..models.folding import borrowed_weights
-from ..models.kinds import layer_kind
+from ..models.kinds import is_transformers_conv1d, layer_kind
 from ..models.plain import is_plain
 from ..models.running import call_model, first_input, sample_count
 from ..plans.names import weight_name
@@ -36,7 +36,7 @@ def second_moments(
     refuse_borrowed(model, modules)
     sums: dict[str, Tensor] = {}
     names = {module: name for name, users in modules.items() for module in users}
-    plain = {module: is_plain(module) for module in names}
+    plain = {module: is_plain(module) or is_transformers_conv1d(module) for module in names}
 
     def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
         moment = (
@@ -100,6 +100,8 @@ def _output(module: Any, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     if isinstance(module, nn.Embedding):
         return F.embedding(x, weight)
+    if is_transformers_conv1d(module):
+        return x @ weight
     for kind, function in TRANSPOSED.items():
         if isinstance(module, kind):
             return function(

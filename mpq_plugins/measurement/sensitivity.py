@@ -121,7 +121,7 @@ def _filled(
     weights = _weights(copied, table)
     modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
     for layer in table.layers if fit_ranges else ():
-        check_fits(table.scheme, layer.name)
+        check_fits(table.scheme_of(layer), layer.name)
     finished = None
     if store is not None:
         facts = _facts(copied, table, measurer, given, output, seed) | {"fit_ranges": str(fit_ranges)}

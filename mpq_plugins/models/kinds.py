@@ -1,5 +1,8 @@
 """Which modules are layers that we quantize, and where their output channels are."""
 
+import sys
+from typing import cast
+
 from torch import Tensor, nn
 
 KINDS: dict[type[nn.Module], str] = {
@@ -16,12 +19,22 @@ KINDS: dict[type[nn.Module], str] = {
 
 def layer_kind(module: nn.Module) -> str | None:
     """The kind of a quantizable module, or None."""
-    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
+    kind = next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
+    return "linear" if kind is None and is_transformers_conv1d(module) else kind
 
 
-def channel_axis_of(kind: str) -> int:
-    """The output axis of a weight: 1 for transposed convolutions (in, out/groups, ...), else 0."""
-    return 1 if kind.startswith("conv_transpose") else 0
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, as GPT-2 has them: a linear layer whose weight is (inputs, outputs).
+
+    transformers is not imported for that: whoever has such a module has done so.
+    """
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, cast(type[nn.Module], library.Conv1D))
+
+
+def output_axis(module: nn.Module) -> int:
+    """The output axis of a layer's weight: 1 for transposed convolutions (in, out/groups, ...) and Conv1D, else 0."""
+    return int((layer_kind(module) or "").startswith("conv_transpose") or is_transformers_conv1d(module))
 
 
 def quantizable_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -26,7 +26,11 @@ Symmetry = bool | Literal["full"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 # As fields of schemes, with the texts of their options.
 Grain = Annotated[Granularity, "scales"]
-GroupSize = Annotated[int | None, "weights per group along the input axis; implies per_group"]
+GroupSize = Annotated[
+    int | None,
+    "weights per group along the input axis; implies per_group. Where it does not divide a layer's inputs, that layer "
+    "has the largest power of two below it that does and is 16 or more, else one group a channel",
+]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "mse")
@@ -325,7 +329,7 @@ class Granular:
             return 0
         if self.granularity == "per_channel":
             return 1
-        inputs = next((n for axis, n in enumerate(shape) if axis != channel_axis), 1)
+        inputs = inputs_of(shape, channel_axis)
         assert self.group_size is not None
         if inputs % self.group_size:
             raise SettingError(
@@ -701,6 +705,11 @@ class Codebook(Granular):
             The number.
         """
         return int(2**bits)
+
+
+def inputs_of(shape: Sequence[int], channel_axis: int) -> int:
+    """The inputs that a layer's groups divide: its first axis but that of output channels; 1 where there is none."""
+    return next((n for axis, n in enumerate(shape) if axis != channel_axis), 1)
 
 
 def has_width(scheme: Scheme, bits: int) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.public import public
+from .group_sizes import fitted_to
 from .scheme import Scheme
 
 METRICS = ("relative", "mse", "rmse", "sqnr_db", "max_abs")
@@ -99,6 +100,20 @@ class Measured:
     left_alone: tuple[tuple[str, str], ...] = ()
     weights: str | None = None  # the key of those in a torch checkpoint (see Weights.key)
     rest_bytes: int | None = None  # of all that is stored beside the layers' weights (see weights/rest.py)
+
+    def scheme_of(self, layer: LayerStats) -> Scheme:
+        """Give the scheme that a layer was measured under.
+
+        That is the table's, but for layers whose inputs do not divide into its groups: these have groups of the largest
+        power of two that is smaller, divides their inputs and is 16 or more, or else one group an output channel.
+
+        Args:
+            layer: The layer, of this table.
+
+        Returns:
+            Its scheme.
+        """
+        return fitted_to(self.scheme, layer.shape, layer.channel_axis)
 
     @property
     def sensitivities(self) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Named quantizable weights of a model, a checkpoint or its shards: handles first, values one chunk at a time.
 
-From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, subclasses included. From a
-checkpoint, where no class can be asked: see from_checkpoint.py. Whatever is left alone is listed with its reason.
+From a module: the weights of Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and Embedding, subclasses included, and of
+transformers' Conv1D. From a checkpoint, where no class can be asked: see from_checkpoint.py. Whatever is left alone is
+listed with its reason.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.readers import MemoryRows
 from ..models.folding import folded_weight
-from ..models.kinds import channel_axis_of, layer_kind
+from ..models.kinds import layer_kind, output_axis
 from .from_checkpoint import Found, dtype_refusal
 from .handles import Weight
 
@@ -31,11 +31,11 @@ def module_weights(model: nn.Module, pairs: Mapping[str, str]) -> Found:
             continue
         refusal = _refusal(weight)
         if refusal or not isinstance(weight, Tensor):
-            by_identity[identity] = _refused(name, kind, weight, refusal)
+            by_identity[identity] = _refused(name, kind, output_axis(module), weight, refusal)
             continue
         if name in pairs:
             weight = folded_weight(module, model.get_submodule(pairs[name]))
-        by_identity[identity] = _from_tensor(name, kind, weight.detach())
+        by_identity[identity] = _from_tensor(name, kind, output_axis(module), weight.detach())
     return list(by_identity.values()), list(dict.fromkeys(left_alone))
 
 
@@ -64,14 +64,12 @@ def _other_parameters(name: str, module: nn.Module, kind: str | None) -> Iterabl
         yield f"{name}.{key}" if name else key, reason
 
 
-def _from_tensor(name: str, kind: str, weight: Tensor) -> Weight:
-    axis = channel_axis_of(kind)
+def _from_tensor(name: str, kind: str, axis: int, weight: Tensor) -> Weight:
     return Weight(name, kind, tuple(weight.shape), weight.dtype, axis, MemoryRows(weight, axis))
 
 
-def _refused(name: str, kind: str, weight: object, refusal: str) -> Weight:
+def _refused(name: str, kind: str, axis: int, weight: object, refusal: str) -> Weight:
     """A layer that is only named: nothing of its weight is read but its shape, where it has one."""
-    axis = channel_axis_of(kind)
     nothing = Weight(name, kind, (), torch.float32, axis, MemoryRows(torch.empty(0), axis), refusal=refusal)
     if not isinstance(weight, Tensor) or isinstance(weight, nn.UninitializedParameter):
         return nothing

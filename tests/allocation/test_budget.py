@@ -426,6 +426,18 @@ def test_names_that_do_not_fit_the_table_are_refused(settings: dict[str, Any], m
         Budget(average_bits=3, **settings)(seeded(SHAPES))
 
 
+def test_experts_of_a_layer_agree_and_those_of_another_need_not() -> None:
+    words = [f"{n}.experts.{e}.{w}" for n in (0, 1) for e in range(3) for w in ("w1", "w2", "w3")]
+    table = seeded([(8, 8)] * len(words))
+    pairs = zip(table.layers, words, strict=True)
+    named = dataclasses.replace(table, layers=tuple(dataclasses.replace(one, name=name) for one, name in pairs))
+    free = Budget(average_bits=3, parts=False)(named)
+    plan = Budget(average_bits=3, parts=False, tie=("gate_up", "experts"))(named)
+    widths = [{layer.bits for layer in plan.layers if layer.name.startswith(f"{n}.")} for n in (0, 1)]
+    assert [len(each) for each in widths] == [1, 1]
+    assert len({layer.bits for layer in free.layers[:9]}) > 1  # which tying changes
+
+
 NAMES = ["0.query", "0.key", "0.value", "0.out", "1.query", "1.key", "1.value", "1.out"]
 
 

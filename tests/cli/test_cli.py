@@ -277,7 +277,6 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "allocator": (["plan", checkpoint, "-a", "mixqant", *out], "'mixqant' is not installed; there are budget"),
         "metric": (["plan", checkpoint, "--metric", "rms", *out], "metric: 'rms' is not allowed"),
         "granularity": (["plan", checkpoint, "--granularity", "rows", *out], "granularity: 'rows' is not allowed"),
-        "group": (["plan", checkpoint, "--group-size", 5, *out], "layer 'conv1': 3 inputs do not divide into groups"),
         "fold": (["plan", checkpoint, "--fold-bn", "yes", *out], "a checkpoint does not say which BatchNorm"),
         "factory": (["plan", "no.such:thing", *out], "no.such:thing: the function cannot be found"),
         "not a module": (["plan", "json:JSONDecoder", *out], "returned a JSONDecoder; a torch.nn.Module is needed"),

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import find_weights
-from mpq_plugins.common.patterns import families, matches
+from mpq_plugins.common.patterns import agreeing, families, matches
 from mpq_plugins.errors import SettingError
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.says import naming
@@ -128,3 +128,79 @@ def test_no_layer_is_in_two_families_of_what_is_fused(parts: list[tuple[str, str
         assert len(own) > 1
         assert len({name.partition(".")[0] for name in own}) == 1
         assert not any(name.endswith(".out") for name in own)
+
+
+def test_layers_may_differ_in_several_words() -> None:
+    names = [f"{block}.experts.{n}.{word}" for block in "ab" for n in range(3) for word in ("w1", "w2", "w3")]
+    found = families("*.experts.{0, 1,2}.{w1,w3}", names)
+    assert found == {
+        (block,): tuple(name for name in names if name.startswith(f"{block}.") and not name.endswith("w2"))
+        for block in "ab"
+    }
+    assert families("{a}.{w1,w2}.{x}", ["a.w1.x", "a.w2.x", "b.w1.x"]) == {(): ("a.w1.x", "a.w2.x")}
+
+
+@given(st.lists(st.lists(words, min_size=1, max_size=3, unique=True), min_size=1, max_size=3), st.data())
+def test_several_braces_are_all_their_combinations(alternatives: list[list[str]], data: st.DataObject) -> None:
+    alternatives = [*alternatives, ["p", "q"]]
+    names = data.draw(st.lists(st.lists(words | st.sampled_from("pq"), min_size=len(alternatives) + 1,
+                                        max_size=len(alternatives) + 1).map(".".join), unique=True))  # fmt: skip
+    found = families("*." + ".".join(f"{{{','.join(inside)}}}" for inside in alternatives), names)
+    expected: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        head, *rest = name.split(".")
+        if all(word in inside for word, inside in zip(rest, alternatives, strict=True)):
+            expected.setdefault((head,), []).append(name)
+    assert found == {key: tuple(members) for key, members in expected.items()}
+
+
+MIXTRAL = [
+    f"model.layers.{n}.block_sparse_moe.experts.{e}.{w}" for n in (0, 1) for e in range(4) for w in ("w1", "w2", "w3")
+]
+QWEN = [f"model.layers.{n}.mlp.experts.{e}.{w}_proj" for n in (0, 1) for e in range(4) for w in ("gate", "up", "down")]
+STACKED = [
+    f"model.layers.{n}.mlp.experts.{w}.{e}" for n in (0, 1) for w in ("gate_up_proj", "down_proj") for e in range(4)
+]
+GRANITE = [
+    f"model.layers.{n}.block_sparse_moe.{w}_linear.{e}" for n in (0, 1) for w in ("input", "output") for e in range(4)
+]
+DBRX = [f"transformer.blocks.{n}.ffn.experts.mlp.{w}.{e}" for n in (0, 1) for w in ("w1", "v1", "w2") for e in range(4)]
+OTHERS = [
+    "lm_head", "model.layers.0.mlp.gate", "model.layers.0.block_sparse_moe.gate",
+    "transformer.blocks.0.ffn.router.layer",
+    "model.layers.0.mlp.shared_experts.gate_proj", "model.layers.0.mlp.shared_expert.up_proj",
+    "model.layers.0.mlp.shared_expert_gate", "model.layers.0.mlp.shared_experts.0.up_proj", "expert_head.fc",
+    "model.layers.0.block_sparse_moe.router.layer.0", "model.layers.0.moe.shared_linear.0", "experts",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", [MIXTRAL, QWEN, STACKED, GRANITE, DBRX], ids=["mixtral", "qwen", "stacked", "granite", "dbrx"]
+)
+def test_all_experts_of_a_layer_are_one_family(names: list[str]) -> None:
+    half = len(names) // 2
+    found = families("experts", [*OTHERS[:5], *names, *OTHERS[5:]])
+    assert sorted(found.values()) == [tuple(names[:half]), tuple(names[half:])]
+
+
+def test_a_model_without_experts_has_no_such_family() -> None:
+    assert not families("experts", OTHERS)
+    assert not families("experts", ["mlp.experts.0.w1"])  # which agrees with itself
+
+
+def test_families_inside_another_are_of_it_and_crossing_ones_are_refused() -> None:
+    names = ["0.q_proj", "0.k_proj", "0.v_proj", "0.mlp.gate_proj", "0.mlp.up_proj", *QWEN]
+    found = agreeing(["gate_up", "qkv", "experts"], names)
+    half = len(QWEN) // 2
+    assert set(found.values()) == {tuple(names[:3]), tuple(names[3:5]), tuple(QWEN[:half]), tuple(QWEN[half:])}
+    assert all(name in family for name, family in found.items())
+    assert found == agreeing(["experts", "qkv", "gate_up", "qkv"], names)
+    with pytest.raises(SettingError, match=r"tie: layer 'a.1' is in two groups; give one pattern for it"):
+        agreeing(["a.{0,1}", "a.{1,2}"], ["a.0", "a.1", "a.2"])
+
+
+def test_gates_and_ups_of_dbrx_are_tied_expert_by_expert() -> None:
+    found = set(families("gate_up", DBRX).values())
+    assert found == {
+        tuple(f"transformer.blocks.{n}.ffn.experts.mlp.{w}.{e}" for w in ("w1", "v1")) for n in (0, 1) for e in range(4)
+    }

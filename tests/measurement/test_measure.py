@@ -180,7 +180,6 @@ WEIGHTS = ("conv1.weight", "conv2.weight", "up.weight", "fc.weight")
         ({"metrics": ("rms",)}, "metrics: 'rms' is not allowed; relative, mse"),
         ({"metrics": ()}, "metrics: none given"),
         ({"fold_bn": "maybe"}, "fold_bn: 'maybe' is not allowed"),
-        ({"scheme": Affine(granularity="per_group", group_size=5)}, "layer 'conv1': 3 inputs do not divide"),
     ],
 )
 def test_bad_requests_are_refused(options: dict[str, Any], message: str) -> None:
