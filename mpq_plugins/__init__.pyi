@@ -41,6 +41,7 @@ from .measurement.measure import measure
 from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
 from .plans.entropy_coded import EntropyCoded
+from .plans.ggml import GGML
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
 from .plans.plan import Difference, Plan
@@ -62,6 +63,7 @@ from .weights.find import find_weights, iter_weights
 from .weights.handles import Weight, Weights
 
 __all__ = [
+    "GGML",
     "PTILMPQ",
     "SQNR",
     "Adapter",

@@ -172,7 +172,7 @@ def scheme_options(command: Command) -> Command:
                 "scheme_name",
                 type=Known(_names),
                 metavar="NAME",
-                help="affine, piecewise, codebook, entropy_coded; with -h, its options.",
+                help="affine, piecewise, codebook, entropy_coded, ggml; -h: its options.",
             ),
             click.option(
                 "--skip",

@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 EXTRAS: Mapping[str, str] = {
-    "brevitas": "brevitas", "distributed": "dask", "matplotlib": "report", "neural_compressor": "inc",
-    "torchao": "torchao",
+    "brevitas": "brevitas", "distributed": "dask", "gguf": "gguf", "matplotlib": "report", "neural_compressor": "inc",
+    "torchao": "torchao", "xllamacpp": "gguf",
 }  # fmt: skip
 """Package as it is imported -> the extra of this project that installs it."""
 

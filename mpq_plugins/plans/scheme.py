@@ -273,6 +273,17 @@ class Granular:
         """
         return 0
 
+    def group_bits(self, bits: int) -> int:
+        """Give the bits of a group beside its codes, its scales, its zero point and its codebook.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Bits of each group; 0 but for formats whose blocks are counted by the byte.
+        """
+        return 0
+
     def has_zero(self, bits: int) -> bool:
         """Tell whether a weight of 0 stays 0 at that width.
 
@@ -675,6 +686,12 @@ class Codebook(Granular):
             The number.
         """
         return int(2**bits)
+
+
+def group_bits(scheme: Scheme, bits: int) -> int:
+    """Bits of a group beside what the contract asks for: `Granular.group_bits`, 0 for a scheme that lacks it."""
+    own = getattr(scheme, "group_bits", None)
+    return 0 if own is None else int(own(bits))
 
 
 def has_width(scheme: Scheme, bits: int) -> bool:

@@ -86,7 +86,7 @@ def document(**changes: Any) -> dict[str, Any]:
         ({"layers__0__scheme__rang": "mse"}, r"rang"),
         (
             {"layers__0__scheme__name": "cubic"},
-            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine, piecewise, codebook or entropy_coded",
+            r"layers\[0\]\.scheme: .*is not allowed; a scheme named affine, piecewise, codebook, entropy_coded or ggml",
         ),
         ({"layers__0__scheme": 5}, r"layers\[0\]\.scheme: '5': is not allowed; a scheme named"),
         ({"layers__0__scheme": {"name": "piecewise"}, "layers__0__bits": 1}, "bits: 1 is not allowed with two regions"),
