@@ -278,7 +278,7 @@ def test_without_its_distribution_the_name_is_unknown_and_those_installed_are_li
             match=r"scheme.* is not allowed; a scheme named affine, piecewise, codebook, entropy_coded or ggml",
         ):
             load(path)
-    with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook or entropy_coded"):
+    with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook, entropy_coded or ggml"):
         table.save(tmp_path / "again.mpqt")  # which nobody could read
     with pytest.raises(PluginError, match="'powers' is not installed; there are affine, codebook, entropy_coded, p"):
         scheme_names.scheme_class("powers")
