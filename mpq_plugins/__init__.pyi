@@ -1,6 +1,6 @@
 """The public names, each from where it is defined: the one list of them, which is read as the package is imported."""
 
-from .adapters.contract import Adapter, LayerCheck
+from .adapters.contract import Adapter, ConfigWriter, Exported, Exporter, LayerCheck
 from .allocation.budget import Allocation, Budget
 from .allocation.contract import Allocator, Needs
 from .allocation.guard import Comparison, compare
@@ -78,12 +78,15 @@ __all__ = [
     "CodedCurve",
     "Comparison",
     "CompressWarning",
+    "ConfigWriter",
     "Container",
     "Curves",
     "Deviations",
     "Difference",
     "EntropyCoded",
     "EvaluatedPlan",
+    "Exported",
+    "Exporter",
     "FittedFile",
     "FormatError",
     "GlobalSparsity",
