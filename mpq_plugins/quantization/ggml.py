@@ -1,23 +1,21 @@
 """Quantization under ggml's types: rows to blocks by ggml itself, blocks to values by the package gguf."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..checkpoints.gguf_blocks import by_gguf, dequantize_rows
 from ..checkpoints.rows import channel_rows, from_channel_rows
-from ..common.extras import how_to_install
 from ..errors import SettingError, WeightError
 from ..plans.ggml import GGML, TYPES
 from ..weights.dtypes import check_weight
 from .contract import Each, PartCodes, PartShape
-from .ggml_library import NUMBERS, library, required_library
+from .ggml_library import library, required_library
 from .grid import Floats, GroupStats
 from .kernel import reciprocal_of, reduce_errors
 
@@ -49,16 +47,8 @@ def quantize_rows(rows: Rows, kind: str, importance: Rows | None = None) -> NDAr
         and (found is None or not found.has(kind))
         and find_spec("gguf") is not None
     ):
-        return _of_gguf("quantize", whole, kind)
+        return by_gguf("quantize", whole, kind)
     return required_library(kind).quantize(whole, kind, importance)
-
-
-def dequantize_rows(blocks: NDArray[np.uint8], kind: str) -> Rows:
-    """Bytes of blocks (R, bytes) -> the float32 values that they mean. Raises SettingError where gguf is missing."""
-    block = TYPES[kind]
-    if not blocks.size:
-        return np.zeros((blocks.shape[0], blocks.shape[1] // block.size * block.weights), np.float32)
-    return _of_gguf("dequantize", blocks, kind)
 
 
 def rounded_rows(rows: Rows, kind: str, importance: Rows | None = None) -> Rows:
@@ -124,18 +114,6 @@ class GGMLGrids:
         rounded = torch.from_numpy(rounded_rows(plain.numpy(), self.kind)).double()
         sums = reduce_errors((values - rounded).abs(), reciprocal_of(values.abs()), largest)
         return np.repeat(sums[:, None], len(self.bits), axis=1)
-
-
-def _of_gguf(function: str, data: NDArray[Any], kind: str) -> NDArray[Any]:
-    """What the package gguf makes of data, without what numpy warns of in its arithmetic."""
-    if find_spec("gguf") is None:
-        raise SettingError(f"type: ggml's {kind} needs gguf, which is not installed: {how_to_install('gguf')}")
-    import gguf
-
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made: NDArray[Any] = getattr(gguf.quants, function)(data, gguf.GGMLQuantizationType(NUMBERS[kind]))
-    return made
 
 
 def _checked_importance(importance: Rows, columns: int) -> Rows:

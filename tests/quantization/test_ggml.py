@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpq_plugins import GGML, Budget, SettingError, Uniform, WeightError, apply, compensate, compress, measure, verify
+from mpq_plugins.checkpoints import gguf_blocks
 from mpq_plugins.plans.ggml import TYPES, TypeName
 from mpq_plugins.quantization import ggml, ggml_library
 from mpq_plugins.quantization.quantize import fake_quantize
@@ -151,7 +152,7 @@ def test_a_limit_counts_what_blocks_take() -> None:
 
 def hidden(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     find: Any = find_spec
-    for module in (ggml, ggml_library):
+    for module in (ggml, ggml_library, gguf_blocks):
         monkeypatch.setattr(module, "find_spec", lambda name: None if name in packages else find(name))
     ggml_library.library.cache_clear()
 
