@@ -6,14 +6,26 @@
 
 What else a backend can do stays beside these, under names of its own. A plugin that lacks any of them is refused when
 it is loaded (common/registry.py).
+
+An exporter, of `mpq_plugins.exporters`, writes a checkpoint that another stack loads, and needs no model in memory:
+
+    check(plan, source)                           # source: the float checkpoint's path
+    exported = export(source, plan, output)       # streamed, tensor by tensor
+    verify(exported.path, plan, source)           # read back from the files
+
+A config writer, of `mpq_plugins.configs`, gives the text by which another quantizer takes the plan's widths:
+
+    text = config(plan, source)
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
+from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.public import public
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import Capabilities
@@ -121,5 +133,128 @@ class Adapter(Protocol):
         Raises:
             VerifyError: The model does not hold the plan. The message lists what is wrong.
             MismatchError: The plan is another model's.
+        """
+        ...
+
+
+@public
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter wrote.
+
+    Attributes:
+        path: The file or directory.
+        layers: Planned layers that are stored as codes.
+        layer_bytes: What their codes, scales and zero points take.
+        total_bytes: What all tensors take, layers in float among them.
+        notes: What a careful user wants to know, a sentence each.
+
+    Examples:
+        >>> import mpq_plugins as mpq
+        >>> from pathlib import Path
+        >>> mpq.Exported(Path("model-mlx"), layers=1, layer_bytes=40, total_bytes=104).notes
+        ()
+    """
+
+    path: Path
+    layers: int
+    layer_bytes: int
+    total_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@public
+class Exporter(Protocol):
+    """What writes a plan as a checkpoint that another stack loads: codes of the plan, not of that stack's rounding.
+
+    Tensors are read, quantized and written one at a time, so that memory follows the largest layer and not the model.
+    An exporter whose files several runtimes load, not all of which take everything, also has `RUNTIMES`, a mapping from
+    a runtime's name to its Capabilities, the default one first; its `check` and `export` then take `runtime=`. Errors
+    are MPQError's family, as an Adapter's.
+    """
+
+    @property
+    def CAPABILITIES(self) -> Capabilities:  # noqa: N802  # a constant of a module
+        """What the format holds without changing a plan's meaning; `legalise` goes by it."""
+        ...
+
+    def check(self, plan: Plan, source: Path) -> None:
+        """Check that the plan of this checkpoint can be exported.
+
+        Args:
+            plan: The plan.
+            source: The float checkpoint.
+
+        Raises:
+            SettingError: The format cannot hold the plan. The message names layers and the remedy.
+            MismatchError: The plan is another model's.
+            SourceError: The checkpoint cannot be read, or lacks what the format needs of it.
+        """
+        ...
+
+    def export(self, source: Path, plan: Plan, output: Path, *, progress: Progress | None = None) -> Exported:
+        """Write the checkpoint with the plan's codes; an interruption leaves nothing half written.
+
+        Args:
+            source: The float checkpoint; it is not changed.
+            plan: The plan.
+            output: The file or new directory to write.
+            progress: Called with a layer's name, weights done and weights in all.
+
+        Returns:
+            What was written.
+
+        Raises:
+            SettingError: As `check`; or the output cannot be there.
+            MismatchError: As `check`.
+            SourceError: As `check`; or writing fails.
+        """
+        ...
+
+    def verify(
+        self, exported: Path, plan: Plan, source: Path, *, progress: Progress | None = None
+    ) -> tuple[LayerCheck, ...]:
+        """Read the written files back and compare every code, scale and float tensor with the plan's of the checkpoint.
+
+        Args:
+            exported: What `export` wrote.
+            plan: The plan.
+            source: The float checkpoint.
+            progress: Called with a layer's name, weights done and weights in all.
+
+        Returns:
+            A check for each planned layer that is stored as codes.
+
+        Raises:
+            VerifyError: The files do not hold the plan. The message lists what is wrong.
+            MismatchError: The plan is another model's.
+            SourceError: Files cannot be read.
+        """
+        ...
+
+
+@public
+class ConfigWriter(Protocol):
+    """What writes a plan as another quantizer's configuration: the plan's widths, that quantizer's own rounding."""
+
+    @property
+    def CAPABILITIES(self) -> Capabilities:  # noqa: N802  # a constant of a module
+        """What the configuration can say; `legalise` goes by it."""
+        ...
+
+    def config(self, plan: Plan, source: Path) -> str:
+        """Make the configuration, which names every layer, those left in float among them.
+
+        Args:
+            plan: The plan.
+            source: The float checkpoint, by which names are checked.
+
+        Returns:
+            The text of a file.
+
+        Raises:
+            SettingError: The configuration cannot say the plan. The message names layers and the remedy.
+            MismatchError: The plan is another model's.
+            SourceError: The checkpoint cannot be read.
         """
         ...

@@ -1,6 +1,6 @@
 """The public names, each from where it is defined: the one list of them, which is read as the package is imported."""
 
-from .adapters.contract import Adapter, LayerCheck
+from .adapters.contract import Adapter, ConfigWriter, Exported, Exporter, LayerCheck
 from .allocation.budget import Allocation, Budget
 from .allocation.contract import Allocator, Needs
 from .allocation.guard import Comparison, compare
@@ -42,6 +42,7 @@ from .measurement.measure_types import measure_types
 from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
 from .plans.entropy_coded import EntropyCoded
+from .plans.ggml import GGML
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import Capabilities, Change, legalise
 from .plans.minifloat import Minifloat
@@ -66,6 +67,7 @@ from .weights.find import find_weights, iter_weights
 from .weights.handles import Weight, Weights
 
 __all__ = [
+    "GGML",
     "PTILMPQ",
     "SQNR",
     "Adapter",
@@ -80,12 +82,15 @@ __all__ = [
     "CodedCurve",
     "Comparison",
     "CompressWarning",
+    "ConfigWriter",
     "Container",
     "Curves",
     "Deviations",
     "Difference",
     "EntropyCoded",
     "EvaluatedPlan",
+    "Exported",
+    "Exporter",
     "FittedFile",
     "FormatError",
     "GlobalSparsity",

@@ -16,6 +16,8 @@ from ..common.text import first_few, first_sentence
 from ..errors import SourceError
 from ..models.wrappers import bare_names
 from .file_kinds import damage, of_quantizers, other_kind, pickled_objects
+from .gguf_files import gguf_tensors
+from .gguf_header import is_gguf
 from .readers import MemoryRows, StoredTensor, safetensors_tensors
 from .shards import INDEX_NAME, SINGLE_NAME, directory_tensors, weight_files
 from .state_dicts import TOP, StateDict, beside, chosen_state_dict
@@ -59,12 +61,15 @@ def read_checkpoint(
     if not exists(path):
         raise SourceError(
             f"{path}: no such file. Give a .safetensors file, a directory with {INDEX_NAME} or {SINGLE_NAME}, "
-            "or a torch checkpoint."
+            "a torch checkpoint or a GGUF file."
         )
     if path.is_dir():
         return _from_directory(path, weights)
     if is_container(path):
         raise SourceError(f"{path}: is a compressed model, not a checkpoint; `mpq decompress` makes one of it")
+    if is_gguf(path):
+        _check_one_set(path, weights, "GGUF files")
+        return Checkpoint(gguf_tensors(path))
     refuse_other_kinds(path)
     if path.suffix == ".safetensors":
         _check_one_set(path, weights)
@@ -213,9 +218,9 @@ def _file_tensors(path: Path, weights: str | None) -> Mapping[str, StoredTensor]
     return stored_tensors(chosen_state_dict(load_lazily(path), path, weights).state, path)
 
 
-def _check_one_set(path: Path, weights: str | None) -> None:
+def _check_one_set(path: Path, weights: str | None, what: str = "safetensors") -> None:
     if weights is not None:
-        raise SourceError(f"{path}: weights: {weights!r} is a torch checkpoint's key; safetensors hold one set")
+        raise SourceError(f"{path}: weights: {weights!r} is a torch checkpoint's key; {what} hold one set")
 
 
 def _bare(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 LONGEST_START = 512
 # How files of other kinds begin, what they are, and what to do.
 STARTS: Sequence[tuple[bytes, str]] = (
-    (b"GGUF", "a GGUF file, as llama.cpp has them, quantized already or not; give the checkpoint it was made of"),
+    (b"GGUF", "a GGUF file, as llama.cpp has them; give it by itself"),
     (b"ggml", "a GGML file, as early llama.cpp had them; give the checkpoint it was made of"),
     (b"tjgg", "a GGJT file, as early llama.cpp had them; give the checkpoint it was made of"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras and h5py write them; save its weights as safetensors"),

@@ -232,7 +232,7 @@ class StoredTensor:
     """A tensor that is somewhere: read_rows(start, stop) gives rows of its first axis, (stop - start, rest).
 
     identity is equal for two names of the same storage; foreign: what the file calls a dtype that we do not read, in
-    whose place `dtype` has bytes.
+    whose place `dtype` has bytes; stored_bytes: what it takes in its file, where that is not `dtype`'s.
     """
 
     shape: tuple[int, ...]
@@ -240,6 +240,7 @@ class StoredTensor:
     read_rows: RowReader
     identity: object
     foreign: str = ""
+    stored_bytes: int | None = None
 
     def tensor(self) -> Tensor:
         """All of it, in its own shape. Raises SourceError where it cannot be read."""

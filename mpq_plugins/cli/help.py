@@ -16,7 +16,7 @@ from .verbosity import verbosity_options
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
         "allocator", "types", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
-        "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss",
+        "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss", "target", "runtime", "config_only",
     ),
     "Pruning and coding": ("file_bits", "file_size", "amounts", "prune_by", "coding"),
     "Learning": (
@@ -51,6 +51,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
     "Apply": {
         "apply": "Write a checkpoint with quantized weights.",
+        "export": "Write a checkpoint that another stack loads.",
         "reconstruct": "Learn rounding block by block (BRECQ).",
         "compress": "Write a model and its plan as one small file.",
         "decompress": "Write a container as a checkpoint.",

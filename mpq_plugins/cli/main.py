@@ -21,6 +21,7 @@ from .commands.decompress import decompress
 from .commands.demo import demo
 from .commands.diff import diff
 from .commands.evaluate import evaluate
+from .commands.export import export
 from .commands.inspect import inspect
 from .commands.measure import measure
 from .commands.pareto import pareto
@@ -156,7 +157,7 @@ def cli() -> None:
 
 
 for command in (
-    measure, plan, show, diff, check, apply, reconstruct, compress, decompress, inspect, sweep, pareto, evaluate, tune,
-    plugins, demo,
+    measure, plan, show, diff, check, apply, export, reconstruct, compress, decompress, inspect, sweep, pareto,
+    evaluate, tune, plugins, demo,
 ):  # fmt: skip
     cli.add_command(command)

@@ -80,9 +80,12 @@ def kept_beside(output: Path | None) -> Iterator[Store | None]:
 
 
 def _say_file(source: Path) -> None:
-    """Which file of a directory is read, where it has another name than weights have."""
+    """Which file of a directory is read, where it has another name than weights have; and what is rounded already."""
+    from ..checkpoints.gguf_files import on_a_grid
     from ..checkpoints.shards import USUAL, weight_files
 
+    if rounded := on_a_grid(source):
+        say(f"note: {rounded}")
     if exists(source) and source.is_dir():
         file = weight_files(source).chosen
         if file.name not in USUAL:

@@ -5,17 +5,18 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 EXTRAS: Mapping[str, str] = {
-    "brevitas": "brevitas", "distributed": "dask", "matplotlib": "report", "neural_compressor": "inc",
-    "torchao": "torchao",
+    "brevitas": "brevitas", "compressed_tensors": "compressed-tensors", "distributed": "dask", "gguf": "gguf",
+    "matplotlib": "report", "neural_compressor": "inc", "torchao": "torchao", "xllamacpp": "gguf",
 }  # fmt: skip
 """Package as it is imported -> the extra of this project that installs it."""
 
 ADAPTERS: Mapping[str, tuple[str, str]] = {
     "brevitas": ("brevitas", "brevitas"), "inc": ("neural_compressor", "inc"),
+    "compressed_tensors": ("compressed_tensors", "compressed-tensors"), "gguf": ("gguf", "gguf"),
     "inc_classic": ("neural_compressor", "inc-classic"), "pt2e": ("torchao", "torchao"),
     "torchao": ("torchao", "torchao"),
 }  # fmt: skip
-"""Adapter of this project -> the package that it needs, and the extra that installs that."""
+"""Adapter or exporter of this project -> the package that it needs, and the extra that installs that."""
 
 FIRST_NEW = (3, 8)  # of Neural Compressor; until then its classic API was part of it
 
@@ -26,7 +27,7 @@ def how_to_install(extra: str) -> str:
 
 
 def missing_for(adapter: str) -> str:
-    """Say why an adapter of this project cannot be used here, importing nothing; empty where it can."""
+    """Say why an adapter or exporter of this project cannot be used here, importing nothing; empty where it can."""
     if adapter not in ADAPTERS:
         return ""
     package, extra = ADAPTERS[adapter]

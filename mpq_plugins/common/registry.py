@@ -1,4 +1,4 @@
-"""What is installed: allocators, adapters, sensitivities and schemes, found by entry points, imported when used."""
+"""What is installed: allocators, adapters, exporters, sensitivities, schemes, found by entry points."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,10 +12,14 @@ from .outsiders import outsiders
 from .text import did_you_mean
 
 OURS = "mpq-plugins"
-GROUPS = ("allocators", "adapters", "sensitivities", "schemes")
+BACKENDS = ("adapters", "exporters", "configs")
+"""Groups whose plugins may need a package that an extra brings."""
+GROUPS = ("allocators", *BACKENDS, "sensitivities", "schemes")
 REQUIRED: dict[str, tuple[str, ...]] = {
     "allocators": ("name", "needs", "__call__"),
     "adapters": ("CAPABILITIES", "check", "apply", "verify"),
+    "exporters": ("CAPABILITIES", "check", "export", "verify"),
+    "configs": ("CAPABILITIES", "config"),
     "sensitivities": ("name", "measure"),
     "schemes": (
         "name", "quantizer", "granularity", "group_size", "searches", "sorts", "scales_per_group", "as_affine",
@@ -91,7 +95,7 @@ def load(group: str, name: str) -> Any:
             f"{group}: {name!r:.60} is not installed; there are {', '.join(names(group)) or 'none'}"
             f"{did_you_mean(name, names(group))}"
         )
-    if group == "adapters" and plugin.distribution == OURS and (missing := missing_for(name)):
+    if group in BACKENDS and plugin.distribution == OURS and (missing := missing_for(name)):
         raise PluginError(f"{group}: {name!r} cannot be used, for {missing}")
     return imported(plugin, plugin.target, REQUIRED.get(group, ()))
 

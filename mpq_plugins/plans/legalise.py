@@ -36,6 +36,7 @@ class Capabilities:
         schemes: Their names.
         symmetric: Which of asymmetric (False), symmetric (True) and full-range symmetric codes ("full").
         granularities: What a scale may belong to.
+        group_sizes: Inputs that a group may have; None where any number will do.
         parts: Whether channels of one layer may differ in bits.
         float_parts: Whether some channels of a layer may stay in floating point.
         activation_bits: Of activations; None among them is floating point.
@@ -58,6 +59,7 @@ class Capabilities:
     schemes: tuple[str, ...] = ("affine",)
     symmetric: tuple[Symmetry, ...] = (False, True)
     granularities: tuple[Granularity, ...] = ("per_tensor", "per_channel")
+    group_sizes: tuple[int, ...] | None = None
     parts: bool = False
     float_parts: bool = False
     activation_bits: tuple[int | None, ...] = (None,)
@@ -70,6 +72,8 @@ class Capabilities:
             raise SettingError(f"{self.backend}: bits, kinds, symmetric and activation_bits need one value or more")
         if not {"per_tensor", "per_channel"} & {*self.granularities}:
             raise SettingError(f"{self.backend}: granularities need per_tensor or per_channel")
+        if self.group_sizes == ():
+            raise SettingError(f"{self.backend}: group_sizes need one value or more, or None for any")
 
     def beside(self, activation_bits: int | None) -> "Capabilities":
         """Give what is left of it for weights beside activations of these bits.
@@ -113,7 +117,9 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
     """Change a plan into one that the backend can run, and tell every change made to get there.
 
     Channel parts where the backend has none become one width, the highest of the parts. A layer of a kind that the
-    backend does not quantize stays in floating point. Two-interval layers become affine ones of the same true size.
+    backend does not quantize stays in floating point. Groups become the largest of the backend's that are no larger,
+    or else its smallest that divide the inputs, or else whole channels. Two-interval layers become affine ones of the
+    same true size.
 
     Args:
         plan: The plan; it is not changed.
@@ -196,7 +202,7 @@ def _legal(
         return left_in_float, [
             f"{able.backend} has no layers partly in floating point, and nothing above but all of it"
         ]
-    scheme, whys = _legal_scheme(layer.scheme, able)
+    scheme, whys = _legal_scheme(layer, able)
     parts = layer.all_parts
     if len(parts) > 1 and not able.parts:
         whys.append(f"{able.backend} has one width per layer, so every channel goes up to the highest")
@@ -219,8 +225,8 @@ def _legal(
     return (_with(layer, scheme, by_width), whys) if whys else (layer, [])
 
 
-def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]]:
-    whys: list[str] = []
+def _legal_scheme(layer: LayerChoice, able: Capabilities) -> tuple[Scheme, list[str]]:
+    scheme, whys = layer.scheme, list[str]()
     if scheme.name not in able.schemes:
         whys.append(f"{able.backend} has no {scheme.name} scheme")
         scheme = scheme.as_affine or Affine(granularity=scheme.granularity, group_size=scheme.group_size)
@@ -234,7 +240,23 @@ def _legal_scheme(scheme: Scheme, able: Capabilities) -> tuple[Scheme, list[str]
         order: tuple[Granularity, ...] = ("per_channel", "per_tensor")
         granularity = next(g for g in order if g in able.granularities)
         scheme = replace(_with_granularity(scheme), granularity=granularity, group_size=None)
+    size = scheme.group_size
+    if size is not None and able.group_sizes is not None and size not in able.group_sizes:
+        whys.append(f"{able.backend} has no groups of {size}, only of {_listed(able.group_sizes)}")
+        scheme = _regrouped(scheme, layer, able)
     return scheme, whys
+
+
+def _regrouped(scheme: Scheme, layer: LayerChoice, able: Capabilities) -> Scheme:
+    """The scheme with groups that the backend has, and that the layer's inputs divide into."""
+    inputs = next((n for axis, n in enumerate(layer.shape) if axis != layer.channel_axis), 1)
+    size, fitting = scheme.group_size or 1, [own for own in able.group_sizes or () if inputs % own == 0]
+    if fitting:  # of those that are no larger the largest, for finer scales lose nothing
+        chosen = max((own for own in fitting if own <= size), default=min(fitting))
+        return replace(_with_granularity(scheme), group_size=chosen)
+    coarser: tuple[Granularity, ...] = ("per_channel", "per_tensor")
+    granularity = next(g for g in coarser if g in able.granularities)
+    return replace(_with_granularity(scheme), granularity=granularity, group_size=None)
 
 
 def _with_granularity(scheme: Scheme) -> Scheme:

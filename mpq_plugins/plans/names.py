@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from ..common.checks import as_integer
 
-EXPERTS = re.compile(r"(^|\.)((\w+_)?experts?|(\w+_)?moe)(?=\.|$)")
+EXPERTS = re.compile(r"(^|\.)((\w+_)?(experts?|exps)|(\w+_)?moe)(?=\.|$)")
 NUMBERED = re.compile(r"experts?\.([0-9]{1,9})\.")
 NO_MATRICES = re.compile(r"(^|_)(scales?|scale_inv|bias|norm|zero_points?|zeros|lora_\w+)$")
 

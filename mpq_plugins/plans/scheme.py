@@ -286,6 +286,17 @@ class Granular:
         """
         return 0
 
+    def group_bits(self, bits: int) -> int:
+        """Give the bits of a group beside its codes, its scales, its zero point and its codebook.
+
+        Args:
+            bits: The width.
+
+        Returns:
+            Bits of each group; 0 but for formats whose blocks are counted by the byte.
+        """
+        return 0
+
     def has_zero(self, bits: int) -> bool:
         """Tell whether a weight of 0 stays 0 at that width.
 
@@ -710,6 +721,12 @@ class Codebook(Granular):
 def inputs_of(shape: Sequence[int], channel_axis: int) -> int:
     """The inputs that a layer's groups divide: its first axis but that of output channels; 1 where there is none."""
     return next((n for axis, n in enumerate(shape) if axis != channel_axis), 1)
+
+
+def group_bits(scheme: Scheme, bits: int) -> int:
+    """Bits of a group beside what the contract asks for: `Granular.group_bits`, 0 for a scheme that lacks it."""
+    own = getattr(scheme, "group_bits", None)
+    return 0 if own is None else int(own(bits))
 
 
 def has_width(scheme: Scheme, bits: int) -> bool:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from ..common.registry import load, names, owner
 from ..errors import PluginError
 from .entropy_coded import EntropyCoded
+from .ggml import GGML
 from .minifloat import Minifloat
 from .scheme import Affine, Codebook, Piecewise, Scheme
 from .schemes import SCHEMES
@@ -91,7 +92,8 @@ _Ours = Annotated[
     | Annotated[Piecewise, Tag("piecewise")]
     | Annotated[Codebook, Tag("codebook")]
     | Annotated[EntropyCoded, Tag("entropy_coded")]
-    | Annotated[Minifloat, Tag("minifloat")],
+    | Annotated[Minifloat, Tag("minifloat")]
+    | Annotated[GGML, Tag("ggml")],
     Discriminator(
         lambda value: value.get("name", "affine") if isinstance(value, dict) else getattr(value, "name", None)
     ),

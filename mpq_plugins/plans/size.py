@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..common.public import public
 from ..errors import SettingError
 from .layers import LayerChoice
-from .scheme import FLOAT_BITS, scale_bits_of
+from .scheme import FLOAT_BITS, group_bits, scale_bits_of
 
 
 @public
@@ -134,7 +134,7 @@ def layer_size(layer: LayerChoice, scale_bits: int | None = None) -> LayerSize:
             continue
         count = scheme.group_count(layer.shape, layer.channel_axis, channels, layer.name)
         intervals += channels * per_channel * scheme.interval_bits(bits)
-        scales += count * scheme.scales_per_group * scale_bits
+        scales += count * (scheme.scales_per_group * scale_bits + group_bits(scheme, bits))
         zero_points += count * scheme.zero_point_bits(bits)
         codebooks += count * scheme.codebook_entries(bits) * scale_bits
     part_map = map_bits(layer.channels, len(layer.widths))

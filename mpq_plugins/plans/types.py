@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from ..common.public import public
 from ..common.text import did_you_mean
 from ..errors import SettingError
+from .ggml import GGML
+from .ggml import TYPES as GGML_TYPES
 from .layers import LayerChoice
 from .minifloat import MINIFLOATS, Minifloat
 from .scheme import Affine, Scheme
 from .size import layer_size
 
 INTEGER_WIDTHS, GROUP_SIZES = range(2, 9), (32, 64, 128)
+GGUF = ("q2_k", "q3_k", "q4_0", "q4_k", "iq4_xs", "iq4_nl", "q4_1", "q5_0", "q5_k", "q5_1", "q6_k", "q8_0")
+"""What llama.cpp's own mixtures are made of."""
 
 
 @public
@@ -85,6 +89,12 @@ def _integer(bits: int, group_size: int | None) -> NamedType:
     return NamedType(f"int{bits}_g{group_size}", scheme, bits)
 
 
+def _ggml(name: str) -> NamedType:
+    """A type of ggml's; those that OCP has too, and ggml rounds otherwise, are called after ggml."""
+    scheme = GGML(type=name)  # type: ignore[arg-type]  # one of them
+    return NamedType(f"ggml_{name}" if name in ("mxfp4", "nvfp4") else name, scheme, scheme.bits)
+
+
 def _minifloat(name: str) -> NamedType:
     scheme = Minifloat(type=name)  # type: ignore[arg-type]  # one of them
     return NamedType(name, scheme, scheme.bits)
@@ -92,11 +102,13 @@ def _minifloat(name: str) -> NamedType:
 
 _INTEGERS = tuple(_integer(bits, size) for size in (None, *GROUP_SIZES) for bits in INTEGER_WIDTHS)
 _FAMILIES: dict[str, tuple[NamedType, ...]] = {
+    "gguf": tuple(_ggml(name) for name in GGUF),
     "int": tuple(_integer(bits, 32) for bits in INTEGER_WIDTHS),
     "mx": tuple(_minifloat(name) for name in MINIFLOATS if name.startswith("mx")),
     "fp8": tuple(_minifloat(name) for name in MINIFLOATS if not name.startswith("mx")),
 }
-_TYPES = {kind.name: kind for kinds in (_INTEGERS, *_FAMILIES.values()) for kind in kinds}
+_OTHERS = tuple(_ggml(name) for name in GGML_TYPES if name not in GGUF)
+_TYPES = {kind.name: kind for kinds in (_INTEGERS, *_FAMILIES.values(), _OTHERS) for kind in kinds}
 
 
 def named_type(name: str) -> NamedType:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, load_lazily, load_torch, read_checkpoint, storage_identity
+from ..checkpoints.gguf_header import is_gguf
 from ..checkpoints.readers import StoredTensor, read_header, safetensors_tensors
 from ..checkpoints.shards import weight_files
 from ..checkpoints.state_dicts import StateDict, chosen_state_dict
@@ -53,6 +54,11 @@ def rewrite(  # noqa: PLR0913  # each option is what one caller knows
     of another format or weights that cannot be written as they are stored, WeightError for NaN, infinity and values
     beyond float16, SourceError where reading or writing fails; nothing is left half written.
     """
+    if is_gguf(source):
+        raise SettingError(
+            f"{source}: is a GGUF file, which mpq apply does not write: mpq export PLAN {source} --to gguf -o OUT.gguf "
+            "writes it with a plan's types"
+        )
     with unchanged(source):
         checkpoint = checkpoint or read_checkpoint(source, weights, prefer=plan.weights, whole=True)
         fit = match(plan, source, weights=True, model=model, checkpoint=checkpoint)

@@ -14,7 +14,7 @@ NORM = re.compile(r"\w*(layer|batch|group|instance|rms|sync)?norms?\d*|(ln|bn|gn
 BUFFER = re.compile(r"masks?|anchors?|grids?|means?|vars?|std|freqs?|priors?|queue|strides?|ema|ids|index|indices")
 WORKS = re.compile(r"proj(ection)?|linear|lin|fc\d*|dense|conv\d*d?|mlp|embed(ding)?s?|head")
 TABLE = re.compile(r"(^|_)(relative_)?(pos(ition)?|coords?)_(bias|index|table|buffer|encodings?)(_table)?$|(^|_)pe$")
-EMBEDDING = re.compile(r"(^|_)embed\w*|\w*embeddings?(_|$)|^(wte|wpe|shared)$")
+EMBEDDING = re.compile(r"(^|_)(embed\w*|embd$)|\w*embeddings?(_|$)|^(wte|wpe|shared)$")
 
 
 def why_no_layer(parameter: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> str | None:

@@ -41,7 +41,10 @@ def rest_bytes(source: nn.Module | str | Path, weights: Weights, key: str | None
 
 def _in_file(tensor: StoredTensor) -> _Stored:
     count = math.prod(tensor.shape) * tensor.dtype.itemsize
-    return _Stored(tuple(tensor.shape), None if tensor.foreign else count, tensor.identity)
+    taken = tensor.stored_bytes
+    if taken is None and not tensor.foreign:
+        taken = count
+    return _Stored(tuple(tensor.shape), taken, tensor.identity)
 
 
 def _of_module(model: nn.Module, weights: Weights) -> dict[str, _Stored]:

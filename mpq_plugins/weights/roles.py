@@ -13,11 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.gguf_files import gguf_configuration
+from ..checkpoints.gguf_header import is_gguf
 from ..common.checks import as_integer
 from ..common.documents import LARGEST_DOCUMENT
 from ..common.files import read_regular
 from ..errors import SettingError, SourceError
 from ..plans.names import EXPERTS, NUMBERED
+from .gguf_names import kept_by_llama_cpp
 
 if TYPE_CHECKING:
     from .handles import Weight
@@ -38,8 +41,9 @@ HEAD_NAMES = (
 )  # fmt: skip
 INPUT_EMBEDDINGS = (
     "*embed_tokens", "*wte", "*word_embeddings", "*embed_in", "*tok_embeddings", "shared", "*.shared", "*.embeddings",
+    "token_embd",
 )  # fmt: skip
-ROUTER_NAMES = ("*.gate", "*.router", "*.router.*", "*.wg", "*_expert_gate")
+ROUTER_NAMES = ("*.gate", "*.router", "*.router.*", "*.wg", "*_expert_gate", "*.ffn_gate_inp")
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Projections out of and back into the hidden state, by the last words of their names.
 READS_HIDDEN = re.compile(r"(gate|up|w1|w3|wi|fc1|input)")
@@ -65,6 +69,8 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
     Raises SourceError for one that is damaged.
     """
+    if path.is_file() and is_gguf(path):
+        return gguf_configuration(path)
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
@@ -105,6 +111,8 @@ def left_by_default(weights: Sequence["Weight"]) -> dict[str, str]:
 
 
 def _is_fragile(name: str, shape: Sequence[int], names: set[str]) -> bool:
+    if kept_by_llama_cpp(name):
+        return True
     if name.endswith("_expert_gate"):
         return shape[0] == 1
     if VISION.search(name) and POSITIONS.search(name):

@@ -107,7 +107,7 @@ def test_a_broken_one_hides_no_misspelled_option_of_another(mpq: Mpq, site: Path
         assert "best" not in ran.err
 
 
-GROUPS = ("allocators", "adapters", "sensitivities", "schemes")
+GROUPS = ("allocators", "adapters", "exporters", "configs", "sensitivities", "schemes")
 
 
 @pytest.mark.parametrize("group", GROUPS)

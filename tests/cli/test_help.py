@@ -84,7 +84,7 @@ def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:
 @pytest.mark.parametrize(
     ("words", "begun", "completions"),
     [
-        (["plan", "--scheme"], "", ["affine", "piecewise", "codebook", "entropy_coded", "minifloat"]),
+        (["plan", "--scheme"], "", ["affine", "piecewise", "codebook", "entropy_coded", "ggml", "minifloat"]),
         (["plan", "--granularity"], "per_c", ["per_channel"]),
         (["plan", "--range"], "m", ["minmax", "mse"]),
         (["plan", "--allocator"], "mix", ["mixquant"]),

@@ -11,7 +11,7 @@ from mpq_plugins.plans.types import families, type_names, types_of
     [
         ("mxfp4", 4.25), ("mxfp6_e2m3", 6.25), ("mxfp8_e5m2", 8.25),  # OCP MX 1.0: 8 bits for every 32 weights
         ("fp8_e4m3", 8 + 32 / 256), ("int4_g32", 4.5), ("int4_g64", 4.25), ("int4_g128", 4.125),
-        ("int3", 3 + 16 / 256),
+        ("int3", 3 + 16 / 256), ("q4_k", 4.5), ("q2_k", 2.625), ("q6_k", 6.5625), ("q8_0", 8.5), ("iq4_xs", 4.25),
     ],
 )  # fmt: skip
 def test_a_weight_costs_its_code_and_its_share_of_a_scale(name: str, expected: float) -> None:

@@ -74,7 +74,7 @@ def net() -> nn.Sequential:
 
 def test_it_is_listed_and_answers_what_is_asked(scheme: Scheme) -> None:
     assert isinstance(scheme, Scheme)
-    assert scheme_names.scheme_names() == ("affine", "piecewise", "codebook", "entropy_coded", "powers")
+    assert scheme_names.scheme_names() == ("affine", "piecewise", "codebook", "entropy_coded", "ggml", "powers")
     assert [p.distribution for p in registry.installed() if p.name == "powers"] == ["mpq-powers"]
 
 
@@ -274,10 +274,11 @@ def test_without_its_distribution_the_name_is_unknown_and_those_installed_are_li
     scheme_names.scheme_class.cache_clear()
     for load, path in ((Plan.load, tmp_path / "plan.json"), (LayerTable.load, tmp_path / "net.mpqt")):
         with pytest.raises(
-            FormatError, match=r"scheme.* is not allowed; a scheme named affine, piecewise, codebook or entropy_coded"
+            FormatError,
+            match=r"scheme.* is not allowed; a scheme named affine, piecewise, codebook, entropy_coded or ggml",
         ):
             load(path)
-    with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook or entropy_coded"):
+    with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook, entropy_coded or ggml"):
         table.save(tmp_path / "again.mpqt")  # which nobody could read
     with pytest.raises(PluginError, match="'powers' is not installed; there are affine, codebook, entropy_coded, p"):
         scheme_names.scheme_class("powers")

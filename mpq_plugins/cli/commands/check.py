@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...errors import PluginError
 from ...report.progress import echo, say
+from ..backends import backend_names
 from ..help import SectionCommand
 from ..output import BAD_INPUT, claim, json_option, model_option, print_json, weights_option
-from ..types import FileOrFactory, Known, installed
+from ..types import FileOrFactory, Known
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for them
     from ...plans.legalise import Change
@@ -42,8 +42,8 @@ def _policies() -> tuple[str, ...]:
 @click.argument("source", type=FileOrFactory())
 @click.option(
     "--backend",
-    type=installed("adapters"),
-    help="Also list what this backend would have to change; `mpq plugins` lists adapters.",
+    type=backend_names("adapters", "exporters", "configs"),
+    help="Also list what this backend would have to change; `mpq plugins` lists adapters and exporters.",
 )
 @click.option(
     "--policy",
@@ -84,7 +84,8 @@ def check(
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None
     fit = match(plan, resolved, weights=True, rewrapped=True, key=weights, model=model)
-    legal = _legalised(plan, backend, policy) if backend is not None else None
+    path = resolved if isinstance(resolved, Path) and not fit.problems else None
+    legal = _legalised(plan, backend, policy, path) if backend is not None else None
     if legal is not None and output is not None and not fit.problems:
         legal.plan.save(output)
     if as_json:
@@ -103,14 +104,16 @@ def check(
     return 0
 
 
-def _legalised(plan: "Plan", backend: str, policy: str) -> "_Legal":
-    from ...common import registry
-    from ...plans.legalise import Capabilities, legalise
+def _legalised(plan: "Plan", backend: str, policy: str, source: Path | None) -> "_Legal":
+    """The plan as the backend can run it; an exporter also says whether it can write the checkpoint so."""
+    from ...plans.legalise import legalise
+    from ..backends import capabilities_of, load_backend
 
-    capabilities = getattr(registry.load("adapters", backend), "CAPABILITIES", None)
-    if not isinstance(capabilities, Capabilities):
-        raise PluginError(f"adapters: {backend!r} states no CAPABILITIES, so that no plan can be checked for it")
+    group, loaded = load_backend(backend)
+    capabilities = capabilities_of(group, backend, loaded)
     legal, changes = legalise(plan, capabilities, policy)  # type: ignore[arg-type]  # checked there
+    if group == "exporters" and source is not None:
+        loaded.check(legal, source)
     return _Legal(legal, changes, capabilities.storage)
 
 

@@ -33,6 +33,6 @@ def plugins(as_json: bool) -> None:
 def _missing(plugin: "Plugin") -> str:
     """Why a plugin of ours cannot be used here; empty where it can."""
     from ...common.extras import missing_for
-    from ...common.registry import OURS
+    from ...common.registry import BACKENDS, OURS
 
-    return missing_for(plugin.name) if (plugin.group, plugin.distribution) == ("adapters", OURS) else ""
+    return missing_for(plugin.name) if plugin.group in BACKENDS and plugin.distribution == OURS else ""

@@ -1,0 +1,68 @@
+"""The quantization_config of a checkpoint: a group for each width and scheme, with exact names."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import compressed_tensors
+
+from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.names import is_weight, layer_name
+from mpq_plugins.weights.not_layers import is_embedding
+from mpq_plugins.weights.roles import is_head
+
+from ..shared.float_checkpoint import FloatCheckpoint
+from .tensors import BYTES, PACKED, is_symmetric, stored_bits
+
+MIXED = "mixed-precision"
+
+
+def quantization_config(source: FloatCheckpoint) -> dict[str, Any]:
+    """What config.json says: which layers have which codes, and which stay in float.
+
+    The package's version tells readers how codes of 3, 5, 6 and 7 bits are packed, which changed.
+    """
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for parameter, choice in source.coded_weights:
+        scheme = _scheme(choice)
+        groups.setdefault(repr(scheme), (scheme, []))[1].append(layer_name(parameter))
+    formats = sorted({scheme["format"] for scheme, _ in groups.values()})
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats[0] if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "version": compressed_tensors.__version__,
+        "config_groups": {
+            f"group_{number}": {"targets": names, **scheme} for number, (scheme, names) in enumerate(groups.values())
+        },
+        "ignore": list(_ignored(source)),
+    }
+
+
+def _scheme(choice: LayerChoice) -> dict[str, Any]:
+    size = choice.scheme.group_size
+    weights = {
+        "num_bits": stored_bits(choice),
+        "type": "int",
+        "symmetric": is_symmetric(choice),
+        "strategy": "channel" if size is None else "group",
+        "group_size": size,
+        "dynamic": False,
+    }
+    return {"format": PACKED if is_symmetric(choice) else BYTES, "weights": weights}
+
+
+def _ignored(source: FloatCheckpoint) -> Iterator[str]:
+    """Matrices that stay in float, by the modules' names: a loader takes what it is not told of for quantized.
+
+    The head is one also where the file has none, for it is the input embedding.
+    """
+    heads, shapes = 0, {parameter: stored.shape for parameter, stored in source.tensors.items()}
+    for parameter, stored in source.tensors.items():
+        name, choice = layer_name(parameter), source.planned.layer(parameter)
+        heads += is_head(name)
+        embeds = is_embedding(name, stored.shape, shapes) if choice is None else choice.kind == "embedding"
+        matrix = len(stored.shape) == 2 and is_weight(parameter) and source.coded(parameter) is None
+        if matrix and (is_head(name) or not embeds):
+            yield name
+    if not heads:
+        yield "lm_head"

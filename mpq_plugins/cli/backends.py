@@ -1,0 +1,40 @@
+"""Backends by name, whichever group they are of: adapters, exporters, writers of configurations."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..common import registry
+from ..errors import PluginError, SettingError
+from .types import Known
+
+if TYPE_CHECKING:  # `mpq --help` should not wait for it
+    from ..plans.legalise import Capabilities
+
+
+def backend_names(*groups: str) -> Known:
+    """A name of any of these groups; one that is not installed is refused where it is loaded."""
+    return Known(lambda: sorted({name for group in groups for name in registry.names(group)}), checked=False)
+
+
+def load_backend(name: str) -> tuple[str, Any]:
+    """The group of a backend, the first that has the name, and what its entry point names. Raises PluginError."""
+    group = next((group for group in registry.BACKENDS if name in registry.names(group)), registry.BACKENDS[0])
+    return group, registry.load(group, name)
+
+
+def capabilities_of(group: str, name: str, backend: Any, runtime: str | None = None) -> "Capabilities":
+    """What a backend runs, or what one of an exporter's runtimes loads.
+
+    Raises PluginError where it does not say, SettingError for a runtime that it does not know.
+    """
+    from ..plans.legalise import Capabilities
+
+    stated = getattr(backend, "CAPABILITIES", None)
+    if runtime is not None:
+        runtimes = getattr(backend, "RUNTIMES", {})
+        if runtime not in runtimes:
+            known = ", ".join(runtimes) or f"{name} has no choice of them, so leave it out"
+            raise SettingError(f"runtime: {runtime!r:.60} is not allowed; {known}")
+        stated = runtimes[runtime]
+    if not isinstance(stated, Capabilities):
+        raise PluginError(f"{group}: {name!r} states no CAPABILITIES, so that no plan can be checked for it")
+    return stated
