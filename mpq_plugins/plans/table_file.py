@@ -23,7 +23,7 @@ from .scheme import INTEGER_BITS
 from .scheme_names import NamedScheme
 from .stats import METRICS, Array, CodedCurve, LayerStats, Measured
 
-TABLE_FORMAT = "mpq-table"
+TABLE_FORMAT, TYPES_FORMAT = "mpq-table", "mpq-types"
 TABLE_VERSION = 5
 LADDER = ("steps", "coded_bits", "coded_squared")
 Table = TypeVar("Table", bound=Measured)
@@ -68,7 +68,11 @@ def unpacked(file: BinaryIO, path: Path, kind: type[Table]) -> Table:
     """The table that a file holds from its beginning to its end; path: what names it in FormatError."""
     try:
         header = header_of(file)
-        if not _is_header(header):
+        if is_header(header, TYPES_FORMAT):
+            raise FormatError(
+                f"{path}: a table of types, from which `mpq plan` plans; here a table of widths is wanted"
+            )
+        if not is_header(header):
             raise FormatError(f"{path}: not a table; `mpq measure` writes one")
         description = _describe(path, header["__metadata__"].get("table", ""))
         arrays = _arrays(path, file, header, description)
@@ -81,7 +85,7 @@ def is_table(path: Path) -> bool:
     """Whether the file is a table rather than weights; looks at the header only."""
     try:
         with open_regular(path) as file:
-            return _is_header(header_of(file))
+            return is_header(header_of(file))
     except (OSError, ValueError):
         return False
 
@@ -103,9 +107,9 @@ def _size(file: BinaryIO) -> int:
     return size
 
 
-def _is_header(header: Any) -> bool:
+def is_header(header: Any, kind: str = TABLE_FORMAT) -> bool:
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return isinstance(metadata, dict) and metadata.get("format") == TABLE_FORMAT
+    return isinstance(metadata, dict) and metadata.get("format") == kind
 
 
 def in_order(data: bytes) -> Iterator[bytes | memoryview]:

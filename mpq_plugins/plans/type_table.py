@@ -21,10 +21,10 @@ from ..errors import FormatError, SettingError
 from .scheme_names import NamedScheme
 from .stats import LayerStats
 from .table import LayerTable
-from .table_file import header_of, in_order, packed, unpacked
+from .table_file import TYPES_FORMAT, header_of, in_order, is_header, packed, unpacked
 from .types import NamedType
 
-FORMAT, BASE = "mpq-types", "base"
+BASE = "base"
 
 
 @public
@@ -135,7 +135,7 @@ class TypeTable:
         arrays = {name: np.frombuffer(b"".join(packed(table)), np.uint8) for name, table in parts.items()}
         types = [_Type(name=kind.name, scheme=kind.scheme, bits=kind.bits) for kind in self.types]
         description = _Description(version=1, types=tuple(types))
-        data = save(arrays, {"format": FORMAT, "types": json.dumps(description.model_dump(mode="json"))})
+        data = save(arrays, {"format": TYPES_FORMAT, "types": json.dumps(description.model_dump(mode="json"))})
         with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
             file.writelines(in_order(data))
 
@@ -156,7 +156,7 @@ class TypeTable:
         try:
             with open_regular(path) as file:
                 header = header_of(file)
-                if not _is_header(header):
+                if not is_header(header, TYPES_FORMAT):
                     raise FormatError(f"{path}: not a table of types; `mpq measure --types` writes one")
                 file.seek(0)
                 parts = {name: bytes(part["data"]) for name, part in deserialize(file.read())}  # type: ignore[no-untyped-call]
@@ -196,14 +196,9 @@ def is_type_table(path: Path) -> bool:
     """Whether the file is a table of types; looks at the header only."""
     try:
         with open_regular(path) as file:
-            return _is_header(header_of(file))
+            return is_header(header_of(file), TYPES_FORMAT)
     except (OSError, ValueError):
         return False
-
-
-def _is_header(header: object) -> bool:
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return isinstance(metadata, dict) and metadata.get("format") == FORMAT
 
 
 def _described(path: Path, text: str) -> _Description:
