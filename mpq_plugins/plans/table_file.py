@@ -108,6 +108,7 @@ def _size(file: BinaryIO) -> int:
 
 
 def is_header(header: Any, kind: str = TABLE_FORMAT) -> bool:
+    """Whether the header is that of a file of this format."""
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     return isinstance(metadata, dict) and metadata.get("format") == kind
 

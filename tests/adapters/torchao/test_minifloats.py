@@ -21,8 +21,9 @@ ELEMENTS = {
 def test_weights_are_torchaos(kind: MinifloatName, spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator) * torch.exp(spread * torch.randn(64, 1, generator=generator))
-    weight[3] = 0
     scheme = Minifloat(type=kind)
+    if scheme.microscaled:  # of a row of zeros torchao's FP8 makes NaN
+        weight[3] = 0
     found = fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="fc")
     if scheme.microscaled:
         scale, data = mx.to_mx(weight, ELEMENTS[kind], 32)
