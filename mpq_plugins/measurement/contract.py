@@ -55,6 +55,7 @@ class Job:
         progress: Called with what is being done, how much of it is done and how much there is.
         generator: The job's own, on the CPU, for whatever is drawn at random.
         ranges: The ranges that were fitted, by layer and bits.
+        shared: What a sensitivity keeps for the other types of a table of types, by a key of its own.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class Job:
     progress: Progress | None
     generator: torch.Generator
     ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
         """Quantize the layer's weight to each bit-width of the table.

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..models.plain import is_plain
 from ..plans.stats import LayerStats
@@ -29,7 +30,7 @@ class OutputMSE:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One forward pass a batch."""
-        moments = job.moments or second_moments(job.model, job.modules, job.batches, job.said)
+        moments = job.moments or _moments(job)
         curves = {}
         for layer in job.table.layers:
             channels = job.squared_errors(layer, moments[layer.name])
@@ -37,6 +38,15 @@ class OutputMSE:
                 channels = _scaled(channels, _at_own_output(job, layer), job.squared_errors(layer, torch.ones(())))
             curves[layer.name] = Curves(channels.sum(1), channels)
         return curves
+
+
+def _moments(job: Job) -> Mapping[str, Tensor]:
+    """The second moments of the layers' inputs, from one pass for all types that the same layers can have."""
+    key = (second_moments, tuple(job.modules))
+    if key not in job.shared:
+        job.shared[key] = second_moments(job.model, job.modules, job.batches, job.said)
+    moments: Mapping[str, Tensor] = job.shared[key]
+    return moments
 
 
 def _at_own_output(job: Job, layer: LayerStats) -> Array:

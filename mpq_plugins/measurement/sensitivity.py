@@ -7,7 +7,7 @@ in every table. Each kind is a frozen dataclass that an entry point of the group
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,13 +101,14 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is measured, on which inputs."""
+    """What is measured, on which inputs; shared: what is worked out once for all types."""
 
     measurer: Sensitivity
     batches: Sequence[Any]
     output: Output | None
     seed: int
     fit_ranges: bool
+    shared: dict[Any, Any] = field(default_factory=dict)
 
 
 def _filled(
@@ -128,7 +129,9 @@ def _filled(
         finished = store.job(name, facts)
     with evaluating(copied), seeded(seed) as generator:
         moments = second_moments(copied, modules, given) if fit_ranges else None
-        job = Job(copied, table, given, weights, modules, output, moments, finished, progress, generator)
+        job = Job(
+            copied, table, given, weights, modules, output, moments, finished, progress, generator, shared=asked.shared
+        )
         LOG.info("%s of %d layers on %d batches", measurer.name, len(table.layers), len(given))
         curves = _measured(measurer, job)
     layers = tuple(_with_curves(layer, measurer.name, curves[layer.name]) for layer in table.layers)
