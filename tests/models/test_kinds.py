@@ -106,7 +106,7 @@ def test_it_is_quantized_by_output(gpt2: Any, saved: Path, tmp_path: Path) -> No
         assert torch.equal(written[f"{name}.weight"], quantized)
         integers = integer_weight(weight, made.by_name[name])
         assert integers.scale.numel() == weight.shape[1]
-        assert torch.equal(integers.dequantized, quantized)
+        assert torch.equal(integers.dequantized(), quantized)
 
 
 def test_second_moments_are_its_inputs(gpt2: Any) -> None:
