@@ -1,4 +1,4 @@
-"""What of real architectures' checkpoints is planned, left alone or refused: a row for each, of small random tensors."""
+"""What of real architectures' checkpoints is planned, left alone or refused: a row for each, of small tensors."""
 
 import json
 import warnings
