@@ -142,7 +142,7 @@ class Container:
                 tensors[name] = self.tensor(name)
             done += sizes[name]
         for name, count in self.header.stacks.items():
-            tensors[name] = torch.stack([tensors.pop(f"{layer_name(name)}.{k}") for k in range(count)])
+            tensors[name] = self._stacked(name, [tensors.pop(f"{layer_name(name)}.{k}") for k in range(count)])
         tensors |= {name: tensors[record.same] for name, record in self.records.items() if record.same is not None}
         if progress is not None:
             progress("", total, total)
@@ -189,7 +189,7 @@ class Container:
     def _tensor(self, name: str) -> Tensor:
         if name in self.header.stacks:
             layer = layer_name(name)
-            return torch.stack([self._tensor(f"{layer}.{k}") for k in range(self.header.stacks[name])])
+            return self._stacked(name, [self._tensor(f"{layer}.{k}") for k in range(self.header.stacks[name])])
         record = self.records[name]
         if record.same is not None:
             return self._tensor(record.same)
@@ -206,6 +206,10 @@ class Container:
             return values[0]
         index = torch.from_numpy(np.concatenate([part.runs.array() for part in choice.all_parts]))
         return torch.cat(values, choice.channel_axis).index_select(choice.channel_axis, index.argsort())
+
+    def _stacked(self, name: str, matrices: Sequence[Tensor]) -> Tensor:
+        """A stack as its source had it."""
+        return torch.cat(list(matrices)) if name in self.header.joined else torch.stack(list(matrices))
 
     def parts(self, name: str) -> list[PartCodes | Tensor]:
         """Read a planned layer's codes part by part.

@@ -81,13 +81,17 @@ class TensorRecord(Strict):
 
 
 class Header(Strict):
-    """made_with: versions, and what was done to the weights; left_out: of the source, what is no tensor; stacks: which
-    tensors stack others, called by their layer's name and .0, .1 ..., and how many.
+    """What a container says of itself before its blocks.
+
+    made_with: versions, and what was done to the weights; left_out: of the source, what is no tensor; stacks: which
+    tensors stack others, called by their layer's name and .0, .1 ..., and how many; joined: which of them have these
+    one below the other, without an axis for them.
     """
 
     made_with: dict[str, str]
     left_out: tuple[str, ...] = ()
     stacks: Mapping[str, int] = Field(default_factory=dict)
+    joined: tuple[str, ...] = ()
     plan: dict[str, Any]
     tensors: tuple[TensorRecord, ...]
 
@@ -167,6 +171,9 @@ def check_records(header: Header, plan: Plan, blocks: int, path: Path) -> None:
         if problem is not None:
             raise FormatError(f"{path}: tensor {name!r}: {problem}; the file is damaged")
         stacked |= {f"{layer_name(name)}.{k}" for k in range(count)}
+    for name in header.joined:
+        if name not in header.stacks or len(_shape(records[f"{layer_name(name)}.0"], plan)) != 2:
+            raise FormatError(f"{path}: tensor {name!r}: is joined, and no stack of matrices; the file is damaged")
     whole = {name for name, record in records.items() if record.same is None and name not in stacked}
     whole |= header.stacks.keys()
     for record in header.tensors:

@@ -211,6 +211,7 @@ class _Writer:
         self.file, self.plan, self.thresholds, self.coding, self.progress = file, plan, thresholds, coding, progress
         self.records: dict[str, TensorRecord] = {}
         self.stacks: dict[str, int] = {}
+        self.joined: list[str] = []
         self.planned = PlannedTensors(plan.by_any_name)
         self.done, self.total = 0, sum(layer.numel for layer in plan.layers)
 
@@ -233,8 +234,8 @@ class _Writer:
         if missing:
             raise SourceError(f"no tensor is the weight of {first_few(missing, ', ')}; does a hook rename state dicts?")
         header = Header(
-            made_with=dict(made_with), left_out=left_out, stacks=self.stacks, plan=self.plan.document(),
-            tensors=tuple(self.records.values()),
+            made_with=dict(made_with), left_out=left_out, stacks=self.stacks,
+            joined=tuple(self.joined), plan=self.plan.document(), tensors=tuple(self.records.values()),
         )  # fmt: skip
         write_header(self.file, header)
         if self.progress is not None:
@@ -248,8 +249,11 @@ class _Writer:
         if choice is not None:
             self._layer(name, choice, stored.tensor())
         elif self.planned.is_stack(name, stored.shape):
-            self.stacks[name] = stored.shape[0]
-            for expert, one, matrix in self.planned.experts(name, stored.tensor()):
+            experts = list(self.planned.experts(name, stored.tensor()))
+            self.stacks[name] = len(experts)
+            if len(stored.shape) == 2:
+                self.joined.append(name)
+            for expert, one, matrix in experts:
                 if one is not None:
                     self._layer(expert, one, matrix)
                 else:

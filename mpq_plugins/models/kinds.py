@@ -28,8 +28,8 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
 
     transformers is not imported for that: whoever has such a module has done so.
     """
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, cast(type[nn.Module], library.Conv1D))
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return conv1d is not None and isinstance(module, cast(type[nn.Module], conv1d))
 
 
 def output_axis(module: nn.Module) -> int:

@@ -7,6 +7,8 @@ from ..common.checks import as_integer
 
 EXPERTS = re.compile(r"(^|\.)((\w+_)?(experts?|exps)|(\w+_)?moe)(?=\.|$)")
 NUMBERED = re.compile(r"experts?\.([0-9]{1,9})\.")
+JOINED = re.compile(r"((?:^|\.))experts\.mlp\.(w1|v1|w2)$")
+"""Experts' matrices that lie one below the other in one matrix, as DBRX has them."""
 NO_MATRICES = re.compile(r"(^|_)(scales?|scale_inv|bias|norm|zero_points?|zeros|lora_\w+)$")
 
 

@@ -37,8 +37,10 @@ def table_details(table: LayerTable) -> list[str]:
     channels = ", each by channel too" if any(layer.channel_errors for layer in table.layers) else ""
     sensitivities = [f"sensitivities {', '.join(table.sensitivities)}"] if table.sensitivities else []
     folded = ", BatchNorm folded" if table.fold_bn else ""
+    own = [scheme_words(table.scheme_of(layer)) for layer in table.layers]
+    schemes = "; ".join(dict.fromkeys([scheme_words(table.scheme), *own]))
     return [
-        f"quantizer     {scheme_words(table.scheme)}{folded}",
+        f"quantizer     {schemes}{folded}",
         f"errors        {', '.join(table.metrics)} at {value_text(list(table.bits))} bits{channels}",
         *sensitivities,
     ]

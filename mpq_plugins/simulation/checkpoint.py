@@ -126,7 +126,8 @@ class _Quantizer:
     def _stack(self, parameter: str, tensor: Tensor) -> Tensor:
         """A stack of experts, which has one dtype: float16 where each of them has."""
         experts = list(self.planned.experts(parameter, tensor))
-        made = torch.stack([matrix if one is None else self._simulated(one, matrix) for _, one, matrix in experts])
+        matrices = [matrix if one is None else self._simulated(one, matrix) for _, one, matrix in experts]
+        made = torch.stack(matrices).reshape(tensor.shape)
         dtypes = {tensor.dtype if one is None else stored_dtype(one, tensor.dtype) for _, one, _ in experts}
         return made.to(dtypes.pop()) if len(dtypes) == 1 else made
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint, read_checkpoint
+from ..checkpoints.joined import with_stacks
 from ..errors import SettingError, SourceError, WeightError
 from ..models.folding import conv_bn_pairs
 from ..models.tracing import Traced
@@ -128,7 +129,7 @@ def checkpoint_weights(
     config = cache(partial(read_config, path))
     if not already_quantized:
         refuse_packed(checkpoint.tensors, checkpoint.beside, config, str(path))
-    weights, left_alone = stored_weights(checkpoint.tensors, config, known)
+    weights, left_alone = stored_weights(with_stacks(checkpoint.tensors), config, known)
     by_default = {name: role for name, role in left_by_default(weights).items() if name not in known.layers}
     asked = _Asked(skip, only, refuse, str(path))
     made = _chosen_weights(weights, left_alone, asked, config=config, by_default=by_default)
@@ -167,7 +168,7 @@ def known_by(model: nn.Module, checkpoint: Checkpoint) -> Known:
 def could_be_layers(checkpoint: Checkpoint) -> list[str]:
     """Names of layers that the tensors of a checkpoint could be, those of stacks of experts as well."""
     names: list[str] = []
-    for parameter, tensor in checkpoint.tensors.items():
+    for parameter, tensor in with_stacks(checkpoint.tensors).items():
         name = layer_name(parameter)
         if len(tensor.shape) >= 2 and is_weight(parameter):
             names.append(name)

@@ -72,7 +72,8 @@ def stored_weights(stored: Mapping[str, StoredTensor], config: Config, known: Kn
             first = by_identity.get(identity)
             by_identity[identity] = weight if first is None else _tied(first, weight)
     _check_names(by_identity.values())
-    return list(by_identity.values()), left_alone
+    used = {weight.scale for weight in by_identity.values()}  # with its codes
+    return list(by_identity.values()), [(name, why) for name, why in left_alone if name not in used]
 
 
 def with_ties(stored: Mapping[str, StoredTensor], config: Config, known: Known) -> dict[str, StoredTensor]:

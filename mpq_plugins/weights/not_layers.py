@@ -7,7 +7,7 @@ a running statistic may be called `.weight` too.
 import re
 from collections.abc import Mapping, Sequence
 
-from ..plans.names import are_experts, is_weight, layer_name
+from ..plans.names import JOINED, are_experts, is_weight, layer_name
 from .roles import is_head
 
 NORM = re.compile(r"\w*(layer|batch|group|instance|rms|sync)?norms?\d*|(ln|bn|gn)s?\d*", re.IGNORECASE)
@@ -21,6 +21,8 @@ def why_no_layer(parameter: str, shape: Sequence[int], shapes: Mapping[str, Sequ
     """Why a tensor of two or more dimensions is no layer's weight, in words; None for one that seems to be."""
     if are_experts(parameter, shape):
         return None
+    if JOINED.search(parameter):
+        return "experts in one matrix, and no router of as many outputs beside them says how many"
     if not is_weight(parameter):
         return "its name does not end in .weight"
     name = layer_name(parameter)

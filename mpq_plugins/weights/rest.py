@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checkpoints.checkpoint import read_checkpoint, storage_identity
+from ..checkpoints.joined import with_stacks
 from ..checkpoints.readers import StoredTensor
 from ..plans.names import are_experts, is_weight, layer_name, stacks_of, weight_name
 from .handles import Weight, Weights
@@ -35,7 +36,7 @@ def rest_bytes(source: nn.Module | str | Path, weights: Weights, key: str | None
         stored = _of_module(source, weights)
     else:
         tensors = read_checkpoint(Path(source), key if key is not None else weights.key).tensors
-        stored = {name: _in_file(tensor) for name, tensor in tensors.items()}
+        stored = {name: _in_file(tensor) for name, tensor in with_stacks(tensors).items()}
     return _without(stored, weights)
 
 

@@ -19,7 +19,7 @@ from ..common.checks import as_integer
 from ..common.documents import LARGEST_DOCUMENT
 from ..common.files import read_regular
 from ..errors import SettingError, SourceError
-from ..plans.names import EXPERTS, NUMBERED
+from ..plans.names import EXPERTS, JOINED, NUMBERED
 from .gguf_names import kept_by_llama_cpp
 
 if TYPE_CHECKING:
@@ -187,8 +187,12 @@ def _routers(weights: Sequence["Weight"], config: Config) -> set[str]:
 def inputs_first(parameter: str, shape: Sequence[int], hidden: int | None, config: Mapping[str, Any]) -> bool:
     """Whether the matrices of stacked experts (experts, ., .) are (inputs, outputs), not F.linear's (outputs, inputs).
 
-    By which side is as wide as the hidden state; where both or neither are, by the model's type.
+    By which side is as wide as the hidden state; where both or neither are, by the model's type. DBRX's second matrices
+    are, by their name.
     """
+    joined = JOINED.search(parameter)
+    if joined is not None:
+        return joined[2] == "w2"
     first, second = shape[1:]
     last = parameter.removesuffix(".weight").rpartition(".")[2]
     if (first == hidden) != (second == hidden):

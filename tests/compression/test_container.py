@@ -191,6 +191,7 @@ def part_of(document: Document) -> Document:
         (lambda d: plan_of(d)["layers"][0].update(scheme={"name": "codebook"}), "tables: |has zero points"),
         (lambda d: plan_of(d)["layers"].append(dict(plan_of(d)["layers"][0], name="y")), "lacks layers .*: 'y'"),
         (lambda d: d.update(stacks={"e": 3}), "tensor 'e': stacks 3 others, which are not all there"),
+        (lambda d: d.update(joined=["e"]), "tensor 'e': is joined, and no stack of matrices"),
         (lambda d: d.update(stacks={"e": 10**15}), "tensor 'e': stacks"),
         (lambda d: d.update(extra=1), "header: extra"),
         (set_tensor("0.weight", dtype="I64"), "dtype 'I64' is not allowed for a layer"),

@@ -26,6 +26,7 @@ from mpq_plugins.allocation.objective import predicted
 from mpq_plugins.errors import MeasureWarning
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.quantization.quantize import fake_quantize
+from mpq_plugins.report.details import table_details
 from mpq_plugins.simulation.checkpoint import rewrite
 
 ASKED = Affine(granularity="per_group", group_size=64, range="mse")
@@ -46,6 +47,13 @@ def table(scheme: Affine = ASKED, only: tuple[str, ...] = ()) -> LayerTable:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MeasureWarning)
         return measure(net(), scheme, (2, 3, 4), ("mse",), per_channel=True, only=only)
+
+
+def test_what_is_said_of_the_table_has_each_kind_of_groups() -> None:
+    (line, *_) = table_details(table())
+    assert line.split("  ")[-1].strip() == (
+        "affine, groups of 64, clipped; affine, groups of 32, clipped; affine, per channel, clipped"
+    )
 
 
 def batches() -> list[torch.Tensor]:

@@ -25,7 +25,7 @@ from mpq_plugins import (
     verify,
 )
 from mpq_plugins.measurement.moments import second_moments
-from mpq_plugins.models.kinds import layer_kind, output_axis
+from mpq_plugins.models.kinds import layer_kind, output_axis, quantizable_weights
 from mpq_plugins.quantization.quantize import fake_quantize
 from mpq_plugins.simulation.checkpoint import rewrite
 from mpq_plugins.simulation.integers import integer_weight
@@ -100,13 +100,13 @@ def test_it_is_quantized_by_output(gpt2: Any, saved: Path, tmp_path: Path) -> No
     rewrite(saved, made, tmp_path / "out")
     written = load_file(tmp_path / "out/model.safetensors")
     for name in CONV1D:
-        weight, quantized = (model.get_submodule(name).weight.detach() for model in (gpt2, applied))
+        weight, quantized = (quantizable_weights(model)[name].detach() for model in (gpt2, applied))
         # As a linear layer has it, outputs first, which is quantized by rows.
         assert torch.equal(quantized, fake_quantize(weight.T.contiguous(), 4, SCHEME, layer=name).T)
         assert torch.equal(written[f"{name}.weight"], quantized)
         integers = integer_weight(weight, made.by_name[name])
         assert integers.scale.numel() == weight.shape[1]
-        assert torch.equal(integers.dequantized, quantized)
+        assert torch.equal(integers.dequantized(), quantized)
 
 
 def test_second_moments_are_its_inputs(gpt2: Any) -> None:
