@@ -16,7 +16,7 @@ from tests.quantization import oracle
 
 SCHEMES = [
     Affine(symmetric=symmetric, granularity=granularity, group_size=group, range=range_name)  # type: ignore[arg-type]
-    for symmetric in (False, True)
+    for symmetric in (False, True, "full")
     for granularity, group in (("per_tensor", None), ("per_channel", None), ("per_group", 2))
     for range_name in ("minmax", "mse")
 ]
@@ -57,10 +57,11 @@ def test_codes_fit_and_decode(weight: Tensor, bits: int, scheme: Affine) -> None
 @given(weights(), st.sampled_from(range(2, 9)), st.sampled_from([s for s in SCHEMES if s.range == "minmax"]))
 def test_min_max_error_is_at_most_half_a_step(weight: Tensor, bits: int, scheme: Affine) -> None:
     quantized = quantize(weight, bits, scheme)
-    steps = torch.from_numpy(quantized.grid.scale)
+    steps = torch.from_numpy(quantized.grid.scale).abs()
     error = (dequantize(quantized) - weight).abs().reshape(len(steps), -1)
-    # Half a step for rounding; half more at the far end, where the zero point's own rounding shifts the range.
-    limit = 0.5 if scheme.symmetric else 1.0
+    # Half a step for rounding; half more at the far end, where the zero point's own rounding shifts the range, or where
+    # the full range has one code less.
+    limit = 0.5 if scheme.symmetric is True else 1.0
     assert (error <= steps * (limit + 1e-4)).all()
 
 
