@@ -22,7 +22,7 @@ TORCH: dict[ScaleDtype, torch.dtype] = {
 }  # fmt: skip
 HALVES: list[ScaleDtype] = ["float16", "bfloat16"]
 SCHEMES = [
-    Affine(symmetric=symmetric, granularity="per_channel", range=rule, scale_dtype=dtype)  # type: ignore[arg-type]
+    Affine(symmetric=symmetric, granularity="per_channel", range=rule, scale_dtype=dtype)
     for symmetric in (False, True, "full")
     for rule in ("minmax", "mse")
     for dtype in HALVES
@@ -86,7 +86,7 @@ def test_a_scale_beyond_the_type_is_refused_by_layer(bits: int, rule: str) -> No
     net[0].weight.data = weight
     for granularity in ("per_channel", "per_tensor"):
         with pytest.raises(SettingError, match="layer '0': 1 scales are beyond float16"):
-            measure(net, Affine(granularity=granularity, scale_dtype="float16"), [bits])  # type: ignore[arg-type]
+            measure(net, Affine(granularity=granularity, scale_dtype="float16"), [bits])
     assert torch.isfinite(fake_quantize(weight, bits, Affine(granularity="per_channel", scale_dtype="bfloat16"))).all()
 
 
@@ -98,7 +98,7 @@ def test_a_constant_is_exact_where_it_is_of_the_type_and_else_as_near_as_a_scale
     weight = torch.full((2, 4), value)
     for symmetric in (False, True, "full"):
         for bits in range(1, 9):
-            scheme = Affine(symmetric=symmetric, granularity="per_channel", scale_dtype=dtype)  # type: ignore[arg-type]
+            scheme = Affine(symmetric=symmetric, granularity="per_channel", scale_dtype=dtype)
             quantized = fake_quantize(weight, bits, scheme)
             if weight.to(TORCH[dtype]).float().equal(weight):
                 assert quantized.equal(weight)
@@ -107,10 +107,10 @@ def test_a_constant_is_exact_where_it_is_of_the_type_and_else_as_near_as_a_scale
 
 
 def test_the_error_that_is_measured_is_that_of_the_rounded_grid() -> None:
-    net = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    net = torch.nn.Linear(64, 32)
     for scheme in SCHEMES:
         table = measure(net, scheme, [4], metrics=["mse"])
-        weight = net[0].weight.detach()
+        weight = net.weight.detach()
         expected = float((fake_quantize(weight, 4, scheme) - weight).double().square().mean())
         assert float(table.layers[0].errors["mse"][0]) == pytest.approx(expected, rel=1e-5)
 
@@ -131,11 +131,11 @@ def test_sixteen_bits_count_and_files_without_the_field_are_as_they_were() -> No
 
 
 def test_a_container_holds_the_same_weights(tmp_path: Path) -> None:
-    net = torch.nn.Sequential(torch.nn.Linear(64, 32))
+    net = torch.nn.Linear(64, 32)
     for scheme in SCHEMES:
         plan = Uniform(bits=4)(measure(net, scheme, [4]))
         state = decompress(compress(net, plan, tmp_path / f"{SCHEMES.index(scheme)}.mpqc"))
-        assert state["0.weight"].equal(fake_quantize(net[0].weight.detach(), 4, scheme))
+        assert state["weight"].equal(fake_quantize(net.weight.detach(), 4, scheme))
 
 
 @pytest.mark.parametrize("bad", ["float64", "fp16", 16, None])

@@ -28,7 +28,7 @@ AFFINE: list[Scheme] = [
     for symmetric in (False, True) for kind in ("minmax", "mse") for grain in GRAINS
 ]  # fmt: skip
 AFFINE += [
-    Affine(symmetric=symmetric, range=kind, scale_dtype=dtype, **GRAINS[-1])
+    Affine(symmetric=symmetric, range=kind, scale_dtype=dtype, **GRAINS[-1])  # type: ignore[arg-type]
     for symmetric, kind, dtype in (
         ("full", "minmax", "float32"), ("full", "mse", "float32"), ("full", "minmax", "float16"),
         ("full", "mse", "bfloat16"), (False, "minmax", "float16"), (True, "minmax", "bfloat16"),
