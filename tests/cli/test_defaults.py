@@ -58,6 +58,11 @@ def test_several_values_are_a_plan_each_and_flags_have_both_names(mpq: Mpq) -> N
     Path("mpq.toml").write_text("[plan]\nqem = [2, 3]\nsymmetric = true\n")
     ran = mpq("plan", "net.safetensors", "--json")
     assert [plan["allocator"]["parameters"]["qem"] for plan in json.loads(ran.out)] == [2.0, 3.0]
+    Path("mpq.toml").write_text("[plan]\nfull-range = true\n")
+    for words, codes in (((), "full"), (("--asymmetric",), False), (("--symmetric",), True)):
+        assert planned(mpq, *words)["layers"][0]["scheme"]["symmetric"] == codes
+    Path("mpq.toml").write_text("[plan]\nasymmetric = true\n")
+    assert planned(mpq, "--full-range")["layers"][0]["scheme"]["symmetric"] == "full"
     Path("mpq.toml").write_text("[plan]\nno-parts = true\n")
     assert planned(mpq)["allocator"]["parameters"]["parts"] is False
 
