@@ -97,6 +97,12 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
         raise SettingError(
             f"{first_few(clipped, ', ')}: clipped, and RTN takes the extremes; measure with range='minmax', or apply()"
         )
+    halves = [repr(layer.name) for layer in planned if cast(Affine, layer.scheme).scale_dtype != "float32"]
+    if halves:
+        raise SettingError(
+            f"{first_few(halves, ', ')}: scales in 16 bits, and RTN's are float32; measure with scale_dtype='float32', "
+            "or use apply()"
+        )
     wrapped = [repr(layer.name) for layer in planned if layer.bits == 8 and not cast(Affine, layer.scheme).symmetric]
     if wrapped:
         raise SettingError(

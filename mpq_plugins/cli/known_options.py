@@ -47,5 +47,6 @@ def _scheme_options() -> set[str]:
     for name in scheme_names():
         with suppress(PluginError):  # whatever is wrong with another package's
             for field in option_fields(scheme_class(name), f"schemes: {name!r}", NO_OPTIONS):
-                found |= {*long_options([field.made("")])}
+                word = field.word_made("")
+                found |= {*long_options([field.made(""), *([word] if word else [])])}
     return found

@@ -77,15 +77,13 @@ class SchemeFields:
                 made.append(option)
         return made
 
-    def said(self, values: dict[str, Any]) -> dict[str, Any]:
+    def said(self, values: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
         """The fields that these options say, taken out of a command's. Raises SettingError where two exclude others."""
         said = {}
         for name, each in self.fields.items():
             value, word = values.pop(name), values.pop(each.kind.word, None)
-            if word and value is False:
-                raise SettingError(
-                    f"{name}: {each.kind.opposite(name)} and {spelled(each.kind.word)} exclude each other; give one"
-                )
+            if word and value is not None:
+                value, word = _one_of(name, each, value, ctx)
             value = each.kind.allowed[0] if word else value
             if value != (() if each.kind.type is list else None):
                 said[name] = value
@@ -157,6 +155,20 @@ class SchemeCommand(SectionCommand):
         return [*schemes.options(shown, named=bool(named)), *more]
 
 
+def _one_of(name: str, flag: OptionField, value: Any, ctx: click.Context) -> tuple[Any, bool]:
+    """Of a flag and its third value's the one that counts: the command line's, or, said together, that which says more.
+
+    Raises SettingError where both are said together and exclude each other.
+    """
+    places = [ctx.get_parameter_source(each) is ParameterSource.COMMANDLINE for each in (name, flag.kind.word)]
+    if places == [True, False]:
+        return value, False
+    if places[0] == places[1] and not value:
+        words = f"{flag.kind.opposite(name)} and {spelled(flag.kind.word)}"
+        raise SettingError(f"{name}: {words} exclude each other; give one")
+    return value, True
+
+
 def _made_of(name: str) -> "Scheme | None":
     """A scheme by its name, with its defaults; None for one that cannot be made without being told more."""
     from ..plans.scheme_names import scheme_class
@@ -171,7 +183,7 @@ def request_values(values: dict[str, Any], ctx: click.Context | None = None) -> 
     """The values of these options, taken out of a command's, as `Request` takes them."""
     ctx = ctx or click.get_current_context()
     schemes: SchemeFields = ctx.meta[SCHEME_FIELDS_KEY]
-    said = schemes.said(values)
+    said = schemes.said(values, ctx)
     others = {name: values.pop(name) for name in REQUEST_NAMES}
     words = [schemes.fields[name].kind.word for name in said]
     sources = {ctx.get_parameter_source(name) for name in (*said, *filter(None, words), *others)}

@@ -151,7 +151,7 @@ class GroupStats:
 def minmax_grids(stats: GroupStats, bits: Sequence[int], scheme: Affine) -> Grids:
     """Grids that span each group's whole range (asymmetric on [lo, hi], lo <= 0 <= hi), (R, len(bits)).
 
-    A constant group gets the scale |c| and so quantizes to itself, exactly, where the scales' dtype has |c|; at 1 bit
+    A constant group gets the scale |c| and so quantizes to itself, exactly where the scales' dtype has |c|; at 1 bit
     the scale is mean|w|. A scale beyond the dtype is infinite, which scales.check_scales refuses.
     """
     widths = np.array(bits, np.int64)
@@ -159,9 +159,9 @@ def minmax_grids(stats: GroupStats, bits: Sequence[int], scheme: Affine) -> Grid
     grids = affine_grids(np.minimum(low, 0.0), np.maximum(high, 0.0), widths, scheme)
     scale, zero_point = grids.scale, grids.zero_point
     if (low == high).any():
-        exact = np.where(low == 0, 1.0, np.abs(low))
-        constant = (low == high) & (rounded_scale(exact, scheme.scale_dtype) == exact)
-        scale = np.where(constant, exact.astype(np.float32), scale)
+        alone = rounded_scale(np.abs(low), scheme.scale_dtype)
+        constant = (low == high) & np.isfinite(alone)
+        scale = np.where(constant, alone, scale)
         # c < 0 needs a code below the zero point; the asymmetric codes start at 0.
         zero_point = np.where(constant, np.int32(0) if scheme.symmetric else (low < 0).astype(np.int32), zero_point)
     if (widths == 1).any():

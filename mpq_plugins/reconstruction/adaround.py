@@ -141,7 +141,10 @@ def settled(weight: Tensor, choice: LayerChoice) -> Tensor:
     weights, _ = requantized(weight, choice)
     limit = weight.detach().abs().amax() * 1e-5 if weight.numel() else 0.0
     if not bool(((weights - weight).abs() <= limit).all()):
-        raise WeightError(f"layer {choice.name!r}: the learned codes do not survive quantizing; please report this")
+        why = "please report this"
+        if getattr(choice.scheme, "scale_dtype", "") == "float16":
+            why = "its scales are too small for float16. Measure with scale_dtype bfloat16 or float32, or skip it"
+        raise WeightError(f"layer {choice.name!r}: the learned codes do not survive quantizing; {why}")
     return weights
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.layers import LayerChoice
-from ..plans.scheme import Symmetry
+from ..plans.scheme import Symmetry, scale_bits_of
 from ..quantization.contract import PartCodes, PartShape
 from ..quantization.groups import group_rows
 from ..quantization.integer_codes import integer_codes
@@ -80,7 +80,10 @@ def _part_levels(part: WeightPart, choice: LayerChoice) -> tuple[list[Tensor], T
     by_step = scheme.as_affine is not None and not scheme.scales_per_group  # which need not have a level at a constant
     constant = (rows.amin(1, keepdim=True) == rows.amax(1, keepdim=True)) & (not by_step)
     has_zero = torch.tensor([bool((level == 0).any()) for level in levels])[:, None]
-    ends = torch.where(constant, rows, ends)
+    at = rows  # where a scale can be the constant, which is then a level
+    if scale_bits_of(scheme) < 32 and constant.any():
+        at = grouped(fake_quantize(part.values.float(), part.bits, scheme, channel_axis=axis, layer=choice.name))
+    ends = torch.where(constant, at, ends)
     return levels, torch.where((rows == 0) & has_zero & ends.isnan(), 0.0, ends)
 
 

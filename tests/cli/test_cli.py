@@ -198,6 +198,15 @@ def test_scheme_options_reach_the_plan(mpq: Mpq, checkpoint: Path, tmp_path: Pat
     assert (list(plan.by_name), plan.skipped, plan.activation_bits) == (["conv1"], ("conv2", "fc", "up"), 8)
     mpq("plan", checkpoint, "-a", "uniform", "--group-size", 3, "--only", "conv1", "-o", out)
     assert str(Plan.load(out).layers[0].scheme) == "asymmetric per_group(3) minmax"
+    for words in (["--full-range"], ["--symmetric", "--full-range"]):
+        mpq("plan", checkpoint, "-a", "uniform", *words, "--scale-dtype", "float16", "--only", "conv1", "-o", out)
+        assert Plan.load(out).layers[0].scheme == Affine(symmetric="full", scale_dtype="float16")
+    ran = mpq("plan", checkpoint, "--full-range", "--asymmetric")
+    assert ran.code == 2
+    assert "symmetric: --asymmetric and --full-range exclude each other" in ran.err
+    assert "full_range: means nothing" not in ran.err
+    ran = mpq("plan", checkpoint, "--full-range", "--scheme", "codebook")
+    assert "symmetric: means nothing with the codebook scheme" in ran.err
 
 
 def test_what_was_left_alone_is_said(mpq: Mpq, tmp_path: Path) -> None:

@@ -54,10 +54,21 @@ def test_the_files_options_choose_the_allocator_too(mpq: Mpq) -> None:
     assert planned(mpq, "--average-bits", 3)["allocator"]["name"] == "budget"
 
 
+def symmetry(mpq: Mpq, *words: object) -> object:
+    """Of the plan that is written."""
+    assert mpq("plan", "net.safetensors", "-o", "plan.json", *words).code == 0
+    return json.loads(Path("plan.json").read_text())["layers"][0]["scheme"]["symmetric"]
+
+
 def test_several_values_are_a_plan_each_and_flags_have_both_names(mpq: Mpq) -> None:
     Path("mpq.toml").write_text("[plan]\nqem = [2, 3]\nsymmetric = true\n")
     ran = mpq("plan", "net.safetensors", "--json")
     assert [plan["allocator"]["parameters"]["qem"] for plan in json.loads(ran.out)] == [2.0, 3.0]
+    Path("mpq.toml").write_text("[plan]\nfull-range = true\n")
+    for words, codes in (((), "full"), (("--asymmetric",), False), (("--symmetric",), True)):
+        assert symmetry(mpq, *words) == codes
+    Path("mpq.toml").write_text("[plan]\nasymmetric = true\n")
+    assert symmetry(mpq, "--full-range") == "full"
     Path("mpq.toml").write_text("[plan]\nno-parts = true\n")
     assert planned(mpq)["allocator"]["parameters"]["parts"] is False
 

@@ -81,6 +81,12 @@ def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:
     assert "--granularity NAME scales: per_tensor, per_channel, per_group" in text
 
 
+def test_rare_options_are_listed_where_their_scheme_is_named(mpq: Mpq) -> None:
+    for words, listed in (([], False), (["--scheme", "affine"], True), (["--scheme", "codebook"], False)):
+        text = mpq("measure", *words, "--help").out
+        assert ("--full-range" in text, "--scale-dtype" in text) == (listed, listed)
+
+
 @pytest.mark.parametrize(
     ("words", "begun", "completions"),
     [

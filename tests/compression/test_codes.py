@@ -24,6 +24,8 @@ SCHEMES: list[Scheme] = [
         Affine(**own),  # type: ignore[arg-type]
         Affine(symmetric=True, **own),  # type: ignore[arg-type]
         Affine(range="mse", **own),  # type: ignore[arg-type]
+        Affine(symmetric="full", **own),  # type: ignore[arg-type]
+        Affine(symmetric="full", range="mse", scale_dtype="bfloat16", **own),  # type: ignore[arg-type]
         Piecewise(**own),  # type: ignore[arg-type]
         Piecewise(storage="shared", **own),  # type: ignore[arg-type]
         Codebook(**own),  # type: ignore[arg-type]

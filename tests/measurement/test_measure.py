@@ -26,6 +26,8 @@ SCHEMES = [
     Affine(granularity="per_channel"),
     Affine(granularity="per_channel", symmetric=True, range="mse"),
     Affine(range="mse"),
+    Affine(symmetric="full", granularity="per_channel", range="mse"),
+    Affine(symmetric="full", scale_dtype="float16"),
 ]
 
 

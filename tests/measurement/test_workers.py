@@ -41,6 +41,7 @@ SCHEMES: list[Scheme] = [
     Affine(granularity="per_group", group_size=4),
     Affine(range="mse"),
     Affine(granularity="per_channel", range="mse", symmetric=True),
+    Affine(granularity="per_channel", range="mse", symmetric="full", scale_dtype="float16"),
     Piecewise(),
     Piecewise(granularity="per_channel"),
 ]

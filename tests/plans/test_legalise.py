@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from mpq_plugins import Affine, EntropyCoded, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.legalise import Capabilities, Policy, legalise, require_legal
+from mpq_plugins.plans.scheme import Symmetry
 from tests.helpers.plans import linear, plan_of, plans
 from tests.helpers.says import names, naming
 
 ANYTHING = Capabilities(
     backend="anything", bits=tuple(range(1, 9)), kinds=("linear",),
-    schemes=("affine", "piecewise", "codebook", "entropy_coded"),
+    schemes=("affine", "piecewise", "codebook", "entropy_coded"), symmetric=(False, True, "full"),
     granularities=("per_tensor", "per_channel", "per_group"), parts=True, float_parts=True, activation_bits=(None, 8),
 )  # fmt: skip
 INT8 = Capabilities(backend="int8", bits=(8,), kinds=("linear",), granularities=("per_channel",), activation_bits=(8,))
@@ -43,6 +44,20 @@ def test_what_comes_out_is_legal_and_every_difference_is_listed(plan: Plan, able
 def test_a_backend_that_takes_all_changes_nothing(plan: Plan) -> None:
     for policy in ("up", "nearest", "error"):
         assert legalise(plan, ANYTHING, policy) == (plan, ())
+
+
+@pytest.mark.parametrize(
+    ("given_codes", "able", "expected"),
+    [("full", (False, True), True), ("full", (False,), False), ("full", (True, "full"), "full"),
+     (True, ("full",), "full"), (True, (False, "full"), "full"), (True, (False,), False),
+     (False, (True, "full"), True), (False, ("full",), "full")],
+)  # fmt: skip
+def test_codes_become_the_nearest_that_the_backend_has(given_codes: Symmetry, able: Any, expected: Symmetry) -> None:
+    scheme = Affine(symmetric=given_codes, range="mse", scale_dtype="float16")
+    chip = Capabilities(backend="chip", bits=(4,), kinds=("linear",), symmetric=able)
+    legal, changes = legalise(plan_of(linear("fc", 4, 2, scheme, 4)), chip)
+    assert legal.layers[0].scheme == Affine(symmetric=expected, range="mse", scale_dtype="float16")
+    assert [change.why.startswith("chip has only ") for change in changes] == [True] * (expected != given_codes)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mpq_plugins.plans.scheme import Symmetry
 
-def levels(weights: Sequence[float], bits: int, symmetric: bool) -> tuple[float, int, int, int]:
+
+def levels(weights: Sequence[float], bits: int, symmetric: Symmetry) -> tuple[float, int, int, int]:
     """(scale, zero_point, qmin, qmax) of min-max quantization, bits >= 2."""
     low, high = min(weights), max(weights)
+    if symmetric == "full":
+        extreme = low if low <= 0 and -low >= high else high  # whose code is -2^(b-1)
+        return float(np.float32(extreme / -(2 ** (bits - 1)))) or 1.0, 0, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if low == high:
         if symmetric:
             top = 2 ** (bits - 1) - 1
@@ -22,7 +27,7 @@ def levels(weights: Sequence[float], bits: int, symmetric: bool) -> tuple[float,
     return scale, round(-low / scale), 0, 2**bits - 1
 
 
-def fake(weights: Sequence[float], bits: int, symmetric: bool) -> list[float]:
+def fake(weights: Sequence[float], bits: int, symmetric: Symmetry) -> list[float]:
     """The dequantized weights."""
     if bits == 1:
         alpha = float(np.float32(math.fsum(map(abs, weights)) / len(weights)))

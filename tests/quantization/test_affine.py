@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mpq_plugins import Affine
 from mpq_plugins.errors import SettingError, WeightError
+from mpq_plugins.plans.scheme import Symmetry
 from mpq_plugins.quantization.affine import dequantize, quantize
 from mpq_plugins.quantization.quantize import fake_quantize
 from tests.quantization import oracle
 
 SCHEMES = [
     Affine(symmetric=symmetric, granularity=granularity, group_size=group, range=range_name)  # type: ignore[arg-type]
-    for symmetric in (False, True)
+    for symmetric in (False, True, "full")
     for granularity, group in (("per_tensor", None), ("per_channel", None), ("per_group", 2))
     for range_name in ("minmax", "mse")
 ]
@@ -29,8 +30,8 @@ def weights(max_side: int = 6) -> st.SearchStrategy[Tensor]:
     return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=floats)).map(torch.from_numpy)
 
 
-@given(weights(), st.sampled_from(range(2, 9)), st.booleans())
-def test_min_max_equals_the_slow_loop(weight: Tensor, bits: int, symmetric: bool) -> None:
+@given(weights(), st.sampled_from(range(2, 9)), st.sampled_from([False, True, "full"]))
+def test_min_max_equals_the_slow_loop(weight: Tensor, bits: int, symmetric: Symmetry) -> None:
     scheme = Affine(symmetric=symmetric, granularity="per_channel")
     got = fake_quantize(weight, bits, scheme)
     for row, quantized in zip(weight.tolist(), got.tolist(), strict=True):
@@ -39,7 +40,7 @@ def test_min_max_equals_the_slow_loop(weight: Tensor, bits: int, symmetric: bool
             # Where w / scale falls on a half, float32 and float64 may round to different neighbours, both right.
             tie = abs(abs(w / scale) % 1 - 0.5) < 1e-4
             assert q == pytest.approx(expected, rel=1e-6, abs=1e-30) or (
-                tie and abs(abs(q - expected) / scale - 1) < 1e-4
+                tie and abs(abs(q - expected) / abs(scale) - 1) < 1e-4
             )
 
 
@@ -57,10 +58,11 @@ def test_codes_fit_and_decode(weight: Tensor, bits: int, scheme: Affine) -> None
 @given(weights(), st.sampled_from(range(2, 9)), st.sampled_from([s for s in SCHEMES if s.range == "minmax"]))
 def test_min_max_error_is_at_most_half_a_step(weight: Tensor, bits: int, scheme: Affine) -> None:
     quantized = quantize(weight, bits, scheme)
-    steps = torch.from_numpy(quantized.grid.scale)
+    steps = torch.from_numpy(quantized.grid.scale).abs()
     error = (dequantize(quantized) - weight).abs().reshape(len(steps), -1)
-    # Half a step for rounding; half more at the far end, where the zero point's own rounding shifts the range.
-    limit = 0.5 if scheme.symmetric else 1.0
+    # Half a step for rounding; half more at the far end, where the zero point's own rounding shifts the range, or where
+    # the full range has one code less.
+    limit = 0.5 if scheme.symmetric is True else 1.0
     assert (error <= steps * (limit + 1e-4)).all()
 
 

@@ -15,7 +15,7 @@ from mpq_plugins.quantization.affine import quantize
 from mpq_plugins.quantization.fitted import check_fits, fitted
 from mpq_plugins.quantization.quantize import fake_quantize
 
-SCHEMES = [Affine(granularity="per_channel", symmetric=symmetric) for symmetric in (False, True)]
+SCHEMES = [Affine(granularity="per_channel", symmetric=symmetric) for symmetric in (False, True, "full")]
 PLAIN = SCHEMES[0]
 
 

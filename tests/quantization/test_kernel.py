@@ -55,10 +55,11 @@ def test_both_paths_agree(length: int, shared: bool, largest: bool, monkeypatch:
 )
 def test_both_paths_agree_on_any_float(values: NDArray[np.float32]) -> None:
     rows = torch.from_numpy(values)
-    grids = grids_for(rows, False, bits=range(2, 9))
-    compiled = kernel._numba_sums(rows, grids, True)
-    plain = kernel._torch_sums(rows, grids, True)
-    np.testing.assert_allclose(compiled, plain, rtol=AGREEMENT)
+    for symmetric in (False, "full"):
+        grids = grids_for(rows, False, symmetric, bits=range(2, 9))
+        compiled = kernel._numba_sums(rows, grids, True)
+        plain = kernel._torch_sums(rows, grids, True)
+        np.testing.assert_allclose(compiled, plain, rtol=AGREEMENT)
 
 
 @pytest.mark.parametrize("exponent", [-140, -120, -60, -41, -39, 0, 39, 41, 100])
@@ -88,8 +89,8 @@ def near_ties() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", near_ties())
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_near_ties_are_rounded_right(name: str, symmetric: bool) -> None:
+@pytest.mark.parametrize("symmetric", [False, True, "full"])
+def test_near_ties_are_rounded_right(name: str, symmetric: Symmetry) -> None:
     rows = near_ties()[name]
     grids = grids_for(rows, False, symmetric, range(2, 9))
     compiled, plain = kernel._numba_sums(rows, grids, True), kernel._torch_sums(rows, grids, True)
@@ -101,7 +102,7 @@ def test_sums_are_what_the_slow_loop_adds_up(route: str, seed: int) -> None:
     rows = torch.randn(2, 301, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed * 4 - 8)
     rows[:, ::50] = 0.0
     for bits in range(1, 9):
-        for symmetric in (False, True):
+        for symmetric in (False, True, "full"):
             grids = grids_for(rows, False, symmetric, range(bits, bits + 1))
             sums = kernel.error_sums(rows, grids, largest=True)[:, 0]
             for row, got in zip(rows.tolist(), sums, strict=True):
@@ -174,8 +175,9 @@ def test_the_float32_path_is_what_these_tests_see(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernel_numba, "_run", watched)
     for length in LENGTHS[3:]:
         rows = torch.randn(3, length, generator=torch.Generator().manual_seed(length))
-        kernel._numba_sums(rows, grids_for(rows, True, bits=range(2, 9)), True)
-    assert seen == [np.float32] * len(LENGTHS[3:])
+        for symmetric in (False, "full"):
+            kernel._numba_sums(rows, grids_for(rows, True, symmetric, bits=range(2, 9)), True)
+    assert seen == [np.float32] * 2 * len(LENGTHS[3:])
 
 
 def test_a_numba_that_does_not_load_gives_a_warning_and_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +225,8 @@ def fewer(rows: Tensor, route: str) -> Tensor:
 
 @pytest.mark.parametrize("name", bfloat16_rows())
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_bfloat16_has_the_sums_of_the_same_floats(route: str, name: str, shared: bool, symmetric: bool) -> None:
+@pytest.mark.parametrize("symmetric", [False, True, "full"])
+def test_bfloat16_has_the_sums_of_the_same_floats(route: str, name: str, shared: bool, symmetric: Symmetry) -> None:
     rows = fewer(bfloat16_rows()[name], route)
     widths = range(2, 9) if name == "every bit pattern" else range(1, 9)  # of all floats the mean overflows
     grids = grids_for(rows.float(), shared, symmetric, widths)

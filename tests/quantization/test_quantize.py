@@ -15,7 +15,7 @@ from mpq_plugins.quantization.quantize import fake_quantize
 SHAPE = (2, 256)  # so many in a channel that each may have a codebook of 8 bits
 FORMULAS = ("search", "gaussian", "laplacian_root")
 SETTINGS: list[tuple[type[Any], dict[str, Any]]] = [
-    *((Affine, {"symmetric": symmetric, "range": rule}) for symmetric in (False, True) for rule in RANGES),
+    *((Affine, {"symmetric": symmetric, "range": rule}) for symmetric in (False, True, "full") for rule in RANGES),
     *((Piecewise, {"breakpoint": rule, "storage": storage}) for rule in FORMULAS for storage in STORAGES),
     *((Codebook, {"init": init}) for init in INITS),
 ]
@@ -41,8 +41,8 @@ ALLOWED = list(allowed())
 
 
 def test_all_schemes_are_here_at_all_of_their_widths() -> None:
-    assert len(SCHEMES) == 3 * (4 + 6 + 4)
-    assert len(ALLOWED) == 3 * 4 * 8 + 3 * 6 * 7 + 4 * (8 + 8 + 7)
+    assert len(SCHEMES) == 3 * (6 + 6 + 4)
+    assert len(ALLOWED) == 3 * 6 * 8 + 3 * 6 * 7 + 4 * (8 + 8 + 7)
 
 
 def test_a_constant_is_exact() -> None:

@@ -16,6 +16,8 @@ from tests.helpers.plans import linear
 
 SCHEMES = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")
            for r in ("minmax", "mse")] + [Affine(granularity="per_group", group_size=2)]  # fmt: skip
+SCHEMES += [Affine(symmetric="full", granularity="per_channel", range=r, scale_dtype=d) for r in ("minmax", "mse")
+            for d in ("float32", "float16")] + [Affine(granularity="per_channel", scale_dtype="bfloat16")]  # fmt: skip
 
 
 @st.composite

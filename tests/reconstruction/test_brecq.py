@@ -84,6 +84,8 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 SCHEMES: list[Scheme] = [Affine(symmetric=s, granularity=g, range=r) for s in (False, True)
                          for g in ("per_tensor", "per_channel") for r in ("minmax", "mse")]  # fmt: skip
+SCHEMES += [Affine(symmetric="full", granularity="per_channel", scale_dtype="float16", range=r) for r in
+            ("minmax", "mse")]  # fmt: skip
 CODED: list[Scheme] = [EntropyCoded(), EntropyCoded(step=0.35), EntropyCoded(step=0.3, rounding_offset=0.5)]
 
 

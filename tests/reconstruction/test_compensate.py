@@ -33,6 +33,8 @@ SCHEMES: list[Scheme] = [
     *(Affine(symmetric=s, granularity=g, range=r) for s in (False, True) for g in ("per_tensor", "per_channel")
       for r in ("minmax", "mse")),
     Affine(granularity="per_group", group_size=2), Affine(granularity="per_group", group_size=2, range="mse"),
+    Affine(symmetric="full", granularity="per_channel"), Affine(symmetric="full", range="mse", scale_dtype="float16"),
+    Affine(granularity="per_channel", scale_dtype="float16"),
     Codebook(), Codebook(init="linear"),
 ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from examples.plugins.scheme.mpq_powers import Powers
 from mpq_plugins import Affine, Codebook, LayerChoice, Piecewise, WeightError
-from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.plans.scheme import Scheme, scale_bits_of
 from mpq_plugins.reconstruction.levels import Levels
 from mpq_plugins.simulation.layer import simulate_layer
 from tests.helpers.plans import linear, possible
@@ -26,6 +26,13 @@ GRAINS: list[dict[str, Any]] = [
 AFFINE: list[Scheme] = [
     Affine(symmetric=symmetric, range=kind, **grain)
     for symmetric in (False, True) for kind in ("minmax", "mse") for grain in GRAINS
+]  # fmt: skip
+AFFINE += [
+    Affine(symmetric=symmetric, range=kind, scale_dtype=dtype, **GRAINS[-1])  # type: ignore[arg-type]
+    for symmetric, kind, dtype in (
+        ("full", "minmax", "float32"), ("full", "mse", "float32"), ("full", "minmax", "float16"),
+        ("full", "mse", "bfloat16"), (False, "minmax", "float16"), (True, "minmax", "bfloat16"),
+    )
 ]  # fmt: skip
 PIECEWISE: list[Scheme] = [
     Piecewise(storage=storage, breakpoint=kind, **grain)
@@ -105,7 +112,9 @@ def check_members(weight: Tensor, choice: LayerChoice) -> Levels:
                 if not np.isnan(held):
                     # An extreme of a tie is held at the end that is as near.
                     step = float(table.diff().abs().max()) if len(table) > 1 else 0.0
-                    assert abs(held - value) <= 1.001 * step
+                    # Rounding a scale below float16's normal numbers moves an end by more.
+                    coarse = getattr(choice.scheme, "scale_dtype", "") == "float16" and step < 2.0**-14
+                    assert coarse or abs(held - value) <= 1.001 * step
     return levels
 
 
@@ -194,8 +203,13 @@ def test_a_constant_group_is_held_where_quantizing_leaves_it(scheme: Scheme, val
         choice = linear("fc", 4, 8, scheme, bits)
         weight = torch.full((4, 8), value)
         levels = Levels.of(weight, choice)
+        made = simulate_layer(weight, choice)
+        if scale_bits_of(scheme) == 16:  # which may have no scale for the constant
+            assert levels.held.equal(made)
+            assert simulate_layer(made, choice).equal(made)
+            continue
         assert levels.held.equal(weight)
-        torch.testing.assert_close(simulate_layer(weight, choice), weight, rtol=1e-5, atol=0)
+        torch.testing.assert_close(made, weight, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

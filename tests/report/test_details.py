@@ -71,6 +71,10 @@ def test_a_table_says_its_quantizer_and_what_it_holds(table: LayerTable) -> None
         (Affine(), "affine, per tensor"),
         (Affine(symmetric=True, granularity="per_group", group_size=64), "affine, symmetric, groups of 64"),
         (Affine(granularity="per_channel", range="mse"), "affine, per channel, clipped"),
+        (
+            Affine(symmetric="full", scale_dtype="float16"),
+            "affine, full-range symmetric, per tensor, scales in float16",
+        ),
         (Piecewise(), "piecewise, per tensor"),
         (Codebook(granularity="per_channel"), "codebook, per channel"),
         (EntropyCoded(), "entropy-coded"),
