@@ -58,6 +58,8 @@ def scheme_words(scheme: Scheme) -> str:
     """`affine, per channel, clipped`: a scheme as a person says it."""
     if scheme.name == "entropy_coded":
         return "entropy-coded"
+    if scheme.name == "ggml":
+        return str(scheme)
     size = getattr(scheme, "group_size", None)
     grain = GRAINS.get(scheme.granularity, f"groups of {size}")
     symmetric = ["symmetric"] if getattr(scheme, "symmetric", False) else []
