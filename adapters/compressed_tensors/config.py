@@ -1,9 +1,8 @@
 """The quantization_config of a checkpoint: a group for each width and scheme, with exact names."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
-
-import compressed_tensors
 
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import is_weight, layer_name
@@ -30,7 +29,7 @@ def quantization_config(source: FloatCheckpoint) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        "version": compressed_tensors.__version__,
+        "version": version("compressed-tensors"),
         "config_groups": {
             f"group_{number}": {"targets": names, **scheme} for number, (scheme, names) in enumerate(groups.values())
         },
