@@ -37,7 +37,7 @@ def encode(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[st
     for chunk in code_chunks(stored.read_rows, choice):
         pieces.append(pack_to_int32(chunk.codes, bits) if symmetric else chunk.codes)
         chunks.append(Scales(chunk.scale, chunk.zero_point))
-    scales = Scales(torch.cat([one.scale for one in chunks]), torch.cat([one.zero_point for one in chunks]))
+    scales = Scales.joined(chunks)
     name = layer_name(parameter)
     tensors = {
         weight_name(name) + ("_packed" if symmetric else ""): torch.cat(pieces),

@@ -1,6 +1,6 @@
 """The plan's integers of one layer, some rows at a time, so that memory does not follow the layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,8 +36,12 @@ class Scales:
     @classmethod
     def of(cls, chunks: Iterable[IntegerWeight]) -> "Scales":
         """Those of the chunks, one after the other."""
-        pairs = [(chunk.scale, chunk.zero_point) for chunk in chunks]
-        return cls(torch.cat([scale for scale, _ in pairs]), torch.cat([zero for _, zero in pairs]))
+        return cls.joined([cls(chunk.scale, chunk.zero_point) for chunk in chunks])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scales"]) -> "Scales":
+        """Of parts of a layer, one after the other."""
+        return cls(torch.cat([part.scale for part in parts]), torch.cat([part.zero_point for part in parts]))
 
     def repeated(self, groups: int) -> "Scales":
         """The same for so many groups a channel, of which one group now stands for all."""
