@@ -30,5 +30,4 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
         SourceError: Files cannot be read.
     """
     opened = open_float(plan, source)
-
     return verify_directory(Path(exported), opened, decode, files(opened), progress=progress)
