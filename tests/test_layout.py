@@ -41,7 +41,7 @@ ORDER = (
     "cli",
     "__main__",
 )
-ADAPTERS = ("brevitas", "compressed_tensors", "fx", "gptq", "inc", "inc_classic", "mlx", "pt2e", "torchao")
+ADAPTERS = ("brevitas", "compressed_tensors", "configs", "fx", "gptq", "inc", "inc_classic", "mlx", "pt2e", "torchao")
 
 
 def packages_in_the_tree() -> set[str]:
