@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpq_plugins import Affine
 from mpq_plugins.adapters.shared import layer_codes
-from mpq_plugins.adapters.shared.layer_codes import Scales, code_chunks, code_problem, exact_dtype, mirrored
+from mpq_plugins.adapters.shared.layer_codes import Scales, code_chunks, code_problem, exact_dtype
 from mpq_plugins.checkpoints.readers import MemoryRows
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.plans import linear
@@ -58,18 +58,6 @@ def test_repeated_scales_say_the_same(groups: int) -> None:
     repeated = Scales(whole.scale, whole.zero_point).repeated(groups)
     same = replace(whole, scale=repeated.scale, zero_point=repeated.zero_point)
     assert torch.equal(same.dequantized(), whole.dequantized())
-
-
-@given(st.lists(st.floats(-4, 4, width=32), min_size=4, max_size=4), st.booleans())
-def test_mirrored_codes_are_the_same_weight_by_positive_scales(values: list[float], asymmetric: bool) -> None:
-    choice = linear("fc", 4, 8, Affine(granularity="per_channel"), 4)
-    whole = integer_weight(torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), choice)
-    codes = whole.codes.clamp(-7, 7)
-    zero_point = whole.zero_point if asymmetric else torch.zeros_like(whole.zero_point)
-    signed = replace(whole, codes=codes, zero_point=zero_point, scale=torch.tensor(values).view(4, 1))
-    made = mirrored(signed)
-    assert bool((made.scale >= 0).all())
-    assert torch.equal(made.dequantized() + 0.0, signed.dequantized() + 0.0)  # -0 is 0
 
 
 def test_scales_are_in_the_models_dtype_where_that_is_exact() -> None:
