@@ -270,7 +270,7 @@ def test_outputs_that_cannot_be(file: Path, tmp_path: Path, output: str, message
 def test_a_source_that_is_no_gguf_says_how_to_make_one(file: Path, tmp_path: Path) -> None:
     torch.save({"a.weight": torch.ones(4, 32)}, tmp_path / "net.pt")
     with pytest.raises(
-        SourceError, match=r"is no GGUF file. Convert the checkpoint first.*convert_hf_to_gguf, --outtype"
+        SourceError, match=r"is no GGUF file. Convert the checkpoint, in floating.*convert_hf_to_gguf, --outtype"
     ):
         adapter.check(planned(file, GGML(type="q8_0"), 8), tmp_path / "net.pt")
 
