@@ -205,7 +205,7 @@ def test_a_plan_in_transformers_names_is_mapped(file: Path, tmp_path: Path) -> N
 
 
 def test_names_that_do_not_map_are_told(file: Path) -> None:
-    plan = planned(file, GGML(type="q5_0"), 5).renamed({"blk.0.attn_q": "model.layers.0.odd_thing"})
+    plan = hugging_face(planned(file, GGML(type="q5_0"), 5)).renamed({"model.embed_tokens": "model.layers.0.odd_thing"})
     with pytest.raises(
         SettingError, match=r"^layer 'model.layers.0.odd_thing', one of 1 such, has no name in GGUF files"
     ):
