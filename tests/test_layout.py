@@ -41,7 +41,9 @@ ORDER = (
     "cli",
     "__main__",
 )
-ADAPTERS = ("brevitas", "compressed_tensors", "fx", "gguf", "inc", "inc_classic", "pt2e", "torchao")
+ADAPTERS = (
+    "brevitas", "compressed_tensors", "configs", "fx", "gguf", "gptq", "inc", "inc_classic", "mlx", "pt2e", "torchao",
+)  # fmt: skip
 
 
 def packages_in_the_tree() -> set[str]:

@@ -40,6 +40,20 @@ def check(plan: Plan, source: Path, *, runtime: str = "vllm") -> None:
         SettingError: The runtime cannot load the plan. The message names layers and the remedy.
         MismatchError: The plan is another model's.
         SourceError: The checkpoint cannot be read, or is quantized already.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from mpq_plugins.adapters import compressed_tensors
+        >>> source = Path("net")
+        >>> source.mkdir(exist_ok=True)
+        >>> save_file({"fc.weight": torch.randn(32, 64)}, source / "model.safetensors")
+        >>> (source / "config.json").write_text("{}")
+        2
+        >>> scheme = mpq.Affine(granularity="per_channel", symmetric=True)
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(source, scheme))
+        >>> compressed_tensors.check(plan, source)
     """
     checked(plan, source, runtime)
 

@@ -1,16 +1,12 @@
 """The quantization_config of a checkpoint: a group for each width and scheme, with exact names."""
 
-from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
-import compressed_tensors
-
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.names import is_weight, layer_name
-from mpq_plugins.weights.not_layers import is_embedding
-from mpq_plugins.weights.roles import is_head
+from mpq_plugins.plans.names import layer_name
 
-from ..shared.float_checkpoint import FloatCheckpoint
+from ..shared.float_checkpoint import FloatCheckpoint, left_in_float
 from .tensors import BYTES, PACKED, is_symmetric, stored_bits
 
 MIXED = "mixed-precision"
@@ -30,11 +26,11 @@ def quantization_config(source: FloatCheckpoint) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": formats[0] if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        "version": compressed_tensors.__version__,
+        "version": version("compressed-tensors"),
         "config_groups": {
             f"group_{number}": {"targets": names, **scheme} for number, (scheme, names) in enumerate(groups.values())
         },
-        "ignore": list(_ignored(source)),
+        "ignore": list(left_in_float(source)),
     }
 
 
@@ -49,20 +45,3 @@ def _scheme(choice: LayerChoice) -> dict[str, Any]:
         "dynamic": False,
     }
     return {"format": PACKED if is_symmetric(choice) else BYTES, "weights": weights}
-
-
-def _ignored(source: FloatCheckpoint) -> Iterator[str]:
-    """Matrices that stay in float, by the modules' names: a loader takes what it is not told of for quantized.
-
-    The head is one also where the file has none, for it is the input embedding.
-    """
-    heads, shapes = 0, {parameter: stored.shape for parameter, stored in source.tensors.items()}
-    for parameter, stored in source.tensors.items():
-        name, choice = layer_name(parameter), source.planned.layer(parameter)
-        heads += is_head(name)
-        embeds = is_embedding(name, stored.shape, shapes) if choice is None else choice.kind == "embedding"
-        matrix = len(stored.shape) == 2 and is_weight(parameter) and source.coded(parameter) is None
-        if matrix and (is_head(name) or not embeds):
-            yield name
-    if not heads:
-        yield "lm_head"

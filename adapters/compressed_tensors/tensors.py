@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from mpq_plugins.checkpoints.readers import StoredTensor
@@ -31,12 +30,14 @@ def stored_bits(choice: LayerChoice) -> int:
 
 def encode(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[str, Tensor]:
     """The tensors of one layer. Scales are in the model's dtype where that holds them exactly, and else in float32."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32  # which takes long to import
+
     symmetric, bits, pieces = is_symmetric(choice), stored_bits(choice), list[Tensor]()
     chunks = []
     for chunk in code_chunks(stored.read_rows, choice):
         pieces.append(pack_to_int32(chunk.codes, bits) if symmetric else chunk.codes)
         chunks.append(Scales(chunk.scale, chunk.zero_point))
-    scales = Scales(torch.cat([one.scale for one in chunks]), torch.cat([one.zero_point for one in chunks]))
+    scales = Scales.joined(chunks)
     name = layer_name(parameter)
     tensors = {
         weight_name(name) + ("_packed" if symmetric else ""): torch.cat(pieces),
@@ -51,6 +52,8 @@ def encode(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[st
 
 def decode(parameter: str, choice: LayerChoice, found: Found) -> Decoded:
     """One layer read back. Raises VerifyError."""
+    from compressed_tensors.compressors.pack_quantized import unpack_from_int32  # which takes long to import
+
     rows, columns = choice.shape
     bits, name = stored_bits(choice), weight_name(layer_name(parameter))
     groups = max(1, choice.scheme.groups_per_channel(choice.shape, choice.channel_axis, choice.name))

@@ -28,6 +28,22 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
         VerifyError: The files do not hold the plan. The message lists what is wrong.
         MismatchError: The plan is another model's.
         SourceError: Files cannot be read.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from mpq_plugins.adapters import compressed_tensors
+        >>> source = Path("net")
+        >>> source.mkdir(exist_ok=True)
+        >>> save_file({"fc.weight": torch.randn(32, 64)}, source / "model.safetensors")
+        >>> (source / "config.json").write_text("{}")
+        2
+        >>> scheme = mpq.Affine(granularity="per_channel", symmetric=True)
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(source, scheme))
+        >>> exported = compressed_tensors.export(source, plan, Path("net-verified"))
+        >>> compressed_tensors.verify(exported.path, plan, source)[0].bits
+        ((4, 32),)
     """
     opened = open_float(plan, source)
     files = configured(opened, quantization_config=quantization_config(opened))

@@ -38,6 +38,21 @@ def export(
         SettingError: As `check`; or the output cannot be there.
         MismatchError: As `check`.
         SourceError: As `check`; or writing fails.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from mpq_plugins.adapters import compressed_tensors
+        >>> source = Path("net")
+        >>> source.mkdir(exist_ok=True)
+        >>> save_file({"fc.weight": torch.randn(32, 64)}, source / "model.safetensors")
+        >>> (source / "config.json").write_text("{}")
+        2
+        >>> scheme = mpq.Affine(granularity="per_channel", symmetric=True)
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(source, scheme))
+        >>> compressed_tensors.export(source, plan, Path("net-exported")).layers
+        1
     """
     opened = checked(plan, Path(source), runtime)
     coarse: list[float] = []

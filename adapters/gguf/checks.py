@@ -116,8 +116,8 @@ def opened(plan: Plan, source: Path) -> Opened:
     source = Path(source)
     if not is_gguf(source):
         raise SourceError(
-            f"{source}: is no GGUF file. Convert the checkpoint first, in floating point: convert_hf_to_gguf.py DIR "
-            "--outtype f32 (the plan may have the checkpoint's names); --config-only needs no GGUF file"
+            f"{source}: is no GGUF file. Convert the checkpoint, in floating point (llama.cpp's convert_hf_to_gguf,"
+            " --outtype f32); the plan may have the checkpoint's names. --config-only needs no GGUF file"
         )
     header, checkpoint = read_gguf(source), read_checkpoint(source)
     blocks = header.metadata.get(f"{header.architecture}.block_count")

@@ -1,7 +1,7 @@
 """A plan by the names that GGUF files have: its own, or those that gguf maps from transformers' names."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from mpq_plugins.weights.roles import read_config
 
 EXPERT = re.compile(r"^(?P<stack>.*\bexperts)\.(?P<number>\d+)(?P<rest>\..+)$")
 NUMBER_LAST = re.compile(r"^(?P<stack>.*\bexperts\..+)\.(?P<number>\d+)$")
+BLOCK = re.compile(r"(^|\.)blk\.\d")
+OUTSIDE = ("token_embd", "output", "per_layer_token_embd")  # of all blocks
 OUTER = ("language_model.", "text_model.")
 SPELLED = {"mixtral": "llama", "mistral": "llama", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n"}
 """Model types of transformers that GGUF calls otherwise than without underscores."""
 
 
-def of_gguf(name: str) -> bool:
-    """Whether a layer is called as GGUF files call theirs."""
-    return name.startswith(("blk.", "token_embd", "output")) or ".blk." in name
+def of_gguf(names: Sequence[str]) -> bool:
+    """Whether layers are called as in GGUF files, where blocks are called so and as nowhere else."""
+    return any(BLOCK.search(name) for name in names) or all(name in OUTSIDE for name in names)
 
 
 def renamed(plan: Plan, architecture: str | None, layers: int) -> Plan:
@@ -31,7 +33,7 @@ def renamed(plan: Plan, architecture: str | None, layers: int) -> Plan:
     Raises SettingError, naming them, for layers that have no name there.
     """
     names = [name for layer in plan.layers for name in layer.names]
-    if all(map(of_gguf, names)):
+    if of_gguf(names):
         return plan
     found = _mapped(names, architecture, layers)
     unknown = [name for name in names if name not in found]

@@ -10,6 +10,7 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.ggml import NEEDS_IMPORTANCE
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.plans.scheme import Affine
 
 from ..contract import Exported
 from .checks import Opened, Target, opened
@@ -99,12 +100,20 @@ def _notes(made: Opened) -> Iterator[str]:
             f"{first_few(blind, ', ')}: of a type that llama.cpp rounds by an importance matrix alone; rounded here as "
             "if all inputs mattered alike"
         )
-    own = [target for target in made.targets if target.kind not in (None, "f16") and not target.rounds]
+    own = [target for target in made.targets if any(map(_loses_digits, target.choices)) and target.kind != "f16"]
     if own:
         yield (
             f"{len(own)} tensors hold the plan's own codes, with scales rounded to half precision: a weight may be off "
-            "the plan's by 2^-11 of it"
+            "the plan's by 2^-11 of it, or of its block's offset"
         )
+
+
+def _loses_digits(choice: LayerChoice) -> bool:
+    """Whether half precision changes a scale or an offset of the plan's own codes."""
+    scheme = choice.scheme
+    if not isinstance(scheme, Affine):
+        return False
+    return not scheme.symmetric or getattr(scheme, "scale_dtype", "float32") != "float16"
 
 
 def _check_output(source: Path, output: Path) -> None:

@@ -27,7 +27,7 @@ from mpq_plugins.plans.storage import Storage
 from .folded import check_model
 
 SCHEME: TypeAdapter[Scheme] = TypeAdapter(NamedScheme)
-GIVE = "Affine(...), Piecewise(...), Codebook(...), EntropyCoded(...) or None"
+GIVE = "Affine(...), Piecewise(...), Codebook(...), EntropyCoded(...), GGML(...) or None"
 
 CAPABILITIES = Capabilities(
     backend="Neural Compressor",

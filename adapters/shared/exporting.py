@@ -21,7 +21,7 @@ from mpq_plugins.plans.layers import LayerChoice
 from ..contract import Exported, LayerCheck
 from .float_checkpoint import FloatCheckpoint
 from .layer_codes import Scales, code_chunks, code_problem
-from .shard_writer import BUFFERED, ShardWriter
+from .shard_writer import ShardWriter
 
 OTHER_WEIGHTS = (*WEIGHT_SUFFIXES, ".gguf", ".onnx", ".h5", ".msgpack", ".npz", ".ot", ".onnx_data")
 """Of files that hold weights, and would still be the float ones beside the export."""
@@ -86,7 +86,7 @@ class Meter:
             self.progress("", self.total, self.total)
 
 
-def write_directory(  # noqa: PLR0913  # what formats differ in
+def write_directory(  # what formats differ in
     source: FloatCheckpoint,
     output: Path,
     encode: Encode,
@@ -94,7 +94,6 @@ def write_directory(  # noqa: PLR0913  # what formats differ in
     *,
     metadata: str = "pt",
     notes: Callable[[], Iterable[str]] = tuple,
-    limit: int = BUFFERED,
     progress: Progress | None = None,
 ) -> Exported:
     """Write the checkpoint with each coded layer as `encode` has it, all other tensors as they are, and other files.
@@ -106,7 +105,7 @@ def write_directory(  # noqa: PLR0913  # what formats differ in
     _check_output(source.path, output)
     meter, layers, layer_bytes = Meter(source, progress), 0, 0
     with atomic_directory(output) as temporary, unchanged(source.path):
-        writer = ShardWriter(temporary, {"format": metadata}, limit)
+        writer = ShardWriter(temporary, {"format": metadata})
         for parameter, stored in source.tensors.items():
             choice = source.coded(parameter)
             if source.is_copy(parameter):

@@ -16,13 +16,14 @@ from mpq_plugins.common.documents import LARGEST_DOCUMENT
 from mpq_plugins.common.files import CONFIG_NAME, read_regular
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.names import layer_name, weight_name
+from mpq_plugins.plans.names import is_weight, layer_name, weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.checkpoint import require_unscaled
 from mpq_plugins.simulation.floats import stored_dtype
 from mpq_plugins.simulation.layer import simulate_layer
 from mpq_plugins.simulation.match import match
 from mpq_plugins.simulation.planned_tensors import PlannedTensors
+from mpq_plugins.weights.not_layers import is_embedding
 from mpq_plugins.weights.roles import is_head, read_config, tied_by_configuration
 
 from .folded import check_plan
@@ -137,3 +138,20 @@ def require_plain(source: FloatCheckpoint, target: str) -> None:
                 f"skip it (--skip {choice.name}), or convert the checkpoint"
             )
         assert len(source.tensors[parameter].shape) == 2, "a matrix, by its kind"
+
+
+def left_in_float(source: FloatCheckpoint, *, embeddings: bool = False) -> Iterator[str]:
+    """Matrices that stay in float, by their modules' names: loaders may take what they are not told of for quantized.
+
+    The head is one also where the file has none, for it is the input embedding then, unless that is quantized and
+    `embeddings` are asked for.
+    """
+    shapes = {parameter: stored.shape for parameter, stored in source.tensors.items()}
+    names = [p for p in source.tensors if len(shapes[p]) == 2 and is_weight(p) and source.coded(p) is None]
+    for name in map(layer_name, names):
+        choice = source.plan.by_any_name.get(name)
+        embeds = is_embedding(name, shapes[weight_name(name)], shapes) if choice is None else choice.kind == "embedding"
+        if embeddings or is_head(name) or not embeds:
+            yield name
+    if not embeddings and not any(is_head(layer_name(parameter)) for parameter in source.tensors):
+        yield "lm_head"

@@ -1,7 +1,7 @@
 """The plan's integers of one layer, some rows at a time, so that memory does not follow the layer."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,8 +36,12 @@ class Scales:
     @classmethod
     def of(cls, chunks: Iterable[IntegerWeight]) -> "Scales":
         """Those of the chunks, one after the other."""
-        pairs = [(chunk.scale, chunk.zero_point) for chunk in chunks]
-        return cls(torch.cat([scale for scale, _ in pairs]), torch.cat([zero for _, zero in pairs]))
+        return cls.joined([cls(chunk.scale, chunk.zero_point) for chunk in chunks])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scales"]) -> "Scales":
+        """Of parts of a layer, one after the other."""
+        return cls(torch.cat([part.scale for part in parts]), torch.cat([part.zero_point for part in parts]))
 
     def repeated(self, groups: int) -> "Scales":
         """The same for so many groups a channel, of which one group now stands for all."""
@@ -74,15 +78,3 @@ def code_problem(chunks: Iterable[IntegerWeight], codes: Tensor, scales: Scales)
             return "has other zero points than the plan's"
         start = stop
     return None if start == codes.shape[0] else f"has {codes.shape[0]} rows, the plan {start}"
-
-
-def mirrored(chunk: IntegerWeight) -> IntegerWeight:
-    """The same weight by positive scales: a group's codes and zero point change their sign with its scale's."""
-    sign = torch.where(chunk.scale < 0, -1, 1)
-    rows = chunk.group_rows(chunk.codes) * sign.reshape(-1, 1)
-    return replace(
-        chunk,
-        codes=rows.reshape(chunk.codes.shape).to(torch.int8),
-        scale=chunk.scale.abs(),
-        zero_point=chunk.zero_point * sign,
-    )

@@ -15,10 +15,10 @@ BUFFERED = 512 << 20  # bytes
 
 
 class ShardWriter:
-    """Keeps tensors until there are `limit` bytes of them, then writes a shard."""
+    """Keeps tensors until there are `limit` bytes of them, BUFFERED by default, then writes a shard."""
 
-    def __init__(self, directory: Path, metadata: dict[str, str], limit: int = BUFFERED) -> None:
-        self.directory, self.metadata, self.limit = directory, metadata, limit
+    def __init__(self, directory: Path, metadata: dict[str, str], limit: int | None = None) -> None:
+        self.directory, self.metadata, self.limit = directory, metadata, BUFFERED if limit is None else limit
         self.total = 0
         self._waiting: dict[str, Tensor] = {}
         self._bytes = 0

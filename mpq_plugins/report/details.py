@@ -60,8 +60,8 @@ def scheme_words(scheme: Scheme) -> str:
     """`affine, per channel, clipped`: a scheme as a person says it."""
     if scheme.name == "entropy_coded":
         return "entropy-coded"
-    if isinstance(kind := getattr(scheme, "type", None), str):
-        return kind
+    if scheme.name in ("ggml", "minifloat"):
+        return str(scheme)
     size = getattr(scheme, "group_size", None)
     grain = GRAINS.get(scheme.granularity, f"groups of {size}")
     said = SYMMETRIES.get(getattr(scheme, "symmetric", False), "symmetric")

@@ -239,3 +239,31 @@ def test_what_is_no_plan_or_no_capabilities_is_named(value: Any, policy: Policy)
     if not isinstance(value, Capabilities):
         with pytest.raises(SettingError, match=naming("capabilities", f"{value!r:.60}")):
             legalise(plan_of(linear("fc", 4, 2, PER_CHANNEL, 4)), value, policy)
+
+
+GROUPED = Capabilities(
+    backend="grouped", bits=(4, 8), kinds=("linear",), granularities=("per_channel", "per_group"),
+    group_sizes=(32, 64, 128),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("inputs", "size", "expected"),
+    [(256, 128, 128), (256, 256, 128), (192, 96, 64), (192, 48, 32), (192, 16, 32), (160, 80, 32), (48, 16, None)],
+)
+def test_groups_become_the_largest_that_are_no_larger_or_else_the_smallest_that_fit(
+    inputs: int, size: int, expected: int | None
+) -> None:
+    scheme = Affine(granularity="per_group", group_size=size)
+    plan = plan_of(linear("fc", 4, inputs, scheme, 4))
+    legal, changes = legalise(plan, GROUPED)
+    assert legal.layers[0].scheme.group_size == expected
+    assert legal.layers[0].scheme.granularity == ("per_group" if expected else "per_channel")
+    assert [change.why for change in changes] == ([] if size == expected else
+        [f"grouped has no groups of {size}, only of 32, 64, 128"])  # fmt: skip
+    assert legalise(legal, GROUPED) == (legal, ())
+
+
+def test_groups_of_no_size_are_refused() -> None:
+    with pytest.raises(SettingError, match="group_sizes need one value or more, or None"):
+        Capabilities(backend="none", bits=(4,), kinds=("linear",), group_sizes=())

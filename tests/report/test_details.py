@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpq_plugins import Affine, Budget, Codebook, EntropyCoded, LayerTable, MixQuant, Piecewise, measure
+from mpq_plugins import GGML, Affine, Budget, Codebook, EntropyCoded, LayerTable, MixQuant, Piecewise, measure
 from mpq_plugins.evaluation.sweep import sweep
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.report.details import (
@@ -79,6 +79,7 @@ def test_a_table_says_its_quantizer_and_what_it_holds(table: LayerTable) -> None
         (Codebook(granularity="per_channel"), "codebook, per channel"),
         (EntropyCoded(), "entropy-coded"),
         (EntropyCoded(step=0.1), "entropy-coded"),
+        (GGML(type="q6_k"), "ggml q6_k"),
     ],
 )
 def test_schemes_in_words(scheme: Scheme, words: str) -> None:

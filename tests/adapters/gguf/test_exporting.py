@@ -205,7 +205,7 @@ def test_a_plan_in_transformers_names_is_mapped(file: Path, tmp_path: Path) -> N
 
 
 def test_names_that_do_not_map_are_told(file: Path) -> None:
-    plan = planned(file, GGML(type="q5_0"), 5).renamed({"blk.0.attn_q": "model.layers.0.odd_thing"})
+    plan = hugging_face(planned(file, GGML(type="q5_0"), 5)).renamed({"model.embed_tokens": "model.layers.0.odd_thing"})
     with pytest.raises(
         SettingError, match=r"^layer 'model.layers.0.odd_thing', one of 1 such, has no name in GGUF files"
     ):
@@ -269,7 +269,9 @@ def test_outputs_that_cannot_be(file: Path, tmp_path: Path, output: str, message
 
 def test_a_source_that_is_no_gguf_says_how_to_make_one(file: Path, tmp_path: Path) -> None:
     torch.save({"a.weight": torch.ones(4, 32)}, tmp_path / "net.pt")
-    with pytest.raises(SourceError, match=r"is no GGUF file. Convert the checkpoint first.*convert_hf_to_gguf.py"):
+    with pytest.raises(
+        SourceError, match=r"is no GGUF file. Convert the checkpoint, in floating.*convert_hf_to_gguf, --outtype"
+    ):
         adapter.check(planned(file, GGML(type="q8_0"), 8), tmp_path / "net.pt")
 
 

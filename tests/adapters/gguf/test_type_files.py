@@ -124,6 +124,13 @@ def test_what_llama_quantize_would_not_heed_is_an_error(layer: LayerChoice, mess
         types_file(plan_of(layer), "llama", 1)
 
 
+def test_a_plan_of_a_gguf_file_needs_no_table_of_names() -> None:
+    names = ("blk.0.attn_q", "token_embd", "per_layer_token_embd", "v.blk.3.attn_q", "rope_short")
+    text = types_file(plan_of(*(linear(name, 8, 64, GGML(type="q4_0"), 4) for name in names)), "no such model", 1)
+    assert {heeded(text, f"{name}.weight") for name in names} == {"q4_0"}
+    assert heeded(types_file(plan_of(linear("output", 8, 64, GGML(type="q8_0"), 8))), "output.weight") == "q8_0"
+
+
 def test_an_importance_matrix_allows_what_needs_it() -> None:
     plan = plan_of(linear("blk.0.attn_q", 8, 256, GGML(type="iq2_xs"), 2))
     assert heeded(types_file(plan, imatrix=True), "blk.0.attn_q.weight") == "iq2_xs"
