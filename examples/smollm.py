@@ -1,12 +1,13 @@
 """A language model by types: uniform against Budget at the same bits in total, as its users would run it.
 
-    python -m examples.smollm [--bits 3 3.5 4 4.5] [--windows 16] [--calibration 16] [--compensated] [--mlx] [--llama DIR]
+    python -m examples.smollm [--bits 3 3.5 4 4.5] [--windows 16] [--calibration 16] [--compensated] [--mlx]
+        [--llama DIR]
 
 SmolLM2-135M-Instruct (examples/smollm_model.py says what its weights are): 211 layers, the embedding is the head too.
 Types are full-range symmetric integers of 2 to 8 bits with 16-bit scales for every 32 or 64 weights. Perplexity on
-windows of 256 tokens of Acts (King James Version); sensitivities are measured on windows of Luke. With --llama, a folder
-that holds llama-quantize, llama.cpp's own mixtures beside Budget over ggml's types at no more bytes, each dequantized and
-run in float.
+windows of 256 tokens of Acts (King James Version); sensitivities are measured on windows of Luke. With --llama, a
+folder that holds llama-quantize, llama.cpp's own mixtures beside Budget over ggml's types at no more bytes, each
+dequantized and run in float.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def main() -> None:
     if options.llama is not None:
         against_llama(model, options.llama, calibrated, evaluated)
     if options.mlx:
-        packed(model, tokenizer, next(budgets(types, options.bits[:1], SENSITIVITIES[-1:]))[1], evaluated)
+        packed(model, next(budgets(types, options.bits[:1], SENSITIVITIES[-1:]))[1], evaluated)
 
 
 def with_output_mse(model: nn.Module, table: mpq.TypeTable, batches: Sequence[Tensor]) -> mpq.TypeTable:
@@ -123,12 +124,14 @@ def matrix_bytes(path: Path) -> int:
     return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
 
 
-def packed(model: nn.Module, tokenizer: object, plan: mpq.Plan, evaluated: Tensor) -> None:
+def packed(model: nn.Module, plan: mpq.Plan, evaluated: Tensor) -> None:
     """The plan as an MLX checkpoint, run packed, against its simulation."""
     from examples.smollm_mlx import mlx_perplexity
 
     simulated = perplexity(mpq.apply(model, plan), evaluated)
-    print(f"{bits_of(plan)} bits, simulated {simulated:.3f}, packed in MLX {mlx_perplexity(plan, evaluated):.3f}")
+    print(
+        f"{bits_of(plan)} bits, simulated {simulated:.3f}, packed in MLX {mlx_perplexity(model, plan, evaluated):.3f}"
+    )
 
 
 def weights(types: mpq.TypeTable) -> int:

@@ -25,7 +25,7 @@ SCHEME_FIELDS_KEY = "mpq_plugins.scheme_fields"
 OPTIONS_KEY = "mpq_plugins.field_options"
 NAMED_KEY = "mpq_plugins.named_scheme"
 SECTION = "Scheme"
-NO_OPTIONS = ("name", "type")  # which --scheme and --types give
+NO_OPTIONS = ("name",)  # which --scheme gives
 RARE = ("full_range", "scale_dtype")  # in the help where their scheme is named, for a page has so many lines
 
 

@@ -47,14 +47,14 @@ class Minifloat(Granular):
 
     Attributes:
         name: `minifloat`.
-        type: `mxfp4`, `mxfp6_e2m3`, `mxfp6_e3m2`, `mxfp8_e4m3`, `mxfp8_e5m2`, `fp8_e4m3` or `fp8_e5m2`.
+        format: `mxfp4`, `mxfp6_e2m3`, `mxfp6_e3m2`, `mxfp8_e4m3`, `mxfp8_e5m2`, `fp8_e4m3` or `fp8_e5m2`.
 
     Raises:
-        SettingError: There is no such type.
+        SettingError: There is no such format.
 
     Examples:
         >>> import mpq_plugins as mpq
-        >>> scheme = mpq.Minifloat(type="mxfp4")
+        >>> scheme = mpq.Minifloat(format="mxfp4")
         >>> scheme.bits, scheme.granularity, scheme.group_size
         (4, 'per_group', 32)
     """
@@ -62,21 +62,26 @@ class Minifloat(Granular):
     quantizer: ClassVar[str] = "mpq_plugins.quantization.minifloat:MinifloatQuantizer"
 
     name: Literal["minifloat"] = "minifloat"
-    type: Annotated[MinifloatName, "format of the codes"] = "mxfp4"
+    format: Annotated[MinifloatName, "format of the codes"] = "mxfp4"
 
     def __post_init__(self) -> None:
         if self.name != "minifloat":
             raise SettingError(f"scheme: {self.name!r} is not allowed; minifloat")
-        if self.type not in MINIFLOATS:
-            raise SettingError(f"type: {self.type!r} is not allowed; {', '.join(MINIFLOATS)}")
+        if self.format not in MINIFLOATS:
+            raise SettingError(f"format: {self.format!r} is not allowed; {', '.join(MINIFLOATS)}")
 
     def __str__(self) -> str:
-        return str(self.type)
+        return str(self.format)
+
+    @property
+    def type(self) -> str:
+        """The name of the type: its format."""
+        return self.format
 
     @property
     def element(self) -> Element:
         """One weight's format."""
-        return ELEMENTS[self.type]
+        return ELEMENTS[self.format]
 
     @property
     def bits(self) -> int:
@@ -86,7 +91,7 @@ class Minifloat(Granular):
     @property
     def microscaled(self) -> bool:
         """Whether scales are powers of two, one for every 32 inputs."""
-        return self.type.startswith("mx")
+        return self.format.startswith("mx")
 
     @property
     def granularity(self) -> Granularity:  # type: ignore[override]  # the type says it
@@ -117,7 +122,7 @@ class Minifloat(Granular):
             SettingError: The type has another.
         """
         if isinstance(bits, bool) or bits != self.bits:
-            raise SettingError(f"{name}: {bits!r} is not allowed with {self.type}, which has {self.bits} bits")
+            raise SettingError(f"{name}: {bits!r} is not allowed with {self.format}, which has {self.bits} bits")
         return bits
 
     def levels(self, bits: int) -> int:

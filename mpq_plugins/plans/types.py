@@ -96,7 +96,7 @@ def _ggml(name: str) -> NamedType:
 
 
 def _minifloat(name: str) -> NamedType:
-    scheme = Minifloat(type=name)  # type: ignore[arg-type]  # one of them
+    scheme = Minifloat(format=name)  # type: ignore[arg-type]  # one of them
     return NamedType(name, scheme, scheme.bits)
 
 
@@ -126,7 +126,7 @@ def named_type(name: str) -> NamedType:
     Examples:
         >>> import mpq_plugins as mpq
         >>> mpq.named_type("mxfp4").scheme
-        Minifloat(name='minifloat', type='mxfp4')
+        Minifloat(name='minifloat', format='mxfp4')
     """
     if name not in _TYPES:
         raise SettingError(f"type: {name!r} is not allowed; {', '.join(_TYPES)}{did_you_mean(name, tuple(_TYPES))}")

@@ -64,7 +64,7 @@ def weights(draw: st.DrawFn) -> np.ndarray:
 @settings(max_examples=25, deadline=None)
 @given(weight=weights())
 def test_weights_are_at_the_nearest_value_of_their_format(kind: MinifloatName, weight: np.ndarray) -> None:
-    scheme = Minifloat(type=kind)
+    scheme = Minifloat(format=kind)
     groups = weight.reshape(-1, 32) if scheme.microscaled else weight
     expected = slowly(groups, kind).reshape(weight.shape)
     found = fake_quantize(torch.from_numpy(weight), scheme.bits, scheme, channel_axis=0, layer="fc")
@@ -73,7 +73,7 @@ def test_weights_are_at_the_nearest_value_of_their_format(kind: MinifloatName, w
 
 @pytest.mark.parametrize("kind", MINIFLOATS)
 def test_a_container_gives_the_same_weight_again(kind: MinifloatName) -> None:
-    scheme, weight = Minifloat(type=kind), torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    scheme, weight = Minifloat(format=kind), torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     part, made = PartShape((6, 64), 0, scheme.bits, scheme, "fc"), quantizer(scheme)
     codes = made.encode(weight, part)
     expected = fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="fc")
@@ -85,7 +85,7 @@ def test_a_container_gives_the_same_weight_again(kind: MinifloatName) -> None:
 
 @pytest.mark.parametrize("kind", MINIFLOATS)
 def test_quantizing_twice_changes_nothing(kind: MinifloatName) -> None:
-    scheme, weight = Minifloat(type=kind), torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    scheme, weight = Minifloat(format=kind), torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
     once = fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="fc")
     twice = fake_quantize(once, scheme.bits, scheme, channel_axis=0, layer="fc")
     assert torch.allclose(twice, once, rtol=0 if scheme.microscaled else 1e-6, atol=0)
@@ -94,7 +94,7 @@ def test_quantizing_twice_changes_nothing(kind: MinifloatName) -> None:
 @pytest.mark.parametrize("kind", MINIFLOATS)
 def test_measured_errors_are_those_of_the_weights(kind: MinifloatName) -> None:
     torch.manual_seed(0)
-    linear, scheme = torch.nn.Linear(96, 5), Minifloat(type=kind)
+    linear, scheme = torch.nn.Linear(96, 5), Minifloat(format=kind)
     weight = linear.weight.detach()
     table = measure(torch.nn.Sequential(linear), scheme, (scheme.bits,))
     error = (fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="0") - weight).double().square().mean()
@@ -103,6 +103,6 @@ def test_measured_errors_are_those_of_the_weights(kind: MinifloatName) -> None:
 
 def test_a_type_has_one_width_and_its_own_name() -> None:
     with pytest.raises(SettingError, match="bits: 5 is not allowed with mxfp4, which has 4 bits"):
-        Minifloat(type="mxfp4").check_bits(5)
-    with pytest.raises(SettingError, match="type: 'mxfp5' is not allowed; mxfp4, mxfp6_e2m3"):
-        Minifloat(type="mxfp5")  # type: ignore[arg-type]
+        Minifloat(format="mxfp4").check_bits(5)
+    with pytest.raises(SettingError, match="format: 'mxfp5' is not allowed; mxfp4, mxfp6_e2m3"):
+        Minifloat(format="mxfp5")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ ELEMENTS = {
 def test_weights_are_torchaos(kind: MinifloatName, spread: float) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator) * torch.exp(spread * torch.randn(64, 1, generator=generator))
-    scheme = Minifloat(type=kind)
+    scheme = Minifloat(format=kind)
     if scheme.microscaled:  # of a row of zeros torchao's FP8 makes NaN
         weight[3] = 0
     found = fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="fc")
