@@ -180,7 +180,7 @@ def require_legal(plan: Plan, capabilities: Capabilities) -> None:
 def refusal(changes: Sequence[Change], backend: str) -> str:
     """The sentence that refuses a plan."""
     shown = first_few([f"{change.layer!r}: {change.before}, but {change.why}" for change in changes])
-    remedy = "Use legalise(plan, ...) first, or plan within its limits."
+    remedy = "Use legalise(plan, ...) first (mpq export --policy up, mpq check -o), or plan within its limits."
     return f"{backend} cannot run this plan as it is: {shown}. {remedy}"
 
 
