@@ -84,7 +84,8 @@ def test_what_fits_is_a_matrix_of_whole_blocks(kind: TypeName, outputs: int, inp
     with pytest.raises(SettingError, match=rf"^layer 'fc': ggml's {kind} has blocks of {SIZES[kind][0]}"):
         scheme.groups_per_channel(shape, axis, "fc")
     other = scheme.fallback(shape, axis)
-    assert (other is not None) == (inputs % 32 == 0)  # llama.cpp's are all of blocks of 32
+    # Of blocks of 256 llama.cpp goes to types of 32, and of the others nowhere.
+    assert (other is not None) == (inputs % 32 == 0 and SIZES[kind][0] == 256)
     assert other is None or other.fits(shape, axis)
 
 

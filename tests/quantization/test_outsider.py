@@ -280,7 +280,9 @@ def test_without_its_distribution_the_name_is_unknown_and_those_installed_are_li
             load(path)
     with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook, entropy_coded or ggml"):
         table.save(tmp_path / "again.mpqt")  # which nobody could read
-    with pytest.raises(PluginError, match="'powers' is not installed; there are affine, codebook, entropy_coded, p"):
+    with pytest.raises(
+        PluginError, match="'powers' is not installed; there are affine, codebook, entropy_coded, ggml, p"
+    ):
         scheme_names.scheme_class("powers")
 
 
