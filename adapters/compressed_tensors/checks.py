@@ -18,7 +18,7 @@ CAPABILITIES = Capabilities(
     bits=tuple(range(1, 9)),
     kinds=("linear",),
     schemes=INTEGER_SCHEMES,
-    symmetric=(True,),
+    symmetric=(True, "full"),
     granularities=("per_tensor", "per_channel", "per_group"),
 )
 RUNTIMES: Mapping[str, Capabilities] = {

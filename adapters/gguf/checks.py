@@ -27,6 +27,7 @@ CAPABILITIES = Capabilities(
     bits=(1, 2, 3, 4, 5, 6, 7, 8),
     kinds=("linear", "embedding"),
     schemes=("affine", "ggml"),
+    symmetric=(False, True, "full"),
     granularities=("per_tensor", "per_channel", "per_group"),
 )
 SYMMETRIC, ASYMMETRIC = {4: "q4_0", 5: "q5_0", 8: "q8_0"}, {4: "q4_1", 5: "q5_1"}

@@ -18,6 +18,7 @@ CAPABILITIES = Capabilities(
     bits=(2, 3, 4, 8),  # 5, 6 and 7 have another layout, in which a stream of bits is read wrong without an error
     kinds=("linear",),
     schemes=INTEGER_SCHEMES,
+    symmetric=(False, True, "full"),
     granularities=("per_tensor", "per_channel", "per_group"),
 )
 SYMMETRIC = tuple(symmetric for symmetric in CAPABILITIES.symmetric if symmetric)

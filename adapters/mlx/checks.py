@@ -16,6 +16,7 @@ CAPABILITIES = Capabilities(
     bits=(2, 3, 4, 5, 6, 8),
     kinds=("linear", "embedding"),
     schemes=INTEGER_SCHEMES,
+    symmetric=(False, True, "full"),
     granularities=("per_tensor", "per_channel", "per_group"),
     group_sizes=SIZES,
 )

@@ -11,6 +11,7 @@ from mpq_plugins import Affine, Plan, Uniform, measure
 
 GROUPS = Affine(symmetric=True, granularity="per_group", group_size=32)
 CHANNELS = Affine(symmetric=True, granularity="per_channel")
+FULL = Affine(symmetric="full", granularity="per_group", group_size=32, scale_dtype="float16", range="mse")
 IDS = torch.arange(24).view(2, 12)
 
 

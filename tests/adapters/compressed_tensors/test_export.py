@@ -21,7 +21,7 @@ from mpq_plugins import (
     apply,
     legalise,
 )
-from tests.adapters.llamas import CHANNELS, GROUPS, fused_bits, load, logits, plan_of, save_llama
+from tests.adapters.llamas import CHANNELS, FULL, GROUPS, fused_bits, load, logits, plan_of, save_llama
 
 transformers = pytest.importorskip("transformers")
 compressed_tensors = pytest.importorskip("mpq_plugins.adapters.compressed_tensors")
@@ -58,7 +58,9 @@ def same_as_applied(source: Path, plan: Plan, output: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [GROUPS, CHANNELS, Affine(symmetric=True), replace(GROUPS, range="mse")], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [GROUPS, CHANNELS, Affine(symmetric=True), replace(GROUPS, range="mse"), FULL], ids=str
+)
 def test_transformers_loads_symmetric_plans_as_apply_makes_them(source: Path, tmp_path: Path, scheme: Affine) -> None:
     plan = plan_of(source, scheme, lambda place, _: range(1, 9)[place % 8])
     written = compressed_tensors.export(source, plan, tmp_path / "out", runtime="transformers")

@@ -25,7 +25,14 @@ from tests.helpers.ggufs import SHAPES, read_back, tiny, values, write_gguf
 Mpq = Callable[..., Ran]
 LAYERS = [name.removesuffix(".weight") for name, shape in SHAPES.items() if len(shape) > 1]
 FLOAT = {name.replace(".", "__"): {"bits": 32} for name in LAYERS}
-PLAIN = {(True, 4): "q4_0", (True, 5): "q5_0", (True, 8): "q8_0", (False, 4): "q4_1", (False, 5): "q5_1"}
+PLAIN: dict[tuple[Any, int], str] = {
+    (True, 4): "q4_0",
+    (True, 5): "q5_0",
+    (True, 8): "q8_0",
+    (False, 4): "q4_1",
+    (False, 5): "q5_1",
+}
+PLAIN |= {("full", bits): kind for (symmetric, bits), kind in PLAIN.items() if symmetric}
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def test_a_type_is_what_the_file_holds(file: Path, tmp_path: Path, kind: Any) ->
 @pytest.mark.parametrize(("symmetric", "bits"), list(PLAIN))
 @pytest.mark.parametrize("group", [None, 32, 64])
 def test_the_plans_codes_come_out_with_scales_of_half_precision(
-    file: Path, tmp_path: Path, symmetric: bool, bits: int, group: int | None
+    file: Path, tmp_path: Path, symmetric: Any, bits: int, group: int | None
 ) -> None:
     scheme = Affine(
         symmetric=symmetric, granularity="per_group" if group else "per_channel", group_size=group, range="mse"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mpq_plugins import Affine, LayerChoice, Plan, SettingError, VerifyError, apply, legalise
 from mpq_plugins.adapters import mlx
 from mpq_plugins.simulation.layer import simulate_layer
-from tests.adapters.llamas import CHANNELS, GROUPS, IDS, load, logits, plan_of, save_llama
+from tests.adapters.llamas import CHANNELS, FULL, GROUPS, IDS, load, logits, plan_of, save_llama
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers and mlx-lm warn of is their own
@@ -50,7 +50,7 @@ def weight(tensors: Mapping[str, torch.Tensor], layer: LayerChoice) -> torch.Ten
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "scheme", [GROUPS, ASYMMETRIC, CHANNELS, Affine(), replace(ASYMMETRIC, group_size=64)], ids=str
+    "scheme", [GROUPS, ASYMMETRIC, CHANNELS, Affine(), replace(ASYMMETRIC, group_size=64), FULL], ids=str
 )
 def test_what_is_stored_is_the_plans_weight(tmp_path: Path, dtype: torch.dtype, scheme: Affine) -> None:
     source = save_llama(tmp_path / "source", dtype, intermediate_size=192)
@@ -66,7 +66,7 @@ def test_what_is_stored_is_the_plans_weight(tmp_path: Path, dtype: torch.dtype, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [GROUPS, ASYMMETRIC, CHANNELS], ids=str)
+@pytest.mark.parametrize("scheme", [GROUPS, ASYMMETRIC, CHANNELS, FULL], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_mlx_lm_runs_it_packed(tmp_path: Path, scheme: Affine, tied: bool) -> None:
     mx = pytest.importorskip("mlx.core")
