@@ -43,6 +43,7 @@ def _policies() -> tuple[str, ...]:
 @click.option(
     "--backend",
     type=backend_names("adapters", "exporters", "configs"),
+    metavar="NAME",
     help="Also list what this backend would have to change; `mpq plugins` lists adapters and exporters.",
 )
 @click.option(
