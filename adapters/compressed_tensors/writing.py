@@ -97,4 +97,4 @@ def _notes(source: FloatCheckpoint, runtime: str) -> Iterator[str]:
     if runtime == "vllm" and heads:
         yield f"{heads[0]!r} is packed, and vLLM has taken output heads in float alone; skip it (--skip role:lm_head)"
     if runtime == "vllm" and (odd or binary):
-        yield f"{', '.join(map(str, odd or [2]))} bits need a recent vLLM; releases before took 4 and 8 bits alone"
+        yield f"{', '.join(map(str, odd or [2]))} bits need a recent vLLM; older ones took 4 and 8 bits alone"
