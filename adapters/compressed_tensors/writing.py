@@ -10,6 +10,7 @@ from mpq_plugins.checkpoints.readers import StoredTensor
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
+from mpq_plugins.weights.roles import is_head
 
 from ..contract import Exported
 from ..shared.exporting import configured, write_directory
@@ -92,5 +93,8 @@ def _notes(source: FloatCheckpoint, runtime: str) -> Iterator[str]:
         yield f"{bytewise} asymmetric layers take one byte a weight, whatever their width"
     if binary:
         yield f"{binary} layers of one bit take two bits a weight, for the format has no -1 and +1 in one"
+    heads = [choice.name for choice in coded if is_head(choice.name)]
+    if runtime == "vllm" and heads:
+        yield f"{heads[0]!r} is packed, and vLLM has taken output heads in float alone; skip it (--skip role:lm_head)"
     if runtime == "vllm" and (odd or binary):
-        yield f"{', '.join(map(str, odd or [2]))} bits need a recent vLLM; releases before took 4 and 8 bits alone"
+        yield f"{', '.join(map(str, odd or [2]))} bits need a recent vLLM; older ones took 4 and 8 bits alone"

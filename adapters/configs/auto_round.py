@@ -19,6 +19,7 @@ CAPABILITIES = Capabilities(
     backend="auto_round",
     bits=(2, 3, 4, 8),
     kinds=("linear",),
+    symmetric=(False, True, "full"),
     granularities=("per_channel", "per_group"),
 )
 

@@ -17,7 +17,7 @@ CAPABILITIES = Capabilities(
     backend="llm_compressor",
     bits=tuple(range(2, 9)),
     kinds=("linear",),
-    symmetric=(True,),  # asymmetric packed checkpoints, which it writes, do not load
+    symmetric=(True, "full"),  # asymmetric packed checkpoints, which it writes, do not load
     granularities=("per_tensor", "per_channel", "per_group"),
 )
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.legalise import Capabilities, require_legal
-from mpq_plugins.plans.names import NUMBERED
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.float_checkpoint import FloatCheckpoint, open_float, require_plain
 from ..shared.folded import INTEGER_SCHEMES, check_plan
+from .experts import require_experts_alike
 from .tensors import SIZES, group_size
 
 CAPABILITIES = Capabilities(
@@ -64,14 +64,10 @@ def checked(plan: Plan, source: Path) -> FloatCheckpoint:
                 f"{', '.join(map(str, SIZES))}, without which MLX has no codes; skip the layer, or pin it "
                 f"to float (--pin {choice.name}=32)"
             )
-        if NUMBERED.search(f"{choice.name}."):
-            raise SettingError(
-                f"layer {choice.name!r}: mlx-lm stacks experts as it loads them, in float alone; skip them "
-                "(--skip '*.experts.*')"
-            )
         if choice.name.endswith(".kv_b_proj"):
             raise SettingError(
                 f"layer {choice.name!r}: mlx-lm makes other matrices of it as it loads it; skip it "
                 "(--skip '*.kv_b_proj')"
             )
+    require_experts_alike(opened)
     return opened

@@ -9,6 +9,7 @@ from mpq_plugins.plans.names import layer_name
 
 from ..shared.exporting import configured
 from ..shared.float_checkpoint import FloatCheckpoint, left_in_float
+from .experts import stacked_name
 from .tensors import group_size
 
 
@@ -20,23 +21,35 @@ def files(source: FloatCheckpoint) -> dict[str, dict[str, Any]]:
     """
     quantization = _quantization(source)
     sections: dict[str, Any] = {"quantization": quantization, "quantization_config": quantization}
-    sections |= _positions(source.config)
+    sections |= {**_positions(source.config), **_experts(source.config)}
     text = source.config.get("text_config")
     if isinstance(text, dict):
-        sections["text_config"] = {**text, **_positions(text)}
+        sections["text_config"] = {**text, **_positions(text), **_experts(text)}
     return configured(source, **sections)
 
 
 def _quantization(source: FloatCheckpoint) -> dict[str, Any]:
-    layers: dict[str, Any] = {layer_name(p): _layer(choice) for p, choice in source.coded_weights}
+    layers: dict[str, Any] = {_called(layer_name(p)): _layer(choice) for p, choice in source.coded_weights}
     usual = Counter((layer["group_size"], layer["bits"]) for layer in layers.values()).most_common(1)
     (size, bits), _ = usual[0] if usual else ((64, 4), 0)
-    floats = dict.fromkeys(left_in_float(source, embeddings=True), False)
+    floats = dict.fromkeys(map(_called, left_in_float(source, embeddings=True)), False)
     return {"group_size": size, "bits": bits, "mode": "affine", **layers, **floats}
+
+
+def _called(name: str) -> str:
+    """A layer's name in mlx-lm."""
+    place = stacked_name(name)
+    return name if place is None else place[0]
 
 
 def _layer(choice: LayerChoice) -> dict[str, Any]:
     return {"group_size": group_size(choice), "bits": choice.bits, "mode": "affine"}
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How many there are, which transformers 5 calls otherwise for Qwen3-MoE."""
+    known = "num_local_experts" in config and "num_experts" not in config
+    return {"num_experts": config["num_local_experts"]} if known else {}
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Proof that a checkpoint holds the plan's codes, read back from its files."""
 
+from functools import partial
 from pathlib import Path
 
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.plan import Plan
 
 from ..contract import LayerCheck
-from ..shared.exporting import verify_directory
+from ..shared.exporting import Found, verify_directory
 from ..shared.float_checkpoint import open_float
 from .config import files
+from .experts import StackedFound, stacks
 from .tensors import decode
 
 
@@ -46,4 +48,5 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
         ((4, 32),)
     """
     opened = open_float(plan, source)
-    return verify_directory(Path(exported), opened, decode, files(opened), progress=progress)
+    reading = partial(StackedFound, opened) if stacks(opened) else Found
+    return verify_directory(Path(exported), opened, decode, files(opened), reading=reading, progress=progress)

@@ -1,6 +1,7 @@
 """Writing a checkpoint with the plan's codes as MLX keeps them."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from mpq_plugins.plans.plan import Plan
 
 from ..contract import Exported
 from ..shared.exporting import write_directory
+from ..shared.shard_writer import ShardWriter
 from .checks import checked
 from .config import files
+from .experts import StackingWriter, stacks
 from .tensors import encode
 
 
@@ -66,4 +69,7 @@ def export(source: Path, plan: Plan, output: Path, *, progress: Progress | None 
                 "and MLX computes in float32 after such a layer"
             )
 
-    return write_directory(opened, Path(output), encoded, files(opened), metadata="mlx", notes=notes, progress=progress)
+    writing = partial(StackingWriter, opened) if stacks(opened) else partial(ShardWriter, metadata="mlx")
+    return write_directory(
+        opened, Path(output), encoded, files(opened), notes=notes, writing=writing, progress=progress
+    )

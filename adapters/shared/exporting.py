@@ -39,14 +39,18 @@ class Found:
 
     def take(self, name: str, shape: Iterable[int], *dtypes: torch.dtype) -> Tensor:
         """A tensor of this shape and one of these dtypes. Raises VerifyError."""
-        self.asked.add(name)
-        stored = self.tensors.get(name)
+        stored = self.stored(name)
         if stored is None:
             raise VerifyError(f"{name!r} is missing")
         if tuple(stored.shape) != tuple(shape) or stored.foreign or stored.dtype not in dtypes:
             said = stored.foreign or stored.dtype
             raise VerifyError(f"{name!r} is {said} of shape {list(stored.shape)}, not {dtypes[0]} of {list(shape)}")
         return stored.tensor()
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor lies; None where there is none."""
+        self.asked.add(name)
+        return self.tensors.get(name)
 
     @property
     def others(self) -> list[str]:
@@ -92,20 +96,20 @@ def write_directory(  # what formats differ in
     encode: Encode,
     files: Mapping[str, Mapping[str, Any]],
     *,
-    metadata: str = "pt",
     notes: Callable[[], Iterable[str]] = tuple,
+    writing: Callable[[Path], ShardWriter] = ShardWriter,
     progress: Progress | None = None,
 ) -> Exported:
     """Write the checkpoint with each coded layer as `encode` has it, all other tensors as they are, and other files.
 
-    files: name -> JSON document, config.json among them; metadata: what the shards say of their format; notes: asked
-    for when every layer is written. Raises SettingError where the output cannot be there, SourceError where reading or
-    writing fails.
+    files: name -> JSON document, config.json among them; notes: asked for when every layer is written; writing: makes
+    what keeps and writes the tensors. Raises SettingError where the output cannot be there, SourceError where reading
+    or writing fails.
     """
     _check_output(source.path, output)
     meter, layers, layer_bytes = Meter(source, progress), 0, 0
     with atomic_directory(output) as temporary, unchanged(source.path):
-        writer = ShardWriter(temporary, {"format": metadata})
+        writer = writing(temporary)
         for parameter, stored in source.tensors.items():
             choice = source.coded(parameter)
             if source.is_copy(parameter):
@@ -148,13 +152,15 @@ def verify_directory(
     decode: Decode,
     files: Mapping[str, Mapping[str, Any]],
     *,
+    reading: Callable[[Mapping[str, StoredTensor]], Found] = Found,
     progress: Progress | None = None,
 ) -> tuple[LayerCheck, ...]:
     """Compare every code, scale, zero point, float tensor and configuration of a directory with the plan's.
 
-    Raises VerifyError, listing what is wrong; SourceError where files cannot be read.
+    reading: makes what finds the tensors. Raises VerifyError, listing what is wrong; SourceError where files cannot be
+    read.
     """
-    found = Found(read_checkpoint(exported).tensors)
+    found = reading(read_checkpoint(exported).tensors)
     meter, checks = Meter(source, progress), list[LayerCheck]()
     problems = [problem for name, document in files.items() if (problem := _file_problem(exported / name, document))]
     for parameter, stored in source.tensors.items():

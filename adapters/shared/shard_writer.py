@@ -15,9 +15,12 @@ BUFFERED = 512 << 20  # bytes
 
 
 class ShardWriter:
-    """Keeps tensors until there are `limit` bytes of them, BUFFERED by default, then writes a shard."""
+    """Keeps tensors until there are `limit` bytes of them, BUFFERED by default, then writes a shard.
 
-    def __init__(self, directory: Path, metadata: dict[str, str], limit: int | None = None) -> None:
+    metadata: the format that shards say they are of.
+    """
+
+    def __init__(self, directory: Path, metadata: str = "pt", limit: int | None = None) -> None:
         self.directory, self.metadata, self.limit = directory, metadata, BUFFERED if limit is None else limit
         self.total = 0
         self._waiting: dict[str, Tensor] = {}
@@ -51,7 +54,7 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._part(len(self._shards))
         try:
-            save_file(self._waiting, path, self.metadata)
+            save_file(self._waiting, path, {"format": self.metadata})
         except SafetensorError as error:
             raise SourceError(f"{path.parent}: cannot be written ({first_sentence(error)})") from error
         self._shards.append(list(self._waiting))

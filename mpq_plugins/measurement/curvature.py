@@ -28,7 +28,15 @@ class Fisher:
     name: ClassVar[str] = "fisher"
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
-        """One backward pass a sample."""
+        """One backward pass a sample, for all types that the same layers can have."""
+        key = (Fisher, tuple(job.modules))
+        if key not in job.shared:
+            job.shared[key] = self._diagonals(job)
+        diagonals: Mapping[str, Tensor] = job.shared[key]
+        return {layer.name: _curves(job.squared_errors(layer, diagonals[layer.name])) for layer in job.table.layers}
+
+    def _diagonals(self, job: Job) -> Mapping[str, Tensor]:
+        """Half of the diagonal of each layer's information, in nats a sample."""
         names, weights = _trainable(job)
         squares = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         total = sum(sample_count(batch) for batch in job.batches)
@@ -42,10 +50,7 @@ class Fisher:
                     square += gradient.float().square()
         job.said(total, total)
         _check_reached(names, reached)
-        return {
-            name: _curves(job.squared_errors(layer, squares[names.index(name)] / (2 * total)))
-            for name, layer in ((layer.name, layer) for layer in job.table.layers)
-        }
+        return {name: square / (2 * total) for name, square in zip(names, squares, strict=True)}
 
 
 @dataclass(frozen=True)

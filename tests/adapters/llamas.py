@@ -68,3 +68,24 @@ def fused_bits(attention: int, mlp: int, others: int) -> Callable[[int, str], in
         return mlp if name.endswith(("gate_proj", "up_proj")) else others
 
     return bits
+
+
+def save_experts(path: Path, kind: str) -> Path:
+    """A model of two blocks with four experts in each: mixtral, olmoe, qwen2_moe or qwen3_moe."""
+    import transformers
+
+    torch.manual_seed(0)
+    name = {"mixtral": "Mixtral", "olmoe": "Olmoe", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[kind]
+    sizes: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500000.0, "max_position_embeddings": 64,
+        "num_experts_per_tok": 2, "eos_token_id": 1,
+    }  # fmt: skip
+    sizes |= {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4}
+    if kind.startswith("qwen"):
+        sizes |= {"moe_intermediate_size": 96, "decoder_sparse_step": 1}
+    sizes |= {"shared_expert_intermediate_size": 64} if kind == "qwen2_moe" else {}
+    sizes |= {"head_dim": 16, "norm_topk_prob": True} if kind == "qwen3_moe" else {}
+    model: Any = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+    model.save_pretrained(path)
+    return path

@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mpq_plugins import Affine, Exporter, LayerChoice, MismatchError, SourceError, Uniform, legalise, measure
+from mpq_plugins import (
+    Affine,
+    EntropyCoded,
+    Exporter,
+    LayerChoice,
+    MismatchError,
+    SourceError,
+    Uniform,
+    legalise,
+    measure,
+)
 from mpq_plugins.adapters import gptq, mlx
 from mpq_plugins.adapters.gptq import tensors as gptq_tensors
 from mpq_plugins.adapters.mlx import tensors as mlx_tensors
@@ -123,6 +133,34 @@ def test_a_layer_with_a_bias_and_tensors_of_other_dtypes_are_kept(exporter: Expo
     assert written.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
     kept = sum(value.nbytes for value in others.values())
     assert written.layer_bytes == written.total_bytes - kept
+
+
+def test_steps_of_entropy_coded_plans_are_scales(exporter: Exporter, tmp_path: Path) -> None:
+    if exporter.CAPABILITIES.backend == "gguf":
+        pytest.skip("it needs a language model")
+    source = saved(tmp_path / "source", fc=torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+    plan = Uniform(bits=8)(measure(source, EntropyCoded(step=0.0625), (8,)))
+    exporter.export(source, plan, tmp_path / "out")
+    assert [check.layer for check in exporter.verify(tmp_path / "out", plan, source)] == ["fc"]
+
+
+def test_torch_checkpoints_are_read_and_tied_weights_written_once(exporter: Exporter, tmp_path: Path) -> None:
+    if exporter.CAPABILITIES.backend == "gguf":
+        pytest.skip("it needs a language model")
+    weight, source = torch.randn(64, 32), tmp_path / "source"
+    source.mkdir()
+    state = {"model.embed_tokens.weight": weight, "lm_head.weight": weight, "fc.weight": torch.randn(32, 64)}
+    torch.save(state, source / "pytorch_model.bin")
+    (source / "config.json").write_text('{"tie_word_embeddings": true}')
+    plan = Uniform(bits=4)(measure(source, CHANNELS, (4,)))
+    legal, _ = legalise(plan, exporter.CAPABILITIES)
+    exporter.export(source, legal, tmp_path / "out")
+    exporter.verify(tmp_path / "out", legal, source)
+    names = {*load_file(tmp_path / "out" / "model.safetensors")}
+    assert not any(name.startswith("lm_head") for name in names)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name != "quantize_config.json") == [
+        "config.json", "model.safetensors",
+    ]  # fmt: skip
 
 
 def test_progress_ends_at_all_weights(exporter: Exporter, tmp_path: Path) -> None:

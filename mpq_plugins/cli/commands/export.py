@@ -32,7 +32,7 @@ def _policies() -> tuple[str, ...]:
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.argument("source", metavar="SOURCE", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "target", required=True, type=backend_names("exporters", "configs"),
+    "--to", "target", required=True, type=backend_names("exporters", "configs"), metavar="NAME",
     help="What to write; `mpq plugins` lists exporters and configs.",
 )  # fmt: skip
 @click.option("--runtime", metavar="NAME", help="What is to load it, where not all that do take everything.")

@@ -155,6 +155,14 @@ def test_embeddings_stay_in_float(source: Path) -> None:
     compressed_tensors.check(legal, source)
 
 
+def test_a_packed_head_is_said_for_vllm(source: Path, tmp_path: Path) -> None:
+    plan = plan_of(source, GROUPS, 4, skip=("role:embeddings",))
+    for runtime in compressed_tensors.RUNTIMES:
+        written = compressed_tensors.export(source, plan, tmp_path / runtime, runtime=runtime)
+        assert any("'lm_head' is packed" in note for note in written.notes) == (runtime == "vllm")
+    same_as_applied(source, plan, tmp_path / "transformers")
+
+
 @pytest.mark.parametrize("runtime", ["llama.cpp", "", 3])
 def test_other_runtimes_are_refused(source: Path, runtime: Any) -> None:
     with pytest.raises(SettingError, match=r"runtime: .* is not allowed; vllm, transformers"):

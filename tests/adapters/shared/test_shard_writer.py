@@ -18,7 +18,7 @@ def test_every_tensor_is_in_the_shard_that_the_index_names(sizes: list[int], lim
     tensors = {f"t{number}": torch.full((size,), number, dtype=torch.int32) for number, size in enumerate(sizes)}
     with TemporaryDirectory() as made:
         folder = Path(made)
-        writer = ShardWriter(folder, {"format": "pt"}, limit)
+        writer = ShardWriter(folder, limit=limit)
         for name, tensor in tensors.items():
             assert writer.put(name, tensor) == 4 * len(tensor)
         writer.finish()
