@@ -20,6 +20,7 @@ from .filling import filled, names_of, without
 
 NAME = "modelopt"
 STATS = "candidate_stats"
+REFUSED = "would execute code"  # as load_torch says it
 SUFFIX = ".quant_recipe"  # of the names that its groups have
 EFFECTIVE = re.compile(r"effective-bits:\s*([0-9]+(?:\.[0-9]+)?)")
 SAID = re.compile(r"(?:^|_)(?:INT|W)([0-9]+)(?=_|A|$)")
@@ -86,9 +87,11 @@ def _document(path: Path) -> Any:
     try:
         return load_torch(path)
     except SourceError as error:
+        if REFUSED not in str(error):
+            raise FormatError(str(error)) from error
         raise FormatError(
-            f"{path}: holds objects of ModelOpt's own, which are not read, for that could run code. Save the scores as "
-            f"JSON where ModelOpt is: json.dump({{'{STATS}': stats}}, file, default=str) ({error})"
+            f"{path}: holds objects other than numbers and texts, which are not read, for that could run code. Save "
+            f"the scores as JSON where ModelOpt is: json.dump({{'{STATS}': stats}}, file, default=str)"
         ) from error
 
 
