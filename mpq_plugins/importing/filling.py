@@ -14,6 +14,7 @@ from ..models.fingerprint import fingerprint
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from ..plans.type_table import TypeTable
+from ..weights.roles import PREFIX
 
 AnyTable = TypeVar("AnyTable", LayerTable, TypeTable)
 
@@ -63,6 +64,8 @@ def without(table: AnyTable, skip: Sequence[str]) -> AnyTable:
     for pattern in skip:
         named = {layer.name for layer in layers if any(matches(pattern, name) for name in names_of(layer))}
         if not named:
+            if pattern.startswith(PREFIX):
+                raise SettingError(f"skip: {pattern!r}: a table knows no roles; name layers by globs")
             some = first_few([repr(layer.name) for layer in layers], ", ")
             raise SettingError(f"skip: {pattern!r} matches none of the table's {len(layers)} layers; they are {some}")
         dropped |= named

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 def write_imatrix(
     path: Path, inputs: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], chunk: int | None = None
 ) -> Path:
-    """inputs: tensor -> sums of x_j^2, (matrices, columns), and positions, (matrices,)."""
+    """inputs: tensor -> sums of x_j^2, (columns,) or (matrices, columns), and positions, (matrices,)."""
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["text.txt"])
@@ -20,10 +20,15 @@ def write_imatrix(
     if chunk is not None:
         writer.add_uint32("imatrix.chunk_size", chunk)
     for name, (sums, counts) in inputs.items():
-        writer.add_tensor(f"{name}.in_sum2", np.atleast_2d(sums).astype(np.float32))
-        writer.add_tensor(f"{name}.counts", np.asarray(counts, np.float32).reshape(-1, 1))
+        writer.add_tensor(f"{name}.in_sum2", np.asarray(sums, np.float32))
+        writer.add_tensor(f"{name}.counts", _counts(np.asarray(counts, np.float32)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _counts(counts: NDArray[Any]) -> NDArray[Any]:
+    """ggml leaves out outer sides of 1."""
+    return counts if len(counts) == 1 else counts.reshape(-1, 1)

@@ -196,6 +196,18 @@ def test_a_gguf_source_has_the_files_own_names(tmp_path: Path) -> None:
         np.testing.assert_allclose(layer.sensitivities["output_mse"], expected, rtol=1e-5)
 
 
+def test_ggmls_types_are_weighed_as_they_were_measured(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "m.gguf", tiny())
+    table = measure_types(source, ("q4_0", "q8_0", "q4_k"), skip=["token_embd"])
+    inputs = {f"{layer.name}.weight": (np.ones(layer.shape[1]), np.ones(1)) for layer in table.base.layers}
+    imported = import_imatrix(write_imatrix(tmp_path / "i.gguf", inputs), table, source)
+    assert [len(column.table.layers) for column in imported.columns] == [7, 7, 1]  # rows of 256 in one alone
+    for column in imported.columns:
+        for layer in column.table.layers:
+            expected = layer.errors["mse"] * layer.numel
+            np.testing.assert_allclose(layer.sensitivities["output_mse"], expected, rtol=1e-5)
+
+
 def changed(inputs: dict[str, Any], **tensors: Any) -> dict[str, Any]:
     return {name: value for name, value in {**inputs, **tensors}.items() if value is not None}
 

@@ -131,7 +131,11 @@ def test_layers_without_a_score_are_named_and_can_be_skipped(tmp_path: Path) -> 
     skipped = import_autoround(path, table, skip=["1", "re:2"])
     assert (skipped.skipped, [layer.name for layer in skipped.layers]) == (("1", "2"), ["0"])
     assert skipped.fingerprint == measure(net(), GROUPS, (4,), skip=["1", "2"]).fingerprint
-    for skip, said in ((["9"], "matches none of the table's 3 layers"), (["*"], "all 3 layers")):
+    for skip, said in (
+        (["9"], "matches none of the table's 3 layers"),
+        (["*"], "all 3 layers"),
+        (["role:lm_head"], "no roles"),
+    ):
         with pytest.raises(SettingError, match=said):
             import_autoround(path, table, skip=skip)
 
