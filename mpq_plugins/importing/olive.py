@@ -58,7 +58,7 @@ def import_olive(
     """Make a plan of the widths that Olive chose: its `mixed_precision_info`.
 
     Layers that `overrides` names have their widths there; every other linear layer has the default, if there is one.
-    Embeddings and the output head stay in floating point unless they are named, as Olive leaves them.
+    Embeddings and the output head stay in floating point unless they are named.
 
     Args:
         path: A JSON file with `mixed_precision_info`, or with what that holds.
