@@ -36,6 +36,10 @@ from .errors import (
 from .evaluation.evaluate import EvaluatedPlan, evaluate
 from .evaluation.pareto import LabelledPlan, pareto
 from .evaluation.sweep import SweepRow, sweep
+from .importing.autoround import import_autoround
+from .importing.imatrix_error import import_imatrix
+from .importing.modelopt import import_modelopt
+from .importing.olive import import_olive
 from .measurement.contract import Curves, Job, Sensitivity
 from .measurement.measure import measure
 from .measurement.measure_types import measure_types
@@ -151,6 +155,10 @@ __all__ = [
     "find_weights",
     "finish",
     "fit_file",
+    "import_autoround",
+    "import_imatrix",
+    "import_modelopt",
+    "import_olive",
     "input_ranges",
     "iter_weights",
     "legalise",

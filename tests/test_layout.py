@@ -32,6 +32,7 @@ ORDER = (
     "quantization",
     "measurement",
     "allocation",
+    "importing",
     "simulation",
     "reconstruction",
     "compression",

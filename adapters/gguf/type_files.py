@@ -12,10 +12,11 @@ from mpq_plugins.plans.names import layer_name, stacks_of, weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.simulation.match import match
-from mpq_plugins.weights.gguf_names import kept_by_llama_cpp
+from mpq_plugins.weights.gguf_names import architecture_of, kept_by_llama_cpp
+from mpq_plugins.weights.roles import read_config
 
 from ..shared.folded import check_plan
-from .names import architecture_of, renamed
+from .names import renamed
 
 ROUNDED_BLIND = ("token_embd", "per_layer_token_embd", "output")
 """What llama-quantize rounds without an importance matrix to any type."""
@@ -43,7 +44,7 @@ def config(plan: Plan, source: Path) -> str:
     source = Path(source)
     if not is_gguf(source):
         match(plan, source).require(str(source))
-        return types_file(plan, *architecture_of(source))
+        return types_file(plan, *architecture_of(read_config(source)))
     header = read_gguf(source)
     blocks = header.metadata.get(f"{header.architecture}.block_count")
     named = renamed(plan, header.architecture, blocks if isinstance(blocks, int) else 0)

@@ -17,6 +17,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
         "allocator", "types", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
         "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss", "target", "runtime", "config_only",
+        "onto", "source", "file_format",
     ),
     "Pruning and coding": ("file_bits", "file_size", "amounts", "prune_by", "coding"),
     "Learning": (
@@ -36,6 +37,7 @@ OTHER, LAST = "Options", "Output"
 COMMANDS: dict[str, dict[str, str]] = {
     "Decide": {
         "measure": "Measure every layer's error at every width.",
+        "import": "Take what another tool measured or decided.",
         "plan": "Decide the bits of every layer.",
         "sweep": "Plan over a grid of an allocator's parameters.",
         "pareto": "Plan with every allocator at the same sizes.",

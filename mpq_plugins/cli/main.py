@@ -22,6 +22,7 @@ from .commands.demo import demo
 from .commands.diff import diff
 from .commands.evaluate import evaluate
 from .commands.export import export
+from .commands.import_ import import_
 from .commands.inspect import inspect
 from .commands.measure import measure
 from .commands.pareto import pareto
@@ -157,7 +158,7 @@ def cli() -> None:
 
 
 for command in (
-    measure, plan, show, diff, check, apply, export, reconstruct, compress, decompress, inspect, sweep, pareto,
+    measure, import_, plan, show, diff, check, apply, export, reconstruct, compress, decompress, inspect, sweep, pareto,
     evaluate, tune, plugins, demo,
 ):  # fmt: skip
     cli.add_command(command)

@@ -18,6 +18,7 @@ from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from ..quantization.fitted import check_fits, fitted
 from ..quantization.quantize import fake_quantize
+from .weighted import squared_errors
 
 Array = NDArray[np.float64]
 Output = Callable[[nn.Module, Any], Tensor]
@@ -121,11 +122,7 @@ class Job:
         Returns:
             The sums, (bits, channels).
         """
-        exact = self.weights[layer.name]
-        errors = [(w - exact).double().square() * weight.double() for w in self.quantized(layer)]
-        axis = layer.channel_axis
-        summed = [error.movedim(axis, 0).flatten(1).sum(1) for error in errors]
-        return torch.stack(summed).cpu().numpy()
+        return squared_errors(self.weights[layer.name], self.quantized(layer), weight, layer.channel_axis)
 
     def run(self, batch: Any) -> Tensor:
         """Give the output for a batch, with its graph of gradients: the user's function's, or the model's own logits.
