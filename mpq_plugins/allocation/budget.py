@@ -200,7 +200,7 @@ class Budget:
     bits: Candidates = tuple(range(1, 9))
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
     pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
-    tie: Annotated[Ties, "layers that must agree: '*.{query,key,value}', qkv, gate_up, experts"] = ()
+    tie: Annotated[Ties, "layers that must agree: '*.{q,k,v}', qkv, experts"] = ()
     ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None
     time_limit: Annotated[Most | None, "seconds after which the best plan found is taken"] = None
 

@@ -70,7 +70,7 @@ class SchemeFields:
             owners = self.owners[name]
             if shown is not None and hasattr(shown, name):
                 each = replace(each, default=default_words(getattr(shown, name), name, each.kind))
-            said_of = "" if 2 * len(owners) > len(schemes) else ", ".join(owners)
+            said_of = "" if 2 * len(owners) >= len(schemes) else ", ".join(owners)
             word = each.word_made(SECTION, said_of)
             for option in (each.made(SECTION, said_of=said_of, enforced=False), *([word] if word else [])):
                 option.hidden = shown is not None and (shown.name not in owners or (not named and option.name in RARE))

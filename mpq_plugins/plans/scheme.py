@@ -26,11 +26,7 @@ Symmetry = bool | Literal["full"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 # As fields of schemes, with the texts of their options.
 Grain = Annotated[Granularity, "scales"]
-GroupSize = Annotated[
-    int | None,
-    "weights per group along the input axis; implies per_group. Where it does not divide a layer's inputs, that layer "
-    "has the largest power of two below it that does and is 16 or more, else one group a channel",
-]
+GroupSize = Annotated[int | None, "weights per group along the input axis; implies per_group"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "mse")

@@ -183,10 +183,10 @@ def test_another_models_plan_is_refused(exporter: Exporter, tmp_path: Path) -> N
     with pytest.raises((MismatchError, SourceError)):
         exporter.check(plan, other)
     with pytest.raises((MismatchError, SourceError)):
-        exporter.export(other, plan, tmp_path / "out")
+        exporter.export(other, plan, tmp_path / "out.gguf")
     with pytest.raises((MismatchError, SourceError)):
-        exporter.verify(tmp_path / "out", plan, other)
-    assert not (tmp_path / "out").exists()
+        exporter.verify(tmp_path / "out.gguf", plan, other)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 PEAK = """

@@ -94,7 +94,7 @@ def test_types_get_the_scores_of_schemes_like_theirs(scores: Path) -> None:
         (Affine(symmetric="full", granularity="per_channel"), (4,), "4 bits symmetric per channel"),
         (Affine(symmetric=True), (4,), "4 bits symmetric per tensor"),
         (Affine(symmetric="full", granularity="per_group", group_size=16), (4,), "4 bits symmetric in 16s"),
-        (Minifloat(type="mxfp4"), (4,), "integers with scales"),
+        (Minifloat(format="mxfp4"), (4,), "integers with scales"),
     ],
 )
 def test_a_width_or_scheme_that_was_not_scored_is_named(
@@ -230,7 +230,7 @@ def test_tables_that_modelopt_cannot_speak_of_are_refused(tmp_path: Path) -> Non
     with pytest.raises(SettingError, match="give a table of widths"):
         import_modelopt(path, measure_types(net(), ("int4", "int8")))  # type: ignore[arg-type]  # refused
     with pytest.raises(SettingError, match="use affine"):
-        import_modelopt(path, measure(net(), Minifloat(type="mxfp4"), (4,)))
+        import_modelopt(path, measure(net(), Minifloat(format="mxfp4"), (4,)))
 
 
 def test_the_command_tells_files_apart_by_what_they_hold(scores: Path, tmp_path: Path, mpq: Mpq) -> None:
