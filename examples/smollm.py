@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct (examples/smollm_model.py says what its weights are): 211 layers, the embedding is the head too.
 Types are full-range symmetric integers of 2 to 8 bits with 16-bit scales for every 32 or 64 weights. Perplexity on
-windows of 256 tokens of Acts (King James Version); sensitivities are measured on windows of Luke. With --llama, a
+windows of 256 tokens of Acts (King James Version); Fisher information is measured on windows of Luke. With --llama, a
 folder that holds llama-quantize, llama.cpp's own mixtures beside Budget over ggml's types at no more bytes, each
 dequantized and run in float.
 """
@@ -28,7 +28,9 @@ from mpq_plugins.report.tables import grid
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64)
 TYPES = tuple(f"int{bits}_g{size}" for size in GROUPS for bits in WIDTHS)
-SENSITIVITIES = ("mse", "output_mse")
+SENSITIVITIES = ("mse", "fisher")
+GGML = ("q2_k", "q3_k", "q4_0", "q4_k", "iq4_xs", "iq4_nl", "q5_0", "q5_k", "q6_k", "q8_0")
+"""Without q4_1 and q5_1, which hold the weights of a file of Q4_1 as they are."""
 MIXTURES = ("q3_k_m", "q4_k_m")
 Row = tuple[str, str, str, str]
 
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5, 4.0, 4.5])
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--calibration", type=int, default=16)
+    parser.add_argument("--calibration", type=int, default=24)
     parser.add_argument("--compensated", action="store_true", help="round each plan by mpq.compensate too: slow")
     parser.add_argument("--mlx", action="store_true", help="run the first plan packed, by mlx-lm, too")
     parser.add_argument("--llama", type=Path, help="folder of llama-quantize, for llama.cpp's own mixtures")
@@ -49,7 +51,7 @@ def main() -> None:
     evaluated = windows(tokenizer, ACTS, options.windows)
     calibrated = batches_of(windows(tokenizer, LUKE, options.calibration))
     print(f"float: perplexity {perplexity(model, evaluated):.2f} on {evaluated.numel():,} tokens", flush=True)
-    types = with_output_mse(model, mpq.measure_types(model, TYPES), calibrated)
+    types = with_fisher(model, mpq.measure_types(model, TYPES), calibrated)
     ways: list[tuple[str, Callable[[mpq.Plan], nn.Module]]] = [("nearest", lambda plan: mpq.apply(model, plan))]
     if options.compensated:
         ways.append(("compensated", lambda plan: mpq.apply(mpq.compensate(model, plan, calibrated), plan)))
@@ -66,10 +68,10 @@ def main() -> None:
         packed(model, next(budgets(types, options.bits[:1], SENSITIVITIES[-1:]))[1], evaluated)
 
 
-def with_output_mse(model: nn.Module, table: mpq.TypeTable, batches: Sequence[Tensor]) -> mpq.TypeTable:
+def with_fisher(model: nn.Module, table: mpq.TypeTable, batches: Sequence[Tensor]) -> mpq.TypeTable:
     started = time.perf_counter()
-    measured = mpq.sensitivity(model, table, "output_mse", batches)
-    print(f"output_mse as {len(table.types)} types: {time.perf_counter() - started:.0f} s", flush=True)
+    measured = mpq.sensitivity(model, table, "fisher", batches)
+    print(f"fisher as {len(table.types)} types: {time.perf_counter() - started:.0f} s", flush=True)
     return measured
 
 
@@ -90,12 +92,12 @@ def budgets(
 
 def against_llama(model: nn.Module, folder: Path, batches: Sequence[Tensor], evaluated: Tensor) -> None:
     """llama.cpp's mixtures, and Budget over ggml's types at their bytes."""
-    types = with_output_mse(model, mpq.measure_types(model, ("gguf",)), batches)
+    types = with_fisher(model, mpq.measure_types(model, GGML), batches)
     rows: list[Row] = []
     for mixture in MIXTURES:
         mixed, size = mixture_of(model, folder, mixture)
-        rows.append((f"llama.cpp {mixture}", f"{8 * size / weights(types):.3f}", "ggml", ""))
-        rows[-1] = (*rows[-1][:3], f"{perplexity(mixed, evaluated):.2f}")
+        bits, score = f"{8 * size / weights(types):.3f}", perplexity(mixed, evaluated)
+        rows.append((f"llama.cpp {mixture}", bits, "ggml", f"{score:.2f}"))
         for name in SENSITIVITIES:
             plan = mpq.Budget(size_bytes=size, sensitivity=name)(types)
             score = perplexity(mpq.apply(model, plan), evaluated)
