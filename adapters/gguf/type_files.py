@@ -117,6 +117,13 @@ def _by_tensor(plan: Plan, imatrix: bool) -> dict[str, str | None]:
                 )
             kinds[tensor], first[tensor] = kind, layer
             _check_heeded(layer, tensor, kind, imatrix)
+    for name in plan.skipped:
+        tensor = _tensor_of(name)
+        if kinds.get(tensor) not in (None, *_FLOATS):
+            raise SettingError(
+                f"layer {name!r}: is skipped, and one tensor with {first[tensor].name!r}, of {kinds[tensor]}; skip or "
+                "plan all experts of a layer"
+            )
     return kinds
 
 
@@ -135,8 +142,12 @@ def _type_of(layer: LayerChoice) -> str | None:
     if isinstance(scheme, GGML):
         return scheme.type
     (bits, _), *_ = layer.widths
-    symmetric = isinstance(scheme, Affine) and bool(scheme.symmetric)
-    kind = EXACT.get((symmetric, bits)) or NEAREST.get(bits)
+    if not isinstance(scheme, Affine) or layer.coded_bytes is not None:
+        raise SettingError(
+            f"layer {layer.name!r}: {scheme} is no type of ggml's, and none comes near it; plan with ggml's own "
+            "(--types gguf, or --scheme ggml)"
+        )
+    kind = EXACT.get((bool(scheme.symmetric), bits)) or NEAREST.get(bits)
     if kind is None:
         raise SettingError(f"layer {layer.name!r}: ggml has no type of {bits} bits; 2, 3, 4, 5, 6 or 8")
     return kind

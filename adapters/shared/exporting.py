@@ -123,7 +123,7 @@ def write_directory(  # what formats differ in
         writer.finish()
         _copy_others(source.path, temporary, files)
         for name, document in files.items():
-            (temporary / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            (temporary / name).write_text(json.dumps(document, indent=2) + "\n")
         temporary.chmod(source.path.stat().st_mode & 0o777)
     meter.finish()
     return Exported(output, layers, layer_bytes, writer.total, tuple(notes()))

@@ -84,8 +84,11 @@ class FloatCheckpoint:
             return simulate_layer(tensor, choice).to(stored_dtype(choice, tensor.dtype))
         if not self.planned.is_stack(parameter, tensor.shape):
             return tensor
-        experts = self.planned.experts(parameter, tensor)
-        return torch.stack([matrix if one is None else simulate_layer(matrix, one) for _, one, matrix in experts])
+        experts = list(self.planned.experts(parameter, tensor))
+        made = torch.stack([matrix if one is None else simulate_layer(matrix, one) for _, one, matrix in experts])
+        dtypes = {tensor.dtype if one is None else stored_dtype(one, tensor.dtype) for _, one, _ in experts}
+        made = made.reshape(tensor.shape)  # some checkpoints join experts in one matrix
+        return made.to(dtypes.pop()) if len(dtypes) == 1 else made
 
 
 def open_float(plan: Plan, source: Path) -> FloatCheckpoint:
@@ -125,7 +128,13 @@ def _config(source: Path) -> dict[str, Any]:
 
 
 def require_plain(source: FloatCheckpoint, target: str) -> None:
-    """Refuse layers whose weight is not one matrix of outputs by inputs. Raises SettingError."""
+    """Refuse layers whose weight is not one matrix of outputs by inputs, or has no weights. Raises SettingError."""
+    for _, choice in source.coded_weights:
+        if 0 in choice.shape:
+            raise SettingError(
+                f"layer {choice.name!r}: has no weights ({list(choice.shape)}), which {target} cannot hold as codes; "
+                f"skip it (--skip {choice.name!r})"
+            )
     for parameter in source.stacks:
         raise SettingError(
             f"layer {layer_name(parameter)!r}: one tensor stacks its experts, and {target} has a tensor for each; skip "

@@ -49,7 +49,7 @@ class ShardWriter:
             self._part(number).rename(self.directory / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.directory / INDEX_NAME).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+        (self.directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
         path = self._part(len(self._shards))

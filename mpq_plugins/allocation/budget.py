@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.amounts import bytes_of
-from ..common.checks import as_integer, number
+from ..common.checks import number
 from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
@@ -36,7 +36,7 @@ from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, model_limit, numel, total_limit
 from .make import make_plan, plan_of
 from .objective import parts_of
-from .typed import pinned_type, typed_layout
+from .typed import typed_layout
 from .watch import Watch
 
 Array = NDArray[np.float64]
@@ -105,12 +105,9 @@ def _pins(value: Any) -> tuple[Any, ...]:
 
 
 def _names_type(entry: Any) -> bool:
-    """Whether a pin gives a layer a type rather than a width. Raises SettingError for a type there is not."""
-    word = str(entry).rpartition("=")[2].strip()
-    if not isinstance(entry, str) or as_integer(word) is not None or not word.isidentifier():
-        return False
-    pinned_type(entry)
-    return True
+    """Whether a pin gives a layer a type rather than a width; which types there are, the table knows."""
+    pattern, _, word = str(entry).rpartition("=")
+    return isinstance(entry, str) and bool(pattern.strip()) and word.strip().isidentifier()
 
 
 def _ties(value: Any) -> tuple[Any, ...]:

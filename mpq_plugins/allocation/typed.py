@@ -15,7 +15,7 @@ from ..plans.layers import LayerChoice
 from ..plans.scheme import FLOAT_BITS
 from ..plans.stats import LayerStats
 from ..plans.type_table import TypeColumn, TypeTable
-from ..plans.types import NamedType, named_type
+from ..plans.types import NamedType
 from .choices import layer_choice
 from .knapsack import Problem, Solution, solve
 from .limits import Limit
@@ -186,14 +186,14 @@ def typed_layout(
     return TypedLayout(table, sensitivity, limits, pinned, items)
 
 
-def pinned_type(entry: str) -> tuple[str, Given]:
-    """`embed=q8_0` -> a pattern and the type, or 16 or 32 bits. Raises SettingError."""
+def pinned_type(entry: str, table: TypeTable) -> tuple[str, Given]:
+    """`embed=q8_0` -> a pattern and the type as the table has it, or 16 or 32 bits. Raises SettingError."""
     pattern, equals, word = entry.rpartition("=")
     if not equals or not pattern.strip():
         raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob and its type, as 'embed=int8'")
     bits = as_integer(word.strip())
     if bits is None:
-        return pattern.strip(), named_type(word.strip())
+        return pattern.strip(), table.column(word.strip()).type
     if bits not in FLOAT_BITS:
         raise SettingError(f"pin: {entry!r} is not allowed with types; a type, as int{bits}, or 16 or 32 for float")
     return pattern.strip(), bits
@@ -202,7 +202,7 @@ def pinned_type(entry: str) -> tuple[str, Given]:
 def _pinned(table: TypeTable, pin: Sequence[str]) -> dict[str, Given]:
     pinned: dict[str, Given] = {}
     for entry in pin:
-        pattern, given = pinned_type(entry)
+        pattern, given = pinned_type(entry, table)
         matching = [
             layer.name for layer in table.base.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))
         ]

@@ -24,7 +24,7 @@ EXPERTS = "experts"
 FAMILY_WORDS = (*FUSED, EXPERTS)
 """Words that stand for layers as models usually call them, so that a model may have none of them."""
 # What holds a layer's experts, in the path of one of them: a number follows it, or ends the name of one in a stack.
-_HOLDER = r"(?:(?!shared)\w+_)?experts?"
+_HOLDER = r"(?:(?!shared)\w+_)?(?:experts?|exps)"
 _EXPERT = re.compile(
     rf"((?:.*\.)?{_HOLDER})\.(?:[0-9]+(?:\..+)?|(?:.+\.)?[^.0-9][^.]*\.[0-9]+)"
     r"|((?:.*\.)?(?:\w+_)?moe)\.(?!shared|router|gate\.)[^.0-9][^.]*\.[0-9]+"

@@ -25,6 +25,7 @@ SUFFIX = ".quant_recipe"  # of the names that its groups have
 EFFECTIVE = re.compile(r"effective-bits:\s*([0-9]+(?:\.[0-9]+)?)")
 SAID = re.compile(r"(?:^|_)(?:INT|W)([0-9]+)(?=_|A|$)")
 FLOATING = re.compile(r"(?:^|_)(?:NV|MX)?FP[0-9]")
+OF_INPUTS_TOO = re.compile(r"SMOOTHQUANT|INT8_DEFAULT|(?:^|_)W[0-9]+A(?!16(?:_|$))[0-9]+")
 UNQUANTIZED = re.compile(r"NONE\b")
 
 
@@ -167,6 +168,11 @@ def _bits(where: str, name: Any) -> int:
         raise FormatError(f"{where}: format {name!r:.60} is no text")
     if FLOATING.search(name) or UNQUANTIZED.match(name):
         return 0  # no integers
+    if OF_INPUTS_TOO.search(name):
+        raise FormatError(
+            f"{where}: format {name!r:.60} quantizes inputs too, so its score is not what weights cost; measure "
+            "formats of weights alone"
+        )
     effective, said = EFFECTIVE.search(name), SAID.search(name)
     width = float(effective[1]) if effective else float(said[1]) if said else 0.0
     if not width:

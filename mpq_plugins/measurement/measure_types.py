@@ -1,6 +1,7 @@
 """One measurement a type: which layers can have it, and what they lose; together a table of types."""
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import nn
 from ..common.progress import Progress, part_of
 from ..common.store import Store, opened
 from ..common.text import first_few
-from ..errors import SettingError
+from ..errors import MeasureWarning, SettingError
 from ..plans.scheme import Affine
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
@@ -92,6 +93,11 @@ def run_types(
             TypeColumn(kind, _column(source, kind, base, request, replace(means, store=store, progress=report)))
             for kind, report in zip(kinds, reports[1:], strict=True)
         ]
+    gone = [column.type.name for column in columns if not column.table.layers]
+    if gone:
+        named = first_few(gone, ", ")
+        text = f"types: no layer's inputs divide into the groups of {named}, so no layer is given these types"
+        warnings.warn(MeasureWarning(text), stacklevel=3)
     return TypeTable(base, tuple(column for column in columns if column.table.layers))
 
 

@@ -20,6 +20,7 @@ from ..common.public import public
 from .channels import MOST_CHANNELS, Channels, cover
 from .scheme import FLOAT_BITS, INTEGER_BITS
 from .scheme_names import NamedScheme
+from .type_names import type_name
 
 ALLOWED_BITS = (*INTEGER_BITS, *FLOAT_BITS)
 
@@ -212,9 +213,7 @@ class LayerChoice(LayerDocument):
     @property
     def type(self) -> str | None:
         """The name of the type that it is stored as; None where its scheme is no named type, or it is in float."""
-        if self.in_float:
-            return None
-        return getattr(self.scheme, "type", None)
+        return None if self.bits is None or self.in_float else type_name(self.scheme, self.bits)
 
     @property
     def all_parts(self) -> tuple[Part, ...]:

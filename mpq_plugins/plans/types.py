@@ -12,8 +12,9 @@ from .layers import LayerChoice
 from .minifloat import MINIFLOATS, Minifloat
 from .scheme import Affine, Scheme
 from .size import layer_size
+from .type_names import GROUP_SIZES, type_name
 
-INTEGER_WIDTHS, GROUP_SIZES = range(2, 9), (32, 64, 128)
+INTEGER_WIDTHS = range(2, 9)
 GGUF = ("q2_k", "q3_k", "q4_0", "q4_k", "iq4_xs", "iq4_nl", "q4_1", "q5_0", "q5_k", "q5_1", "q6_k", "q8_0")
 """What llama.cpp's own mixtures are made of."""
 
@@ -84,20 +85,26 @@ def _integer(bits: int, group_size: int | None) -> NamedType:
     """Full-range symmetric codes with 16-bit scales, as GPTQ, compressed-tensors and ggml keep them."""
     if group_size is None:
         scheme = Affine(symmetric="full", granularity="per_channel", scale_dtype="float16")
-        return NamedType(f"int{bits}", scheme, bits)
+        return _named(scheme, bits)
     scheme = Affine(symmetric="full", granularity="per_group", group_size=group_size, scale_dtype="float16")
-    return NamedType(f"int{bits}_g{group_size}", scheme, bits)
+    return _named(scheme, bits)
+
+
+def _named(scheme: Scheme, bits: int) -> NamedType:
+    name = type_name(scheme, bits)
+    assert name is not None, "a type that has a name"
+    return NamedType(name, scheme, bits)
 
 
 def _ggml(name: str) -> NamedType:
     """A type of ggml's; those that OCP has too, and ggml rounds otherwise, are called after ggml."""
     scheme = GGML(type=name)  # type: ignore[arg-type]  # one of them
-    return NamedType(f"ggml_{name}" if name in ("mxfp4", "nvfp4") else name, scheme, scheme.bits)
+    return _named(scheme, scheme.bits)
 
 
 def _minifloat(name: str) -> NamedType:
     scheme = Minifloat(format=name)  # type: ignore[arg-type]  # one of them
-    return NamedType(name, scheme, scheme.bits)
+    return _named(scheme, scheme.bits)
 
 
 _INTEGERS = tuple(_integer(bits, size) for size in (None, *GROUP_SIZES) for bits in INTEGER_WIDTHS)

@@ -108,9 +108,13 @@ def test_what_means_nothing_is_refused(options: dict[str, object], message: str)
         Budget(total_average_bits=12, **options)(table(THREE, KINDS))  # type: ignore[arg-type]
 
 
-def test_a_type_that_is_none_is_refused_where_it_is_named() -> None:
-    with pytest.raises(SettingError, match="type: 'mxfp5' is not allowed"):
-        Budget(total_average_bits=12, pin=("q=mxfp5",))
+def test_a_pin_means_the_tables_own_type() -> None:
+    own = NamedType("mine", KINDS[0].scheme, KINDS[0].bits)
+    made = table(THREE[:2], (own, *KINDS[1:]))
+    plan = Budget(total_average_bits=12, pin=("q=mine",))(made)
+    assert plan.layers[0].scheme == own.scheme
+    with pytest.raises(SettingError, match="type: 'mxfp4' was not measured; this table has mine"):
+        Budget(total_average_bits=12, pin=("q=mxfp4",))(made)
 
 
 def test_layers_that_share_no_type_cannot_be_tied() -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from mpq_plugins import SettingError, named_type
+from mpq_plugins import Affine, SettingError, named_type
 from mpq_plugins.plans.types import families, type_names, types_of
+from tests.helpers.plans import linear
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,11 @@ def test_words_mean_types_and_families() -> None:
 def test_other_words_are_refused(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         types_of(words)
+
+
+def test_a_plans_layer_is_called_by_its_type() -> None:
+    for name in type_names():
+        kind = named_type(name)
+        assert linear("fc", 256, 256, kind.scheme, kind.bits).type == name
+    assert linear("fc", 256, 256, Affine(granularity="per_channel"), 4).type is None
+    assert linear("fc", 256, 256, named_type("int4").scheme, 32).type is None

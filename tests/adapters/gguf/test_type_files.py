@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpq_plugins import GGML, Affine, SettingError, Uniform, measure
+from mpq_plugins import GGML, Affine, Codebook, Minifloat, SettingError, Uniform, measure
 from mpq_plugins.adapters.gguf import config, types_file
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
@@ -141,3 +141,16 @@ def test_an_importance_matrix_allows_what_needs_it() -> None:
 def test_an_architecture_that_nobody_knows_is_told() -> None:
     with pytest.raises(SettingError, match="architecture: 'lama' is none of those that gguf has names for"):
         types_file(plan_of(linear("model.layers.0.mlp.up_proj", 8, 64, Affine(), 4)), "lama", 1)
+
+
+def test_schemes_that_are_no_types_of_ggmls_are_refused_and_not_replaced() -> None:
+    for scheme, bits in ((Minifloat(format="mxfp4"), 4), (Codebook(granularity="per_channel"), 4)):
+        plan = plan_of(linear("blk.0.ffn_up", 32, 64, scheme, bits))
+        with pytest.raises(SettingError, match="is no type of ggml's, and none comes near it"):
+            types_file(plan)
+
+
+def test_a_skipped_expert_of_a_planned_stack_is_refused() -> None:
+    plan = plan_of(linear("blk.0.ffn_gate_exps.0", 32, 256, GGML(type="q4_k"), 4))
+    with pytest.raises(SettingError, match=r"layer 'blk.0.ffn_gate_exps.1': is skipped, and one tensor with"):
+        types_file(plan.model_copy(update={"skipped": ("blk.0.ffn_gate_exps.1",)}))

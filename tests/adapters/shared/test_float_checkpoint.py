@@ -98,3 +98,31 @@ def test_blocks_may_differ_and_what_is_fused_in_them_may_not(tmp_path: Path) -> 
         opened = mixtral(tmp_path / str(number), **{name: 2})
         with pytest.raises(SettingError, match=f"the engine fuses .* Plan with --tie {tie}, and skip"):
             require_fused_alike(opened, "the engine", "do so")
+
+
+def test_experts_left_in_float_keep_their_tensors_shape_and_16_bits_are_float16(tmp_path: Path) -> None:
+    joined = "transformer.blocks.0.ffn.experts.mlp.w1"
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {
+        joined: torch.randn(256, 32), "transformer.blocks.0.ffn.router.layer.weight": torch.randn(4, 32),
+        stack: torch.randn(4, 64, 32), "model.fc.weight": torch.randn(4, 32),
+    }  # fmt: skip
+    source = saved(tmp_path / "source", tensors)
+    plan = planned(source)
+    in_float = tuple(
+        layer.model_copy(update={"bits": 16 if layer.name.startswith(stack) else 32})
+        if "experts" in layer.name
+        else layer
+        for layer in plan.layers
+    )
+    opened = open_float(plan.model_copy(update={"layers": in_float}), source)
+    assert any(layer.name.startswith(joined) for layer in in_float)
+    assert opened.in_float(joined).equal(tensors[joined])
+    assert opened.in_float(stack).dtype == torch.float16
+    assert opened.in_float(stack).equal(tensors[stack].half())
+
+
+def test_a_layer_without_weights_is_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", {"fc.weight": torch.randn(32, 64), "gc.weight": torch.randn(0, 64)})
+    with pytest.raises(SettingError, match="layer 'gc': has no weights"):
+        require_plain(open_float(planned(source), source), "MLX")
