@@ -14,7 +14,8 @@ from ..shared.float_checkpoint import FloatCheckpoint, left_in_float
 from .tensors import is_symmetric
 
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-         "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+         "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+         "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj"}  # fmt: skip
 """What vLLM calls the layer that it makes of several, and looks for a rule of."""
 
 

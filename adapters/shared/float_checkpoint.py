@@ -16,7 +16,7 @@ from mpq_plugins.common.documents import LARGEST_DOCUMENT
 from mpq_plugins.common.files import CONFIG_NAME, read_regular
 from mpq_plugins.errors import SettingError, SourceError
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.names import is_weight, layer_name, weight_name
+from mpq_plugins.plans.names import JOINED, are_experts, is_weight, layer_name, weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.checkpoint import require_unscaled
 from mpq_plugins.simulation.floats import stored_dtype
@@ -162,5 +162,18 @@ def left_in_float(source: FloatCheckpoint, *, embeddings: bool = False) -> Itera
         embeds = is_embedding(name, shapes[weight_name(name)], shapes) if choice is None else choice.kind == "embedding"
         if embeddings or is_head(name) or not embeds:
             yield name
-    if not embeddings and not any(is_head(layer_name(parameter)) for parameter in source.tensors):
+    if embeddings:
+        return
+    if not any(is_head(layer_name(parameter)) for parameter in source.tensors):
         yield "lm_head"
+    yield from dict.fromkeys(_stacked_experts(source))
+
+
+def _stacked_experts(source: FloatCheckpoint) -> Iterator[str]:
+    """Tensors of several experts, which are in float, and the modules that engines make of them."""
+    for parameter, stored in source.tensors.items():
+        name = layer_name(parameter)
+        if are_experts(parameter, stored.shape) or JOINED.search(name):
+            yield name
+            holder, experts, _ = name.rpartition("experts")
+            yield holder + experts if experts else name.rpartition(".")[0]

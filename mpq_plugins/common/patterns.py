@@ -13,7 +13,7 @@ REGEX = "re:"
 FUSED = {
     "qkv": (
         "*.{q_proj,k_proj,v_proj}", "*.{query,key,value}", "*.{q_lin,k_lin,v_lin}", "*.{wq,wk,wv}",
-        "*.{to_q,to_k,to_v}", "*.{q,k,v}",
+        "*.{to_q,to_k,to_v}", "*.{q,k,v}", "*.{q_a_proj,kv_a_proj_with_mqa}",
     ),
     "gate_up": (
         "*.{gate_proj,up_proj}", "*.{gate_proj,up_proj}.*", "*.{w1,w3}", "*.{w1,w3}.*", "*.{wi_0,wi_1}",

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpq_plugins import Affine, Plan, SettingError, SourceError, Uniform, measure
-from mpq_plugins.adapters.shared.float_checkpoint import FloatCheckpoint, open_float, require_plain
+from mpq_plugins.adapters.shared.float_checkpoint import FloatCheckpoint, left_in_float, open_float, require_plain
 from mpq_plugins.adapters.shared.fused import require_fused_alike
 from tests.helpers.plans import with_layer
 
@@ -126,3 +126,24 @@ def test_a_layer_without_weights_is_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", {"fc.weight": torch.randn(32, 64), "gc.weight": torch.randn(0, 64)})
     with pytest.raises(SettingError, match="layer 'gc': has no weights"):
         require_plain(open_float(planned(source), source), "MLX")
+
+
+def test_stacked_experts_in_float_are_told_to_engines(tmp_path: Path) -> None:
+    stack, joined = "model.layers.0.mlp.experts.gate_up_proj", "transformer.blocks.0.ffn.experts.mlp.w1"
+    tensors = {
+        stack: torch.randn(4, 64, 32), joined: torch.randn(256, 32), "model.fc.weight": torch.randn(4, 32),
+        "transformer.blocks.0.ffn.router.layer.weight": torch.randn(4, 32),
+    }  # fmt: skip
+    source = saved(tmp_path / "source", tensors)
+    plan = Uniform(bits=4)(measure(source, CHANNELS, (4,), only=["model.fc"]))
+    named = set(left_in_float(open_float(plan, source)))
+    assert {stack, "model.layers.0.mlp.experts", joined, "transformer.blocks.0.ffn.experts"} <= named
+    assert "model.fc" not in named
+
+
+def test_what_deepseek_fuses_must_agree(tmp_path: Path) -> None:
+    first, second = "model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.kv_a_proj_with_mqa"
+    source = saved(tmp_path / "source", {f"{name}.weight": torch.randn(32, 32) for name in (first, second)})
+    plan = with_layer(planned(source), first, bits=2)
+    with pytest.raises(SettingError, match="--tie qkv"):
+        require_fused_alike(open_float(plan, source), "vLLM", "or not")
