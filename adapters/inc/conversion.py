@@ -9,7 +9,7 @@ from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.compressor_quiet import quiet, quiet_import
-from ..shared.folded import check_types
+from ..shared.folded import check_types, refuse_transformers_conv1d
 from .config import PlanConfig
 from .quantizing import register
 
@@ -41,6 +41,7 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Modul
         True
     """
     check_types(plan, model)
+    refuse_transformers_conv1d(plan, model)
     with quiet():
         return cast(nn.Module, quantize(duplicate(model), PlanConfig(plan)))
 

@@ -53,10 +53,10 @@ def check_model(plan: Plan, model: nn.Module, traced: Traced | None = None) -> N
     check_types(plan, model)
     refuse_input_ranges(model)
     match(plan, model, traced=traced).require(type(model).__name__)
-    _refuse_transformers_conv1d(plan, model)
+    refuse_transformers_conv1d(plan, model)
 
 
-def _refuse_transformers_conv1d(plan: Plan, model: nn.Module) -> None:
+def refuse_transformers_conv1d(plan: Plan, model: nn.Module) -> None:
     """Backends would leave these in floating point, or take their inputs for outputs."""
     planned = planned_by_name(plan)
     named = [repr(name) for name, module in model.named_modules() if name in planned and is_transformers_conv1d(module)]

@@ -76,6 +76,7 @@ MODELS = [resnet, vit, t5, mamba, whisper, gpt2, mixtral]
 REFUSED = {
     ("mamba", "torchao"): "'backbone.layers.0.mixer.conv1d' lends its weight",
     ("mamba", "brevitas"): "'backbone.layers.0.mixer.conv1d' lends its weight",
+    **{("gpt2", adapter): "transformers' Conv1D" for adapter in ("torchao", "brevitas", "inc", "pt2e")},
     ("whisper", "torchao"): "'model.decoder.embed_positions' is a WhisperPositionalEmbedding",
     ("whisper", "brevitas"): "'model.decoder.embed_positions' is a WhisperPositionalEmbedding",
 }

@@ -797,7 +797,7 @@ def test_relative_errors_serve_too() -> None:
         ({"average_bits": 3, "sensitivity": None}, "sensitivity: None is not allowed"),
         ({"average_bits": 3, "pin": "conv1"}, "pin: 'conv1' is not allowed; a layer's name or glob, and its bits"),
         ({"average_bits": 3, "pin": "=8"}, "pin: '=8' is not allowed"),
-        ({"average_bits": 3, "pin": "conv1=x"}, "pin: 'conv1=x' is not allowed"),
+        ({"average_bits": 3, "pin": "conv1=2.5"}, "pin: 'conv1=2.5' is not allowed"),
         ({"average_bits": 3, "pin": "conv1=9"}, "pin: conv1: 9 is not allowed; 1 to 8, or 16 or 32"),
         ({"average_bits": 3, "pin": 5}, "pin: 5 is not allowed"),
         ({"average_bits": 3, "tie": 5}, "tie: 5 is not allowed"),

@@ -255,7 +255,7 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
     (folder / "escape" / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": "../net.safetensors"}}))
     (folder / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-40])
     harmful(folder / "harm.pt", folder / "harm-was-done", legacy=False)
-    newer = json.loads(plan_file.read_text()) | {"version": 5}
+    newer = json.loads(plan_file.read_text()) | {"version": 6}
     (folder / "newer.json").write_text(json.dumps(newer))
     save_model(tied_net(), str(folder / "tied.safetensors"))
     save_file({"fc.weight": torch.tensor([[1.0, float("nan")]])}, folder / "nan.safetensors")
@@ -268,8 +268,8 @@ def bad_inputs(folder: Path, plan_file: Path, checkpoint: Path) -> dict[str, tup
         "outside": (["plan", folder / "escape", *out], "outside its directory"),
         "pickle": (["plan", folder / "harm.pt", *out], "harm.pt: refused, for reading it would execute code"),
         "not a checkpoint": (["plan", folder / "array.npy", *out], "array.npy: "),
-        "newer plan": (["show", folder / "newer.json"], "newer.json: plan version 5"),
-        "newer plan to apply": (["apply", checkpoint, folder / "newer.json", *out], "newer.json: plan version 5"),
+        "newer plan": (["show", folder / "newer.json"], "newer.json: plan version 6"),
+        "newer plan to apply": (["apply", checkpoint, folder / "newer.json", *out], "newer.json: plan version 6"),
         "another model": (["check", plan_file, folder / "tied.safetensors"], "made for another model"),
         "another to apply": (["apply", folder / "tied.safetensors", plan_file, *out], "made for another model"),
         "bits 0": (["plan", checkpoint, "-a", "uniform", "--bits", 0, *out], "bits: 0 is not allowed; 1 to 8"),

@@ -74,7 +74,15 @@ def net() -> nn.Sequential:
 
 def test_it_is_listed_and_answers_what_is_asked(scheme: Scheme) -> None:
     assert isinstance(scheme, Scheme)
-    assert scheme_names.scheme_names() == ("affine", "piecewise", "codebook", "entropy_coded", "ggml", "powers")
+    assert scheme_names.scheme_names() == (
+        "affine",
+        "piecewise",
+        "codebook",
+        "entropy_coded",
+        "ggml",
+        "minifloat",
+        "powers",
+    )
     assert [p.distribution for p in registry.installed() if p.name == "powers"] == ["mpq-powers"]
 
 
@@ -275,13 +283,15 @@ def test_without_its_distribution_the_name_is_unknown_and_those_installed_are_li
     for load, path in ((Plan.load, tmp_path / "plan.json"), (LayerTable.load, tmp_path / "net.mpqt")):
         with pytest.raises(
             FormatError,
-            match=r"scheme.* is not allowed; a scheme named affine, piecewise, codebook, entropy_coded or ggml",
+            match=r"scheme.* is not allowed; a scheme named affine, piecewise, codebook, entropy_coded, ggml or",
         ):
             load(path)
-    with pytest.raises(SettingError, match="a scheme named affine, piecewise, codebook, entropy_coded or ggml"):
+    with pytest.raises(
+        SettingError, match="a scheme named affine, piecewise, codebook, entropy_coded, ggml or minifloat"
+    ):
         table.save(tmp_path / "again.mpqt")  # which nobody could read
     with pytest.raises(
-        PluginError, match="'powers' is not installed; there are affine, codebook, entropy_coded, ggml, p"
+        PluginError, match="'powers' is not installed; there are affine, codebook, entropy_coded, ggml, minifloat, p"
     ):
         scheme_names.scheme_class("powers")
 

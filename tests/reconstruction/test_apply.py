@@ -62,7 +62,7 @@ def test_weights_are_the_fake_quantized_ones_and_nothing_else_changes(scheme: Sc
 def allowed(scheme: Scheme, bits: int) -> int:
     """Counted by hand: two intervals of b bits share zero and both breakpoints."""
     if isinstance(scheme, Affine):
-        return [2, 4, 8, 256][[1, 2, 3, 8].index(bits)] - (scheme.symmetric and bits > 1)
+        return [2, 4, 8, 256][[1, 2, 3, 8].index(bits)] - (scheme.symmetric is True and bits > 1)
     if isinstance(scheme, Codebook):
         return int(2**bits)
     if isinstance(scheme, EntropyCoded):
