@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,11 +46,9 @@ class TypedLayout:
     def solved(self, watch: Watch) -> tuple[dict[str, Given], Solution, float]:
         """The type of each layer, the solution, and the cost of what is pinned. Raises SettingError."""
         pinned_cost = math.fsum(self._cost(name, given) for name, given in self.pinned.items())
-        most = np.array([limit.most for limit in self.limits[0]])
-        problem = Problem(self._costs(), self._weights(), most - self._fixed())
-        solution = solve(problem, watch=watch)
+        solution = solve(self._problem, watch=watch)
         if solution is None:
-            raise self._infeasible(problem)
+            raise self._infeasible(self._problem)
         given: dict[str, Given] = dict(self.pinned)
         for item, k in zip(self.items, solution.choice.tolist(), strict=True):
             given |= dict.fromkeys(item, self.table.types[k])
@@ -69,7 +68,7 @@ class TypedLayout:
     def binding(self, given: Mapping[str, Given]) -> tuple[str, ...]:
         """The limits in whose remaining room some change that would lower the cost does not fit."""
         room = np.array([limit.most for limit in self.limits[0]]) - self.taken(given)
-        costs, weights = self._costs(), self._weights()
+        costs, weights = self._problem.costs, self._problem.weights
         position = {kind.name: k for k, kind in enumerate(self.table.types)}
         bound = np.zeros(len(room), bool)
         for i, item in enumerate(self.items):
@@ -79,6 +78,12 @@ class TypedLayout:
             better = costs[:, i] < costs[k, i]
             bound |= ((weights[:, better, i] - weights[:, [k], i]) > room[:, None]).any(axis=1)
         return tuple(limit.name for limit, tight in zip(self.limits[0], bound, strict=True) if tight)
+
+    @cached_property
+    def _problem(self) -> Problem:
+        """The knapsack of what is not pinned, worked out once."""
+        most = np.array([limit.most for limit in self.limits[0]])
+        return Problem(self._costs(), self._weights(), most - self._fixed())
 
     def _fixed(self) -> Array:
         layers = {layer.name: layer for layer in self.table.base.layers}

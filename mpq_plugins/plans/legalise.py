@@ -11,7 +11,7 @@ from ..errors import SettingError
 from .channels import joined
 from .layers import LayerChoice, Part
 from .plan import Plan
-from .scheme import FLOAT_BITS, INTEGER_BITS, SYMMETRIES, Affine, Granularity, Scheme, Symmetry
+from .scheme import FLOAT_BITS, INTEGER_BITS, SYMMETRIES, Affine, Granularity, Scheme, Symmetry, inputs_of
 from .size import layer_size
 from .storage import Storage
 
@@ -249,7 +249,7 @@ def _legal_scheme(layer: LayerChoice, able: Capabilities) -> tuple[Scheme, list[
 
 def _regrouped(scheme: Scheme, layer: LayerChoice, able: Capabilities) -> Scheme:
     """The scheme with groups that the backend has, and that the layer's inputs divide into."""
-    inputs = next((n for axis, n in enumerate(layer.shape) if axis != layer.channel_axis), 1)
+    inputs = inputs_of(layer.shape, layer.channel_axis)
     size, fitting = scheme.group_size or 1, [own for own in able.group_sizes or () if inputs % own == 0]
     if fitting:  # of those that are no larger the largest, for finer scales lose nothing
         chosen = max((own for own in fitting if own <= size), default=min(fitting))

@@ -1,5 +1,6 @@
 """Types by name: what a layer can be stored as, each with one scheme, one width and its true cost."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from .ggml import GGML
 from .ggml import TYPES as GGML_TYPES
 from .layers import LayerChoice
 from .minifloat import MINIFLOATS, Minifloat
-from .scheme import Affine, Scheme
+from .scheme import Affine, Scheme, inputs_of
 from .size import layer_size
 from .type_names import GROUP_SIZES, type_name
 
@@ -55,8 +56,7 @@ class NamedType:
             return bool(own(shape, channel_axis))
         if self.scheme.group_size is None:
             return True
-        inputs = next((n for axis, n in enumerate(shape) if axis != channel_axis), 1)
-        return inputs % self.scheme.group_size == 0
+        return inputs_of(shape, channel_axis) % self.scheme.group_size == 0
 
     def bits_a_weight(self, shape: Sequence[int]) -> float:
         """Count what a weight costs, with its share of scales and all else that a file must hold.
@@ -68,17 +68,10 @@ class NamedType:
             Bits of each weight.
         """
         choice = LayerChoice.model_construct(
-            name="", kind="linear", shape=tuple(shape), channel_axis=0, numel=_product(shape), bits=self.bits,
+            name="", kind="linear", shape=tuple(shape), channel_axis=0, numel=math.prod(shape), bits=self.bits,
             scheme=self.scheme,
         )  # fmt: skip
         return layer_size(choice).total / max(1, choice.numel)
-
-
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _integer(bits: int, group_size: int | None) -> NamedType:
