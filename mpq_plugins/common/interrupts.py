@@ -4,12 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-AGAIN = 0.05  # seconds after which an interrupt that Python could not raise is sent again
+AGAIN = 0.05  # seconds after which an interrupt that could not be raised is sent again
+PATIENCE = 5.0  # seconds that an import may take to end, once interrupted; a model's file may do anything
 
 
 class Interrupted(BaseException):
@@ -33,12 +35,15 @@ class Interrupts:
     """While they are raised, signals are Interrupted in the main thread; `seen` is one that was sent, or None.
 
     Code of others may swallow the exception, so whoever runs a command looks at `seen` at its end. Python itself drops
-    what is raised in a callback, with a traceback: such a one is sent again instead. A signal that is ignored, as under
-    nohup, stays so.
+    what is raised in a callback, with a traceback: such a one is sent again instead. So is one that comes while a
+    module is imported: compiled modules end the process when Python code they call as they start raises. A signal
+    that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:
         self.seen: Interrupted | None = None
+        self._since = 0.0  # when it was first sent
+        self._again: threading.Timer | None = None
 
     @contextmanager
     def raised(self) -> Iterator[None]:
@@ -47,6 +52,8 @@ class Interrupts:
         try:
             yield
         finally:
+            if self._again is not None:
+                self._again.cancel()
             sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -63,16 +70,32 @@ class Interrupts:
         return taken
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._since = self._since if self.seen else time.monotonic()
         self.seen = Interrupted(number)
-        raise self.seen
+        if _importing(frame) and time.monotonic() - self._since < PATIENCE:
+            self._send_again(number)
+        else:
+            raise self.seen
 
     def _not_raised(self, what: Any) -> None:
         if isinstance(what.exc_value, Interrupted):
-            again = threading.Timer(AGAIN, os.kill, [os.getpid(), what.exc_value.number])
-            again.daemon = True
-            again.start()
+            self._send_again(what.exc_value.number)
         else:
             sys.__unraisablehook__(what)
+
+    def _send_again(self, number: int) -> None:
+        self._again = threading.Timer(AGAIN, os.kill, [os.getpid(), number])
+        self._again.daemon = True
+        self._again.start()
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether Python's own import is among the callers of what was interrupted."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def ignore_signals() -> None:

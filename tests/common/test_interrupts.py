@@ -1,14 +1,16 @@
 """Signals as one exception, and where it is lost."""
 
+import importlib
 import os
 import signal
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
-from mpq_plugins.common.interrupts import Interrupted, Interrupts
+from mpq_plugins.common.interrupts import AGAIN, Interrupted, Interrupts
 
 
 class Thing:
@@ -59,6 +61,51 @@ def test_one_that_python_drops_in_a_callback_is_sent_again(capsys: pytest.Captur
     with pytest.raises(Interrupted):
         wait()
     assert capsys.readouterr().err == ""
+
+
+def test_one_that_comes_during_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["import os, signal, time", "os.kill(os.getpid(), signal.SIGINT)", "time.sleep(0.2)", "WHOLE = True"]
+    (tmp_path / "imported_slowly.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "imported_slowly", raising=False)
+
+    def wait() -> None:
+        with Interrupts().raised():
+            importlib.import_module("imported_slowly")
+            time.sleep(5)
+
+    with pytest.raises(Interrupted):
+        wait()
+    assert sys.modules["imported_slowly"].WHOLE
+
+
+def test_an_import_that_does_not_end_is_interrupted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "never_imported.py").write_text("import os, signal, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "never_imported", raising=False)
+    monkeypatch.setattr("mpq_plugins.common.interrupts.PATIENCE", 0.3)
+
+    def wait() -> None:
+        with Interrupts().raised():
+            importlib.import_module("never_imported")
+
+    with pytest.raises(Interrupted):
+        wait()
+
+
+def test_one_that_waits_is_not_sent_once_signals_are_handled_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported_last.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "imported_last", raising=False)
+    interrupts = Interrupts()
+    with interrupts.raised():
+        importlib.import_module("imported_last")
+    time.sleep(2 * AGAIN)  # a KeyboardInterrupt here would fail the test
+    assert interrupts.seen is not None
 
 
 def test_what_else_python_cannot_raise_is_reported_as_ever(
