@@ -69,6 +69,16 @@ def mpq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+@pytest.fixture(autouse=True)
+def threads_stay() -> Iterator[None]:
+    """A test that leaves more threads than it found makes all tests after it wait for each other's, on two cores."""
+    threads = torch.get_num_threads()
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert left == threads, f"torch had {threads} threads, and {left} after it"
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For tensors so small that threads only wait for each other; `pytestmark = usefixtures` where all of them are."""

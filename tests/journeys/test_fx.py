@@ -44,7 +44,7 @@ def test_accuracy_is_that_of_apply_within_what_activations_cost(granularity: str
             prepared(batch)
     for convert in (convert_to_reference_fx, convert_fx):
         converted = convert(copy.deepcopy(prepared))
-        assert len(fx.verify(converted, plan.with_activation_bits(8), net, batch=data[0][:64])) == 20
+        assert len(fx.verify(converted, plan.with_activation_bits(8), net, batch=data[0][:8])) == 20
         assert abs(evaluate(converted, *data)[0] - weights_only) <= 0.6
 
 
@@ -54,6 +54,7 @@ def test_the_example_prints_accuracy_size_and_time(
     from examples import fx_resnet
 
     monkeypatch.setattr(sys, "argv", ["fx_resnet", "--depth", "20"])
+    monkeypatch.setattr(fx_resnet, "BATCH", 8)  # it is timed on batches of so many
     with_few_images(fx_resnet)
     fx_resnet.main()
     out = capsys.readouterr().out

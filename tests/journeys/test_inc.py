@@ -39,7 +39,7 @@ def calls_of(name: str, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_weights_are_our_fake_quantization_to_the_bit(granularity: Any) -> None:
     net = resnet(20)
     table = measure(net, Affine(granularity=granularity), range(1, 9), fold_bn=False)
-    allocators: list[Any] = [*(Uniform(bits=b) for b in range(1, 9)), MixQuant(qem=2.0), PTILMPQ()]
+    allocators: list[Any] = [*(Uniform(bits=b) for b in (1, 2, 8)), MixQuant(qem=2.0), PTILMPQ()]
     for allocator in allocators:
         plan = allocator(table)
         quantized = inc.apply(net, plan)
@@ -55,7 +55,7 @@ def test_tuning_resnet20_to_one_percent(tuner: str, tmp_path: Path, monkeypatch:
     calls = calls_of("mixquant", monkeypatch)
     config = incs.TuningConfig(config_set=inc.MixQuantConfig(qem=TRIED), tolerable_loss=0.01)
     run = inc.autotune if tuner == "ours" else incs.autotune
-    tuned = run(net, config, eval_fn=lambda model: evaluate(model, pictures[:512], labels[:512])[0])
+    tuned = run(net, config, eval_fn=lambda model: evaluate(model, pictures[:256], labels[:256])[0])
     plan = inc.plan_of(tuned)
     assert calls == [4.0, 3.0]  # the custom algorithm, and no other, from the smallest plan up
     assert plan.allocator.parameters["qem"] == 3.0
@@ -75,7 +75,7 @@ def test_tuning_minilm_to_one_percent(minilm: Path, monkeypatch: pytest.MonkeyPa
     model, tokenizer = encoder()
     calls = calls_of("mixquant", monkeypatch)
     config = incs.TuningConfig(config_set=inc.MixQuantConfig(qem=TRIED), tolerable_loss=0.01)
-    tuned = inc.autotune(model, config, eval_fn=lambda net: spearman(net, tokenizer, 150))
+    tuned = inc.autotune(model, config, eval_fn=lambda net: spearman(net, tokenizer, 50))
     plan = inc.plan_of(tuned)
     uniform = Uniform(bits=8)(measure(model, bits=(8,)))
     assert calls
