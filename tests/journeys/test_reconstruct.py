@@ -47,6 +47,7 @@ def test_two_bits_are_learned_where_rounding_to_nearest_fails() -> None:
     assert loss < 0.6
 
 
+@pytest.mark.example
 def test_corrected_parts_below_two_bits_are_learned() -> None:
     net = resnet(20)
     plan = mpq.Budget(average_bits=1.75, bits=(1, 2, 3, 4))(mpq.measure(net, SCHEME, range(1, 5), per_channel=True))
