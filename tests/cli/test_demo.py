@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from examples import train_demo
 from mpq_plugins import LayerTable, Plan, verify
@@ -82,7 +83,8 @@ def test_the_training_script_makes_both_files(
 
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(sys, "argv", ["train_demo", "--epochs", "2", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["train_demo", "--epochs", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # two would wait for another worker's
     train_demo.main()
     assert "on 797 test digits" in capsys.readouterr().out
     assert load_file(tmp_path / WEIGHTS).keys() == digit_net().state_dict().keys()
