@@ -1,7 +1,8 @@
 """SmolLM2 by llama.cpp: its own mixtures beside Budget over GGUF's types at their bytes, by its own perplexity tool.
 
 Budget chooses among Q4_0, Q5_0 and Q8_0 with this package's codes (`int4_g32`, `int5_g32` and `int8_g32`, which those
-types hold to the bit). Q4_1 and Q5_1 are left out: they hold the weights of a file of Q4_1 as they are.
+types hold to the bit), and K-quants where a layer's inputs are whole blocks of 256. Q4_1 and Q5_1 are left out: they
+hold the weights of a file of Q4_1 as they are.
 """
 
 import re
@@ -15,7 +16,7 @@ import mpq_plugins as mpq
 from examples.smollm_model import ACTS, TOKENS, gguf_file, text
 from mpq_plugins.adapters import gguf
 
-TYPES = ("int4_g32", "int5_g32", "int8_g32")
+TYPES = ("int4_g32", "int5_g32", "int8_g32", "q4_k", "q5_k", "q6_k")
 MIXTURES = ("q3_k_m", "q4_k_m")
 THREADS = "2"
 
@@ -33,7 +34,7 @@ def beside_mixtures(types: mpq.TypeTable, folder: Path, windows: int) -> Iterato
     """The source; then each mixture, and a plan of no more bytes, exported and read back."""
     with tempfile.TemporaryDirectory() as scratch:
         words = Path(scratch) / "acts.txt"
-        words.write_text(text(ACTS)[: 8 * TOKENS * windows])
+        words.write_text(text(ACTS)[: 8 * TOKENS * (windows + 2)])  # the tool refuses less than two windows
         yield _scored("the source, Q4_1", gguf_file(), folder, words, windows)
         for mixture in MIXTURES:
             written = Path(scratch) / f"{mixture}.gguf"

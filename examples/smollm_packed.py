@@ -63,7 +63,8 @@ def in_transformers(model: nn.Module, plan: mpq.Plan, given: Tensor) -> Packed:
     from mpq_plugins.adapters import compressed_tensors
 
     def loaded(path: Path) -> Logits:
-        network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        network.eval()
         return lambda windows: network(windows).logits
 
     legal, _ = mpq.legalise(plan, compressed_tensors.CAPABILITIES, policy="up")
