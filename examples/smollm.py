@@ -5,14 +5,12 @@
 
 SmolLM2-135M-Instruct (examples/smollm_model.py says what its weights are): 211 layers, the embedding is the head too.
 Types are full-range symmetric integers of 2 to 8 bits with 16-bit scales for every 32 or 64 weights. Perplexity on
-windows of 256 tokens of Acts (King James Version); Fisher information is measured on windows of Luke. With --llama, a
-folder that holds llama-quantize, llama.cpp's own mixtures beside Budget over ggml's types at no more bytes, each
-dequantized and run in float.
+windows of 256 tokens of Acts (King James Version); Fisher information is measured on windows of Luke. With --mlx and
+--transformers Budget's plans are exported, and their logits compared with the simulation's (examples/smollm_packed.py).
+With --llama, llama.cpp's own mixtures stand beside Budget at no more bytes (examples/smollm_llama.py).
 """
 
 import argparse
-import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +21,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import mpq_plugins as mpq
-from examples.smollm_model import ACTS, LUKE, batches_of, gguf_file, need_model, perplexity, smollm, windows
+from examples.smollm_model import ACTS, LUKE, batches_of, need_model, perplexity, smollm, windows
 from mpq_plugins.report.tables import grid
 
 WIDTHS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64)
 TYPES = tuple(f"int{bits}_g{size}" for size in GROUPS for bits in WIDTHS)
 SENSITIVITIES = ("mse", "fisher")
-GGML = ("q2_k", "q3_k", "q4_0", "q4_k", "iq4_xs", "iq4_nl", "q5_0", "q5_k", "q6_k", "q8_0")
-"""Without q4_1 and q5_1, which hold the weights of a file of Q4_1 as they are."""
-MIXTURES = ("q3_k_m", "q4_k_m")
-Row = tuple[str, str, str, str]
+PACKED = 32  # tokens that mlx-lm computes on a CPU, a second each
 
 
 def main() -> None:
@@ -41,8 +36,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--calibration", type=int, default=24)
     parser.add_argument("--compensated", action="store_true", help="round each plan by mpq.compensate too: slow")
-    parser.add_argument("--mlx", action="store_true", help="run the first plan packed, by mlx-lm, too")
-    parser.add_argument("--llama", type=Path, help="folder of llama-quantize, for llama.cpp's own mixtures")
+    parser.add_argument("--mlx", action="store_true", help="run plans packed by mlx-lm too")
+    parser.add_argument("--transformers", action="store_true", help="run plans as compressed-tensors too")
+    parser.add_argument("--llama", type=Path, help="folder of llama-quantize and llama-perplexity (make llama)")
     options = parser.parse_args()
     need_model(parser)
     warnings.simplefilter("ignore")
@@ -62,10 +58,13 @@ def main() -> None:
             print(*row, flush=True)
             rows.append(row)
     show("SmolLM2-135M, integers in groups", ("plan", "bits in total", "rounding", "perplexity"), rows)
+    for _, plan in budgets(types, options.bits, SENSITIVITIES[-1:]):
+        if options.mlx:
+            in_mlx(model, plan, evaluated[:1, :PACKED])
+        if options.transformers:
+            in_transformers(model, plan, evaluated[:4])
     if options.llama is not None:
-        against_llama(model, options.llama, calibrated, evaluated)
-    if options.mlx:
-        packed(model, next(budgets(types, options.bits[:1], SENSITIVITIES[-1:]))[1], evaluated)
+        against_llama(model, options.llama, calibrated, options.windows)
 
 
 def with_fisher(model: nn.Module, table: mpq.TypeTable, batches: Sequence[Tensor]) -> mpq.TypeTable:
@@ -90,50 +89,31 @@ def budgets(
             yield f"budget, {name}", mpq.Budget(total_average_bits=average, sensitivity=name)(types)
 
 
-def against_llama(model: nn.Module, folder: Path, batches: Sequence[Tensor], evaluated: Tensor) -> None:
-    """llama.cpp's mixtures, and Budget over ggml's types at their bytes."""
-    types = with_fisher(model, mpq.measure_types(model, GGML), batches)
-    rows: list[Row] = []
-    for mixture in MIXTURES:
-        mixed, size = mixture_of(model, folder, mixture)
-        bits, score = f"{8 * size / weights(types):.3f}", perplexity(mixed, evaluated)
-        rows.append((f"llama.cpp {mixture}", bits, "ggml", f"{score:.2f}"))
-        for name in SENSITIVITIES:
-            plan = mpq.Budget(size_bytes=size, sensitivity=name)(types)
-            score = perplexity(mpq.apply(model, plan), evaluated)
-            rows.append((f"budget over ggml's types, {name}", bits_of(plan), "ggml", f"{score:.2f}"))
-        for row in rows[-3:]:
-            print(*row, flush=True)
-    show("SmolLM2-135M, ggml's types at the same bytes", ("plan", "bits in total", "rounding", "perplexity"), rows)
+def in_mlx(model: nn.Module, plan: mpq.Plan, given: Tensor) -> None:
+    from examples import smollm_packed
+
+    print(f"MLX, {bits_of(plan)} bits:", smollm_packed.in_mlx(model, plan, given), flush=True)
 
 
-def mixture_of(model: nn.Module, folder: Path, mixture: str) -> tuple[nn.Module, int]:
-    """The model with the weights of llama.cpp's own mixture, and the bytes of its matrices."""
-    from transformers import AutoModelForCausalLM
+def in_transformers(model: nn.Module, plan: mpq.Plan, given: Tensor) -> None:
+    from examples import smollm_packed
 
-    with tempfile.TemporaryDirectory() as scratch:
-        written = Path(scratch) / f"{mixture}.gguf"
-        command = [folder / "llama-quantize", "--allow-requantize", gguf_file(), written, mixture]
-        subprocess.run(list(map(str, command)), check=True, capture_output=True)
-        mixed: nn.Module = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=written.name, dtype=torch.float32)
-        return mixed.eval(), matrix_bytes(written)
+    found = smollm_packed.in_transformers(model, plan, given)
+    print(f"compressed-tensors, planned for {bits_of(plan)} bits:", found, flush=True)
 
 
-def matrix_bytes(path: Path) -> int:
-    """Bytes of a GGUF file's matrices."""
-    import gguf
+def against_llama(model: nn.Module, folder: Path, batches: Sequence[Tensor], windows: int) -> None:
+    """llama.cpp's mixtures, and Budget over the types of GGUF that hold our codes, at their bytes."""
+    from examples import smollm_llama
 
-    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
-
-
-def packed(model: nn.Module, plan: mpq.Plan, evaluated: Tensor) -> None:
-    """The plan as an MLX checkpoint, run packed, against its simulation."""
-    from examples.smollm_mlx import mlx_perplexity
-
-    simulated = perplexity(mpq.apply(model, plan), evaluated)
-    print(
-        f"{bits_of(plan)} bits, simulated {simulated:.3f}, packed in MLX {mlx_perplexity(model, plan, evaluated):.3f}"
-    )
+    types = with_fisher(model, mpq.measure_types(model, smollm_llama.TYPES), batches)
+    rows = []
+    for file in smollm_llama.beside_mixtures(types, folder, windows):
+        print(file, flush=True)
+        bits = f"{8 * file.matrix_bytes / weights(types):.3f}"
+        rows.append((file.name, f"{file.matrix_bytes:,}", bits, file.perplexity))
+    columns = ("file", "bytes of matrices", "bits in total", "perplexity by llama-perplexity")
+    show("SmolLM2-135M by llama.cpp at the same bytes", columns, rows)
 
 
 def weights(types: mpq.TypeTable) -> int:
@@ -144,7 +124,7 @@ def bits_of(plan: mpq.Plan) -> str:
     return f"{plan.size().total_average_bits:.3f}"
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+def show(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
     Console(width=110, highlight=False).print(grid(title, columns, rows, left=1))
 
 
