@@ -27,8 +27,9 @@ from torch import nn
 
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.public import public
+from mpq_plugins.models.input_ranges import InputRange
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 
 
@@ -43,6 +44,7 @@ class LayerCheck:
         stored: What holds its weight there, in the backend's words: a class, a dtype or a quantizer.
         activation_bits: Bits of its input; None for floating point.
         ties: Codes that lie one off the plan's, for weights in the middle between two levels.
+        input_range: The static range of its input; None where there is none, or the backend does not tell.
     """
 
     layer: str
@@ -50,9 +52,17 @@ class LayerCheck:
     stored: str
     activation_bits: int | None = None
     ties: int = 0
+    input_range: InputRange | None = None
 
     @classmethod
-    def of(cls, layer: LayerChoice, stored: str, activation_bits: int | None = None, ties: int = 0) -> "LayerCheck":
+    def of(
+        cls,
+        layer: LayerChoice,
+        stored: str,
+        activation_bits: int | None = None,
+        ties: int = 0,
+        input_range: InputRange | None = None,
+    ) -> "LayerCheck":
         """Make the check of a layer that holds its plan's widths.
 
         Args:
@@ -60,11 +70,12 @@ class LayerCheck:
             stored: What holds its weight.
             activation_bits: Bits of its input; None for floating point.
             ties: Codes that lie one off the plan's.
+            input_range: The static range of its input.
 
         Returns:
             The check, with the layer's name and widths.
         """
-        return cls(layer.name, layer.widths, stored, activation_bits, ties)
+        return cls(layer.name, layer.widths, stored, activation_bits, ties, input_range)
 
 
 def class_name(module: object) -> str:

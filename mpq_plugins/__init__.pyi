@@ -40,20 +40,23 @@ from .importing.autoround import import_autoround
 from .importing.imatrix_error import import_imatrix
 from .importing.modelopt import import_modelopt
 from .importing.olive import import_olive
+from .measurement.activations import measure_activations
 from .measurement.contract import Curves, Job, Sensitivity
 from .measurement.measure import measure
 from .measurement.measure_types import measure_types
 from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
+from .plans.activations import Activations
+from .plans.capabilities import Capabilities, Change
 from .plans.entropy_coded import EntropyCoded
 from .plans.ggml import GGML
 from .plans.layers import LayerChoice, Part
-from .plans.legalise import Capabilities, Change, legalise
+from .plans.legalise import legalise
 from .plans.minifloat import Minifloat
 from .plans.plan import Difference, Plan
 from .plans.scheme import Affine, Codebook, Granular, Piecewise, Scheme
 from .plans.size import LayerSize, PlanSize
-from .plans.stats import CodedCurve, LayerStats
+from .plans.stats import CodedCurve, InputStats, LayerStats
 from .plans.storage import Storage
 from .plans.table import LayerTable
 from .plans.type_table import TypeColumn, TypeTable
@@ -64,6 +67,7 @@ from .reconstruction.apply import apply, round_weights
 from .reconstruction.brecq import reconstruct
 from .reconstruction.compensate import compensate
 from .reconstruction.settings import BlockReport, LayerReport
+from .simulation.calibrate import calibrate_inputs
 from .simulation.correct import correct
 from .simulation.synthetic import synthetic_batches
 from .simulation.verify import PartCheck, verify
@@ -74,6 +78,7 @@ __all__ = [
     "GGML",
     "PTILMPQ",
     "SQNR",
+    "Activations",
     "Adapter",
     "Affine",
     "Allocation",
@@ -100,6 +105,7 @@ __all__ = [
     "GlobalSparsity",
     "Granular",
     "InputRange",
+    "InputStats",
     "Job",
     "LabelledPlan",
     "LatencyTable",
@@ -146,6 +152,7 @@ __all__ = [
     "Weights",
     "WorkerError",
     "apply",
+    "calibrate_inputs",
     "compare",
     "compensate",
     "compress",
@@ -164,6 +171,7 @@ __all__ = [
     "legalise",
     "make_plan",
     "measure",
+    "measure_activations",
     "measure_types",
     "named_type",
     "pareto",

@@ -10,8 +10,8 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import HARMLESS, standard_class, why_not_plain
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
@@ -25,6 +25,7 @@ from ..shared.folded import (
     planned_by_name,
     planned_layers,
 )
+from ..shared.input_ranges import taken_ranges
 
 CAPABILITIES = Capabilities(
     backend="brevitas",
@@ -37,6 +38,7 @@ CAPABILITIES = Capabilities(
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     activation_bits=(None, *range(2, 9)),
+    input_symmetric=(False, True),
     storage=Storage("weights in floating point, which an export turns into codes"),
 )  # fmt: skip
 # What every module keeps of itself.
@@ -60,7 +62,8 @@ def check(plan: Plan, model: nn.Module) -> None:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
         >>> brevitas.check(mpq.Uniform(bits=3)(mpq.measure(net)), net)
     """
-    check_traced(plan, Traced(model))
+    bare, _ = taken_ranges(plan, model)
+    check_traced(plan, Traced(bare))
 
 
 def check_traced(plan: Plan, traced: Traced) -> None:

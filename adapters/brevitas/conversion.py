@@ -14,13 +14,14 @@ from mpq_plugins.simulation.model import float_copy
 
 from ..shared.batches import needed_batches
 from ..shared.folded import check_plan, planned_layers
+from ..shared.input_ranges import taken_ranges
 from .batches import Batch
 from .checks import check_ternary, check_traced
 from .float_weights import forget, mark
 from .graph import ModuleToModuleByInstance, brevitas_settings_kept
 from .layers import LAYERS
 from .quantizers import PlanBitWidth, bit_widths, weight_quantizer
-from .read import input_quantizers
+from .read import input_quantizers, is_calibrated, set_input_range
 from .tuning import calibrate
 
 
@@ -30,14 +31,15 @@ def to_brevitas(
     """Make a copy of the model with Brevitas layers, whose quantized weights are the plan's to the bit.
 
     BatchNorm is folded where the plan was measured so. A module under several names stays one, tied weights stay tied,
-    and the model keeps its mode, training or not. Brevitas's global settings are left as they were.
+    and the model keeps its mode, training or not. Brevitas's global settings are left as they were. Ranges of inputs
+    that the model carries are taken; tuning and training may learn on from them.
 
     Args:
         model: The float model; it is not changed.
         plan: The plan.
-        activation_bits: Bits of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default the plan's. It
-            is short for a plan.with_activation_bits(...), which is the plan to verify, save and export by; `calibrate`
-            sets the ranges.
+        activation_bits: Bits of the inputs of planned layers, 2 to 8, asymmetric per tensor; by default what the plan
+            says of each. It is short for a plan.with_activation_bits(...), which is the plan to verify, save and export
+            by; `calibrate` sets the ranges.
         ternary: Names of layers with 2 symmetric bits that become Brevitas's TernaryQuant, the same weights.
 
     Returns:
@@ -58,6 +60,7 @@ def to_brevitas(
     """
     check_plan(plan)
     plan = plan if activation_bits is None else plan.with_activation_bits(activation_bits)
+    model, ranges = taken_ranges(plan, model)
     traced = Traced(model)
     check_traced(plan, traced)
     names = (ternary,) if isinstance(ternary, str) else ternary
@@ -66,10 +69,12 @@ def to_brevitas(
     with brevitas_settings_kept():
         config.IGNORE_MISSING_KEYS = True  # scales are the plan's, and not in the float model's state dict
         for layer in planned_layers(plan):
-            quantized = _replace(quantized, layer, plan.activation_bits, layer.name in names)
+            quantized = _replace(quantized, layer, layer.name in names)
     for module in quantized.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # no fused kernel, which would take the float weights
+    for name, own in ranges.items():
+        set_input_range(quantized.get_submodule(name), own)
     mark(quantized)
     quantized.register_load_state_dict_pre_hook(_before_loading)
     return quantized
@@ -77,6 +82,8 @@ def to_brevitas(
 
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> nn.Module:
     """Make a copy by `to_brevitas`, and with quantized activations `calibrate` it, which gives evaluation mode.
+
+    A model that carries the ranges needs no calibration, and keeps its mode.
 
     Args:
         model: The float model; it is not changed.
@@ -99,10 +106,9 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Batch] = ()) -> nn.Mod
         True
     """
     quantized = to_brevitas(model, plan)
-    if not input_quantizers(quantized):
-        return quantized
-    bits = plan.activation_bits
-    return calibrate(quantized, needed_batches(batches, f"the plan's {bits}-bit activations take their ranges by them"))
+    if all(is_calibrated(quantized.get_submodule(name)) for name in input_quantizers(quantized)):
+        return quantized  # there are none, or the model carries their ranges
+    return calibrate(quantized, needed_batches(batches, "the plan's quantized activations take their ranges by them"))
 
 
 def activation_quantizer(bits: int | None) -> type | None:
@@ -110,7 +116,7 @@ def activation_quantizer(bits: int | None) -> type | None:
     return None if bits is None else cast(type, ShiftedUint8ActPerTensorFloat.let(bit_width=bits))
 
 
-def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | None, ternary: bool) -> nn.Module:
+def _replace(quantized: nn.Module, layer: LayerChoice, ternary: bool) -> nn.Module:
     """The model with Brevitas layers in the place of a planned layer, under all names of its weight."""
     made: dict[int, nn.Module] = {}
     for name in layer.names:
@@ -125,7 +131,7 @@ def _replace(quantized: nn.Module, layer: LayerChoice, activation_bits: int | No
         standard = next(cls for cls in LAYERS if isinstance(old, cls))
         settings: dict[str, Any] = {"weight_quant": weight_quantizer(weight, layer, ternary)}
         if not isinstance(old, nn.Embedding):
-            settings["input_quant"] = activation_quantizer(activation_bits)
+            settings["input_quant"] = activation_quantizer(layer.activation_bits)
         new = ModuleToModuleByInstance(old, LAYERS[standard], **settings).init_new_module(old, name)
         new.weight = weight
         for first in made.values():

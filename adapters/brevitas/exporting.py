@@ -75,7 +75,7 @@ def export(
         written = _torch_graph(temporary) if format == "torch_qcdq" else _onnx_graph(temporary)
         _check_weights(expected, list(_read(written, format)), format)
         quantizing = len(input_quantizers(copied))
-        _check_activations(plan.activation_bits, quantizing, list(_read_activations(written, format)), format)
+        _check_activations(plan, quantizing, list(_read_activations(written, format)), format)
         if not plan_beside:
             return (target,)
         beside = target.with_name(f"{target.stem}.plan.json")
@@ -183,9 +183,10 @@ def _check_weights(expected: dict[str, FileWeight], stored: list[FileWeight], fo
         raise VerifyError(f"{format}: the file does not hold the model: {first_few(problems)}")
 
 
-def _check_activations(bits: int | None, layers: int, stored: list[int], format: Format) -> None:
+def _check_activations(plan: Plan, layers: int, stored: list[int], format: Format) -> None:
     """Every planned layer's input is quantized in the file, to the plan's bits."""
-    expected = {bits} if layers else set()
+    widths = {layer.activation_bits for layer in planned_layers(plan)} - {None}
+    expected = widths if layers else set()
     if {*stored} != expected or len(stored) < layers:
         raise VerifyError(
             f"{format}: the file quantizes {len(stored)} inputs, to {sorted({*stored})} bits; the model those of "

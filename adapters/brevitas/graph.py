@@ -15,16 +15,21 @@ with warnings.catch_warnings():
     from brevitas.graph.calibrate import (
         _BiasCorrection,
         bias_correction_mode,
-        calibration_mode,
         load_quant_model_mode,
+        quantization_status_manager,
     )
     from brevitas.graph.gpfq import gpfq_mode
     from brevitas.graph.gptq import gptq_mode
 
 __all__ = [
-    "BiasCorrection", "ModuleToModuleByInstance", "bias_correction_mode", "brevitas_settings_kept", "calibration_mode",
+    "BiasCorrection", "ModuleToModuleByInstance", "bias_correction_mode", "brevitas_settings_kept", "float_inputs",
     "gpfq_mode", "gptq_mode", "load_quant_model_mode", "quiet_state_dict",
 ]  # fmt: skip
+
+
+def float_inputs(model: nn.Module) -> Any:
+    """A context in which the model's inputs are in floating point, and its weights quantized, in evaluation mode."""
+    return quantization_status_manager(model, disable_act_quant=True, is_training=False)
 
 
 _SETTINGS = RLock()  # Brevitas's are the process's: one at a time changes them

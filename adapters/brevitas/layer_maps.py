@@ -65,10 +65,12 @@ def layer_map(plan: Plan, model: nn.Module | None = None) -> dict[type[nn.Module
             config.IGNORE_MISSING_KEYS = ignored
             raise
 
+    def inputs(name: str) -> type | None:
+        return activation_quantizer(planned[name].activation_bits) if name in planned else None
+
     # Brevitas calls nothing but real lambdas of two arguments.
-    inputs = activation_quantizer(plan.activation_bits)
     common = {"weight_quant": lambda module, name: weight(module, name)}
-    more = common | {"input_quant": lambda module, name: inputs if name in planned else None}
+    more = common | {"input_quant": lambda module, name: inputs(name)}
     return {cls: (twin, common if cls is nn.Embedding else more) for cls, twin in LAYERS.items()}
 
 

@@ -1,10 +1,15 @@
 """What a Brevitas layer holds now: its weight's codes and grid, and how it takes its input."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from mpq_plugins.models.input_ranges import InputRange
+from mpq_plugins.plans.activations import Activations
+from mpq_plugins.plans.layers import LayerChoice
 
 from .quantizers import bit_widths
 
@@ -47,10 +52,44 @@ def input_bits(module: nn.Module) -> int | None:
     return int(proxy.bit_width().item()) if proxy is not None and proxy.is_quant_enabled else None
 
 
+def planned_inputs(module: nn.Module) -> Activations:
+    """How the plan that a layer was made by quantizes its input, which it does."""
+    widths = bit_widths(module)
+    assert widths is not None
+    activations = _choice(bytes(widths.choice.tolist())).activations
+    assert activations is not None
+    return activations
+
+
+def input_range(module: nn.Module) -> InputRange | None:
+    """The range of a layer's quantized input, as Brevitas computes with it; None for floating point."""
+    bits = input_bits(module)
+    if bits is None or not is_calibrated(module):
+        return None
+    proxy = cast(Any, module).input_quant
+    return InputRange(bits, float(proxy.scale().detach()), int(proxy.zero_point().detach()))
+
+
+def set_input_range(module: nn.Module, own: InputRange) -> None:
+    """Have a layer's input quantized in a range, which tuning may learn on from."""
+    quantizer = cast(Any, module).input_quant.fused_activation_quant_proxy.tensor_quant
+    scaling, shift = quantizer.scaling_impl, quantizer.zero_point_impl
+    with torch.no_grad():
+        scaling.value.fill_(own.scale * (2**own.bits - 1))
+        shift.value.fill_(own.scale * own.zero_point)
+    for part in (scaling, shift):
+        part.counter = part.collect_stats_steps + 1
+
+
 def is_calibrated(module: nn.Module) -> bool:
     """Whether a layer's input quantizer has seen data, or has no range to learn."""
     quantizer = cast(Any, module).input_quant.fused_activation_quant_proxy.tensor_quant
     return bool(getattr(quantizer.scaling_impl, "counter", 1) > 0)
+
+
+@cache
+def _choice(document: bytes) -> LayerChoice:
+    return LayerChoice.model_validate_json(document)
 
 
 def input_quantizers(model: nn.Module) -> list[str]:

@@ -17,18 +17,19 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.models.copying import duplicate
 
+from ..shared.input_ranges import watched
 from .batches import Batch, called_layers, given_batches, ready, report, run
 from .float_weights import begin_at_float, begin_at_own_bias, mark, require_float
-from .graph import BiasCorrection, bias_correction_mode, calibration_mode, gpfq_mode, gptq_mode
-from .read import input_quantizers, is_quantized, weight_codes
+from .graph import BiasCorrection, bias_correction_mode, float_inputs, gpfq_mode, gptq_mode
+from .read import input_quantizers, is_quantized, planned_inputs, set_input_range, weight_codes
 
 GREEDY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what Brevitas has GPTQ and GPFQ for
 
 
 def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progress | None = None) -> nn.Module:
-    """Set the ranges of quantized activations: Brevitas's percentiles (0.001 and 99.999), averaged over the batches.
+    """Set the ranges of quantized inputs, found on the batches as the plan says of each layer.
 
-    Done again, it begins again.
+    Weights are the plan's meanwhile, and all inputs are in floating point. Done again, it begins again.
 
     Args:
         quantized: What `to_brevitas` made, its activations quantized; it is changed.
@@ -56,10 +57,13 @@ def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progr
         raise SettingError(
             f"calibrate: no batch reaches {first_few(unreached, ', ')}: give batches that do, or skip them in the plan"
         )
-    with torch.no_grad(), calibration_mode(tuned):
+    layers = {name: tuned.get_submodule(name) for name in names}
+    with torch.no_grad(), watched(layers) as seen, float_inputs(tuned):
         for done, batch in enumerate(given, 1):
             run(tuned, batch)
             report(progress, "calibrating", done, len(given))
+    for name, layer in layers.items():
+        set_input_range(layer, seen[name].range(planned_inputs(layer)))
     _require_finite(tuned, "calibrate")
     return tuned
 

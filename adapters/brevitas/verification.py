@@ -27,18 +27,19 @@ from ..shared.folded import (
     planned_by_name,
     planned_layers,
 )
+from ..shared.input_ranges import Ranges, same_range, taken_ranges
 from ..shared.outputs import output_problems
 from .graph import quiet_state_dict
 from .quantizers import channel_bits
-from .read import WeightCodes, input_bits, is_calibrated, is_quantized, weight_codes
+from .read import WeightCodes, input_bits, input_range, is_calibrated, is_quantized, weight_codes
 
 
 def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = None) -> tuple[LayerCheck, ...]:
     """Read bit-widths back, and compare every weight with what the plan makes of the float model, to the bit.
 
     Layers' settings, biases, norms and what the plan leaves in float must be the model's. Planned layers must quantize
-    their inputs to the plan's activation bits, calibrated, if it has any; nothing else may be quantized. After GPTQ,
-    GPFQ, learned rounding and training use verify_tuned.
+    their inputs to the plan's bits, if it has any, in ranges that the model carries or calibration found; nothing else
+    may be quantized. After GPTQ, GPFQ, learned rounding and training use verify_tuned.
 
     Args:
         quantized: The Brevitas model.
@@ -64,8 +65,10 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
         ((3, 8),)
     """
     check_module(quantized, "quantized")
-    traced = Traced(model)
-    check_model(plan, model, traced)
+    bare, ranges = taken_ranges(plan, model)
+    traced = Traced(bare)
+    check_model(plan, bare, traced)
+    _require_ranges(quantized, ranges)
     return _verified(quantized, plan, traced, batch)
 
 
@@ -89,6 +92,19 @@ def verify_tuned(quantized: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
     return _verified(quantized, plan, None, None)
 
 
+def _require_ranges(quantized: nn.Module, ranges: Ranges) -> None:
+    """Raise VerifyError where an input has another range than the float model carries for it."""
+    modules = dict(quantized.named_modules(remove_duplicate=False))
+    found = {name: input_range(modules[name]) for name in ranges if name in modules and input_bits(modules[name])}
+    problems = [
+        f"{name!r} has its input in another range than the model carries: {own}, {ranges[name]}"
+        for name, own in found.items()
+        if own is None or not same_range(own, ranges[name])
+    ]
+    if problems:
+        raise VerifyError(f"{type(quantized).__name__} does not hold the plan: {first_few(problems)}")
+
+
 def _verified(quantized: nn.Module, plan: Plan, traced: Traced | None, batch: Any) -> tuple[LayerCheck, ...]:
     original = None if traced is None else as_planned(traced, plan)
     planned = planned_by_name(plan)
@@ -98,7 +114,7 @@ def _verified(quantized: nn.Module, plan: Plan, traced: Traced | None, batch: An
     for name, layer in planned.items():
         module = modules.get(name)
         float_layer = None if original is None else original.get_submodule(name)
-        wrong = [] if module is None else [*_problems(module, layer, plan.activation_bits, float_layer)]
+        wrong = [] if module is None else [*_problems(module, layer, float_layer)]
         problems += [f"{name!r} {problem}" for problem in wrong]
         if module is not None and not wrong and layer.name not in checks:
             checks[layer.name] = _check(module, layer)
@@ -123,12 +139,10 @@ def _check(module: nn.Module, layer: LayerChoice) -> LayerCheck:
     kind = (
         "binary" if isinstance(quantizer, BinaryQuant) else "ternary" if isinstance(quantizer, TernaryQuant) else "int"
     )
-    return LayerCheck.of(layer, kind, input_bits(module))
+    return LayerCheck.of(layer, kind, input_bits(module), input_range=input_range(module))
 
 
-def _problems(
-    module: nn.Module, layer: LayerChoice, activation_bits: int | None, original: nn.Module | None
-) -> Iterator[str]:
+def _problems(module: nn.Module, layer: LayerChoice, original: nn.Module | None) -> Iterator[str]:
     if not is_quantized(module):
         yield f"was left in float ({type(module).__name__})"
         return
@@ -144,7 +158,7 @@ def _problems(
     bias = getattr(module, "bias", None)
     if bias is not None and not torch.isfinite(bias).all():
         yield "has a bias that is NaN or infinite"
-    inputs = None if isinstance(module, nn.Embedding) else activation_bits  # which takes indices
+    inputs = layer.activation_bits
     if input_bits(module) != inputs:
         yield f"takes its input at {_width(input_bits(module))}, the plan {_width(inputs)}{_remedy(module)}"
     elif inputs is not None and not is_calibrated(module):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 
 from .plans import named_layers

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities
 from mpq_plugins.plans.plan import Plan
 
 from .plans import named_layers

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import layer_name
 from mpq_plugins.plans.plan import Plan
 

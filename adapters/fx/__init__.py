@@ -15,8 +15,8 @@ Between planned layers, ReLU, sums and max pooling work on 8-bit codes too; ever
 from ..shared.folded import folded_integers
 from .checks import CAPABILITIES
 from .conversion import apply
+from .inputs import PercentileObserver
 from .preparation import (
-    PercentileObserver,
     PlanWeight,
     bake,
     check,

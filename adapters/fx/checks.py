@@ -21,8 +21,9 @@ from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.running import first_input, run_model, seeded
 from mpq_plugins.models.tracing import BATCH_NORMS, Traced, tensors_kept
 from mpq_plugins.models.tracing import LAYERS as WEIGHTED
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
 
@@ -36,6 +37,7 @@ CAPABILITIES = Capabilities(
     schemes=INTEGER_SCHEMES,
     parts=True,
     activation_bits=(8,),
+    input_symmetric=(False, True),
     storage=Storage("int8, a byte a weight", 8, scale_bits=64, zero_point_bits=64, one_scale=True),
 )
 SAME = 1e-3  # of the outputs' norm: what another order of additions may come to
@@ -48,7 +50,7 @@ def check_settings(plan: Plan, model: nn.Module, traced: Traced | None = None) -
     Raises SettingError or MismatchError, naming the layers and the remedy.
     """
     check_model(plan, model, traced)
-    if plan.activation_bits is None:
+    if not plan.quantizes_inputs:
         raise SettingError(
             "fx: the plan leaves activations in floating point, and FX would leave its convolutions and linear layers "
             "in float too. Plan with activation bits 8 (with_activation_bits(8)), or use mpq_plugins.apply, the "

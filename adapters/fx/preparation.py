@@ -1,6 +1,7 @@
 """A plan in PyTorch's FX graph mode quantization: `prepare_fx`, `convert_fx` and `convert_to_reference_fx`."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,9 +10,6 @@ import torch.fx
 from torch import Tensor, nn
 from torch.ao.quantization import (
     FakeQuantize,
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
     ObserverBase,
     QConfig,
     QConfigMapping,
@@ -22,6 +20,7 @@ from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.folding import Folded
+from mpq_plugins.models.input_ranges import InputRange
 from mpq_plugins.models.plain import is_plain, standard_class
 from mpq_plugins.models.tracing import BATCH_NORMS, Traced
 from mpq_plugins.plans.layers import LayerChoice
@@ -29,38 +28,15 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..shared.folded import integers_of, round_after, rounded_before
+from ..shared.input_ranges import Ranges, taken_ranges
 from .checks import check_calls, check_example, check_settings, graph_for_fx, traced_by_fx
 from .graph import InCodes, by_position, divide, lend_shapes, without
 from .inplace import follow_changes
+from .inputs import OBSERVERS, observer_name, set_inputs
 from .trained import trained_integers
 
 NEAR = 1e-3  # of a step: a baked weight is what it should be
 REGISTERED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-
-
-class PercentileObserver(HistogramObserver):
-    """The range that holds all but a share of the values at either end of their histogram.
-
-    Attributes:
-        tail: The share at either end.
-    """
-
-    tail = 1e-4
-
-    def _non_linear_param_search(self) -> tuple[Tensor, Tensor]:
-        share = self.histogram.cumsum(0) / self.histogram.sum().clamp_min(1)
-        width = (self.max_val - self.min_val) / self.bins
-        low = self.min_val + width * (share < self.tail).sum()
-        high = self.min_val + width * ((share < 1 - self.tail).sum() + 1)
-        return low, torch.minimum(high, self.max_val)
-
-
-OBSERVERS: dict[str, type[ObserverBase]] = {
-    "minmax": MinMaxObserver,
-    "moving_average": MovingAverageMinMaxObserver,
-    "percentile": PercentileObserver,
-    "mse": HistogramObserver,  # searches its histogram for the range of least squared error
-}
 
 
 class PlanWeight(ObserverBase):
@@ -126,7 +102,7 @@ def qconfig_mapping(
     plan: Plan,
     model: nn.Module,
     *,
-    activation_observer: str = "mse",
+    activation_observer: str | None = None,
     reduce_range: bool | None = None,
     qat: bool = False,
 ) -> QConfigMapping:
@@ -136,7 +112,8 @@ def qconfig_mapping(
         plan: The plan.
         model: The float model.
         activation_observer: `minmax`, `moving_average`, `percentile` (all but 1e-4 at either end) or `mse`, torch's
-            histogram search.
+            histogram search, for all activations; by default what the plan says of its layers' inputs, where it says
+            one of these of all, or else `mse`.
         reduce_range: Whether activations have 7 bits, which the x86 and fbgemm engines need on a CPU without VNNI,
             where their products overflow; by default found out.
         qat: Whether it is for `prepare_qat_fx`, activations fake quantized as they are observed.
@@ -149,17 +126,13 @@ def qconfig_mapping(
             layers and the remedy.
         MismatchError: The plan is another model's, or FX would get the model wrong.
     """
-    return _mapping(plan, _baked(model, plan), activation_observer, reduce_range, qat)
-
-
-def _mapping(
-    plan: Plan, baked: "_Baked", activation_observer: str, reduce_range: bool | None, qat: bool
-) -> QConfigMapping:
-    if activation_observer not in OBSERVERS:
-        raise SettingError(f"activation_observer: {activation_observer!r} is not allowed; {', '.join(OBSERVERS)}")
     reduce = needs_reduced_range() if reduce_range is None else reduce_range
+    return _mapping(plan, _baked(model, plan), activation_observer, reduce, qat)
+
+
+def _mapping(plan: Plan, baked: "_Baked", activation_observer: str | None, reduce: bool, qat: bool) -> QConfigMapping:
     settings = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "reduce_range": reduce}
-    observer = OBSERVERS[activation_observer]
+    observer = OBSERVERS[observer_name(plan, activation_observer)]
     activation = FakeQuantize.with_args(observer=observer, **settings) if qat else observer.with_args(**settings)
     mapping = QConfigMapping().set_global(None)
     for name, integers in baked.integers.items():
@@ -178,7 +151,8 @@ def prepare(
     plan: Plan,
     example_inputs: Any,
     *,
-    activation_observer: str = "mse",
+    ranges: Mapping[str, InputRange] | None = None,
+    activation_observer: str | None = None,
     reduce_range: bool | None = None,
     qat: bool = False,
 ) -> torch.fx.GraphModule:
@@ -190,7 +164,10 @@ def prepare(
         model: The float model; it is not changed.
         plan: The plan.
         example_inputs: A batch of one tensor, or a tuple of arguments; the model runs on it.
-        activation_observer: As of `qconfig_mapping`.
+        ranges: Of the inputs of planned layers, by name, as `mpq_plugins.input_ranges` gives them; by default those
+            that the model carries, and where it carries none, torch observes each input for the range that is planned.
+        activation_observer: As of `qconfig_mapping`, for all activations. By default it is for those alone that are
+            no planned layer's input.
         reduce_range: As of `qconfig_mapping`.
         qat: Whether to prepare for training.
 
@@ -210,13 +187,38 @@ def prepare(
         >>> prepared(torch.randn(32, 8)).shape
         torch.Size([32, 8])
     """
+    bare, carried = taken_ranges(plan, model)
+    known = carried or ranges or {}
+    check_ranges(known, activation_observer, qat)
+    reduce = needs_reduced_range() if reduce_range is None else reduce_range
+    prepared = observed(bare, plan, example_inputs, activation_observer, reduce, qat)
+    if activation_observer is None and not qat:
+        set_inputs(prepared, plan, known, exactly=True, reduce=reduce)
+    return prepared
+
+
+def observed(
+    model: nn.Module, plan: Plan, example_inputs: Any, activation_observer: str | None, reduce: bool, qat: bool = False
+) -> torch.fx.GraphModule:
+    """The prepared copy with torch's observers throughout."""
     baked = _baked(model, plan)
-    mapping = _mapping(plan, baked, activation_observer, reduce_range, qat)
+    mapping = _mapping(plan, baked, activation_observer, reduce, qat)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     check_example(baked.model, baked.exact, baked.integers, inputs)
-    if qat:
-        return prepare_qat_fx(baked.model.train(), mapping, inputs)
-    return prepare_fx(baked.model, mapping, inputs)
+    return prepare_qat_fx(baked.model.train(), mapping, inputs) if qat else prepare_fx(baked.model, mapping, inputs)
+
+
+def check_ranges(ranges: Ranges, activation_observer: str | None, qat: bool = False) -> None:
+    """Raise SettingError for ranges that are there and would not be taken."""
+    if ranges and activation_observer is not None:
+        raise SettingError(
+            f"activation_observer: {activation_observer!r} finds ranges in place of those that there are: leave it "
+            "out, or give mpq_plugins.without_input_ranges(model)"
+        )
+    if ranges and qat:
+        raise SettingError(
+            "fx: in training, ranges are torch's own, found as it goes: give mpq_plugins.without_input_ranges(model)"
+        )
 
 
 def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
@@ -294,6 +296,7 @@ class _Baked:
 
 
 def _baked(model: nn.Module, plan: Plan) -> _Baked:
+    model, _ = taken_ranges(plan, model)
     traced = Traced(model)
     check_settings(plan, model, traced)
     folded = _folded(traced, plan)

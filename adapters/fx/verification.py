@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, SourceError, VerifyError
 from mpq_plugins.models.folding import Folded
+from mpq_plugins.models.input_ranges import InputRange
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
@@ -17,7 +18,9 @@ from mpq_plugins.simulation.model import simulated
 
 from ..contract import LayerCheck, class_name
 from ..shared.folded import biases_of, check_model, check_module, integers_of, planned_layers
+from ..shared.input_ranges import reduced, same_range, taken_ranges
 from ..shared.outputs import output_problem
+from .inputs import REDUCED, input_range
 
 TOLERANCE = 0.1
 """Of an output's norm. One tensor of 8 bits is off by 0.5 to 1 % of its norm, and what a net's layers are off by adds
@@ -36,8 +39,8 @@ def verify(
     """Read the integer codes back from what `convert_fx` or `convert_to_reference_fx` made, and compare them.
 
     Every planned layer must be a quantized module, fed by quantized activations, whose codes, scales and zero points
-    are the plan's of the float model, and whose bias is its own; every other layer must be in float. The ranges of
-    activations are the calibration's.
+    are the plan's of the float model, and whose bias is its own; every other layer must be in float. Ranges of inputs
+    must be those that the model carries; where it carries none they are the calibration's.
 
     Args:
         quantized: The converted model.
@@ -67,6 +70,7 @@ def verify(
         '0'
     """
     check_module(quantized, "quantized")
+    model, ranges = taken_ranges(plan, model)
     traced = Traced(model)
     check_model(plan, model, traced)
     if integers is not None and batch is not None:
@@ -83,12 +87,14 @@ def verify(
     for layer in planned_layers(plan):
         module = _stored(quantized, layer.name)
         problem = _problem(module, expected[layer.name]) or _input_problem(module, inputs.get(layer.name))
+        found = input_range(quantized, inputs.get(layer.name))
+        problem = problem or _range_problem(found, ranges.get(layer.name))
         if integers is None:
             problem = problem or _bias_problem(module, biases[layer.name])
         if problem:
             problems.append(f"{layer.name!r} {problem}")
             continue
-        checks.append(LayerCheck.of(layer, class_name(module), plan.activation_bits))
+        checks.append(LayerCheck.of(layer, class_name(module), layer.activation_bits, input_range=found))
     planned = {layer.name for layer in planned_layers(plan)}
     extra = [
         name
@@ -154,6 +160,17 @@ def _input_problem(module: nn.Module | None, source: torch.fx.Node | None) -> st
     if getattr(module, "scale", None) == 1.0 and getattr(module, "zero_point", None) == 0:
         return "was not calibrated: run batches through the prepared model before converting"
     return None
+
+
+def _range_problem(found: InputRange | None, carried: InputRange | None) -> str | None:
+    """A range that the model carries is there as it is, or where the processor needs that in steps twice as large."""
+    if carried is None:
+        return None
+    symmetric = carried.zero_point == 2 ** (carried.bits - 1)
+    allowed = [carried, *(reduced(carried, REDUCED, symmetric=own) for own in {False, symmetric})]
+    if found is not None and any(same_range(found, own) for own in allowed):
+        return None
+    return f"has its input in another range than the model carries: {found}, {carried}"
 
 
 def _bias_problem(module: nn.Module | None, expected: Tensor | None) -> str | None:

@@ -9,9 +9,10 @@ from mpq_plugins.checkpoints.checkpoint import read_checkpoint
 from mpq_plugins.checkpoints.gguf_header import GGUFHeader, TensorEntry, is_gguf, read_gguf
 from mpq_plugins.checkpoints.readers import StoredTensor
 from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.ggml import GGML, TYPES
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import layer_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine

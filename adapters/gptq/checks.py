@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.float_checkpoint import FloatCheckpoint, open_float, require_plain

@@ -13,7 +13,8 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.tracing import Traced
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.capabilities import Capabilities
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.scheme import Affine

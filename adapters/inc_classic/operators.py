@@ -18,18 +18,19 @@ def matches(layer: LayerChoice, globs: Sequence[str]) -> bool:
 
 def int8_or_fp32(plan: Plan, below: int) -> Plan:
     """What the static approach makes of a plan."""
+    scheme = Affine(symmetric=True, granularity="per_channel")
     layers = tuple(
         layer.model_copy(
             update={
                 "bits": INT8 if max(part.bits for part in layer.all_parts) < below else FP32,
                 "parts": None,
                 "coded_bytes": None,
-                "scheme": Affine(symmetric=True, granularity="per_channel"),
+                "scheme": scheme,
             }
         )
         for layer in plan.layers
     )
-    return plan.model_copy(update={"layers": layers, "activation_bits": 8})
+    return plan.model_copy(update={"layers": layers}).with_activation_bits(8)
 
 
 def weight_items(layer: LayerChoice) -> dict[Any, Any]:

@@ -63,7 +63,7 @@ def verify(quantized: Any, plan: Plan, model: nn.Module, *, batch: Any = None) -
     check_module(module, "quantized")
     traced = Traced(model)
     check_model(plan, model, traced)
-    if plan.activation_bits is not None:
+    if plan.quantizes_inputs:
         checks = verify_static(module, plan)
         _check_outputs(module, plan, model, batch)
         return checks
@@ -99,7 +99,7 @@ def verify_static(module: nn.Module, plan: Plan) -> tuple[LayerCheck, ...]:
         elif int8 != (layer.name in wanted):
             problems.append(f"{layer.name!r} runs in {'int8' if int8 else 'float'}, and the plan says otherwise")
         elif int8:
-            checks.append(LayerCheck.of(layer, class_name(stored), plan.activation_bits))
+            checks.append(LayerCheck.of(layer, class_name(stored), layer.activation_bits))
     if problems:
         raise VerifyError(f"{type(module).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)

@@ -5,11 +5,12 @@ from torch import nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SourceError
 from mpq_plugins.models.tracing import Traced
-from mpq_plugins.plans.legalise import Capabilities
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import INTEGER_SCHEMES, check_folding, check_runnable, refuse_wrong_pairs
+from ..shared.input_ranges import taken_ranges
 from .folded import computed_weights, wrong_pairs
 
 CAPABILITIES = Capabilities(
@@ -19,6 +20,7 @@ CAPABILITIES = Capabilities(
     schemes=INTEGER_SCHEMES,
     parts=True,
     activation_bits=(None, 8),
+    input_symmetric=(False, True),
     # torch.compile's frozen int8 kernels drop the zero points of weights without a word.
     activation_kinds=("linear", "conv2d"),
     activation_symmetric=(True,),
@@ -43,7 +45,8 @@ def check(plan: Plan, model: nn.Module) -> None:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
         >>> pt2e.check(mpq.Uniform(bits=4)(mpq.measure(net)), net)
     """
-    check_traced(plan, Traced(model))
+    bare, _ = taken_ranges(plan, model)
+    check_traced(plan, Traced(bare))
 
 
 def check_traced(plan: Plan, traced: Traced) -> None:

@@ -15,6 +15,7 @@ from mpq_plugins.models.running import call_model, own_copy, run_model
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.batches import needed_batches
+from ..shared.input_ranges import found_ranges, taken_ranges
 from .checks import check
 from .quantizer import PlanQuantizer
 
@@ -28,7 +29,8 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> torch.fx
         model: The float model; it is not changed.
         plan: The plan.
         batches: Inputs, each a tensor, or a tuple or mapping of arguments; the first one's shapes are exported. With
-            8-bit activations all are run to set their ranges, and have these shapes.
+            8-bit activations all are run, and have these shapes: ranges of inputs are found on them as the plan says,
+            unless the model carries them.
 
     Returns:
         What torchao's `convert_pt2e` makes.
@@ -47,10 +49,14 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> torch.fx
         >>> pt2e.verify(converted, plan, net)[0].bits
         ((4, 8),)
     """
-    check(plan, model)
+    bare, ranges = taken_ranges(plan, model)
+    check(plan, bare)
     given = needed_batches(batches, "PT2E exports the model by one")
-    prepared = cast(nn.Module, prepare_pt2e(_exported(model, given[0]), PlanQuantizer(plan, model)))
-    if plan.activation_bits is not None:
+    exported = _exported(bare, given[0])
+    if plan.quantizes_inputs and not ranges:
+        ranges = found_ranges(bare, plan, given, uncalled=True)
+    prepared = cast(nn.Module, prepare_pt2e(exported, PlanQuantizer(plan, bare, ranges)))
+    if plan.quantizes_inputs:
         with torch.no_grad():
             for batch in given:
                 call_model(prepared, batch)

@@ -1,6 +1,6 @@
 """A plan in PyTorch 2 export quantization (PT2E, from torchao): a quantizer for `prepare_pt2e` and `convert_pt2e`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError
+from mpq_plugins.models.input_ranges import InputRange
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.names import weight_name
+from mpq_plugins.plans.names import layer_name, weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..shared.folded import has_float16, integers_of, planned_by_name, planned_layers
+from ..shared.input_ranges import Ranges, taken_ranges
 from .checks import check_traced
 from .folded import folding_factors, graph_problem, halves_of, rounded_fold, times, traced_fold, weight_names
 from .graph import ANNOTATION, replace_weight
@@ -48,6 +50,23 @@ class PlanPerChannelObserver(ObserverBase):  # type: ignore[misc]
         return self.integers.scale[:, 0], self.integers.zero_point[:, 0]
 
 
+class PlanInputObserver(ObserverBase):  # type: ignore[misc]
+    """Returns the range that an input has."""
+
+    def __init__(self, input_range: InputRange, **_: Any) -> None:  # the rest of the spec, which is fixed here
+        super().__init__(dtype=torch.uint8)
+        self.input_range, self.qscheme = input_range, torch.per_tensor_affine
+        self.quant_min, self.quant_max = 0, 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The value; nothing is observed."""
+        return x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, (1,) each."""
+        return torch.tensor([self.input_range.scale]), torch.tensor([self.input_range.zero_point])
+
+
 class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
     """Quantizes what the plan says, at its integers, and nothing else.
 
@@ -56,10 +75,12 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
 
     Args:
         plan: The plan.
-        model: The float model that is exported.
+        model: The float model; what is exported must carry no ranges of inputs (without_input_ranges).
+        ranges: Of the inputs of planned layers, by name, as `mpq_plugins.input_ranges` gives them; by default those
+            that the model carries, and where it carries none, torch's histograms find ranges of least squared error.
 
     Raises:
-        SettingError: PT2E cannot run the plan.
+        SettingError: PT2E cannot run the plan, or the model carries ranges that are not the plan's.
         MismatchError: The plan is another model's.
 
     Examples:
@@ -69,16 +90,18 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         >>> quantizer = pt2e.PlanQuantizer(mpq.Uniform(bits=4)(mpq.measure(net)), net)
     """
 
-    def __init__(self, plan: Plan, model: nn.Module) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, ranges: Ranges | None = None) -> None:
         super().__init__()
+        model, carried = taken_ranges(plan, model)
+        self.ranges = carried or ranges or {}
         traced = Traced(model)
         check_traced(plan, traced)
         folded = traced_fold(traced)
         self.plan, self.model, self.folded = plan, model, folded.model
         self.integers, self.factors = integers_of(plan, folded), dict[str, Tensor]()
         self.halves = halves_of(plan, rounded_fold(traced, plan).model) if has_float16(plan) else {}
-        if plan.activation_bits is not None:
-            for layer in planned_layers(plan):
+        for layer in planned_layers(plan):
+            if layer.activations is not None:
                 for name in layer.names:
                     self.set_module_name_qconfig(name, get_default_x86_inductor_quantization_config())
 
@@ -143,9 +166,10 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
         Raises:
             MismatchError: Inputs are to be quantized and cannot be.
         """
-        if self.plan.activation_bits is not None:
+        if self.plan.quantizes_inputs:
             super().annotate(model)
         untaken: list[str] = []
+        readers: dict[torch.fx.Node, dict[str, tuple[Any, Any]]] = {}
         for node, layer in self._weights(model):
             spec = QuantizationSpec(
                 dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_channel_affine,
@@ -154,8 +178,12 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
             )  # fmt: skip
             for user in node.users:
                 annotation = user.meta.setdefault(ANNOTATION, QuantizationAnnotation(_annotated=True))
-                if self.plan.activation_bits is not None and not annotation.input_qspec_map.keys() - {node}:
+                if layer.activations is not None and not annotation.input_qspec_map.keys() - {node}:
                     untaken.append(repr(layer.name))
+                for source in annotation.input_qspec_map.keys() - {node} if layer.activations is not None else ():
+                    own = self.ranges.get(layer_name(str(node.target)))
+                    readers.setdefault(source, {})[layer.name] = (layer.activations, own)
+                self._set_input(annotation, node, str(node.target))
                 annotation.input_qspec_map[node] = spec
                 user.meta[LAYER] = layer.name
         if untaken:
@@ -164,8 +192,28 @@ class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]
                 "for other code than the layer's own computes with the weight, as in MultiheadAttention: skip it, or "
                 "plan.with_activation_bits(None)"
             )
+        self._require_alike(readers.values())
         self._note_factors(model)
         return model
+
+    def _require_alike(self, readers: Iterable[Mapping[str, tuple[Any, Any]]]) -> None:
+        """Refuse layers that read one value, for which PT2E has one range, and are planned or calibrated otherwise."""
+        for layers in readers:
+            if len({*layers.values()}) > 1:
+                raise MismatchError(
+                    f"pt2e: {first_few(list(map(repr, layers)), ', ')}: read the same values, which PT2E keeps in one "
+                    "range: plan their inputs alike, or give mpq_plugins.without_input_ranges(model), and batches"
+                )
+
+    def _set_input(self, annotation: QuantizationAnnotation, weight: torch.fx.Node, name: str) -> None:
+        """Have the input beside a weight quantized in the range that there is for it."""
+        own = self.ranges.get(layer_name(name))
+        for source, spec in annotation.input_qspec_map.items():
+            if own is not None and source is not weight and isinstance(spec, QuantizationSpec):
+                annotation.input_qspec_map[source] = QuantizationSpec(
+                    dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine,
+                    observer_or_fake_quant_ctr=PlanInputObserver.with_args(input_range=own),
+                )  # fmt: skip
 
     def _note_factors(self, model: torch.fx.GraphModule) -> None:
         """On the nodes that use a rescaled weight, for `verify`."""

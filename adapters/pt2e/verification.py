@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SourceError, VerifyError
+from mpq_plugins.models.input_ranges import InputRange
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..contract import LayerCheck
 from ..shared.folded import biases_of, check_model, check_module, integers_of
+from ..shared.input_ranges import same_range, taken_ranges
 from ..shared.outputs import output_problems
 from .folded import attribute, folding_factors, rounded_fold, weight_names
 from .graph import is_operator
@@ -25,8 +27,9 @@ def verify(
     """Read the integer codes back from what `convert_pt2e` made, and compare them, scales and zero points too.
 
     Every planned layer must be there in each of its calls, with its own bias, its inputs quantized to 8 bits if and
-    only if the plan says so, and nothing else may be quantized. Ranges of activations are the calibration's, and are
-    not judged, nor are biases into which a norm was folded that torch.fx does not show.
+    only if the plan says so, and nothing else may be quantized. Ranges of inputs must be those that the model carries;
+    where it carries none they are the calibration's. Not judged are biases into which a norm was folded that torch.fx
+    does not show.
 
     Args:
         quantized: The converted model.
@@ -55,6 +58,7 @@ def verify(
     check_module(quantized, "quantized")
     if not isinstance(quantized, torch.fx.GraphModule):
         raise SourceError(f"{type(quantized).__name__}: no GraphModule; give what convert_pt2e made")
+    model, ranges = taken_ranges(plan, model)
     traced = Traced(model)
     check_model(plan, model, traced)
     fold = rounded_fold(traced, plan)
@@ -77,17 +81,21 @@ def verify(
         inputs = [source for source in node.all_input_nodes if is_operator(source, "dequantize_per_tensor")]
         problem = (
             _problem(quantized, weight, _rescaled(expected[name], node))
-            or _input_problem(inputs, plan.activation_bits is not None)
+            or _input_problem(inputs, plan.by_name[name].activations is not None)
+            or _range_problem(inputs, ranges.get(_module_of(node) or name))
             or (None if FACTOR in node.meta else _bias_problem(quantized, node, biases.get(_module_of(node) or name)))
         )
         if problem:
             problems.append(f"{name!r} {problem}")
-        checks[name] = LayerCheck.of(plan.by_name[name], "int8", plan.activation_bits if inputs else None)
+        bits = plan.by_name[name].activation_bits if inputs else None
+        checks[name] = LayerCheck.of(
+            plan.by_name[name], "int8", bits, input_range=_range(inputs[0]) if inputs else None
+        )
     problems += _changed_weights(quantized, folded, set(expected))
     problems += [
         f"{str(node.args[0])!r} is quantized in the graph and the plan does not say so"
         for node in quantized.graph.nodes
-        if is_operator(node, "quantize_per_tensor") and (plan.activation_bits is None or _of_a_weight(node))
+        if is_operator(node, "quantize_per_tensor") and (not plan.quantizes_inputs or _of_a_weight(node))
     ]
     problems += [f"{name!r} was left in float" for name in expected if name not in checks]
     problems = problems or output_problems(quantized, plan, model, batch)
@@ -134,6 +142,18 @@ def _input_problem(inputs: list[torch.fx.Node], wanted: bool) -> str | None:
             return "takes an input that is not quantized to 8 bits"
         if scale == 1.0 and zero_point == 0:
             return "was not calibrated: run batches through the prepared model before converting"
+    return None
+
+
+def _range(node: torch.fx.Node) -> InputRange:
+    scale, zero_point, low, high = cast("tuple[float, int, int, int]", node.args[1:5])
+    return InputRange((high - low).bit_length(), scale, zero_point)
+
+
+def _range_problem(inputs: list[torch.fx.Node], carried: InputRange | None) -> str | None:
+    for node in inputs:
+        if carried is not None and not same_range(_range(node), carried):
+            return f"has its input in another range than the model carries: {_range(node)}, {carried}"
     return None
 
 

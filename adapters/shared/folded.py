@@ -14,8 +14,9 @@ from mpq_plugins.models.folding import Folded, borrowed_weights, conv_bn_pairs, 
 from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import is_transformers_conv1d, layer_kind, quantizable_weights
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 from mpq_plugins.simulation.match import match

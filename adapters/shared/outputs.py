@@ -33,8 +33,9 @@ def output_problems(
         return []
     simulation = simulated(model, plan)
     tolerance = HALF_ROUNDING if packed or not _is_single(model) else FLOAT_ROUNDING
-    if plan.activation_bits is not None:
-        tolerance = INPUT_ROUNDING * 2.0 ** (8 - plan.activation_bits)
+    widths = [layer.activation_bits for layer in plan.layers if layer.activation_bits is not None]
+    if widths:
+        tolerance = INPUT_ROUNDING * 2.0 ** max(0, 8 - min(widths))
     problem = output_problem(quantized, simulation, batch, tolerance)
     return [] if problem is None else [f"on the batch, beside mpq_plugins.apply's, {problem}"]
 

@@ -10,12 +10,13 @@ from mpq_plugins.errors import MismatchError
 from mpq_plugins.models.borrowed import borrowed_uses
 from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.tracing import Traced
-from mpq_plugins.plans.legalise import Capabilities
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.plans.storage import Storage
 
 from ..shared.folded import INTEGER_SCHEMES, check_runnable, check_sizes, lent_weights, planned_by_name
+from ..shared.input_ranges import taken_ranges
 
 CAPABILITIES = Capabilities(
     backend="torchao",
@@ -25,6 +26,7 @@ CAPABILITIES = Capabilities(
     granularities=("per_tensor", "per_channel", "per_group"),
     parts=True,
     activation_bits=(None, 8),
+    input_dynamic=("per_token",),
     activation_kinds=("linear", "embedding"),  # an embedding takes indices; convolutions have no such kernel
     storage=Storage("int8, a byte a weight", 8, scale_bits=32, zero_point_bits=8),
 )
@@ -49,7 +51,8 @@ def check(plan: Plan, model: nn.Module) -> None:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
         >>> torchao.check(mpq.Uniform(bits=4)(mpq.measure(net, mpq.Affine(granularity="per_channel"))), net)
     """
-    check_traced(plan, Traced(model))
+    bare, _ = taken_ranges(plan, model)
+    check_traced(plan, Traced(bare))
 
 
 def check_traced(plan: Plan, traced: Traced) -> None:

@@ -8,8 +8,9 @@ from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, PerAxis, Per
 from torchao.quantization.quant_primitives import MappingType
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
-from mpq_plugins.plans.legalise import Capabilities, require_legal
+from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 

@@ -16,6 +16,7 @@ from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 from mpq_plugins.simulation.model import float_copy
 
 from ..shared.folded import planned_layers
+from ..shared.input_ranges import taken_ranges
 from .checks import check_traced
 
 DYNAMIC = "int8_asym_per_token"
@@ -32,8 +33,8 @@ def _conv1d(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Module:
     """Make a copy of the model whose planned weights are torchao tensors of the plan's integers.
 
-    A plan with 8-bit activations quantizes the inputs of linear layers per token as they come; torchao has such a
-    kernel for those alone. Tied weights stay tied.
+    Inputs of 8 bits are quantized per token as they come, asymmetric, in linear layers; torchao has such a kernel for
+    those alone. Tied weights stay tied.
 
     Args:
         model: The float model; it is not changed.
@@ -56,26 +57,27 @@ def apply(model: nn.Module, plan: Plan, batches: Iterable[Any] = ()) -> nn.Modul
         >>> torch.equal(torchao.apply(net, plan)[0].weight.dequantize(), mpq.apply(net, plan)[0].weight)
         True
     """
+    model, _ = taken_ranges(plan, model)  # which are as the plan says: of each token, as it comes
     traced = Traced(model)
     check_traced(plan, traced)
     quantized = float_copy(traced, plan)
     weights = quantizable_weights(quantized)
     for layer in planned_layers(plan):
-        parameter = nn.Parameter(_tensor(weights[layer.name], layer, plan.activation_bits), requires_grad=False)
+        parameter = nn.Parameter(_tensor(weights[layer.name], layer), requires_grad=False)
         for name in layer.names:
             quantized.get_submodule(name).weight = parameter
     return quantized
 
 
-def dynamic_name(layer: LayerChoice, activation_bits: int | None) -> str | None:
+def dynamic_name(layer: LayerChoice) -> str | None:
     """How a layer quantizes its input as it comes, in torchao's words; None where it does not."""
-    return DYNAMIC if activation_bits is not None and layer.kind == "linear" else None
+    return None if layer.activations is None else DYNAMIC
 
 
-def _tensor(weight: Tensor, layer: LayerChoice, activation_bits: int | None) -> IntxUnpackedToInt8Tensor:
+def _tensor(weight: Tensor, layer: LayerChoice) -> IntxUnpackedToInt8Tensor:
     integers = integer_weight(weight, layer)
     blocks = (layer.channels, integers.scale.shape[1], *(1 for _ in layer.shape[2:]))
-    device, activation = weight.device, dynamic_name(layer, activation_bits)
+    device, activation = weight.device, dynamic_name(layer)
     return IntxUnpackedToInt8Tensor(
         integers.codes.to(device), integers.scale.reshape(blocks).to(device),
         integers.zero_point.to(torch.int8).reshape(blocks).to(device), dtype_of(layer), block_size(integers),

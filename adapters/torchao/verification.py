@@ -16,6 +16,7 @@ from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..contract import LayerCheck
 from ..shared.folded import as_planned, changed_state, check_model, check_module, planned_layers
+from ..shared.input_ranges import taken_ranges
 from ..shared.outputs import output_problems
 from .tensors import activation_type, block_size, dynamic_name
 
@@ -49,6 +50,7 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
         ((4, 8),)
     """
     check_module(quantized, "quantized")
+    model, _ = taken_ranges(plan, model)
     traced = Traced(model)
     check_model(plan, model, traced)
     original_model = as_planned(traced, plan)
@@ -63,13 +65,12 @@ def verify(quantized: nn.Module, plan: Plan, model: nn.Module, *, batch: Any = N
                 problems.append(f"{name!r} is not the model's own, and the plan leaves it in float")
             continue
         layer = planned[name]
-        dynamic = dynamic_name(layer, plan.activation_bits)
+        dynamic = dynamic_name(layer)
         problem = _problem(weight, integer_weight(original[name], layer), dynamic, original[name].dtype)
         if problem:
             problems.append(f"{name!r} {problem}")
         else:
-            bits = None if dynamic is None else plan.activation_bits
-            checks.append(LayerCheck.of(layer, str(cast(Any, weight).target_dtype), bits))
+            checks.append(LayerCheck.of(layer, str(cast(Any, weight).target_dtype), layer.activation_bits))
     weights = {weight_name(name) for layer in plan.layers for name in layer.names}
     problems += changed_state(quantized, original_model, weights)
     for layer in planned.values():

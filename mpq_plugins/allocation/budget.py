@@ -7,16 +7,14 @@ part maps count too, to a few hundredths of a percent (parts_solve.py). The gap 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.amounts import bytes_of
-from ..common.checks import number
 from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
@@ -28,10 +26,15 @@ from ..plans.stats import METRICS
 from ..plans.steps import with_steps
 from ..plans.table import LayerTable
 from ..plans.type_table import TypeTable
-from .budget_problem import Layout, Rules, pinned_width, plan_bits
+from .budget_fields import Bytes, Costs, Ends, InputBits, Most, Name, Pins, Size, Ties, names_type
+from .budget_problem import Layout, Rules, pinned_widths
+from .choices import layer_choice
 from .contract import Needs
-from .fields import Candidates, Width, ranged
+from .fields import Candidates, Width
 from .file_steps import steps_for_bits, steps_for_size
+from .joint import JointLayout, planned_inputs
+from .joint_inputs import Inputs
+from .joint_limits import PairLimit, average_limit, bytes_limit, joint_bops, memory_limits, values_of
 from .latency import LatencyTable
 from .limits import Limit, bops_limit, code_limit, latency_limit, model_limit, numel, total_limit
 from .make import make_plan, plan_of
@@ -41,13 +44,13 @@ from .watch import Watch
 
 Array = NDArray[np.float64]
 
-LARGEST = 1e18
-ABOVE_0 = f"a number above 0, at most {LARGEST:g}"
 SIZES = ("average_bits", "total_average_bits", "size_bytes", "weights_only_bytes", "size")
 FILES = ("file_bits", "file_size")
-LIMITS = (*SIZES, "bops", "latency_limit", *FILES)
+OF_INPUTS = ("activation_average_bits", "activation_bytes", "activation_memory")
+LIMITS = (*SIZES, "bops", "latency_limit", *FILES, *OF_INPUTS)
+BOPS_ACTIVATION_BITS = 8
 FILE_WIDTHS = (4, 8)  # at which a sensitivity says what squared error costs in each layer
-NOT_BESIDE = ("bits", "parts", "pin", "tie", "ends", "time_limit")
+NOT_BESIDE = ("bits", "input_bits", "parts", "pin", "tie", "ends", "time_limit")
 NOT_OF_TYPES = ("bits", "ends", "latency", *FILES)
 
 
@@ -71,63 +74,6 @@ class Allocation:
     used: Mapping[str, tuple[float, float]]
 
 
-def _bytes(value: Any, info: ValidationInfo) -> int:
-    amount = number(str(info.field_name), value, ABOVE_0, above=0, most=LARGEST)
-    if amount != int(amount):
-        raise SettingError(f"{info.field_name}: {value!r} is not allowed; a whole number above 0")
-    return int(value)
-
-
-def _size(value: Any, info: ValidationInfo) -> int | None:
-    return None if value is None else bytes_of(value, str(info.field_name))
-
-
-def _latency(value: Any) -> LatencyTable | None:
-    return None if value is None else LatencyTable.of(value)
-
-
-def _name(value: Any) -> Any:
-    parts_of(value)
-    return value
-
-
-def _several(value: Any) -> tuple[Any, ...]:
-    """One, or a sequence of them."""
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-
-
-def _pins(value: Any) -> tuple[Any, ...]:
-    entries = _several(value)
-    for entry in entries:
-        if not _names_type(entry):
-            pinned_width(entry)
-    return entries
-
-
-def _names_type(entry: Any) -> bool:
-    """Whether a pin gives a layer a type rather than a width; which types there are, the table knows."""
-    pattern, _, word = str(entry).rpartition("=")
-    return isinstance(entry, str) and bool(pattern.strip()) and word.strip().isidentifier()
-
-
-def _ties(value: Any) -> tuple[Any, ...]:
-    entries = _several(value)
-    for entry in entries:
-        if not isinstance(entry, str):
-            raise SettingError(f"tie: {entry!r} is not allowed; names with alternatives, as '*.{{query,key,value}}'")
-    return entries
-
-
-def _ends(value: Any) -> int:
-    return plan_bits("ends", value)
-
-
-Most = Annotated[float, ranged(ABOVE_0, above=0, most=LARGEST)]
-Bytes = Annotated[int, BeforeValidator(_bytes)]
-Pins = Annotated[tuple[str, ...], BeforeValidator(_pins)]
-Ties = Annotated[tuple[str, ...], BeforeValidator(_ties)]
-
-
 @public
 @settings
 class Budget:
@@ -135,6 +81,15 @@ class Budget:
 
     Limits on average bits, size_bytes and weights_only_bytes count the planned layers, those pinned to 16 or 32 bits
     among them, and nothing else.
+
+    With input_bits each layer gets a width of weights and one of its input, together, from a table that
+    `measure_activations` filled. What is kept low is the sum of what quantizing the weights alone and the input alone
+    is predicted to cost. So the sensitivity is one that was measured of both and that adds up: a change of the
+    network's output (`kl`, `distance`) or of the layer's own (`output_mse`); `kl*mse` splits both as mse says. `mse`
+    alone is refused, for errors of weights and of inputs have different units. Layers that read the same tensor get one
+    input width, as do tied layers. Layers pinned to 16 or 32 bits read their input in float, and limits count that
+    width; embeddings read indices, which count nothing. An input of 16 bits has codes as any other. Each layer has one
+    width then, and parts is False.
 
     Attributes:
         average_bits: Most bits a weight, codes alone, interval bits included: what papers quote.
@@ -144,22 +99,30 @@ class Budget:
             correction that gives layers biases adds theirs.
         size_bytes: Most bytes, with scales, zero points and channel-to-part maps.
         weights_only_bytes: Most bytes of the codes alone.
-        bops: Most multiply-accumulates x weight bits x activation bits, for tables with multiply-accumulates.
-        bops_activation_bits: Activation bits in bops.
+        bops: Most multiply-accumulates x weight bits x activation bits, for tables with multiply-accumulates. With
+            input_bits these are each layer's own.
+        bops_activation_bits: Activation bits in bops, without input_bits.
         latency: A table layer -> bits -> cost, or a JSON file of one.
         latency_limit: Most of that table's cost, in its unit.
         file_bits: Bits a planned weight in the entropy-coded container: all of its bytes but those of other tensors.
             This and file_size take a table under `EntropyCoded`, and each alone: layers get steps instead of widths.
         file_size: Most bytes of the whole container, a number or as `60kB`.
+        activation_average_bits: Most bits a value of layers' inputs, each tensor counted once. This and the next two go
+            with input_bits.
+        activation_bytes: Most bytes of all layers' inputs of one sample, each tensor counted once; a number or as
+            `90kB`.
+        activation_memory: Most bytes of the layers' inputs that one sample needs at once, of the table's `live` sets; a
+            number or as `20kB`. What no planned layer reads, as the sum before an activation, is not counted.
         sensitivity: What is predicted, an error or sensitivity of the table (`mse`, `output_mse`, `kl`, ...). `kl*mse`
             takes each layer's scale from the first and the split inside it from the second.
         bits: The candidate widths.
+        input_bits: The candidate widths of inputs, 2 to 16; None plans weights alone.
         parts: Whether channels of one layer may have different widths.
         pin: Layers whose width is given, as `conv1=8`: a glob, or `re:` and a regular expression. 16 or 32 bits leave
-            them in float.
+            them in float. With input_bits `conv1=8/4` gives its input 4 bits too.
         tie: Layers that must agree, as `*.{query,key,value}`, or `qkv` and `gate_up` for what engines fuse under any of
             its usual names, and `experts` for all experts of a layer. They get one width each layer.
-        ends: Width of the first and last layer in the source's order.
+        ends: Width of the first and last layer in the source's order, and of their inputs where these are planned.
         time_limit: Seconds after which the best plan found is taken, with the gap it has by then. Without it a plan
             does not depend on the machine.
 
@@ -179,26 +142,29 @@ class Budget:
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"average_bits": (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)}
     one_of: ClassVar[tuple[str, ...]] = LIMITS
     usual: ClassVar[dict[str, float]] = {"average_bits": 4.0}
+    beside: ClassVar[dict[str, tuple[str, ...]]] = {"input_bits": OF_INPUTS, "bops": ("bops_activation_bits",)}
 
     average_bits: Annotated[Most | None, "most bits a weight, scales not counted"] = None
     total_average_bits: Annotated[Most | None, "most bits a weight in total"] = None
-    size: Annotated[int | str | None, "most bytes of the whole model, as 9MB", BeforeValidator(_size)] = None
+    size: Annotated[Size, "most bytes of the whole model, as 9MB"] = None
     size_bytes: Annotated[Bytes | None, "most bytes of the planned layers, in total"] = None
     weights_only_bytes: Annotated[Bytes | None, "most bytes, scales not counted"] = None
-    bops: Annotated[Most | None, "most multiply-accumulates x weight bits x activation bits"] = None
-    bops_activation_bits: Annotated[Width, "activation bits in bops"] = 8
-    latency: Annotated[LatencyTable | str | None, "JSON file: layer -> bits -> cost", BeforeValidator(_latency)] = None
+    bops: Annotated[Most | None, "most multiply-accumulates x weight x activation bits; -h: more"] = None
+    bops_activation_bits: Annotated[Width, "activation bits in bops"] = BOPS_ACTIVATION_BITS
+    latency: Annotated[Costs, "JSON file: layer -> bits -> cost"] = None
     latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
     file_bits: Annotated[Most | None, "bits a weight in the entropy-coded file, header and all"] = None
-    file_size: Annotated[int | str | None, "most bytes of the entropy-coded file, as 60kB", BeforeValidator(_size)] = (
-        None
-    )
-    sensitivity: Annotated[str, "error or sensitivity to keep low, as kl*mse", BeforeValidator(_name)] = "mse"
+    file_size: Annotated[Size, "most bytes of the entropy-coded file, as 60kB"] = None
+    activation_average_bits: Annotated[Most | None, "most bits a value of layers' inputs"] = None
+    activation_bytes: Annotated[Size, "most bytes of all layers' inputs of a sample, as 90kB"] = None
+    activation_memory: Annotated[Size, "most bytes of inputs needed at once, as 20kB"] = None
+    sensitivity: Annotated[Name, "error or sensitivity to keep low, as kl*mse"] = "mse"
     bits: Candidates = tuple(range(1, 9))
+    input_bits: Annotated[InputBits | None, "candidate widths of inputs, planned too; -h: their limits"] = None
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
-    pin: Annotated[Pins, "layers of a given width, GLOB=BITS"] = ()
+    pin: Annotated[Pins, "layers of a given width, GLOB=BITS[/INPUT]"] = ()
     tie: Annotated[Ties, "layers that must agree: '*.{q,k,v}', qkv, experts"] = ()
-    ends: Annotated[Annotated[int, BeforeValidator(_ends)] | None, "width of the first and the last layer"] = None
+    ends: Annotated[Ends | None, "width of the first and the last layer"] = None
     time_limit: Annotated[Most | None, "seconds after which the best plan found is taken"] = None
 
     def __post_init__(self) -> None:
@@ -206,7 +172,25 @@ class Budget:
             raise SettingError("latency and latency_limit belong together: a table of costs, and the most of them")
         if all(getattr(self, field) is None for field in LIMITS):
             raise SettingError(f"budget: no limit given; one or more of {', '.join(LIMITS)}")
+        self._check_inputs()
         self._check_file()
+
+    def _check_inputs(self) -> None:
+        """Raise SettingError for what needs widths of inputs without any, or means nothing beside them."""
+        if self.input_bits is None:
+            for name in OF_INPUTS:
+                if getattr(self, name) is not None:
+                    raise SettingError(f"{name}: limits widths of inputs; say which there are by input_bits, as 2 to 8")
+            for entry in self.pin:
+                if not names_type(entry) and pinned_widths(entry)[2] is not None:
+                    raise SettingError(f"pin: {entry!r} gives an input a width; plan inputs too, by input_bits")
+            return
+        if self.bops_activation_bits != BOPS_ACTIVATION_BITS:
+            raise SettingError("bops_activation_bits: means nothing with input_bits, for bops counts each input's own")
+        if not self._of_file:
+            object.__setattr__(
+                self, "parts", False
+            )  # so that the plan's record says it, and nothing measures for parts
 
     def _check_file(self) -> None:
         """Raise SettingError for what a budget of a file's bytes cannot be together with."""
@@ -233,7 +217,7 @@ class Budget:
         if self._of_file:
             names = ("mse", *(name for name in parts_of(self.sensitivity) if name in METRICS))
             return Needs(FILE_WIDTHS, tuple(dict.fromkeys(names)), scheme=EntropyCoded())
-        given = {pinned_width(entry)[1] for entry in self.pin if not _names_type(entry)} | (
+        given = {pinned_widths(entry)[1] for entry in self.pin if not names_type(entry)} | (
             {self.ends} if self.ends is not None else set()
         )
         names = parts_of(self.sensitivity)
@@ -285,6 +269,8 @@ class Budget:
             return self._solve_types(table, watch)
         if self._of_file:
             return self._solve_file(table)
+        if self.input_bits is not None:
+            return self._solve_joint(table, watch)
         if self.parts and table.scheme.granularity == "per_tensor":
             raise SettingError(
                 "parts: under per_tensor each part would have a scale of its own, whose error no table knows; measure "
@@ -307,6 +293,11 @@ class Budget:
 
     def _solve_types(self, table: TypeTable, watch: Watch) -> Allocation:
         """A type for each layer, exactly; there are no parts, for a type has none."""
+        if self.input_bits is not None:
+            raise SettingError(
+                "input_bits: inputs are planned beside weights' widths, and this is a table of types; give the plan's "
+                "inputs widths afterwards (--activation-bits, Plan.with_activations)"
+            )
         usual = {field.name: field.default for field in fields(self)}
         for name in NOT_OF_TYPES:
             if getattr(self, name) != usual[name]:
@@ -326,6 +317,24 @@ class Budget:
         found = {"objective": objective, "gap": gap, "binding": list(binding), "types": [k.name for k in table.types]}
         choices = [layout.choice(layer, given[layer.name]) for layer in table.base.layers]
         return Allocation(plan_of(table.base, self, choices, found), objective, gap, binding, used)
+
+    def _solve_joint(self, table: LayerTable, watch: Watch) -> Allocation:
+        """A width for each layer's weights, and one for its input, exactly."""
+        for b in self.bits:
+            table.scheme.check_bits(b, "bits")
+        rules = Rules(self.sensitivity, self.bits, False, self.pin, self.tie, self.ends, self.input_bits or ())
+        inputs = Inputs.of(rules, table)
+        layout = JointLayout(rules, table, inputs, tuple(self._joint_limits(table, inputs)))
+        pairs, solution = layout.solved(watch)
+        used: dict[str, tuple[float, float]] = {}
+        for limit, amount in zip(layout.limits, layout.taken(pairs).tolist(), strict=True):
+            most = max(limit.shown(amount), used.get(limit.name, (0.0, 0.0))[0])  # several sets are needed at once
+            used[limit.name] = (most, limit.asked)
+        gap, binding = solution.gap, layout.binding(pairs)
+        found = {"objective": solution.cost, "gap": gap, "binding": list(binding)}
+        layers = [layer_choice(layer, pairs[layer.name].bits, table.scheme) for layer in table.layers]
+        plan = plan_of(table, self, layers, found).with_activations(planned_inputs(table, pairs))
+        return Allocation(plan, solution.cost, gap, binding, used)
 
     def _solve_file(self, table: LayerTable) -> Allocation:
         """A step for each layer, and what its codes are predicted to take."""
@@ -348,8 +357,27 @@ class Budget:
             name: (used, float(asked))
         })  # fmt: skip
 
+    def _joint_limits(self, table: LayerTable, inputs: Inputs) -> Iterator[PairLimit]:
+        """The limits on weights and inputs."""
+        yield from (PairLimit.of_weights(limit) for limit in self._weight_limits(table, table.scheme))
+        if self.bops is not None:
+            yield joint_bops(self.bops)
+        if self.activation_average_bits is not None:
+            most = _most(self.activation_average_bits, max(1, values_of(inputs)))
+            yield average_limit(self.activation_average_bits, most, inputs)
+        if self.activation_bytes is not None:
+            yield bytes_limit(bytes_of(self.activation_bytes), inputs)
+        if self.activation_memory is not None:
+            yield from memory_limits(bytes_of(self.activation_memory), inputs, table)
+
     def _limits(self, table: LayerTable, scheme: Scheme) -> Iterator[Limit]:
-        """The limits on the table's layers, as codes under a scheme count."""
+        """The limits on the table's layers, as codes under a scheme count, beside inputs that are not planned."""
+        yield from self._weight_limits(table, scheme)
+        if self.bops is not None:
+            yield bops_limit(self.bops, self.bops_activation_bits)
+
+    def _weight_limits(self, table: LayerTable, scheme: Scheme) -> Iterator[Limit]:
+        """The limits that inputs take nothing of."""
         count = max(1, numel(table))
         if self.average_bits is not None:
             most = _most(self.average_bits, count)
@@ -364,8 +392,6 @@ class Budget:
         if self.weights_only_bytes is not None:
             most = 8.0 * self.weights_only_bytes
             yield code_limit("weights_only_bytes", self.weights_only_bytes, most, "bytes", scheme, 8)
-        if self.bops is not None:
-            yield bops_limit(self.bops, self.bops_activation_bits)
         if self.latency is not None and self.latency_limit is not None:
             yield latency_limit(self.latency_limit, LatencyTable.of(self.latency))
 

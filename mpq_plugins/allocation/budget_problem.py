@@ -12,6 +12,7 @@ from ..common.checks import as_integer
 from ..common.patterns import matches
 from ..common.text import first_few
 from ..errors import SettingError
+from ..plans.activations import INPUT_BITS
 from ..plans.layers import ALLOWED_BITS
 from ..plans.scheme import FLOAT_BITS
 from ..plans.size import map_bits
@@ -41,6 +42,7 @@ class Rules:
     pin: tuple[str, ...]
     tie: tuple[str, ...]
     ends: int | None
+    input_bits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Layout:
 
     def __init__(self, rules: Rules, table: LayerTable, limits: tuple[Limit, ...]) -> None:
         self.rules, self.table, self.limits = rules, table, limits
-        self.pinned = _pinned_layers(rules, table)
+        self.pinned = pinned_layers(rules, table)
         self.items = list(_items(rules, table, self.pinned))
         by_name = {layer.name: layer for layer in table.layers}
         self.pinned_cost = math.fsum(
@@ -217,7 +219,7 @@ class Layout:
         return f"with the others met, the least {name} is {amount:.6g}, {amount - limit.asked:.3g} more than asked"
 
 
-def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
+def pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
     """Layer -> the width it is given. A pin goes before the rule for the ends."""
     names = [layer.name for layer in table.layers]
     given: dict[str, int] = {}
@@ -225,11 +227,8 @@ def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
         given |= {names[0]: rules.ends, names[-1]: rules.ends}
     pinned: dict[str, int] = {}
     for entry in rules.pin:
-        pattern, bits = pinned_width(entry)
-        matching = [layer.name for layer in table.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))]
-        if not matching:
-            raise SettingError(f"pin: {pattern!r} matches no layer; names look like {first_few(names[:3], ', ')}")
-        for name in matching:
+        pattern, bits, _ = pinned_widths(entry)
+        for name in matching_layers(pattern, table):
             if pinned.setdefault(name, bits) != bits:
                 raise SettingError(f"pin: layer {name!r} is given both {pinned[name]} and {bits} bits; give one")
     for name, bits in (given | pinned).items():
@@ -238,16 +237,19 @@ def _pinned_layers(rules: Rules, table: LayerTable) -> dict[str, int]:
     return given | pinned
 
 
+def matching_layers(pattern: str, table: LayerTable) -> list[str]:
+    """The layers that a pin's pattern names. Raises SettingError where there are none."""
+    matching = [layer.name for layer in table.layers if any(matches(pattern, n) for n in (layer.name, *layer.tied))]
+    if not matching:
+        names = [layer.name for layer in table.layers[:3]]
+        raise SettingError(f"pin: {pattern!r} matches no layer; names look like {first_few(names, ', ')}")
+    return matching
+
+
 def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterator[_Item]:
     """Everything that is not pinned, tied layers together; a layer without channels or weights as a whole."""
     layers = {layer.name: layer for layer in table.layers}
-    families_of = tied_layers(rules.tie, list(layers))
-    for family in dict.fromkeys(families_of.values()):
-        given = {name: pinned.get(name) for name in family}
-        if len(set(given.values())) > 1:
-            raise SettingError(
-                f"tie: {first_few(list(family), ', ')} must agree, but are pinned to {given}; pin all alike"
-            )
+    families_of = tied_families(rules, table, pinned)
     for layer in table.layers:
         family = families_of.get(layer.name, (layer.name,))
         if layer.name in pinned or family[0] != layer.name:
@@ -255,17 +257,39 @@ def _items(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> Iterat
         yield _Item(tuple(layers[name] for name in family), rules.parts and len(family) == 1 and layer.channels > 1)
 
 
-def pinned_width(entry: Any) -> tuple[str, int]:
-    """'conv1=8' -> ('conv1', 8). Raises SettingError."""
-    pattern, equals, bits = str(entry).rpartition("=")
-    width = as_integer(bits.strip())
-    if equals and pattern and bits.strip().isidentifier():
+def tied_families(rules: Rules, table: LayerTable, pinned: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Layer -> those that it must agree with, where it is tied. Raises SettingError for those pinned apart."""
+    families_of = tied_layers(rules.tie, [layer.name for layer in table.layers])
+    for family in dict.fromkeys(families_of.values()):
+        given = {name: pinned.get(name) for name in family}
+        if len(set(given.values())) > 1:
+            raise SettingError(
+                f"tie: {first_few(list(family), ', ')} must agree, but are pinned to {given}; pin all alike"
+            )
+    return families_of
+
+
+def pinned_widths(entry: Any) -> tuple[str, int, int | None]:
+    """'conv1=8' -> ('conv1', 8, None), and 'conv1=8/4' -> ('conv1', 8, 4), whose input has 4. Raises SettingError."""
+    pattern, equals, word = str(entry).rpartition("=")
+    bits, slash, inputs = (part.strip() for part in word.partition("/"))
+    width, input_width = as_integer(bits), as_integer(inputs)
+    if equals and pattern and word.strip().isidentifier():
         raise SettingError(
             f"pin: {entry!r} names a type, and this table has widths; give a number of bits, or measure types"
         )
     if not equals or not pattern or width is None:
         raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob, and its bits, as in 'conv1=8'")
-    return pattern.strip(), plan_bits(f"pin: {pattern}", width)
+    width = plan_bits(f"pin: {pattern}", width)
+    if not slash:
+        return pattern.strip(), width, None
+    if input_width not in INPUT_BITS:
+        raise SettingError(
+            f"pin: {entry!r}: an input of {inputs!r:.20} bits is not allowed; 2 to 16, as in 'conv1=8/4'"
+        )
+    if width in FLOAT_BITS:
+        raise SettingError(f"pin: {entry!r}: a layer in float reads its input in float; give '{pattern}={width}'")
+    return pattern.strip(), width, input_width
 
 
 def plan_bits(what: str, bits: Any) -> int:

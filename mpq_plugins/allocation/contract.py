@@ -39,7 +39,8 @@ class Allocator(Protocol):
 
     `Annotated[type, "text"]` on a field gives its help. A class attribute `grid`, field -> values, is what `mpq sweep`
     tries where the user names none. An allocator that needs one of several fields names them in a class attribute
-    `one_of`, and in `usual`, field -> value, what `mpq plan` takes where the user gives none of them.
+    `one_of`, and in `usual`, field -> value, what `mpq plan` takes where the user gives none of them. In `beside`,
+    field -> fields, it may name those that the help lists only where the first is given.
 
     Attributes:
         name: How plans and the command line call it.

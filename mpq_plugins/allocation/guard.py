@@ -114,7 +114,8 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
             names.
 
     Returns:
-        The costs; None where the table cannot tell (other widths, another scheme, parts without numbers per channel).
+        The costs; None where the table cannot tell (other widths, another scheme, parts without numbers per channel),
+        and for inputs of several widths, to which some of the plan's bits went.
 
     Raises:
         SettingError: The sensitivity was not measured.
@@ -218,7 +219,7 @@ _KNOWN: WeakKeyDictionary[LayerTable, dict[str, _Whole]] = WeakKeyDictionary()
 def _beside_uniform(table: LayerTable, plan: Plan, sensitivity: str | None) -> Comparison | None:
     """The comparison but for the best plan, which takes longer."""
     name = judge_of(table, (plan,), sensitivity)
-    if name is None:
+    if name is None or len({layer.activation_bits for layer in plan.layers} - {None}) > 1:
         return None
     whole = _Whole.of(table, name)
     size, cost = whole.priced(table, plan) or (plan.size().total_bits, predicted(table, plan, name))

@@ -108,7 +108,7 @@ def solve(problem: Problem, close: bool = True, watch: Watch | None = None) -> S
     choice = start if start is not None and problem.within(start) else _any_within(problem, watch)
     if choice is None:
         return None
-    choice = _filled(problem, choice)
+    choice = filled(problem, choice)
     cost = problem.cost(choice)
     solution = Solution(choice, cost, min(found.bound, cost))
     return _closed(problem, solution, found, watch) if close and watch.left else solution
@@ -121,7 +121,7 @@ def _any_within(problem: Problem, watch: Watch) -> Choice | None:
     return None if result is None else result[0]
 
 
-def _filled(problem: Problem, choice: Choice) -> Choice:
+def filled(problem: Problem, choice: Choice) -> Choice:
     """Spend what is left: the changes that gain most for what they take, as long as they fit."""
     columns = np.arange(choice.size)
     choice = choice.copy()

@@ -90,17 +90,22 @@ def bops_limit(asked: float, activation_bits: int) -> Limit:
     """Multiply-accumulates x weight bits x activation bits."""
 
     def whole(layer: LayerStats, bits: Sequence[int]) -> Array:
-        if layer.macs is None:
-            raise SettingError(
-                f"bops: layer {layer.name!r} has no multiply-accumulates in this table; measure(example_input=...), or "
-                "--input-shape on the command line"
-            )
-        return np.array([layer.macs * b * activation_bits for b in bits], np.float64)
+        return np.array([macs_of(layer) * b * activation_bits for b in bits], np.float64)
 
     def channel(layer: LayerStats, bits: Sequence[int]) -> Array:
         return whole(layer, bits) / max(1, layer.channels)
 
     return Limit("bops", asked, asked, "bit operations", whole, channel)
+
+
+def macs_of(layer: LayerStats) -> int:
+    """Its multiply-accumulates. Raises SettingError where they were not counted."""
+    if layer.macs is None:
+        raise SettingError(
+            f"bops: layer {layer.name!r} has no multiply-accumulates in this table; measure(example_input=...), or "
+            "--input-shape on the command line"
+        )
+    return layer.macs
 
 
 def latency_limit(asked: float, table: LatencyTable) -> Limit:

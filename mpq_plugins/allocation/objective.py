@@ -149,9 +149,11 @@ def _channel_curves(layer: LayerStats, name: str) -> Array | None:
 
 
 def _scale(layer: LayerStats, names: Sequence[str], split: Array) -> float:
-    """What the second sensitivity is multiplied by: the geometric mean over bit-widths of the first's share of it."""
-    if len(names) == 1:
-        return 1.0
-    first = _curve(layer, names[0])
+    """What the second sensitivity is multiplied by."""
+    return 1.0 if len(names) == 1 else shared_scale(_curve(layer, names[0]), split)
+
+
+def shared_scale(first: Array, split: Array) -> float:
+    """The geometric mean over bit-widths of the first curve's share of the other, (widths,) each."""
     known = (first > 0) & (split > 0)
     return float(np.exp(np.mean(np.log(first[known] / split[known])))) if known.any() else 0.0

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for it
 ALLOCATOR_KEY = "mpq_plugins.allocator"
 NAME_KEY = "mpq_plugins.allocator_name"
 FIELDS_KEY = "mpq_plugins.fields"
+SAID_KEY = "mpq_plugins.said"
 MOST_COMBINATIONS = 10_000
 
 allocator_option = click.option(
@@ -45,6 +46,7 @@ class AllocatorCommand(SchemeCommand):
         defaults = ctx.meta.get(KEY, Defaults()).words(str(ctx.info_name))
         name, ctx.meta[ALLOCATOR_KEY] = chosen_allocator(args, own, defaults)
         ctx.meta[NAME_KEY] = name
+        ctx.meta[SAID_KEY] = {word.partition("=")[0] for word in args}
         one_of = [spelled(field) for field in getattr(ctx.meta[ALLOCATOR_KEY], "one_of", ())]
         if any(word.partition("=")[0] in one_of for word in args):  # another limit is instead of the file's, not beside
             ctx.meta[IGNORED_KEY] = one_of
@@ -77,7 +79,7 @@ class AllocatorCommand(SchemeCommand):
             return ()
         name, allocator = ctx.meta[NAME_KEY], ctx.meta[ALLOCATOR_KEY]
         with outsiders(lambda said: PluginError(f"allocators: {name!r} cannot be made into options ({said})")):
-            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken))
+            ctx.meta[FIELDS_KEY] = list(_field_options(name, allocator, taken, ctx.meta.get(SAID_KEY, ())))
         return ctx.meta[FIELDS_KEY]  # type: ignore[no-any-return]
 
 
@@ -148,9 +150,15 @@ def _made(allocator: Any, fields: Mapping[str, Any]) -> Any:
 _UNSAID = object()
 
 
-def _field_options(name: str, allocator: Any, taken: Mapping[str, str]) -> Iterator[click.Option]:
+def _field_options(
+    name: str, allocator: Any, taken: Mapping[str, str], said: Collection[str]
+) -> Iterator[click.Option]:
+    """said: the options that were given, beside some of which the help lists more."""
     where = f"allocators: {name!r}"
+    beside: Mapping[str, Sequence[str]] = getattr(allocator, "beside", {})
+    hidden = {more for field, others in beside.items() if spelled(field) not in said for more in others}
     for field in option_fields(allocator, where, SHARED):
         option = field.made(f"Allocator {printable(name)}", several=True)
         check_free(where, field.name, option, taken)
+        option.hidden = field.name in hidden
         yield option

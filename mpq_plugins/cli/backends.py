@@ -7,7 +7,7 @@ from ..errors import PluginError, SettingError
 from .types import Known
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for it
-    from ..plans.legalise import Capabilities
+    from ..plans.capabilities import Capabilities
 
 
 def backend_names(*groups: str) -> Known:
@@ -26,7 +26,7 @@ def capabilities_of(group: str, name: str, backend: Any, runtime: str | None = N
 
     Raises PluginError where it does not say, SettingError for a runtime that it does not know.
     """
-    from ..plans.legalise import Capabilities
+    from ..plans.capabilities import Capabilities
 
     stated = getattr(backend, "CAPABILITIES", None)
     if runtime is not None:

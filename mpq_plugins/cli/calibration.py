@@ -4,6 +4,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,15 @@ from ..report.progress import progress_bar
 from .functions import named_function
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from torch import nn
 
     from ..checkpoints.readers import StoredTensor
     from ..common.store import Store
-    from ..measurement.sensitivity import AnyTable
+    from ..plans.activations import Activations
+    from ..plans.table import LayerTable
+    from ..plans.type_table import TypeTable
 
 MOST_BATCHES = 10_000
 
@@ -66,33 +71,61 @@ def loaded_module(source: str, factory: str | None, key: str | None) -> "nn.Modu
     return model
 
 
-def check_sensitivities(model: "nn.Module | Path", names: Sequence[str]) -> None:
+def check_sensitivities(model: "nn.Module | Path", names: Sequence[str], activations: bool) -> None:
     """Refuse, before the work, a file, and kinds that are not installed. Raises SettingError or PluginError."""
     from ..common import registry
 
     if isinstance(model, Path):
-        raise SettingError(f"sensitivity: {model} is a file, and only a module can be run: package.module:factory")
+        what = "activations" if activations else "sensitivity"
+        raise SettingError(f"{what}: {model} is a file, and only a module can be run: package.module:factory")
     for name in names:
         registry.load("sensitivities", name)
 
 
-def with_sensitivities(
-    table: "AnyTable",
-    model: Any,
-    names: Sequence[str],
-    calibration: str,
-    output_function: str | None,
-    store: "Store | None",
-) -> "AnyTable":
-    """The table with these sensitivities; finished layers are kept in the store. Raises as `sensitivity`."""
-    from ..measurement.sensitivity import sensitivity
+@dataclass(frozen=True)
+class OnInputs:
+    """What is measured of a model by running it: sensitivities of its weights, and its layers' inputs.
 
-    batches = calibration_batches(calibration)
-    function = named_function(output_function) if output_function is not None else None
-    for name in names:
-        with progress_bar(name) as progress, redirect_stdout(sys.stderr):
-            table = sensitivity(model, table, name, batches, output=function, store=store, progress=progress)
-    return table
+    activations: how inputs are quantized, None where they are not measured; input_bits: their widths, None for the
+    usual ones; function: what names the function that gives an output.
+    """
+
+    sensitivities: tuple[str, ...]
+    activations: "Activations | None"
+    input_bits: tuple[int, ...] | None
+    calibration: str
+    function: str | None
+
+    def added(
+        self, table: "LayerTable | TypeTable", model: Any, store: "Store | None", executor: "Executor | None"
+    ) -> "LayerTable | TypeTable":
+        """The table with these; finished layers are kept in the store. Raises as what measures them."""
+        from ..measurement.sensitivity import sensitivity
+
+        batches = calibration_batches(self.calibration)
+        output = named_function(self.function) if self.function is not None else None
+        for name in self.sensitivities:
+            with progress_bar(name) as progress, redirect_stdout(sys.stderr):
+                table = sensitivity(  # type: ignore[type-var]  # either kind gives its own
+                    model, table, name, batches, output=output, store=store, progress=progress
+                )
+        if self.activations is None:
+            return table
+        return self._with_inputs(self.activations, table, model, batches, output, store, executor)
+
+    def _with_inputs(
+        self, how: "Activations", table: Any, model: Any, batches: list[Any], output: Any, store: "Store | None",
+        executor: "Executor | None",
+    ) -> "LayerTable":  # fmt: skip
+        """The sensitivities that inputs have too are measured of them; output_mse where none is given."""
+        from ..measurement.activations import INPUT_BITS, INPUT_SENSITIVITIES, measure_activations
+
+        names = [name for name in self.sensitivities if name in INPUT_SENSITIVITIES] or ["output_mse"]
+        with progress_bar("inputs") as progress, redirect_stdout(sys.stderr):
+            return measure_activations(
+                model, table, batches, self.input_bits or INPUT_BITS, activations=how, sensitivities=names,
+                output=output, executor=executor, store=store, progress=progress,
+            )  # fmt: skip
 
 
 def load_tensors(

@@ -15,16 +15,18 @@ from .verbosity import verbosity_options
 # Option names as commands have them, by section and in the order in which sections are shown.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Plan": (
-        "allocator", "types", "activation_bits", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity",
-        "per_channel_errors", "input_shape", "backend", "policy", "tolerable_loss", "target", "runtime", "config_only",
-        "onto", "source", "file_format",
+        "allocator", "types", "activation_bits", "activation_range", "activation_share", "activation_dynamic",
+        "activation_symmetric", "uniform", "judge", "budgets", "bits", "metrics", "sensitivity", "per_channel_errors",
+        "input_shape", "backend", "policy", "tolerable_loss", "target", "runtime", "config_only", "onto", "source",
+        "file_format",
     ),
     "Pruning and coding": ("file_bits", "file_size", "amounts", "prune_by", "coding"),
     "Learning": (
         "blocks", "steps", "batch_size", "lr", "loss", "regulariser", "mix", "correct", "tune", "seed", "memory",
     ),
     "Inputs and evaluation": (
-        "sensitivities", "calibration", "synthetic", "rounding", "output_function", "evaluation",
+        "sensitivities", "activations", "input_bits", "calibration", "synthetic", "rounding", "output_function",
+        "evaluation",
     ),
     "Layers and weights": ("skip", "only", "model_factory", "weights", "already_quantized", "fold_bn"),
     "Scheme": ("scheme_name",),

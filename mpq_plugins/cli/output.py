@@ -109,10 +109,11 @@ def print_head(out: "PlainConsole", plan: "Plan") -> None:
 
 
 def print_table(table: "LayerTable | TypeTable") -> None:
-    """The errors of a measurement; with --verbose what else was measured, too."""
+    """The errors of a measurement, and what its inputs cost; with --verbose what else was measured, too."""
     from ..plans.type_table import TypeTable
     from ..report.console import console
     from ..report.details import table_details
+    from ..report.inputs import inputs_line, inputs_table
     from ..report.tables import measurement_table
     from ..report.types import types_table
 
@@ -121,6 +122,9 @@ def print_table(table: "LayerTable | TypeTable") -> None:
         out.print(types_table(table))
         return
     out.print(measurement_table(table))
+    if table.activations is not None:
+        out.print(inputs_table(table))
+        out.sentence(inputs_line(table))
     for line in table_details(table) if verbose() else []:
         out.sentence(line)
 

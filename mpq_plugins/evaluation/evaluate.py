@@ -92,10 +92,12 @@ def evaluate(
     if not plans:
         raise SettingError("plans: none given; one or more")
     check_rounding(plans.values(), rounding, calibrated=calibrate is not None)
+    calibrate = None if calibrate is None else list(calibrate)  # it is gone through more than once
     timed = _timed(score)
     with opened(store) as kept:
-        plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score))
-        runs = [Scored(model, timed, None, plain)]
+        ranged = calibrate if any(plan.quantizes_inputs for plan in plans.values()) else None
+        plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score, ranged))
+        runs = [Scored(model, timed, None, plain, inputs=ranged)]
         if calibrate is not None:
             facts = evaluation_facts(model, score, calibrate, rounding)
             fitted = None if kept is None else kept.job(CALIBRATED, facts)

@@ -12,7 +12,7 @@ from ..errors import SettingError
 from ..models.copying import duplicate
 from ..plans.plan import Plan
 from ..plans.steps import made_for_file
-from ..reconstruction.rounding import COMPENSATED, Rounding, checked_rounding, rounding_label
+from ..reconstruction.rounding import COMPENSATED, LEARNED, Rounding, checked_rounding, rounding_label
 from .scores import Evaluate, checked_scores
 from .tried import FileTaken, Tried, keep, kept
 
@@ -30,7 +30,8 @@ FLOAT = "float"
 class Scored:
     """What comes of a plan, or of the float model, from the store or from an evaluation.
 
-    files: whether each quantized model is written to a container too, to see what that takes.
+    files: whether each quantized model is written to a container too, to see what that takes. inputs: batches that
+    give plans which quantize inputs their ranges, where nothing is calibrated on them.
     """
 
     model: "nn.Module | None"
@@ -39,6 +40,7 @@ class Scored:
     finished: Finished | None
     rounding: Rounding | None = None
     files: bool = False
+    inputs: "Sequence[Any] | None" = None
 
     @property
     def label(self) -> str:
@@ -90,18 +92,34 @@ class Scored:
 
         Steps are fitted to the file they were made for, where inputs move the weights or where files are compared.
         """
-        assert self.model is not None
+        model = self._with_ranges(plan)
         if made_for_file(plan) and (self.files or self.calibrate is not None):
             from ..compression.fit import fit_file
 
-            fitted = fit_file(self.model, plan, self.calibrate)
+            fitted = fit_file(model, plan, self.calibrate)
             return _Quantized(fitted.model, fitted.plan, FileTaken(fitted.file_bytes, fitted.file_bits))
         if self.calibrate is None:
-            return _Quantized(self.model, plan, None)
+            return _Quantized(model, plan, None)
         from ..reconstruction.apply import round_weights
 
         rounding = checked_rounding(self.rounding, calibrated=True)
-        return _Quantized(round_weights(self.model, plan, self.calibrate, rounding), plan, None)
+        return _Quantized(round_weights(model, plan, self.calibrate, rounding), plan, None)
+
+    def _with_ranges(self, plan: Plan) -> "nn.Module":
+        """The model, with ranges for the inputs that the plan quantizes; learning the rounding finds its own."""
+        from ..simulation.calibrate import calibrate_inputs, has_ranges
+
+        assert self.model is not None
+        learned = self.calibrate is not None and self.rounding == LEARNED
+        if learned or has_ranges(self.model, plan):
+            return self.model
+        batches = self.calibrate if self.calibrate is not None else self.inputs
+        if batches is None:
+            raise SettingError(
+                f"plan: quantizes activations ({plan.activations_text}), whose ranges calibration inputs give; give "
+                "calibrate=batches (--calibrate, --synthetic), or plan float activations"
+            )
+        return calibrate_inputs(self.model, plan, batches)
 
 
 @dataclass(frozen=True)

@@ -136,14 +136,7 @@ class Job:
         Raises:
             SettingError: The model does not run on the batch, or its output is no tensor (samples, features).
         """
-        output = call_model(self.model, batch) if self.output is None else self._custom(batch)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor) or logits.dim() < 2:
-            raise SettingError(
-                f"output: {type(self.model).__name__} gives a {type(logits).__name__}, and a tensor (samples, features)"
-                " is needed; pass output=, a function of the model and a batch that returns one"
-            )
-        return logits
+        return model_output(self.model, batch, self.output)
 
     def logits(self, batch: Any) -> Tensor:
         """Give the output as `run` does, for what takes the last dimension for classes.
@@ -157,22 +150,7 @@ class Job:
         Raises:
             SettingError: As `run`; or there are no classes in the output.
         """
-        output = self.run(batch)
-        if output.dim() > 3:
-            raise SettingError(
-                f"output: has the shape {list(output.shape)}, where the last dimension should be the classes; pass "
-                "output=, as in lambda model, batch: model(batch).movedim(1, -1)"
-            )
-        return output
-
-    def _custom(self, batch: Any) -> Tensor:
-        assert self.output is not None
-        try:
-            return self.output(self.model, own_copy(batch))
-        except SettingError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise SettingError(f"output: the function failed ({type(error).__name__}: {error})") from error
+        return model_logits(self.model, batch, self.output)
 
     def said(self, done: int, total: int) -> None:
         """Report progress.
@@ -183,6 +161,38 @@ class Job:
         """
         if self.progress is not None:
             self.progress("", done, total)
+
+
+def model_output(model: nn.Module, batch: Any, function: Output | None) -> Tensor:
+    """What Job.run promises, of any model."""
+    output = call_model(model, batch) if function is None else _custom(model, batch, function)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        raise SettingError(
+            f"output: {type(model).__name__} gives a {type(logits).__name__}, and a tensor (samples, features) is "
+            "needed; pass output=, a function of the model and a batch that returns one"
+        )
+    return logits
+
+
+def model_logits(model: nn.Module, batch: Any, function: Output | None) -> Tensor:
+    """What Job.logits promises, of any model."""
+    output = model_output(model, batch, function)
+    if output.dim() > 3:
+        raise SettingError(
+            f"output: has the shape {list(output.shape)}, where the last dimension should be the classes; pass "
+            "output=, as in lambda model, batch: model(batch).movedim(1, -1)"
+        )
+    return output
+
+
+def _custom(model: nn.Module, batch: Any, function: Output) -> Tensor:
+    try:
+        return function(model, own_copy(batch))
+    except SettingError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise SettingError(f"output: the function failed ({type(error).__name__}: {error})") from error
 
 
 def unreached(layer: str) -> SettingError:

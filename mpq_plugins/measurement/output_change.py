@@ -30,7 +30,7 @@ class KL:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One layer at a time."""
-        return _one_at_a_time(job, job.logits, _divergence)
+        return _one_at_a_time(job, job.logits, divergence)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Distance:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One layer at a time."""
-        return _one_at_a_time(job, job.run, _cosine_distance)
+        return _one_at_a_time(job, job.run, cosine_distance)
 
 
 def _one_at_a_time(job: Job, run: Callable[[Any], Tensor], compare: Compare) -> dict[str, Curves]:
@@ -96,12 +96,14 @@ def _row(job: Job, layer: LayerStats, replay: Replay, compare: Compare, check: b
     return row
 
 
-def _divergence(exact: Tensor, rough: Tensor) -> float:
+def divergence(exact: Tensor, rough: Tensor) -> float:
+    """KL, as above, of two models' logits."""
     p, q = (output.double().log_softmax(-1) for output in (exact, rough))
     divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
     return float(divergence.clamp_min(0))  # NaN stays NaN
 
 
-def _cosine_distance(exact: Tensor, rough: Tensor) -> float:
+def cosine_distance(exact: Tensor, rough: Tensor) -> float:
+    """Distance, as above, of two models' outputs."""
     cosine = torch.nn.functional.cosine_similarity(exact.double().flatten(1), rough.double().flatten(1), dim=1)
     return float((1 - cosine.mean()).clamp_min(0))

@@ -7,7 +7,7 @@ For torch's own layers, which are linear in w, h is the second moment of the wei
 over channels, and says which weights count where ranges are fitted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SettingError
-from ..models.running import call_model, own_copy, sample_count, seeded
+from ..models.running import call_model, own_copy, sample_count, seeded, with_first_input
 
 PROBES = 16
 SEED = 0
@@ -63,6 +63,17 @@ def output_errors(
                 call_model(model, batch)
             samples += sample_count(batch)
     return [total / samples for total in sums]
+
+
+def input_output_errors(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: Iterable[Tensor]
+) -> list[float]:
+    """Sum ||f(x; w) - f(x'; w)||^2 of one call, for each x' that its first input is replaced by."""
+    weight = _weight(layer)
+    exact = _outputs(layer, weight, args, kwargs)
+    distances = [_distance(exact, _outputs(layer, weight, *with_first_input(args, kwargs, x))) for x in inputs]
+    _leave_as_it_was(layer, args, kwargs)
+    return distances
 
 
 def _leave_as_it_was(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

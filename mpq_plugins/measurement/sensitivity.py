@@ -119,7 +119,7 @@ def _filled(
         asked.measurer, asked.batches, asked.output, asked.seed, asked.fit_ranges
     )  # fmt: skip
     copied = folded_copy(model, table)
-    weights = _weights(copied, table)
+    weights = weights_of(copied, table)
     modules = {layer.name: weight_users(copied, weights[layer.name]) for layer in table.layers}
     for layer in table.layers if fit_ranges else ():
         check_fits(table.scheme_of(layer), layer.name)
@@ -171,7 +171,8 @@ def _with_curves(layer: LayerStats, name: str, curves: Curves) -> LayerStats:
     return replace(layer, sensitivities={**layer.sensitivities, name: curves.layer}, channel_sensitivities=channels)
 
 
-def _weights(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
+def weights_of(model: nn.Module, table: LayerTable) -> dict[str, Tensor]:
+    """The weights that a table was measured on, by layer. Raises MismatchError for a model that has others."""
     weights = quantizable_weights(model)
     missing = [layer.name for layer in table.layers if layer.name not in weights]
     other = [

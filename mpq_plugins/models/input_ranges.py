@@ -1,6 +1,7 @@
-"""Quantized inputs of layers, in ranges that a model carries along with its weights.
+"""Quantized inputs of layers, in ranges that a model carries along with its weights, or that each input has itself.
 
-x' = (clamp(round(x / scale) + zero_point, 0, 2^b - 1) - zero_point) scale, one scale and zero point a layer.
+x' = (clamp(round(x / scale) + zero_point, 0, 2^b - 1) - zero_point) scale: one scale and zero point a layer where the
+range is static, and one of each input, or of each of its tokens, where it is dynamic.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..common.public import public
 from ..common.text import first_few
 from ..errors import SettingError
+from ..plans.activations import DYNAMICS, Dynamic
 from .copying import duplicate
 
 NAME = "input_quantizer"
@@ -25,36 +27,94 @@ class InputRange:
 
     Attributes:
         bits: b.
-        scale: The step between two levels, in the input's units.
-        zero_point: The code of 0.
+        scale: The step between two levels, in the input's units; 0 for a dynamic range.
+        zero_point: The code of 0; 0 for a dynamic range.
+        dynamic: None for a static range; `per_tensor` or `per_token` where each input, or each of its tokens, has the
+            range of its own extremes.
+        symmetric: Whether a dynamic range has its zero point in the middle.
     """
 
     bits: int
-    scale: float
-    zero_point: int
+    scale: float = 0.0
+    zero_point: int = 0
+    dynamic: Dynamic | None = None
+    symmetric: bool = False
 
 
 class InputQuantizer(nn.Module):
-    """Quantizes and dequantizes a layer's input; a scale of 0 lets it pass."""
+    """Quantizes and dequantizes a layer's input; a static range with a scale of 0 lets it pass."""
 
     scale: Tensor
     zero_point: Tensor
     levels: Tensor
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, dynamic: Dynamic | None = None, *, symmetric: bool = False) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.dynamic, self.symmetric = bits, dynamic, symmetric
         self.register_buffer("scale", torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros(()))
         self.register_buffer("levels", torch.tensor(2**bits))  # so that a state dict says it
+        if dynamic is not None:
+            self.register_buffer("dynamic_kind", torch.tensor([DYNAMICS.index(dynamic), int(symmetric)]))
+
+    @property
+    def passes(self) -> bool:
+        """Whether it lets every input pass as it is."""
+        return self.dynamic is None and not bool(self.scale != 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, of any shape, at the levels of its range."""
-        return fake_quantize_input(x, self.scale, self.zero_point, self.bits)
+        """x, of any shape, at the levels of its range, in its own type; worked out in float32 at least."""
+        if not x.numel():
+            return x
+        exact = x if x.dtype == torch.float64 else x.float()
+        if self.dynamic is None:
+            return fake_quantize_input(exact, self.scale, self.zero_point, self.bits).to(x.dtype)
+        scale, zero_point = dynamic_range(exact.detach(), self.bits, self.dynamic, symmetric=self.symmetric)
+        return fake_quantize_input(exact, scale, zero_point, self.bits).to(x.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
+        """Move it as modules are moved, its range in float32: half precision would make another range of it."""
+        kept = {name: self._buffers[name] for name in ("scale", "zero_point")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            moved = self._buffers[name]
+            if before is not None and moved is not None and moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return f"bits={self.bits}"
+        grid = ", symmetric" if self.symmetric else ""
+        return f"bits={self.bits}" if self.dynamic is None else f"bits={self.bits}, dynamic={self.dynamic}{grid}"
+
+
+def dynamic_range(x: Tensor, bits: int, dynamic: Dynamic, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of an input's own extremes and 0: of all of it, or of each token, which is the last axis.
+
+    An input, or a token, that is all zero keeps its values.
+    """
+    if dynamic == "per_tensor":
+        return range_grid(x.amin(), x.amax(), bits, symmetric=symmetric)
+    return range_grid(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits, symmetric=symmetric)
+
+
+def range_grid(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the b-bit codes that reach from low, or from 0, to high, or to 0.
+
+    Symmetric codes have their zero point in the middle, at 2^(b-1), and one level more below it than above. Where both
+    ends are 0 the scale is 1.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    top = 2**bits - 1
+    if symmetric:
+        scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
+        return _above_0(scale), torch.full_like(scale, 2 ** (bits - 1))
+    scale = _above_0((high - low) / top)
+    return scale, torch.round(-low / scale).clamp(0, top)
+
+
+def _above_0(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def fake_quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -64,17 +124,23 @@ def fake_quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int)
     return (codes.clamp(0, 2**bits - 1) - zero_point) * scale
 
 
-def quantize_input(layer: nn.Module, bits: int) -> InputQuantizer:
-    """Give a layer an InputQuantizer that lets everything pass; the layer's own, if it has one of that width.
+def quantize_input(
+    layer: nn.Module, bits: int, dynamic: Dynamic | None = None, *, symmetric: bool = False
+) -> InputQuantizer:
+    """Give a layer an InputQuantizer; the layer's own, if it has such a one. A static one lets everything pass.
 
-    Raises SettingError where something else has its name, or it has another width.
+    Raises SettingError where something else has its name, or it quantizes otherwise.
     """
     known = getattr(layer, NAME, None)
-    if isinstance(known, InputQuantizer) and known.bits == bits:
+    if (
+        isinstance(known, InputQuantizer)
+        and (known.bits, known.dynamic) == (bits, dynamic)
+        and (dynamic is None or known.symmetric == symmetric)
+    ):
         return known
     if known is not None:
         raise SettingError(f"{type(layer).__name__}: has another {NAME}, {known}; take it away first")
-    quantizer = InputQuantizer(bits).to(next(layer.parameters()).device)
+    quantizer = InputQuantizer(bits, dynamic, symmetric=symmetric).to(next(layer.parameters()).device)
     layer.add_module(NAME, quantizer.train(layer.training))
     layer.register_forward_pre_hook(_quantize, with_kwargs=True)
     return quantizer
@@ -93,7 +159,7 @@ def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRan
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> mpq.input_ranges(mpq.with_input_ranges(net, {"0": mpq.InputRange(8, 0.5, 128)}))
-        {'0': InputRange(bits=8, scale=0.5, zero_point=128)}
+        {'0': InputRange(bits=8, scale=0.5, zero_point=128, dynamic=None, symmetric=False)}
     """
     state = source.state_dict() if isinstance(source, nn.Module) else source
     tail = f"{NAME}.levels"
@@ -102,7 +168,11 @@ def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRan
         prefix = key.removesuffix("levels")
         layer = prefix.removesuffix(f"{NAME}.").removesuffix(".")
         bits = int(state[key]).bit_length() - 1
-        ranges[layer] = InputRange(bits, float(state[f"{prefix}scale"]), int(state[f"{prefix}zero_point"]))
+        kind = state.get(f"{prefix}dynamic_kind")
+        if kind is not None:
+            ranges[layer] = InputRange(bits, dynamic=DYNAMICS[int(kind[0])], symmetric=bool(kind[1]))
+        else:
+            ranges[layer] = InputRange(bits, float(state[f"{prefix}scale"]), int(state[f"{prefix}zero_point"]))
     return ranges
 
 
@@ -129,20 +199,25 @@ def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.
     odd = [
         repr(name)
         for name, input_range in ranges.items()
-        if not isinstance(input_range, InputRange) or not input_range.scale > 0
+        if not isinstance(input_range, InputRange) or not (input_range.dynamic or input_range.scale > 0)
     ]
     if odd:
-        raise SettingError(f"ranges: {first_few(odd, ', ')}: no InputRange with a scale above 0")
+        raise SettingError(f"ranges: {first_few(odd, ', ')}: no InputRange with a scale above 0, or a dynamic one")
     copied = without_input_ranges(model)
-    modules = dict(copied.named_modules())
+    modules = dict(copied.named_modules(remove_duplicate=False))
     missing = [repr(name) for name in ranges if name not in modules]
     if missing:
         raise SettingError(f"ranges: {type(model).__name__} has no {first_few(missing, ', ')}")
-    for name, input_range in ranges.items():
-        quantizer = quantize_input(modules[name], input_range.bits)
-        quantizer.scale.fill_(input_range.scale)
-        quantizer.zero_point.fill_(input_range.zero_point)
+    put_input_ranges(copied, ranges)
     return copied
+
+
+def put_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> None:
+    """Let the model's own layers quantize their inputs in these ranges; it has such layers, and no ranges yet."""
+    for name, found in ranges.items():
+        quantizer = quantize_input(model.get_submodule(name), found.bits, found.dynamic, symmetric=found.symmetric)
+        quantizer.scale.fill_(found.scale)
+        quantizer.zero_point.fill_(found.zero_point)
 
 
 def without_input_ranges(model: nn.Module) -> nn.Module:
@@ -161,14 +236,19 @@ def without_input_ranges(model: nn.Module) -> nn.Module:
         {}
     """
     copied = duplicate(model)
-    for name in _quantizers(copied):
-        layer = copied.get_submodule(name)
+    take_input_ranges(copied)
+    return copied
+
+
+def take_input_ranges(model: nn.Module) -> None:
+    """Take them from the model's own layers."""
+    for name in _quantizers(model):
+        layer = model.get_submodule(name)
         delattr(layer, NAME)
         for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is _quantize:
                 del layer._forward_pre_hooks[key]
                 layer._forward_pre_hooks_with_kwargs.pop(key, None)
-    return copied
 
 
 def refuse_input_ranges(model: nn.Module) -> None:
@@ -179,6 +259,15 @@ def refuse_input_ranges(model: nn.Module) -> None:
             f"{type(model).__name__}: quantizes the inputs of {first_few(quantized, ', ')} in ranges of its own, which "
             "would be lost or come twice here: give mpq_plugins.without_input_ranges(model)"
         )
+
+
+def idle_quantizers(model: nn.Module) -> list[str]:
+    """Layers that carry a quantizer of their input, and compute with the input as it is."""
+    return [
+        name
+        for name, quantizer in _quantizers(model).items()
+        if quantizer.passes or not any(map(is_input_quantizer, model.get_submodule(name)._forward_pre_hooks.values()))
+    ]
 
 
 def is_input_quantizer(hook: object) -> bool:
@@ -193,7 +282,7 @@ def _quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
 
 def _quantize(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     quantizer = getattr(layer, NAME)
-    if not bool(quantizer.scale != 0):
+    if quantizer.passes:
         return None
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs

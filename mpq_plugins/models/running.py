@@ -140,3 +140,13 @@ def one_sample(batch: Any, k: int) -> Any:
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A module's own input, given by position or by name."""
     return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def with_first_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's arguments with another input in the place of its own."""
+    if args:
+        return (value, *args[1:]), dict(kwargs)
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: value}

@@ -17,6 +17,7 @@ from pydantic import (
 
 from ..common.documents import Strict
 from ..common.public import public
+from .activations import Activations
 from .channels import MOST_CHANNELS, Channels, cover
 from .scheme import FLOAT_BITS, INTEGER_BITS
 from .scheme_names import NamedScheme
@@ -156,6 +157,7 @@ class LayerChoice(LayerDocument):
         scheme: How its weights become codes.
         coded_bytes: What its codes take in an entropy-coded file, as the plan promises; None where it makes no promise,
             and codes count b bits each.
+        activations: How its input is quantized; None for floating point. An embedding has none, for it takes indices.
         tied: Other names of the same weight.
 
     Examples:
@@ -170,6 +172,7 @@ class LayerChoice(LayerDocument):
     parts: tuple[Part, ...] | None = None
     scheme: NamedScheme
     coded_bytes: Annotated[int, Field(ge=0)] | None = None
+    activations: Activations | None = None
     tied: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -191,7 +194,18 @@ class LayerChoice(LayerDocument):
                 self.scheme.check_part(bits, self.shape, self.channel_axis, channels, self.name)
         self.scheme.groups_per_channel(self.shape, self.channel_axis, self.name)
         self._check_coded(where)
+        self.check_activations()
         return self
+
+    def check_activations(self) -> None:
+        """Raise ValueError for inputs that such a layer does not take."""
+        where = f"layer {self.name!r}"
+        if self.activations is None:
+            return
+        if self.kind == "embedding":
+            raise ValueError(f"{where}: activations: an embedding takes indices, which are not quantized")
+        if self.activations.dynamic == "per_token" and self.kind != "linear":
+            raise ValueError(f"{where}: activations: per_token belongs to linear layers, and this is {self.kind}")
 
     def _check_coded(self, where: str) -> None:
         """Raise ValueError for a promise of coded bytes that no file keeps."""
@@ -209,6 +223,11 @@ class LayerChoice(LayerDocument):
     def names(self) -> tuple[str, ...]:
         """Its name, then its tied ones."""
         return (self.name, *self.tied)
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of its input; None for floating point."""
+        return None if self.activations is None else self.activations.bits
 
     @property
     def type(self) -> str | None:

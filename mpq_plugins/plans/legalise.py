@@ -2,115 +2,22 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from dataclasses import fields, replace
 
-from ..common.public import public
 from ..common.text import first_few
 from ..errors import SettingError
+from .capabilities import POLICIES, Capabilities, Change, Policy, listed, nearest
 from .channels import joined
 from .layers import LayerChoice, Part
+from .legal_inputs import legal_input, with_input_changes
 from .plan import Plan
 from .scheme import FLOAT_BITS, INTEGER_BITS, SYMMETRIES, Affine, Granularity, Scheme, Symmetry, inputs_of
 from .size import layer_size
-from .storage import Storage
 
 LOG = logging.getLogger(__name__)
 
-Policy = Literal["up", "nearest", "error"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
-ACTIVATIONS = "activations"
 NEAREST: dict[Symmetry, tuple[Symmetry, ...]] = {"full": (True, False), True: ("full", False), False: (True, "full")}
 """What codes become where a backend has not theirs, the nearest first."""
-
-
-@public
-@dataclass(frozen=True, kw_only=True)
-class Capabilities:
-    """What a backend can run without changing a plan's meaning. Layers left at 16 or 32 bits are always possible.
-
-    Attributes:
-        backend: Its name.
-        bits: Of weights.
-        kinds: Of layers.
-        schemes: Their names.
-        symmetric: Which of asymmetric (False), symmetric (True) and full-range symmetric codes ("full").
-        granularities: What a scale may belong to.
-        group_sizes: Inputs that a group may have; None where any number will do.
-        parts: Whether channels of one layer may differ in bits.
-        float_parts: Whether some channels of a layer may stay in floating point.
-        activation_bits: Of activations; None among them is floating point.
-        activation_kinds: Kinds beside quantized activations, where they differ.
-        activation_symmetric: What symmetric is beside quantized activations, where it differs.
-        storage: How the backend keeps quantized weights; None where it does not say.
-
-    Raises:
-        SettingError: Nothing is left.
-
-    Examples:
-        >>> import mpq_plugins as mpq
-        >>> mpq.Capabilities(backend="chip", bits=(4, 8), kinds=("linear",)).beside(None).kinds
-        ('linear',)
-    """
-
-    backend: str
-    bits: tuple[int, ...]
-    kinds: tuple[str, ...]
-    schemes: tuple[str, ...] = ("affine",)
-    symmetric: tuple[Symmetry, ...] = (False, True)
-    granularities: tuple[Granularity, ...] = ("per_tensor", "per_channel")
-    group_sizes: tuple[int, ...] | None = None
-    parts: bool = False
-    float_parts: bool = False
-    activation_bits: tuple[int | None, ...] = (None,)
-    activation_kinds: tuple[str, ...] | None = None
-    activation_symmetric: tuple[Symmetry, ...] | None = None
-    storage: Storage | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.bits and self.kinds and self.symmetric and self.activation_bits):
-            raise SettingError(f"{self.backend}: bits, kinds, symmetric and activation_bits need one value or more")
-        if not {"per_tensor", "per_channel"} & {*self.granularities}:
-            raise SettingError(f"{self.backend}: granularities need per_tensor or per_channel")
-        if self.group_sizes == ():
-            raise SettingError(f"{self.backend}: group_sizes need one value or more, or None for any")
-
-    def beside(self, activation_bits: int | None) -> "Capabilities":
-        """Give what is left of it for weights beside activations of these bits.
-
-        Args:
-            activation_bits: Bits of the activations; None for floating point.
-
-        Returns:
-            The capabilities there.
-        """
-        if activation_bits is None:
-            return self
-        return replace(
-            self,
-            kinds=self.activation_kinds or self.kinds,
-            symmetric=self.activation_symmetric or self.symmetric,
-        )
-
-
-@public
-@dataclass(frozen=True)
-class Change:
-    """One layer (or `activations`) that a backend cannot take as planned: what it was, what it becomes, and why.
-
-    Attributes:
-        layer: Its name.
-        before: What the plan has, in words.
-        after: What the backend gets, in words.
-        why: What the backend does not have.
-        cost: Bits of the whole layer, in total, that the change adds (negative: saves).
-    """
-
-    layer: str
-    before: str
-    after: str
-    why: str
-    cost: int
 
 
 def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> tuple[Plan, tuple[Change, ...]]:
@@ -152,24 +59,20 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
         )
     layers: list[LayerChoice] = []
     changes: list[Change] = []
-    activation_bits = plan.activation_bits
-    if activation_bits not in capabilities.activation_bits:
-        activation_bits = _legal_activation_bits(plan.activation_bits, capabilities, policy)
-        why = f"{capabilities.backend} has activations at {_listed(capabilities.activation_bits)}"
-        before, after = _activations_text(plan.activation_bits), _activations_text(activation_bits)
-        changes.append(Change(ACTIVATIONS, before, after, why, 0))
-    able = capabilities.beside(activation_bits)
-    for layer in plan.layers:
-        legal, whys = _legal(layer, able, policy, activation_bits)
-        layers.append(legal)
+    inputs = [legal_input(layer, capabilities, policy) for layer in plan.layers]
+    for layer, (activations, _) in zip(plan.layers, inputs, strict=True):
+        able = capabilities.beside(None if activations is None else activations.bits)
+        legal, whys = _legal(layer, able, policy, None if activations is None else activations.bits)
+        layers.append(legal.model_copy(update={"activations": None if legal.in_float else activations}))
         if whys:
             cost = layer_size(legal).total - layer_size(layer).total
             changes.append(Change(layer.name, _choice_text(layer), _choice_text(legal), "; ".join(whys), cost))
             LOG.debug("%s: %s becomes %s", layer.name, changes[-1].before, changes[-1].after)
+    changes = with_input_changes(changes, plan.layers, layers, [why for _, why in inputs])
     LOG.info("%s: %d of %d layers changed", capabilities.backend, len(changes), len(plan.layers))
     if policy == "error" and changes:
         raise SettingError(refusal(changes, capabilities.backend))
-    return plan.model_copy(update={"layers": tuple(layers), "activation_bits": activation_bits}), tuple(changes)
+    return plan.model_copy(update={"layers": tuple(layers)}), tuple(changes)
 
 
 def require_legal(plan: Plan, capabilities: Capabilities) -> None:
@@ -217,7 +120,7 @@ def _legal(
         else:
             width = _legal_width(wanted, layer.name, able, policy)
         if width != wanted:
-            whys.append(f"{able.backend} has no {wanted} bits, only {_listed(able.bits)}")
+            whys.append(f"{able.backend} has no {wanted} bits, only {listed(able.bits)}")
         if width < wanted and not scheme.scales_per_group and scheme.as_affine is not None:
             whys.append("the plan's step needs the width that it has, so scales are found anew")
             scheme = scheme.as_affine
@@ -242,7 +145,7 @@ def _legal_scheme(layer: LayerChoice, able: Capabilities) -> tuple[Scheme, list[
         scheme = replace(_with_granularity(scheme), granularity=granularity, group_size=None)
     size = scheme.group_size
     if size is not None and able.group_sizes is not None and size not in able.group_sizes:
-        whys.append(f"{able.backend} has no groups of {size}, only of {_listed(able.group_sizes)}")
+        whys.append(f"{able.backend} has no groups of {size}, only of {listed(able.group_sizes)}")
         scheme = _regrouped(scheme, layer, able)
     return scheme, whys
 
@@ -269,25 +172,7 @@ def _with_granularity(scheme: Scheme) -> Scheme:
 def _legal_width(bits: int, layer: str, able: Capabilities, policy: Policy) -> int:
     if bits in able.bits:
         return bits
-    return _nearest(bits, able.bits, policy, f"layer {layer!r}: {bits} bits", able.backend)
-
-
-def _nearest(bits: int, allowed: Sequence[int], policy: Policy, what: str, backend: str) -> int:
-    above = [b for b in allowed if b > bits]
-    if policy != "up":  # an error lists every layer, so here too each needs a width to go to
-        return min(allowed, key=lambda b: (abs(b - bits), -b))
-    if not above:
-        raise SettingError(f'{what}, and {backend} has nothing above, only {_listed(allowed)}. Use policy="nearest".')
-    return min(above)
-
-
-def _legal_activation_bits(bits: int | None, able: Capabilities, policy: Policy) -> int | None:
-    allowed = [b for b in able.activation_bits if b is not None]
-    if bits is None:  # floating point is wider than anything; the widest there is comes nearest
-        return max(allowed)
-    if not allowed:
-        return None
-    return _nearest(bits, allowed, policy, f"activations: {bits} bits", able.backend)
+    return nearest(bits, able.bits, policy, f"layer {layer!r}: {bits} bits", able.backend)
 
 
 def _with(layer: LayerChoice, scheme: Scheme, by_width: dict[int, list[Part]]) -> LayerChoice:
@@ -303,11 +188,3 @@ def _choice_text(layer: LayerChoice) -> str:
     if layer.bits in FLOAT_BITS:
         return layer.bits_text
     return f"{layer.bits_text} bits, {layer.scheme}"
-
-
-def _activations_text(bits: int | None) -> str:
-    return "floating point" if bits is None else f"{bits} bits"
-
-
-def _listed(allowed: Sequence[int | None]) -> str:
-    return ", ".join("floating point" if b is None else str(b) for b in allowed)

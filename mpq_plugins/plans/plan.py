@@ -19,9 +19,12 @@ from ..common.checksum import is_damaged, sealed, unsealed
 from ..common.documents import Strict, load_json, parse_json
 from ..common.files import open_regular, write_text
 from ..common.public import public
+from ..common.text import first_few
 from ..errors import FormatError, SettingError
+from .activations import Activations, check_input_bits
 from .layers import LayerChoice, check_once
 from .names import is_weight, layer_name, weight_name
+from .scheme import FLOAT_BITS
 from .size import PlanSize, plan_size
 
 PLAN_FORMAT = "mpq-plan"
@@ -43,15 +46,35 @@ def _found_apart(plan: dict[str, Any]) -> dict[str, Any]:
     return {**plan, "allocator": apart, "version": 3}
 
 
+def _inputs_by_layer(plan: dict[str, Any]) -> dict[str, Any]:
+    """A version 4 plan as version 5 has it: what was said once of all inputs, each quantized layer says of its own."""
+    bits = plan.get("activation_bits")
+    if bits is None or not isinstance(plan.get("layers"), list):
+        return {**{key: value for key, value in plan.items() if key != "activation_bits"}, "version": 5}
+
+    def takes(layer: Any) -> bool:
+        if not isinstance(layer, dict) or layer.get("kind") == "embedding":
+            return False
+        parts = layer.get("parts")
+        given = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else [layer]
+        widths = [each.get("bits") for each in given]
+        return any(width not in FLOAT_BITS for width in widths)
+
+    inputs = {"bits": bits, "symmetric": False, "range": "mse"}
+    layers = [{**layer, "activations": inputs} if takes(layer) else layer for layer in plan["layers"]]
+    kept = {key: value for key, value in plan.items() if key != "activation_bits"}
+    return {**kept, "layers": layers, "version": 5}
+
+
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: lambda plan: {**plan, "version": 2},
     2: _found_apart,
     3: lambda plan: {**plan, "version": 4},
-    4: lambda plan: {**plan, "version": 5},
+    4: _inputs_by_layer,
 }
 """Version -> a function from that version's document, without its checksum, to the next one's. Version 1 had none, and
 version 2 neither rest_bytes nor what an allocator found apart from its parameters; version 3 no coded_bytes; version
-4 no types, no full range and no 16-bit scales."""
+4 no types, no full range and no 16-bit scales, and one activation_bits for the inputs of all layers."""
 
 SAID_WITHIN = 256  # bytes from its beginning: the first thing that a plan says
 DEEPEST = 32  # of parameters in one another
@@ -85,7 +108,6 @@ class Plan(Strict):
         allocator: Name, parameters and findings of the allocator that made it.
         model: Fingerprint of the weights the plan was made for.
         fold_bn: Whether BatchNorm was folded when they were measured.
-        activation_bits: For all layers' inputs, 1 to 16; None for floating point.
         skipped: Quantizable layers left in floating point on request, or by default.
         weights: Of a torch checkpoint with several sets of weights, the key of those it was made from. None where
             nothing had to be said.
@@ -108,7 +130,6 @@ class Plan(Strict):
     allocator: AllocatorRecord
     model: str
     fold_bn: bool
-    activation_bits: Annotated[int, Field(ge=1, le=16)] | None = None
     skipped: tuple[str, ...] = ()
     weights: str | None = None
     left_alone: tuple[str, ...] = ()
@@ -312,11 +333,26 @@ class Plan(Strict):
         pairs = ((name, self.by_name.get(name), other.by_name.get(name)) for name in names)
         return tuple(Difference(name=n, before=a, after=b) for n, a, b in pairs if a != b)
 
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether any layer's input is quantized."""
+        return any(layer.activations is not None for layer in self.layers)
+
+    @property
+    def activations_text(self) -> str:
+        """`floating point`, `8 bits`, `4 to 8 bits`, or `8 bits in 3 of 12 layers`."""
+        takers = [layer for layer in self.layers if layer.kind != "embedding" and not layer.in_float]
+        widths = sorted(layer.activation_bits for layer in self.layers if layer.activation_bits is not None)
+        if not widths:
+            return "floating point"
+        text = f"{widths[0]} bits" if widths[0] == widths[-1] else f"{widths[0]} to {widths[-1]} bits"
+        return text if len(widths) == len(takers) else f"{text} in {len(widths)} of {len(takers)} layers"
+
     def with_activation_bits(self, bits: int | None) -> "Plan":
-        """Make the same plan with other activation bits.
+        """Make the same plan with inputs of these bits, their ranges static, asymmetric and of least squared error.
 
         Args:
-            bits: 1 to 16, or None for floating point.
+            bits: 2 to 16, or None for floating point.
 
         Returns:
             The plan.
@@ -324,9 +360,47 @@ class Plan(Strict):
         Raises:
             SettingError: The bits are none of these.
         """
-        if bits is not None and (type(bits) is not int or bits not in range(1, 17)):
-            raise SettingError(f"activation_bits: {bits!r} is not allowed; 1 to 16, or none for floating point")
-        return self.model_copy(update={"activation_bits": bits})
+        return self.with_activations(None if bits is None else Activations(check_input_bits(bits)))
+
+    def with_activations(self, activations: "Activations | Mapping[str, Activations | None] | None") -> "Plan":
+        """Make the same plan with its layers' inputs quantized otherwise.
+
+        Args:
+            activations: For all layers that have quantized weights and take no indices; None for floating point. Or for
+                each of some layers, by any of its names; the others keep theirs.
+
+        Returns:
+            The plan.
+
+        Raises:
+            SettingError: The plan has no such layer, or a layer cannot take such inputs.
+
+        Examples:
+            >>> import mpq_plugins as mpq, torch
+            >>> plan = mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8))))
+            >>> plan.with_activations({"0": mpq.Activations(8, symmetric=True)}).layers[0].activation_bits
+            8
+        """
+        if isinstance(activations, Mapping):
+            floats = [name for name, own in activations.items() if own is not None and self._layer_of(name).in_float]
+            if floats:
+                raise SettingError(
+                    f"layer {floats[0]!r}: stays in floating point, weights and input; plan bits for its weights too"
+                )
+            given = {self._layer_of(name).name: own for name, own in activations.items()}
+        else:
+            takers = [layer for layer in self.layers if not layer.in_float and layer.kind != "embedding"]
+            given = dict.fromkeys(self.by_name) | {layer.name: activations for layer in takers}
+        layers = tuple(
+            _with_activations(layer, given[layer.name]) if layer.name in given else layer for layer in self.layers
+        )
+        return self.model_copy(update={"layers": layers})
+
+    def _layer_of(self, name: str) -> LayerChoice:
+        if name not in self.by_any_name:
+            known = first_few([repr(own) for own in self.by_name], ", ")
+            raise SettingError(f"activations: the plan has no layer {name!r}; it has {known}")
+        return self.by_any_name[name]
 
 
 def is_plan(path: Path) -> bool:
@@ -336,6 +410,17 @@ def is_plan(path: Path) -> bool:
             return f'"format": "{PLAN_FORMAT}"'.encode() in file.read(SAID_WITHIN)
     except (OSError, ValueError):
         return False
+
+
+def _with_activations(layer: LayerChoice, activations: Activations | None) -> LayerChoice:
+    if activations is not None and not isinstance(activations, Activations):
+        raise SettingError(f"layer {layer.name!r}: activations: {activations!r:.60} is no Activations")
+    given = layer.model_copy(update={"activations": activations})
+    try:
+        given.check_activations()
+    except ValueError as error:
+        raise SettingError(str(error)) from error
+    return given
 
 
 def _with_layer_name(parameter: str, new: Callable[[str], str]) -> str:

@@ -18,7 +18,7 @@ from ..common.public import public
 from ..errors import SettingError
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
-RangeName = Literal["minmax", "mse"]
+RangeName = Literal["minmax", "percentile", "mse", "kl"]
 BreakpointName = Literal["search", "gaussian", "laplacian", "gaussian_root", "laplacian_root"]
 StorageName = Literal["region_bit", "shared"]
 InitName = Literal["linear", "optimal", "density", "forgy"]
@@ -29,7 +29,8 @@ Grain = Annotated[Granularity, "scales"]
 GroupSize = Annotated[int | None, "weights per group along the input axis; implies per_group"]
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
-RANGES = ("minmax", "mse")
+RANGES = ("minmax", "percentile", "mse", "kl")
+USUAL_SHARE = 0.9999
 BREAKPOINTS = ("search", "gaussian", "laplacian", "gaussian_root", "laplacian_root")
 STORAGES = ("region_bit", "shared")
 INITS: tuple[InitName, ...] = ("linear", "optimal", "density", "forgy")
@@ -395,10 +396,14 @@ class Affine(Granular):
         symmetric: Whether the zero point is at zero; `full` for the full range of codes too.
         granularity: `per_tensor`, `per_channel` or `per_group`: what has a scale.
         group_size: Inputs of a group under `per_group`.
-        range: What picks [lo, hi]: the extremes (`minmax`), or the clipping with the least squared error (`mse`), which
-            under the full range tries both signs.
+        range: What picks [lo, hi]: the extremes (`minmax`); what leaves out as many weights beyond either end
+            (`percentile`); the clipping with the least squared error (`mse`), which under the full range tries both
+            signs; or that of least divergence between the histograms before and after (`kl`: Migacz, 8-bit Inference
+            with TensorRT, GTC 2017). A group of which a percentile would leave only zeros keeps its extremes.
         scale_dtype: What scales are rounded to before weights become codes: `float32`, `float16` or `bfloat16`. No
             scale becomes 0, but the smallest number there is; one beyond the largest is refused.
+        share: The share of a group's weights that lie inside a percentile range, above 0.5 and at most 1; 0.9999 where
+            none is given. None under all other ranges.
 
     Raises:
         SettingError: A value is not one of these.
@@ -419,12 +424,14 @@ class Affine(Granular):
     ] = False
     granularity: Grain = "per_tensor"
     group_size: GroupSize = None
-    range: Annotated[RangeName, "range of the codes: extremes or clipped"] = "minmax"
+    range: Annotated[RangeName, "range of codes"] = "minmax"
     scale_dtype: Annotated[ScaleDtype, "type of scales"] = "float32"
+    share: Annotated[float | None, "weights inside a percentile range; default 0.9999"] = None
 
     def __post_init__(self) -> None:
         self.check_granularity()
         _allow("range", self.range, RANGES)
+        object.__setattr__(self, "share", checked_share(self.share, self.range))
         _allow("scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         _allow("scheme", self.name, ("affine",))
         if not isinstance(self.symmetric, bool) and self.symmetric != "full":
@@ -432,12 +439,17 @@ class Affine(Granular):
 
     def __str__(self) -> str:
         scales = "" if self.scale_dtype == "float32" else f", scales in {self.scale_dtype}"
-        return f"{SYMMETRIES[self.symmetric]} {self.grain} {self.range}{scales}"
+        return f"{SYMMETRIES[self.symmetric]} {self.grain} {self.range}{share_text(self.share)}{scales}"
 
     @property
     def searches(self) -> bool:
         """Whether each group's range is found by trying many."""
-        return self.range == "mse"
+        return self.range in ("mse", "kl")
+
+    @property
+    def sorts(self) -> bool:  # type: ignore[override]  # of some of its ranges
+        """Whether all weights of a group must be in memory at once, for a histogram or a percentile."""
+        return self.range in ("percentile", "kl")
 
     @property
     def scale_bits(self) -> int:
@@ -737,6 +749,24 @@ def has_width(scheme: Scheme, bits: int) -> bool:
 def scale_bits_of(scheme: Scheme) -> int:
     """Bits of a scale or centroid; 32 for a scheme that answers the contract and does not say."""
     return int(getattr(scheme, "scale_bits", 32))
+
+
+def checked_share(share: float | None, range_name: str, where: str = "") -> float | None:
+    """The share of values that a range holds, the usual one where none is given. Raises SettingError, `where` first."""
+    if range_name != "percentile":
+        if share is not None:
+            raise SettingError(f"{where}share: belongs to the percentile range, and this is {range_name}")
+        return None
+    if share is None:
+        return USUAL_SHARE
+    if isinstance(share, bool) or not isinstance(share, float | int) or not 0.5 < share <= 1:
+        raise SettingError(f"{where}share: {share!r:.40} is not allowed; above 0.5, at most 1")
+    return float(share)
+
+
+def share_text(share: float | None) -> str:
+    """` 0.9999`, after a range's name; empty for a range that has none."""
+    return "" if share is None else f" {share:.10g}"
 
 
 def _allow(field: str, value: object, allowed: Sequence[str]) -> None:

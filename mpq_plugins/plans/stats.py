@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.public import public
+from .activations import Activations
 from .group_sizes import fitted_to
 from .scheme import Scheme
 
@@ -38,6 +39,32 @@ class CodedCurve:
 
 
 @public
+@dataclass(frozen=True, eq=False)
+class InputStats:
+    """What is measured of a layer's input.
+
+    Attributes:
+        numel: Values of one sample's input; of all calls together, where a sample calls the layer several times.
+        tensor: The name of the first layer, in the order of calls, that reads the same tensor: its own, or another's.
+        errors: The errors by metric, (input widths,) each, in the order of the table's `input_bits`.
+        sensitivities: By name what quantizing this input alone is predicted to cost, (input widths,), in the
+            sensitivity's own unit.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> table = mpq.measure_activations(net, mpq.measure(net), [torch.randn(4, 8)])
+        >>> table.layers[0].inputs.numel
+        8
+    """
+
+    numel: int
+    tensor: str
+    errors: Mapping[str, Array]
+    sensitivities: Mapping[str, Array] = field(default_factory=dict)
+
+
+@public
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value; a layer is itself
 class LayerStats:
     """One layer's numbers.
@@ -55,6 +82,7 @@ class LayerStats:
             own unit, so that layers add up.
         channel_sensitivities: The same of each output channel, (bit-widths, channels), for those that can tell.
         coded: Entropies and errors at a ladder of steps; None under schemes that have none.
+        inputs: What was measured of its input; None where nothing was.
         macs: Multiply-accumulates for the example input, where one was given.
         tied: Other names of the same weight.
         digest: The weight's own; see fingerprint.layer_digest.
@@ -71,6 +99,7 @@ class LayerStats:
     sensitivities: Mapping[str, Array] = field(default_factory=dict)
     channel_sensitivities: Mapping[str, Array] = field(default_factory=dict)
     coded: CodedCurve | None = None
+    inputs: InputStats | None = None
     macs: int | None = None
     tied: tuple[str, ...] = ()
     digest: str = ""
@@ -100,6 +129,9 @@ class Measured:
     left_alone: tuple[tuple[str, str], ...] = ()
     weights: str | None = None  # the key of those in a torch checkpoint (see Weights.key)
     rest_bytes: int | None = None  # of all that is stored beside the layers' weights (see weights/rest.py)
+    activations: Activations | None = None  # how inputs were quantized at each of the input widths
+    input_bits: tuple[int, ...] = ()
+    live: tuple[tuple[str, ...], ...] = ()  # the largest sets of inputs, by InputStats.tensor, that are needed at once
 
     def scheme_of(self, layer: LayerStats) -> Scheme:
         """Give the scheme that a layer was measured under.

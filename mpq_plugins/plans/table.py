@@ -28,6 +28,9 @@ class LayerTable(Measured):
         left_alone: (parameter, why) of tensors with two or more dimensions that are no quantizable layer.
         weights: The key of the weights in a torch checkpoint; None for the top.
         rest_bytes: Bytes of all that is stored beside the layers' weights; None where that is not known.
+        activations: How inputs were quantized, but for their width; None where they were not measured.
+        input_bits: The widths of inputs that were measured.
+        live: The largest sets of inputs, by `InputStats.tensor`, that a forward pass needs at once.
 
     Examples:
         >>> import mpq_plugins as mpq, torch

@@ -22,6 +22,7 @@ from .layers import LayerDocument, check_once
 from .scheme import INTEGER_BITS
 from .scheme_names import NamedScheme
 from .stats import METRICS, Array, CodedCurve, LayerStats, Measured
+from .table_inputs import ERRORS, InputsDocument
 
 TABLE_FORMAT, TYPES_FORMAT = "mpq-table", "mpq-types"
 TABLE_VERSION = 5
@@ -51,7 +52,10 @@ def packed(table: Measured) -> "list[bytes | memoryview]":
         arrays, description = _pack(table)
     except ValidationError as error:
         raise SettingError(f"table: {first_problem(error)}") from error
-    text = json.dumps(sealed(description.model_dump(mode="json")), separators=(",", ":"), ensure_ascii=False)
+    unsaid = {"inputs"} if description.inputs is None else None
+    text = json.dumps(
+        sealed(description.model_dump(mode="json", exclude=unsaid)), separators=(",", ":"), ensure_ascii=False
+    )
     return list(in_order(save(arrays, {"format": TABLE_FORMAT, "table": text})))
 
 
@@ -129,7 +133,10 @@ class _Layer(LayerDocument):
 
 
 class _Description(Strict):
-    """ladder: how many steps entropies are known at; checksums: of each array's bytes, in a table that has them."""
+    """ladder: how many steps entropies are known at; checksums: of each array's bytes, in a table that has them.
+
+    inputs: what is known of layers' inputs; left out where nothing is.
+    """
 
     version: Literal[5]
     scheme: NamedScheme
@@ -146,6 +153,7 @@ class _Description(Strict):
     weights: str | None = None
     rest_bytes: Annotated[int, Field(ge=0)] | None = None
     layers: tuple[_Layer, ...]
+    inputs: InputsDocument | None = None
     checksums: Mapping[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -161,6 +169,8 @@ class _Description(Strict):
         if unknown:
             raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
         check_once(((layer.name, *layer.tied) for layer in self.layers), self.skipped)
+        if self.inputs is not None:
+            self.inputs.check_layers([layer.name for layer in self.layers])
         return self
 
     @property
@@ -186,6 +196,8 @@ class _Description(Strict):
             shapes["channel_sensitivities"] = (len(self.channel_sensitivities), widths, total)
         if self.ladder:
             shapes |= dict.fromkeys(LADDER, (layers, self.ladder))
+        if self.inputs is not None:
+            shapes |= self.inputs.shapes
         return shapes
 
 
@@ -210,6 +222,9 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
         arrays["steps"] = np.stack([curve.steps for curve in curves])
         arrays["coded_bits"] = np.stack([curve.bits for curve in curves])
         arrays["coded_squared"] = np.stack([curve.squared_error for curve in curves])
+    inputs = InputsDocument.of(table)
+    if inputs is not None:
+        arrays |= inputs.arrays(table)
     # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
     arrays = {name: np.ascontiguousarray(array, np.float64) for name, array in arrays.items()}
     layers = tuple(
@@ -224,7 +239,7 @@ def _pack(table: Measured) -> tuple[dict[str, NDArray[Any]], _Description]:
         channel_errors=per_channel, sensitivities=table.sensitivities,
         channel_sensitivities=table.channel_sensitivities, fold_bn=table.fold_bn, fingerprint=table.fingerprint,
         skipped=table.skipped, left_alone=table.left_alone, weights=table.weights,
-        rest_bytes=table.rest_bytes, layers=layers,
+        rest_bytes=table.rest_bytes, layers=layers, inputs=inputs,
         checksums={name: checksum_text(array.tobytes()) for name, array in arrays.items()},
     )  # fmt: skip
     return arrays, description
@@ -305,8 +320,10 @@ def _problem(name: str, array: Array, description: _Description) -> str | None:
     if "sensitivities" in name:
         return "holds infinity" if np.isinf(array).any() else None
     if "errors" in name:  # a ratio in decibels may have any sign, and is infinite where nothing is lost
-        axis = 1 if name == "errors" else 0
-        array = np.delete(array, [k for k, m in enumerate(description.metrics) if m == "sqnr_db"], axis)
+        axis = 0 if name == "channel_errors" else 1
+        said = description.inputs if name == ERRORS else description
+        metrics = said.metrics if said is not None else ()
+        array = np.delete(array, [k for k, m in enumerate(metrics) if m == "sqnr_db"], axis)
     return "holds negative or infinite values, and none can be" if not ((array >= 0) & (array < np.inf)).all() else None
 
 
@@ -320,6 +337,7 @@ def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]], kind:
 
     channel_errors = split("channel_errors", description.metrics) if description.channel_errors else {}
     channel_sensitivities = split("channel_sensitivities", description.channel_sensitivities)
+    inputs = description.inputs.stats(arrays) if description.inputs is not None else {}
     layers = tuple(
         LayerStats(
             name=layer.name, kind=layer.kind, shape=layer.shape, channel_axis=layer.channel_axis,
@@ -329,12 +347,17 @@ def _unpack(description: _Description, arrays: Mapping[str, NDArray[Any]], kind:
             sensitivities={name: arrays["sensitivities"][i, k] for k, name in enumerate(description.sensitivities)},
             channel_sensitivities={name: parts[i] for name, parts in channel_sensitivities.items()},
             coded=CodedCurve(*(arrays[name][i] for name in LADDER)) if description.ladder else None,
-            macs=layer.macs, tied=layer.tied, digest=layer.digest,
+            inputs=inputs.get(layer.name), macs=layer.macs, tied=layer.tied, digest=layer.digest,
         )
         for i, layer in enumerate(description.layers)
     )  # fmt: skip
     return kind(
         layers, description.scheme, description.bits, description.metrics, description.fold_bn,
         description.fingerprint, description.skipped, description.left_alone, description.weights,
-        description.rest_bytes,
+        description.rest_bytes, *_said_of_inputs(description.inputs),
     )  # fmt: skip
+
+
+def _said_of_inputs(inputs: InputsDocument | None) -> tuple[Any, ...]:
+    """The last fields of a table."""
+    return () if inputs is None else (inputs.activations, inputs.bits, inputs.live)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..plans.scheme import Affine, check_bits
-from .calibrate import choose_affine_grids, fitted_rows, squared_errors
+from .calibrate import choose_affine_grids, fitted_rows, squared_errors, whole_rows
 from .contract import Each, PartCodes, PartShape
 from .grid import Grids, GroupStats
+from .ranged import grids_by_values
 from .scales import check_scales
 
 
@@ -118,6 +119,8 @@ class AffineQuantizer:
 
 
 def _grids(scheme: Affine, bits: Sequence[int], each: Each, stats: GroupStats) -> Grids:
+    if scheme.range in ("percentile", "kl"):
+        return grids_by_values(whole_rows(each, scheme), stats, bits, scheme)
     return choose_affine_grids(stats, bits, scheme, squared_errors(each, scheme))
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..common.progress import Progress
-from ..models.input_ranges import input_ranges
+from ..models.running import checked_batches
 from ..models.tracing import Traced
 from ..plans.plan import Plan
+from ..simulation.calibrate import has_ranges, with_ranges
 from ..simulation.correct import correct
 from ..simulation.match import match
 from ..simulation.model import simulate_model
@@ -28,14 +29,15 @@ def apply(
 
     Weights keep their dtype. At 16 bits float32 weights are rounded to float16's values; float16 and bfloat16 weights,
     which have 16 bits already, stay as they are, and so does everything at 32 bits. A plan measured with BatchNorm
-    folded in gives a folded copy. Norms and skipped layers keep their weights. Activations stay in floating point,
-    with a warning where the plan has bits for them, unless the model has ranges for them (`reconstruct` learns such).
+    folded in gives a folded copy. Norms and skipped layers keep their weights. Inputs that the plan quantizes are, in
+    ranges that are dynamic, that the model carries (`reconstruct` learns such), or that the calibration inputs give
+    (`calibrate_inputs`); without any of these a warning says that they stay in floating point.
 
     Args:
         model: The float model; it is not changed.
         plan: The plan.
-        calibrate: Batches of inputs without labels, a few hundred samples. Rounding makes the best of them, and
-            BatchNorm statistics and biases are corrected for what quantization shifts.
+        calibrate: Batches of inputs without labels, a few hundred samples. Rounding makes the best of them,
+            BatchNorm statistics and biases are corrected for what quantization shifts, and inputs get their ranges.
         rounding: `nearest`, `compensated` or `learned`, as `round_weights` describes them. By default compensated where
             there are inputs, and nearest where there are none.
 
@@ -58,10 +60,17 @@ def apply(
     traced = Traced(model)
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
     if calibrate is not None:
-        traced = Traced(model := _rounded(model, plan, calibrate, rounding, None))
-    if plan.activation_bits is not None and not _simulates_activations(model, plan):
+        batches = checked_batches(calibrate)
+        if rounding != LEARNED:  # which finds ranges of its own
+            model = with_ranges(model, plan, batches)
+        traced = Traced(model := _rounded(model, plan, batches, rounding, None))
+    elif has_ranges(model, plan):
+        ranged = with_ranges(model, plan, ())
+        traced = traced if ranged is model else Traced(ranged)
+    elif plan.quantizes_inputs:
         warnings.warn(
-            f"the plan's {plan.activation_bits}-bit activations are not simulated: apply() quantizes weights only",
+            f"the plan's activations ({plan.activations_text}) are not simulated, for nothing tells their ranges: give "
+            "calibrate=batches, or plan.with_activation_bits(None)",
             stacklevel=2,
         )
     LOG.info("%d layers quantized%s", len(plan.layers), ", BatchNorm folded in" if plan.fold_bn else "")
@@ -123,10 +132,3 @@ def _rounded(
     if rounding == COMPENSATED:
         return compensate(model, plan, batches, progress=progress)
     return correct(model, plan, batches, progress=progress)
-
-
-def _simulates_activations(model: nn.Module, plan: Plan) -> bool:
-    """Whether the model quantizes the inputs of all planned layers that have values for inputs, as the plan says."""
-    bits = {name: input_range.bits for name, input_range in input_ranges(model).items()}
-    wanted = [layer for layer in plan.layers if not layer.in_float and layer.kind != "embedding"]
-    return all(any(bits.get(name) == plan.activation_bits for name in layer.names) for layer in wanted)

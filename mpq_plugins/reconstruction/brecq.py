@@ -6,7 +6,7 @@ quantized net so far gives it, and learns its rounding so that its output comes 
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from ..errors import SettingError
 from ..models.device import checked_device
 from ..models.input_ranges import NAME, refuse_input_ranges
 from ..models.running import checked_batches, evaluating, sample_count
+from ..plans.activations import Activations
 from ..plans.names import weight_name
 from ..plans.plan import Plan
+from ..quantization.input_values import InputValues
 from ..simulation.match import match
-from .activations import ActivationRange, InputValues
+from .activations import ActivationRange
 from .adaround import Rounding, settled
 from .cache import Cache
 from .capture import calls_of, first_tensor, inputs_of
@@ -232,9 +234,12 @@ class _Job:
         }
         norms = self.nets.vectors_of(name) if self.settings.tune == "norms" else {}
         block = Block(name, module, layers, roundings, norms)
-        if self.nets.plan.activation_bits is None:
-            return block
-        return _with_ranges(block, samples)
+        static = {
+            layer: activations
+            for layer in layers
+            if (activations := choices[layer].activations) is not None and activations.dynamic is None
+        }
+        return _with_ranges(block, samples, static) if static else block
 
     def _tensors(self, name: str, learned: Learned) -> dict[str, Tensor]:
         """By their full names; weights as quantizing leaves them."""
@@ -244,18 +249,21 @@ class _Job:
         return {key: settled(tensor.cpu(), planned[key]) if key in planned else tensor for key, tensor in full.items()}
 
 
-def _with_ranges(block: Block, samples: Samples) -> Block:
-    """The block with a range for each layer's input, as its own inputs suggest with weights rounded to nearest."""
-    layers = {inner_name(layer, block.name): InputValues() for layer in block.layers}
+def _with_ranges(block: Block, samples: Samples, static: Mapping[str, Activations]) -> Block:
+    """The block with a range for each input whose range stays, as the inputs suggest with weights rounded to nearest.
+
+    static: how inputs of such ranges are quantized, by layer.
+    """
+    layers = {inner_name(layer, block.name): InputValues(layer) for layer in static}
     with ExitStack() as watched, torch.no_grad():
-        for inner, values in layers.items():
-            watched.callback(values.watch(block.module.get_submodule(inner)).remove)
+        for own, values in layers.items():
+            watched.callback(values.watch(block.module.get_submodule(own)).remove)
         for sample in samples.in_order():
             block.run(block.fixed(rounded=False), sample)
     ranges = {}
     for inner, values in layers.items():
         quantizer = getattr(block.module.get_submodule(inner), NAME)
-        values.fit(quantizer, f"{block.name}.{inner}" if inner else block.name)
+        values.fit(quantizer, static[values.layer])
         ranges[f"{inner}.{NAME}" if inner else NAME] = ActivationRange.of(quantizer)
     return Block(block.name, block.module, block.layers, block.roundings, block.norms, ranges)
 

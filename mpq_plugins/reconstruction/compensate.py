@@ -23,10 +23,12 @@ from ..errors import RoundingWarning, SettingError
 from ..models.copying import duplicate
 from ..models.device import checked_device
 from ..models.folding import folded_copy
+from ..models.input_ranges import input_ranges, put_input_ranges, take_input_ranges
 from ..models.kinds import quantizable_weights
 from ..models.running import checked_batches, evaluating, one_sample
 from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
 from ..plans.plan import Plan
+from ..simulation.calibrate import plans_ranges
 from ..simulation.layer import simulate_layer
 from ..simulation.match import match
 from ..simulation.shifts import (
@@ -82,6 +84,9 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
 
     Under `EntropyCoded` with steps, codes of layers whose bytes the plan promises (`coded_bytes`) are kept to them, by
     their entropy: where they would take more, codes are rounded to what costs fewer bits for the least loss.
+
+    Where the plan quantizes inputs, the quantized model gives such ones (`calibrate_inputs` says in which ranges), and
+    the copy has ranges where the model has.
 
     Layers that cannot be compensated keep their float weights, which the plan rounds to nearest, and a warning lists
     them: layers that compute in their own way or are never called, other dtypes than float32. So do channels whose
@@ -156,7 +161,13 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
         home = device_of(model)
         place = checked_device(device, dtype=torch.float32) or home
         exact = folded_copy(traced, plan)
+        carried = bool(input_ranges(exact))
+        ranges = plans_ranges(exact, plan, given)
         rough = duplicate(exact)
+        if carried:
+            take_input_ranges(exact)
+        else:
+            put_input_ranges(rough, ranges)
         own_biases(rough)
         for net in (exact, rough):
             net.to(place).requires_grad_(False)
@@ -167,6 +178,8 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
                 layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
             job = _Job.of(exact, rough, plan, given, settings, layers)
             job.run(given, progress, finished)
+        if not carried:
+            take_input_ranges(rough)
         as_the_models(model, rough)
         return rough.to(home), job.notes()
 

@@ -91,9 +91,13 @@ class Nets:
 
     def quantize_inputs(self, unit: str) -> None:
         """Give the unit's layers input quantizers, where the plan has bits for activations."""
-        if self.plan.activation_bits is not None:
-            for layer in self.units[unit]:
-                quantize_input(self.rough.get_submodule(layer), self.plan.activation_bits)
+        for layer in self.units[unit]:
+            activations = self.plan.by_any_name[layer].activations
+            if activations is not None:
+                quantize_input(
+                    self.rough.get_submodule(layer), activations.bits, activations.dynamic,
+                    symmetric=activations.symmetric,
+                )  # fmt: skip
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

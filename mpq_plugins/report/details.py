@@ -22,14 +22,19 @@ def plan_details(plan: Plan) -> list[str]:
 
 def quantizer_line(plan: Plan) -> str:
     """How the plan's weights become codes, which decides what plans may be compared."""
-    activations = "floating point" if plan.activation_bits is None else f"{plan.activation_bits} bits"
     folded = ", BatchNorm folded" if plan.fold_bn else ""
     schemes = "; ".join(dict.fromkeys(scheme_words(layer.scheme) for layer in plan.layers))
     steps = sorted(steps_of(plan).values())
     if steps:
         same = f"step {steps[0]:.4g}" if steps[0] == steps[-1] else f"steps {steps[0]:.4g} to {steps[-1]:.4g}"
         schemes = f"{schemes}, {same}"
-    return f"quantizer     {schemes}{folded}; activations {activations}"
+    return f"quantizer     {schemes}{folded}; activations {plan.activations_text}{_ranges(plan)}"
+
+
+def _ranges(plan: Plan) -> str:
+    """How inputs are quantized, without the widths."""
+    found = dict.fromkeys(layer.activations.kind for layer in plan.layers if layer.activations is not None)
+    return "".join(f", {kind}" for kind in found)
 
 
 def table_details(table: LayerTable) -> list[str]:
@@ -66,7 +71,7 @@ def scheme_words(scheme: Scheme) -> str:
     grain = GRAINS.get(scheme.granularity, f"groups of {size}")
     said = SYMMETRIES.get(getattr(scheme, "symmetric", False), "symmetric")
     symmetric = [said] if said != "asymmetric" else []
-    clipped = ["clipped"] if getattr(scheme, "range", "") == "mse" else []
+    clipped = ["clipped"] if getattr(scheme, "range", "minmax") != "minmax" else []
     dtype = getattr(scheme, "scale_dtype", "float32")
     rounded = [f"scales in {dtype}"] if dtype != "float32" else []
     return ", ".join((scheme.name, *symmetric, grain, *clipped, *rounded))

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..common.registry import Plugin
 from ..common.text import printable
+from ..plans.capabilities import Change
 from ..plans.layers import LayerChoice, width_text
-from ..plans.legalise import Change
 from ..plans.plan import Difference, Plan
 from ..plans.size import PlanSize
 from ..plans.table import LayerTable
@@ -115,20 +115,29 @@ def plan_table(plan: Plan) -> Grid:
     """Every layer of a plan."""
     sizes = plan.size().layers
     schemes = ["scheme"] if len({layer.scheme for layer in plan.layers}) > 1 else []  # one is said above the table
+    inputs = ["input"] if plan.quantizes_inputs else []
     rows = [
         (
             layer.name, layer.kind, "x".join(map(str, layer.shape)), *(str(layer.scheme) for _ in schemes),
-            bits_text(layer), f"{layer.numel:,}", bytes_text(-(-sizes[layer.name].total // 8)),
+            bits_text(layer), *(_input_text(layer) for _ in inputs), f"{layer.numel:,}",
+            bytes_text(-(-sizes[layer.name].total // 8)),
         )
         for layer in plan.layers
     ]  # fmt: skip
     return grid(
         "",
-        ("layer", "kind", "shape", *schemes, "bits", "weights", "size"),
+        ("layer", "kind", "shape", *schemes, "bits", *inputs, "weights", "size"),
         rows,
         3 + len(schemes),
         ("kind", "shape", "weights"),
     )
+
+
+def _input_text(layer: LayerChoice) -> str:
+    """Bits of a layer's input; `float` where it is not quantized, and nothing where it takes indices."""
+    if layer.kind == "embedding":
+        return ""
+    return "float" if layer.activation_bits is None else str(layer.activation_bits)
 
 
 def file_lines(plan: Plan) -> list[str]:
@@ -144,7 +153,7 @@ def plan_head(plan: Plan) -> str:
     """One line: who made it, for how many layers, how small it is."""
     size = plan.size()
     skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
-    activations = "" if plan.activation_bits is None else f", activations {plan.activation_bits} bits"
+    activations = f", activations {plan.activations_text}" if plan.quantizes_inputs else ""
     return (
         f"{plan.allocator.name}: {len(plan.layers)} layers{skipped}, {size.total_average_bits:.2f} bits a weight in "
         f"total, {bytes_text(size.total_bytes)}{activations}"
@@ -209,7 +218,7 @@ def _what_else(difference: Difference) -> str:
         return "only in the other plan" if before is None else "only in the first plan"
     changed = [
         field
-        for field in ("kind", "shape", "channel_axis", "scheme", "tied")
+        for field in ("kind", "shape", "channel_axis", "scheme", "activations", "tied")
         if getattr(before, field) != getattr(after, field)
     ]
     if bits_text(before) == bits_text(after):

@@ -34,8 +34,8 @@ from ..common.progress import Progress
 from ..common.text import first_few
 from ..errors import SettingError
 from ..measurement.moments import second_moments, weight_users
-from ..models.copying import duplicate
 from ..models.folding import folded_copy
+from ..models.input_ranges import input_ranges, put_input_ranges, without_input_ranges
 from ..models.kinds import quantizable_weights
 from ..models.plain import is_plain
 from ..models.running import checked_batches, evaluating, first_input, run_model
@@ -43,6 +43,7 @@ from ..models.tracing import BATCH_NORMS, Traced
 from ..plans.plan import Plan
 from ..quantization.fitted import check_fits, fitted
 from ..weights.dtypes import check_weight
+from .calibrate import plans_ranges
 from .match import match
 from .model import simulate_model
 from .parts import weight_parts
@@ -71,7 +72,8 @@ def correct(
     """Make a float copy of the model whose BatchNorm statistics and biases suit the plan's quantized weights.
 
     A plan measured with BatchNorm folded in gives a folded copy, where only biases are left to correct. Layers that
-    have no bias get one. It warns of layers that no batch reached.
+    have no bias get one. Where the plan quantizes inputs, their shifts are corrected too (`calibrate_inputs` says in
+    which ranges); the copy has ranges where the model has. It warns of layers that no batch reached.
 
     Args:
         model: The float model; it is not changed.
@@ -106,10 +108,13 @@ def correct(
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
     given = checked_batches(batches)
     copied = folded_copy(traced, plan)
-    exact = duplicate(copied) if fit_ranges else copied
+    ranges = plans_ranges(copied, plan, given)
+    exact = without_input_ranges(copied) if fit_ranges or input_ranges(copied) else copied
     if fit_ranges:
         _fit_ranges(copied, plan, given)
     quantized = simulate_model(copied, plan)
+    if not input_ranges(quantized):
+        put_input_ranges(quantized, ranges)
     own_biases(copied)
     shifts, unreached = _measure(exact, quantized, plan, given, progress)
     LOG.info("%d statistics and biases corrected on %d batches", len(shifts), len(given))

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from ..common.public import public
 from ..common.text import first_few
 from ..errors import VerifyError
-from ..models.input_ranges import input_ranges
 from ..models.kinds import quantizable_weights
 from ..models.wrappers import renaming
 from ..plans.layers import LayerChoice, Part
 from ..plans.plan import Plan
+from .calibrate import input_problems
 from .layer import most_distinct_values
 from .match import as_called
 from .model import simulated
@@ -29,6 +29,7 @@ class PartCheck:
         channels: How many output channels have it.
         values: The most different values that any of its groups holds.
         allowed: How many a group may hold.
+        activation_bits: Bits of the layer's input; None for floating point.
     """
 
     layer: str
@@ -36,14 +37,16 @@ class PartCheck:
     channels: int
     values: int
     allowed: int
+    activation_bits: int | None = None
 
 
 def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> tuple[PartCheck, ...]:
     """Prove that a model holds what the plan says: right layers, none missing, none extra, few enough values.
 
     Every group that shares a scale may hold at most as many different values as its scheme has levels: 2^b (2^b - 1
-    symmetric, 2 at one bit), or 2^(b+1) - 3 with two intervals of b bits. Inputs that the model quantizes itself must
-    have the plan's activation bits.
+    symmetric, 2 at one bit), or 2^(b+1) - 3 with two intervals of b bits. The inputs that the plan quantizes must be,
+    at its widths, and no others; to verify weights alone, give without_input_ranges(model) and
+    plan.with_activation_bits(None).
 
     Args:
         model: The quantized model.
@@ -62,7 +65,7 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> plan = mpq.Uniform(bits=2)(mpq.measure(net))
         >>> mpq.verify(mpq.apply(net, plan), plan, net)
-        (PartCheck(layer='0', bits=2, channels=8, values=4, allowed=4),)
+        (PartCheck(layer='0', bits=2, channels=8, values=4, allowed=4, activation_bits=None),)
     """
     weights = quantizable_weights(model)
     plan = as_called(plan, weights)
@@ -87,11 +90,7 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
             checks += part_checks
         if original is not None and not (name in expected and expected[name].equal(weight)):
             problems.append(f"{name!r} differs from what the plan makes of the original")
-    problems += [
-        f"{name!r} has inputs of {input_range.bits} bits, the plan {plan.activation_bits or 'float ones'}"
-        for name, input_range in input_ranges(model).items()
-        if input_range.bits != plan.activation_bits
-    ]
+    problems += input_problems(model, plan)
     if problems:
         raise VerifyError(f"{type(model).__name__} does not hold the plan: {first_few(problems)}")
     return tuple(checks)
@@ -106,7 +105,9 @@ def _expected(original: nn.Module, plan: Plan, present: Iterable[str]) -> dict[s
 
 def _check_part(weight: Tensor, choice: LayerChoice, part: Part) -> PartCheck:
     values = most_distinct_values(weight, choice, part.runs)
-    return PartCheck(choice.name, part.bits, len(part.channels), values, choice.scheme.levels(part.bits))
+    return PartCheck(
+        choice.name, part.bits, len(part.channels), values, choice.scheme.levels(part.bits), choice.activation_bits
+    )
 
 
 def _too_many(check: PartCheck) -> str:

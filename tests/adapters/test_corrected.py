@@ -53,7 +53,7 @@ def corrected(allocator: Any, scheme: Affine = PER_CHANNEL) -> tuple[nn.Module, 
 
 
 def folded_simulation(model: nn.Module, plan: Plan) -> nn.Module:
-    return apply(fold_batch_norm(model), plan.model_copy(update={"fold_bn": False, "activation_bits": None}))
+    return apply(fold_batch_norm(model), plan.with_activation_bits(None).model_copy(update={"fold_bn": False}))
 
 
 def no_other_codes(model: nn.Module, other: nn.Module, plan: Plan) -> None:

@@ -70,7 +70,7 @@ def for_backend(plan: Plan, adapter: Adapter) -> Plan:
     """The plan with 8-bit activations where the backend has no others; its layers as they are."""
     legal, changes = mpq.legalise(plan, adapter.CAPABILITIES)
     assert {change.layer for change in changes} <= {"activations"}
-    assert legal.layers == plan.layers
+    assert legal.with_activations(None).layers == plan.with_activations(None).layers
     return legal
 
 
@@ -115,7 +115,7 @@ def test_codes_and_outputs_are_the_plans(adapter: Adapter, layers: str, fold_bn:
     expected = outputs(model, plan)
     with torch.no_grad():
         distance = float((getattr(quantized, "model", quantized)(IMAGES[:8]) - expected[:8]).norm() / expected.norm())
-    assert distance < (1e-5 if plan.activation_bits is None else 0.03)
+    assert distance < (0.03 if plan.quantizes_inputs else 1e-5)
 
 
 @pytest.mark.parametrize("layers", PLANS)

@@ -104,5 +104,15 @@ def test_learned_input_ranges_are_refused_with_a_remedy_that_works(adapter: str)
         convert(result, weights)
     plain = mpq.without_input_ranges(result)
     verify(convert(plain, weights), weights, plain, batch=IMAGES)
-    with pytest.raises(SettingError, match="in ranges of its own"):
-        fx.prepare(result, plan, IMAGES[:1])
+
+
+def test_fx_takes_learned_input_ranges() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = Uniform(bits=4)(measure(model, PER_CHANNEL, (4,))).with_activation_bits(8)
+    result = mpq.reconstruct(model, plan, list(IMAGES.split(16)), steps=4)
+    made = fx.prepare(result, plan, IMAGES[:1], reduce_range=False)
+    with torch.no_grad():
+        made(IMAGES)
+    converted = convert_fx(made)
+    found = {check.layer: check.input_range for check in fx.verify(converted, plan, result, batch=IMAGES)}
+    assert found == mpq.input_ranges(result)

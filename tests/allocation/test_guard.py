@@ -178,22 +178,22 @@ def test_mixquant_far_out_is_flagged() -> None:
 
 def test_the_best_width_for_each_layer_is_the_best_there_is() -> None:
     """Against every combination of widths, on layers of sizes that fit into one another badly."""
-    sizes = ((3, 17), (5, 40), (4, 90), (2, 7))
+    sizes = ((3, 17), (5, 40), (4, 90))
     measured = table(*(
         layer(name, mse=10.0**k, channels=channels, per=per)
-        for k, (name, (channels, per)) in enumerate(zip("abcd", sizes, strict=True))
+        for k, (name, (channels, per)) in enumerate(zip("abc", sizes, strict=True))
     ))  # fmt: skip
+    others = [
+        by_hand_quietly(measured, dict(zip("abc", widths, strict=True))) for widths in itertools.product(BITS, repeat=3)
+    ]
+    priced = [(other.size().total_bits, predicted(measured, other, "mse") or 0.0) for other in others]
     for average in (2.5, 3.1, 4.3, 5.2):
         plan = Budget(average_bits=average, parts=False, bits=BITS)(measured)
         found = compare(measured, plan, "mse")
         assert found is not None
         assert found.best is not None
-        costs = []
-        for widths in itertools.product(BITS, repeat=4):
-            other = by_hand_quietly(measured, dict(zip("abcd", widths, strict=True)))
-            if other.size().total_bits <= found.total_bits:
-                costs.append(predicted(measured, other, "mse") or 0.0)
-        assert found.best == pytest.approx(min(costs), rel=1e-9)
+        least = min(cost for bits, cost in priced if bits <= found.total_bits)
+        assert found.best == pytest.approx(least, rel=1e-9)
         assert found.best <= found.plan * (1 + 1e-9)
 
 

@@ -101,6 +101,7 @@ def test_pins_ties_and_float() -> None:
         ({"tie": ["{q,k}"], "pin": ["q=mxfp4"]}, "tie: .* must agree, but are pinned to"),
         ({"bits": (4, 8)}, "bits: means nothing with a table of types"),
         ({"ends": 8}, "ends: means nothing with a table of types"),
+        ({"input_bits": (4, 8)}, "input_bits: inputs are planned beside weights' widths"),
     ],
 )
 def test_what_means_nothing_is_refused(options: dict[str, object], message: str) -> None:

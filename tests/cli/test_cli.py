@@ -195,7 +195,7 @@ def test_scheme_options_reach_the_plan(mpq: Mpq, checkpoint: Path, tmp_path: Pat
         "--only", "conv*", "--skip", "conv2", "--activation-bits", 8, "-o", out)  # fmt: skip
     plan = Plan.load(out)
     assert str(plan.layers[0].scheme) == "symmetric per_channel mse"
-    assert (list(plan.by_name), plan.skipped, plan.activation_bits) == (["conv1"], ("conv2", "fc", "up"), 8)
+    assert (list(plan.by_name), plan.skipped, plan.layers[0].activation_bits) == (["conv1"], ("conv2", "fc", "up"), 8)
     mpq("plan", checkpoint, "-a", "uniform", "--group-size", 3, "--only", "conv1", "-o", out)
     assert str(Plan.load(out).layers[0].scheme) == "asymmetric per_group(3) minmax"
     for words in (["--full-range"], ["--symmetric", "--full-range"]):

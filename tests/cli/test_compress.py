@@ -120,7 +120,7 @@ def test_what_a_checkpoint_holds_beside_its_weights_is_said(mpq: Mpq, folder: Pa
     assert made.err == "mpq: left out, no tensors of the model: epoch, best\n"
     Plan.load(folder / "plan.json").with_activation_bits(8).save(folder / "a8.json")
     made = mpq("compress", folder / "net.safetensors", folder / "a8.json", "-o", folder / "net.mpq")
-    assert made.err == "mpq: note: the plan's 8-bit activations are not in a container; weights only\n"
+    assert made.err == "mpq: note: the plan's activations (8 bits) are not in a container; weights only\n"
 
 
 @pytest.mark.parametrize(

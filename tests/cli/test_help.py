@@ -76,7 +76,7 @@ def test_the_default_of_two_flags_is_one_of_them(mpq: Mpq) -> None:
 
 def test_a_field_that_some_schemes_have_says_which(mpq: Mpq) -> None:
     text = " ".join(mpq("measure", "--help").out.split())
-    assert "--range [minmax|mse] [affine] " in text
+    assert "--range NAME [affine] range of codes: minmax, percentile, mse, kl" in text
     assert "--symmetric / --asymmetric [affine] " in text
     assert "--granularity NAME scales: per_tensor, per_channel, per_group" in text
 

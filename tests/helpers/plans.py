@@ -33,11 +33,14 @@ def plan_of(*layers: LayerChoice, fold_bn: bool = False) -> Plan:
 
 
 def with_layer(plan: Plan, name: str, **changes: object) -> Plan:
-    """The plan with one layer's fields changed and validated again."""
-    layers = tuple(
-        LayerChoice(**(layer.model_dump() | {"scheme": layer.scheme} | changes)) if layer.name == name else layer
-        for layer in plan.layers
-    )
+    """The plan with one layer's fields changed and validated again; what goes into a layer in float stays in float."""
+
+    def changed(layer: LayerChoice) -> LayerChoice:
+        kept = {"scheme": layer.scheme, "activations": layer.activations}
+        made = LayerChoice(**(layer.model_dump() | kept | changes))
+        return made.model_copy(update={"activations": None}) if made.in_float else made
+
+    layers = tuple(changed(layer) if layer.name == name else layer for layer in plan.layers)
     return plan.model_copy(update={"layers": layers})
 
 

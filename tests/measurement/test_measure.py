@@ -28,6 +28,8 @@ SCHEMES = [
     Affine(range="mse"),
     Affine(symmetric="full", granularity="per_channel", range="mse"),
     Affine(symmetric="full", scale_dtype="float16"),
+    Affine(range="percentile", share=0.9),
+    Affine(symmetric="full", granularity="per_channel", range="kl"),
 ]
 
 

@@ -42,6 +42,7 @@ SCHEMES: list[Scheme] = [
     Affine(range="mse"),
     Affine(granularity="per_channel", range="mse", symmetric=True),
     Affine(granularity="per_channel", range="mse", symmetric="full", scale_dtype="float16"),
+    Affine(range="percentile", share=0.99),
     Piecewise(),
     Piecewise(granularity="per_channel"),
 ]

@@ -1,5 +1,6 @@
 """Projecting plans onto backends, against rules written out by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from mpq_plugins import Affine, EntropyCoded, Piecewise, Plan
 from mpq_plugins.errors import SettingError
-from mpq_plugins.plans.legalise import Capabilities, Policy, legalise, require_legal
+from mpq_plugins.plans.capabilities import Capabilities, Policy
+from mpq_plugins.plans.legalise import legalise, require_legal
 from mpq_plugins.plans.scheme import Symmetry
 from tests.helpers.plans import linear, plan_of, plans
 from tests.helpers.says import names, naming
@@ -190,6 +192,9 @@ def test_what_quantized_activations_rule_out_is_a_change() -> None:
     plan = plan_of(linear("fc", 4, 2, Affine(), 4))
     assert legalise(plan, able)[1] == ()
     legal, (change,) = legalise(plan.with_activation_bits(8), able)
+    assert (legal.layers[0].bits, legal.layers[0].activations) == (4, None)
+    assert change.why == "x quantizes no inputs of linear layers"
+    legal, (change,) = legalise(plan.with_activation_bits(8), replace(able, activation_bits=(8,)))
     assert legal.layers[0].bits == 32
     assert "beside 8-bit activations" in change.why
 
@@ -205,8 +210,24 @@ def test_capabilities_must_leave_something(empty: dict[str, Any]) -> None:
 def test_activations_are_a_change_like_any_other() -> None:
     plan = plan_of(linear("fc", 4, 2, PER_CHANNEL, 8)).with_activation_bits(3)
     legal, (change,) = legalise(plan, INT8)
-    assert legal.activation_bits == 8
-    assert (change.layer, change.before, change.after) == ("activations", "3 bits", "8 bits")
+    assert legal.layers[0].activation_bits == 8
+    assert (change.layer, change.before, change.after) == (
+        "activations", "3 bits, asymmetric mse", "8 bits, asymmetric mse",
+    )  # fmt: skip
+    assert change.why == "int8 has activations at 8, 5 bits more for every input value"
+
+
+def test_inputs_wider_than_a_backend_has_go_to_floating_point_where_it_has_that() -> None:
+    plan = plan_of(linear("fc", 4, 2, PER_CHANNEL, 8)).with_activation_bits(16)
+    with pytest.raises(SettingError, match=naming("activations of 16 bits", "nothing above", 8, "nearest")):
+        legalise(plan, INT8)
+    both = replace(INT8, activation_bits=(None, 8))
+    legal, (change,) = legalise(plan, both)
+    assert legal.layers[0].activations is None
+    assert change.why == "int8 has activations at floating point, 8, 16 bits more for every input value"
+    legal, (change,) = legalise(plan, both, "nearest")
+    assert legal.layers[0].activation_bits == 8
+    assert change.why.endswith("8 bits fewer for every input value")
 
 
 def test_refusals_list_every_layer_and_the_remedy() -> None:

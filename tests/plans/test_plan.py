@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, EntropyCoded, MixQuant, Part, Plan, measure
+from mpq_plugins import Activations, Affine, EntropyCoded, MixQuant, Part, Plan, measure
 from mpq_plugins.common.checksum import unsealed
 from mpq_plugins.errors import FormatError, SettingError
 from mpq_plugins.plans import plan
@@ -274,6 +274,29 @@ def test_plans_of_the_version_without_types_are_read(tmp_path: Path) -> None:
     assert '"scheme": {"name": "affine", "symmetric": true, "granularity": "per_channel"' in old.to_json()
 
 
+def test_one_number_of_all_inputs_becomes_each_layers_own() -> None:
+    """Of layers with codes; indices, and what goes into layers in float, stay as they are."""
+    one = json.loads(VERSION_4) | {"activation_bits": 6}
+    (layer,) = one["layers"]
+    parts = [{"bits": 32, "channels": "0-2"}, {"bits": 8, "channels": "3"}]
+    others = [
+        layer | {"name": "parts", "bits": None, "parts": parts},
+        layer | {"name": "float", "bits": 16},
+        layer | {"name": "words", "kind": "embedding"},
+    ]
+    one["layers"] += [{key: value for key, value in other.items() if value is not None} for other in others]
+    old = Plan.model_validate_json(json.dumps(one))
+    assert {own.name: own.activations for own in old.layers} == {
+        "0": Activations(6), "parts": Activations(6), "float": None, "words": None,
+    }  # fmt: skip
+    assert Plan.model_validate_json(old.to_json()) == old
+    one["layers"][1]["parts"] = 5
+    with pytest.raises(FormatError, match="parts"):
+        Plan.model_validate_json(json.dumps(one))
+    with pytest.raises(FormatError, match="bits: 1 is not allowed; 2 to 16"):
+        Plan.model_validate_json(json.dumps(json.loads(VERSION_4) | {"activation_bits": 1}))
+
+
 def test_a_promise_of_coded_bytes_is_what_codes_count() -> None:
     made = plan_of(linear("fc", 4, 2, EntropyCoded(step=0.25), 8))
     promised = made.model_copy(update={"layers": (made.layers[0].model_copy(update={"coded_bytes": 3}),)})
@@ -352,7 +375,7 @@ def test_diff_lists_what_changed_and_what_only_one_has() -> None:
 
 def test_activation_bits_are_checked() -> None:
     made = plan_of(linear("fc", 4, 2, Affine(), 4))
-    assert made.with_activation_bits(8).activation_bits == 8
+    assert made.with_activation_bits(8).layers[0].activation_bits == 8
     with pytest.raises(SettingError, match="activation_bits: 0 is not allowed"):
         made.with_activation_bits(0)
 

@@ -19,7 +19,7 @@ SCHEMES = [
     Affine(symmetric=symmetric, granularity=granularity, group_size=group, range=range_name)  # type: ignore[arg-type]
     for symmetric in (False, True, "full")
     for granularity, group in (("per_tensor", None), ("per_channel", None), ("per_group", 2))
-    for range_name in ("minmax", "mse")
+    for range_name in ("minmax", "mse", "percentile", "kl")
 ]
 BITS = range(1, 9)
 

@@ -169,7 +169,8 @@ def test_a_plan_counts_its_codebooks() -> None:
 
 
 def test_backends_without_codebooks_say_so() -> None:
-    from mpq_plugins.plans.legalise import Capabilities, legalise
+    from mpq_plugins.plans.capabilities import Capabilities
+    from mpq_plugins.plans.legalise import legalise
 
     plan = mpq.Uniform(bits=3)(mpq.measure(nn.Sequential(nn.Linear(64, 10)), Codebook(), bits=(3,)))
     legal, (change,) = legalise(plan, Capabilities(backend="x", bits=(3, 4), kinds=("linear",)))

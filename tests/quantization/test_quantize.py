@@ -41,8 +41,8 @@ ALLOWED = list(allowed())
 
 
 def test_all_schemes_are_here_at_all_of_their_widths() -> None:
-    assert len(SCHEMES) == 3 * (6 + 6 + 4)
-    assert len(ALLOWED) == 3 * 6 * 8 + 3 * 6 * 7 + 4 * (8 + 8 + 7)
+    assert len(SCHEMES) == 3 * (12 + 6 + 4)
+    assert len(ALLOWED) == 3 * 12 * 8 + 3 * 6 * 7 + 4 * (8 + 8 + 7)
 
 
 def test_a_constant_is_exact() -> None:

@@ -1,9 +1,7 @@
-"""Quantized inputs of layers: against a slow loop, LSQ's gradients, and ranges that are no worse than the extremes."""
+"""Quantized inputs of layers: against a slow loop, and LSQ's gradients."""
 
 import copy
-import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,19 +17,10 @@ from mpq_plugins.models.input_ranges import (
     input_ranges,
     quantize_input,
 )
-from mpq_plugins.reconstruction.activations import ActivationRange, InputValues
+from mpq_plugins.reconstruction.activations import ActivationRange
+from tests.helpers.inputs import slowly
 
 VALUES = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20)
-
-
-def slowly(x: Tensor, scale: float, zero_point: int, bits: int) -> list[float]:
-    """One value after the other; Python's round goes to even, as torch's does."""
-    found = []
-    for value in x.flatten().tolist():
-        code = round(float(np.float32(value) / np.float32(scale))) + zero_point
-        code = min(max(code, 0), 2**bits - 1)
-        found.append(float(np.float32(code - zero_point) * np.float32(scale)))
-    return found
 
 
 @given(VALUES, st.floats(2**-6, 8, width=32), st.integers(1, 8), st.data())
@@ -77,90 +66,6 @@ def test_a_range_is_learned_from_where_it_begins() -> None:
     own.scale().backward()
     assert own.change.grad is not None
     assert float(own.change.grad) == pytest.approx(float(own.scale().detach()))
-
-
-def fitted(x: Tensor, bits: int) -> InputQuantizer:
-    layer, quantizer, values = nn.Linear(x.shape[-1], 2), InputQuantizer(bits), InputValues()
-    handle = values.watch(layer)
-    for part in x.split(5):
-        layer(part)
-    handle.remove()
-    layer(x + 1000)  # seen by no one
-    values.fit(quantizer, "fc")
-    return quantizer
-
-
-def error_of(x: Tensor, scale: float, zero_point: int, bits: int) -> float:
-    return math.fsum(
-        (a - b) ** 2 for a, b in zip(slowly(x, scale, zero_point, bits), x.flatten().tolist(), strict=True)
-    )
-
-
-SHAPES: dict[str, Tensor] = {
-    "normal": torch.randn(40, 6, generator=torch.Generator().manual_seed(0)),
-    "positive": torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).relu() + 0.1,
-    "negative": -torch.rand(40, 6, generator=torch.Generator().manual_seed(2)) - 3,
-    "outlier": torch.randn(40, 6, generator=torch.Generator().manual_seed(3)).index_fill(0, torch.tensor([7]), 60.0),
-    "skewed": torch.randn(40, 6, generator=torch.Generator().manual_seed(4)).exp() - 0.3,
-    "small": torch.randn(40, 6, generator=torch.Generator().manual_seed(5)) * 1e-6,
-    "constant": torch.full((40, 6), 2.5),
-}
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_fitted_range_is_no_worse_than_the_extremes(shape: str, bits: int) -> None:
-    x, top = SHAPES[shape], 2**bits - 1
-    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
-    extremes = (high - low) / top
-    quantizer = fitted(x, bits)
-    own = error_of(x, float(quantizer.scale), int(quantizer.zero_point), bits)
-    plain = error_of(x, extremes, min(max(round(-low / extremes), 0), top), bits)
-    assert own <= plain * (1 + 1e-5)
-    assert 0 <= int(quantizer.zero_point) <= top
-    assert float(quantizer.zero_point) == int(quantizer.zero_point)
-    assert float(quantizer.scale) > 0
-
-
-def test_an_outlier_is_clipped() -> None:
-    x = SHAPES["normal"].repeat(10, 1).clone()
-    x[0, 0] = 8.0
-    quantizer = fitted(x, 2)
-    assert float(quantizer.scale) * 3 < 0.8 * (8 - float(x.min()))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 8])
-def test_positive_inputs_have_their_zero_point_at_zero_and_negative_ones_at_the_top(bits: int) -> None:
-    assert float(fitted(SHAPES["positive"], bits).zero_point) == 0
-    assert float(fitted(SHAPES["negative"], bits).zero_point) == 2**bits - 1
-
-
-def test_zero_is_always_a_level() -> None:
-    for x in SHAPES.values():
-        assert float(fitted(x, 4)(torch.zeros(1))) == 0
-
-
-def test_a_range_of_the_extremes_reaches_values_that_the_sample_left_out() -> None:
-    x = torch.zeros(1, 40_000)  # more than are kept of one call
-    x[0, 1] = 5.0
-    values = InputValues()
-    layer = nn.Linear(40_000, 1)
-    values.watch(layer)
-    layer(x)
-    assert (values.low, values.high) == (0.0, 5.0)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "said"),
-    [([], "no batch reaches it"), ([torch.zeros(3, 4)], "its inputs are all zero")],
-)
-def test_inputs_without_a_range_name_the_layer(inputs: list[Tensor], said: str) -> None:
-    values, layer = InputValues(), nn.Linear(4, 4)
-    values.watch(layer)
-    for x in inputs:
-        layer(x)
-    with pytest.raises(SettingError, match=rf"layer 'a\.fc': {said}"):
-        values.fit(InputQuantizer(4), "a.fc")
 
 
 X = torch.randn(9, 4, generator=torch.Generator().manual_seed(6))

@@ -134,7 +134,7 @@ def test_skipped_layers_keep_their_values() -> None:
 def test_activation_bits_are_not_dropped_in_silence() -> None:
     net = conv_net()
     plan = Uniform(bits=8)(measure(net, bits=(8,))).with_activation_bits(8)
-    with pytest.warns(UserWarning, match="8-bit activations are not simulated"):
+    with pytest.warns(UserWarning, match=r"activations \(8 bits\) are not simulated"):
         apply(net, plan)
 
 

@@ -522,9 +522,9 @@ def test_verify_and_apply_tell_other_activation_bits() -> None:
     learned = learn(net, plan, steps=3)
     mpq.verify(learned, plan)
     other = plan.with_activation_bits(2)
-    with pytest.raises(mpq.VerifyError, match="'stem' has inputs of 8 bits, the plan 2"):
+    with pytest.raises(mpq.VerifyError, match=r"'stem' has inputs of 8 bits \(static\), the plan 2"):
         mpq.verify(learned, other)
-    with pytest.warns(UserWarning, match="2-bit activations are not simulated"):
+    with pytest.raises(mpq.SettingError, match="carries ranges of inputs that are not the plan's"):
         mpq.apply(learned, other)
     assert mpq.input_ranges(learned.state_dict()) == mpq.input_ranges(learned)
 

@@ -1,7 +1,6 @@
 """Corrected statistics and biases against the formula in plain loops, and everything that must not change."""
 
 import copy
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mpq_plugins as mpq
 from mpq_plugins import Affine, Part, Piecewise, Plan, Uniform, apply, correct, measure, verify
 from mpq_plugins.errors import MismatchError, SettingError, WeightError
 from mpq_plugins.models.folding import fold_batch_norm
@@ -787,15 +787,15 @@ def test_another_models_plan_and_bad_weights_are_refused() -> None:
             correct(model, plan, [IMAGES], fit_ranges=fit_ranges)
 
 
-def test_activation_bits_are_warned_of_once_and_not_in_correct() -> None:
-    model = conv_net()
-    plan = planned(model, 8).with_activation_bits(8)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        correct(model, plan, [IMAGES])
-        assert not said
-        apply(model, plan, calibrate=[IMAGES])
-    assert len(said) == 1
+def test_what_quantized_inputs_shift_is_corrected_and_the_copy_is_float() -> None:
+    model = seeded(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6))
+    plan = planned(model, 8).with_activation_bits(2)
+    assert not mpq.input_ranges(correct(model, plan, [ROWS]))
+    ranged = mpq.calibrate_inputs(model, plan, [ROWS])
+    shifted, better = apply(ranged, plan), apply(correct(ranged, plan, [ROWS]), plan)
+    with torch.no_grad():
+        before, after = ((net(ROWS) - model(ROWS)).mean(0).abs().max() for net in (shifted, better))
+    assert after < 0.1 * before
 
 
 def test_a_batch_norm_over_a_single_value_is_refused() -> None:

@@ -81,7 +81,8 @@ def test_verify_counts_by_group() -> None:
         verify(apply(net, Uniform(bits=4)(measure(net, scheme, (4,)))), plan)
 
 
-def test_verify_against_the_original_says_nothing_of_activations() -> None:
+def test_inputs_that_stay_in_float_are_told() -> None:
     net = conv_net()
     plan = Uniform(bits=8)(measure(net, bits=(8,)))
-    verify(apply(net, plan), plan.with_activation_bits(8), original=net)  # a warning would be an error here
+    with pytest.raises(VerifyError, match=naming("'conv1' has float inputs", "8 bits (static)")):
+        verify(apply(net, plan), plan.with_activation_bits(8), original=net)

@@ -68,8 +68,8 @@ def apply(
     say_notes(fit, loaded_from=plan_file)
     if fit.present.key is not None:
         say(f"weights: those under {fit.present.key!r}; others in the file are as they were")
-    if loaded.activation_bits is not None:
-        say(f"note: the plan's {loaded.activation_bits}-bit activations are not in a checkpoint; weights only")
+    if loaded.quantizes_inputs:
+        say(f"note: the plan's activations ({loaded.activations_text}) are not in a checkpoint; weights only")
     planned = PlannedTensors(fit.plan.by_any_name)
     corrected = sorted(name for name in fitted if planned.layer(name) is None)
     if as_json:

@@ -13,7 +13,7 @@ from ..output import BAD_INPUT, claim, json_option, model_option, print_json, we
 from ..types import FileOrFactory, Known
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for them
-    from ...plans.legalise import Change
+    from ...plans.capabilities import Change
     from ...plans.plan import Plan
     from ...plans.storage import Storage
     from ...simulation.match import Match
@@ -29,7 +29,7 @@ class _Legal:
 
 
 def _policies() -> tuple[str, ...]:
-    from ...plans.legalise import POLICIES
+    from ...plans.capabilities import POLICIES
 
     return POLICIES
 

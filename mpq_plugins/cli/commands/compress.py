@@ -101,8 +101,8 @@ def compress(
         alert(f"warning: {broken}")
     if container.header.left_out:
         say(f"left out, no tensors of the model: {', '.join(container.header.left_out)}")
-    if plan.activation_bits is not None:
-        say(f"note: the plan's {plan.activation_bits}-bit activations are not in a container; weights only")
+    if plan.quantizes_inputs:
+        say(f"note: the plan's activations ({plan.activations_text}) are not in a container; weights only")
     print_container(container, as_json, layers=False)
     if not as_json:
         echo(f"wrote {output}")

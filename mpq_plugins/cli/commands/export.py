@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 
 
 def _policies() -> tuple[str, ...]:
-    from ...plans.legalise import POLICIES
+    from ...plans.capabilities import POLICIES
 
     return POLICIES
 
@@ -63,7 +63,8 @@ def export(
     claim(output)
     check_order(plan_file, str(source), "mpq export PLAN SOURCE")
     backend = _loaded(target, config_only)
-    from ...plans.legalise import Change, legalise
+    from ...plans.capabilities import Change
+    from ...plans.legalise import legalise
     from ...plans.plan import Plan
 
     capabilities = capabilities_of("configs" if config_only else "exporters", target, backend, runtime)

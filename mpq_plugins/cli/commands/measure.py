@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...errors import SettingError
 from ...report.progress import echo
+from ..activation_options import range_options, taken_ranges
 from ..output import claim, json_option, plot_option, print_json, print_table, say_left_alone, say_written
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..typed import types_option
@@ -13,6 +15,7 @@ from ..types import FileOrFactory, IntegerList, NameList, installed
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.contract import Needs
+    from ...plans.activations import Activations
     from ...plans.table import LayerTable
     from ...plans.type_table import TypeTable
     from ..request import Request
@@ -30,7 +33,7 @@ def _metrics() -> tuple[str, ...]:
 )
 @click.argument("source", type=FileOrFactory())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Table to write; `mpq plan` takes it as SOURCE.")
-@click.option("--bits", type=IntegerList(), help="Bit-widths to measure (default: those of 1-8 that the scheme has).")
+@click.option("--bits", type=IntegerList(), help="Bit-widths to measure (default: those of the scheme).")
 @click.option(
     "--metrics", type=NameList(_metrics), default="relative,mse", show_default=True,
     help="Errors of the weights: relative, mse, rmse, sqnr_db, max_abs.",
@@ -44,6 +47,12 @@ def _metrics() -> tuple[str, ...]:
     "--sensitivity", "sensitivities", type=installed("sensitivities"), multiple=True,
     help="Also what quantizing each layer does to the outputs; repeatable.",
 )  # fmt: skip
+@click.option(
+    "--activations", is_flag=True,
+    help="Also what quantizing each layer's input does, by --sensitivity.",
+)  # fmt: skip
+@click.option("--input-bits", type=IntegerList(), help="Bit-widths of inputs (default: 2-8,16).")
+@range_options
 @click.option(
     "--calibrate", "calibration", metavar="MODULE:FUNCTION", help="Returns the batches of inputs that these need."
 )
@@ -66,6 +75,8 @@ def measure(
     per_channel_errors: bool | None,
     input_shape: tuple[int, ...] | None,
     sensitivities: tuple[str, ...],
+    activations: bool,
+    input_bits: tuple[int, ...] | None,
     calibration: str | None,
     output_function: str | None,
     workers: int | None,
@@ -86,7 +97,7 @@ def measure(
     from ...plans.table import LayerTable
     from ...report.layer_plots import errors_plot, table_title
     from ...report.plots import check_plot
-    from ..calibration import check_sensitivities, with_sensitivities
+    from ..calibration import OnInputs, check_sensitivities
     from ..measuring import kept_beside, measure_now
     from ..output import check_output
     from ..request import Request
@@ -103,13 +114,15 @@ def measure(
     if output is not None:
         check_output(Store.beside(output).path, *inputs)
     claim(output, plot)
+    ranges = taken_ranges(options)
     request = Request(**request_values(options))
     given = resolve_source(source)
-    _check_asked(sensitivities, calibration, output_function)
+    _check_asked(sensitivities, activations, calibration, output_function)
+    how = _inputs_asked(activations, input_bits, ranges)
     if types is not None:
-        _check_types(bits, per_channel_errors, input_shape, plot)
-    if sensitivities:
-        check_sensitivities(given.weights, sensitivities)
+        _check_types(bits, per_channel_errors, input_shape, plot, activations or None)
+    if sensitivities or activations:
+        check_sensitivities(given.weights, sensitivities, activations)
     table: LayerTable | TypeTable
     with kept_beside(output) as store:
         with chosen_executor(workers, dask) as executor:
@@ -118,10 +131,9 @@ def measure(
             else:
                 needs = _needs(request, bits, metrics, per_channel_errors)
                 table = measure_now(given, needs, request, input_shape, store=store, executor=executor, device=device)
-        if calibration is not None:
-            table = with_sensitivities(  # type: ignore[type-var]  # either kind gives its own
-                table, given.weights, sensitivities, calibration, output_function, store
-            )
+            if calibration is not None:
+                run = OnInputs(sensitivities, how, input_bits, calibration, output_function)
+                table = run.added(table, given.weights, store, executor)
         if output is not None:
             table.save(output)
     if plot is not None and isinstance(table, LayerTable):
@@ -144,12 +156,13 @@ def _needs(
 
 def _show(table: "LayerTable | TypeTable", output: Path | None, plot: Path | None, as_json: bool) -> None:
     from ...plans.table import LayerTable
+    from ...report.inputs import inputs_json
 
     base = table if isinstance(table, LayerTable) else table.base
     if as_json:
         numbers = _json(table) if isinstance(table, LayerTable) else _types_json(table)
         others = {"skipped": base.skipped, "left_alone": dict(base.left_alone)}
-        print_json({"table": str(output) if output else None, **numbers, **others})
+        print_json({"table": str(output) if output else None, **numbers, **inputs_json(base), **others})
         return
     print_table(table)
     say_left_alone(base)
@@ -181,18 +194,47 @@ def _types_json(table: "TypeTable") -> dict[str, Any]:
 
 
 def _check_types(
-    bits: tuple[int, ...] | None, per_channel: bool | None, input_shape: tuple[int, ...] | None, plot: Path | None
+    bits: tuple[int, ...] | None,
+    per_channel: bool | None,
+    input_shape: tuple[int, ...] | None,
+    plot: Path | None,
+    activations: bool | None,
 ) -> None:
     """Refuse what means nothing with types."""
-    given = {"--bits": bits, "--per-channel-errors": per_channel, "--input-shape": input_shape, "--plot": plot}
+    given = {
+        "--bits": bits, "--per-channel-errors": per_channel, "--input-shape": input_shape, "--plot": plot,
+        "--activations": activations,
+    }  # fmt: skip
     for option, value in given.items():
         if value is not None:
             raise click.UsageError(f"{option} means nothing with --types: a type has one width and no parts")
 
 
-def _check_asked(sensitivities: tuple[str, ...], calibration: str | None, output_function: str | None) -> None:
+def _check_asked(
+    sensitivities: tuple[str, ...], activations: bool, calibration: str | None, output_function: str | None
+) -> None:
     """Refuse sensitivities without inputs, and what is for sensitivities without one."""
-    if bool(sensitivities) != (calibration is not None):
-        raise click.UsageError("--sensitivity needs inputs, and inputs are for nothing else: give it and --calibrate")
+    if activations and calibration is None:
+        raise click.UsageError("--activations are measured on inputs: give --calibrate too")
+    if (bool(sensitivities) or activations) != (calibration is not None):
+        raise click.UsageError(
+            "--sensitivity needs inputs, and inputs are for nothing else but --activations: give it and --calibrate"
+        )
     if output_function is not None and not sensitivities:
         raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
+
+
+def _inputs_asked(activations: bool, bits: tuple[int, ...] | None, ranges: dict[str, Any]) -> "Activations | None":
+    """How inputs are quantized where they are measured. Raises, before the work, for what cannot be."""
+    from ...measurement.activations import checked_input_bits
+    from ...plans.activations import Activations
+
+    if not activations:
+        if bits is not None:
+            raise click.UsageError("--input-bits are widths of inputs, which --activations measures; give both")
+        if ranges:
+            raise SettingError(f"activation-{next(iter(ranges))}: says how inputs are measured; --activations")
+        return None
+    if bits is not None:
+        checked_input_bits(bits, "input-bits")
+    return Activations(8, **ranges)  # the width is that of each column

@@ -8,6 +8,7 @@ import click
 
 from ...errors import SettingError
 from ...report.progress import alert, echo, say
+from ..activation_options import activation_options, take_activations
 from ..allocator_options import NAME_KEY, AllocatorCommand, allocator_option, allocators_from, usual_taken
 from ..fitting import Fitting
 from ..output import claim, json_option, judge_option, print_head, print_json, say_left_alone, say_written
@@ -17,6 +18,7 @@ from ..types import FileOrFactory
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.guard import Comparison
+    from ...plans.activations import Activations
     from ...plans.plan import Plan
     from ...plans.table import LayerTable
     from ..request import Request
@@ -27,6 +29,7 @@ UNASKED = (
     "Nothing was asked, so 4 bits a weight were; give --average-bits, --size or another limit, or one --bits alone."
 )
 ONE_CURVE = "not compared with uniform widths: entropy-coded codes have none, and cost what the file says"
+OF_INPUTS = "not compared with uniform widths: inputs differ in width, and uniform widths of weights alone say nothing"
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
 
 
@@ -39,7 +42,7 @@ UNCOMPARED = "not compared with uniform widths: channels differ in width, and th
 @allocator_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Plan to write, or a directory for several.")
 @click.option("--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it.")
-@click.option("--activation-bits", type=int, help="Record bits for activations; floating point when left out.")
+@activation_options
 @judge_option
 @types_option
 @scheme_options
@@ -52,7 +55,6 @@ def plan(
     allocator: str | None,
     output: Path | None,
     cache: Path | None,
-    activation_bits: int | None,
     judge: str | None,
     types: tuple[str, ...] | None,
     as_json: bool,
@@ -65,6 +67,7 @@ def plan(
     from ..request import Request
     from ..sources import named_files, resolve_source
 
+    activations = take_activations(options)
     request = Request(**request_values(options))
     inputs = (source, *named_files(options))
     check_output(output, *inputs, cache)
@@ -74,8 +77,7 @@ def plan(
     allocators = allocators_from(ctx, options, scheme=None)
     given = resolve_source(source)
     measured = _Measured.of(ctx, given, allocators, request, _Asked(types, cache, judge, options))
-    plans = [made.with_activation_bits(activation_bits) for made in measured.plans]
-    plans = _met(given, plans, request.weights)
+    plans = _met(given, [_recorded(made, activations) for made in measured.plans], request.weights)
     files = plan_files(plans, output)
     for file in files:
         if output is not None and output.is_dir():
@@ -162,6 +164,15 @@ class _Measured:
         return [None if judge is None else compare(self.table, made, judge) for made in plans]
 
 
+def _recorded(plan: "Plan", activations: "Activations | None") -> "Plan":
+    """The plan with all inputs quantized so, where that is asked. Raises SettingError where it has its own."""
+    if activations is None:
+        return plan
+    if plan.quantizes_inputs:
+        raise SettingError("activation_bits: --input-bits gives each input its own width; leave out one of the two")
+    return plan.with_activations(activations)
+
+
 def _met(source: "Source", plans: "list[Plan]", weights: str | None) -> "list[Plan]":
     """Those for a file's bytes with steps that meet them, as far as there are weights to write."""
     from ...plans.steps import steps_of
@@ -213,4 +224,6 @@ class _Made:
         """Why there is no comparison."""
         if "types" in self.plan.allocator.found:
             return COSTS_OF_ITS_OWN
+        if len({layer.activation_bits for layer in self.plan.layers} - {None}) > 1:
+            return OF_INPUTS
         return ONE_CURVE if any(layer.coded_bytes is not None for layer in self.plan.layers) else UNCOMPARED

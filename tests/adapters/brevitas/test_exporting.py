@@ -195,7 +195,7 @@ def test_export_refuses_groups_other_plans_and_what_cannot_run(tmp_path: Path) -
 
 def tuned(model: nn.Module, plan: Plan, batch: Tensor) -> Any:
     quantized = mpq_brevitas.to_brevitas(model, plan)
-    if plan.activation_bits is not None:
+    if plan.quantizes_inputs:
         quantized = mpq_brevitas.calibrate(quantized, [batch])
     quantized = mpq_brevitas.correct_bias(quantized, [batch])
     return mpq_brevitas.train(quantized, [batch], lambda model, batch: model(batch).square().mean(), epochs=2)
@@ -310,6 +310,8 @@ def test_a_saved_model_is_not_loaded_into_another_plan_or_network(tmp_path: Path
     with pytest.raises(MismatchError, match=r"quantized by another plan: layers 'conv1', 'conv2', 'fc' differ"):
         mpq_brevitas.load(path, model, planned(model, allocator=Uniform(bits=3)))
     with pytest.raises(MismatchError, match="by another plan: the layers agree, what else it says does not"):
+        mpq_brevitas.load(path, model, plan.model_copy(update={"rest_bytes": 7}))
+    with pytest.raises(MismatchError, match=r"quantized by another plan: layers 'conv1', 'conv2', 'fc' differ"):
         mpq_brevitas.load(path, model, plan.with_activation_bits(8))
     with pytest.raises(MismatchError, match="made for another model"):
         mpq_brevitas.load(path, tied_net())

@@ -12,7 +12,7 @@ import torch
 from brevitas import config
 from torch import Tensor, nn
 
-from mpq_plugins import PTILMPQ, Affine, Plan, Uniform
+from mpq_plugins import PTILMPQ, Activations, Affine, InputRange, Plan, Uniform, with_input_ranges
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, SettingError, VerifyError, WeightError
 from tests.adapters import nets
@@ -433,12 +433,52 @@ def test_activations_are_calibrated_before_anything_else() -> None:
         mpq_brevitas.verify_tuned(tune(ready, BATCHES), with_bits)
 
 
-def test_calibrated_ranges_are_those_of_the_data() -> None:
+WIDTHS = {
+    "conv1": Activations(8, range="minmax"),
+    "conv2": Activations(3, symmetric=True, range="minmax"),
+    "fc": Activations(2, range="minmax"),
+}
+
+
+def test_each_layers_input_has_the_planned_width_and_range() -> None:
     model = nets.made(nets.SmallNet)
-    ready = mpq_brevitas.calibrate(mpq_brevitas.to_brevitas(model, planned(model), activation_bits=8), BATCHES)
-    # Brevitas takes the range between two percentiles of each batch and averages over batches.
-    spans = [torch.quantile(b, 0.99999) - torch.quantile(b, 0.00001) for b in BATCHES]
-    assert ready.conv1.input_quant.scale().item() == pytest.approx(float(sum(spans) / 3) / 255, rel=0.02)
+    plan = planned(model).with_activations(WIDTHS)
+    ready = mpq_brevitas.apply(model, plan, BATCHES)
+    checks = {check.layer: check for check in mpq_brevitas.verify(ready, plan, model, batch=BATCHES[0])}
+    assert {name: check.activation_bits for name, check in checks.items()} == {"conv1": 8, "conv2": 3, "fc": 2}
+    given: dict[str, list[Tensor]] = {name: [] for name in WIDTHS}
+    float_model = simulated(model, plan.with_activation_bits(None))
+    for name, seen in given.items():
+        float_model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in BATCHES:
+            float_model(batch)
+    for name, own in WIDTHS.items():
+        values, found = torch.cat([x.flatten() for x in given[name]]), checks[name].input_range
+        low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+        span = 2 * values.abs().max() / (2**own.bits - 2) * (2**own.bits - 1) if own.symmetric else high - low
+        assert found.scale == pytest.approx(float(span) / (2**own.bits - 1), rel=1e-5)
+        assert found.zero_point == (4 if own.symmetric else round(float(-low / found.scale)))
+    mixed = plan.with_activations({"conv2": None})
+    checks = mpq_brevitas.verify(mpq_brevitas.apply(model, mixed, BATCHES), mixed, model, batch=BATCHES[0])
+    assert [check.activation_bits for check in checks] == [8, None, 2]
+
+
+def test_carried_ranges_are_taken_and_values_are_the_simulations() -> None:
+    model = nets.made(nets.SmallNet)
+    plan = planned(model).with_activations(WIDTHS)
+    ranges = {"conv1": InputRange(8, 0.03125, 120), "conv2": InputRange(3, 0.5, 4), "fc": InputRange(2, 0.25, 1)}
+    carrying = with_input_ranges(model, ranges)
+    quantized = mpq_brevitas.apply(carrying, plan)
+    checks = mpq_brevitas.verify(quantized, plan, carrying)
+    assert {check.layer: check.input_range for check in checks} == ranges
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(BATCHES[0]), simulated(carrying, plan)(BATCHES[0]), rtol=1e-4, atol=1e-4)
+    other = with_input_ranges(model, ranges | {"fc": InputRange(2, 0.25, 2)})
+    with pytest.raises(VerifyError, match="'fc' has its input in another range than the model carries"):
+        mpq_brevitas.verify(quantized, plan, other)
+    with pytest.raises(SettingError, match="its ranges of inputs are not the plan's: 'conv1' carries 8 bits, the"):
+        mpq_brevitas.apply(carrying, plan.with_activations({"conv1": Activations(4)}))
 
 
 def test_there_is_nothing_to_calibrate_without_quantized_activations() -> None:

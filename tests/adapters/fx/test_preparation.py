@@ -76,7 +76,7 @@ def test_both_conversions_hold_our_fake_quantization_of_the_folded_weights(schem
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calibrated = prepared(model, plan)
     folded = fold_batch_norm(model)
-    ours = quantizable_weights(apply(folded, plan.model_copy(update={"activation_bits": None, "fold_bn": False})))
+    ours = quantizable_weights(apply(folded, plan.with_activation_bits(None).model_copy(update={"fold_bn": False})))
     for convert in CONVERTERS:
         converted = convert(copy.deepcopy(calibrated))
         checks = fx.verify(converted, plan, model)
@@ -211,7 +211,7 @@ def test_a_functional_convolution_beside_the_plan_stays_in_float_and_converts() 
 def test_layers_planned_in_float_stay_in_float() -> None:
     model = nets.made(nets.SmallNet)
     plan = planned(model)
-    plan = with_layer(plan, "fc", bits=32)
+    plan = with_layer(plan.with_activations({"fc": None}), "fc", bits=32)
     converted = convert_fx(prepared(model, plan))
     assert [check.layer for check in fx.verify(converted, plan, model, batch=IMAGES)] == ["conv1", "conv2"]
     assert type(converted.get_submodule("fc")) is nn.Linear
@@ -591,7 +591,7 @@ def test_plans_that_fx_cannot_run_are_refused_with_the_remedy() -> None:
     plan = planned(model)
     with pytest.raises(SettingError, match=r"leave its convolutions and linear .*apply, the torchao"):
         fx.prepare(model, plan.with_activation_bits(None), IMAGES)
-    with pytest.raises(SettingError, match="'activations': 3 bits, but fx has activations at 8"):
+    with pytest.raises(SettingError, match="'activations': 3 bits, asymmetric mse, but fx has activations at 8"):
         fx.prepare(model, plan.with_activation_bits(3), IMAGES)
     two = Uniform(bits=3)(measure(model, Piecewise(granularity="per_channel"), (3,))).with_activation_bits(8)
     with pytest.raises(SettingError, match="fx has no piecewise scheme"):

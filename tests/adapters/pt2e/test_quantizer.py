@@ -178,7 +178,7 @@ def test_plans_that_pt2e_cannot_run_are_refused() -> None:
     model = nets.made(nets.SmallNet)
     with pytest.raises(MismatchError, match="measured unfolded, and PT2E folds BatchNorm"):
         pt2e.PlanQuantizer(Uniform(bits=4)(measure(model, Affine(), (4,), fold_bn=False)), model)
-    with pytest.raises(SettingError, match=r"'embed'.*does not quantize embedding layers beside 8-bit activations"):
+    with pytest.raises(SettingError, match=r"'conv'.*pt2e quantizes no inputs of conv1d layers"):
         pt2e.PlanQuantizer(planned(nets.made(TextNet), SYMMETRIC).with_activation_bits(8), nets.made(TextNet))
     with pytest.raises(SettingError, match=r"'conv1'.*pt2e has only symmetric scales"):
         pt2e.PlanQuantizer(planned(model).with_activation_bits(8), model)

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins import PTILMPQ, Affine, MixQuant, Part, Plan, Uniform, measure
+from mpq_plugins import (
+    PTILMPQ,
+    Activations,
+    Affine,
+    InputRange,
+    MixQuant,
+    Part,
+    Plan,
+    Uniform,
+    legalise,
+    measure,
+    with_input_ranges,
+)
 from mpq_plugins import apply as simulated
 from mpq_plugins.errors import MismatchError, MPQError, SettingError, VerifyError
 from mpq_plugins.models.kinds import quantizable_weights
@@ -116,15 +128,26 @@ def test_8_bit_activations_are_dynamic_on_linear_layers() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     plan = planned(model, allocator=Uniform(bits=8))
     inputs = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
-    dynamic = torchao.apply(model, plan.with_activation_bits(8))
-    torchao.verify(dynamic, plan.with_activation_bits(8), model, batch=inputs)
+    per_token = plan.with_activations(Activations(8, dynamic="per_token"))
+    dynamic = torchao.apply(model, per_token)
+    checks = torchao.verify(dynamic, per_token, model, batch=inputs)
+    assert [check.activation_bits for check in checks] == [8, 8]
+    only_one = per_token.with_activations({"0": None})
+    checks = torchao.verify(torchao.apply(model, only_one), only_one, model, batch=inputs)
+    assert [check.activation_bits for check in checks] == [None, 8]
+    with pytest.raises(VerifyError, match=r"'0' quantizes its input as"):
+        torchao.verify(dynamic, only_one, model)
     with torch.no_grad():
         weights_only, reached = torchao.apply(model, plan)(inputs), dynamic(inputs)
     assert not reached.equal(weights_only)
     assert (reached - weights_only).abs().max() < 0.05 * weights_only.abs().max()
     with pytest.raises(VerifyError, match="quantizes its input as"):
         torchao.verify(dynamic, plan, model)
-    with pytest.raises(SettingError, match="torchao does not quantize conv1d layers beside 8-bit activations"):
+    with pytest.raises(SettingError, match=r"8 bits, asymmetric mse, but torchao has dynamic per_token .* legalise"):
+        torchao.apply(model, plan.with_activation_bits(8))
+    legal, (change,) = legalise(plan.with_activation_bits(8), torchao.CAPABILITIES)
+    assert (legal, change.layer) == (per_token, "activations")
+    with pytest.raises(SettingError, match="torchao quantizes no inputs of conv1d layers"):
         torchao.apply(nets.made(TextNet), planned(nets.made(TextNet)).with_activation_bits(8))
 
 
@@ -136,9 +159,21 @@ def test_binary_codes_are_of_two_bits_for_one_has_no_plus_one() -> None:
 
 def test_only_linear_layers_quantize_their_inputs() -> None:
     model = nets.made(TextNet)
-    names = {layer.kind: torchao_tensors.dynamic_name(layer, 8) for layer in planned(model).layers}
+    legal, _ = legalise(planned(model).with_activation_bits(8), torchao.CAPABILITIES)
+    names = {layer.kind: torchao_tensors.dynamic_name(layer) for layer in legal.layers}
     assert {kind for kind, name in names.items() if name is not None} == {"linear"}
-    assert torchao_tensors.dynamic_name(planned(model).layers[0], None) is None
+    assert not any(layer.in_float for layer in legal.layers)
+    assert len(torchao.verify(torchao.apply(model, legal), legal, model, batch=TOKENS)) == 4
+
+
+def test_tokens_have_the_levels_of_the_simulation() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    plan = planned(model, allocator=Uniform(bits=8))
+    per_token = plan.with_activations(Activations(8, dynamic="per_token"))
+    inputs = torch.randn(50, 8, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 50)[:, None]
+    ours = with_input_ranges(simulated(model, plan), dict.fromkeys(("0", "2"), InputRange(8, dynamic="per_token")))
+    with torch.no_grad():
+        torch.testing.assert_close(torchao.apply(model, per_token)(inputs), ours(inputs), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("change", ["block_size", "dtype"])

@@ -1,0 +1,192 @@
+"""Ranges of the inputs that a plan quantizes, found by running the float model on calibration inputs."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common.progress import Progress
+from ..common.text import first_few
+from ..errors import SettingError
+from ..models.copying import duplicate
+from ..models.input_ranges import (
+    InputRange,
+    idle_quantizers,
+    input_ranges,
+    put_input_ranges,
+    without_input_ranges,
+)
+from ..models.running import checked_batches, evaluating, run_model
+from ..plans.activations import Activations
+from ..plans.layers import LayerChoice
+from ..plans.plan import Plan
+from ..quantization.input_values import InputValues
+from .match import match
+
+NEVER_CALLED = (nn.modules.linear.NonDynamicallyQuantizableLinear,)  # of MultiheadAttention, which uses its weight
+
+
+def calibrate_inputs(
+    model: nn.Module, plan: Plan, batches: Iterable[Any] = (), *, progress: Progress | None = None
+) -> nn.Module:
+    """Make a copy of the model that quantizes its layers' inputs as the plan says; weights stay as they are.
+
+    Static ranges are found on the model as it is, each layer's by the plan's `range`. `apply`, `correct`, `compensate`
+    and `evaluate` do this themselves where they have inputs.
+
+    Args:
+        model: The float model; it is not changed. Ranges that it carries are replaced.
+        plan: The plan.
+        batches: Inputs without labels, as for `correct`; none are needed where every range is dynamic.
+        progress: Called with what is being done, how much of it is done and how much there is.
+
+    Returns:
+        The copy; `input_ranges` lists what it carries.
+
+    Raises:
+        SettingError: There are no batches, the model does not run on them, or a layer's inputs cannot be quantized: no
+            batch reaches it, or they are all zero, NaN or infinite. The message names the layer.
+        MismatchError: The plan is for another model.
+
+    Examples:
+        >>> import mpq_plugins as mpq, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval()
+        >>> plan = mpq.Uniform(bits=4)(mpq.measure(net)).with_activation_bits(8)
+        >>> calibrated = mpq.calibrate_inputs(net, plan, [torch.randn(64, 8)])
+        >>> mpq.input_ranges(calibrated)["0"].bits
+        8
+    """
+    plan = match(plan, model, rewrapped=True).require(type(model).__name__)
+    copied = without_input_ranges(model)
+    put_input_ranges(copied, found_ranges(copied, plan, batches, progress))
+    return copied
+
+
+def has_ranges(model: nn.Module, plan: Plan) -> bool:
+    """Whether no batch is needed to quantize the inputs that the plan does: the model carries ranges, or all are
+    dynamic."""
+    if input_ranges(model):
+        return True
+    planned = [layer.activations for layer in plan.layers if layer.activations is not None]
+    return all(activations.dynamic is not None for activations in planned)
+
+
+def with_ranges(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> nn.Module:
+    """The model where it carries the plan's ranges, or the plan quantizes no input; else a copy with them.
+
+    The plan has the model's own names. Raises SettingError as plans_ranges.
+    """
+    ranges = plans_ranges(model, plan, batches)
+    if not ranges or input_ranges(model):
+        return model
+    copied = duplicate(model)
+    put_input_ranges(copied, ranges)
+    return copied
+
+
+def plans_ranges(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[str, InputRange]:
+    """The ranges that the model carries, or else those found on the batches; none where the plan quantizes no input.
+
+    The plan has the model's own names. Raises SettingError for carried ranges that are other than the plan's.
+    """
+    carried = input_ranges(model)
+    if not carried:
+        return found_ranges(model, plan, batches) if plan.quantizes_inputs else {}
+    problems = input_problems(model, plan)
+    if problems:
+        raise SettingError(
+            f"{type(model).__name__}: carries ranges of inputs that are not the plan's ({first_few(problems)}); give "
+            "mpq_plugins.without_input_ranges(model), which lets them be found anew"
+        )
+    return carried
+
+
+def found_ranges(
+    model: nn.Module, plan: Plan, batches: Iterable[Any], progress: Progress | None = None
+) -> dict[str, InputRange]:
+    """The ranges that the plan's activations get on the float model's inputs, by module name.
+
+    The plan has the model's own names. Raises SettingError as `calibrate_inputs`.
+    """
+    planned = _modules(model, plan)
+    ranges = {name: _dynamic(layer.activations) for name, layer in planned.items() if layer.activations is not None}
+    static = {name: layer for name, layer in planned.items() if ranges[name].dynamic is None}
+    given = checked_batches(batches) if static else list(batches)
+    if not given:
+        return ranges
+    watched = {name: InputValues(name) for name in planned}
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
+        for name, values in watched.items():
+            stack.callback(values.watch(model.get_submodule(name)).remove)
+        for position, batch in enumerate(given):
+            if progress is not None:
+                progress("calibrating inputs", position, len(given))
+            run_model(model, batch)
+    if progress is not None:
+        progress("", len(given), len(given))
+    for values in watched.values():
+        values.require_reached()
+    found = {
+        name: watched[name].range(layer.activations) for name, layer in static.items() if layer.activations is not None
+    }
+    return ranges | found
+
+
+def input_problems(model: nn.Module, plan: Plan) -> list[str]:
+    """How the inputs that a model quantizes differ from those that the plan does, each in words."""
+    carried = input_ranges(model)
+    planned = {name: layer for layer in plan.layers for name in layer.names if layer.activations is not None}
+    problems = [
+        f"{name!r} has inputs of {_text(found)}, the plan {_text(_wanted(planned.get(name)))}"
+        for name, found in carried.items()
+        if not _agree(found, _wanted(planned.get(name)))
+    ]
+    problems += [f"{name!r} lets its input pass unquantized" for name in idle_quantizers(model)]
+    bare = [layer for layer in plan.layers if layer.activations is not None and carried.keys().isdisjoint(layer.names)]
+    return problems + [f"{layer.name!r} has float inputs, the plan {_text(_wanted(layer))}" for layer in bare]
+
+
+def _modules(model: nn.Module, plan: Plan) -> Mapping[str, LayerChoice]:
+    """The modules whose inputs the plan quantizes, each once, by the first of their names."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[int, tuple[str, LayerChoice]] = {}
+    for layer in plan.layers:
+        for name in layer.names if layer.activations is not None else ():
+            if name not in modules:
+                raise SettingError(
+                    f"layer {name!r}: is no module, so its input cannot be quantized; leave it in floating point "
+                    f"(plan.with_activations({{{name!r}: None}}))"
+                )
+            if isinstance(modules[name], NEVER_CALLED) and layer.activations is not None:
+                raise SettingError(
+                    f"layer {name!r}: its weight is used without the layer being called, so its input cannot be "
+                    f"quantized; leave it in floating point (plan.with_activations({{{name!r}: None}}))"
+                )
+            if not isinstance(modules[name], nn.Embedding):  # which may share its weight, and takes indices
+                found.setdefault(id(modules[name]), (name, layer))
+    return dict(found.values())
+
+
+def _dynamic(activations: Activations) -> InputRange:
+    return InputRange(activations.bits, dynamic=activations.dynamic, symmetric=activations.symmetric)
+
+
+def _wanted(layer: LayerChoice | None) -> InputRange | None:
+    return None if layer is None or layer.activations is None else _dynamic(layer.activations)
+
+
+def _agree(found: InputRange, wanted: InputRange | None) -> bool:
+    if wanted is None or (found.bits, found.dynamic) != (wanted.bits, wanted.dynamic):
+        return False
+    if found.dynamic is None:
+        return not wanted.symmetric or found.zero_point == 2 ** (found.bits - 1)
+    return found.symmetric == wanted.symmetric
+
+
+def _text(found: InputRange | None) -> str:
+    if found is None:
+        return "float ones"
+    kind = found.dynamic or "static"
+    return f"{found.bits} bits ({kind}{', symmetric' if found.symmetric else ''})"
