@@ -10,7 +10,7 @@ from torch import nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError
-from mpq_plugins.models.input_ranges import InputRange, input_ranges, range_grid, without_input_ranges
+from mpq_plugins.models.input_ranges import InputRange, holds, input_ranges, range_grid, without_input_ranges
 from mpq_plugins.models.running import call_model, evaluating
 from mpq_plugins.plans.activations import Activations
 from mpq_plugins.plans.plan import Plan
@@ -46,7 +46,7 @@ def taken_ranges(plan: Plan, model: nn.Module) -> tuple[nn.Module, dict[str, Inp
     problems = [
         f"{name!r} carries {_range_text(own)}, the plan has {planned.get(name) or 'floating point'}"
         for name, own in carried.items()
-        if not _holds(own, planned.get(name))
+        if not holds(own, planned.get(name))
     ]
     problems += [
         f"{layer.name!r} carries none, the plan has {layer.activations}"
@@ -119,14 +119,6 @@ def _grid(low_high: tuple[float, float], bits: int, symmetric: bool) -> InputRan
     low, high = map(torch.tensor, low_high)
     scale, zero_point = range_grid(low, high, bits, symmetric=symmetric)
     return InputRange(bits, float(scale), int(zero_point))
-
-
-def _holds(own: InputRange, planned: Activations | None) -> bool:
-    if planned is None or (own.bits, own.dynamic) != (planned.bits, planned.dynamic):
-        return False
-    if own.dynamic is not None:
-        return own.symmetric == planned.symmetric
-    return not planned.symmetric or own.zero_point == 2 ** (own.bits - 1)
 
 
 def _range_text(own: InputRange) -> str:

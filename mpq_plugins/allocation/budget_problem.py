@@ -190,11 +190,7 @@ class Layout:
                 )
             together = " and ".join(limit.name for limit in self.limits)
             return SettingError(f"{together} can each be met, but no plan meets all of them; {self._apart()}")
-        said = [
-            f"{limit.name}: {limit.asked:,g} cannot be reached: the least is {limit.shown(amount):,.6g} {limit.unit}, "
-            f"{limit.shown(amount) - limit.asked:,.4g} more"
-            for limit, amount in beyond
-        ]
+        said = [limit.missed(amount) for limit, amount in beyond]
         return SettingError(
             f"{first_few(said)} (candidates {', '.join(map(str, self.rules.bits))} bits). Raise it, allow fewer bits, "
             "or unpin layers."

@@ -218,11 +218,7 @@ class JointLayout:
         if not beyond:
             together = " and ".join(dict.fromkeys(limit.name for limit in self.limits))
             return SettingError(f"{together} can each be met, but no plan meets all of them; {self._apart()}")
-        said = [
-            f"{limit.name}: {limit.asked:,g} cannot be reached: the least is {limit.shown(amount):,.6g} {limit.unit}, "
-            f"{limit.shown(amount) - limit.asked:,.4g} more"
-            for limit, amount in beyond.values()
-        ]
+        said = [limit.missed(amount) for limit, amount in beyond.values()]
         bits, input_bits = (", ".join(map(str, widths)) for widths in (self.rules.bits, self.rules.input_bits))
         return SettingError(
             f"{first_few(said)} (candidates {bits} bits, inputs {input_bits}). Raise it, allow fewer bits, or unpin "

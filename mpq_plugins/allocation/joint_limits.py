@@ -10,14 +10,14 @@ from ..errors import SettingError
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .joint_inputs import Inputs
-from .limits import Limit, macs_of
+from .limits import Limit, Stated, macs_of
 
 Array = NDArray[np.float64]
 Takes = Callable[[LayerStats, Sequence[int], Sequence[int]], Array]
 
 
 @dataclass(frozen=True)
-class PairLimit:
+class PairLimit(Stated):
     """No more than `most`, which was asked for as `asked`, in `unit`, so many times `per`.
 
     takes(layer, bits, input_bits) is what the layer takes at each pair of widths, (bits, input_bits); beside: what else
@@ -40,10 +40,6 @@ class PairLimit:
             return np.repeat(limit.whole(layer, bits)[:, None], len(input_bits), axis=1)
 
         return cls(limit.name, limit.asked, limit.most, limit.unit, takes, limit.per, limit.beside)
-
-    def shown(self, amount: float) -> float:
-        """An amount in the unit of what was asked."""
-        return amount / self.per + self.beside
 
 
 def joint_bops(asked: float) -> PairLimit:

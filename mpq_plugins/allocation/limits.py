@@ -20,8 +20,29 @@ UNITS = float(1 << 40)  # of a latency limit
 BILLIONTH = float(1 << 10)
 
 
+class Stated:
+    """What every limit says of amounts, in the unit of what was asked."""
+
+    name: str
+    asked: float
+    unit: str
+    per: float
+    beside: float
+
+    def shown(self, amount: float) -> float:
+        """An amount in the unit of what was asked."""
+        return amount / self.per + self.beside
+
+    def missed(self, least: float) -> str:
+        """That it cannot be met, and by how much; least: the smallest amount there is."""
+        return (
+            f"{self.name}: {self.asked:,g} cannot be reached: the least is {self.shown(least):,.6g} {self.unit}, "
+            f"{self.shown(least) - self.asked:,.4g} more"
+        )
+
+
 @dataclass(frozen=True)
-class Limit:
+class Limit(Stated):
     """No more than `most`, which was asked for as `asked`, in `unit`, so many times `per`.
 
     whole(layer, bits) is what the layer takes at each of these widths; channel(layer, bits) what one of its
@@ -38,10 +59,6 @@ class Limit:
     per: float = 1.0
     maps: bool = False
     beside: float = 0.0
-
-    def shown(self, amount: float) -> float:
-        """An amount in the unit of what was asked."""
-        return amount / self.per + self.beside
 
 
 def code_limit(name: str, asked: float, most: float, unit: str, scheme: Scheme, per: float = 1.0) -> Limit:

@@ -139,10 +139,7 @@ class TypedLayout:
         for m, limit in enumerate(self.limits[0]):
             least = float(problem.used(problem.least(m).choice)[m] + self._fixed()[m])
             if least > limit.most:
-                said.append(
-                    f"{limit.name}: {limit.asked:,g} cannot be reached: the least is {limit.shown(least):,.6g} "
-                    f"{limit.unit}, {limit.shown(least) - limit.asked:,.4g} more"
-                )
+                said.append(limit.missed(least))
         if not said:
             together = " and ".join(limit.name for limit in self.limits[0])
             return SettingError(f"{together}: no plan meets all of them; relax one")

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from ..common.store import Finished, Row
 from ..errors import SettingError
 from ..models.copying import duplicate
-from ..models.input_ranges import InputRange
+from ..models.input_ranges import InputRange, quantized_input
 from ..models.running import evaluating, first_input, sample_count, with_first_input
 from ..plans.stats import Array
 from .contract import Output, model_logits, model_output
 from .output_change import cosine_distance, divergence
-from .quantized_inputs import quantized_input
 from .replay import Replay
 from .workers import Call, Workers
 
@@ -155,7 +154,7 @@ def _quantizing(users: Sequence[nn.Module], input_range: InputRange) -> Iterator
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_input(args, kwargs)
-        return with_first_input(args, kwargs, quantized_input(x, input_range) if x.numel() else x)
+        return with_first_input(args, kwargs, quantized_input(x, input_range))
 
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in users]
     try:

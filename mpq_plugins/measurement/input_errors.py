@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.input_ranges import InputRange
+from ..models.input_ranges import InputRange, quantized_input
 from ..models.running import call_model, first_input, sample_count
 from ..plans.stats import Array
 from .own_output import input_output_errors, watching
-from .quantized_inputs import quantized_input
 
 INPUT_METRICS = ("relative", "mse")
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..common.public import public
 from ..common.text import first_few
 from ..errors import SettingError
-from ..plans.activations import DYNAMICS, Dynamic
+from ..plans.activations import DYNAMICS, Activations, Dynamic
 from .copying import duplicate
+from .running import first_input, with_first_input
 
 NAME = "input_quantizer"
 
@@ -63,14 +64,8 @@ class InputQuantizer(nn.Module):
         return self.dynamic is None and not bool(self.scale != 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, of any shape, at the levels of its range, in its own type; worked out in float32 at least."""
-        if not x.numel():
-            return x
-        exact = x if x.dtype == torch.float64 else x.float()
-        if self.dynamic is None:
-            return fake_quantize_input(exact, self.scale, self.zero_point, self.bits).to(x.dtype)
-        scale, zero_point = dynamic_range(exact.detach(), self.bits, self.dynamic, symmetric=self.symmetric)
-        return fake_quantize_input(exact, scale, zero_point, self.bits).to(x.dtype)
+        """x, of any shape, at the levels of its range, in its own type."""
+        return at_levels(x, self.bits, (self.scale, self.zero_point), self.dynamic, symmetric=self.symmetric)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
         """Move it as modules are moved, its range in float32: half precision would make another range of it."""
@@ -86,6 +81,26 @@ class InputQuantizer(nn.Module):
         """For print(model)."""
         grid = ", symmetric" if self.symmetric else ""
         return f"bits={self.bits}" if self.dynamic is None else f"bits={self.bits}, dynamic={self.dynamic}{grid}"
+
+
+def quantized_input(x: Tensor, input_range: InputRange) -> Tensor:
+    """x at the levels of a range, in its own type."""
+    static = torch.tensor(input_range.scale), torch.tensor(float(input_range.zero_point))
+    return at_levels(x, input_range.bits, static, input_range.dynamic, symmetric=input_range.symmetric)
+
+
+def at_levels(
+    x: Tensor, bits: int, static: tuple[Tensor, Tensor], dynamic: Dynamic | None, *, symmetric: bool
+) -> Tensor:
+    """x at the levels of a range, in its own type; worked out in float32 at least, for 65,535 levels.
+
+    static: scale and zero point, where the range is not dynamic. An empty x stays as it is.
+    """
+    if not x.numel():
+        return x
+    exact = x if x.dtype == torch.float64 else x.float()
+    grid = static if dynamic is None else dynamic_range(exact.detach(), bits, dynamic, symmetric=symmetric)
+    return fake_quantize_input(exact, *grid, bits).to(x.dtype)
 
 
 def dynamic_range(x: Tensor, bits: int, dynamic: Dynamic, *, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -261,6 +276,15 @@ def refuse_input_ranges(model: nn.Module) -> None:
         )
 
 
+def holds(found: InputRange, planned: Activations | None) -> bool:
+    """Whether a range is one of those that a plan's activations may have."""
+    if planned is None or (found.bits, found.dynamic) != (planned.bits, planned.dynamic):
+        return False
+    if found.dynamic is not None:
+        return found.symmetric == planned.symmetric
+    return not planned.symmetric or found.zero_point == 2 ** (found.bits - 1)
+
+
 def idle_quantizers(model: nn.Module) -> list[str]:
     """Layers that carry a quantizer of their input, and compute with the input as it is."""
     return [
@@ -284,7 +308,4 @@ def _quantize(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     quantizer = getattr(layer, NAME)
     if quantizer.passes:
         return None
-    if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
-    name, value = next(iter(kwargs.items()))
-    return args, {**kwargs, name: quantizer(value)}
+    return with_first_input(args, kwargs, quantizer(first_input(args, kwargs)))

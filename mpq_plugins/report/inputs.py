@@ -35,7 +35,7 @@ def inputs_line(table: LayerTable) -> str:
 
 def ranges_text(table: LayerTable) -> str:
     """`asymmetric mse`: how inputs were quantized, but for their width."""
-    return str(table.activations).partition(", ")[2]
+    return "" if table.activations is None else table.activations.kind
 
 
 def inputs_json(table: LayerTable) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..errors import SettingError
 from ..models.copying import duplicate
 from ..models.input_ranges import (
     InputRange,
+    holds,
     idle_quantizers,
     input_ranges,
     put_input_ranges,
@@ -20,7 +21,6 @@ from ..models.input_ranges import (
 )
 from ..models.running import checked_batches, evaluating, run_model
 from ..plans.activations import Activations
-from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..quantization.input_values import InputValues
 from .match import match
@@ -111,8 +111,8 @@ def found_ranges(
     The plan has the model's own names. Raises SettingError as `calibrate_inputs`.
     """
     planned = _modules(model, plan)
-    ranges = {name: _dynamic(layer.activations) for name, layer in planned.items() if layer.activations is not None}
-    static = {name: layer for name, layer in planned.items() if ranges[name].dynamic is None}
+    ranges = {name: _dynamic(activations) for name, activations in planned.items()}
+    static = {name: activations for name, activations in planned.items() if activations.dynamic is None}
     given = checked_batches(batches) if static else list(batches)
     if not given:
         return ranges
@@ -128,44 +128,42 @@ def found_ranges(
         progress("", len(given), len(given))
     for values in watched.values():
         values.require_reached()
-    found = {
-        name: watched[name].range(layer.activations) for name, layer in static.items() if layer.activations is not None
-    }
-    return ranges | found
+    return ranges | {name: watched[name].range(activations) for name, activations in static.items()}
 
 
 def input_problems(model: nn.Module, plan: Plan) -> list[str]:
     """How the inputs that a model quantizes differ from those that the plan does, each in words."""
     carried = input_ranges(model)
-    planned = {name: layer for layer in plan.layers for name in layer.names if layer.activations is not None}
+    planned = {name: layer.activations for name, layer in plan.by_any_name.items()}
     problems = [
-        f"{name!r} has inputs of {_text(found)}, the plan {_text(_wanted(planned.get(name)))}"
+        f"{name!r} has inputs of {_text(found)}, the plan {_planned_text(planned.get(name))}"
         for name, found in carried.items()
-        if not _agree(found, _wanted(planned.get(name)))
+        if not holds(found, planned.get(name))
     ]
     problems += [f"{name!r} lets its input pass unquantized" for name in idle_quantizers(model)]
     bare = [layer for layer in plan.layers if layer.activations is not None and carried.keys().isdisjoint(layer.names)]
-    return problems + [f"{layer.name!r} has float inputs, the plan {_text(_wanted(layer))}" for layer in bare]
+    return problems + [
+        f"{layer.name!r} has float inputs, the plan {_planned_text(layer.activations)}" for layer in bare
+    ]
 
 
-def _modules(model: nn.Module, plan: Plan) -> Mapping[str, LayerChoice]:
-    """The modules whose inputs the plan quantizes, each once, by the first of their names."""
+def _modules(model: nn.Module, plan: Plan) -> Mapping[str, Activations]:
+    """How the plan quantizes modules' inputs, each module once, by the first of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[int, tuple[str, LayerChoice]] = {}
+    found: dict[int, tuple[str, Activations]] = {}
     for layer in plan.layers:
         for name in layer.names if layer.activations is not None else ():
-            if name not in modules:
+            assert layer.activations is not None
+            why = "is no module" if name not in modules else ""
+            if isinstance(modules.get(name), NEVER_CALLED):
+                why = "its weight is used without the layer being called"
+            if why:
                 raise SettingError(
-                    f"layer {name!r}: is no module, so its input cannot be quantized; leave it in floating point "
+                    f"layer {name!r}: {why}, so its input cannot be quantized; leave it in floating point "
                     f"(plan.with_activations({{{name!r}: None}}))"
                 )
-            if isinstance(modules[name], NEVER_CALLED) and layer.activations is not None:
-                raise SettingError(
-                    f"layer {name!r}: its weight is used without the layer being called, so its input cannot be "
-                    f"quantized; leave it in floating point (plan.with_activations({{{name!r}: None}}))"
-                )
             if not isinstance(modules[name], nn.Embedding):  # which may share its weight, and takes indices
-                found.setdefault(id(modules[name]), (name, layer))
+                found.setdefault(id(modules[name]), (name, layer.activations))
     return dict(found.values())
 
 
@@ -173,20 +171,10 @@ def _dynamic(activations: Activations) -> InputRange:
     return InputRange(activations.bits, dynamic=activations.dynamic, symmetric=activations.symmetric)
 
 
-def _wanted(layer: LayerChoice | None) -> InputRange | None:
-    return None if layer is None or layer.activations is None else _dynamic(layer.activations)
+def _planned_text(activations: Activations | None) -> str:
+    return "float ones" if activations is None else _text(_dynamic(activations))
 
 
-def _agree(found: InputRange, wanted: InputRange | None) -> bool:
-    if wanted is None or (found.bits, found.dynamic) != (wanted.bits, wanted.dynamic):
-        return False
-    if found.dynamic is None:
-        return not wanted.symmetric or found.zero_point == 2 ** (found.bits - 1)
-    return found.symmetric == wanted.symmetric
-
-
-def _text(found: InputRange | None) -> str:
-    if found is None:
-        return "float ones"
+def _text(found: InputRange) -> str:
     kind = found.dynamic or "static"
     return f"{found.bits} bits ({kind}{', symmetric' if found.symmetric else ''})"

@@ -63,11 +63,16 @@ def test_one_that_python_drops_in_a_callback_is_sent_again(capsys: pytest.Captur
     assert capsys.readouterr().err == ""
 
 
+def module_of(name: str, lines: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that can be imported, and was not yet."""
+    (folder / f"{name}.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 def test_one_that_comes_during_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["import os, signal, time", "os.kill(os.getpid(), signal.SIGINT)", "time.sleep(0.2)", "WHOLE = True"]
-    (tmp_path / "imported_slowly.py").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "imported_slowly", raising=False)
+    module_of("imported_slowly", lines, tmp_path, monkeypatch)
 
     def wait() -> None:
         with Interrupts().raised():
@@ -82,9 +87,8 @@ def test_one_that_comes_during_an_import_waits_for_its_end(tmp_path: Path, monke
 def test_an_import_that_does_not_end_is_interrupted_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "never_imported.py").write_text("import os, signal, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "never_imported", raising=False)
+    lines = ["import os, signal, time", "os.kill(os.getpid(), 2)", "time.sleep(60)"]
+    module_of("never_imported", lines, tmp_path, monkeypatch)
     monkeypatch.setattr("mpq_plugins.common.interrupts.PATIENCE", 0.3)
 
     def wait() -> None:
@@ -98,9 +102,8 @@ def test_an_import_that_does_not_end_is_interrupted_all_the_same(
 def test_one_that_waits_is_not_sent_once_signals_are_handled_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "imported_last.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "imported_last", raising=False)
+    lines = ["import os, signal", "os.kill(os.getpid(), signal.SIGINT)"]
+    module_of("imported_last", lines, tmp_path, monkeypatch)
     interrupts = Interrupts()
     with interrupts.raised():
         importlib.import_module("imported_last")

@@ -26,9 +26,9 @@ from mpq_plugins import (
     with_input_ranges,
 )
 from mpq_plugins.errors import MismatchError, SettingError, WorkerError
-from mpq_plugins.measurement.quantized_inputs import quantized_input
 from mpq_plugins.measurement.replay import Replay
 from mpq_plugins.models.folding import fold_batch_norm
+from mpq_plugins.models.input_ranges import quantized_input
 from mpq_plugins.plans.table import with_macs
 from tests.helpers.nets import conv_net, tied_net
 from tests.helpers.tables import contents
