@@ -11,11 +11,10 @@ from torch import nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError
 from mpq_plugins.models.input_ranges import InputRange, holds, input_ranges, range_grid, without_input_ranges
-from mpq_plugins.models.running import call_model, evaluating
 from mpq_plugins.plans.activations import Activations
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.quantization.input_values import InputValues
-from mpq_plugins.simulation.model import simulated
+from mpq_plugins.simulation.calibrate import found_ranges as simulated_ranges
 
 from .folded import check_types
 
@@ -64,19 +63,15 @@ def taken_ranges(plan: Plan, model: nn.Module) -> tuple[nn.Module, dict[str, Inp
 def found_ranges(
     model: nn.Module, plan: Plan, batches: Iterable[Any], *, uncalled: bool = False
 ) -> dict[str, InputRange]:
-    """The static ranges of the plan's inputs, found as it says on the batches, with its weights quantized.
+    """The plan's ranges on the batches, as `mpq_plugins.calibrate_inputs` finds them on the float model, by all names.
 
-    uncalled: leave out layers that are not called, whose weights other code may compute with. Raises SettingError for
-    a layer that no batch reaches otherwise, or whose inputs have no range.
+    So a backend computes with the numbers that `mpq_plugins.apply` simulates. uncalled: leave out layers that are not
+    called, whose weights other code may compute with. Raises SettingError as `calibrate_inputs`.
     """
-    copied = simulated(model, plan)
-    modules = dict(copied.named_modules(remove_duplicate=False))
-    planned = {name: own for name, own in statics(plan).items() if not isinstance(modules[name], nn.Embedding)}
-    with torch.no_grad(), evaluating(copied), watched({name: modules[name] for name in planned}) as seen:
-        for batch in batches:
-            call_model(copied, batch)
-    wanted = {name: own for name, own in planned.items() if seen[name].batches or not uncalled}
-    return {name: seen[name].range(own) for name, own in wanted.items()}
+    found = simulated_ranges(model, plan, batches, uncalled=uncalled)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_module = {id(modules[name]): own for name, own in found.items()}
+    return {name: by_module[id(modules[name])] for name in statics(plan) if id(modules.get(name)) in by_module}
 
 
 @contextmanager

@@ -104,13 +104,14 @@ def plans_ranges(model: nn.Module, plan: Plan, batches: Iterable[Any]) -> dict[s
 
 
 def found_ranges(
-    model: nn.Module, plan: Plan, batches: Iterable[Any], progress: Progress | None = None
+    model: nn.Module, plan: Plan, batches: Iterable[Any], progress: Progress | None = None, *, uncalled: bool = False
 ) -> dict[str, InputRange]:
     """The ranges that the plan's activations get on the float model's inputs, by module name.
 
-    The plan has the model's own names. Raises SettingError as `calibrate_inputs`.
+    The plan has the model's own names. uncalled: leave out layers that no batch calls, instead of refusing them. Raises
+    SettingError as `calibrate_inputs`.
     """
-    planned = _modules(model, plan)
+    planned = _modules(model, plan, uncalled)
     ranges = {name: _dynamic(activations) for name, activations in planned.items()}
     static = {name: activations for name, activations in planned.items() if activations.dynamic is None}
     given = checked_batches(batches) if static else list(batches)
@@ -126,9 +127,11 @@ def found_ranges(
             run_model(model, batch)
     if progress is not None:
         progress("", len(given), len(given))
-    for values in watched.values():
+    reached = {name: values for name, values in watched.items() if values.batches or not uncalled}
+    for values in reached.values():
         values.require_reached()
-    return ranges | {name: watched[name].range(activations) for name, activations in static.items()}
+    ranges |= {name: watched[name].range(activations) for name, activations in static.items() if name in reached}
+    return {name: own for name, own in ranges.items() if name in reached}
 
 
 def input_problems(model: nn.Module, plan: Plan) -> list[str]:
@@ -147,8 +150,11 @@ def input_problems(model: nn.Module, plan: Plan) -> list[str]:
     ]
 
 
-def _modules(model: nn.Module, plan: Plan) -> Mapping[str, Activations]:
-    """How the plan quantizes modules' inputs, each module once, by the first of its names."""
+def _modules(model: nn.Module, plan: Plan, uncalled: bool) -> Mapping[str, Activations]:
+    """How the plan quantizes modules' inputs, each module once, by the first of its names.
+
+    uncalled: leave out those that are never called.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[int, tuple[str, Activations]] = {}
     for layer in plan.layers:
@@ -156,6 +162,8 @@ def _modules(model: nn.Module, plan: Plan) -> Mapping[str, Activations]:
             assert layer.activations is not None
             why = "is no module" if name not in modules else ""
             if isinstance(modules.get(name), NEVER_CALLED):
+                if uncalled:
+                    continue
                 why = "its weight is used without the layer being called"
             if why:
                 raise SettingError(
