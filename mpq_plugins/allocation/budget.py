@@ -142,16 +142,19 @@ class Budget:
     grid: ClassVar[dict[str, tuple[float, ...]]] = {"average_bits": (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)}
     one_of: ClassVar[tuple[str, ...]] = LIMITS
     usual: ClassVar[dict[str, float]] = {"average_bits": 4.0}
-    beside: ClassVar[dict[str, tuple[str, ...]]] = {"input_bits": OF_INPUTS, "bops": ("bops_activation_bits",)}
+    beside: ClassVar[dict[str, tuple[str, ...]]] = {
+        "input_bits": OF_INPUTS, "bops": ("bops_activation_bits",), "latency": ("latency_limit",),
+        "size_bytes": ("weights_only_bytes",),
+    }  # fmt: skip
 
     average_bits: Annotated[Most | None, "most bits a weight, scales not counted"] = None
     total_average_bits: Annotated[Most | None, "most bits a weight in total"] = None
     size: Annotated[Size, "most bytes of the whole model, as 9MB"] = None
-    size_bytes: Annotated[Bytes | None, "most bytes of the planned layers, in total"] = None
+    size_bytes: Annotated[Bytes | None, "most bytes of the planned layers, in total; -h: more"] = None
     weights_only_bytes: Annotated[Bytes | None, "most bytes, scales not counted"] = None
     bops: Annotated[Most | None, "most multiply-accumulates x weight x activation bits; -h: more"] = None
     bops_activation_bits: Annotated[Width, "activation bits in bops"] = BOPS_ACTIVATION_BITS
-    latency: Annotated[Costs, "JSON file: layer -> bits -> cost"] = None
+    latency: Annotated[Costs, "JSON file: layer -> bits -> cost; -h: its limit"] = None
     latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
     file_bits: Annotated[Most | None, "bits a weight in the entropy-coded file, header and all"] = None
     file_size: Annotated[Size, "most bytes of the entropy-coded file, as 60kB"] = None

@@ -107,7 +107,7 @@ class OnInputs:
         for name in self.sensitivities:
             with progress_bar(name) as progress, redirect_stdout(sys.stderr):
                 table = sensitivity(  # type: ignore[type-var]  # either kind gives its own
-                    model, table, name, batches, output=output, store=store, progress=progress
+                    model, table, name, batches, output=output, executor=executor, store=store, progress=progress
                 )
         if self.activations is None:
             return table

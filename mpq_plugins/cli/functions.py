@@ -1,11 +1,13 @@
 """`package.module:function` and `file.py:function` on the command line, as what they name."""
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..common.files import exists
@@ -42,6 +44,7 @@ def named_function(text: str) -> Callable[..., Any]:
         with _importing_from(Path.cwd(), folder):
             imported = importlib.import_module(module)
         _check_file(imported, text)
+        _travels(imported, folder)
         function = getattr(imported, name)
     if not callable(function):
         raise SourceError(f"{text}: is a {type(function).__name__}; a function is needed")
@@ -69,6 +72,17 @@ def _place(text: str) -> tuple[str, Path, str]:
     if not all(part.isidentifier() for part in parts):
         raise SourceError(f"{text}: {path.name} is no name that Python imports; rename it to letters and underscores")
     return ".".join(parts), folder, name
+
+
+def _travels(module: ModuleType, folder: Path) -> None:
+    """Have dask's workers sent the code of a file of the user's, which they could not import; of packages, its name."""
+    file = Path(getattr(module, "__file__", None) or os.devnull).resolve()
+    if file.parent != folder.resolve() or module.__name__.partition(".")[0] == __package__.partition(".")[0]:
+        return
+    with suppress(ImportError):  # which comes with dask
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(module)
 
 
 def _check_file(module: Any, text: str) -> None:

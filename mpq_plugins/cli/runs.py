@@ -16,6 +16,7 @@ from .output import claim, judge_option, plot_option, print_json, run_model_opti
 from .scheme_options import Command
 from .sources import Source, source_name
 from .verbosity import verbose
+from .workers import worker_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -43,6 +44,7 @@ def run_options(command: Command) -> Command:
             run_model_option,
             fitting_options,
             judge_option,
+            worker_options("evaluate", "1", "Inputs and evaluation"),
             click.option(
                 "--table", "cache", type=click.Path(path_type=Path), help="Keep the measurement here, and reuse it."
             ),
@@ -168,6 +170,13 @@ def batches_to_fit_on(fitting: Fitting, model: "nn.Module | None") -> "list[Any]
         option = "rounding" if fitting.asked else "synthetic" if fitting.synthetic else "calibrate"
         raise SettingError(f"{option}: is for models that are evaluated; add --eval package.module:function")
     return None
+
+
+def check_workers(model: "nn.Module | None", workers: int | None, dask: str | None) -> None:
+    """Raise SettingError for workers where nothing is evaluated."""
+    if model is None and (workers is not None or dask is not None):
+        option = "workers" if workers is not None else "dask"
+        raise SettingError(f"{option}: evaluate models; add --eval package.module:function, or leave it out")
 
 
 def check_fit(plan: "Plan", model: "nn.Module", where: str) -> None:

@@ -1,8 +1,9 @@
-"""Who measures: threads of this process, or the workers of a dask cluster."""
+"""Who measures or evaluates: threads of this process, or the workers of a dask cluster."""
 
 import asyncio
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -10,10 +11,30 @@ import click
 
 from ..common.extras import how_to_install
 from ..common.text import what_it_said
+from ..common.workers import THREADS
 from ..errors import SettingError, WorkerError
+from .help import SectionOption
+from .scheme_options import Command
 
 CONNECT = 10  # seconds for a scheduler to answer
 FIRST_WORKER = 60  # seconds for a cluster that is just starting
+
+
+def worker_options(doing: str, default: str, section: str = "Where it runs") -> Callable[[Command], Command]:
+    """Give a command --workers and --dask. doing: what with, as `measure`; default: how many threads there are."""
+
+    def with_options(command: Command) -> Command:
+        dask = click.option(
+            "--dask", metavar="ADDRESS", cls=SectionOption, section=section,
+            help=f"{doing.capitalize()} on the workers of a dask cluster: tcp://HOST:8786.",
+        )  # fmt: skip
+        workers = click.option(
+            "--workers", type=click.IntRange(1, 1024), cls=SectionOption, section=section,
+            help=f"Threads to {doing} with (default: {default}).",
+        )  # fmt: skip
+        return workers(dask(command))
+
+    return with_options
 
 
 @contextmanager
@@ -28,7 +49,7 @@ def chosen_executor(workers: int | None, address: str | None) -> Iterator[Execut
     if workers is None:
         yield None
         return
-    with ThreadPoolExecutor(workers, "mpq-measure") as pool:
+    with ThreadPoolExecutor(workers, THREADS) as pool:
         yield pool
 
 
@@ -38,6 +59,7 @@ def _dask(address: str) -> Iterator[Executor]:
         from distributed import Client
     except ImportError as error:
         raise SettingError(f"dask: is not installed: {how_to_install('dask')}") from error
+    warnings.filterwarnings("ignore", "Sending large graph")  # a model travels with each unit that needs it
     for name in [*logging.root.manager.loggerDict, "tornado.application"]:
         if name.startswith(("distributed", "tornado")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what they say of a lost scheduler, our error says

@@ -1,8 +1,7 @@
 """A few plans of one model, tried: the float model, and each plan to nearest as it is and with another rounding."""
 
-import functools
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +14,16 @@ from ..errors import SettingError
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
 from ..reconstruction.rounding import NEAREST, Rounding
-from .scored import FLOAT, Scored, check_rounding, evaluation_facts
-from .scores import Evaluate, Scores, check_same_names, checked_scores
+from .scored import FLOAT, SECONDS, Scored, check_rounding, evaluation_facts
+from .scores import Evaluate, Scores, check_same_names
+from .tried import Tried
+from .tries import Try, results
 
 if TYPE_CHECKING:
     from torch import nn
 else:
     nn = Deferred("torch.nn")
 
-SECONDS = "evaluation seconds"  # beside the scores, in what is kept of a row
 AS_IT_IS, CALIBRATED = "evaluate", "evaluate calibrated"
 
 
@@ -52,13 +52,14 @@ class EvaluatedPlan:
         return self.rounding not in ("", NEAREST)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  # each option is a user's word
     model: "nn.Module",
     plans: Mapping[str, Plan],
     score: Evaluate,
     *,
     calibrate: "Sequence[Any] | None" = None,
     rounding: Rounding | None = None,
+    executor: Executor | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[EvaluatedPlan, ...]:
@@ -70,6 +71,8 @@ def evaluate(
         score: Called with each model; returns a number, larger is better, or names and numbers.
         calibrate: Batches of inputs on which a second copy of each plan is rounded and corrected, as in `apply`.
         rounding: Of that copy, as in `apply`: `nearest` (corrected alone), `compensated` (the default) or `learned`.
+        executor: A concurrent.futures.Executor, as in `sweep`. The float model, a plan to nearest and a plan rounded
+            on inputs are a unit each; what one call of `score` does is not cut up.
         store: Where finished evaluations are kept, so that an interrupted run goes on, as in `measure`.
         progress: Called with (name, done, total).
 
@@ -79,7 +82,8 @@ def evaluate(
     Raises:
         SettingError: No plans are given; or as `apply`.
         MismatchError: A plan is another model's.
-        SourceError: The evaluation fails, or does not return names with numbers.
+        SourceError: The evaluation fails, or does not return names with numbers. The message names the plan.
+        WorkerError: An executor's workers fail, or what they need cannot be sent to them.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -93,46 +97,34 @@ def evaluate(
         raise SettingError("plans: none given; one or more")
     check_rounding(plans.values(), rounding, calibrated=calibrate is not None)
     calibrate = None if calibrate is None else list(calibrate)  # it is gone through more than once
-    timed = _timed(score)
     with opened(store) as kept:
         ranged = calibrate if any(plan.quantizes_inputs for plan in plans.values()) else None
         plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score, ranged))
-        runs = [Scored(model, timed, None, plain, inputs=ranged)]
+        runs = [Scored(model, score, None, plain, inputs=ranged, timed=True)]
         if calibrate is not None:
             facts = evaluation_facts(model, score, calibrate, rounding)
             fitted = None if kept is None else kept.job(CALIBRATED, facts)
-            runs.append(Scored(model, timed, calibrate, fitted, rounding))
-        return tuple(_rows(plans, runs, progress))
+            runs.append(Scored(model, score, calibrate, fitted, rounding, timed=True))
+        return tuple(_rows(plans, runs, executor, progress))
 
 
-def _timed(score: Evaluate) -> Evaluate:
-    """The user's evaluation, with the seconds it took beside its scores, under its own name."""
-
-    @functools.wraps(score)
-    def timed(model: "nn.Module") -> dict[str, float]:
-        start = time.perf_counter()
-        scores = checked_scores(score, model, "a model")
-        if SECONDS in scores:
-            raise SettingError(f"evaluation: returns {SECONDS!r}, which the table has already; call it otherwise")
-        return {**scores, SECONDS: time.perf_counter() - start}
-
-    timed.__qualname__ = getattr(score, "__qualname__", repr(score))
-    return timed
-
-
-def _rows(plans: Mapping[str, Plan], runs: Sequence[Scored], progress: Progress | None) -> Iterator[EvaluatedPlan]:
-    tries: list[tuple[str, Plan | None, Scored]] = [(FLOAT, None, runs[0])]
-    tries += [(name, plan, run) for name, plan in plans.items() for run in runs]
-    first: Scores = {}
-    for done, (name, plan, run) in enumerate(tries):
-        if progress is not None:
-            progress(name if plan is None else f"{name}, {run.label}", done, len(tries))
-        tried = run(plan)
-        scores = dict(tried.scores)
-        seconds = scores.pop(SECONDS)
-        first = first or scores
-        check_same_names(first, scores)
-        label, size = ("", None) if tried.plan is None else (run.label, tried.plan.size())
-        yield EvaluatedPlan(name, label, size, scores, seconds)
+def _rows(
+    plans: Mapping[str, Plan], runs: Sequence[Scored], executor: Executor | None, progress: Progress | None
+) -> Iterator[EvaluatedPlan]:
+    tries = [Try(runs[0], None, FLOAT)]
+    tries += [Try(run, plan, f"{name}, {run.label}") for name, plan in plans.items() for run in runs]
+    names = [FLOAT, *(name for name in plans for _ in runs)]
+    found: dict[int, tuple[Tried, Scores]] = {}
+    if progress is not None:
+        progress(FLOAT, 0, len(tries))
+    for position, tried in results(tries, executor):
+        found[position] = tried, {name: score for name, score in tried.scores.items() if name != SECONDS}
+        check_same_names(next(iter(found.values()))[1], found[position][1])
+        if progress is not None and len(found) < len(tries):
+            progress(tries[len(found)].name, len(found), len(tries))
+    for position, (one, name) in enumerate(zip(tries, names, strict=True)):
+        tried, scores = found[position]
+        label, size = ("", None) if tried.plan is None else (one.scored.label, tried.plan.size())
+        yield EvaluatedPlan(name, label, size, scores, tried.scores[SECONDS])
     if progress is not None:
         progress("", len(tries), len(tries))

@@ -1,8 +1,10 @@
 """Plans across budgets: every allocator at the same sizes, so that they can be set side by side."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -33,7 +35,7 @@ class LabelledPlan:
     plan: Plan
 
 
-def pareto(
+def pareto(  # each option is a user's word
     table: LayerTable,
     budgets: Sequence[float],
     sensitivity: str = "mse",
@@ -41,6 +43,7 @@ def pareto(
     *,
     coded: LayerTable | None = None,
     file_bits: Sequence[float] = (),
+    executor: Executor | None = None,
 ) -> tuple[LabelledPlan, ...]:
     """Make plans of at most these average bits: Budget per channel and per layer, MixQuant, PTILMPQ, SQNR.
 
@@ -55,6 +58,7 @@ def pareto(
         bits: Candidate widths, the table's by default.
         coded: The same layers measured under `EntropyCoded`, for plans of steps.
         file_bits: Bits a weight in the file, for each of which there is such a plan (`Budget(file_bits=...)`).
+        executor: A concurrent.futures.Executor that makes the plans, each a unit of work. The tables travel to it.
 
     Returns:
         The plans with the names of their series: uniform ones first, then budget by budget, entropy coded ones last.
@@ -62,6 +66,7 @@ def pareto(
     Raises:
         SettingError: There are no budgets, one is below the least width, the table lacks what Budget needs, or only one
             of `coded` and `file_bits` is given.
+        WorkerError: An executor's workers fail, or the tables cannot be sent to them.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -71,37 +76,66 @@ def pareto(
     """
     if (coded is None) != (not len(file_bits)):
         raise SettingError("file_bits and coded belong together: bits a weight, and a table under EntropyCoded()")
+    widths = tuple(sorted(bits or table.bits))
+    asked = [*_by_size(table, budgets, sensitivity, widths), *_by_file(file_bits, sensitivity)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)  # the comparison is what this is for
-        by_size = _plans_by_size(table, budgets, sensitivity, tuple(sorted(bits or table.bits)))
-        return (*by_size, *(_plans_by_file(coded, file_bits, sensitivity) if coded is not None else ()))
+        plans = dict(_made(table, coded, asked, executor))
+    return tuple(LabelledPlan(one.series, plan) for n, one in enumerate(asked) if (plan := plans[n]) is not None)
 
 
-def _plans_by_size(
+@dataclass(frozen=True)
+class _Asked:
+    """One plan to be made. of_files: from the table under EntropyCoded."""
+
+    series: str
+    make: Callable[[LayerTable], Plan | None]
+    of_files: bool = False
+
+
+def _by_size(
     table: LayerTable, budgets: Sequence[float], sensitivity: str, widths: tuple[int, ...]
-) -> Iterator[LabelledPlan]:
+) -> Iterator[_Asked]:
     if isinstance(budgets, int | float) or not len(budgets):
         raise SettingError("budgets: none given; one or more averages, as in 2,2.5,3,4")
     parts = table.scheme.granularity != "per_tensor"
     for b in widths:
-        yield LabelledPlan("uniform", Uniform(bits=b)(table))
+        yield _Asked("uniform", Uniform(bits=b))
     for average in sorted(set(budgets)):
         for series, whole in ((PER_CHANNEL, True), (PER_LAYER, False)):
             if parts or not whole:
-                made = Budget(average_bits=average, sensitivity=sensitivity, bits=widths, parts=whole)(table)
-                yield LabelledPlan(series, made)
-        for series, plan in (
-            ("mixquant", mixquant_at(table, average, widths)),
-            ("ptilmpq", ptilmpq_at(table, average, widths)),
-            ("sqnr", _or_none(SQNR(average_bits=average, bits=widths), table)),
-        ):
-            if plan is not None:
-                yield LabelledPlan(series, plan)
+                yield _Asked(series, Budget(average_bits=average, sensitivity=sensitivity, bits=widths, parts=whole))
+        yield _Asked("mixquant", partial(mixquant_at, average=average, widths=widths))
+        yield _Asked("ptilmpq", partial(ptilmpq_at, average=average, widths=widths))
+        yield _Asked("sqnr", partial(_or_none, SQNR(average_bits=average, bits=widths)))
 
 
-def _plans_by_file(table: LayerTable, file_bits: Sequence[float], sensitivity: str) -> Iterator[LabelledPlan]:
+def _by_file(file_bits: Sequence[float], sensitivity: str) -> Iterator[_Asked]:
     for asked in sorted(set(file_bits)):
-        yield LabelledPlan(CODED, Budget(file_bits=asked, sensitivity=sensitivity)(table))
+        yield _Asked(CODED, Budget(file_bits=asked, sensitivity=sensitivity), of_files=True)
+
+
+def _made(
+    table: LayerTable, coded: LayerTable | None, asked: Sequence[_Asked], executor: Executor | None
+) -> Iterator[tuple[int, Plan | None]]:
+    """Each plan by its position; None where there is none so small."""
+    if executor is None:
+        for position, one in enumerate(asked):
+            yield position, _plan(table, coded, one)
+        return
+    from ..models.units import Job, Unit
+
+    units = [Unit(str(position), one.series, (one,)) for position, one in enumerate(asked)]
+    job = Job(_plan, {"table": table, "table of steps": coded}, "planning")
+    for unit, plan in job.results(units, executor):
+        yield int(unit.name), plan
+
+
+def _plan(table: LayerTable, coded: LayerTable | None, one: _Asked) -> Plan | None:
+    """What a worker does."""
+    measured = coded if one.of_files else table
+    assert measured is not None, "files are planned from a table of their own"
+    return one.make(measured)
 
 
 def mixquant_at(table: LayerTable, average: float, widths: Sequence[int]) -> Plan | None:

@@ -1,7 +1,7 @@
 """The scores of plans: each applied to a copy of the model, verified and evaluated, or taken from a store."""
 
 import hashlib
-import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 else:
     nn = Deferred("torch.nn")
 
-LOG = logging.getLogger(__name__)
-
 FLOAT = "float"
+SECONDS = "evaluation seconds"  # beside the scores, in what is kept of a row
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Scored:
     """What comes of a plan, or of the float model, from the store or from an evaluation.
 
     files: whether each quantized model is written to a container too, to see what that takes. inputs: batches that
-    give plans which quantize inputs their ranges, where nothing is calibrated on them.
+    give plans which quantize inputs their ranges, where nothing is calibrated on them. timed: whether the seconds that
+    the evaluation took are beside its scores.
     """
 
     model: "nn.Module | None"
@@ -41,6 +41,7 @@ class Scored:
     rounding: Rounding | None = None
     files: bool = False
     inputs: "Sequence[Any] | None" = None
+    timed: bool = False
 
     @property
     def label(self) -> str:
@@ -54,22 +55,31 @@ class Scored:
         """Whether there is a model to evaluate."""
         return self.model is not None and self.evaluate is not None
 
-    def __call__(self, plan: Plan | None) -> Tried:
-        """Evaluate a copy of the model under the plan, or in float for None."""
-        if self.model is None or self.evaluate is None:
-            return Tried({}, plan)
-        key = FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
-        known = kept(self.finished, key, plan) if self.finished is not None else None
-        if known is not None:
-            return known
+    def known(self, plan: Plan | None) -> Tried | None:
+        """What the store has of a plan; None where that was not finished."""
+        return kept(self.finished, _key(plan), plan) if self.finished is not None else None
+
+    def evaluated(self, plan: Plan | None, what: str) -> Tried:
+        """Evaluate a copy of the model under the plan, or in float for None. what: what errors call it."""
+        assert self.model is not None, "there is a model to evaluate"
         # A copy for the float model too: an evaluation may leave its mark on what it is given.
         made = _Quantized(duplicate(self.model), None, None) if plan is None else self._quantized(plan)
-        what = FLOAT if plan is None else f"{plan.allocator.name} {plan.allocator.parameters}"
-        tried = Tried(checked_scores(self.evaluate, made.model, what), made.plan, made.file)
-        LOG.info("%s: %s", what, tried.scores)
+        return Tried(self._scores(made.model, what), made.plan, made.file)
+
+    def keep(self, plan: Plan | None, tried: Tried) -> None:
+        """Put what came of a plan into the store."""
         if self.finished is not None:
-            keep(self.finished, key, tried, plan)
-        return tried
+            keep(self.finished, _key(plan), tried, plan)
+
+    def _scores(self, model: "nn.Module", what: str) -> dict[str, float]:
+        assert self.evaluate is not None, "there is an evaluation"
+        start = time.perf_counter()
+        scores = checked_scores(self.evaluate, model, what)
+        if not self.timed:
+            return scores
+        if SECONDS in scores:
+            raise SettingError(f"evaluation: returns {SECONDS!r}, which the table has already; call it otherwise")
+        return {**scores, SECONDS: time.perf_counter() - start}
 
     def _quantized(self, plan: Plan) -> "_Quantized":
         """The model under the plan, verified, and what its file takes."""
@@ -120,6 +130,10 @@ class Scored:
                 "calibrate=batches (--calibrate, --synthetic), or plan float activations"
             )
         return calibrate_inputs(self.model, plan, batches)
+
+
+def _key(plan: Plan | None) -> str:
+    return FLOAT if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)

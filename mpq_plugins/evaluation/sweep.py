@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ..reconstruction.rounding import Rounding
 from .scored import FLOAT, Scored, check_rounding, evaluation_facts
 from .scores import Evaluate, Scores, check_same_names
 from .tried import Tried
+from .tries import Try, results
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,6 +126,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     calibrate: "Sequence[Any] | None" = None,
     rounding: Rounding | None = None,
     files: bool = False,
+    executor: Executor | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> tuple[SweepRow, ...]:
@@ -149,6 +152,9 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
             without. A plan that was made for a file's bytes is compensated.
         files: Whether each quantized model is written to a container too, for a moment, so that rows are set side by
             side by what their files take.
+        executor: A concurrent.futures.Executor whose workers evaluate, a plan at a time: threads, where `evaluate` may
+            run in several at once, processes, or dask's `client.get_executor()`. The model, the inputs and `evaluate`
+            travel to processes. The rows are the same to the last bit, if `evaluate` depends on the model alone.
         store: Where evaluations are kept, so that an interrupted sweep goes on, as in `measure`.
         progress: Called with the allocator's name, plans done and plans in all.
 
@@ -157,10 +163,12 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
 
     Raises:
         SettingError: No plans are given, files are asked for without models, or as `apply`.
-        SourceError: The evaluation fails, or does not return the same names with numbers every time.
+        SourceError: The evaluation fails, or does not return the same names with numbers every time. The message names
+            the plan.
         MismatchError: A plan is another model's.
         WeightError: A weight cannot be quantized.
         VerifyError: A quantized copy does not hold its plan.
+        WorkerError: An executor's workers fail, or what they need cannot be sent to them.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -181,7 +189,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
             else None
         )
         scored = Scored(model, evaluate, calibrate, finished, rounding, files)
-        return _rows(table, plans, scored, series, judge, progress)
+        return _rows(table, plans, scored, series, judge, executor, progress)
 
 
 def _rows(
@@ -190,23 +198,38 @@ def _rows(
     scored: Scored,
     series: Sequence[str],
     judge: str | None,
+    executor: Executor | None,
     progress: Progress | None,
 ) -> tuple[SweepRow, ...]:
     judge = judge_of(table, plans, judge)
-    float_row = (_float_row(table, scored(None).scores, judge, scored.files),) if scored.possible else ()
-    rows = []
-    for position, plan in enumerate(plans):
-        if progress is not None:
-            progress(plan.allocator.name, position, len(plans))
-        tried = scored(plan)
-        rows.append(_row(tried, _errors(table, tried.plan or plan, judge), scored))
-        if series:
-            rows[-1] = replace(rows[-1], series=series[position])
-        if float_row:
-            check_same_names(float_row[0].scores, rows[-1].scores)
+    tried = (
+        _tried(plans, scored, executor, progress) if scored.possible else [Tried({}, plan) for plan in (None, *plans)]
+    )
+    rows = [
+        _row(one, _errors(table, one.plan or plan, judge), scored) for one, plan in zip(tried[1:], plans, strict=True)
+    ]
+    if series:
+        rows = [replace(row, series=name) for row, name in zip(rows, series, strict=True)]
+    float_row = (_float_row(table, tried[0].scores, judge, scored.files),) if scored.possible else ()
+    return (*float_row, *mark_pareto(rows))
+
+
+def _tried(plans: Sequence[Plan], scored: Scored, executor: Executor | None, progress: Progress | None) -> list[Tried]:
+    """What came of the float model, and of each plan."""
+    tries = [Try(scored, None, FLOAT)]
+    tries += [Try(scored, plan, f"{plan.allocator.name} {plan.allocator.parameters}") for plan in plans]
+    found: dict[int, Tried] = {}
+    first: Scores = {}
+    for position, tried in results(tries, executor):
+        found[position] = tried
+        first = first or tried.scores
+        check_same_names(first, tried.scores)
+        done = len(found) - 1  # plans, if the float model is the first
+        if progress is not None and done < len(plans):
+            progress(plans[done].allocator.name, done, len(plans))
     if progress is not None:
         progress("", len(plans), len(plans))
-    return (*float_row, *mark_pareto(rows))
+    return [found[position] for position in range(len(tries))]
 
 
 def mark_pareto(rows: Sequence[SweepRow]) -> tuple[SweepRow, ...]:

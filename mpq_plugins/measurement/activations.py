@@ -21,9 +21,10 @@ from ..models.running import checked_batches, evaluating, seeded
 from ..plans.activations import Activations, check_input_bits
 from ..plans.stats import Array, InputStats
 from ..plans.table import LayerTable
+from .alone import COMPARED, Alone
 from .contract import Output, unreached
 from .input_calls import InputCalls, live_sets, tensor_names
-from .input_change import COMPARED, Alone, Input
+from .input_change import Inputs, input_curves
 from .input_errors import InputErrors
 from .moments import weight_users
 from .sensitivity import weights_of
@@ -188,12 +189,11 @@ class _Job:
     ) -> dict[str, Array]:
         """The outputs' change of that kind, by layer, at each width."""
         paths = {module: path for path, module in self.model.named_modules()}
-        inputs = [
-            Input(name, tuple(paths[module] for module in users), ranges[name]) for name, users in self.modules.items()
-        ]
-        alone = Alone(self.model, kind, self.asked.output, inputs, self.batches)
+        names = {name: tuple(paths[module] for module in users) for name, users in self.modules.items()}
+        inputs = Inputs(names, ranges)
+        alone = Alone(self.model, kind, self.asked.output, inputs, inputs.widths, self.batches, SEED, "inputs")
         finished = store.job(f"inputs {kind}", self._facts(kind)) if store is not None else None
-        return alone.curves(finished, self.executor, said)
+        return input_curves(alone, finished, self.executor, said)
 
     def _facts(self, kind: str) -> dict[str, str]:
         """All that decides the result, for a store."""

@@ -1,6 +1,7 @@
 """What a sensitivity is: what it is given, and what it gives for every layer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -57,6 +58,8 @@ class Job:
         generator: The job's own, on the CPU, for whatever is drawn at random.
         ranges: The ranges that were fitted, by layer and bits.
         shared: What a sensitivity keeps for the other types of a table of types, by a key of its own.
+        executor: Whose workers may do what needs nothing else of the job; None for none. Results are to be the same.
+        seed: Of what is drawn at random, the generator's too.
     """
 
     model: nn.Module
@@ -71,6 +74,8 @@ class Job:
     generator: torch.Generator
     ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    executor: Executor | None = None
+    seed: int = 0
 
     def quantized(self, layer: LayerStats) -> Iterator[Tensor]:
         """Quantize the layer's weight to each bit-width of the table.

@@ -22,6 +22,7 @@ from ..common.files import exists, same_place, unchanged
 from ..common.progress import Progress
 from ..common.store import Arrays, Finished, Store, opened
 from ..common.text import first_few
+from ..common.workers import Call, Workers
 from ..errors import MeasureWarning, SettingError
 from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
@@ -40,7 +41,6 @@ from .error import Sums, UnitRequest, answers, layer_stats, unit_sums, whole_sum
 from .macs import count_macs
 from .request import DEFAULT_BITS, DEFAULT_METRICS, FoldBN, MeasureRequest
 from .units import Unit, Work, cut, cut_layer
-from .workers import Call, Workers
 
 LOG = logging.getLogger(__name__)
 

@@ -2,24 +2,24 @@
 
 KL: sum_k p_k log(p_k / q_k) of the logits' softmax, float against quantized, in nats, the mean over samples (and over
 positions, of a language model). Distance: 1 - cosine of a user's output, such as an embedding, the mean over samples.
-One run for each layer, bit-width and batch, from the changed layer on (replay.py).
+One run for each layer, bit-width and batch, from the changed layer on (alone.py).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.running import sample_count
+from ..common.store import Row
+from ..models.kinds import quantizable_weights
 from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
+from .alone import Alone
 from .contract import Curves, Job, unreached
-from .replay import Replay
-
-Compare = Callable[[Tensor, Tensor], float]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class KL:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One layer at a time."""
-        return _one_at_a_time(job, job.logits, divergence)
+        return _one_at_a_time(job, self.name)
 
 
 @dataclass(frozen=True)
@@ -41,37 +41,31 @@ class Distance:
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """One layer at a time."""
-        return _one_at_a_time(job, job.run, cosine_distance)
+        return _one_at_a_time(job, self.name)
 
 
-def _one_at_a_time(job: Job, run: Callable[[Any], Tensor], compare: Compare) -> dict[str, Curves]:
-    layers, samples = job.table.layers, [sample_count(batch) for batch in job.batches]
-    sums = {layer.name: np.zeros(len(job.table.bits)) for layer in layers}
-    widths = {str(b) for b in job.table.bits}
-    checked: set[str] = set()
-    replays = True
-    done = 0
-    for position, batch in enumerate(job.batches):
-        replay: Replay | None = None
-        for layer in layers:
-            job.said(done, len(layers) * len(job.batches))
-            done += 1
-            key = f"{position} {layer.name}"
-            row = job.finished.row(key) if job.finished is not None else None
-            if row is None or row.keys() != widths or min(row.values()) < 0:
-                if replay is None:
-                    replay = Replay(job.model, lambda batch=batch: run(batch), replays)  # type: ignore[misc]
-                row = _row(job, layer, replay, compare, check=layer.name not in checked)
-                checked.add(layer.name)
-                replays = replay.replays
-                if job.finished is not None:
-                    job.finished.add_row(key, row)
-            sums[layer.name] += samples[position] * np.array([row[str(b)] for b in job.table.bits])
-    job.said(done, done)
+def _one_at_a_time(job: Job, kind: str) -> dict[str, Curves]:
+    layers = job.table.layers
+    total, done = len(layers) * len(job.batches), 0
+    widths = [str(b) for b in job.table.bits]
+    alone = Alone(
+        job.model, kind, job.output, _Quantized.of(job), {layer.name: widths for layer in layers}, job.batches, job.seed
+    )
+
+    def said() -> None:
+        nonlocal done
+        done += 1
+        job.said(done, total)
+
+    job.said(0, total)
+    rows: dict[tuple[int, str], Row] = {}
+    for position, name, row in alone.rows(job.finished, job.executor, said):
+        rows[position, name] = row
+    curves = {layer.name: Curves(alone.mean(rows, layer.name)) for layer in layers}
     for layer in layers:
-        if not sums[layer.name].any() and not _stays(job, layer):
+        if not curves[layer.name].layer.any() and not _stays(job, layer):
             raise unreached(layer.name)
-    return {name: Curves(total / sum(samples)) for name, total in sums.items()}
+    return curves
 
 
 def _stays(job: Job, layer: LayerStats) -> bool:
@@ -79,31 +73,47 @@ def _stays(job: Job, layer: LayerStats) -> bool:
     return all(torch.equal(quantized, job.weights[layer.name]) for quantized in job.quantized(layer))
 
 
-def _row(job: Job, layer: LayerStats, replay: Replay, compare: Compare, check: bool) -> dict[str, float]:
-    """The change of the output at each bit-width; `check`: whether replaying is held against a full run first."""
-    weight = job.weights[layer.name]
+@dataclass(frozen=True)
+class _Quantized:
+    """A layer's weight quantized. names: the modules that use it; table: without errors; the rest as a job has it."""
+
+    table: LayerTable
+    names: Mapping[str, tuple[str, ...]]
+    moments: Mapping[str, Tensor] | None
+    ranges: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: Job) -> "_Quantized":
+        """What a worker needs of a job."""
+        bare = tuple(
+            LayerStats(layer.name, layer.kind, layer.shape, layer.channel_axis, layer.importance, np.zeros(0), {})
+            for layer in job.table.layers
+        )
+        paths = {module: path for path, module in job.model.named_modules()}
+        names = {layer: tuple(paths[module] for module in users) for layer, users in job.modules.items()}
+        return cls(replace(job.table, layers=bare, metrics=()), names, job.moments, job.ranges)
+
+    def users(self, layer: str) -> tuple[str, ...]:
+        """The modules that use its weight."""
+        return self.names[layer]
+
+    def of_layer(self, model: nn.Module, layer: str) -> Iterator[tuple[int, AbstractContextManager[None]]]:
+        """Each bit-width."""
+        weight = quantizable_weights(model)[layer].detach()
+        stats = next(stats for stats in self.table.layers if stats.name == layer)
+        job = Job(
+            model, self.table, (), {layer: weight}, {}, None, self.moments, None, None, torch.Generator(), self.ranges
+        )
+        for b, quantized in zip(self.table.bits, list(job.quantized(stats)), strict=True):
+            yield b, _holding(weight, quantized)
+
+
+@contextmanager
+def _holding(weight: Tensor, value: Tensor) -> Iterator[None]:
+    """Another value in a weight's place."""
     kept = weight.clone()
-    row = {}
+    weight.copy_(value)
     try:
-        for b, quantized in zip(job.table.bits, list(job.quantized(layer)), strict=True):
-            weight.copy_(quantized)
-            if check:
-                replay.check(job.modules[layer.name])
-                check = False
-            row[str(b)] = compare(replay.output, replay.again(job.modules[layer.name]))
+        yield
     finally:
         weight.copy_(kept)
-    return row
-
-
-def divergence(exact: Tensor, rough: Tensor) -> float:
-    """KL, as above, of two models' logits."""
-    p, q = (output.double().log_softmax(-1) for output in (exact, rough))
-    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()
-    return float(divergence.clamp_min(0))  # NaN stays NaN
-
-
-def cosine_distance(exact: Tensor, rough: Tensor) -> float:
-    """Distance, as above, of two models' outputs."""
-    cosine = torch.nn.functional.cosine_similarity(exact.double().flatten(1), rough.double().flatten(1), dim=1)
-    return float((1 - cosine.mean()).clamp_min(0))

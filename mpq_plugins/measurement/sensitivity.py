@@ -7,6 +7,7 @@ in every table. Each kind is a frozen dataclass that an entry point of the group
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     output: Output | None = None,
     seed: int = 0,
     fit_ranges: bool = False,
+    executor: Executor | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
 ) -> AnyTable:
@@ -63,6 +65,9 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         seed: Of labels and probes; the same seed gives the same table.
         fit_ranges: Whether to quantize by the ranges of least input-weighted squared error, as the same argument of
             `correct` puts them into the model (for tables measured under affine per_channel minmax).
+        executor: A concurrent.futures.Executor for kl and distance (layers on one batch are a unit) and compensated_mse
+            (a layer is one): threads, processes, or dask's. The model travels to it. The others take a pass or two over
+            the model, and are measured here. The table is the same to the last bit.
         store: Where finished layers are kept (kl and distance), so that an interrupted measurement goes on, as in
             `measure`.
         progress: Called with what is being done, how much of it is done and how much there is.
@@ -74,6 +79,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         SettingError: Inputs or outputs are not of use, or no input reaches a layer.
         MismatchError: The table is another model's.
         PluginError: The kind is not installed.
+        WorkerError: An executor's workers fail, or the model cannot be sent to them.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -85,7 +91,7 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     measurer = _made(kind) if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):
         raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")
-    asked = _Asked(measurer, checked_batches(batches), output, seed, fit_ranges)
+    asked = _Asked(measurer, checked_batches(batches), output, seed, fit_ranges, executor)
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
     with opened(store) as kept:
@@ -108,6 +114,7 @@ class _Asked:
     output: Output | None
     seed: int
     fit_ranges: bool
+    executor: Executor | None
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -130,8 +137,9 @@ def _filled(
     with evaluating(copied), seeded(seed) as generator:
         moments = second_moments(copied, modules, given) if fit_ranges else None
         job = Job(
-            copied, table, given, weights, modules, output, moments, finished, progress, generator, shared=asked.shared
-        )
+            copied, table, given, weights, modules, output, moments, finished, progress, generator, shared=asked.shared,
+            executor=asked.executor, seed=seed,
+        )  # fmt: skip
         LOG.info("%s of %d layers on %d batches", measurer.name, len(table.layers), len(given))
         curves = _measured(measurer, job)
     layers = tuple(_with_curves(layer, measurer.name, curves[layer.name]) for layer in table.layers)

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import Executor
 from typing import Any
 
 from torch import nn
@@ -63,7 +64,7 @@ def apply(
         batches = checked_batches(calibrate)
         if rounding != LEARNED:  # which finds ranges of its own
             model = with_ranges(model, plan, batches)
-        traced = Traced(model := _rounded(model, plan, batches, rounding, None))
+        traced = Traced(model := _rounded(model, plan, batches, rounding, None, None))
     elif has_ranges(model, plan):
         ranged = with_ranges(model, plan, ())
         traced = traced if ranged is model else Traced(ranged)
@@ -83,6 +84,7 @@ def round_weights(
     batches: Iterable[Any],
     rounding: Rounding = COMPENSATED,
     *,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Make a float copy of the model that whoever quantizes it by the plan rounds in the way that is chosen.
@@ -100,6 +102,7 @@ def round_weights(
         plan: The plan.
         batches: Inputs without labels, as for `correct`: a few hundred samples, for `learned` about a thousand.
         rounding: `nearest`, `compensated` or `learned`.
+        executor: Whose workers do a part of it where the rounding is `compensated`, as in `compensate`.
         progress: Called with what is being done, how much of it is done and how much there is.
 
     Returns:
@@ -120,15 +123,20 @@ def round_weights(
     """
     rounding = checked_rounding(rounding, calibrated=True)
     plan = match(plan, model, rewrapped=True).require(type(model).__name__)
-    return _rounded(model, plan, batches, rounding, progress)
+    return _rounded(model, plan, batches, rounding, executor, progress)
 
 
 def _rounded(
-    model: nn.Module, plan: Plan, batches: Iterable[Any], rounding: Rounding, progress: Progress | None
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any],
+    rounding: Rounding,
+    executor: Executor | None,
+    progress: Progress | None,
 ) -> nn.Module:
     """The float copy; the plan has the model's own names."""
     if rounding == LEARNED:
         return reconstruct(model, plan, batches, progress=progress)
     if rounding == COMPENSATED:
-        return compensate(model, plan, batches, progress=progress)
+        return compensate(model, plan, batches, executor=executor, progress=progress)
     return correct(model, plan, batches, progress=progress)

@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ from ..simulation.shifts import (
     with_bias,
 )
 from .blocks import learned_layers
+from .call_sums import Given
 from .candidates import EMBEDDING, SHARED, generator_of, later_calls, users_of, why_to_nearest
 from .capture import call_order
 from .finished import FinishedLayers, job_of
 from .gram import Gram
 from .nets import as_the_models, device_of, on_device
-from .round_layer import NO_BETTER, CannotCompensate, Given, LayerRounding, Rounded
+from .round_layer import NO_BETTER, CannotCompensate, LayerRounding, Rounded
 from .settings import Compensation, LayerReport, check_callbacks
 from .stations import Stations, find_stations
 from .streams import JOIN
@@ -71,6 +73,7 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
     damping: float = 0.01,
     seed: int = 0,
     device: str | torch.device | None = None,
+    executor: Executor | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
     finished: Callable[[LayerReport], None] | None = None,
@@ -106,6 +109,9 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         damping: What is added to the diagonal of the second moments of a layer's inputs, as a share of its mean.
         seed: Of the positions that are drawn.
         device: Where the nets run, by default where the model is.
+        executor: A concurrent.futures.Executor, whose workers sum over a batch each what decides a layer's rounding.
+            Layers come one after another, for each is rounded on what those before it give. The copy is the same to the
+            last bit.
         store: Where finished layers are kept, so that the same call goes on there: a file's path, which is there until
             the model is returned, or an open `Store`.
         progress: Called with (layer, steps done, steps in all).
@@ -119,6 +125,7 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
             The message names the layer; finished ones stay in the store.
         MismatchError: The plan is for another model.
         WeightError: A weight cannot be quantized.
+        WorkerError: An executor's workers fail, or a layer cannot be sent to them.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -129,8 +136,8 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         True
     """
     made, notes = compensated_with_notes(
-        model, plan, batches, columns=columns, damping=damping, seed=seed, device=device, store=store,
-        progress=progress, finished=finished,
+        model, plan, batches, columns=columns, damping=damping, seed=seed, device=device,
+        executor=executor, store=store, progress=progress, finished=finished,
     )  # fmt: skip
     for note in notes:
         warnings.warn(RoundingWarning(note), stacklevel=2)
@@ -146,6 +153,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     damping: float = 0.01,
     seed: int = 0,
     device: str | torch.device | None = None,
+    executor: Executor | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
     finished: Callable[[LayerReport], None] | None = None,
@@ -177,7 +185,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
             if kept is not None:
                 layers = FinishedLayers(kept.job("compensate", job_of(model, plan, given, settings, place)))
             job = _Job.of(exact, rough, plan, given, settings, layers)
-            job.run(given, progress, finished)
+            job.run(given, executor, progress, finished)
         if not carried:
             take_input_ranges(rough)
         as_the_models(model, rough)
@@ -237,7 +245,11 @@ class _Job:
         return job
 
     def run(
-        self, batches: Sequence[Any], progress: Progress | None, finished: Callable[[LayerReport], None] | None
+        self,
+        batches: Sequence[Any],
+        executor: Executor | None,
+        progress: Progress | None,
+        finished: Callable[[LayerReport], None] | None,
     ) -> None:
         """Walk, round and correct; then say what was rounded to nearest."""
         buffers = {name: buffer.clone() for name, buffer in self.walk.rough.named_buffers()}
@@ -251,7 +263,7 @@ class _Job:
             if progress is not None:
                 progress(station.name, len(self.walk.done), max(len(steps), len(self.walk.done) + 1))
             if station.step == Step.ROUND:
-                self._round(station, arrivals, finished)
+                self._round(station, arrivals, executor, finished)
                 return None
             return self._correct(station, arrivals)
 
@@ -289,7 +301,11 @@ class _Job:
             self.kept.write(_unit(station), tensors, report)
 
     def _round(
-        self, station: Station, arrivals: Sequence[Arrival], finished: Callable[[LayerReport], None] | None
+        self,
+        station: Station,
+        arrivals: Sequence[Arrival],
+        executor: Executor | None,
+        finished: Callable[[LayerReport], None] | None,
     ) -> None:
         name, start = station.name, time.perf_counter()
         module, weight = self.layers[name], self.weights[name]
@@ -299,7 +315,7 @@ class _Job:
         )
         generator = generator_of(self.settings.seed, name)
         try:
-            rounded = rounding.round(calls, self.later.get(name), generator)
+            rounded = rounding.round(calls, self.later.get(name), generator, executor)
         except CannotCompensate as why:
             self._to_nearest(name, str(why), finished, start)
             return

@@ -23,7 +23,10 @@ from ..measurement.moments import refuse_borrowed
 from ..measurement.output_error import OutputMSE
 from ..measurement.own_output import watching
 from ..models.running import call_model, first_input, sample_count
+from ..models.units import Job as Work
+from ..models.units import Unit
 from ..plans.stats import LayerStats
+from ..plans.table import LayerTable
 from ..simulation.shifts import usual_vectors
 from .candidates import why_to_nearest
 from .columns import Columns
@@ -60,11 +63,12 @@ class CompensatedMSE:
         for layers in passes:
             inputs = _Inputs(job, {layer.name: _Seen() for layer in layers}, self.columns)
             done = inputs.collect(done, total)
-            for layer in layers:
-                job.said(done, total)
+            units = [_unit(job, layer, inputs.seen[layer.name], self.damping) for layer in layers]
+            job.said(done, total)
+            for unit, found in Work(layer_curves, {}, f"measuring {self.name} of").results(units, job.executor):
                 done += 1
-                found = _curves(job, layer, inputs.seen.pop(layer.name), self.damping)
-                curves |= {layer.name: found} if found is not None else {}
+                job.said(done, total)
+                curves |= {unit.name: found} if found is not None else {}
         job.said(total, total)
         others = tuple(layer for layer in job.table.layers if layer.name not in curves)
         return {**curves, **(_by_output_mse(job, others) if others else {})}
@@ -141,9 +145,30 @@ class _Inputs:
             seen.gram.add(columns, None)
 
 
-def _curves(job: Job, layer: LayerStats, seen: _Seen, damping: float) -> Curves | None:
+def _unit(job: Job, layer: LayerStats, seen: _Seen, damping: float) -> Unit:
+    """A layer, which needs nothing of the others once its inputs are summed."""
+    bare = replace(job.table, layers=(layer,))
+    moments = None if job.moments is None else {layer.name: job.moments[layer.name]}
+    samples = sum(map(sample_count, job.batches))
+    own = _Layer(bare, job.modules[layer.name][0], job.weights[layer.name], moments, seen, samples)
+    return Unit(layer.name, layer.name, (own, damping))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a worker needs of a layer. table: of it alone; moments: where ranges are fitted; samples: of all batches."""
+
+    table: LayerTable
+    module: nn.Module
+    weight: Tensor
+    moments: Mapping[str, Tensor] | None
+    seen: _Seen
+    samples: int
+
+
+def layer_curves(own: _Layer, damping: float) -> Curves | None:
     """None where the layer is rounded to nearest: no batch reaches it, or there is nothing to compensate with."""
-    gram = seen.gram
+    (layer,), gram, seen, weight = own.table.layers, own.seen.gram, own.seen, own.weight
     if not gram.finite:
         raise SettingError(f"layer {layer.name!r}: its inputs hold NaN or infinity; look at the batches")
     if not gram.count or not bool(gram.h.any()):
@@ -153,13 +178,13 @@ def _curves(job: Job, layer: LayerStats, seen: _Seen, damping: float) -> Curves 
     known = [factor for factor in factors if factor is not None]
     if len(known) < len(factors):
         return None
-    geometry = Columns.of(job.modules[layer.name][0])
+    geometry = Columns.of(own.module)
     rounding = _Rounding(geometry, h, known, moves=gram.count >= MOVING * h.shape[-1] and not seen.tokens)
-    per_sample = seen.positions / sum(map(sample_count, job.batches))
-    weight = job.weights[layer.name]
+    per_sample = seen.positions / own.samples
+    job = Job(own.module, own.table, (), {layer.name: weight}, {}, None, own.moments, None, None, torch.Generator())
     rows = []
-    for b, clipped, near in zip(job.table.bits, job.clipped(layer), job.quantized(layer), strict=True):
-        levels = Levels.of(clipped.cpu(), layer_choice(layer, b, job.table.scheme))
+    for b, clipped, near in zip(own.table.bits, job.clipped(layer), job.quantized(layer), strict=True):
+        levels = Levels.of(clipped.cpu(), layer_choice(layer, b, own.table.scheme))
         errors = rounding.errors(weight, levels, near)
         rows.append(errors.movedim(layer.channel_axis, 0).flatten(1).sum(1).cpu().numpy())
     channels = per_sample * np.stack(rows)

@@ -3,11 +3,13 @@
 U are the layer's columns in the quantized net; E, (n, rows), is what its output lacks there with float weights.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+Product = tuple[int, Tensor, Tensor | None]
 PIECE = 2048  # columns that are summed in float32 before they are added in float64
 
 
@@ -25,17 +27,28 @@ class Gram:
 
     def add(self, columns: Tensor, lacking: Tensor | None) -> None:
         """Take in columns (n, groups, d) and what is lacking there (n, groups, rows), None for nothing."""
-        self.count += len(columns)
-        for start in range(0, len(columns), PIECE):
-            piece = columns[start : start + PIECE].transpose(0, 1)
-            self.h = _plus(self.h, piece.transpose(1, 2) @ piece)
-            if lacking is not None:
-                self.g = _plus(self.g, lacking[start : start + PIECE].permute(1, 2, 0) @ piece)
+        for count, h, g in products(columns, lacking):
+            self.take(count, h, g)
+
+    def take(self, count: int, h: Tensor, g: Tensor | None) -> None:
+        """Take in what `products` makes of so many columns."""
+        self.count += count
+        self.h = _plus(self.h, h)
+        if g is not None:
+            self.g = _plus(self.g, g)
 
     @property
     def finite(self) -> bool:
         """Whether all inputs were."""
         return bool(self.h.isfinite().all() and self.g.isfinite().all())
+
+
+def products(columns: Tensor, lacking: Tensor | None) -> Iterator[Product]:
+    """What is summed, a few columns at a time, in order: how many, U^T U and E^T U, float32."""
+    for start in range(0, len(columns), PIECE):
+        piece = columns[start : start + PIECE].transpose(0, 1)
+        g = None if lacking is None else lacking[start : start + PIECE].permute(1, 2, 0) @ piece
+        yield piece.shape[1], piece.transpose(1, 2) @ piece, g
 
 
 def _plus(total: Tensor, piece: Tensor) -> Tensor:

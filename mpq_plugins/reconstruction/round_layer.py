@@ -11,6 +11,7 @@ of H.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..plans.layers import LayerChoice
 from ..simulation.layer import simulate_layer
-from ..simulation.shifts import usual_vectors
 from .adaround import requantized
+from .call_sums import CallLook, Given, by_call
 from .coded_rounding import CodeGrid, round_coded
 from .columns import Columns
 from .feedback import Factor, compensated, factorise, solve
@@ -34,18 +35,6 @@ OWN, OUTPUT, SUM = "its own weights", "the float output", "the float sum"
 FITTING = 4  # columns for each input, at least, where a target is fitted to them: less would not hold beyond them
 MOVING = 16  # columns for each input, at least, where single weights are moved on them; on tokens they never are
 STRANGE = 0.6  # of a layer's variance is lacking where the nets' rows are of other samples; at one bit up to 0.46 is
-
-
-@dataclass(frozen=True)
-class Given:
-    """One call of a layer: its input in the quantized net, and what the float net's layer gives, None if it has not.
-
-    lost: what the shortcut lost, as it counts at the layer's output; None without one.
-    """
-
-    rough: Tensor
-    exact: Tensor | None
-    lost: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -85,14 +74,20 @@ class LayerRounding:
     columns: int
     damping: float
 
-    def round(self, calls: Sequence[Given], later: Gram | None, generator: torch.Generator) -> Rounded:
-        """Round it. later: H of further calls of the layer.
+    def round(
+        self,
+        calls: Sequence[Given],
+        later: Gram | None,
+        generator: torch.Generator,
+        executor: Executor | None = None,
+    ) -> Rounded:
+        """Round it. later: H of further calls of the layer; executor: whose workers look at a call each.
 
         Raises CannotCompensate where it has to be rounded to nearest; SettingError, naming the layer, for NaN.
         """
         geometry = Columns.of(self.module)
         matrices = geometry.matrices(self.weight)
-        gram = self._gram(geometry, matrices, calls, generator)
+        gram = self._gram(geometry, matrices, calls, generator, executor)
         if later is not None:
             gram = Gram(gram.count + later.count, gram.h + later.h, gram.g)
         if not gram.finite:
@@ -135,32 +130,32 @@ class LayerRounding:
         ]
         return torch.stack(rounded)
 
-    def _gram(self, geometry: Columns, matrices: Tensor, calls: Sequence[Given], generator: torch.Generator) -> Gram:
-        """Sums over all calls, a few samples at a time, so that columns fit into memory."""
+    def _gram(
+        self,
+        geometry: Columns,
+        matrices: Tensor,
+        calls: Sequence[Given],
+        generator: torch.Generator,
+        executor: Executor | None,
+    ) -> Gram:
+        """Sums over all calls, a few samples at a time, so that columns fit into memory.
+
+        They are added up in the calls' order, whoever looks at a call.
+        """
         gram, lacking, varying = Gram(), 0.0, 0.0
         samples = sum(geometry.samples(call.rough) for call in calls)
-        bias = 0.0 if self.module.bias is None else self.module.bias.reshape(geometry.groups, -1)
-        for call in calls:
-            tokens = geometry.takes_tokens(call.rough)
-            shape = (geometry.samples(call.rough), geometry.positions(self.module, call.rough))
-            for piece, at in geometry.drawn(self.module, call.rough, self.columns, samples, generator):
-                columns = geometry.columns(self.module, piece.of(call.rough), at).float()
-                own = torch.einsum("ngd,grd->ngr", columns, matrices)
-                exact = None
-                if call.exact is not None and geometry.outputs(call.exact) == shape:
-                    exact = geometry.values(piece.of(call.exact), at).float()
-                if tokens:
-                    usual = usual_vectors((own if exact is None else exact).flatten(1))
-                    gram.add(columns[usual], None)
-                elif exact is None:
-                    gram.add(columns, None)
-                else:
-                    wanted = exact - bias
-                    lacking += _variation(wanted - own)
-                    varying += _variation(exact)
-                    if call.lost is not None:
-                        wanted = wanted + geometry.values(piece.of(call.lost), at)
-                    gram.add(columns, wanted - own)
+        looks = [
+            CallLook.of(
+                self.name, self.module, self.weight, call,
+                list(geometry.drawn(self.module, call.rough, self.columns, samples, generator)),
+            )
+            for call in calls
+        ]  # fmt: skip
+        for look in by_call(looks, geometry.groups * matrices.shape[2] ** 2, executor):
+            for product in look.products:
+                gram.take(*product)
+            lacking += look.lacking
+            varying += look.varying
         if lacking > STRANGE * varying:
             return Gram(gram.count, gram.h)
         return gram
@@ -185,11 +180,6 @@ class LayerRounding:
         if not bool(torch.where(lost.view(shape), True, weight == values).all()) or bool(lost.all()):
             raise CannotCompensate(f"quantizing does not find the levels of {self.choice.scheme} again")
         return kept, weight, int(lost.sum())
-
-
-def _variation(values: Tensor) -> float:
-    """The sum of squares about the mean of each channel."""
-    return float((values - values.mean(0)).square().sum())
 
 
 def _on_codes(grid: CodeGrid, parts: Sequence["_Matrix"], moves: bool) -> Tensor:

@@ -311,7 +311,7 @@ class Elsewhere(Executor):
 
 
 def test_an_executor_measures_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq_plugins.measurement.input_change.LAYERS_A_UNIT", 3)
+    monkeypatch.setattr("mpq_plugins.measurement.alone.LAYERS_A_UNIT", 3)
     model, table = conv_net(), measure(conv_net(), bits=(4,))
     options: dict[str, Any] = {"bits": (3, 8), "sensitivities": ALL}
     here = contents(measure_activations(model, table, BATCHES, **options))
@@ -322,12 +322,17 @@ def test_an_executor_measures_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert elsewhere.calls == 2 * 2 * 2  # kinds, batches, units of 3 and of 1 layers
 
 
-def test_a_worker_that_fails_is_said_with_the_layer() -> None:
+def no_memory(*_: Any) -> None:
+    raise MemoryError("no room")
+
+
+def test_a_worker_that_fails_is_said_with_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpq_plugins.measurement.alone.unit_rows", no_memory)
     model = chain()
-    with pytest.raises(WorkerError, match=r"measuring '0' failed on a worker"):
+    said = r"measuring the kl of inputs of '0' failed on a worker \(MemoryError: no room\)"
+    with pytest.raises(WorkerError, match=said):
         measure_activations(
-            model, measure(model, bits=(4,)), ROWS, (8,), sensitivities=("kl",), output=lambda net, x: net(x),
-            executor=Elsewhere(),
+            model, measure(model, bits=(4,)), ROWS, (8,), sensitivities=("kl",), executor=Elsewhere(),
         )  # fmt: skip
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpq_plugins import Affine, LayerTable, Piecewise, measure
+from mpq_plugins.common import workers as workers_module
+from mpq_plugins.common.workers import Call, Workers
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WeightError, WorkerError
 from mpq_plugins.measurement import measure as run
 from mpq_plugins.measurement import units
-from mpq_plugins.measurement import workers as workers_module
 from mpq_plugins.measurement.error import UnitRequest, unit_sums
 from mpq_plugins.measurement.units import cut
-from mpq_plugins.measurement.workers import Call, Workers
 from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import chunks
 from mpq_plugins.weights.find import find_weights

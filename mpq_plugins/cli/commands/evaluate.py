@@ -22,6 +22,7 @@ from ..output import (
     weights_option,
 )
 from ..types import FileOrFactory
+from ..workers import chosen_executor, worker_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import nn
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
 @fitting_options
 @run_model_option
 @weights_option
+@worker_options("evaluate", "1", "Inputs and evaluation")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="CSV to write; an interrupted run resumes.")
 @json_option
 def evaluate(
@@ -54,6 +56,8 @@ def evaluate(
     fitting: Fitting,
     model_factory: str | None,
     weights: str | None,
+    workers: int | None,
+    dask: str | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -75,8 +79,11 @@ def evaluate(
     plans = {name: _fitting(plan, model, name) for name, plan in loaded.items()}
     score = named_function(evaluation)
     batches = fitting.batches(model)
-    with _kept(output) as store, progress_bar("evaluating") as progress:
-        rows = run(model, plans, score, calibrate=batches, rounding=fitting.rounding, store=store, progress=progress)
+    with _kept(output) as store, chosen_executor(workers, dask) as executor, progress_bar("evaluating") as progress:
+        rows = run(
+            model, plans, score, calibrate=batches, rounding=fitting.rounding, executor=executor, store=store,
+            progress=progress,
+        )  # fmt: skip
         if output is not None:
             evaluated_csv(rows, output)
     if as_json:

@@ -12,6 +12,7 @@ from ..output import claim, json_option, plot_option, print_json, print_table, s
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..typed import types_option
 from ..types import FileOrFactory, IntegerList, NameList, installed
+from ..workers import chosen_executor, worker_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.contract import Needs
@@ -61,8 +62,7 @@ def _metrics() -> tuple[str, ...]:
     help="Without logits: (model, batch) -> tensor (samples, features).",
 )  # fmt: skip
 @plot_option
-@click.option("--workers", type=click.IntRange(1, 1024), help="Threads to measure with (default: as torch has).")
-@click.option("--dask", metavar="ADDRESS", help="Measure on the workers of a dask cluster: tcp://HOST:8786.")
+@worker_options("measure", "as torch has")
 @click.option("--device", help="Measure with torch on this device, such as cuda.")
 @types_option
 @scheme_options
@@ -103,7 +103,6 @@ def measure(
     from ..request import Request
     from ..sources import resolve_source, source_name
     from ..typed import measure_types_now
-    from ..workers import chosen_executor
 
     if output is not None and output.is_dir():
         raise click.UsageError(f"-o: {output} is a directory; name a file to write")

@@ -10,6 +10,7 @@ from ..output import json_option
 from ..runs import (
     batches_to_fit_on,
     check_fit,
+    check_workers,
     model_to_evaluate,
     print_rows,
     resumable,
@@ -20,6 +21,7 @@ from ..runs import (
 )
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..types import FileOrFactory, IntegerList, NumberList
+from ..workers import chosen_executor
 
 BUDGETS = "2,2.5,3,4"
 
@@ -60,6 +62,8 @@ def pareto(
     fitting: Fitting,
     model_factory: str | None,
     judge: str | None,
+    workers: int | None,
+    dask: str | None,
     cache: Path | None,
     as_json: bool,
     **options: Any,
@@ -91,6 +95,7 @@ def pareto(
     evaluate = named_function(evaluation) if evaluation is not None else None
     given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
+    check_workers(model, workers, dask)
     scheme = Budget(average_bits=max(budgets)).needs.scheme
     metrics = tuple(dict.fromkeys(["mse", "relative", *(n for n in parts_of(sensitivity) if n in METRICS)]))
     granular = request.scheme(scheme).granularity != "per_tensor"
@@ -105,7 +110,7 @@ def pareto(
         plans, series = [one.plan for one in labelled], [one.series for one in labelled]
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
-        with progress_bar("evaluating") as progress:
+        with chosen_executor(workers, dask) as executor, progress_bar("evaluating") as progress:
             rows = run(
                 table,
                 plans,
@@ -116,6 +121,7 @@ def pareto(
                 calibrate=batches,
                 rounding=fitting.rounding,
                 files=bool(file_bits),
+                executor=executor,
                 store=store,
                 progress=progress,
             )

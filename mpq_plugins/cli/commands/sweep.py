@@ -13,6 +13,7 @@ from ..output import json_option
 from ..runs import (
     batches_to_fit_on,
     check_fit,
+    check_workers,
     model_to_evaluate,
     print_rows,
     resumable,
@@ -23,6 +24,7 @@ from ..runs import (
 )
 from ..scheme_options import request_values, scheme_options
 from ..types import FileOrFactory
+from ..workers import chosen_executor
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ...allocation.contract import Allocator, Needs
@@ -56,6 +58,8 @@ def sweep(
     model_factory: str | None,
     uniform: bool,
     judge: str | None,
+    workers: int | None,
+    dask: str | None,
     cache: Path | None,
     as_json: bool,
     **options: Any,
@@ -80,6 +84,7 @@ def sweep(
     evaluate = named_function(evaluation) if evaluation is not None else None
     given = resolve_source(source)
     model = model_to_evaluate(given, evaluation, model_factory)
+    check_workers(model, workers, dask)
     needs = _needs(allocators, request, uniform, measure=not given.is_table)
     batches = batches_to_fit_on(fitting, model)
     written = model is not None and _for_files(allocators)
@@ -91,7 +96,7 @@ def sweep(
         plans += _uniform_beside(plans, table) if uniform else []
         if model is not None:
             check_fit(plans[0], model, model_factory or source)
-        with progress_bar("sweeping") as progress:
+        with chosen_executor(workers, dask) as executor, progress_bar("sweeping") as progress:
             rows = run(
                 table,
                 _distinct(plans),
@@ -101,6 +106,7 @@ def sweep(
                 calibrate=batches,
                 rounding=fitting.rounding,
                 files=written,
+                executor=executor,
                 store=store,
                 progress=progress,
             )

@@ -62,11 +62,11 @@ def run_demo(progress: Progress | None = None) -> DemoResult:
     table = measure(net, Affine(granularity="per_channel", range="mse"), WIDTHS, per_channel=True)
     plans = dict(_named_plans(table))
     scored = Scored(net, accuracy, calibration_digits(), None, COMPENSATED)
-    trials = [Trial("float", None, scored(None).scores)]
+    trials = [Trial("float", None, scored.evaluated(None, "float").scores)]
     for position, (name, plan) in enumerate(plans.items()):
         if progress is not None:
             progress(name, position, len(plans))
-        trials.append(Trial(name, plan, scored(plan).scores))
+        trials.append(Trial(name, plan, scored.evaluated(plan, name).scores))
     weights = sum(layer.numel for layer in table.layers)
     _, labels = unseen_digits()
     return DemoResult(len(labels), weights, len(table.layers), tuple(trials), _kept(trials))
