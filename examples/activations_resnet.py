@@ -6,8 +6,8 @@ Weights asymmetric per channel, clipped by squared error; inputs asymmetric per 
 training images calibrate; top-1 and cross-entropy on test_846. `ranges`: 8-bit weights with inputs of 8, 6 and 4 bits,
 by each way of finding a range. `pairs`: uniform W4A4 with 8 bits at both ends, and Budget over weights and inputs at no
 more bit operations, by kl of 64 images, each rounded to nearest and compensated. `learned`: W2A4, 8 bits at both ends.
-`fx`: 8-bit weights and inputs simulated and in FX, in the same ranges: with all 256 levels of inputs and, as CPUs without
-VNNI need, with 128, by its integers and by its reference in floating point.
+`fx`: 8-bit weights and inputs simulated and in FX, in the same ranges, by its integers and by its reference in floating
+point: with all 256 levels of inputs and, as CPUs without VNNI need, with 128.
 """
 
 import argparse
