@@ -1,4 +1,4 @@
-"""PTILMPQ's first three experiments, and an open question of its, on pretrained CIFAR-10 ResNets (arXiv 2404.02947), with true sizes.
+"""PTILMPQ's first three experiments and an open question on pretrained ResNets (arXiv 2404.02947), with true sizes.
 
     python -m examples.ptilmpq_resnet [--depth 20 56] [--experiment 1 2 3 4]
 
