@@ -99,18 +99,19 @@ def compressed(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def by_alpha(case: Case, alphas: Sequence[float]) -> list[float]:
     """The loss at each alpha; the table says more."""
     table = mpq.measure(case.net, SCHEME, (3, 4, 5), only=case.only)
-    rows = [("float", "", scored(case.score(case.net)), "")]
+    rows = [("float", "", scored(case.score(case.net)), "", "")]
     losses = []
     for alpha in alphas:
         plan = mpq.PTILMPQ(alpha=alpha)(table)
         found = case.score(mpq.apply(case.net, plan))
         losses.append(found[1])
-        mirrored = "" if alpha in (0, 1) else scored(case.score(mpq.apply(case.net, other_way(table, alpha))))
-        rows.append((f"alpha {alpha:g}", bits_of(plan), scored(found), mirrored))
+        least = other_way(table, alpha)
+        mirrored = scored(case.score(mpq.apply(case.net, least))) if 0 < alpha < 1 else ""
+        rows.append((f"alpha {alpha:g}", bits_of(plan), scored(found), bits_of(least) if mirrored else "", mirrored))
     for bits in (3, 4):
         plan = mpq.Uniform(bits=bits)(table)
-        rows.append((f"uniform {bits}", bits_of(plan), scored(case.score(mpq.apply(case.net, plan))), ""))
-    columns = ("plan", "bits, in total", " / ".join(case.scored), "least F first")
+        rows.append((f"uniform {bits}", bits_of(plan), scored(case.score(mpq.apply(case.net, plan))), "", ""))
+    columns = ("plan", "bits, in total", " / ".join(case.scored), "least F first", "then")
     show(f"{case.name}, {len(table.layers)} layers", columns, rows)
     return losses
 

@@ -59,9 +59,10 @@ Method = Callable[[Case], Any]
 
 def sensitivity(name: str, few: bool) -> Method:
     def measured(case: Case) -> Any:
-        output = {} if case.output is None or not few else {"output": case.output}
         named = "distance" if name == "kl" and case.output is not None else name
-        return mpq.sensitivity(case.net, case.table, named, case.few if few else case.batches, **output)
+        return mpq.sensitivity(
+            case.net, case.table, named, case.few if few else case.batches, output=case.output if few else None
+        )
 
     return measured
 

@@ -68,10 +68,7 @@ def row(
 
 def drawn_by(plan: mpq.Plan, seed: int) -> mpq.Plan:
     """The plan, rounded stochastically."""
-    layers = [
-        layer.model_copy(update={"scheme": replace(layer.scheme, stochastic=seed)})  # type: ignore[call-arg]
-        for layer in plan.layers
-    ]
+    layers = [layer.model_copy(update={"scheme": replace(layer.scheme, stochastic=seed)}) for layer in plan.layers]
     return plan.model_copy(update={"layers": tuple(layers)})
 
 
