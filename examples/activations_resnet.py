@@ -1,11 +1,13 @@
 """Weights and inputs of ResNets at few bits: ranges of inputs side by side, and Budget over both widths.
 
-    python -m examples.activations_resnet [--nets 20 56] [--steps 2000] [--parts ranges pairs learned]
+    python -m examples.activations_resnet [--nets 20 56] [--steps 2000] [--parts ranges pairs learned fx]
 
 Weights asymmetric per channel, clipped by squared error; inputs asymmetric per tensor, their ranges static. 1,024
 training images calibrate; top-1 and cross-entropy on test_846. `ranges`: 8-bit weights with inputs of 8, 6 and 4 bits,
 by each way of finding a range. `pairs`: uniform W4A4 with 8 bits at both ends, and Budget over weights and inputs at no
 more bit operations, by kl of 64 images, each rounded to nearest and compensated. `learned`: W2A4, 8 bits at both ends.
+`fx`: 8-bit weights and inputs simulated and in FX, in the same ranges, by its integers and by its reference in floating
+point: with all 256 levels of inputs and, as CPUs without VNNI need, with 128.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 from torch import nn
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import calibration, evaluate, images, need_networks, resnet
@@ -26,7 +29,7 @@ SCHEME = mpq.Affine(granularity="per_channel", range="mse")
 IMAGE = (1, 3, 32, 32)
 WIDTHS = range(2, 9)
 KL_IMAGES = 64
-PARTS = ("ranges", "pairs", "learned")
+PARTS = ("ranges", "pairs", "learned", "fx")
 
 
 def main() -> None:
@@ -51,6 +54,8 @@ def run(depth: int, parts: Sequence[str], steps: int, count: int) -> None:
         show(f"ResNet-{depth}: weights and inputs together", pairs(net, table, batches))
     if "learned" in parts and depth == 20:
         show(f"ResNet-{depth}: W2A4 learned, {steps} steps", [learned(net, table, batches, steps)])
+    if "fx" in parts:
+        show(f"ResNet-{depth}: W8A8, simulated and in FX", in_fx(net, table, batches))
 
 
 def ranges(net: nn.Module, table: mpq.LayerTable, batches: Sequence[torch.Tensor]) -> list[list[str]]:
@@ -90,6 +95,30 @@ def learned(net: nn.Module, table: mpq.LayerTable, batches: Sequence[torch.Tenso
     rounded = mpq.reconstruct(net, plan, batches, steps=steps, correct=True)
     name = f"W2A4, learned in {time.perf_counter() - start:.0f} s"
     return row(name, mpq.apply(rounded, plan), plan, table)
+
+
+def in_fx(net: nn.Module, table: mpq.LayerTable, batches: Sequence[torch.Tensor]) -> list[list[str]]:
+    """The same weights and the same ranges of inputs, in floating point and as integers."""
+    from mpq_plugins.adapters import fx
+
+    rows = [row("float", net, None)]
+    for name in ("minmax", "percentile", "mse"):
+        plan = mpq.Uniform(bits=8)(table).with_activations(mpq.Activations(8, range=name))
+        ranged = mpq.calibrate_inputs(net, plan, batches)
+        rows.append(row(f"{name}, simulated", mpq.apply(ranged, plan), plan))
+        for how, reduced, convert in (
+            ("FX, 128 levels", True, convert_fx),
+            ("FX, 256 levels", False, convert_fx),
+            ("FX's reference, 256 levels", False, convert_to_reference_fx),
+        ):
+            prepared = fx.prepare(ranged, plan, batches[0], reduce_range=reduced)
+            with torch.no_grad():
+                for batch in batches:  # what is no planned layer's input is observed
+                    prepared(batch)
+            converted = convert(prepared)
+            fx.verify(converted, plan, ranged)
+            rows.append(row(f"{name}, {how}", converted, None))
+    return rows
 
 
 def ends_at_8(plan: mpq.Plan) -> mpq.Plan:

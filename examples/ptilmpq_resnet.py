@@ -1,11 +1,14 @@
-"""PTILMPQ's first three experiments on pretrained CIFAR-10 ResNets (arXiv 2404.02947), with true sizes.
+"""PTILMPQ's first three experiments and an open question on pretrained ResNets (arXiv 2404.02947), with true sizes.
 
-    python -m examples.ptilmpq_resnet [--depth 20 56] [--experiment 1 2 3]
+    python -m examples.ptilmpq_resnet [--depth 20 56] [--experiment 1 2 3 4]
 
 1. Theoretical against actual size at alpha = beta = 0.5: what the shares promise, what the plan says, what packed
    codes take on disk.
 2. alpha from 0.1 to 0.9: size, error, accuracy.
 3. Two regions against one uniform quantizer at the same true size, the bit that tells the interval included.
+4. Ternary and binary widths for what is not important (its third open question), at its alpha and beta: channels, or
+   channels of other layers alone, rounded to nearest, corrected and compensated on 1,024 training images. Ternary is
+   2 bits of the symmetric scheme, -s, 0 and s; binary 1 bit, -s and s; s is that of least squared error.
 
 Accuracy on 846 test images (one image is 0.12 points; read cross-entropy beside it). The networks and images are
 looked for in $MPQ_ZOO, by default ../shared/zoo.
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import mpq_plugins as mpq
-from examples.cifar_resnet import ResNet, evaluate, images, need_networks, resnet, score
+from examples.cifar_resnet import ResNet, calibration, evaluate, images, need_networks, resnet, score
 from mpq_plugins.compression.bitpack import pack
 from mpq_plugins.evaluation.sweep import sweep
 from mpq_plugins.models.kinds import quantizable_weights
@@ -38,18 +41,30 @@ SCHEMES: dict[str, Scheme] = {
     "two regions + bit": TWO_REGIONS,
     "two regions, shared": mpq.Piecewise(granularity="per_channel", storage="shared"),
 }
+CLIPPED = mpq.Affine(granularity="per_channel", range="mse")
+TERNARY = mpq.Affine(granularity="per_channel", range="mse", symmetric=True)
+FEW_LEVELS: dict[str, tuple[mpq.Affine, tuple[int, int], tuple[int, int]]] = {
+    "3 bits": (CLIPPED, (5, 4), (4, 3)),
+    "channels, 2 bits": (CLIPPED, (5, 2), (4, 2)),
+    "channels, ternary": (TERNARY, (5, 2), (4, 2)),
+    "channels, binary": (TERNARY, (5, 1), (4, 1)),
+    "of other layers, 2 bits": (CLIPPED, (5, 4), (4, 2)),
+    "of other layers, ternary": (TERNARY, (5, 4), (4, 2)),
+    "of other layers, binary": (TERNARY, (5, 4), (4, 1)),
+    "other layers, ternary and binary": (TERNARY, (5, 4), (2, 1)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", choices=(20, 56), default=[20, 56])
-    parser.add_argument("--experiment", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
+    parser.add_argument("--experiment", type=int, nargs="+", choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
     options = parser.parse_args()
     torch.set_num_threads(2)
     need_networks(parser)
     out = Console(width=130, highlight=False, markup=False)
     for number in options.experiment:
-        (sizes, alphas, intervals)[number - 1](options.depth, out)
+        (sizes, alphas, intervals, few_levels)[number - 1](options.depth, out)
 
 
 def sizes(depths: list[int], out: Console) -> None:
@@ -105,6 +120,33 @@ def intervals(depths: list[int], out: Console) -> None:
         title = f"3. ResNet-{depth}, per channel, every layer alike: top-1 % / cross-entropy"
         out.print(grid(title, ("bits a weight", *SCHEMES), rows))
     out.print("A paper's 'b bits' with two regions stands in the row b + 1: the region bit is stored too.")
+
+
+def few_levels(depths: list[int], out: Console) -> None:
+    """Other channels at 3 bits, 2 bits, three levels and two."""
+    data, batches = images(), calibration()
+    for depth in depths:
+        net, rows = resnet(depth), []
+        for name, (scheme, important, other) in FEW_LEVELS.items():
+            allocator = mpq.PTILMPQ(important_bits=important, other_bits=other)
+            plan = allocator(mpq.measure(net, scheme, allocator.needs.bits))
+            rounded = [
+                mpq.apply(net, plan),
+                mpq.apply(net, plan, calibrate=batches, rounding="nearest"),
+                mpq.apply(net, plan, calibrate=batches),
+            ]
+            scores = [f"{top1:.2f} / {loss:.3f}" for top1, loss in (evaluate(own, *data) for own in rounded)]
+            widths = " and ".join(f"{high},{low}" for high, low in (important, other))
+            size = plan.size()
+            rows.append((name, widths, f"{size.average_bits:.2f} ({file_bits(net, plan):.2f})", *scores))
+        columns = ("not important", "widths", "bits (in a file)", "nearest", "corrected", "compensated")
+        out.print(grid(f"4. ResNet-{depth}, alpha = beta = 0.5: top-1 % / cross-entropy", columns, rows, left=2))
+
+
+def file_bits(net: ResNet, plan: mpq.Plan) -> float:
+    """Bits a weight of the container, codes entropy coded where that is smaller."""
+    with tempfile.TemporaryDirectory() as folder:
+        return mpq.compress(net, plan, Path(folder) / "net.mpq").file_bits
 
 
 def on_disk(net: ResNet, plan: mpq.Plan) -> tuple[int, float]:

@@ -40,6 +40,7 @@ CAPABILITIES = Capabilities(
     activation_bits=(None, *range(2, 9)),
     input_symmetric=(False, True),
     storage=Storage("weights in floating point, which an export turns into codes"),
+    stochastic=False,
 )  # fmt: skip
 # What every module keeps of itself.
 MODULE_NAMES = {*vars(nn.Module())}

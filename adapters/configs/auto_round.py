@@ -21,6 +21,7 @@ CAPABILITIES = Capabilities(
     kinds=("linear",),
     symmetric=(False, True, "full"),
     granularities=("per_channel", "per_group"),
+    stochastic=False,
 )
 
 

@@ -19,6 +19,7 @@ CAPABILITIES = Capabilities(
     kinds=("linear",),
     symmetric=(True, "full"),  # asymmetric packed checkpoints, which it writes, do not load
     granularities=("per_tensor", "per_channel", "per_group"),
+    stochastic=False,
 )
 
 

@@ -21,6 +21,7 @@ CAPABILITIES = Capabilities(
     kinds=("linear",),
     symmetric=(True,),
     granularities=("per_tensor", "per_channel", "per_group"),
+    stochastic=False,
 )
 
 

@@ -147,6 +147,11 @@ def _type_of(layer: LayerChoice) -> str | None:
             f"layer {layer.name!r}: {scheme} is no type of ggml's, and none comes near it; plan with ggml's own "
             "(--types gguf, or --scheme ggml)"
         )
+    if scheme.stochastic is not None:
+        raise SettingError(
+            f"layer {layer.name!r}: {scheme}, and llama-quantize rounds to nearest; plan without stochastic, or export "
+            "the GGUF file itself, which has the plan's codes"
+        )
     kind = EXACT.get((bool(scheme.symmetric), bits)) or NEAREST.get(bits)
     if kind is None:
         raise SettingError(f"layer {layer.name!r}: ggml has no type of {bits} bits; 2, 3, 4, 5, 6 or 8")

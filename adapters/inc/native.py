@@ -45,6 +45,7 @@ RTN_CAPABILITIES = Capabilities(
     bits=tuple(range(2, 9)),
     kinds=("linear",),
     granularities=("per_channel", "per_group"),
+    stochastic=False,
 )
 DTYPES = (torch.float32, torch.float16)
 # torch.nn.MultiheadAttention reads this layer's weight itself, and finds none once it is packed.

@@ -25,6 +25,7 @@ CAPABILITIES = Capabilities(
     activation_kinds=("linear", "conv2d"),
     activation_symmetric=(True,),
     storage=Storage("int8 beside the float32 weights, 5 bytes a weight", 40, scale_bits=32, zero_point_bits=64),
+    stochastic=False,
 )
 
 

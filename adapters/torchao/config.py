@@ -21,6 +21,7 @@ CONFIG_CAPABILITIES = Capabilities(
     bits=tuple(range(2, 9)),
     kinds=("linear", "embedding"),
     granularities=("per_channel", "per_group"),
+    stochastic=False,
 )
 
 

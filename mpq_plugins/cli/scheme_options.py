@@ -26,7 +26,8 @@ OPTIONS_KEY = "mpq_plugins.field_options"
 NAMED_KEY = "mpq_plugins.named_scheme"
 SECTION = "Scheme"
 NO_OPTIONS = ("name",)  # which --scheme gives
-RARE = ("full_range", "scale_dtype", "share")  # in the help where their scheme is named, for a page has so many lines
+# In the help where their scheme is named, for a page has so many lines.
+RARE = ("full_range", "scale_dtype", "share", "stochastic")
 
 
 def _names() -> Iterable[str]:

@@ -12,7 +12,15 @@ from ..errors import SettingError
 from ..models.copying import duplicate
 from ..plans.plan import Plan
 from ..plans.steps import made_for_file
-from ..reconstruction.rounding import COMPENSATED, LEARNED, Rounding, checked_rounding, rounding_label
+from ..reconstruction.rounding import (
+    COMPENSATED,
+    LEARNED,
+    NEAREST,
+    Rounding,
+    checked_rounding,
+    refuse_stochastic,
+    rounding_label,
+)
 from .scores import Evaluate, checked_scores
 from .tried import FileTaken, Tried, keep, kept
 
@@ -148,11 +156,15 @@ class _Quantized:
 def check_rounding(plans: Iterable[Plan], rounding: Rounding | None, *, calibrated: bool) -> None:
     """Raise SettingError for a rounding that is no such word, or that a plan cannot have.
 
-    On inputs, plans for a file's bytes are compensated: what codes take depends on how they are rounded.
+    On inputs, plans for a file's bytes are compensated: what codes take depends on how they are rounded. Plans that are
+    rounded stochastically are rounded already.
     """
-    rounding = checked_rounding(rounding, calibrated=calibrated)
+    rounding, plans = checked_rounding(rounding, calibrated=calibrated), list(plans)
     if calibrated and rounding != COMPENSATED and any(map(made_for_file, plans)):
         raise not_compensated(rounding)
+    if rounding != NEAREST:
+        for plan in plans:
+            refuse_stochastic(plan, f"{rounding} rounding")
 
 
 def not_compensated(rounding: str) -> SettingError:

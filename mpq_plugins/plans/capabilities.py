@@ -36,6 +36,8 @@ class Capabilities:
             each input as it comes.
         input_symmetric: Which of asymmetric (False) and symmetric (True) codes quantized inputs may have.
         storage: How the backend keeps quantized weights; None where it does not say.
+        stochastic: Whether codes that are rounded stochastically are kept; False of a backend that rounds weights by
+            itself, to nearest.
 
     Raises:
         SettingError: Nothing is left.
@@ -61,6 +63,7 @@ class Capabilities:
     input_dynamic: tuple[Dynamic | None, ...] = (None,)
     input_symmetric: tuple[bool, ...] = (False,)
     storage: Storage | None = None
+    stochastic: bool = True
 
     def __post_init__(self) -> None:
         needed = ("bits", "kinds", "symmetric", "activation_bits", "input_dynamic", "input_symmetric")

@@ -26,7 +26,7 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
     Channel parts where the backend has none become one width, the highest of the parts. A layer of a kind that the
     backend does not quantize stays in floating point. Groups become the largest of the backend's that are no larger,
     or else its smallest that divide the inputs, or else whole channels. Two-interval layers become affine ones of the
-    same true size.
+    same true size. Where the backend rounds weights by itself, stochastic rounding becomes that to nearest.
 
     Args:
         plan: The plan; it is not changed.
@@ -137,6 +137,10 @@ def _legal_scheme(layer: LayerChoice, able: Capabilities) -> tuple[Scheme, list[
     if affine is not None and affine.symmetric not in able.symmetric:
         whys.append(f"{able.backend} has only {' or '.join(SYMMETRIES[each] for each in able.symmetric)} scales")
         scheme = replace(affine, symmetric=next(each for each in NEAREST[affine.symmetric] if each in able.symmetric))
+    drawn = scheme.as_affine
+    if drawn is not None and drawn.stochastic is not None and not able.stochastic:
+        whys.append(f"{able.backend} rounds weights itself, to nearest")
+        scheme = replace(drawn, stochastic=None)
     if scheme.granularity not in able.granularities:
         whys.append(f"{able.backend} has no {scheme.granularity} scales, only {', '.join(able.granularities)}")
         # The nearest there is: coarser than groups, finer than a whole tensor.

@@ -31,6 +31,7 @@ GroupSize = Annotated[int | None, "weights per group along the input axis; impli
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 RANGES = ("minmax", "percentile", "mse", "kl")
 USUAL_SHARE = 0.9999
+LARGEST_SEED = 2**53  # which any reader of JSON has exactly
 BREAKPOINTS = ("search", "gaussian", "laplacian", "gaussian_root", "laplacian_root")
 STORAGES = ("region_bit", "shared")
 INITS: tuple[InitName, ...] = ("linear", "optimal", "density", "forgy")
@@ -404,6 +405,10 @@ class Affine(Granular):
             scale becomes 0, but the smallest number there is; one beyond the largest is refused.
         share: The share of a group's weights that lie inside a percentile range, above 0.5 and at most 1; 0.9999 where
             none is given. None under all other ranges.
+        stochastic: The seed of stochastic rounding, 0 or more: a weight goes to the level above it with the probability
+            that is its way there from the level below, so that what it becomes is on average what it was (Gupta et al.
+            2015, arXiv 1502.02551, eq. 1). The range is that of rounding to nearest, which None is. The same seed and
+            weights give the same codes, however a layer is cut or shared out (quantization/stochastic.py).
 
     Raises:
         SettingError: A value is not one of these.
@@ -427,10 +432,12 @@ class Affine(Granular):
     range: Annotated[RangeName, "range of codes"] = "minmax"
     scale_dtype: Annotated[ScaleDtype, "type of scales"] = "float32"
     share: Annotated[float | None, "weights inside a percentile range; default 0.9999"] = None
+    stochastic: Annotated[int | None, "seed of stochastic rounding; to nearest without one"] = None
 
     def __post_init__(self) -> None:
         self.check_granularity()
         _allow("range", self.range, RANGES)
+        check_seed(self.stochastic)
         object.__setattr__(self, "share", checked_share(self.share, self.range))
         _allow("scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         _allow("scheme", self.name, ("affine",))
@@ -439,7 +446,8 @@ class Affine(Granular):
 
     def __str__(self) -> str:
         scales = "" if self.scale_dtype == "float32" else f", scales in {self.scale_dtype}"
-        return f"{SYMMETRIES[self.symmetric]} {self.grain} {self.range}{share_text(self.share)}{scales}"
+        drawn = "" if self.stochastic is None else f", rounded stochastically (seed {self.stochastic})"
+        return f"{SYMMETRIES[self.symmetric]} {self.grain} {self.range}{share_text(self.share)}{scales}{drawn}"
 
     @property
     def searches(self) -> bool:
@@ -762,6 +770,12 @@ def checked_share(share: float | None, range_name: str, where: str = "") -> floa
     if isinstance(share, bool) or not isinstance(share, float | int) or not 0.5 < share <= 1:
         raise SettingError(f"{where}share: {share!r:.40} is not allowed; above 0.5, at most 1")
     return float(share)
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise SettingError for what is no seed of stochastic rounding."""
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= LARGEST_SEED):
+        raise SettingError(f"stochastic: {seed!r:.40} is not allowed; a seed of 0 to {LARGEST_SEED}, or None")
 
 
 def share_text(share: float | None) -> str:

@@ -17,7 +17,7 @@ from .scheme import Affine, Codebook, Piecewise, Scheme
 from .schemes import SCHEMES
 
 GROUP = "schemes"
-ADDED: dict[str, Any] = {"scale_dtype": "float32"}
+ADDED: dict[str, Any] = {"scale_dtype": "float32", "stochastic": None}
 """Fields that schemes had not always, and what stands for them in a file without."""
 
 

@@ -1,4 +1,7 @@
-"""Affine quantization of a weight: code = clamp(round(w / scale) + zero_point), w' = (code - zero_point) scale."""
+"""Affine quantization of a weight: code = clamp(round(w / scale) + zero_point), w' = (code - zero_point) scale.
+
+round is to nearest, or stochastic (stochastic.py), on the same grids.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from .contract import Each, PartCodes, PartShape
 from .grid import Grids, GroupStats
 from .ranged import grids_by_values
 from .scales import check_scales
+from .stochastic import StochasticGrids, stochastic_codes
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def quantize(
     check_bits(bits)
     rows, shape, grid = fitted_rows(weight, scheme, channel_axis, layer, partial(_grids, scheme, [bits]))
     check_scales(grid.scale, scheme.scale_dtype, layer)
-    codes = _encode(rows, grid).reshape(shape)
+    codes = _codes(rows, shape, grid, scheme).reshape(shape)
     return QuantizedTensor(
         from_channel_rows(codes, weight.shape, channel_axis), grid, scheme, channel_axis, weight.dtype
     )
@@ -75,9 +79,10 @@ class AffineQuantizer:
 
     scheme: Affine
 
-    def grids(self, each: Each, stats: GroupStats, bits: Sequence[int]) -> Grids:
+    def grids(self, each: Each, stats: GroupStats, bits: Sequence[int]) -> Grids | StochasticGrids:
         """One scale and zero point for each group, by the scheme's range rule."""
-        return _grids(self.scheme, bits, each, stats)
+        grids, seed = _grids(self.scheme, bits, each, stats), self.scheme.stochastic
+        return grids if seed is None else StochasticGrids(grids, seed)
 
     def fake_quantize(self, weight: Tensor, bits: int, *, channel_axis: int, layer: str) -> Tensor:
         """The weight that `bits` can hold."""
@@ -122,6 +127,14 @@ def _grids(scheme: Affine, bits: Sequence[int], each: Each, stats: GroupStats) -
     if scheme.range in ("percentile", "kl"):
         return grids_by_values(whole_rows(each, scheme), stats, bits, scheme)
     return choose_affine_grids(stats, bits, scheme, squared_errors(each, scheme))
+
+
+def _codes(rows: Tensor, channels: torch.Size, grid: Grids, scheme: Affine) -> Tensor:
+    """Codes of rows, one for each group; channels: the shape of the rows that output channels are."""
+    if scheme.stochastic is None or not rows.numel():
+        return _encode(rows, grid)
+    places = rows.reshape(channels) if scheme.granularity == "per_tensor" else rows
+    return torch.from_numpy(stochastic_codes(places, grid, 0, scheme.stochastic)).to(rows.device)
 
 
 def _encode(rows: Tensor, grid: Grids) -> Tensor:

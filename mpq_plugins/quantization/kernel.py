@@ -57,7 +57,14 @@ def _compiled(rows: Tensor) -> bool:
 
 
 def error_totals(values: Tensor, grids: AnyGrids, largest: bool = False) -> Floats:
-    """As error_sums, over all of `values` taken as one group: float64 (1, K, 3)."""
+    """As error_sums, over all of `values` taken as one group: float64 (1, K, 3).
+
+    Grids under which it counts where in its row a weight is say so themselves, of `values` as they are.
+    """
+    own = getattr(grids, "error_totals", None)
+    if own is not None and values.numel():
+        totals: Floats = own(values, largest)
+        return totals
     return error_sums(values.reshape(1, -1), grids, largest)
 
 

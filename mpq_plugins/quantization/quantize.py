@@ -13,6 +13,7 @@ from ..plans.schemes import SCHEMES
 from .contract import QUANTIZER, Each, Quantizer
 from .grid import AnyGrids, Grids, GroupStats
 from .scales import check_scales
+from .stochastic import StochasticGrids
 
 
 def quantizer(scheme: Scheme) -> Quantizer:
@@ -40,8 +41,9 @@ def choose_grids(each: Each, stats: GroupStats, bits: Sequence[int], scheme: Sch
     dtype.
     """
     grids = quantizer(scheme).grids(each, stats, bits)
-    if isinstance(grids, Grids) and isinstance(scheme, Affine):
-        check_scales(grids.scale, scheme.scale_dtype, layer)
+    levels = grids.grids if isinstance(grids, StochasticGrids) else grids
+    if isinstance(levels, Grids) and isinstance(scheme, Affine):
+        check_scales(levels.scale, scheme.scale_dtype, layer)
     return grids
 
 

@@ -35,6 +35,7 @@ from .finished import FinishedBlocks, job_of
 from .fisher import importance_of
 from .learn import Block, Learned, inner_name, learn
 from .nets import Nets, as_the_models, device_of, on_device
+from .rounding import refuse_stochastic
 from .samples import Samples
 from .settings import MEMORY, BlockReport, Settings, check_callbacks, usual_lr
 
@@ -105,9 +106,9 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
         The copy.
 
     Raises:
-        SettingError: An argument is not allowed, the model is in training mode or does not run on the inputs, no batch
-            reaches a block or its inputs cannot be captured, a loss is NaN, or the store is another job's. The message
-            names the block.
+        SettingError: An argument is not allowed, the plan rounds stochastically, the model is in training mode or does
+            not run on the inputs, no batch reaches a block or its inputs cannot be captured, a loss is NaN, or the
+            store is another job's. The message names the block.
         MismatchError: The plan is for another model.
         WeightError: A weight cannot be quantized.
         SourceError: The disk is full, say. Finished blocks stay in the store.
@@ -278,6 +279,7 @@ def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) 
             f"reconstruct: takes a module, a Plan and batches, not a {type(model).__name__} and a {type(plan).__name__}"
         )
     match(plan, model).require(type(model).__name__)
+    refuse_stochastic(plan, "learned rounding")
     refuse_input_ranges(model)
     if type(memory) is not int or memory < 0:
         raise SettingError(f"memory: {memory!r} is not allowed; bytes, an integer from 0 up")

@@ -50,6 +50,7 @@ from .finished import FinishedLayers, job_of
 from .gram import Gram
 from .nets import as_the_models, device_of, on_device
 from .round_layer import NO_BETTER, CannotCompensate, LayerRounding, Rounded
+from .rounding import refuse_stochastic
 from .settings import Compensation, LayerReport, check_callbacks
 from .stations import Stations, find_stations
 from .streams import JOIN
@@ -121,8 +122,8 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         The copy.
 
     Raises:
-        SettingError: An argument is not allowed, the model does not run on the inputs, or a layer's inputs hold NaN.
-            The message names the layer; finished ones stay in the store.
+        SettingError: An argument is not allowed, the plan rounds stochastically, the model does not run on the inputs,
+            or a layer's inputs hold NaN. The message names the layer; finished ones stay in the store.
         MismatchError: The plan is for another model.
         WeightError: A weight cannot be quantized.
         WorkerError: An executor's workers fail, or a layer cannot be sent to them.
@@ -164,6 +165,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     with torch.inference_mode(mode=False), torch.no_grad():
         traced = Traced(model)
         plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
+        refuse_stochastic(plan, "compensated rounding")
         given = checked_batches(batches)
         _check_threads(given)
         home = device_of(model)

@@ -4,10 +4,13 @@ To nearest, every weight by itself. Compensated, the weights of a layer make up 
 Learned, block by block, by gradient descent (`reconstruct`).
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..common.text import did_you_mean
+from ..common.text import did_you_mean, first_few
 from ..errors import SettingError
+
+if TYPE_CHECKING:  # the command line asks for the words alone
+    from ..plans.plan import Plan
 
 Rounding = Literal["nearest", "compensated", "learned"]
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "compensated", "learned")
@@ -33,6 +36,22 @@ def checked_rounding(rounding: str | None, *, calibrated: bool) -> Rounding:
             "BatchNorm statistics with synthetic_batches (--calibrate, --synthetic), or round to 'nearest'"
         )
     return rounding
+
+
+def refuse_stochastic(plan: "Plan", what: str) -> None:
+    """Raise SettingError, naming the layers, where the plan's scheme has rounded already what something is to round.
+
+    what: it, `compensated rounding`.
+    """
+    drawn = [
+        repr(layer.name) for layer in plan.layers
+        if not layer.in_float and getattr(layer.scheme, "stochastic", None) is not None
+    ]  # fmt: skip
+    if drawn:
+        raise SettingError(
+            f"{first_few(drawn, ', ')}: rounded stochastically, and {what} chooses other levels; round to 'nearest' "
+            "(--rounding nearest), which leaves the levels to the scheme, or plan without stochastic"
+        )
 
 
 def rounding_label(rounding: Rounding, *, calibrated: bool) -> str:

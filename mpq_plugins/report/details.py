@@ -74,7 +74,9 @@ def scheme_words(scheme: Scheme) -> str:
     clipped = ["clipped"] if getattr(scheme, "range", "minmax") != "minmax" else []
     dtype = getattr(scheme, "scale_dtype", "float32")
     rounded = [f"scales in {dtype}"] if dtype != "float32" else []
-    return ", ".join((scheme.name, *symmetric, grain, *clipped, *rounded))
+    seed = getattr(scheme, "stochastic", None)
+    drawn = [] if seed is None else [f"rounded stochastically (seed {seed})"]
+    return ", ".join((scheme.name, *symmetric, grain, *clipped, *rounded, *drawn))
 
 
 def value_text(value: Any) -> str:

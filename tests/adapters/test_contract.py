@@ -41,7 +41,8 @@ OURS = sorted({entry.name for entry in entry_points(group="mpq_plugins.adapters"
 BATCHES = list(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(8))
 SYMMETRIC = Affine(granularity="per_channel", symmetric=True)
 SCHEMES = (SYMMETRIC, Affine(), Piecewise(granularity="per_channel"), EntropyCoded(), EntropyCoded(step=0.06),
-           Affine(symmetric="full", granularity="per_channel", scale_dtype="float16"))  # fmt: skip
+           Affine(symmetric="full", granularity="per_channel", scale_dtype="float16"),
+           Affine(granularity="per_channel", symmetric=True, stochastic=7), Affine(stochastic=7))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

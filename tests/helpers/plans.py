@@ -16,6 +16,8 @@ SCHEMES: list[Scheme] = [
     Affine(granularity="per_channel", symmetric="full"),
     Affine(granularity="per_group", group_size=2, symmetric="full", range="mse", scale_dtype="float16"),
     Affine(granularity="per_channel", scale_dtype="bfloat16"),
+    Affine(granularity="per_channel", stochastic=5),
+    Affine(symmetric=True, stochastic=6),
     Piecewise(),
     Piecewise(granularity="per_channel", storage="shared", breakpoint="gaussian"),
     Piecewise(granularity="per_group", group_size=2, breakpoint="laplacian_root"),

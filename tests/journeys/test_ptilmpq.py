@@ -77,10 +77,23 @@ def test_mpq_plan_check_apply_show_and_diff_with_parts(mpq: Mpq, tmp_path: Path)
 def test_the_example_prints_all_three_experiments(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, with_few_images: Callable[[ModuleType], None]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ptilmpq_resnet", "--depth", "20"])
+    monkeypatch.setattr(sys, "argv", ["ptilmpq_resnet", "--depth", "20", "--experiment", "1", "2", "3"])
     with_few_images(ptilmpq_resnet)
     ptilmpq_resnet.main()
     out = capsys.readouterr().out
     packed_and_promised = [word for word in out.split() if word == "186.56"]
     assert len(packed_and_promised) >= 2  # the file takes what the plan said, to the byte
     assert "ptilmpq 0.9" in out
+
+
+def test_the_example_prints_ternary_and_binary_widths(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, with_few_images: Callable[[ModuleType], None]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ptilmpq_resnet", "--depth", "20", "--experiment", "4"])
+    binary = "channels, binary"
+    monkeypatch.setattr(ptilmpq_resnet, "FEW_LEVELS", {binary: ptilmpq_resnet.FEW_LEVELS[binary]})
+    with_few_images(ptilmpq_resnet)
+    ptilmpq_resnet.main()
+    out = capsys.readouterr().out
+    assert "5,1 and 4,1" in out
+    assert "2.87 (" in out  # bits a weight

@@ -288,3 +288,16 @@ def test_groups_become_the_largest_that_are_no_larger_or_else_the_smallest_that_
 def test_groups_of_no_size_are_refused() -> None:
     with pytest.raises(SettingError, match="group_sizes need one value or more, or None"):
         Capabilities(backend="none", bits=(4,), kinds=("linear",), group_sizes=())
+
+
+@pytest.mark.parametrize("scheme", [Affine(stochastic=7), replace(PER_CHANNEL, symmetric=True, stochastic=0)])
+def test_stochastic_rounding_becomes_to_nearest_where_the_backend_rounds_weights_itself(scheme: Affine) -> None:
+    plan = plan_of(linear("fc", 4, 2, scheme, 4))
+    assert legalise(plan, ANYTHING) == (plan, ())
+    able = replace(ANYTHING, stochastic=False)
+    legal, (change,) = legalise(plan, able)
+    assert legal.layers[0].scheme == replace(scheme, stochastic=None)
+    assert change.cost == 0
+    assert "rounds weights itself, to nearest" in change.why
+    with pytest.raises(SettingError, match=naming("fc", "rounded stochastically", "to nearest")):
+        require_legal(plan, able)

@@ -75,6 +75,7 @@ def test_a_table_says_its_quantizer_and_what_it_holds(table: LayerTable) -> None
             Affine(symmetric="full", scale_dtype="float16"),
             "affine, full-range symmetric, per tensor, scales in float16",
         ),
+        (Affine(stochastic=7), "affine, per tensor, rounded stochastically (seed 7)"),
         (Piecewise(), "piecewise, per tensor"),
         (Codebook(granularity="per_channel"), "codebook, per channel"),
         (EntropyCoded(), "entropy-coded"),

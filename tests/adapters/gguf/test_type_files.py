@@ -150,6 +150,12 @@ def test_schemes_that_are_no_types_of_ggmls_are_refused_and_not_replaced() -> No
             types_file(plan)
 
 
+def test_weights_that_are_rounded_stochastically_are_refused() -> None:
+    plan = plan_of(linear("blk.0.ffn_up", 32, 64, Affine(symmetric=True, stochastic=7), 8))
+    with pytest.raises(SettingError, match=r"layer 'blk.0.ffn_up': .*stochastic.*llama-quantize rounds to nearest"):
+        types_file(plan)
+
+
 def test_a_skipped_expert_of_a_planned_stack_is_refused() -> None:
     plan = plan_of(linear("blk.0.ffn_gate_exps.0", 32, 256, GGML(type="q4_k"), 4))
     with pytest.raises(SettingError, match=r"layer 'blk.0.ffn_gate_exps.1': is skipped, and one tensor with"):
