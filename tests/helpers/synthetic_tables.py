@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mpq_plugins import Affine, LayerStats, LayerTable
 from mpq_plugins.plans.scheme import Scheme
@@ -19,11 +18,10 @@ def synthetic_table(
     random = np.random.default_rng(seed)
     layers = []
     for name, shape in shapes:
-        relative: NDArray[np.float64] = (
-            0.9 * 0.5 ** (np.arange(8) * random.uniform(0.8, 1.1)) * random.uniform(0.5, 1.5)
-        )
+        falling = 0.5 ** (np.arange(8) * random.uniform(0.8, 1.1))
+        relative = np.asarray(0.9 * falling * random.uniform(0.5, 1.5), np.float64)
         norms = random.gamma(4.0, 0.2, shape[0])
-        mse: NDArray[np.float64] = (relative * random.uniform(0.01, 0.1)) ** 2
+        mse = np.asarray((relative * random.uniform(0.01, 0.1)) ** 2, np.float64)
         shares = norms**2 / np.mean(norms**2)
         errors = {"relative": np.outer(relative, np.ones(len(norms))), "mse": np.outer(mse, shares)}
         each = errors if by_channel else {}

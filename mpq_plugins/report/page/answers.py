@@ -110,7 +110,8 @@ class Answers:
         allocator = _allocator(asked, self.table)
         if isinstance(allocator, Budget):
             return allocator.solve(self.table, self.work).plan
-        return allocator(self.table)
+        made: Plan = allocator(self.table)
+        return made
 
     def _answer(self, plan: Plan) -> dict[str, Any]:
         size = plan.size()

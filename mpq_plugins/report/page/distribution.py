@@ -19,7 +19,7 @@ else:
     torch = Deferred("torch")
 
 BINS = 64
-MOST_BITS = 5  # more levels would lie closer than a screen can draw
+MOST_BITS = 6  # more levels would lie closer than a screen can draw
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 // Budget per layer, by the Lagrangian: each layer goes down the lower convex hull of its costs over its sizes, the
-// steepest step first. What the hulls leave out the library's exact solver may still take.
+// steepest step first. What the hulls leave out the library's exact solver may still take. In a network of few layers
+// that is much, so there the best of all plans is taken in which one layer is forced to a width.
 
 import { layerBits } from "./sizes.js";
+
+const MOST_FORCED = 64; // layers
 
 /** Points (bits, size, cost) of a layer on its lower convex hull, by size. */
 function hullOf(points) {
@@ -24,16 +27,19 @@ export function budgetProblem(table, { sensitivity, bits, pins, counted }) {
   const costs = table.costs[sensitivity];
   const start = [];
   const steps = [];
+  const points = [];
   let size = 0;
   let cost = 0;
   for (const layer of table.layers) {
     const { place } = layer;
     const widths = pins.has(place) ? [pins.get(place)] : bits.filter((b) => table.possible[place].has(b));
     if (!widths.length) throw new Error(`layer ${layer.name}: has none of the candidate widths; pin it`);
-    const hull = hullOf(widths.map((b) => ({
-      bits: b, size: layerBits(table, layer, b)[counted], cost: b >= 16 ? 0 : costs[place][table.column.get(b)],
-    })));
-    start.push(hull[0].bits);
+    const own = widths.map((b) => ({
+      place, bits: b, size: layerBits(table, layer, b)[counted], cost: b >= 16 ? 0 : costs[place][table.column.get(b)],
+    }));
+    const hull = hullOf(own.slice());
+    if (own.length > 1) points.push(...own);
+    start.push(hull[0]);
     size += hull[0].size;
     cost += hull[0].cost;
     for (let i = 1; i < hull.length; i++) {
@@ -42,16 +48,35 @@ export function budgetProblem(table, { sensitivity, bits, pins, counted }) {
     }
   }
   steps.sort((a, b) => b.slope - a.slope || a.place - b.place || a.size - b.size);
-  return { start, steps, size, cost };
+  return { start, steps, points, size, cost };
 }
 
 /** Choices of at most this size; their cost, and a bound that no choice of one width a layer is below. */
 export function budgetWithin(problem, most) {
   if (problem.size > most) return null;
-  const choices = problem.start.slice();
+  let best = steepest(problem, most, null);
+  const { bound } = best;
+  for (const forced of problem.start.length <= MOST_FORCED ? problem.points : []) {
+    const other = steepest(problem, most, forced);
+    if (other !== null && other.cost < best.cost) best = other;
+  }
+  return { choices: best.choices, cost: best.cost, bound: Math.min(bound, best.cost), size: best.size };
+}
+
+/** The steepest steps that fit, one layer forced to a width where that is asked; null where it does not fit. */
+function steepest(problem, most, forced) {
+  const choices = problem.start.map((point) => point.bits);
   const stopped = new Set();
   let { size, cost } = problem;
   let bound = null;
+  if (forced !== null) {
+    const from = problem.start[forced.place];
+    size += forced.size - from.size;
+    cost += forced.cost - from.cost;
+    if (size > most) return null;
+    choices[forced.place] = forced.bits;
+    stopped.add(forced.place);
+  }
   for (const step of problem.steps) {
     if (stopped.has(step.place)) continue;
     if (size + step.size > most) {
@@ -63,7 +88,7 @@ export function budgetWithin(problem, most) {
     size += step.size;
     cost -= step.saved;
   }
-  return { choices, cost, bound: bound === null ? cost : Math.min(bound, cost), size };
+  return { choices, cost, bound: bound ?? cost, size };
 }
 
 const CURVE = 400; // points, as many as can be told apart

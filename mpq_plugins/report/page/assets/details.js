@@ -54,7 +54,7 @@ export function makeDetails(page, node, pin) {
     const chart = element("div", { class: "chart", role: "img", "aria-label": `distribution of the weights of ${layer.name}` });
     placed(distributionChart(own, bits, Math.max(260, node.clientWidth - 24)), chart);
     const whose = own.channel === null ? "the layer" : `output channel ${own.channel}, whose norm is in the middle`;
-    const said = bits !== null && own.levels[String(bits)] ? `${own.levels[String(bits)].length} levels of ${whose}, at ${bits} bits` : "levels above 5 bits lie closer than can be drawn";
+    const said = bits !== null && own.levels[String(bits)] ? `${own.levels[String(bits)].length} levels of ${whose}, at ${bits} bits` : "levels above 6 bits lie closer than can be drawn";
     return [chart, element("p", { class: "hint" }, `${said}.`)];
   }
 
