@@ -22,7 +22,7 @@ def plan_command(record: AllocatorRecord, table: str) -> str | None:
         The command, quoted for a shell; None for an allocator that is not installed here, or a parameter that no
         option gives.
 
-    Example:
+    Examples:
         >>> plan_command(AllocatorRecord(name="mixquant", parameters={"qem": 2.0, "metric": "mse"}), "t.mpqt")
         'mpq plan t.mpqt -a mixquant --metric mse -o plan.json'
     """
@@ -74,7 +74,7 @@ def measure_command(options: Mapping[str, str] | None = None) -> str:
     Returns:
         The command.
 
-    Example:
+    Examples:
         >>> measure_command({"--sensitivity": "kl"})
         'mpq measure SOURCE --bits 1-8 --granularity per_channel --per-channel-errors --sensitivity kl -o TABLE'
     """

@@ -69,7 +69,7 @@ def distributions(
         SettingError: The source lacks a layer of the table, or its weights are others.
         SourceError: It cannot be read.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> sum(distributions(net, mpq.measure(net))[0].counts)

@@ -109,7 +109,7 @@ def page_of_table(
     Raises:
         SettingError: A plan is of other layers, the judge was not measured, or as `evaluated`.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> table = mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=range(2, 9))
         >>> page_of_table(table, "t.mpqt", {}, title="net").document()["layers"][0]["shape"]

@@ -29,7 +29,7 @@ def frontier(table: LayerTable) -> tuple[list[LabelledPlan], list[str]]:
     Returns:
         The plans with the names of their series, and a line for each series that is left out.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> plans, left_out = frontier(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)), bits=range(2, 9)))
         >>> sorted({plan.series for plan in plans})

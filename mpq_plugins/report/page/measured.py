@@ -85,7 +85,7 @@ class Measured:
             "impossible": _impossible(table, bits),
             "rest_bytes": table.rest_bytes,
             "skipped": len(table.skipped),
-            "written": _written(table, bits[0]),
+            "written": _written(table),
         }
 
     @property
@@ -134,18 +134,27 @@ def _width(table: LayerTable, bits: int) -> dict[str, int]:
 
 
 def _impossible(table: LayerTable, bits: Sequence[int]) -> list[list[int]]:
-    """[layer, width] that the layer cannot have; and make sure that the page counts all others as the library does."""
-    found: list[list[int]] = []
+    """[layer, width] that the layer cannot have; and make sure that the page counts all others as the library does.
+
+    Layers of one shape are alike, so one of them is tried.
+    """
     by_width = {b: _width(table, b) for b in bits}
-    for place, layer in enumerate(table.layers):
-        for b in bits:
-            try:
-                choice = layer_choice(layer, b, table.scheme)
-            except SettingError:
-                found.append([place, b])
-                continue
-            _check_counted(layer_size(choice), choice, by_width[b])
-    return found
+    lacking: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for layer in table.layers:
+        shape = (layer.shape, layer.channel_axis)
+        if shape not in lacking:
+            lacking[shape] = [b for b in bits if not _possible(layer, table, b, by_width[b])]
+    return [[place, b] for place, one in enumerate(table.layers) for b in lacking[one.shape, one.channel_axis]]
+
+
+def _possible(layer: LayerStats, table: LayerTable, bits: int, width: dict[str, int]) -> bool:
+    """Whether the layer can have that width, which then is counted as the library counts it."""
+    try:
+        choice = layer_choice(layer, bits, table.scheme)
+    except SettingError:
+        return False
+    _check_counted(layer_size(choice), choice, width)
+    return True
 
 
 def _check_counted(size: LayerSize, choice: LayerChoice, width: dict[str, int]) -> None:
@@ -159,37 +168,18 @@ def _check_counted(size: LayerSize, choice: LayerChoice, width: dict[str, int]) 
         )
 
 
-def _written(table: LayerTable, bits: int) -> dict[str, Any]:
+def _written(table: LayerTable) -> dict[str, Any]:
     """The pieces of a plan's file that are the same whatever is decided, as the library writes them."""
-    layers = []
-    for layer in table.layers:
-        widths = {b for b in table.bits if has_width(table.scheme, b)}
-        layers.append(layer_choice(layer, _possible(layer, table, widths, bits), table.scheme))
-    document = plan_of(table, Uniform(bits=bits), layers, {}).document()
-    schemes: list[str] = []
-    places = []
-    for one in document["layers"]:
-        text = json.dumps(one["scheme"])
-        if text not in schemes:
-            schemes.append(text)
-        places.append(schemes.index(text))
+    in_float = [layer_choice(layer, 32, table.scheme) for layer in table.layers]  # a width that every layer can have
+    document = plan_of(table, Uniform(), in_float, {}).document()
+    schemes: dict[str, int] = {}
+    places = [schemes.setdefault(_line(one["scheme"]), len(schemes)) for one in document["layers"]]
     head = [(key, value) for key, value in document.items() if key not in ("layers", "allocator")]
     return {
         "head": [[key, _line(value), _sealed(value)] for key, value in head],
-        "schemes": [[_line(json.loads(text)), _sealed(json.loads(text))] for text in schemes],
+        "schemes": [[text, _sealed(json.loads(text))] for text in schemes],
         "scheme_of": places,
     }
-
-
-def _possible(layer: LayerStats, table: LayerTable, widths: set[int], usual: int) -> int:
-    """Some width that the layer can have; 32 where it can have none."""
-    for b in (usual, *sorted(widths)):
-        try:
-            layer_choice(layer, b, table.scheme)
-        except SettingError:
-            continue
-        return b
-    return 32
 
 
 def _line(value: Any) -> str:

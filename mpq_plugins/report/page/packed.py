@@ -19,7 +19,7 @@ def doubles(values: Sequence[Array] | Array) -> dict[str, Any]:
     Returns:
         The shape, and base64 of little-endian float64 in C order.
 
-    Example:
+    Examples:
         >>> doubles(np.array([1.0]))
         {'shape': [1], 'f64': 'AAAAAAAA8D8='}
     """
@@ -36,7 +36,7 @@ def permutations(orders: Iterable[NDArray[np.intp]]) -> str:
     Returns:
         Base64; of each entry its highest bit first.
 
-    Example:
+    Examples:
         >>> permutations([np.array([1, 0, 2, 3])])  # 01 00 10 11
         'Sw=='
     """

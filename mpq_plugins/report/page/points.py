@@ -93,7 +93,7 @@ class Point:
 def label_of(plan: Plan) -> str:
     """What tells plans of one series apart: the first number among the parameters.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> label_of(mpq.Uniform(bits=4)(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8)))))
         'bits 4'

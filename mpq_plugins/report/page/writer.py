@@ -16,7 +16,7 @@ from .document import PageDocument
 
 ENTRY = "main.js"
 LIBRARIES = ("d3-7.9.2.min.js", "plot-0.6.17.min.js")  # the second uses the first
-LICENCES = "Charts by Observable Plot and D3, copyright Observable, Inc. and Mike Bostock, under the ISC licence."
+LICENCES = "Charts by Observable Plot and D3, under the ISC licence."
 # As in a script element no sequence of these can end it, nor begin a comment; the last two end lines in old scripts.
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./([a-z_]+\.js)";\n', re.MULTILINE)
@@ -37,7 +37,7 @@ def page_html(page: PageDocument, served: dict[str, Any] | None = None) -> str:
     Returns:
         The file's text.
 
-    Example:
+    Examples:
         >>> import mpq_plugins as mpq, torch
         >>> from mpq_plugins.report.page.document import page_of_plans
         >>> plan = mpq.Uniform()(mpq.measure(torch.nn.Sequential(torch.nn.Linear(8, 8))))
@@ -53,6 +53,7 @@ def page_html(page: PageDocument, served: dict[str, Any] | None = None) -> str:
         "facts": html.escape(_facts(page)),
         "style": style,
         "footer": html.escape(f"Written by mpq-plugins {version('mpq-plugins')}. {LICENCES}"),
+        "licences": html.escape(_asset("vendor/LICENSES.txt")),  # which every copy has to have
         "data": embedded(document),
         "scripts": "\n".join(f"<script>{one}</script>" for one in scripts),
     }
@@ -62,7 +63,7 @@ def page_html(page: PageDocument, served: dict[str, Any] | None = None) -> str:
 def embedded(document: Any) -> str:
     r"""JSON that an HTML parser takes for one text, whatever names are in it.
 
-    Example:
+    Examples:
         >>> embedded({"name": "</script>"})
         '{"name":"\\u003c/script\\u003e"}'
     """

@@ -15,6 +15,7 @@ from tests.helpers.tables import norms_table
 from tests.report.page.nets import bare_html, demo_table, resnet_table
 from tests.report.page.opened import Opened
 
+pytestmark = pytest.mark.slow  # for the browser's sake
 Open = Callable[[str], Opened]
 QEMS = [float(q) for q in np.unique(np.concatenate([np.geomspace(0.5, 300, 150), np.linspace(1, 4, 53)]))][:200]
 BOTH = """return arguments[0].map((one) => {

@@ -102,6 +102,11 @@ def test_the_policy_names_each_script_and_the_style_by_what_it_is() -> None:
         assert f"'sha256-{digest}'" in policy[1]
 
 
+def test_a_page_carries_the_licences_of_what_is_in_it() -> None:
+    text = page_html(bare(synthetic_table([("a", (4, 4))])))
+    assert text.count("Permission to use, copy, modify") == 2
+
+
 def test_one_script_has_every_name_once() -> None:
     text = script()
     assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
@@ -144,6 +149,7 @@ def mpq_net() -> "torch.nn.Module":
     return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 8, 3))
 
 
+@pytest.mark.slow
 def test_every_command_makes_its_plan_again(mpq_cli: Mpq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     table = synthetic_table([("a", (8, 8)), ("b", (16, 8)), ("c", (8, 16))], by_channel=True)

@@ -57,7 +57,7 @@ def ask(server: PageServer, path: str, body: Any = None, headers: dict[str, str]
     """The status, and what was answered; headers: instead of a browser's own, "" leaving one out."""
     usual = {"Host": server.host} | ({"Content-Type": "application/json"} if body is not None else {})
     given = {name: value for name, value in (usual | (headers or {})).items() if value}
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
     connection.putrequest("GET" if body is None else "POST", path, skip_host=True)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     for name, value in (given | ({"Content-Length": str(len(content))} if body is not None else {})).items():
@@ -107,7 +107,7 @@ def test_nothing_is_reachable_from_another_origin(server: PageServer, headers: d
 
 
 def test_no_other_page_may_read_or_frame_it(server: PageServer) -> None:
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
     connection.request("GET", server.base, headers={"Host": server.host})
     answer = connection.getresponse()
     assert answer.getheader("Access-Control-Allow-Origin") is None
@@ -163,7 +163,7 @@ def test_a_request_that_is_none(server: PageServer, body: bytes, headers: dict[s
     if "Content-Length" not in headers:
         assert ask(server, f"{server.base}plan", body, headers)[0] == status
         return
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
     connection.request(
         "POST",
         f"{server.base}plan",
@@ -185,6 +185,7 @@ def test_one_thing_at_a_time(server: PageServer) -> None:
     assert ask(server, f"{server.base}plan", BUDGET)[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_browser_solves_and_evaluates(browser: webdriver.Chrome, tmp_path: Path) -> None:
     table, net = demo_table(), digit_net()
@@ -234,6 +235,7 @@ def test_a_port_that_is_taken_is_one_line(mpq: Mpq, tmp_path: Path) -> None:
         PageServer(70000, Answers(TABLE, "t", None, ()), lambda base: base)
 
 
+@pytest.mark.slow
 def test_explore_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     TABLE.save(tmp_path / "t.mpqt")
     command = [sys.executable, "-m", "mpq_plugins", "explore", str(tmp_path / "t.mpqt"), "--no-browser"]

@@ -17,6 +17,7 @@ from tests.helpers.synthetic_tables import many_layers, synthetic_table
 from tests.report.page.nets import bare_html, demo_table
 from tests.report.page.opened import Opened
 
+pytestmark = pytest.mark.slow  # for the browser's sake
 Open = Callable[[str], Opened]
 ALERT = "<img src=x onerror=\"document.title='run'\"></script><script>document.title='run'</script><!--"
 SLIDE = """const [id, value] = arguments; const slider = document.getElementById(id); slider.value = value;

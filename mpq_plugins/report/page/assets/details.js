@@ -1,7 +1,7 @@
 // The layer that is selected: what is known of it, its errors, its weights with the levels that codes can have.
 
 import { element, placed } from "./dom.js";
-import { choiceText, general, grouped, percent } from "./format.js";
+import { choiceText, general, grouped, percent, tickText } from "./format.js";
 
 /** The histogram of a layer's weights; levels are drawn over it where they are few enough. */
 function distributionChart(own, bits, width) {
@@ -10,11 +10,11 @@ function distributionChart(own, bits, width) {
   const levels = bits === null ? null : own.levels[String(bits)];
   return Plot.plot({
     width, height: 190, marginLeft: 52, marginRight: 8, marginBottom: 34, className: "plot",
-    x: { label: "weight", tickFormat: (v) => general(v, 2), ticks: width / 90 },
-    y: { label: "weights", grid: true, ticks: 3, tickFormat: (v) => general(v, 3) },
+    x: { label: "weight", tickFormat: tickText, ticks: width / 90 },
+    y: { label: "weights", grid: true, ticks: 3, tickFormat: tickText },
     marks: [
-      Plot.rectY(bins, { x1: "x1", x2: "x2", y1: 0, y2: "count", fill: "var(--faint)", inset: 0.3 }),
-      Plot.ruleX(levels ?? [], { stroke: "var(--accent)", strokeWidth: 1.2 }),
+      Plot.rectY(bins, { x1: "x1", x2: "x2", y1: 0, y2: "count", fill: "var(--soft)", fillOpacity: 0.65, inset: 0.3 }),
+      Plot.ruleX(levels ?? [], { stroke: "var(--accent)", strokeWidth: 1, strokeOpacity: 0.8 }),
       Plot.ruleY([0], { stroke: "var(--line)" }),
     ],
   });
@@ -53,8 +53,8 @@ export function makeDetails(page, node, pin) {
     const bits = typeof choice === "number" ? choice : choice?.parts?.[0][0] ?? null;
     const chart = element("div", { class: "chart", role: "img", "aria-label": `distribution of the weights of ${layer.name}` });
     placed(distributionChart(own, bits, Math.max(260, node.clientWidth - 24)), chart);
-    const whose = own.channel === null ? "the layer" : `output channel ${own.channel}, whose norm is in the middle`;
-    const said = bits !== null && own.levels[String(bits)] ? `${own.levels[String(bits)].length} levels of ${whose}, at ${bits} bits` : "levels above 6 bits lie closer than can be drawn";
+    const whose = own.channel === null ? "the layer" : `output channel ${own.channel} (its norm is in the middle)`;
+    const said = bits !== null && own.levels[String(bits)] ? `${own.levels[String(bits)].length} levels that ${whose} uses, at ${bits} bits` : "levels above 6 bits lie closer than can be drawn";
     return [chart, element("p", { class: "hint" }, `${said}.`)];
   }
 

@@ -24,6 +24,12 @@ function pythonPower(power) {
   return `e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
 }
 
+/** A number on an axis: 1000 and 0.05, and powers of ten where these are long. */
+export function tickText(value) {
+  const size = Math.abs(value);
+  return size === 0 || (size >= 1e-3 && size < 1e6) ? String(Number(value.toPrecision(4))) : general(value, 3);
+}
+
 /** 1.07 MB, in decimal units. */
 export function bytesText(count) {
   let value = count;

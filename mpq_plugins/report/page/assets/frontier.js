@@ -1,7 +1,7 @@
 // Size against error or score: every allocator's plans, and the one that the page has.
 
 import { element, onResize, placed, pointIn, svgElement } from "./dom.js";
-import { bytesText, general } from "./format.js";
+import { bytesText, general, tickText } from "./format.js";
 import { uniformCost, uniformPoints } from "./guard.js";
 
 /** The measures of size and of goodness that the points have. */
@@ -10,7 +10,7 @@ export function measuresOf(doc) {
   if (doc.points.some((point) => point.file_bytes !== null)) sizes.file = "file";
   const scores = [...new Set(doc.points.flatMap((point) => Object.keys(point.scores)))];
   const judged = doc.table && doc.table.judge && doc.points.some((point) => point.cost !== null);
-  const values = { ...Object.fromEntries(scores.map((name) => [`score:${name}`, name])), ...(judged ? { cost: `predicted ${doc.table.judge}`, ratio: `predicted ${doc.table.judge}, of uniform widths'` } : {}) };
+  const values = { ...Object.fromEntries(scores.map((name) => [`score:${name}`, name])), ...(judged ? { cost: `predicted ${doc.table.judge}`, ratio: `predicted ${doc.table.judge}, uniform widths being 1` } : {}) };
   return { sizes, values };
 }
 
@@ -71,7 +71,7 @@ export function makeFrontier(page, node, choose) {
     const chart = Plot.plot({
       width, height: width < 480 ? 300 : 360, marginLeft: 58, marginRight: 16, marginBottom: 40, className: "plot",
       x: { domain: domains.x, label: `size, ${doc.sizes[page.measures.size]}`, tickFormat: bytesText, ticks: width / 110, grid: true },
-      y: { domain: domains.y, type: log ? "log" : "linear", label: page.measures.label, tickFormat: (v) => (v >= 1e-3 && v < 1e6 ? String(Number(v.toPrecision(4))) : general(v, 3)), ticks: log ? 5 : 7, grid: true },
+      y: { domain: domains.y, type: log ? "log" : "linear", label: page.measures.label, tickFormat: tickText, ticks: log ? 5 : 7, grid: true },
       marks: [
         Plot.line(curve(), { x: "x", y: "y", stroke: "var(--faint)", strokeWidth: 6, strokeLinecap: "round", clip: true }),
         ...[...lines].map(([name, own]) => Plot.line(own, { x: "x", y: "y", sort: "x", stroke: colour(name), strokeWidth: 1.5, clip: true })),

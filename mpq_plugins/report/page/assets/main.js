@@ -82,6 +82,7 @@ function run() {
   function draw() {
     for (const view of views) view.update(page.plan);
     controls?.show();
+    byId("unpin").hidden = !page.state.pins.size;
     byId("points").value = page.point === null ? "" : String(page.point);
   }
 
