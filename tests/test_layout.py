@@ -112,6 +112,10 @@ def test_the_wheel_holds_everything_and_imports_under_its_own_name(tmp_path: Pat
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+    assets = (path for path in (ROOT / "mpq_plugins/report/page/assets").rglob("*") if path.is_file())
+    assert {str(path.relative_to(ROOT)) for path in assets} <= packed
     fresh = tmp_path / "venv"
     venv.create(fresh, with_pip=False)
     (site,) = (fresh / "lib").glob("python*/site-packages")

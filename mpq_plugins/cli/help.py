@@ -30,7 +30,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Layers and weights": ("skip", "only", "model_factory", "weights", "already_quantized", "fold_bn"),
     "Scheme": ("scheme_name",),
-    "Where it runs": ("workers", "dask", "device"),
+    "Where it runs": ("workers", "dask", "device", "port", "no_browser"),
     "Output": ("output", "force", "cache", "plot", "plan_file", "as_json", "verbose", "quiet"),
 }  # fmt: skip
 WRITTEN = ("output", "plot", "plan_file")  # what is written
@@ -51,6 +51,8 @@ COMMANDS: dict[str, dict[str, str]] = {
         "diff": "Show what differs between two plans.",
         "check": "Check a plan against weights, or a backend.",
         "inspect": "Show what a container holds.",
+        "report": "Write a page of a table's plans that re-plans.",
+        "explore": "Serve that page here, with exact plans.",
         "plugins": "List what is installed.",
     },
     "Apply": {

@@ -21,6 +21,7 @@ from .commands.decompress import decompress
 from .commands.demo import demo
 from .commands.diff import diff
 from .commands.evaluate import evaluate
+from .commands.explore import explore
 from .commands.export import export
 from .commands.import_ import import_
 from .commands.inspect import inspect
@@ -29,6 +30,7 @@ from .commands.pareto import pareto
 from .commands.plan import plan
 from .commands.plugins import plugins
 from .commands.reconstruct import reconstruct
+from .commands.report import report
 from .commands.show import show
 from .commands.sweep import sweep
 from .commands.tune import tune
@@ -159,6 +161,6 @@ def cli() -> None:
 
 for command in (
     measure, import_, plan, show, diff, check, apply, export, reconstruct, compress, decompress, inspect, sweep, pareto,
-    evaluate, tune, plugins, demo,
+    evaluate, tune, report, explore, plugins, demo,
 ):  # fmt: skip
     cli.add_command(command)

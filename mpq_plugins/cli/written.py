@@ -15,14 +15,17 @@ ROWS = (  # what rows as CSV begin with
     b"plan,rounding,corrected,total_bytes,total_average_bits,",
     b"plan,corrected,total_bytes,total_average_bits,",  # before there was a choice of rounding
 )
+PAGE = (
+    b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="mpq-plugins">'
+)
 PLAN = b'{\n  "format": "mpq-plan",\n  "version": '
 
 
 def check_replaceable(output: Path) -> None:
     """Refuse to write over a file that cannot be told to be `mpq`'s own. Raises SettingError.
 
-    Plans, tables, containers, rows as CSV and pictures are known by what they hold. A checkpoint looks alike whoever
-    wrote it, so it is refused.
+    Plans, tables, containers, rows as CSV, pages and pictures are known by what they hold. A checkpoint looks alike
+    whoever wrote it, so it is refused.
     """
     if not exists(output) or not output.is_file() or output.stat().st_size == 0 or is_ours(output):
         return
@@ -41,4 +44,4 @@ def is_ours(path: Path) -> bool:
         if path.suffix.lower() in PICTURES:
             whole = head + file.read(MOST)
             return any(mark in whole for mark in MARKS)
-    return head.startswith((CONTAINER_MAGIC, PLAN, *ROWS)) or is_table(path)
+    return head.startswith((CONTAINER_MAGIC, PLAN, PAGE, *ROWS)) or is_table(path)

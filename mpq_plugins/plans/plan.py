@@ -22,6 +22,7 @@ from ..common.public import public
 from ..common.text import first_few
 from ..errors import FormatError, SettingError
 from .activations import Activations, check_input_bits
+from .inline import plan_html
 from .layers import LayerChoice, check_once
 from .names import is_weight, layer_name, weight_name
 from .scheme import FLOAT_BITS
@@ -217,6 +218,10 @@ class Plan(Strict):
         head = "".join(f"  {_one_line(key)}: {_one_line(value)},\n" for key, value in document.items())
         lines = ",\n".join(f"    {_one_line(layer)}" for layer in layers)
         return f'{{\n{head}  "layers": [\n{lines}\n  ]\n}}\n'
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return plan_html(self.allocator.name, self.layers, self.size())
 
     def save(self, path: str | Path) -> None:
         """Write the plan; an interruption leaves an older file whole.

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..common.public import public
 from ..errors import SettingError
+from .inline import table_html
 from .stats import Array, LayerStats, Measured
 from .table_file import read, write
 
@@ -107,6 +108,10 @@ class LayerTable(Measured):
             and set(metrics) <= set(self.metrics)
             and (not channel_errors or all(layer.channel_errors for layer in self.layers))
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return table_html(self)
 
     def save(self, path: str | Path) -> None:
         """Write the table as one safetensors file with its description in the header; atomically.

@@ -1,0 +1,41 @@
+// PTILMPQ (arXiv 2404.02947): important layers, and important channels inside every layer, get the higher bits.
+
+/** ceil(fraction x count); the fraction's last bit does not make an eighth layer of seven. */
+export function shareOf(fraction, count) {
+  return Math.ceil(Number((fraction * count).toFixed(9)));
+}
+
+/** Why a table cannot be planned so; null where it can. */
+export function ptilmpqLacks(table) {
+  if (table.channel_orders === null) return `a scheme in which channels may differ in width (this is ${table.scheme})`;
+  return ptilmpqMiddles(table).length ? null : "three widths in a row (--bits 1-8)";
+}
+
+/** Widths that have both neighbours: important layers get n + 1 and n, the others n and n - 1. */
+export function ptilmpqMiddles(table) {
+  return table.bits.filter((b) => table.column.has(b - 1) && table.column.has(b + 1));
+}
+
+/** A layer's choice: its first `important` channels, from the most important down, are `high`. */
+function split(layer, important, [high, low]) {
+  const others = layer.channels - important;
+  if (high === low || !others) return layer.channels ? high : 8;
+  if (!important) return low;
+  return { parts: [[low, others], [high, important]], important, high, low };
+}
+
+/** Choices by layer. Orders are the table's, as the library has them. */
+export function ptilmpq(table, { alpha, beta_important, beta_other, important_bits, other_bits }) {
+  const important = new Set(table.order.slice(0, shareOf(alpha, table.layers.length)));
+  return table.layers.map((layer) => {
+    const chosen = important.has(layer.place);
+    const count = shareOf(chosen ? beta_important : beta_other, layer.channels);
+    return split(layer, count, chosen ? important_bits : other_bits);
+  });
+}
+
+/** The channels of a part, ascending. */
+export function channelsOf(table, place, choice, bits) {
+  const order = table.channelOrder(place);
+  return (bits === choice.high ? order.slice(0, choice.important) : order.slice(choice.important)).sort();
+}

@@ -1,0 +1,72 @@
+// What only `mpq explore` has behind the page: the exact Budget, and evaluations.
+
+import { byId } from "./dom.js";
+
+async function ask(url, body) {
+  const answer = await fetch(url, body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  const said = await answer.json();
+  if (!answer.ok) throw new Error(said.error ?? `the server answered ${answer.status}`);
+  return said;
+}
+
+/** What the server needs to make the plan that is shown. */
+function requestOf(page) {
+  if (page.point !== null) return { point: page.point };
+  const { state, table } = page;
+  const named = (place) => table.layers[place].name;
+  return { ...state, pins: [...state.pins].map(([place, bits]) => [named(place), bits]), parts: byId("exact-parts").checked };
+}
+
+function planOf(answer) {
+  const choices = answer.layers.map((own) => (Array.isArray(own) ? { parts: own } : own));
+  return {
+    title: answer.title, choices, bits: { codes: answer.weights_only_bits, total: answer.total_bits, each: answer.sizes },
+    guard: answer.guard === null ? null : { cost: answer.cost, text: answer.guard, worse: answer.worse }, command: answer.command, record: null, json: answer.json,
+    scores: answer.scores ?? {}, rounding: answer.rounding, file_bytes: answer.file_bytes ?? null,
+  };
+}
+
+/** Offer what the server does; a page that is a file offers nothing. */
+export function connect(page, { show }) {
+  const { served } = page.doc;
+  byId("served").hidden = !served;
+  if (!served) return;
+  const [exact, evaluate, bar, said] = ["exact", "evaluate", "progress", "served-said"].map(byId);
+  evaluate.hidden = !served.evaluates;
+  byId("parts-box").hidden = !served.parts;
+  let last = null;
+
+  async function working(what, work) {
+    exact.disabled = evaluate.disabled = true;
+    bar.hidden = false;
+    bar.removeAttribute("value");
+    said.textContent = what;
+    const timer = setInterval(async () => {
+      try {
+        const { name, done, total } = await ask(`${served.base}progress`);
+        if (total) [bar.max, bar.value] = [total, done];
+        if (name) said.textContent = `${what}: ${name}`;
+      } catch { /* the answer itself says what is wrong */ }
+    }, 300);
+    try {
+      await work();
+      said.textContent = "";
+    } catch (error) {
+      said.textContent = error.message;
+    } finally {
+      clearInterval(timer);
+      bar.hidden = true;
+      exact.disabled = evaluate.disabled = false;
+    }
+  }
+
+  exact.addEventListener("click", () => working("solving", async () => {
+    const { point: _, ...asked } = requestOf({ ...page, point: null });
+    last = { ...asked, allocator: "budget" };
+    show(planOf(await ask(`${served.base}plan`, last)));
+  }));
+  evaluate.addEventListener("click", () => working("evaluating", async () => {
+    const exactly = page.plan.json && last;
+    show(planOf(await ask(`${served.base}evaluate`, exactly ? last : requestOf(page))));
+  }));
+}

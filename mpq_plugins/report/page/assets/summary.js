@@ -1,0 +1,79 @@
+// What the plan comes to: its size, its bits, the guard's word, and the command that makes it.
+
+import { byId, element } from "./dom.js";
+import { bytesText, general } from "./format.js";
+import { fileOf } from "./plan.js";
+
+function tile(label, value, more = "") {
+  return element("div", { class: "tile" }, element("span", { class: "label" }, label), element("span", { class: "value" }, value), ...(more ? [element("span", { class: "more" }, more)] : []));
+}
+
+function tilesOf(page, plan) {
+  const { table, state } = page;
+  const { codes, total } = plan.bits;
+  const numel = Math.max(1, page.numel);
+  const tiles = [
+    tile("in total", bytesText(Math.ceil(total / 8)), `${(total / numel).toFixed(3)} bits a weight`),
+    tile("weights only", bytesText(Math.ceil(codes / 8)), `${(codes / numel).toFixed(3)} bits a weight`),
+    tile("against float32", `${((32 * numel) / Math.max(1, total)).toFixed(2)}x`, "smaller"),
+  ];
+  if (table && table.rest_bytes !== null) tiles.push(tile("whole model", bytesText(Math.ceil(total / 8) + table.rest_bytes), `${bytesText(table.rest_bytes)} of it not planned`));
+  if (plan.file_bytes) tiles.push(tile("file", bytesText(plan.file_bytes)));
+  if (plan.guard?.cost !== undefined && table) tiles.push(tile(`predicted ${table.judge}`, general(plan.guard.cost), plan.found && state.sensitivity === table.judge ? `within ${general(100 * (plan.found.cost / Math.max(1e-300, plan.found.bound) - 1), 2)} % of the best there is` : ""));
+  for (const [name, value] of Object.entries(plan.scores ?? {})) {
+    const float = page.doc.float?.scores[name];
+    tiles.push(tile(name, general(value, 5), float === undefined ? plan.rounding : `float ${general(float, 5)}`));
+  }
+  return tiles;
+}
+
+/** What a plan's own guard says, as a sentence; a warning where uniform widths win. */
+function showGuard(page, plan) {
+  const node = byId("guard");
+  const guard = plan.guard;
+  node.hidden = !page.table && !guard;
+  node.classList.toggle("warning", Boolean(guard?.worse));
+  node.replaceChildren(element("strong", {}, guard ? (guard.worse ? "Worse than uniform widths. " : "The guard: ") : "The guard cannot tell. "), guard ? guard.text : "Channels of a layer differ in width, and their errors are not in this page; mpq plan compares.");
+}
+
+function download(name, text) {
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "copied";
+  } catch {
+    getSelection().selectAllChildren(byId("command")); // for the reader's own keys
+    button.textContent = "press Ctrl+C";
+  }
+  setTimeout(() => { button.textContent = "copy"; }, 1500);
+}
+
+/** Shows a plan's sums; its buttons act on the plan that is shown. */
+export function makeSummary(page) {
+  byId("copy").addEventListener("click", () => copy(page.plan.command, byId("copy")));
+  byId("download").addEventListener("click", () => {
+    const text = page.plan.json ?? fileOf(page.table, page.plan);
+    if (text) download("plan.json", text);
+  });
+  return (plan) => {
+    byId("plan-title").textContent = plan.title;
+    byId("error").hidden = !plan.error;
+    byId("error").textContent = plan.error ?? "";
+    byId("result").hidden = Boolean(plan.error);
+    if (plan.error) return;
+    byId("tiles").replaceChildren(...tilesOf(page, plan));
+    showGuard(page, plan);
+    byId("command-box").hidden = !plan.command;
+    byId("command").textContent = plan.command ?? "";
+    const can = Boolean(plan.json || plan.record);
+    byId("download").disabled = !can;
+    byId("download-note").textContent = can
+      ? "The file is the one that the command writes."
+      : plan.command ? "Run the command for the file: a page does not hold which channels, or the exact solver, that it takes." : "";
+  };
+}
