@@ -60,10 +60,10 @@ def seconds(work: Work, executor: Executor) -> float:
 
 
 def kl() -> Work:
-    """56 layers, 3 widths, 4 batches of 8 images."""
+    """56 layers, 2 widths, a batch of 8 images."""
     net = resnet(56)
-    table = mpq.measure(net, SCHEME, (2, 4, 8), per_channel=True)
-    batches = [*calibration()[0][:32].split(8)]
+    table = mpq.measure(net, SCHEME, (2, 4), per_channel=True)
+    batches = [calibration()[0][:8]]
 
     def work(executor: Executor | None) -> list[list[float]]:
         filled = mpq.sensitivity(net, table, "kl", batches, executor=executor)
@@ -90,7 +90,19 @@ def accuracy(net: nn.Module) -> float:
         return float((net(inputs[:423]).argmax(1) == labels[:423]).float().mean())
 
 
-WORKS: dict[str, Callable[[], Work]] = {"kl": kl, "evaluate": evaluated}
+def compensated() -> Work:
+    """ResNet-20 at 3 bits on 512 images in four batches."""
+    net, batches = resnet(20), calibration()[:4]
+    plan = mpq.Uniform(bits=3)(mpq.measure(net, SCHEME, (3,)))
+
+    def work(executor: Executor | None) -> list[list[float]]:
+        rounded = mpq.round_weights(net, plan, batches, executor=executor)
+        return [tensor.flatten().tolist() for tensor in rounded.state_dict().values()]
+
+    return work
+
+
+WORKS: dict[str, Callable[[], Work]] = {"kl": kl, "evaluate": evaluated, "compensate": compensated}
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,6 @@
 """Who measures, as the command line asks for it."""
 
+import json
 import socket
 import sqlite3
 import sys
@@ -192,3 +193,80 @@ def test_a_damaged_store_is_said_and_the_table_is_right(source: Path, tmp_path: 
     assert "t.mpqt.partial: is damaged; " in " ".join(ran.err.split())
     assert (tmp_path / "t.mpqt").read_bytes() == (tmp_path / "plain.mpqt").read_bytes()
     assert not left.exists()
+
+
+MINE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+EXACT = net()  # a score that seeds the one generator of a process would not be for threads
+
+def batches():
+    return [torch.linspace(-1, 1, 8 * n).view(n, 8) for n in (12, 20)]
+
+def score(model):
+    with torch.no_grad():
+        return -float((model(batches()[0]) - EXACT(batches()[0])).square().sum())
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file of a user's that only `mpq` is told of."""
+    path = tmp_path / f"mine_{tmp_path.name}.py".replace("-", "_")
+    path.write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    yield path
+    sys.modules.pop(path.stem, None)
+
+
+def test_plans_are_evaluated_alike_by_threads_and_by_a_cluster_that_is_sent_the_users_file(
+    mine: Path, mpq: Callable[..., Ran], cluster: Any
+) -> None:
+    for bits in (2, 3):
+        assert mpq("plan", f"{mine}:net", "--bits", bits, "-o", f"{bits}.json").code == 0
+    common = ("2.json", "3.json", "--eval", f"{mine}:score", "--calibrate", f"{mine}:batches", "--json")
+    found = [
+        mpq("evaluate", f"{mine}:net", *common, *more)
+        for more in ((), ("--workers", 2), ("--dask", cluster.scheduler_address))
+    ]
+    assert [ran.code for ran in found] == [0, 0, 0], found[-1].err
+    rows = [[{**row, "seconds": 0} for row in json.loads(ran.out)["rows"]] for ran in found]
+    assert rows[0] == rows[1] == rows[2]
+    assert len({str(row["scores"]) for row in rows[0]}) == 5
+
+
+def test_a_sweep_is_the_same_bytes_by_threads(mine: Path, mpq: Callable[..., Ran]) -> None:
+    common = ("sweep", f"{mine}:net", "--average-bits", "2,3", "--eval", f"{mine}:score")
+    assert mpq(*common, "-o", "here.csv").code == 0
+    assert mpq(*common, "-o", "there.csv", "--workers", 2).code == 0
+    assert Path("here.csv").read_bytes() == Path("there.csv").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["sweep", "pareto"])
+def test_workers_without_an_evaluation_are_refused(source: Path, command: str, mpq: Callable[..., Ran]) -> None:
+    refused(mpq(command, source, "--workers", 2), "workers: evaluate models", "--eval")
+
+
+def test_an_evaluation_on_a_cluster_that_does_not_answer(
+    mine: Path, mpq: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(cli_workers, "CONNECT", 1)
+    assert mpq("plan", f"{mine}:net", "--bits", 2, "-o", "2.json").code == 0
+    address = f"tcp://127.0.0.1:{closed_port()}"
+    ran = mpq("evaluate", f"{mine}:net", "2.json", "--eval", f"{mine}:score", "--dask", address, "-o", "rows.csv")
+    refused(ran, "mpq: error: dask: no scheduler answers at", address)
+    assert not Path("rows.csv").exists()
