@@ -157,21 +157,26 @@ def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
 def integers_of(plan: Plan, folded: Folded) -> dict[str, IntegerWeight]:
     """The integers of every planned layer of a model that is folded already.
 
-    A step that was planned for the weights as they were before is theirs: codes stay, and scales follow the folding.
+    Where the plan is of the weights as they were before, codes stay and scales follow the folding if folding would
+    change codes: at a step that the plan has, and where weights are rounded stochastically.
     """
     weights = quantizable_weights(folded.model)
     integers = {}
     for layer in planned_layers(plan):
-        if plan.fold_bn or has_own_scales(layer):
+        if plan.fold_bn or not _hangs_on_values(layer):
             integers[layer.name] = integer_weight(weights[layer.name], layer)
         else:
             integers[layer.name] = _rescaled(layer, folded)
     return integers
 
 
-def has_own_scales(layer: LayerChoice) -> bool:
-    """Whether a layer's scales are found from its weights, and not the plan's."""
-    return layer.scheme.scales_per_group > 0
+def _hangs_on_values(layer: LayerChoice) -> bool:
+    """Whether other codes come of a channel times a factor: its step is the plan's, or its values decide what is drawn.
+
+    Where scales are found from the weights, they follow the factor, and rounding to nearest finds the same codes.
+    """
+    affine = layer.scheme.as_affine
+    return not layer.scheme.scales_per_group or (affine is not None and affine.stochastic is not None)
 
 
 def _rescaled(layer: LayerChoice, folded: Folded) -> IntegerWeight:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from mpq_plugins import Affine, Uniform, measure
+from mpq_plugins import Affine, Uniform, apply, measure
 from mpq_plugins.errors import MismatchError, SettingError
 from tests.adapters import nets
 from tests.helpers.nets import tied_net
@@ -44,3 +45,21 @@ def test_what_is_no_plan_or_no_module_or_another_models_plan_is_refused(call: st
             CALLS[call](*given)
     with pytest.raises(MismatchError, match="the plan was made for another model"):
         CALLS[call](plan, tied_net())
+
+
+@pytest.mark.parametrize("symmetric", [True, False, "full"])
+def test_what_is_rounded_stochastically_has_the_simulations_codes_whatever_norm_is_folded_in(symmetric: Any) -> None:
+    """An oracle without codes: the plan's own weights, times what folding the norm by hand multiplies channels by."""
+    model: Any = nets.made(nets.SmallNet)
+    with torch.no_grad():
+        model.bn1.weight[::2] *= -1
+    scheme = Affine(granularity="per_channel", symmetric=symmetric, stochastic=7)
+    plan = Uniform(bits=3)(measure(model, scheme, (3,), fold_bn=False)).with_activation_bits(8)
+    kept: Any = apply(model, plan.with_activation_bits(None))
+    integers = fx.folded_integers(plan, model)
+    for name, norm in (("conv1", "bn1"), ("conv2", "bn2")):
+        bn = kept.get_submodule(norm)
+        factor = bn.weight / (bn.running_var + bn.eps).sqrt()
+        expected = (kept.get_submodule(name).weight * factor.view(-1, 1, 1, 1)).detach()
+        torch.testing.assert_close(integers[name].dequantized(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(integers["fc"].dequantized(), kept.fc.weight.detach(), rtol=0, atol=0)
