@@ -25,7 +25,7 @@ from ..plans.stats import Array
 from .contract import Output, model_logits, model_output
 from .replay import Replay
 
-LAYERS_A_UNIT = 8  # that share one recorded run, on an executor
+LAYERS_A_UNIT = 4  # that share one recorded run, on an executor
 
 Compare = Callable[[Tensor, Tensor], float]
 Said = Callable[[], None]
