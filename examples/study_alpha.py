@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import MEAN, STD, evaluate, images, need_networks, resnet20
+from examples.pictures import save_small
 from examples.study_sensitivity import of_minilm
 from mpq_plugins.cli.demo.net import digit_net, unseen_digits
-from mpq_plugins.report.plots import check_plot, save_plot
+from mpq_plugins.report.plots import check_plot
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Piecewise(granularity="per_channel")
@@ -138,14 +139,14 @@ def draw(cases: Sequence[Case], curves: Sequence[Sequence[float]], alphas: Seque
     """The loss against alpha, a panel each, for their units differ."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6 * len(cases), 2.4), layout="constrained")
+    figure = Figure(figsize=(1.9 * len(cases), 1.9), layout="constrained")
     for axes, case, losses in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, curves, strict=True):
         axes.plot(alphas, losses, marker="o", markersize=3, linewidth=1)
-        axes.set_title(case.name, fontsize=9)
-        axes.set_xlabel("alpha")
-        axes.set_ylabel(case.scored[1])
-        axes.tick_params(labelsize=7)
-    save_plot(figure, path)
+        axes.set_title(case.name, fontsize=8)
+        axes.set_xlabel("alpha", fontsize=7)
+        axes.set_ylabel(case.scored[1], fontsize=7)
+        axes.tick_params(labelsize=6)
+    save_small(figure, path)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:

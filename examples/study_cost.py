@@ -27,7 +27,8 @@ import mpq_plugins as mpq
 from examples.budget_minilm import calibration_sentences, embedding, tokens
 from examples.cifar_resnet import calibration, need_networks, resnet20
 from examples.minilm_torchao import minilm
-from mpq_plugins.report.plots import check_plot, save_plot
+from examples.pictures import save_small
+from mpq_plugins.report.plots import check_plot, write_plain_numbers
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Affine(granularity="per_channel")
@@ -156,7 +157,7 @@ def draw(costs: dict[str, dict[str, tuple[float, float]]], names: Sequence[str],
     """Processor seconds, a bar a method and network."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 0.3 * len(names) + 1), layout="constrained")
+    figure = Figure(figsize=(5, 0.2 * len(names) + 0.9), layout="constrained")
     axes = figure.subplots()
     high = 0.8 / len(costs)
     for number, (net, own) in enumerate(costs.items()):
@@ -165,10 +166,11 @@ def draw(costs: dict[str, dict[str, tuple[float, float]]], names: Sequence[str],
     axes.set_yticks([place + 0.4 - high / 2 for place in range(len(names))], names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("processor seconds")
-    axes.tick_params(labelsize=7)
+    write_plain_numbers(axes.xaxis)
+    axes.set_xlabel("processor seconds", fontsize=7)
+    axes.tick_params(which="both", labelsize=7)
     axes.legend(fontsize=7)
-    save_plot(figure, path)
+    save_small(figure, path)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import mpq_plugins as mpq
 from examples.cifar_resnet import calibration, evaluate, images, need_networks, resnet20
-from mpq_plugins.report.plots import check_plot, save_plot
+from examples.pictures import save_small
+from mpq_plugins.report.plots import check_plot
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Affine(granularity="per_channel", range="mse")
@@ -122,7 +123,7 @@ def draw_curves(found: dict[str, Scores], path: Path) -> None:
     axes.set_ylabel("cross-entropy")
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7)
-    save_plot(figure, path)
+    save_small(figure, path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import mpq_plugins as mpq
 from examples.budget_minilm import sentence_pairs
 from examples.cifar_resnet import evaluate, images, need_networks, resnet
 from examples.minilm_torchao import embed, minilm
-from mpq_plugins.report.plots import check_plot, save_plot
+from examples.pictures import save_small
+from mpq_plugins.report.plots import check_plot, write_plain_numbers
 from mpq_plugins.report.tables import grid
 
 SCHEME = mpq.Affine()
@@ -138,17 +139,18 @@ def draw(
     """What each type's bits cost, a panel a network."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(cases), 3.2), layout="constrained")
+    figure = Figure(figsize=(2.3 * len(cases), 2.3), layout="constrained")
     for axes, case, of_types in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, curves, strict=True):
         for name, losses in of_types.items():
             axes.plot([*map(str, widths)], losses, marker="o", markersize=3, linewidth=1, label=name)
         axes.set_yscale("log")
-        axes.set_title(case.name, fontsize=9)
-        axes.set_xlabel("bits of the type")
-        axes.set_ylabel(case.scored[1])
-        axes.tick_params(labelsize=7)
-        axes.legend(fontsize=6)
-    save_plot(figure, path)
+        write_plain_numbers(axes.yaxis)
+        axes.set_title(case.name, fontsize=8)
+        axes.set_xlabel("bits of the type", fontsize=7)
+        axes.set_ylabel(case.scored[1], fontsize=7)
+        axes.tick_params(which="both", labelsize=6)
+        axes.legend(fontsize=5)
+    save_small(figure, path)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
