@@ -110,6 +110,7 @@ def test_a_page_carries_the_licences_of_what_is_in_it() -> None:
 def test_one_script_has_every_name_once() -> None:
     text = script()
     assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)
     names = re.findall(r"^(?:async )?(?:function|class|const|let) ([A-Za-z_]\w*)", text, re.MULTILINE)
     assert sorted(names) == sorted(set(names))
     files = {path.name for path in Path("mpq_plugins/report/page/assets").glob("*.js")}

@@ -7,7 +7,7 @@ export function shareOf(fraction, count) {
 
 /** Why a table cannot be planned so; null where it can. */
 export function ptilmpqLacks(table) {
-  if (table.channel_orders === null) return `a scheme in which channels may differ in width (this is ${table.scheme})`;
+  if (table.channel_orders === null) return `channels that may differ in width, for its scheme is ${table.scheme}`;
   return ptilmpqMiddles(table).length ? null : "three widths in a row (--bits 1-8)";
 }
 
