@@ -112,6 +112,15 @@ def test_a_width_that_a_layer_cannot_have_is_refused_as_the_library_refuses_it(o
     compared(page, [{"allocator": "mixquant", "qem": 30.0}], [fits])
 
 
+def test_more_channels_than_a_page_has_room_for_are_left_to_the_command(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq_plugins.report.page.measured.MOST_ORDERED", 10)
+    page = opened(bare_html(synthetic_table([("a", (8, 4)), ("b", (8, 4))])))
+    assert "mpq plan" in page.js("return mpq.decide({allocator: 'ptilmpq'}).error")
+    assert page.js("return mpq.decide({allocator: 'mixquant'}).error") is None
+
+
 def test_equal_importances_go_by_the_tables_order(opened: Open) -> None:
     table = norms_table([2.0, 2.0, 1.0, 2.0], [[1.0, 3.0, 1.0, 1.0]] * 4)
     page = opened(bare_html(table))
