@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -155,12 +155,16 @@ def _by_channel(table: LayerTable, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Whole:
-    """What one width per layer takes in total and is predicted to cost, (layers, widths), for every width measured."""
+    """What one width per layer takes in total and is predicted to cost, (layers, widths), for every width measured.
+
+    bests: the least cost within each size that was asked before: a plan is compared as it is made, and as it is shown.
+    """
 
     widths: Mapping[int, int]
     names: Sequence[str]
     sizes: NDArray[np.float64]
     costs: NDArray[np.float64]
+    bests: dict[int, float | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, table: LayerTable, name: str) -> "_Whole":
@@ -208,9 +212,12 @@ class _Whole:
         """The least cost within that size in total, exact for a few hundred layers; None where nothing fits."""
         from .knapsack import Problem, solve
 
+        if bits in self.bests:
+            return self.bests[bits]
         problem = Problem(self.costs.T, self.sizes.T[None], np.array([float(bits)]))
         solution = solve(problem, close=len(self.names) <= FEW_LAYERS)
-        return None if solution is None else solution.cost
+        self.bests[bits] = None if solution is None else solution.cost
+        return self.bests[bits]
 
 
 _KNOWN: WeakKeyDictionary[LayerTable, dict[str, _Whole]] = WeakKeyDictionary()

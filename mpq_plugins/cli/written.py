@@ -36,12 +36,14 @@ def check_replaceable(output: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether a file holds what only `mpq` writes."""
-    from ..checkpoints.checkpoint import CONTAINER_MAGIC
-    from ..plans.table_file import is_table
-
     with path.open("rb") as file:
         head = file.read(HEAD)
         if path.suffix.lower() in PICTURES:
             whole = head + file.read(MOST)
             return any(mark in whole for mark in MARKS)
-    return head.startswith((CONTAINER_MAGIC, PLAN, PAGE, *ROWS)) or is_table(path)
+    if head.startswith((PLAN, PAGE, *ROWS)):
+        return True
+    from ..checkpoints.checkpoint import CONTAINER_MAGIC  # with torch, which takes seconds
+    from ..plans.table_file import is_table
+
+    return head.startswith(CONTAINER_MAGIC) or is_table(path)

@@ -11,7 +11,7 @@ import click
 
 from ...report.progress import echo, say
 from ..fitting import Fitting, fitting_options
-from ..output import check_output, claim, judge_option, run_model_option
+from ..output import check_output, judge_option, run_model_option
 from ..runs import model_to_evaluate
 from ..scheme_options import SchemeCommand, request_values, scheme_options
 from ..types import FileOrFactory
@@ -62,7 +62,6 @@ def explore(
     from ..sources import resolve_source, source_name
 
     check_output(cache, source, evaluation, fitting.calibration, model_factory)
-    claim(cache)
     given = resolve_source(source)
     request = Request(**request_values(options))
     model = model_to_evaluate(given, evaluation, model_factory)

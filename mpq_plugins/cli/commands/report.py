@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +73,14 @@ def report(
         say(f"note: {line}")
 
 
+@dataclass(frozen=True)
 class _Asked:
     """What is asked beside the files."""
 
-    def __init__(self, model: str | None, evaluation: str | None, fitting: Fitting, judge: str | None) -> None:
-        self.model, self.evaluation, self.fitting, self.judge = model, evaluation, fitting, judge
+    model: str | None
+    evaluation: str | None
+    fitting: Fitting
+    judge: str | None
 
 
 def _page(
@@ -91,6 +95,9 @@ def _page(
                 raise SettingError(f"{option}: is for a table, and only plans are given; add the table: mpq report "
                                    "TABLE PLAN -o report.html")  # fmt: skip
         return page_of_plans(plans, ", ".join(plans))
+    for name, plan in plans.items():
+        if plan.model != table.fingerprint:
+            say(f"note: {name}: was made for other weights than those that {file} was measured on")
     source = resolve_source(asked.model) if asked.model is not None else None
     model = _evaluated_model(source, asked)
     weights = _distributions(source, table) if source is not None else {}

@@ -62,11 +62,13 @@ class Measured:
         if not bits:
             raise SettingError(f"{self.file}: {table.scheme} has none of the widths {list(table.bits)}")
         positions = [table.position(b) for b in bits]
-        parts = table.scheme.name in IN_PARTS and sum(layer.channels for layer in table.layers) <= MOST_ORDERED
+        parts = table.scheme.name in IN_PARTS
+        ordered = parts and sum(layer.channels for layer in table.layers) <= MOST_ORDERED
         return {
             "file": self.file,
             "quantizer": self.quantizer,
             "scheme": table.scheme.name,
+            "parts": parts,
             "bits": list(bits),
             "metrics": list(table.metrics),
             "judge": self.judge,
@@ -76,8 +78,8 @@ class Measured:
             "costs": {name: self._costs(name, positions) for name in self._cost_names()},
             "importances": doubles(np.array([layer.importance for layer in table.layers])),
             "order": np.argsort([-layer.importance for layer in table.layers], kind="stable").tolist(),
-            "channel_orders": permutations(map(channel_order, table.layers)) if parts else None,
-            "channel_costs": self._channel_costs(bits) if parts else None,
+            "channel_orders": permutations(map(channel_order, table.layers)) if ordered else None,
+            "channel_costs": self._channel_costs(bits) if ordered else None,
             "widths": [_width(table, b) for b in bits],
             "groups": [
                 table.scheme_of(one).groups_per_channel(one.shape, one.channel_axis, one.name) for one in table.layers

@@ -3,7 +3,9 @@
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +77,48 @@ def test_ptilmpq_is_the_librarys_for_a_hundred_settings(opened: Open, table: Lay
         )  # fmt: skip
         plans.append(allocator(table))
     compared(opened(bare_html(table)), settings, plans)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        mpq.Piecewise(granularity="per_channel"),
+        mpq.Piecewise(),
+        mpq.Affine(granularity="per_group", group_size=32, scale_dtype="float16"),
+        mpq.Affine(granularity="per_channel", symmetric=True, range="percentile"),
+    ],
+    ids=str,
+)
+def test_plans_under_other_schemes_are_the_librarys_too(opened: Open, scheme: Any) -> None:
+    shapes = [("tied", (12, 32)), ("odd", (10, 7)), ("conv", (8, 16, 3, 3)), ("one", (1, 32)), ("wide", (300, 64))]
+    made = synthetic_table(shapes, scheme=scheme)
+    tied = replace(made.layers[0], tied=("head", "層"), kind="embedding")
+    table = replace(made, layers=(tied, *made.layers[1:]), skipped=("left",), left_alone=(("x.weight", "a table"),))
+    page = opened(bare_html(table))
+    for qem in (1.5, 8.0):
+        compared(page, [{"allocator": "mixquant", "qem": qem}], [mpq.MixQuant(qem=qem)(table)])
+    setting = {"allocator": "ptilmpq", "alpha": 0.6, "betaImportant": 0.3, "betaOther": 0.1, "middle": 4}
+    compared(page, [setting], [mpq.PTILMPQ(alpha=0.6, beta_important=0.3, beta_other=0.1)(table)])
+
+
+def test_a_width_that_a_layer_cannot_have_is_refused_as_the_library_refuses_it(opened: Open) -> None:
+    table = synthetic_table([("large", (40, 32)), ("small", (10, 7))], scheme=mpq.Codebook())
+    page = opened(bare_html(table))
+    with pytest.raises(mpq.SettingError, match="small"):
+        mpq.MixQuant(qem=1.0)(table)
+    assert "small" in page.js("return mpq.decide({allocator: 'mixquant', qem: 1}).error")
+    assert "codebook" in page.js("return mpq.decide({allocator: 'ptilmpq'}).error")
+    fits = mpq.MixQuant(qem=30.0)(table)
+    compared(page, [{"allocator": "mixquant", "qem": 30.0}], [fits])
+
+
+def test_more_channels_than_a_page_has_room_for_are_left_to_the_command(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq_plugins.report.page.measured.MOST_ORDERED", 10)
+    page = opened(bare_html(synthetic_table([("a", (8, 4)), ("b", (8, 4))])))
+    assert "mpq plan" in page.js("return mpq.decide({allocator: 'ptilmpq'}).error")
+    assert page.js("return mpq.decide({allocator: 'mixquant'}).error") is None
 
 
 def test_equal_importances_go_by_the_tables_order(opened: Open) -> None:

@@ -22,11 +22,13 @@ from mpq_plugins.common.files import write_text
 from mpq_plugins.errors import SettingError
 from mpq_plugins.report.page import frontier as frontier_module
 from mpq_plugins.report.page.commands import plan_command
+from mpq_plugins.report.page.distribution import distributions
 from mpq_plugins.report.page.document import PageDocument, page_of_plans, page_of_table
 from mpq_plugins.report.page.measured import Measured
 from mpq_plugins.report.page.packed import doubles, permutations
 from mpq_plugins.report.page.writer import embedded, page_html, script
 from tests.conftest import Ran
+from tests.helpers.nets import conv_net
 from tests.helpers.synthetic_tables import llama_7b, many_layers, resnet152, synthetic_table
 from tests.report.page.nets import bare, bare_html, demo_table
 
@@ -110,6 +112,7 @@ def test_a_page_carries_the_licences_of_what_is_in_it() -> None:
 def test_one_script_has_every_name_once() -> None:
     text = script()
     assert not re.search(r"^(import|export)\b", text, re.MULTILINE)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text)
     names = re.findall(r"^(?:async )?(?:function|class|const|let) ([A-Za-z_]\w*)", text, re.MULTILINE)
     assert sorted(names) == sorted(set(names))
     files = {path.name for path in Path("mpq_plugins/report/page/assets").glob("*.js")}
@@ -261,3 +264,67 @@ def test_report_writes_over_its_own_page(mpq: Mpq, tmp_path: Path) -> None:
         ran = mpq("report", table, "-o", out)
         assert ran.code == 0, ran.err
         assert str(out) in ran.out
+
+
+SCORES = """
+def score(model):
+    return {"sum": float(next(model.parameters()).detach().sum()), "loss": 1.0}
+
+
+def fails(model):
+    raise ValueError("no data\\nat all")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_scores_and_files_are_on_the_page_where_models_are_evaluated(
+    mpq_cli: Mpq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = mpq.measure(conv_net(), mpq.Affine(granularity="per_channel"), bits=(2, 4))
+    table.save("t.mpqt")
+    Path("scoring.py").write_text(SCORES)
+    words = ("report", "t.mpqt", "--model", "tests.helpers.nets:conv_net", "-o", "page.html")
+    failed = mpq_cli(*words, "--eval", "scoring.py:fails")
+    assert (failed.code, failed.err.splitlines()[-1].count("no data")) == (2, 1)
+    assert not Path("page.html").exists()
+    ran = mpq_cli(*words, "--eval", "scoring.py:score")
+    assert ran.code == 0, ran.err
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', Path("page.html").read_text())
+    assert found is not None
+    document = json.loads(found[1])
+    assert document["points"]
+    assert all(point["scores"].keys() == {"sum", "loss"} for point in document["points"])
+    assert all(point["file_bytes"] > 0 for point in document["points"])
+    own = float(next(conv_net().parameters()).detach().sum())
+    assert document["float"]["scores"]["sum"] == pytest.approx(own)
+    assert len(document["weights"]) == len(table.layers)
+    for weights, layer in zip(document["weights"].values(), table.layers, strict=True):
+        assert sum(weights["counts"]) == layer.numel
+        assert [len(weights["levels"][bits]) <= 2 ** int(bits) for bits in ("2", "4")] == [True, True]
+    other = mpq_cli("report", "t.mpqt", "--model", "mpq_plugins.cli.demo.net:digit_net", "-o", "page.html")
+    assert (other.code, other.err.count("\n")) == (2, 1)
+
+
+def test_other_weights_than_those_measured_are_refused() -> None:
+    table = mpq.measure(mpq_net())
+    other = mpq_net()
+    with torch.no_grad():
+        next(other.parameters())[3] += 1
+    with pytest.raises(SettingError, match="layer '0' are not those that the table was measured on"):
+        distributions(other, table)
+
+
+def test_levels_are_the_values_that_weights_can_have() -> None:
+    table = mpq.measure(mpq_net(), mpq.Affine(), (2, 3))
+    found = distributions(mpq_net(), table)
+    weight = next(mpq_net().parameters()).detach()
+    low, high = weight.min().item(), weight.max().item()
+    levels = found[0].levels[2]
+    assert levels == pytest.approx(sorted(levels))
+    assert len(levels) == 4
+    assert np.diff(levels) == pytest.approx([(high - low) / 3] * 3, rel=1e-5)
+    assert found[0].channel is None
+    counts, _ = np.histogram(weight.numpy(), len(found[0].counts))
+    assert list(found[0].counts) == counts.tolist()

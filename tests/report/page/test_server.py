@@ -47,6 +47,12 @@ def serving(answers: Answers, page: PageDocument | None = None) -> Iterator[Page
             thread.join()
 
 
+@pytest.fixture
+def mpq_cli(request: pytest.FixtureRequest) -> Mpq:
+    made: Mpq = request.getfixturevalue("mpq")
+    return made
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[PageServer]:
     with serving(Answers(TABLE, "t.mpqt", "mse", (mpq.Uniform(bits=3)(TABLE),))) as made:
@@ -215,6 +221,7 @@ def test_a_browser_solves_and_evaluates(browser: webdriver.Chrome, tmp_path: Pat
             shown.js("document.getElementById('evaluate').click()")
             until("document.getElementById('tiles').textContent.includes('score')")
             assert "0.5" in shown.text("#tiles")
+            assert shown.js("return mpq.page.plan.request.budget") == 3
             shown.js("mpq.choose(0); document.getElementById('evaluate').click()")
             until("document.getElementById('served-said').textContent.includes('gone')")
             entries = browser.get_log("browser")  # type: ignore[no-untyped-call]
@@ -222,15 +229,19 @@ def test_a_browser_solves_and_evaluates(browser: webdriver.Chrome, tmp_path: Pat
             browser.get("about:blank")
 
 
-def test_a_port_that_is_taken_is_one_line(mpq: Mpq, tmp_path: Path) -> None:
-    TABLE.save(tmp_path / "t.mpqt")
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_one_line_and_the_measurement_is_kept(mpq_cli: Mpq, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.mpqt"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ran = mpq("explore", tmp_path / "t.mpqt", "--port", port, "--no-browser")
+        ran = mpq_cli(
+            "explore", "mpq_plugins.cli.demo.net:digit_net", "--table", kept, "--port", port, "--no-browser", "-q"
+        )
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert str(port) in ran.err
+    assert mpq.LayerTable.load(kept).bits == tuple(range(1, 9))
     with pytest.raises(SettingError, match="70000"):
         PageServer(70000, Answers(TABLE, "t", None, ()), lambda base: base)
 

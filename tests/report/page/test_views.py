@@ -149,6 +149,13 @@ def test_a_phone_shows_it_without_scrolling_sideways(opened: Open, page: PageDoc
         assert shown.js("return document.documentElement.scrollWidth") <= width
 
 
+def test_a_page_opens_within_a_second(opened: Open, page: PageDocument) -> None:
+    times = [
+        opened(page_html(page)).js("return performance.getEntriesByType('navigation')[0].loadEventEnd") for _ in "12345"
+    ]
+    assert 0 < min(times) < 1000, times
+
+
 def test_a_page_of_plans_alone(opened: Open) -> None:
     table = synthetic_table([("a", (8, 4)), ("b", (8, 4))])
     plans = {"one.json": mpq.PTILMPQ(alpha=0.5)(table), "two.json": mpq.Uniform(bits=3)(table)}

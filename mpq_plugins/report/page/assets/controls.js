@@ -78,7 +78,7 @@ export function makeControls(page, change) {
   byId("tabs").replaceChildren(...tabs);
   const bodies = ALLOCATORS.map(([name]) => {
     const missing = lacks(table, name);
-    const inside = missing === null ? all[name].controls.map((one) => one.node) : [element("p", { class: "empty" }, `The table has no ${missing}. Measure again, and this opens.`)];
+    const inside = missing === null ? all[name].controls.map((one) => one.node) : [element("p", { class: "empty" }, missing)];
     return element("div", { class: "panel", id: `panel-${name}` }, ...inside, element("p", { class: "hint" }, all[name].note));
   });
   byId("panels").replaceChildren(...bodies);

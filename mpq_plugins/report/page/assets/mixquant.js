@@ -8,8 +8,8 @@ export function mixquantSettings(table) {
 
 /** Why a table cannot be planned so; null where it can. */
 export function mixquantLacks(table) {
-  if (!["relative", "mse", "rmse", "max_abs"].some((metric) => table.metrics.includes(metric))) return "errors relative to the weights (--metrics relative)";
-  return table.bits.some((bits) => bits >= 2) ? null : "widths above 1 bit (--bits 2-8)";
+  if (!["relative", "mse", "rmse", "max_abs"].some((metric) => table.metrics.includes(metric))) return "The table has no error that can be bounded; measure with --metrics relative.";
+  return table.bits.some((bits) => bits >= 2) ? null : "The table has no width above 1 bit; measure with --bits 2-8.";
 }
 
 /** Widths by layer. The comparison is the library's, of the same doubles. */

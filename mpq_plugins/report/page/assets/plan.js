@@ -94,7 +94,7 @@ export function makePlanner(table) {
   };
   return (state) => {
     const missing = lacks(table, state.allocator);
-    if (missing !== null) return { allocator: state.allocator, error: `The table has no ${missing}.` };
+    if (missing !== null) return { allocator: state.allocator, error: missing };
     try {
       const made = PLANNERS[state.allocator](table, state, state.allocator === "budget" ? problemOf(state) : null);
       checkPossible(table, made.choices);

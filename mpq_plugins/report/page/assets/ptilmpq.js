@@ -7,8 +7,9 @@ export function shareOf(fraction, count) {
 
 /** Why a table cannot be planned so; null where it can. */
 export function ptilmpqLacks(table) {
-  if (table.channel_orders === null) return `a scheme in which channels may differ in width (this is ${table.scheme})`;
-  return ptilmpqMiddles(table).length ? null : "three widths in a row (--bits 1-8)";
+  if (!table.parts) return `Channels of a layer cannot differ in width here: the table's scheme is ${table.scheme}.`;
+  if (table.channel_orders === null) return "A page has no room for the order of so many channels; mpq plan decides them.";
+  return ptilmpqMiddles(table).length ? null : "The table has no three widths in a row; measure with --bits 1-8.";
 }
 
 /** Widths that have both neighbours: important layers get n + 1 and n, the others n and n - 1. */

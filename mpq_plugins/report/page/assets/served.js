@@ -17,11 +17,12 @@ function requestOf(page) {
   return { ...state, pins: [...state.pins].map(([place, bits]) => [named(place), bits]), parts: byId("exact-parts").checked };
 }
 
-function planOf(answer) {
+/** The plan that was answered, with what was asked for it: it may be asked for again, evaluated. */
+function planOf(answer, request) {
   const choices = answer.layers.map((own) => (Array.isArray(own) ? { parts: own } : own));
   return {
     title: answer.title, choices, bits: { codes: answer.weights_only_bits, total: answer.total_bits, each: answer.sizes },
-    guard: answer.guard === null ? null : { cost: answer.cost, text: answer.guard, worse: answer.worse }, command: answer.command, record: null, json: answer.json,
+    guard: answer.guard === null ? null : { cost: answer.cost, text: answer.guard, worse: answer.worse }, command: answer.command, record: null, json: answer.json, request,
     scores: answer.scores ?? {}, rounding: answer.rounding, file_bytes: answer.file_bytes ?? null,
   };
 }
@@ -34,8 +35,6 @@ export function connect(page, { show }) {
   const [exact, evaluate, bar, said] = ["exact", "evaluate", "progress", "served-said"].map(byId);
   evaluate.hidden = !served.evaluates;
   byId("parts-box").hidden = !served.parts;
-  let last = null;
-
   async function working(what, work) {
     exact.disabled = evaluate.disabled = true;
     bar.hidden = false;
@@ -61,12 +60,11 @@ export function connect(page, { show }) {
   }
 
   exact.addEventListener("click", () => working("solving", async () => {
-    const { point: _, ...asked } = requestOf({ ...page, point: null });
-    last = { ...asked, allocator: "budget" };
-    show(planOf(await ask(`${served.base}plan`, last)));
+    const request = { ...requestOf({ ...page, point: null }), allocator: "budget" };
+    show(planOf(await ask(`${served.base}plan`, request), request));
   }));
   evaluate.addEventListener("click", () => working("evaluating", async () => {
-    const exactly = page.plan.json && last;
-    show(planOf(await ask(`${served.base}evaluate`, exactly ? last : requestOf(page))));
+    const request = page.plan.request ?? requestOf(page);
+    show(planOf(await ask(`${served.base}evaluate`, request), request));
   }));
 }

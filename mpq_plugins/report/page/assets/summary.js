@@ -27,13 +27,18 @@ function tilesOf(page, plan) {
   return tiles;
 }
 
+function untold(page) {
+  if (!page.table?.judge) return "The table has nothing that plans are compared on; measure with --metrics relative,mse.";
+  return "Channels of a layer differ in width, and their errors are not in this page; mpq plan compares where they were measured.";
+}
+
 /** What a plan's own guard says, as a sentence; a warning where uniform widths win. */
 function showGuard(page, plan) {
   const node = byId("guard");
   const guard = plan.guard;
   node.hidden = !page.table && !guard;
   node.classList.toggle("warning", Boolean(guard?.worse));
-  node.replaceChildren(element("strong", {}, guard ? (guard.worse ? "Worse than uniform widths. " : "The guard: ") : "The guard cannot tell. "), guard ? guard.text : "Channels of a layer differ in width, and their errors are not in this page; mpq plan compares.");
+  node.replaceChildren(element("strong", {}, guard ? (guard.worse ? "Worse than uniform widths. " : "The guard: ") : "The guard cannot tell. "), guard ? guard.text : untold(page));
 }
 
 function download(name, text) {
