@@ -64,10 +64,9 @@ class CompensatedMSE:
             inputs = _Inputs(job, {layer.name: _Seen() for layer in layers}, self.columns)
             done = inputs.collect(done, total)
             units = [_unit(job, layer, inputs.seen[layer.name], self.damping) for layer in layers]
-            job.said(done, total)
             for unit, found in Work(layer_curves, {}, f"measuring {self.name} of").results(units, job.executor):
-                done += 1
                 job.said(done, total)
+                done += 1
                 curves |= {unit.name: found} if found is not None else {}
         job.said(total, total)
         others = tuple(layer for layer in job.table.layers if layer.name not in curves)

@@ -15,8 +15,9 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.stats import LayerStats
 from mpq_plugins.quantization.quantize import fake_quantize
 from mpq_plugins.reconstruction import compensated_error
+from mpq_plugins.reconstruction.call_sums import Given
 from mpq_plugins.reconstruction.compensated_error import CompensatedMSE
-from mpq_plugins.reconstruction.round_layer import CannotCompensate, Given, LayerRounding
+from mpq_plugins.reconstruction.round_layer import CannotCompensate, LayerRounding
 from tests.helpers.nets import conv_net, tied_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from mpq_plugins import Affine, Codebook, LayerChoice, Piecewise, SettingError
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.reconstruction.call_sums import Given
 from mpq_plugins.reconstruction.gram import Gram
 from mpq_plugins.reconstruction.round_layer import (
     OUTPUT,
     OWN,
     SUM,
     CannotCompensate,
-    Given,
     LayerRounding,
     Rounded,
     later_gram,
