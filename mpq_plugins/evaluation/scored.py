@@ -181,7 +181,8 @@ def evaluation_facts(
     rounding: Rounding | None = None,
     files: bool = False,
 ) -> dict[str, str]:
-    """Say what decides what is kept of a plan: the model, the function's code, the rounding and what it is fitted on.
+    """Say what decides what is kept of a plan: the model, the function's code and what is bound to it, the rounding
+    and what it is fitted on.
 
     files: whether what its file takes is kept too.
     """
@@ -189,7 +190,7 @@ def evaluation_facts(
 
     code = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
     return {
-        "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(code)}",
+        "model": model_digest(model), "evaluation": f"{_name(code)} {source_digest(evaluate)}",
         "calibration": "" if calibrate is None else batches_digest(calibrate),
         "rounding": checked_rounding(rounding, calibrated=calibrate is not None),
         **({"files": "written"} if files else {}),

@@ -1,8 +1,11 @@
 """A short name for a model's weights: equal for equal weights, whatever file or class they came from."""
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from types import CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +14,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), PurePath)
 
 
 def layer_digest(name: str, shape: Sequence[int], low: NDArray[np.float64], high: NDArray[np.float64]) -> str:
@@ -71,9 +76,55 @@ def batches_digest(batches: Sequence[Any]) -> str:
 
 
 def source_digest(function: object) -> str:
-    """Of a function's own source text; of its name where that cannot be had."""
+    """Of a function's own source text, or its name where that cannot be had, and of what is bound to it.
+
+    That is what `functools.partial` holds, what a function inside another has from there, and what a callable object
+    is made of: tensors, plain values and functions. Of other objects the class alone counts.
+    """
+    return f"sha256:{_of_code(function, frozenset())}"
+
+
+def _of_code(function: object, seen: frozenset[int]) -> str:
+    """seen: what is being looked at, for a function may hold itself."""
+    code = inspect.unwrap(function) if callable(function) else function
     try:
-        text = inspect.getsource(inspect.unwrap(function))  # type: ignore[arg-type]
+        text = inspect.getsource(code if hasattr(code, "__qualname__") else type(code))  # type: ignore[arg-type]
     except (OSError, TypeError):
-        text = repr(getattr(function, "__qualname__", function))
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        text = repr(getattr(code, "__qualname__", function))
+    bound = "" if id(function) in seen else _of_bound(_bound(function), seen | {id(function)})
+    return hashlib.sha256(f"{text}{bound}".encode()).hexdigest()
+
+
+def _bound(function: object) -> list[Any]:
+    """What goes into a call beside its arguments."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, function.keywords]
+    if isinstance(function, type):
+        return []
+    if isinstance(function, FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        return [*cells, *(function.__defaults__ or ()), *((function.__kwdefaults__ or {}).values())]
+    if isinstance(function, MethodType):
+        return [function.__func__, *_bound(function.__self__)]
+    return [] if hasattr(function, "__qualname__") else [vars(function)] if hasattr(function, "__dict__") else []
+
+
+def _of_bound(values: list[Any], seen: frozenset[int]) -> str:
+    """Nothing for nothing, so that a plain function has the digest of its text."""
+    from torch.utils._pytree import tree_flatten
+
+    if not values:
+        return ""
+    leaves, shape = tree_flatten(values)
+    return tensors_digest({f"{n}": _plain(leaf, seen) for n, leaf in enumerate(leaves)}) + f"{shape}"
+
+
+def _plain(leaf: Any, seen: frozenset[int]) -> object:
+    """What says the same of equal values in another process: tensors and plain values themselves, else a text."""
+    import torch
+
+    if isinstance(leaf, (torch.Tensor, np.ndarray, *PLAIN)):
+        return leaf
+    if isinstance(leaf, FunctionType | MethodType | functools.partial):
+        return _of_code(leaf, seen)
+    return f"{type(leaf).__module__}.{type(leaf).__qualname__}"

@@ -1,7 +1,8 @@
 """Units of work that run a model: here one after another, or on an executor's threads, processes or machines.
 
-What all units need, such as the model, is pickled once and travels with each. A unit computes with as many of torch's
-threads as the caller does, wherever that is: sums may be added in another order by another number of them.
+What all units need, such as the model, is pickled once and travels with each. A unit computes in the caller's modes,
+wherever that is: with as many of torch's threads, for sums may be added in another order by another number of them, and
+under the caller's autocast, gradients and default dtype, which are a thread's or a process's own.
 """
 
 import pickle
@@ -9,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..common.workers import IN_FLIGHT, Call, Workers, is_here
 from ..errors import WorkerError
 
 LEAST, MOST = 32, 1 << 30  # units, and bytes, that are on their way at a time
+DEVICES = ("cpu", "cuda")  # that autocast is asked about
 OURS = ("builtins", "mpq_plugins")  # whose warnings a worker's unit hands back
 
 
@@ -45,8 +47,8 @@ class Job:
             for unit in units:
                 yield unit, self.function(*self.needs.values(), *unit.arguments)
             return
-        threads = torch.get_num_threads()
-        alike = Alike(threads, *_arithmetic())
+        modes = Modes.now()
+        alike = Alike(modes, *_arithmetic())
         Workers(executor, 1)  # which refuses what is none
         packed = None if is_here(executor) else {n: _packed(n, need, executor) for n, need in self.needs.items()}
         bytes_of_one = sum(map(len, packed.values())) if packed is not None else 0
@@ -57,7 +59,7 @@ class Job:
             for unit in units:
                 by_name[unit.name] = unit
                 if packed is None:
-                    yield Call(unit.name, here, (self, threads, unit.arguments), unit.label, self.doing)
+                    yield Call(unit.name, here, (self, modes, unit.arguments), unit.label, self.doing)
                     continue
                 own = _packed(f"arguments of {unit.label!r}", unit.arguments, executor)
                 yield Call(unit.name, elsewhere, (self.function, alike, packed, own), unit.label, self.doing)
@@ -78,17 +80,60 @@ class Unit:
     arguments: tuple[Any, ...] = ()
 
 
-def here(job: Job, threads: int, arguments: tuple[Any, ...]) -> tuple[Any, list[Warning]]:
+@dataclass(frozen=True)
+class Modes:
+    """What torch computes differently by, that a thread or a process has of its own.
+
+    autocast: by device, to which dtype, where it is on.
+    """
+
+    threads: int
+    grad: bool
+    inference: bool
+    dtype: torch.dtype
+    precision: str
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @classmethod
+    def now(cls) -> "Modes":
+        """This thread's."""
+        autocast = tuple((of, torch.get_autocast_dtype(of)) for of in DEVICES if torch.is_autocast_enabled(of))
+        return cls(
+            torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.get_default_dtype(), torch.get_float32_matmul_precision(), autocast,
+        )  # fmt: skip
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In this thread; what is the whole process's stays so, for other units may run beside this one."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        if torch.get_default_dtype() != self.dtype:
+            torch.set_default_dtype(self.dtype)
+        if torch.get_float32_matmul_precision() != self.precision:
+            torch.set_float32_matmul_precision(self.precision)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device in DEVICES:
+                wanted = dict(self.autocast).get(device)
+                if wanted is not None or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, wanted, enabled=wanted is not None))
+            yield
+
+
+def here(job: Job, modes: Modes, arguments: tuple[Any, ...]) -> tuple[Any, list[Warning]]:
     """What a thread of this process does: the result, and no warnings, for these are heard already."""
-    _compute_with(threads)
-    return job.function(*job.needs.values(), *arguments), []
+    with modes.held():
+        return job.function(*job.needs.values(), *arguments), []
 
 
 @dataclass(frozen=True)
 class Alike:
-    """In what workers have to be like the caller: threads, the version of torch, and the instructions that it uses."""
+    """In what workers have to be like the caller: modes, which they take over, and the version of torch and the
+    instructions that it uses, which they must have."""
 
-    threads: int
+    modes: Modes
     torch: str
     instructions: str
 
@@ -107,16 +152,9 @@ def elsewhere(
             f"on {alike.instructions}: the last bits would depend on who did what. Use workers with the same "
             "processors and packages"
         )
-    _compute_with(alike.threads)
     needs = [_unpacked(name, data) for name, data in packed.items()]
-    with _hearing() as said:
+    with _hearing() as said, alike.modes.held():
         return function(*needs, *_unpacked("unit's arguments", arguments)), said
-
-
-def _compute_with(threads: int) -> None:
-    """Not put back: other units may run beside this one, and start threads of theirs."""
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
 
 
 def _packed(name: str, need: Any, executor: Executor) -> bytes:

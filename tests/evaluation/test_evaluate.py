@@ -1,9 +1,12 @@
 """Plans tried on a model: rows against runs by hand with `apply`, whatever the rounding, and the command."""
 
+import copy
 import csv
+import functools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,50 @@ def test_rows_from_before_there_was_a_choice_are_refused(tmp_path: Path) -> None
         store.job("sweep", before).add_row("a plan", {"score": 1})
         with pytest.raises(SettingError, match="differs in rounding"):
             store.job("sweep", facts)
+
+
+@dataclass
+class Scorer:
+    """An evaluation that is an object."""
+
+    data: Any
+
+    def __call__(self, model: Any) -> float:
+        return float(torch.as_tensor(self.data).sum())
+
+
+def on(data: Any) -> Callable[[Any], float]:
+    """An evaluation that has its data from outside."""
+    return lambda _: float(torch.as_tensor(data).sum())
+
+
+BOUND: dict[str, Callable[[Any], Any]] = {
+    "object": Scorer, "method": lambda data: Scorer(data).__call__, "closure": on,
+    "partial": lambda data: functools.partial(on(0), data),
+    "partial of a closure": lambda data: functools.partial(on(data)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bound", BOUND.values(), ids=BOUND)
+def test_rows_of_an_evaluation_on_other_data_are_not_taken_for_its_own(bound: Any) -> None:
+    """Whatever way the data come to it; plain values and tensors say the same in another process."""
+    data = [1, 2, 2.5, "1", torch.ones(2), torch.zeros(2), [torch.ones(2)], None, Path("1")]
+    facts = [evaluation_facts(conv_net(), bound(one))["evaluation"] for one in data]
+    assert len({*facts}) == len(data)
+    again = [evaluation_facts(conv_net(), bound(copy.deepcopy(one)))["evaluation"] for one in data]
+    assert again == facts
+
+
+def test_an_evaluation_that_holds_itself_or_what_cannot_be_compared_is_told_by_its_source() -> None:
+    holder: dict[str, Any] = {}
+
+    def calls_itself(model: Any) -> float:
+        return 0.0 if holder else calls_itself(model)
+
+    holder["self"] = calls_itself
+    facts = [evaluation_facts(conv_net(), evaluation)["evaluation"] for evaluation in (calls_itself, on(object()))]
+    assert len({*facts}) == 2
+    assert evaluation_facts(conv_net(), on(object()))["evaluation"] == facts[1]
 
 
 def test_what_decides_a_score_tells_roundings_apart() -> None:

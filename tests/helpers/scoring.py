@@ -15,7 +15,7 @@ EXACT = conv_net()
 def inputs(count: int = 3) -> list[Tensor]:
     """Batches for conv_net, of different sizes."""
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(size, 3, 8, 8, generator=generator) for size in (16, 12, 20)[:count]]
+    return [torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.float32) for size in (16, 12, 20)[:count]]
 
 
 def agreement(model: nn.Module) -> dict[str, float]:
@@ -25,6 +25,14 @@ def agreement(model: nn.Module) -> dict[str, float]:
         outputs = model(batch).double()
         difference = outputs - EXACT(batch)
     return {"agreement": -float(difference.square().sum()), "first": float(outputs[0, 0])}
+
+
+def in_modes(model: nn.Module) -> dict[str, float]:
+    """What modes of the thread that it runs in change."""
+    (batch,) = inputs(1)
+    outputs = model(batch.float())
+    return {"sum": float(outputs.detach().double().sum()), "gradients": float(outputs.requires_grad),
+            "digits": float(torch.finfo(torch.ones(1).div(3).dtype).bits)}  # fmt: skip
 
 
 def fails_below_three_bits(model: nn.Module) -> float:

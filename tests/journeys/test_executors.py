@@ -18,7 +18,14 @@ from torch import nn
 import mpq_plugins as mpq
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WorkerError
 from tests.helpers.nets import conv_net
-from tests.helpers.scoring import agreement, ends_its_process, ends_one_process, fails_below_three_bits, inputs
+from tests.helpers.scoring import (
+    agreement,
+    ends_its_process,
+    ends_one_process,
+    fails_below_three_bits,
+    in_modes,
+    inputs,
+)
 from tests.helpers.tables import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # processes have to start
@@ -316,6 +323,40 @@ def test_a_model_that_draws_random_numbers_draws_the_same_everywhere(pool: Execu
     here = mpq.sensitivity(net, table, "kl", inputs())
     assert contents(mpq.sensitivity(net, table, "kl", inputs(), executor=pool)) == contents(here)
     assert contents(mpq.sensitivity(net, table, "kl", inputs(), seed=1)) != contents(here)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_units_compute_in_the_callers_modes(
+    plans: dict[str, mpq.Plan], kind: str, request: pytest.FixtureRequest
+) -> None:
+    """What of torch is a thread's own, or a process's: autocast, gradients, the default dtype."""
+    executor: Executor = request.getfixturevalue(kind)
+    given = {name: plans[name] for name in ("2 bits", "4 bits")}
+    model, before = conv_net(), torch.get_default_dtype()
+
+    def scores(executor: Executor | None) -> list[Any]:
+        return [row.scores for row in mpq.evaluate(model, given, in_modes, executor=executor)]
+
+    plain = scores(None)
+    assert scores(executor) == plain
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = scores(None)
+        assert scores(executor) == rough
+    with torch.no_grad():
+        bare = scores(None)
+        assert scores(executor) == bare
+    with torch.inference_mode():
+        assert scores(executor) == scores(None)
+    try:
+        torch.set_default_dtype(torch.float64)
+        wide = scores(None)
+        assert scores(executor) == wide
+    finally:
+        torch.set_default_dtype(before)
+    assert rough[0] != plain[0]
+    assert [row["gradients"] for row in (plain[0], bare[0])] == [1, 0]
+    assert wide[0]["digits"] > plain[0]["digits"]
+    assert scores(executor) == plain
 
 
 def test_units_compute_with_the_callers_threads(table: mpq.LayerTable, processes: Executor) -> None:
