@@ -147,12 +147,15 @@ class Alone:
 
     @property
     def _draws(self) -> bool:
-        """Whether the model draws random numbers as it runs."""
+        """Whether the model draws random numbers as it runs, on any batch: it may do so for some alone."""
         torch.manual_seed(self.seed)
         before = torch.get_rng_state()
-        with torch.no_grad():
-            COMPARED[self.kind][0](self.model, self.batches[0], self.output)
-        return not torch.equal(before, torch.get_rng_state())
+        for batch in self.batches:
+            with torch.no_grad():
+                COMPARED[self.kind][0](self.model, batch, self.output)
+            if not torch.equal(before, torch.get_rng_state()):
+                return True
+        return False
 
 
 @dataclass(frozen=True)

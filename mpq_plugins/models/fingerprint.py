@@ -78,8 +78,8 @@ def batches_digest(batches: Sequence[Any]) -> str:
 def source_digest(function: object) -> str:
     """Of a function's own source text, or its name where that cannot be had, and of what is bound to it.
 
-    That is what `functools.partial` holds, what a function inside another has from there, and what a callable object
-    is made of: tensors, plain values and functions. Of other objects the class alone counts.
+    That is what `functools.partial` holds and what a function inside another has from there: tensors, plain values and
+    functions. Of a callable object it is the tensors among its attributes, and of other objects the class alone.
     """
     return f"sha256:{_of_code(function, frozenset())}"
 
@@ -106,7 +106,15 @@ def _bound(function: object) -> list[Any]:
         return [*cells, *(function.__defaults__ or ()), *((function.__kwdefaults__ or {}).values())]
     if isinstance(function, MethodType):
         return [function.__func__, *_bound(function.__self__)]
-    return [] if hasattr(function, "__qualname__") else [vars(function)] if hasattr(function, "__dict__") else []
+    return [] if hasattr(function, "__qualname__") else _tensors_of(function)
+
+
+def _tensors_of(held: object) -> list[Any]:
+    """The tensors among an object's attributes; others may count its calls."""
+    import torch
+
+    own = getattr(held, "__dict__", {})
+    return [value for value in own.values() if isinstance(value, torch.Tensor | np.ndarray)]
 
 
 def _of_bound(values: list[Any], seen: frozenset[int]) -> str:

@@ -306,20 +306,21 @@ def test_an_executor_that_is_shut_down_or_none(table: mpq.LayerTable, plans: dic
 
 
 class Drawing(nn.Module):
-    """Adds noise as it runs."""
+    """Adds noise as it runs, to batches of so many samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: int) -> None:
         super().__init__()
-        self.net = conv_net()
+        self.net, self.least = conv_net(), least
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.net(x + 0.1 * torch.rand(x.shape))
+        out: torch.Tensor = self.net(x + 0.1 * torch.rand(x.shape) if len(x) >= self.least else x)
         return out
 
 
-def test_a_model_that_draws_random_numbers_draws_the_same_everywhere(pool: Executor) -> None:
-    net = Drawing().eval()
-    table = mpq.measure(net, bits=(2, 4))
+@pytest.mark.parametrize("least", [1, 20], ids=["on every batch", "on the last batch"])
+def test_a_model_that_draws_random_numbers_draws_the_same_everywhere(pool: Executor, least: int) -> None:
+    net = Drawing(least).eval()
+    table = mpq.measure(net, bits=(2, 4), fold_bn=False)
     here = mpq.sensitivity(net, table, "kl", inputs())
     assert contents(mpq.sensitivity(net, table, "kl", inputs(), executor=pool)) == contents(here)
     assert contents(mpq.sensitivity(net, table, "kl", inputs(), seed=1)) != contents(here)
