@@ -1,5 +1,6 @@
 """A short name for a model's weights: equal for equal weights, whatever file or class they came from."""
 
+import dis
 import functools
 import hashlib
 import inspect
@@ -79,7 +80,8 @@ def source_digest(function: object) -> str:
     """Of a function's own source text, or its name where that cannot be had, and of what is bound to it.
 
     That is what `functools.partial` holds and what a function inside another has from there: tensors, plain values and
-    functions. Of a callable object it is the tensors among its attributes, and of other objects the class alone.
+    functions, but for what it assigns itself. Of a list, a dict or a set, and of a callable object, which calls may
+    change, it is the tensors in them, and of other objects the class alone.
     """
     return f"sha256:{_of_code(function, frozenset())}"
 
@@ -98,11 +100,13 @@ def _of_code(function: object, seen: frozenset[int]) -> str:
 def _bound(function: object) -> list[Any]:
     """What goes into a call beside its arguments."""
     if isinstance(function, functools.partial):
-        return [function.func, *function.args, function.keywords]
+        return [function.func, *function.args, *sorted(function.keywords.items())]
     if isinstance(function, type):
         return []
     if isinstance(function, FunctionType):
-        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        own = {step.argval for step in dis.get_instructions(function) if step.opname == "STORE_DEREF"}  # its own state
+        named = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        cells = [cell.cell_contents for name, cell in named if cell != CellType() and name not in own]
         return [*cells, *(function.__defaults__ or ()), *((function.__kwdefaults__ or {}).values())]
     if isinstance(function, MethodType):
         return [function.__func__, *_bound(function.__self__)]
@@ -119,12 +123,21 @@ def _tensors_of(held: object) -> list[Any]:
 
 def _of_bound(values: list[Any], seen: frozenset[int]) -> str:
     """Nothing for nothing, so that a plain function has the digest of its text."""
-    from torch.utils._pytree import tree_flatten
+    parts = [part for value in values for part in _lasting(value)]
+    return tensors_digest({f"{n}": _plain(part, seen) for n, part in enumerate(parts)}) if parts else ""
 
-    if not values:
-        return ""
-    leaves, shape = tree_flatten(values)
-    return tensors_digest({f"{n}": _plain(leaf, seen) for n, leaf in enumerate(leaves)}) + f"{shape}"
+
+def _lasting(value: object) -> list[Any]:
+    """What of a bound value counts: of a list, a dict or a set, which calls may add to, the tensors alone."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    if isinstance(value, tuple):
+        return [part for item in value for part in _lasting(item)]
+    if isinstance(value, list | dict | set):
+        leaves = tree_leaves(list(value) if isinstance(value, set) else value)
+        return [type(value), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor | np.ndarray))]
+    return [value]
 
 
 def _plain(leaf: Any, seen: frozenset[int]) -> object:

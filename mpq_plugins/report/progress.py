@@ -16,9 +16,11 @@ ROOT = "mpq_plugins"  # whose loggers are the library's
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
-def echo(text: str) -> None:
-    """One line of a result."""
+def echo(text: str, *, at_once: bool = False) -> None:
+    """One line of a result. at_once: for who reads it through a pipe while the command goes on."""
     sys.stdout.write(f"{printable(text)}\n")
+    if at_once:
+        sys.stdout.flush()
 
 
 def echo_lines(text: str) -> None:

@@ -1,6 +1,5 @@
 """`mpq explore`: the page of a source, served to this machine, with exact plans and evaluations behind it."""
 
-import sys
 import tempfile
 import webbrowser
 from contextlib import ExitStack
@@ -70,8 +69,7 @@ def explore(
     with ExitStack() as stack:
         answers = _answers(table, file, page, _evaluator(stack, model, evaluation, fitting))
         with PageServer(port, answers, lambda base: page_html(page, _served(base, answers))) as server:
-            echo(f"serving {server.url}; Ctrl-C ends it")
-            sys.stdout.flush()  # whoever reads it waits for it
+            echo(f"serving {server.url}; Ctrl-C ends it", at_once=True)
             if not no_browser:
                 webbrowser.open(server.url)
             server.serve_forever()
