@@ -59,6 +59,7 @@ bench: $(READY) $(BROWSER)
 	$(BIN)/python -m tests.benchmarks.bench_compress
 	$(BIN)/python -m tests.benchmarks.bench_coded
 	$(BIN)/python -m tests.benchmarks.bench_page
+	$(BIN)/python -m tests.benchmarks.bench_executors
 
 examples: $(READY) $(CLASSIC_READY)
 	$(BIN)/pytest -m example tests/journeys
