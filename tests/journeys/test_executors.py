@@ -17,6 +17,7 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WorkerError
+from tests.helpers.clusters import executor_of, local_cluster
 from tests.helpers.nets import conv_net
 from tests.helpers.scoring import (
     agreement,
@@ -57,20 +58,14 @@ def alone() -> Iterator[Executor]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two dask workers, each a process that a nanny starts again when it is killed."""
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0", silence_logs=50
-    ) as made:
+    with local_cluster(threads=2) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def dask(cluster: Any) -> Iterator[Executor]:
-    from distributed import Client
-
-    with Client(cluster, set_as_default=False) as client:  # type: ignore[no-untyped-call]
-        yield client.get_executor()
+    with executor_of(cluster) as executor:
+        yield executor
 
 
 @pytest.fixture(scope="module")

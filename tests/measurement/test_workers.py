@@ -28,6 +28,7 @@ from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.weights import chunks
 from mpq_plugins.weights.find import find_weights
 from tests.helpers.checkpoints import sharded
+from tests.helpers.clusters import executor_of, local_cluster
 from tests.helpers.nets import conv_net
 from tests.helpers.tables import contents
 
@@ -73,20 +74,14 @@ def processes() -> Iterator[Executor]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two dask workers, each a process that a nanny starts again when it is killed."""
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
-    ) as made:
+    with local_cluster(threads=1) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def dask(cluster: Any) -> Iterator[Executor]:
-    from distributed import Client
-
-    with Client(cluster, set_as_default=False) as client:  # type: ignore[no-untyped-call]
-        yield client.get_executor()
+    with executor_of(cluster) as executor:
+        yield executor
 
 
 def table_of(source: Path | nn.Module, scheme: Scheme, executor: Executor | None, **options: Any) -> LayerTable:
