@@ -14,6 +14,8 @@ from .request import Request
 from .sources import Source
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from concurrent.futures import Executor
+
     from torch import nn
 
     from ..plans.plan import Plan
@@ -87,7 +89,12 @@ def table_of_steps(
 
 
 def fitted_to_file(
-    source: Source, plan: "Plan", fitting: Fitting, weights: str | None, model: "nn.Module | None"
+    source: Source,
+    plan: "Plan",
+    fitting: Fitting,
+    weights: str | None,
+    model: "nn.Module | None",
+    executor: "Executor | None" = None,
 ) -> "tuple[Any, Plan]":
     """What to write and the plan to write it by, so that the file takes what the plan was made for.
 
@@ -98,7 +105,9 @@ def fitted_to_file(
     batches = inputs(source, fitting)
     _check_compensated(fitting)
     with progress_bar("fitting") as progress:
-        fitted = fit_file(source.weights, plan, batches, progress=progress, weights=weights, model=model)
+        fitted = fit_file(
+            source.weights, plan, batches, executor=executor, progress=progress, weights=weights, model=model
+        )
     return fitted.model, fitted.plan
 
 

@@ -9,6 +9,8 @@ from .calibration import load_tensors
 from .fitting import Fitting
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from concurrent.futures import Executor
+
     from torch import Tensor, nn
 
     from ..checkpoints.readers import StoredTensor
@@ -24,16 +26,18 @@ def fitted_tensors(
     model: "nn.Module",
     factory: str,
     fitting: Fitting,
+    executor: "Executor | None" = None,
 ) -> Mapping[str, "Tensor"]:
     """Weights, biases and statistics that calibration changes, by the names that they have in the checkpoint.
 
     stored: what the checkpoint holds. factory: what made the model, whose weights become the checkpoint's. fitting: has
-    inputs. Raises as `apply`, SourceError, and SettingError for what the checkpoint has no place for.
+    inputs. executor: whose workers round. Raises as `apply`, SourceError, and SettingError for what the checkpoint has
+    no place for.
     """
     from ..simulation.match import match
 
     names = load_tensors(model, checkpoint, stored, factory)
-    fitted = fitting.fitted(model, match(plan, model, rewrapped=True).require(factory))
+    fitted = fitting.fitted(model, match(plan, model, rewrapped=True).require(factory), executor)
     before, after = model.state_dict(), fitted.state_dict()
     added, gone = ([name for name in one if name not in other] for one, other in ((after, before), (before, after)))
     if added:

@@ -10,12 +10,14 @@ import click
 from click.core import ParameterSource
 
 from ..errors import SettingError
-from ..reconstruction.rounding import CORRECTED, ROUNDINGS, Rounding, checked_rounding, rounding_label
+from ..reconstruction.rounding import COMPENSATED, CORRECTED, ROUNDINGS, Rounding, checked_rounding, rounding_label
 from ..report.progress import progress_bar
 from .scheme_options import Command
 from .types import IntegerList, OneOf
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from concurrent.futures import Executor
+
     from torch import nn
 
     from ..plans.plan import Plan
@@ -73,14 +75,28 @@ class Fitting:
             return synthetic_inputs(model, self.synthetic)
         return calibration_batches(self.calibration) if self.calibration is not None else None
 
-    def fitted(self, model: "nn.Module", plan: "Plan") -> "nn.Module":
-        """A float copy that rounds so under the plan, with a progress bar; inputs are given. Raises as `apply`."""
+    def check_workers(self, workers: int | None, dask: str | None) -> None:
+        """Raise SettingError for workers where they have nothing to do: no weights are compensated."""
+        if (workers, dask) != (None, None) and self.label != COMPENSATED:
+            option = "workers" if workers is not None else "dask"
+            raise SettingError(
+                f"{option}: share compensated rounding, and this one is {self.label}; add --calibrate package.module:"
+                "function with --rounding compensated, or leave it out"
+            )
+
+    def fitted(self, model: "nn.Module", plan: "Plan", executor: "Executor | None" = None) -> "nn.Module":
+        """A float copy that rounds so under the plan, with a progress bar; inputs are given. Raises as `apply`.
+
+        executor: whose workers do a part of it, where the rounding is compensated.
+        """
         from ..reconstruction.apply import round_weights
 
         batches = self.batches(model)
         doing = "correcting" if self.label == CORRECTED else "rounding"
         with progress_bar(doing) as progress, redirect_stdout(sys.stderr):
-            return round_weights(model, plan, cast(list[Any], batches), self.rounding, progress=progress)
+            return round_weights(
+                model, plan, cast(list[Any], batches), self.rounding, executor=executor, progress=progress
+            )
 
 
 def _said(calibration: str | None, synthetic: tuple[int, ...] | None, rounding: str | None) -> Fitting:

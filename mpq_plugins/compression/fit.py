@@ -5,6 +5,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
     file_bits: float | None = None,
     file_size: int | str | None = None,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     model: nn.Module | None = None,
     weights: str | None = None,
@@ -92,6 +94,7 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
             was made for.
         file_size: Or bytes of the whole container, a number or as `60kB`.
         seed: As for `compensate`.
+        executor: As for `compensate`.
         progress: Called with what is being done, tries done and tries at the most.
         model: Of a checkpoint, the module it is of, as in `compress`.
         weights: Of a torch checkpoint, the key of the weights, as in `compress`.
@@ -125,9 +128,9 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
     pilot = replace(
         whole, target=replace(target, most=target.most * _beyond(plan)), pilot=True, close=CLOSE * 2, total=2 * TRIES
     )
-    close = pilot.fitted(plan, _Compensation(list(_few(given)), FEW_COLUMNS, seed), progress, INFLATED)
+    close = pilot.fitted(plan, _Compensation(list(_few(given)), FEW_COLUMNS, seed, executor), progress, INFLATED)
     whole = replace(whole, close=NEAR, before=TRIES, total=2 * TRIES)
-    return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed), progress)
+    return whole.fitted(close.plan, _Compensation(given, 1 << 16, seed, executor), progress)
 
 
 def _beyond(plan: Plan) -> float:
@@ -141,6 +144,7 @@ class _Compensation:
     batches: Sequence[Any]
     columns: int
     seed: int
+    executor: Executor | None
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,12 @@ class _Search:
         if compensation is not None:
             free = with_steps(scaled, steps, dict.fromkeys(steps, None))  # rounded as is best, whatever it takes
             model, said = compensated_with_notes(
-                self.source, free, compensation.batches, columns=compensation.columns, seed=compensation.seed
+                self.source,
+                free,
+                compensation.batches,
+                columns=compensation.columns,
+                seed=compensation.seed,
+                executor=compensation.executor,
             )
             notes = tuple(said)
         container = self._file(model, scaled)

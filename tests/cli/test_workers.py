@@ -1,6 +1,7 @@
 """Who measures, as the command line asks for it."""
 
 import json
+import runpy
 import socket
 import sqlite3
 import sys
@@ -253,6 +254,35 @@ def test_a_sweep_is_the_same_bytes_by_threads(mine: Path, mpq: Callable[..., Ran
     assert mpq(*common, "-o", "here.csv").code == 0
     assert mpq(*common, "-o", "there.csv", "--workers", 2).code == 0
     assert Path("here.csv").read_bytes() == Path("there.csv").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["apply", "compress"])
+def test_weights_are_compensated_alike_by_threads_and_by_a_cluster(
+    mine: Path, command: str, mpq: Callable[..., Ran], cluster: Any
+) -> None:
+    torch.save(runpy.run_path(str(mine))["net"]().state_dict(), "net.pt")
+    assert mpq("plan", "net.pt", "--bits", 2, "-o", "2.json").code == 0
+    suffix = {"apply": "pt", "compress": "mpq"}[command]
+    common = (command, "net.pt", "2.json", "--model", f"{mine}:net", "--calibrate", f"{mine}:batches")
+    ways = {"here": (), "threads": ("--workers", 2), "dask": ("--dask", cluster.scheduler_address)}
+    for name, more in (ways | {"nearest": ("--rounding", "nearest")}).items():
+        Path(name).mkdir()  # for torch writes a file's name into it
+        ran = mpq(*common, *more, "-o", f"{name}/out.{suffix}")
+        assert ran.code == 0, ran.err
+    here, threads, dask, nearest = (
+        path.read_bytes() for path in (Path(name) / f"out.{suffix}" for name in (*ways, "nearest"))
+    )
+    assert here == threads == dask != nearest
+
+
+@pytest.mark.parametrize("command", ["apply", "compress"])
+@pytest.mark.parametrize(("more", "label"), [((), "nearest"), (("--rounding", "learned"), "learned")])
+def test_workers_where_nothing_is_compensated_are_refused(
+    mine: Path, command: str, more: tuple[str, ...], label: str, mpq: Callable[..., Ran]
+) -> None:
+    inputs = ("--model", f"{mine}:net", "--calibrate", f"{mine}:batches") if more else ()
+    ran = mpq(command, "net.pt", "2.json", *inputs, *more, "--workers", 2, "-o", "out.mpq")
+    refused(ran, "workers: share compensated rounding", label, "--calibrate", "--rounding compensated")
 
 
 @pytest.mark.parametrize("command", ["sweep", "pareto"])

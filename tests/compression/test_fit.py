@@ -70,6 +70,26 @@ def test_what_compensation_warns_of_is_said_once() -> None:
     assert [str(one.message).split(":")[0] for one in said] == ["few inputs to compensate on"]
 
 
+@pytest.mark.filterwarnings("ignore:few inputs:mpq_plugins.RoundingWarning")
+def test_an_executor_finds_the_same_steps() -> None:
+    class Counted(ThreadPoolExecutor):
+        units = 0
+
+        def submit(self, *arguments: Any, **named: Any) -> Any:
+            self.units += 1
+            return super().submit(*arguments, **named)
+
+    model = net()
+    plan = plan_of(model, file_bits=2)
+    alone = mpq.fit_file(model, plan, inputs())
+    with Counted(2) as pool:
+        shared = mpq.fit_file(model, plan, inputs(), executor=pool)
+    assert pool.units >= 2 * len(plan.layers)
+    assert shared.plan == alone.plan
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(shared.model.state_dict()[name], value)
+
+
 def test_another_budget_may_be_asked_than_the_plan_was_made_for() -> None:
     model = net()
     fitted = mpq.fit_file(model, plan_of(model, file_bits=1.5), file_bits=2.5)

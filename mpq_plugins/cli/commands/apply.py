@@ -11,6 +11,7 @@ from ...report.progress import echo, say
 from ..fitting import Fitting, fitting_options
 from ..help import SectionCommand
 from ..output import claim, json_option, print_json, run_model_option, say_notes, weights_option
+from ..workers import chosen_executor, worker_options
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from torch import Tensor
@@ -29,6 +30,7 @@ QUANTIZED, LEFT = "fake-quantized", "as they were"
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
 @fitting_options
+@worker_options("round", "1", "Rounding on inputs")
 @run_model_option
 @weights_option
 @json_option
@@ -37,6 +39,8 @@ def apply(
     plan_file: Path,
     output: Path,
     fitting: Fitting,
+    workers: int | None,
+    dask: str | None,
     model_factory: str | None,
     weights: str | None,
     as_json: bool,
@@ -47,6 +51,7 @@ def apply(
 
     check_output(output, checkpoint, plan_file, fitting.calibration, model_factory)
     claim(output)
+    fitting.check_workers(workers, dask)
     check_order(plan_file, str(checkpoint), "mpq apply CHECKPOINT PLAN")
     from ...checkpoints.checkpoint import read_checkpoint  # which take torch, and a second
     from ...plans.plan import Plan
@@ -62,7 +67,8 @@ def apply(
     stored = read_checkpoint(checkpoint, weights, prefer=loaded.weights, whole=True)
     fitted: Mapping[str, Tensor] = {}
     if fitting.calibrated and model is not None:
-        fitted = fitted_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), fitting)
+        with chosen_executor(workers, dask) as executor:
+            fitted = fitted_tensors(checkpoint, stored.tensors, loaded, model, str(model_factory), fitting, executor)
     with progress_bar("quantizing") as progress:
         fit = rewrite(checkpoint, loaded, output, progress, fitted=fitted, model=model, checkpoint=stored)
     say_notes(fit, loaded_from=plan_file)

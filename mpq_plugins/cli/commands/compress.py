@@ -15,9 +15,12 @@ from ..fitting import Fitting, fitting_options
 from ..help import SectionCommand
 from ..output import claim, json_option, model_option, say_notes, weights_option
 from ..types import FileOrFactory
+from ..workers import chosen_executor, worker_options
 from .inspect import print_container
 
-if TYPE_CHECKING:  # `mpq --help` should not wait for it
+if TYPE_CHECKING:  # `mpq --help` should not wait for these
+    from concurrent.futures import Executor
+
     from torch import nn
 
     from ...compression.prune import Pruning
@@ -36,6 +39,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for it
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Container to write (.mpq).")
 @file_options
 @fitting_options
+@worker_options("round", "1", "Rounding on inputs")
 @click.option(
     "--prune", "amounts", multiple=True, metavar="[GLOB=]AMOUNT",
     help="First set weights of least magnitude to 0: this share of each layer (0.9), or of those a glob names; "
@@ -60,6 +64,8 @@ def compress(
     file_bits: float | None,
     file_size: str | None,
     fitting: Fitting,
+    workers: int | None,
+    dask: str | None,
     model_factory: str | None,
     weights: str | None,
     amounts: tuple[str, ...],
@@ -79,6 +85,7 @@ def compress(
         raise click.UsageError(f"-o {output}: the result is a container; name a file that ends in .mpq")
     claim(output)
     _check_asked(plan_file, file_bits, file_size)
+    fitting.check_workers(workers, dask)
     pruning = _pruning(amounts, prune_by)
     if plan_file is not None:
         check_order(plan_file, source, "mpq compress SOURCE PLAN")
@@ -88,9 +95,10 @@ def compress(
     if given.module is not None and (model_factory, weights) != (None, None):
         raise click.UsageError("--model and --weights say what a checkpoint holds, and SOURCE is a module itself")
     model = make_module(model_factory) if model_factory is not None else None
-    to_write, plan = _prepared(given, plan_file, _Asked(
-        file_bits, file_size, fitting, pruning, weights, model, str(model_factory)
-    ))  # fmt: skip
+    with chosen_executor(workers, dask) as executor:
+        to_write, plan = _prepared(given, plan_file, _Asked(
+            file_bits, file_size, fitting, executor, pruning, weights, model, str(model_factory)
+        ))  # fmt: skip
     with progress_bar("compressing") as progress:
         container = write(
             to_write, plan, output, prune=pruning, coding=coding, progress=progress, model=model, weights=weights,
@@ -123,6 +131,7 @@ class _Asked:
     file_bits: float | None
     file_size: str | None
     fitting: Fitting
+    executor: "Executor | None"
     pruning: "Pruning | None"
     weights: str | None
     model: "nn.Module | None"
@@ -145,14 +154,14 @@ def _prepared(given: "Source", plan_file: Path | None, asked: _Asked) -> "tuple[
         asked = replace(asked, weights=None, model=None)  # which say what a checkpoint holds
     if plan_file is None:
         plan = planned_for_file(given, asked.file_bits, asked.file_size, asked.weights, asked.model)
-        return fitted_to_file(given, plan, asked.fitting, asked.weights, asked.model)
+        return fitted_to_file(given, plan, asked.fitting, asked.weights, asked.model, asked.executor)
     plan = Plan.load(plan_file)
     if not asked.fitting.calibrated:
         return given.weights, plan
     if steps_of(plan):
-        return fitted_to_file(given, plan, asked.fitting, asked.weights, asked.model)
+        return fitted_to_file(given, plan, asked.fitting, asked.weights, asked.model, asked.executor)
     inputs(given, asked.fitting)
-    return asked.fitting.fitted(cast("nn.Module", given.weights), plan), plan
+    return asked.fitting.fitted(cast("nn.Module", given.weights), plan, asked.executor), plan
 
 
 def _pruning(amounts: tuple[str, ...], by: str) -> "Pruning | None":
