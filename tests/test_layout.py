@@ -10,8 +10,10 @@ import sys
 import tomllib
 import typing
 import venv
+import warnings
 import zipfile
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,14 @@ ORDER = (
 ADAPTERS = (
     "brevitas", "compressed_tensors", "configs", "fx", "gguf", "gptq", "inc", "inc_classic", "mlx", "pt2e", "torchao",
 )  # fmt: skip
+
+
+ELSEWHERE = {
+    "nncodec": "one test compares with it, and it brings much: pip install nncodec",
+    "mpq_plugins.adapters.inc_classic": "its backend has an environment of its own, which `make classic` runs",
+    "neural_compressor.strategy": "as inc_classic",
+}
+"""What the tools do not bring, and why."""
 
 
 def packages_in_the_tree() -> set[str]:
@@ -103,6 +113,21 @@ def test_every_direct_dependency_is_pinned() -> None:
 
 
 @pytest.mark.slow
+def asked_for() -> dict[str, Path]:
+    """Modules that tests are skipped without, each with a file that asks for it."""
+    pattern = re.compile(r'importorskip\(\s*"([\w.]+)"')
+    return {name: file for file in sorted(ROOT.glob("tests/**/*.py")) for name in pattern.findall(file.read_text())}
+
+
+@pytest.mark.parametrize("name", sorted(asked_for().keys() - ELSEWHERE.keys()))
+def test_what_tests_are_skipped_without_comes_with_the_tools(name: str) -> None:
+    """A test that is skipped wherever it is run shows nothing; `dev` brings what it asks for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that are imported on the way
+        found = find_spec(name)
+    assert found is not None, f"{asked_for()[name]} is skipped without {name}"
+
+
 def test_the_wheel_holds_everything_and_imports_under_its_own_name(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a copy, for building leaves a folder behind that the next build would pick up
     for name in ("mpq_plugins", "adapters"):
