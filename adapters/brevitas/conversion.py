@@ -8,12 +8,13 @@ from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import nn
 
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.model import float_copy
 
 from ..shared.batches import needed_batches
-from ..shared.folded import check_plan, planned_layers
+from ..shared.folded import planned_layers
 from ..shared.input_ranges import taken_ranges
 from .batches import Batch
 from .checks import check_ternary, check_traced

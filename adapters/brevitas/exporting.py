@@ -10,6 +10,7 @@ import torch
 from brevitas.core.quant import BinaryQuant
 from torch import Tensor, nn
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.files import atomic_path
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import SettingError, VerifyError
@@ -60,7 +61,7 @@ def export(
         SettingError: The format cannot hold the model or is unknown, or the model cannot be traced.
         VerifyError: The model does not hold the plan, or the file not the model.
     """
-    target = Path(path)
+    target = path_of("path", path)
     if format not in FORMATS:
         raise SettingError(f"format: {format!r} is not allowed; {', '.join(FORMATS)}")
     verify_tuned(quantized, plan)

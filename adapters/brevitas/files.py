@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import FormatError, MismatchError, SettingError
 from mpq_plugins.models.copying import duplicate
@@ -39,7 +40,7 @@ def save(quantized: nn.Module, plan: Plan, path: Path | str) -> None:
     verify_tuned(quantized, plan)
     ternary = [layer.name for layer in planned_layers(plan) if _is_ternary(quantized.get_submodule(layer.name))]
     with quiet_state_dict():
-        write_carrying(quantized, plan, Path(path), FORMAT, ternary=json.dumps(ternary))
+        write_carrying(quantized, plan, path_of("path", path), FORMAT, ternary=json.dumps(ternary))
 
 
 def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Module:
@@ -65,8 +66,8 @@ def load(path: Path | str, model: nn.Module, plan: Plan | None = None) -> nn.Mod
 
     if not isinstance(path, str | Path) or not isinstance(model, nn.Module):
         raise SettingError(f"load: takes a path and a module, not a {type(path).__name__} and a {type(model).__name__}")
-    stored, metadata = read_carried(Path(path), FORMAT, "brevitas.save", "ternary")
-    ternary = carried_json(Path(path), metadata["ternary"])
+    stored, metadata = read_carried(path_of("path", path), FORMAT, "brevitas.save", "ternary")
+    ternary = carried_json(path_of("path", path), metadata["ternary"])
     if not isinstance(ternary, list) or not all(isinstance(name, str) for name in ternary):
         raise FormatError(f"{path}: ternary is {ternary!r}, no list of names: the file is damaged")
     if plan is not None and plan != stored:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.folding import conv_bn_pairs
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import check_plan, planned_by_name, planned_layers, refuse_float16
+from ..shared.folded import planned_by_name, planned_layers, refuse_float16
 from .checks import CAPABILITIES, check
 from .conversion import activation_quantizer
 from .layers import LAYERS

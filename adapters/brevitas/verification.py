@@ -10,23 +10,17 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import integer_weight
 
 from ..contract import LayerCheck
-from ..shared.folded import (
-    as_planned,
-    changed_state,
-    check_model,
-    check_module,
-    check_plan,
-    planned_by_name,
-    planned_layers,
-)
+from ..shared.folded import as_planned, changed_state, check_model, planned_by_name, planned_layers
 from ..shared.input_ranges import Ranges, same_range, taken_ranges
 from ..shared.outputs import output_problems
 from .graph import quiet_state_dict

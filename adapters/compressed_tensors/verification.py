@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.plan import Plan
 
@@ -47,4 +48,4 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
     """
     opened = open_float(plan, source)
     files = configured(opened, quantization_config=quantization_config(opened))
-    return verify_directory(Path(exported), opened, decode, files, progress=progress)
+    return verify_directory(path_of("exported", exported), opened, decode, files, progress=progress)

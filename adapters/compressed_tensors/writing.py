@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mpq_plugins.checkpoints.readers import StoredTensor
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
@@ -55,7 +56,7 @@ def export(
         >>> compressed_tensors.export(source, plan, Path("net-exported")).layers
         1
     """
-    opened = checked(plan, Path(source), runtime)
+    opened = checked(plan, path_of("source", source), runtime)
     coarse: list[float] = []
 
     def encoded(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def export(
             )
 
     files = configured(opened, quantization_config=quantization_config(opened))
-    return write_directory(opened, Path(output), encoded, files, notes=notes, progress=progress)
+    return write_directory(opened, path_of("output", output), encoded, files, notes=notes, progress=progress)
 
 
 def _rounding(scale: Tensor, dtype: torch.dtype) -> float:

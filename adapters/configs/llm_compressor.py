@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
@@ -38,7 +39,7 @@ def config(plan: Plan, source: Path) -> str:
         MismatchError: The plan is another model's.
         SourceError: The checkpoint cannot be read, or is quantized already.
     """
-    layers = named_layers(plan, Path(source), CAPABILITIES)
+    layers = named_layers(plan, path_of("source", source), CAPABILITIES)
     groups: dict[str, dict[str, Any]] = {}
     for name, choice in layers.items():
         if choice is not None:

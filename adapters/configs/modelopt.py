@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
@@ -40,7 +41,7 @@ def config(plan: Plan, source: Path) -> str:
         MismatchError: The plan is another model's.
         SourceError: The checkpoint cannot be read, or is quantized already.
     """
-    layers = named_layers(plan, Path(source), CAPABILITIES)
+    layers = named_layers(plan, path_of("source", source), CAPABILITIES)
     return "\n".join(_lines(layers)) + "\n"
 
 

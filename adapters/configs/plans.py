@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
@@ -9,7 +10,7 @@ from mpq_plugins.plans.names import layer_name
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.float_checkpoint import left_in_float, open_float, require_plain
-from ..shared.folded import check_plan, refuse_entropy_coded
+from ..shared.folded import refuse_entropy_coded
 
 
 def named_layers(plan: Plan, source: Path, able: Capabilities) -> dict[str, LayerChoice | None]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, SourceError, VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.folding import Folded
 from mpq_plugins.models.input_ranges import InputRange
 from mpq_plugins.models.kinds import quantizable_weights
@@ -17,7 +18,7 @@ from mpq_plugins.simulation.integers import IntegerWeight
 from mpq_plugins.simulation.model import simulated
 
 from ..contract import LayerCheck, class_name
-from ..shared.folded import biases_of, check_model, check_module, integers_of, planned_layers
+from ..shared.folded import biases_of, check_model, integers_of, planned_layers
 from ..shared.input_ranges import reduced, same_range, taken_ranges
 from ..shared.outputs import output_problem
 from .inputs import REDUCED, input_range

@@ -8,7 +8,9 @@ from pathlib import Path
 from mpq_plugins.checkpoints.checkpoint import read_checkpoint
 from mpq_plugins.checkpoints.gguf_header import GGUFHeader, TensorEntry, is_gguf, read_gguf
 from mpq_plugins.checkpoints.readers import StoredTensor
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.ggml import GGML, TYPES
 from mpq_plugins.plans.layers import LayerChoice
@@ -20,7 +22,6 @@ from mpq_plugins.simulation.match import match
 from mpq_plugins.simulation.planned_tensors import PlannedTensors
 from mpq_plugins.weights.gguf_names import kept_by_llama_cpp
 
-from ..shared.folded import check_plan
 from .names import renamed
 
 CAPABILITIES = Capabilities(
@@ -115,7 +116,7 @@ def opened(plan: Plan, source: Path) -> Opened:
     require_legal(plan, CAPABILITIES)
     for layer in plan.layers:
         type_of(layer)
-    source = Path(source)
+    source = path_of("source", source)
     if not is_gguf(source):
         raise SourceError(
             f"{source}: is no GGUF file. Convert the checkpoint, in floating point (llama.cpp's convert_hf_to_gguf,"

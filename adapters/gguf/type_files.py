@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpq_plugins.checkpoints.gguf_header import GGUFHeader, is_gguf, read_gguf
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.ggml import GGML, NEEDS_IMPORTANCE, TYPES
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import layer_name, stacks_of, weight_name
@@ -15,7 +17,6 @@ from mpq_plugins.simulation.match import match
 from mpq_plugins.weights.gguf_names import architecture_of, kept_by_llama_cpp
 from mpq_plugins.weights.roles import read_config
 
-from ..shared.folded import check_plan
 from .names import renamed
 
 ROUNDED_BLIND = ("token_embd", "per_layer_token_embd", "output")
@@ -41,7 +42,7 @@ def config(plan: Plan, source: Path) -> str:
         SourceError: The source cannot be read.
     """
     check_plan(plan)
-    source = Path(source)
+    source = path_of("source", source)
     if not is_gguf(source):
         match(plan, source).require(str(source))
         return types_file(plan, *architecture_of(read_config(source)))

@@ -10,6 +10,7 @@ import numpy as np
 from mpq_plugins.checkpoints.gguf_blocks import dequantize_rows
 from mpq_plugins.checkpoints.gguf_header import GGUFHeader, TensorEntry, read_gguf
 from mpq_plugins.checkpoints.readers import RowReader
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SourceError, VerifyError
@@ -47,7 +48,7 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
         MismatchError: The plan is another model's.
         SourceError: A file cannot be read.
     """
-    made, found = opened(plan, Path(source)), read_gguf(Path(exported))
+    made, found = opened(plan, path_of("source", source)), read_gguf(path_of("exported", exported))
     meter = Meter(made, progress)
     problems = [*_header_problems(made, found)]
     entries = {entry.name: entry for entry in found.tensors}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.files import atomic_path, unchanged
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import first_few
@@ -57,7 +58,7 @@ def export(source: Path, plan: Plan, output: Path, *, progress: Progress | None 
         SourceError: The source cannot be read, or the file not written.
         WeightError: A weight is NaN or infinite, or beyond what the type's scales reach.
     """
-    source, output = Path(source), Path(output)
+    source, output = path_of("source", source), path_of("output", output)
     _check_output(source, output)
     made = opened(plan, source)
     plan_of_file, meter = layout(made.header, made.targets), Meter(made, progress)

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.plan import Plan
 
@@ -50,4 +51,4 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
     """
     opened = open_float(plan, source)
     reading = partial(decode, version=version(opened))
-    return verify_directory(Path(exported), opened, reading, files(opened), progress=progress)
+    return verify_directory(path_of("exported", exported), opened, reading, files(opened), progress=progress)

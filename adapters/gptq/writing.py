@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mpq_plugins.checkpoints.readers import StoredTensor
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
@@ -54,7 +55,7 @@ def export(
         >>> gptq.export(source, plan, Path("net-exported")).layers
         1
     """
-    opened = checked(plan, Path(source), runtime)
+    opened = checked(plan, path_of("source", source), runtime)
     own_version, off = version(opened), dict[str, float]()
 
     def encoded(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[str, Tensor]:
@@ -73,4 +74,4 @@ def export(
         if len({choice.bits for _, choice in opened.coded_weights}) > 1:
             yield "transformers' own loader takes one width for all layers; GPTQModel takes these"
 
-    return write_directory(opened, Path(output), encoded, files(opened), notes=notes, progress=progress)
+    return write_directory(opened, path_of("output", output), encoded, files(opened), notes=notes, progress=progress)

@@ -2,10 +2,10 @@
 
 from torch import nn
 
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.compressor_plans import check as check_for_compressor
-from ..shared.folded import check_module
 from .names import check_float
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from mpq_plugins.common.files import exists, write_text
 from mpq_plugins.common.text import first_few, what_it_said
 from mpq_plugins.errors import FormatError, MismatchError, SettingError, SourceError, VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.fingerprint import model_digest
 from mpq_plugins.models.folding import folded_copy
@@ -22,7 +23,6 @@ from mpq_plugins.simulation.verify import verify
 
 from ..shared.carried import read_carried, write_carrying
 from ..shared.compressor_quiet import quiet, quiet_import
-from ..shared.folded import check_module
 from .marks import mark, weights_digest
 
 with quiet_import():

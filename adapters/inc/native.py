@@ -13,6 +13,7 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import weight_name
@@ -21,15 +22,7 @@ from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.weights.dtypes import check_weight
 
 from ..shared.compressor_quiet import quiet_import
-from ..shared.folded import (
-    check_model,
-    check_plan,
-    check_sizes,
-    lent_weights,
-    planned_layers,
-    refuse_entropy_coded,
-    refuse_float16,
-)
+from ..shared.folded import check_model, check_sizes, lent_weights, planned_layers, refuse_entropy_coded, refuse_float16
 from .names import check_float
 
 with quiet_import():

@@ -9,6 +9,7 @@ from torch import nn
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
 from mpq_plugins.evaluation.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.reconstruction.rounding import Rounding
@@ -16,7 +17,6 @@ from mpq_plugins.reconstruction.rounding import Rounding
 from ..shared.compressor_plans import check_evaluation, check_max_trials, check_plans
 from ..shared.compressor_quiet import quiet, quiet_import
 from ..shared.fitting import rounding_on
-from ..shared.folded import check_module
 from .config import PlanConfig, PlanningConfig
 from .joint import joint_plan
 from .marks import plan_of

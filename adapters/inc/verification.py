@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.kinds import layer_kind
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.layers import LayerChoice
@@ -16,7 +17,7 @@ from mpq_plugins.simulation.layer import simulate_layer
 
 from ..contract import LayerCheck
 from ..shared.compressor_quiet import quiet_import
-from ..shared.folded import as_planned, changed_modules, changed_state, check_model, check_module, planned_by_name
+from ..shared.folded import as_planned, changed_modules, changed_state, check_model, planned_by_name
 from ..shared.outputs import output_problems
 
 with quiet_import():

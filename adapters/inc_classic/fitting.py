@@ -11,13 +11,14 @@ from torch import nn
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.errors import SettingError
 from mpq_plugins.evaluation.tuning import Tuning
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.reconstruction.rounding import Rounding
 
 from ..shared.compressor_plans import check_function, check_plans
 from ..shared.compressor_quiet import quiet, quiet_import
 from ..shared.fitting import rounding_on
-from ..shared.folded import check_module, check_types
+from ..shared.folded import check_types
 from .criterion import TuningCriterion
 from .strategy import register
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.names import weight_name
@@ -14,15 +15,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.verify import verify as verify_simulated
 
 from ..contract import LayerCheck, class_name
-from ..shared.folded import (
-    as_planned,
-    changed_modules,
-    changed_state,
-    check_model,
-    check_module,
-    planned_by_name,
-    planned_layers,
-)
+from ..shared.folded import as_planned, changed_modules, changed_state, check_model, planned_by_name, planned_layers
 from ..shared.outputs import output_problems
 
 RUN_IN_INT8 = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
 
 from ..shared.float_checkpoint import FloatCheckpoint, open_float, require_plain
-from ..shared.folded import INTEGER_SCHEMES, check_plan
+from ..shared.folded import INTEGER_SCHEMES
 from .experts import require_experts_alike
 from .tensors import SIZES, group_size
 

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.plan import Plan
 
@@ -49,4 +50,6 @@ def verify(exported: Path, plan: Plan, source: Path, *, progress: Progress | Non
     """
     opened = open_float(plan, source)
     reading = partial(StackedFound, opened) if stacks(opened) else Found
-    return verify_directory(Path(exported), opened, decode, files(opened), reading=reading, progress=progress)
+    return verify_directory(
+        path_of("exported", exported), opened, decode, files(opened), reading=reading, progress=progress
+    )

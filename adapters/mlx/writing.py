@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpq_plugins.checkpoints.readers import StoredTensor
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
@@ -53,7 +54,7 @@ def export(source: Path, plan: Plan, output: Path, *, progress: Progress | None 
         >>> mlx.export(source, plan, Path("net-exported")).layers
         1
     """
-    opened = checked(plan, Path(source))
+    opened = checked(plan, path_of("source", source))
     wide: list[str] = []
 
     def encoded(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[str, Tensor]:
@@ -71,5 +72,5 @@ def export(source: Path, plan: Plan, output: Path, *, progress: Progress | None 
 
     writing = partial(StackingWriter, opened) if stacks(opened) else partial(ShardWriter, metadata="mlx")
     return write_directory(
-        opened, Path(output), encoded, files(opened), notes=notes, writing=writing, progress=progress
+        opened, path_of("output", output), encoded, files(opened), notes=notes, writing=writing, progress=progress
     )

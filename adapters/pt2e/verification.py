@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SourceError, VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.input_ranges import InputRange
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight
 
 from ..contract import LayerCheck
-from ..shared.folded import biases_of, check_model, check_module, integers_of
+from ..shared.folded import biases_of, check_model, integers_of
 from ..shared.input_ranges import same_range, taken_ranges
 from ..shared.outputs import output_problems
 from .folded import attribute, folding_factors, rounded_fold, weight_names

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mpq_plugins.checkpoints.checkpoint import read_checkpoint
 from mpq_plugins.checkpoints.readers import StoredTensor
+from mpq_plugins.common.checks import path_of
 from mpq_plugins.common.documents import LARGEST_DOCUMENT
 from mpq_plugins.common.files import CONFIG_NAME, read_regular
 from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import JOINED, are_experts, is_weight, layer_name, weight_name
 from mpq_plugins.plans.plan import Plan
@@ -25,8 +27,6 @@ from mpq_plugins.simulation.match import match
 from mpq_plugins.simulation.planned_tensors import PlannedTensors
 from mpq_plugins.weights.not_layers import is_embedding
 from mpq_plugins.weights.roles import is_head, read_config, tied_by_configuration
-
-from .folded import check_plan
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_float(plan: Plan, source: Path) -> FloatCheckpoint:
     model's plan; SettingError for what is no plan, and weights stored in 8-bit floating point.
     """
     check_plan(plan)
-    source = Path(source)
+    source = path_of("source", source)
     if not source.is_dir():
         raise SourceError(
             f"{source}: is no directory. An export needs the model's {CONFIG_NAME} and tokenizer too: give the "

@@ -1,7 +1,6 @@
 """What backends that fold BatchNorm themselves are given: the folded weights, and their integers."""
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -9,11 +8,13 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.borrowed import borrowed_in_source
 from mpq_plugins.models.folding import Folded, borrowed_weights, conv_bn_pairs, folding_factor, unfolded_norms
 from mpq_plugins.models.input_ranges import refuse_input_ranges
 from mpq_plugins.models.kinds import is_transformers_conv1d, layer_kind, quantizable_weights
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
@@ -25,19 +26,6 @@ from mpq_plugins.simulation.model import float_copy, set_float16
 FLOAT = torch.float32
 INTEGER_SCHEMES = ("affine", "entropy_coded")
 """The schemes whose weights are integers times a scale, which backends of integer weights run."""
-
-
-def check_plan(plan: object) -> None:
-    """Raise SettingError where a plan is no Plan."""
-    if not isinstance(plan, Plan):
-        remedy = "Plan.load it first" if isinstance(plan, str | Path) else "the model comes before the plan"
-        raise SettingError(f"plan: is a {type(plan).__name__}, no Plan; {remedy}")
-
-
-def check_module(model: object, name: str = "model") -> None:
-    """Raise SettingError where an argument of this name is no module."""
-    if not isinstance(model, nn.Module):
-        raise SettingError(f"{name}: is a {type(model).__name__}, no module; give the network itself")
 
 
 def check_types(plan: object, model: object) -> None:

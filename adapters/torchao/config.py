@@ -8,13 +8,14 @@ from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, PerAxis, Per
 from torchao.quantization.quant_primitives import MappingType
 
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
 
-from ..shared.folded import check_model, check_plan, planned_layers, refuse_entropy_coded
+from ..shared.folded import check_model, planned_layers, refuse_entropy_coded
 
 CONFIG_CAPABILITIES = Capabilities(
     backend="torchao's IntxWeightOnlyConfig",

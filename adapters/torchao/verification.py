@@ -8,6 +8,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import VerifyError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.kinds import quantizable_weights
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.names import weight_name
@@ -15,7 +16,7 @@ from mpq_plugins.plans.plan import Plan
 from mpq_plugins.simulation.integers import IntegerWeight, integer_weight
 
 from ..contract import LayerCheck
-from ..shared.folded import as_planned, changed_state, check_model, check_module, planned_layers
+from ..shared.folded import as_planned, changed_state, check_model, planned_layers
 from ..shared.input_ranges import taken_ranges
 from ..shared.outputs import output_problems
 from .tensors import activation_type, block_size, dynamic_name

@@ -19,6 +19,7 @@ from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
+from ..plans.arguments import check_any_table
 from ..plans.entropy_coded import EntropyCoded
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS, Affine, Scheme
@@ -267,6 +268,7 @@ class Budget:
             >>> found.used["average_bits"], found.gap
             ((3.0, 3.0), 0.0)
         """
+        check_any_table(table)
         watch = Watch(math.inf if self.time_limit is None else self.time_limit, progress)
         if isinstance(table, TypeTable):
             return self._solve_types(table, watch)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..common.public import public
 from ..errors import PlanWarning
+from ..plans.arguments import check_plan, check_table
 from ..plans.plan import Plan
 from ..plans.scheme import has_width
 from ..plans.size import layer_size
@@ -126,6 +127,8 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
         >>> mpq.compare(table, mpq.Uniform(bits=4)(table)).worse
         False
     """
+    check_table(table)
+    check_plan(plan)
     comparison = _beside_uniform(table, plan, sensitivity)
     return None if comparison is None else _with_best(table, comparison)
 

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from ..errors import SettingError
+from ..plans.arguments import check_table
 from ..plans.layers import LayerChoice
 from ..plans.names import may_be_layer, weight_name
 from ..plans.plan import AllocatorRecord, Plan
@@ -43,6 +45,9 @@ def make_plan(
         >>> mpq.make_plan(table, mpq.Uniform(), {"0": [4, 8]}).layers[0].bits_text
         '4x1 8x1'
     """
+    check_table(table)
+    _check_signed(allocator)
+    _check_widths(bits, table)
     layers = (layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers)
     plan = plan_of(table, allocator, layers, found or {})
     # Some are tried by the dozen on the way to the one that is wanted; a solve is worth a line.
@@ -52,6 +57,24 @@ def make_plan(
 
     warn_if_worse(table, plan)
     return plan
+
+
+def _check_signed(allocator: object) -> None:
+    """Raise SettingError for what has no name and fields to sign a plan with."""
+    named = isinstance(getattr(allocator, "name", None), str)
+    if isinstance(allocator, type) or not (named and is_dataclass(allocator)):
+        raise SettingError(
+            f"allocator: {type(allocator).__name__} is none; a dataclass with a name, as Uniform(bits=4)"
+        )
+
+
+def _check_widths(bits: object, table: LayerTable) -> None:
+    """Raise SettingError where a layer has no width."""
+    if not isinstance(bits, Mapping):
+        raise SettingError(f"bits: is a {type(bits).__name__}; a mapping of layers' names to widths")
+    missing = next((layer.name for layer in table.layers if layer.name not in bits), None)
+    if missing is not None:
+        raise SettingError(f"bits: layer {missing!r} has no width; give one for every layer of the table")
 
 
 def plan_of(table: LayerTable, allocator: Any, layers: Iterable[LayerChoice], found: Mapping[str, Any]) -> Plan:

@@ -8,6 +8,7 @@ from pydantic import SkipValidation
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
+from ..plans.arguments import check_table
 from ..plans.plan import Plan
 from ..plans.scheme import Scheme
 from ..plans.table import LayerTable
@@ -76,6 +77,7 @@ class MixQuant:
         Raises:
             SettingError: The table lacks an error that is needed, or has another scheme.
         """
+        check_table(table)
         if self.scheme not in (None, table.scheme):
             raise SettingError(f"scheme: {self.scheme} is not what the table was measured with ({table.scheme})")
         errors = table.errors(self.metric, (*self.bits, self.baseline))

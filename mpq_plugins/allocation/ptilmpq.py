@@ -13,6 +13,7 @@ from ..common.checks import number
 from ..common.public import public
 from ..common.settings import said, settings
 from ..errors import SettingError
+from ..plans.arguments import check_table
 from ..plans.plan import Plan
 from ..plans.scheme import Piecewise, check_bits
 from ..plans.size import layer_size
@@ -153,6 +154,7 @@ class PTILMPQ:
         Raises:
             SettingError: The table has no channel norms or not the widths, or no alpha reaches the size.
         """
+        check_table(table)
         for field in ("important_bits", "other_bits"):
             for bits in getattr(self, field):
                 table.scheme.check_bits(bits, field)

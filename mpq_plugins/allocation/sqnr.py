@@ -17,6 +17,7 @@ import numpy as np
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
+from ..plans.arguments import check_table
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
 from .contract import Needs
@@ -68,6 +69,7 @@ class SQNR:
         Raises:
             SettingError: The average is below the least width.
         """
+        check_table(table)
         for b in self.bits:
             table.scheme.check_bits(b, "bits")
         sizes = np.array([max(1, layer.numel) for layer in table.layers], np.float64)

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar
 
 from ..common.public import public
 from ..common.settings import settings
+from ..plans.arguments import check_table
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
 from .contract import Needs
@@ -51,4 +52,5 @@ class Uniform:
         Raises:
             SettingError: The table's scheme does not have the width.
         """
+        check_table(table)
         return make_plan(table, self, {layer.name: self.bits for layer in table.layers})

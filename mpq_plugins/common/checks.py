@@ -4,6 +4,8 @@ import math
 import sys
 from contextlib import suppress
 from numbers import Real
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
@@ -38,6 +40,30 @@ def integer(name: str, value: Any, allowed: str, *, least: int = 0, most: int = 
     if type(value) is not int or not least <= value <= most:
         raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
     return value
+
+
+def listed(name: str, values: Any, allowed: str) -> list[Any]:
+    """The values as a list. Raises SettingError where they are a text, which is a series of letters, or no series."""
+    with suppress(TypeError):
+        if not isinstance(values, str | bytes):
+            return list(values)
+    raise SettingError(f"{name}: {values!r:.60} is not allowed; {allowed}")
+
+
+def words(name: str, values: Any, allowed: str) -> tuple[str, ...]:
+    """The values, if they are texts. Raises SettingError naming the first that is none, or what is no series."""
+    given = listed(name, values, allowed)
+    for value in given:
+        if not isinstance(value, str):
+            raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+    return tuple(given)
+
+
+def path_of(name: str, value: Any) -> Path:
+    """The path that a text or a path says. Raises SettingError for anything else."""
+    if not isinstance(value, str | PathLike):
+        raise SettingError(f"{name}: {value!r:.60} is no path; give a text or a pathlib.Path")
+    return Path(value)
 
 
 def as_integer(text: str) -> int | None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from ..errors import SettingError
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, as a layer's name, how much of it is done and how much there is, at most."""
 
@@ -14,3 +16,10 @@ def part_of(progress: Progress, position: int, parts: int) -> Progress:
             progress(name, position * total + done, parts * total)
 
     return report
+
+
+def check_callbacks(**callbacks: object) -> None:
+    """Raise SettingError for what cannot be called, by its name."""
+    for name, callback in callbacks.items():
+        if callback is not None and not callable(callback):
+            raise SettingError(f"{name}: {callback!r:.60} cannot be called; a function, or None")

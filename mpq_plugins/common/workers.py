@@ -46,6 +46,15 @@ class Call:
         return f"{self.doing} {self.layer!r}"
 
 
+def check_executor(executor: object) -> None:
+    """Raise SettingError for what is no executor, where one may be given."""
+    if executor is not None and not isinstance(executor, Executor):
+        raise SettingError(
+            f"executor: {type(executor).__name__} is no concurrent.futures.Executor; a ThreadPoolExecutor, a "
+            "ProcessPoolExecutor, or dask's client.get_executor()"
+        )
+
+
 class Workers:
     """The executor that was given, or as many threads of this process; something else once its processes are gone.
 
@@ -59,11 +68,7 @@ class Workers:
     def __init__(
         self, executor: Executor | None, threads: int, *, in_flight: int = IN_FLIGHT, apart: bool = False
     ) -> None:
-        if executor is not None and not isinstance(executor, Executor):
-            raise SettingError(
-                f"executor: {type(executor).__name__} is no concurrent.futures.Executor; a ThreadPoolExecutor, a "
-                "ProcessPoolExecutor, or dask's client.get_executor()"
-            )
+        check_executor(executor)
         self._lock = threading.Lock()
         self._threads, self._in_flight, self._apart = threads, in_flight, apart
         self._closed = self._said_quiet = False

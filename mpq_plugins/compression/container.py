@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.readers import DTYPES
+from ..common.checks import path_of
 from ..common.checksum import checksum
 from ..common.files import open_regular
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.public import public
 from ..common.text import first_sentence
 from ..errors import FormatError
@@ -81,7 +82,7 @@ class Container:
             FormatError: The file cannot be read, is no container, or is damaged. The message names it and says what is
                 wrong.
         """
-        path = Path(path)
+        path = path_of("path", path)
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -325,5 +326,6 @@ def decompress(path: str | Path | Container, *, progress: Progress | None = None
         >>> torch.equal(state["0.weight"], mpq.apply(net, plan)[0].weight)
         True
     """
-    container = path if isinstance(path, Container) else Container.open(path)
+    check_callbacks(progress=progress)
+    container = path if isinstance(path, Container) else Container.open(path_of("path", path))
     return container.tensors(progress)

@@ -14,10 +14,12 @@ from torch import nn
 
 from ..common.amounts import bytes_of
 from ..common.checks import number
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.public import public
 from ..errors import CompressWarning, RoundingWarning, SettingError, SourceError
+from ..models.arguments import check_source
 from ..models.running import checked_batches, sample_count
+from ..plans.arguments import check_plan
 from ..plans.entropy_coded import LEAST_STEP, EntropyCoded
 from ..plans.plan import Plan
 from ..plans.steps import steps_of, with_steps
@@ -114,8 +116,9 @@ def fit_file(  # noqa: PLR0913  # each option is a user's word
         >>> 1.98 < fitted.file_bits <= 2
         True
     """
-    if not isinstance(plan, Plan):
-        raise SettingError(f"plan: {type(plan).__name__} is no plan; Plan.load reads one from its file")
+    check_source(source)
+    check_plan(plan)
+    check_callbacks(progress=progress)
     target = _Target.of(plan, file_bits, file_size)
     if not steps_of(plan):
         raise SettingError("plan: none of its layers has a step; make it with Budget(file_bits=...) or (file_size=...)")

@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 
 from ..common.text import first_few
 from ..errors import SettingError
+from ..models.arguments import check_module
 from ..models.copying import duplicate
 from ..weights.handles import Weight
 
@@ -55,6 +56,7 @@ def finish(model: nn.Module) -> nn.Module:
         >>> int((mpq.finish(masked)[0].weight == 0).sum())
         32
     """
+    check_module(model)
     plain = duplicate(model)
     for name, module in plain.named_modules():
         makers = _makers(module)

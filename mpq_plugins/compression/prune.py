@@ -18,6 +18,7 @@ from ..common.checks import is_number
 from ..common.patterns import matches
 from ..common.public import public
 from ..errors import SettingError, WeightError
+from ..models.arguments import check_module
 from ..models.copying import duplicate
 from ..weights.chunks import over_chunks
 from ..weights.find import find_weights
@@ -200,6 +201,7 @@ def prune(model: nn.Module, pruning: Pruning, *, skip: Sequence[str] = (), only:
         >>> int((masked[0].weight == 0).sum())
         32
     """
+    check_module(model)
     masked = duplicate(model)
     weights = list(find_weights(masked, skip=skip, only=only))
     thresholds = checked_thresholds(pruning, weights)

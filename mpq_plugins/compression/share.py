@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
+from ..models.arguments import check_module
+from ..plans.arguments import check_plan
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
 from ..plans.scheme import FLOAT_BITS
@@ -72,6 +74,8 @@ def share(model: nn.Module, plan: Plan) -> nn.Module:
         >>> shared[0].weight.unique().numel()
         4
     """
+    check_module(model)
+    check_plan(plan)
     match(plan, model).require(type(model).__name__)
     shared = float_copy(model, plan)
     for weight in find_weights(shared, refuse=False):

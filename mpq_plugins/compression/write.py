@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import stored_tensors
 from ..checkpoints.readers import DTYPES, StoredTensor
+from ..common.checks import path_of
 from ..common.files import atomic_path, exists, unchanged
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.text import first_few
 from ..errors import CompressWarning, SettingError, SourceError, VerifyError
+from ..models.arguments import check_source
 from ..models.fingerprint import tensor_bytes
 from ..models.folding import folded_copy
+from ..plans.arguments import check_plan
 from ..plans.layers import LayerChoice
 from ..plans.names import weight_name
 from ..plans.plan import Plan
@@ -393,8 +396,11 @@ def compress(  # noqa: PLR0913  # each option is a user's word
         >>> container.size < 4 * 64 * 64
         True
     """
+    check_source(source)
+    check_plan(plan)
+    check_callbacks(progress=progress)
     container = write(
-        source, plan, Path(path), prune=prune, coding=coding, progress=progress, model=model, weights=weights
+        source, plan, path_of("path", path), prune=prune, coding=coding, progress=progress, model=model, weights=weights
     )
     broken = broken_promise(container)
     if broken is not None:

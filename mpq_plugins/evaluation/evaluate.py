@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.checks import listed
 from ..common.deferred import Deferred
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.public import public
 from ..common.store import Store, opened
 from ..errors import SettingError
+from ..models.arguments import check_module
+from ..plans.arguments import check_plan
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
 from ..reconstruction.rounding import NEAREST, Rounding
@@ -93,10 +96,19 @@ def evaluate(  # noqa: PLR0913  # each option is a user's word
         >>> [row.name for row in rows]
         ['float', 'four']
     """
+    check_module(model)
+    if not isinstance(plans, Mapping):
+        raise SettingError(f"plans: is a {type(plans).__name__}; give a mapping of names to plans, as {{'mine': plan}}")
     if not plans:
         raise SettingError("plans: none given; one or more")
+    for name, plan in plans.items():
+        check_plan(plan, f"plans: {name!r}")
+    if not callable(score):
+        raise SettingError(f"score: is a {type(score).__name__}; give a function of a model that returns its score")
+    check_callbacks(progress=progress)
     check_rounding(plans.values(), rounding, calibrated=calibrate is not None)
-    calibrate = None if calibrate is None else list(calibrate)  # it is gone through more than once
+    if calibrate is not None:
+        calibrate = listed("calibrate", calibrate, "a list of batches")  # it is gone through more than once
     with opened(store) as kept:
         ranged = calibrate if any(plan.quantizes_inputs for plan in plans.values()) else None
         plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score, ranged))

@@ -13,9 +13,12 @@ from ..allocation.mixquant import MixQuant
 from ..allocation.ptilmpq import PTILMPQ
 from ..allocation.sqnr import SQNR
 from ..allocation.uniform import Uniform
+from ..common.checks import is_number, listed
 from ..common.public import public
 from ..errors import PlanWarning, SettingError
+from ..plans.arguments import check_table
 from ..plans.plan import Plan
+from ..plans.scheme import check_bits
 from ..plans.table import LayerTable
 
 PER_CHANNEL, PER_LAYER, CODED = "budget per channel", "budget per layer", "entropy coded"
@@ -74,10 +77,15 @@ def pareto(  # each option is a user's word
         >>> [row.series for row in mpq.pareto(table, [3])]
         ['uniform', 'uniform', 'uniform', 'budget per layer', 'mixquant', 'ptilmpq', 'sqnr']
     """
-    if (coded is None) != (not len(file_bits)):
+    check_table(table)
+    if coded is not None:
+        check_table(coded, "coded")
+    file_averages = listed("file_bits", file_bits, AVERAGES)
+    if (coded is None) != (not file_averages):
         raise SettingError("file_bits and coded belong together: bits a weight, and a table under EntropyCoded()")
-    widths = tuple(sorted(bits or table.bits))
-    asked = [*_by_size(table, budgets, sensitivity, widths), *_by_file(file_bits, sensitivity)]
+    asked_bits = [] if bits is None else listed("bits", bits, "a list of widths, 1 to 8")
+    widths = tuple(sorted(map(check_bits, asked_bits))) or table.bits
+    asked = [*_by_size(table, budgets, sensitivity, widths), *_by_file(file_averages, sensitivity)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)  # the comparison is what this is for
         plans = dict(_made(table, coded, asked, executor))
@@ -93,15 +101,21 @@ class _Asked:
     of_files: bool = False
 
 
+AVERAGES = "one or more averages, as in 2,2.5,3,4"
+
+
 def _by_size(
     table: LayerTable, budgets: Sequence[float], sensitivity: str, widths: tuple[int, ...]
 ) -> Iterator[_Asked]:
-    if isinstance(budgets, int | float) or not len(budgets):
-        raise SettingError("budgets: none given; one or more averages, as in 2,2.5,3,4")
+    averages = listed("budgets", budgets, AVERAGES)
+    if not averages:
+        raise SettingError(f"budgets: none given; {AVERAGES}")
+    if not all(map(is_number, averages)):
+        raise SettingError(f"budgets: {averages!r:.60} is not allowed; {AVERAGES}")
     parts = table.scheme.granularity != "per_tensor"
     for b in widths:
         yield _Asked("uniform", Uniform(bits=b))
-    for average in sorted(set(budgets)):
+    for average in sorted(set(averages)):
         for series, whole in ((PER_CHANNEL, True), (PER_LAYER, False)):
             if parts or not whole:
                 yield _Asked(series, Budget(average_bits=average, sensitivity=sensitivity, bits=widths, parts=whole))

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation.file_steps import predicted_cost
 from ..allocation.guard import judge_of
+from ..common.checks import listed, words
 from ..common.deferred import Deferred
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.public import public
 from ..common.store import Store, opened
 from ..errors import SettingError
+from ..models.arguments import check_module
+from ..plans.arguments import check_plan, check_table
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
 from ..reconstruction.rounding import Rounding
@@ -177,8 +180,18 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         >>> [(row.average_bits, row.pareto) for row in rows]
         [(2.0, True), (4.0, True)]
     """
+    check_table(table)
+    plans = listed("plans", plans, "a list of plans")
     if not plans:
         raise SettingError("plans: none given; one or more")
+    for place, plan in enumerate(plans):
+        check_plan(plan, f"plans[{place}]")
+    if model is not None:
+        check_module(model)
+    check_callbacks(progress=progress)
+    series = words("series", series, "a name for each plan")
+    if series and len(series) != len(plans):
+        raise SettingError(f"series: {len(series)} names for {len(plans)} plans; one for each")
     if files and (model is None or evaluate is None):
         raise SettingError("files: are written of models that are evaluated; give model and evaluate, or leave it out")
     check_rounding(plans, rounding, calibrated=calibrate is not None)

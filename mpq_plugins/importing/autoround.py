@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ..common.checks import path_of
 from ..common.text import first_few
 from ..errors import FormatError, SettingError
 from ..measurement.contract import Curves
+from ..plans.arguments import check_any_table
 from ..plans.scheme import Affine, Scheme
 from ..plans.table import LayerTable
 from .documents import document_of, finite, mapping_in
@@ -74,7 +76,8 @@ def import_autoround(path: str | Path, table: AnyTable, *, skip: Sequence[str] =
         >>> mpq.import_autoround("scheme_00_0a.json", table).layers[0].sensitivities["autoround"].tolist()
         [0.5]
     """
-    files = _read(Path(path))
+    check_any_table(table)
+    files = _read(path_of("path", path))
     table = without(table, skip)
     _check_names(files.values(), [names_of(layer) for layer in layers_of(table)])
     return filled(table, NAME, lambda one: _curves(one, files, Path(path)))

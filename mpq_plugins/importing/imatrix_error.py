@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import path_of
 from ..common.files import unchanged
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.text import first_few
 from ..errors import MismatchError, SettingError
 from ..measurement.contract import Curves
 from ..measurement.error import weights_fingerprint
 from ..measurement.output_error import OutputMSE
 from ..measurement.weighted import squared_errors
+from ..models.arguments import check_source
+from ..plans.arguments import check_any_table
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from ..quantization.quantize import fake_quantize
@@ -72,7 +75,10 @@ def import_imatrix(
         >>> mpq.import_imatrix("im.gguf", mpq.measure(net), net).sensitivities
         ('output_mse',)
     """
-    imatrix = read_imatrix(Path(path))
+    check_any_table(table)
+    check_source(source)
+    check_callbacks(progress=progress)
+    imatrix = read_imatrix(path_of("path", path))
     table = without(table, skip)
     with unchanged(source):
         places = _places(imatrix, layers_of(table), source)

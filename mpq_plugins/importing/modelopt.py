@@ -9,9 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from ..checkpoints.checkpoint import load_torch
+from ..common.checks import path_of
 from ..common.text import first_few
 from ..errors import FormatError, SettingError, SourceError
 from ..measurement.contract import Curves
+from ..plans.arguments import check_any_table
 from ..plans.scheme import INTEGER_BITS, Affine
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
@@ -58,7 +60,8 @@ def import_modelopt(path: str | Path, table: LayerTable, *, skip: Sequence[str] 
         >>> mpq.import_modelopt("search.json", table).layers[0].sensitivities["modelopt"].tolist()
         [0.5, 0.125]
     """
-    path = Path(path)
+    path = path_of("path", path)
+    check_any_table(table)
     if not isinstance(table, LayerTable):
         raise SettingError(
             f"{path}: its formats say their bits and not which types they are; give a table of widths (mpq measure "

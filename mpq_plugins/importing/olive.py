@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..allocation.make import plan_of
-from ..common.checks import first_problem
+from ..common.checks import first_problem, path_of
 from ..common.progress import Progress
 from ..common.text import first_few
 from ..errors import FormatError, MismatchError, SettingError
@@ -85,7 +85,7 @@ def import_olive(
         >>> [layer.bits for layer in mpq.import_olive("olive.json", net).layers]
         [4, 8]
     """
-    path = Path(path)
+    path = path_of("path", path)
     given = _given(path, document_of(path))
     found = list(find_weights(source, skip=skip, refuse=False, weights=weights))
     every = find_weights(source, refuse=False, weights=weights)

@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ..common.progress import Progress
+from ..common.checks import listed, words
+from ..common.progress import Progress, check_callbacks
 from ..common.store import Store, opened
 from ..common.text import first_few
+from ..common.workers import check_executor
 from ..errors import SettingError
+from ..models.arguments import check_module
 from ..models.fingerprint import batches_digest, model_digest, source_digest
 from ..models.folding import folded_copy
 from ..models.input_ranges import InputRange, refuse_input_ranges
@@ -89,6 +92,9 @@ def measure_activations(  # noqa: PLR0913  # each option is a user's word
         >>> table.input_bits, table.layers[0].inputs.errors["mse"].shape
         ((4, 8), (2,))
     """
+    check_module(model)
+    check_callbacks(progress=progress)
+    check_executor(executor)
     asked = _Asked(activations, checked_input_bits(bits), _checked_sensitivities(sensitivities), output)
     if not isinstance(table, LayerTable):
         raise SettingError(
@@ -221,22 +227,22 @@ def _counted(progress: Progress | None, total: int) -> Callable[[], None]:
 
 def checked_input_bits(bits: Sequence[int], name: str = "bits") -> tuple[int, ...]:
     """Distinct widths, ascending. Raises SettingError."""
-    if isinstance(bits, int | str) or not len(bits):
-        raise SettingError(f"{name}: {bits!r} is not allowed; a list of one or more of 2 to 16")
-    for b in bits:
+    widths = listed(name, bits, "a list of one or more of 2 to 16")
+    if not widths:
+        raise SettingError(f"{name}: {bits!r:.60} is not allowed; a list of one or more of 2 to 16")
+    for b in widths:
         if b == 1:
             raise SettingError(f"{name}: inputs of 1 bit are not allowed: 0 and one other value; 2 to 16")
         check_input_bits(b, name)
-    return tuple(sorted({*bits}))
+    return tuple(sorted({*widths}))
 
 
 def _checked_sensitivities(names: Sequence[str]) -> tuple[str, ...]:
-    given = (names,) if isinstance(names, str) else tuple(names)
+    allowed = f"{', '.join(INPUT_SENSITIVITIES)}, or none"
+    given = (names,) if isinstance(names, str) else words("sensitivities", names, allowed)
     for name in given:
         if name not in INPUT_SENSITIVITIES:
-            raise SettingError(
-                f"sensitivities: {name!r:.60} is not known of inputs; {', '.join(INPUT_SENSITIVITIES)}, or none"
-            )
+            raise SettingError(f"sensitivities: {name!r:.60} is not known of inputs; {allowed}")
     return tuple(dict.fromkeys(given))
 
 

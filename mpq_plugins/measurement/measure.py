@@ -19,11 +19,12 @@ from ..checkpoints.readers import FileColumns, FileRows
 from ..checkpoints.scaled import ScaledRows
 from ..checkpoints.torch_files import Expanded
 from ..common.files import exists, same_place, unchanged
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.store import Arrays, Finished, Store, opened
 from ..common.text import first_few
 from ..common.workers import Call, Workers
 from ..errors import MeasureWarning, SettingError
+from ..models.arguments import check_source
 from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
 from ..models.folding import training_norms
@@ -117,8 +118,19 @@ def measure(  # noqa: PLR0913  # each option is a user's word
         >>> table.errors("relative", (2, 8)).shape
         (1, 2)
     """
+    check_source(source)
+    check_callbacks(progress=progress)
     request = MeasureRequest(
-        scheme or Affine(), bits, metrics, per_channel, skip, only, fold_bn, weights, model, already_quantized
+        Affine() if scheme is None else scheme,
+        bits,
+        metrics,
+        per_channel,
+        skip,
+        only,
+        fold_bn,
+        weights,
+        model,
+        already_quantized,
     ).checked()
     means = Means(executor, store, device, progress)
     if cache is None:

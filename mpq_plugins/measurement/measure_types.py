@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..common.progress import Progress, part_of
+from ..common.progress import Progress, check_callbacks, part_of
 from ..common.store import Store, opened
 from ..common.text import first_few
 from ..errors import MeasureWarning, SettingError
+from ..models.arguments import check_source
 from ..plans.scheme import Affine
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
@@ -72,6 +73,8 @@ def measure_types(  # noqa: PLR0913  # each option is a user's word
         >>> mpq.Budget(total_average_bits=4.25)(table).layers[0].type
         'mxfp4'
     """
+    check_source(source)
+    check_callbacks(progress=progress)
     kinds = types_of(types)
     request = MeasureRequest(
         BASE, BASE_BITS, metrics, skip=skip, only=only, fold_bn=False, weights=weights, model=model,

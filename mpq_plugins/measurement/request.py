@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from torch import nn
 
+from ..common.checks import listed, words
 from ..errors import SettingError
 from ..models.folding import has_batch_norm
 from ..plans.scheme import Scheme
@@ -17,6 +18,7 @@ from ..weights.handles import Weights
 
 FoldBN = bool | Literal["auto"]
 DEFAULT_BITS = range(2, 9)
+WIDTHS = "a list of one or more of 1 to 8"
 DEFAULT_METRICS = ("relative", "mse")
 
 
@@ -37,6 +39,7 @@ class MeasureRequest:
 
     def checked(self) -> Self:
         """The same in order. Raises SettingError for bit-widths or metrics that there are not, or none."""
+        _check_scheme(self.scheme)
         return replace(self, bits=_checked_bits(self.bits, self.scheme), metrics=_checked_metrics(self.metrics))
 
     def folds(self, source: nn.Module | str | Path) -> bool:
@@ -60,18 +63,27 @@ class MeasureRequest:
         return table.covers(tuple(self.bits), tuple(self.metrics), self.per_channel)
 
 
+def _check_scheme(scheme: object) -> None:
+    """Raise SettingError for what is no scheme; a class of schemes is none."""
+    if isinstance(scheme, type) or not isinstance(scheme, Scheme):
+        kind = scheme.__name__ if isinstance(scheme, type) else type(scheme).__name__
+        raise SettingError(f"scheme: {kind} is no scheme; a value such as Affine(granularity='per_channel')")
+
+
 def _checked_bits(bits: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
     """Distinct bit-widths, ascending. Raises SettingError outside what the scheme has, or for none."""
-    if isinstance(bits, int) or not len(bits):
-        raise SettingError(f"bits: {bits!r} is not allowed; a list of one or more of 1 to 8")
-    return tuple(sorted({scheme.check_bits(b) for b in bits}))
+    given = listed("bits", bits, WIDTHS)
+    if not given:
+        raise SettingError(f"bits: {bits!r:.60} is not allowed; {WIDTHS}")
+    return tuple(sorted({scheme.check_bits(b) for b in given}))
 
 
 def _checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     """The metrics, in the order METRICS has them. Raises SettingError for an unknown one or for none."""
-    for metric in metrics:
+    given = words("metrics", metrics, f"a list of {', '.join(METRICS)}")
+    for metric in given:
         if metric not in METRICS:
             raise SettingError(f"metrics: {metric!r} is not allowed; {', '.join(METRICS)}")
-    if not metrics:
+    if not given:
         raise SettingError(f"metrics: none given; one or more of {', '.join(METRICS)}")
-    return tuple(metric for metric in METRICS if metric in metrics)
+    return tuple(metric for metric in METRICS if metric in given)

@@ -16,14 +16,16 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..common import registry
-from ..common.progress import Progress, part_of
+from ..common.progress import Progress, check_callbacks, part_of
 from ..common.store import Store, opened
 from ..common.text import first_few
 from ..errors import MismatchError, PluginError, SettingError
+from ..models.arguments import check_module
 from ..models.fingerprint import batches_digest, model_digest, source_digest
 from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
 from ..models.running import checked_batches, evaluating, seeded
+from ..plans.arguments import check_any_table
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from ..plans.type_table import TypeTable
@@ -88,6 +90,9 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
         >>> table.sensitivities
         ('output_mse',)
     """
+    check_module(model)
+    check_any_table(table)
+    check_callbacks(progress=progress)
     measurer = _made(kind) if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):
         raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")

@@ -15,6 +15,7 @@ from ..common.public import public
 from ..common.text import first_few
 from ..errors import SettingError
 from ..plans.activations import DYNAMICS, Activations, Dynamic
+from .arguments import check_module
 from .copying import duplicate
 from .running import first_input, with_first_input
 
@@ -176,10 +177,12 @@ def input_ranges(source: nn.Module | Mapping[str, Tensor]) -> dict[str, InputRan
         >>> mpq.input_ranges(mpq.with_input_ranges(net, {"0": mpq.InputRange(8, 0.5, 128)}))
         {'0': InputRange(bits=8, scale=0.5, zero_point=128, dynamic=None, symmetric=False)}
     """
+    if not isinstance(source, Mapping):
+        check_module(source, "source")
     state = source.state_dict() if isinstance(source, nn.Module) else source
     tail = f"{NAME}.levels"
     ranges = {}
-    for key in (key for key in state if key == tail or key.endswith(f".{tail}")):
+    for key in (key for key in map(str, state) if key == tail or key.endswith(f".{tail}")):
         prefix = key.removesuffix("levels")
         layer = prefix.removesuffix(f"{NAME}.").removesuffix(".")
         bits = int(state[key]).bit_length() - 1
@@ -211,6 +214,9 @@ def with_input_ranges(model: nn.Module, ranges: Mapping[str, InputRange]) -> nn.
         >>> mpq.with_input_ranges(net, {"0": mpq.InputRange(8, 0.5, 128)})(torch.tensor([[0.6]])).tolist()
         [[0.5]]
     """
+    check_module(model)
+    if not isinstance(ranges, Mapping):
+        raise SettingError(f"ranges: is a {type(ranges).__name__}; give a mapping of layers' names to their InputRange")
     odd = [
         repr(name)
         for name, input_range in ranges.items()
@@ -250,6 +256,7 @@ def without_input_ranges(model: nn.Module) -> nn.Module:
         >>> mpq.input_ranges(mpq.without_input_ranges(net))
         {}
     """
+    check_module(model)
     copied = duplicate(model)
     take_input_ranges(copied)
     return copied

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 from ..common.text import first_few
 from ..errors import SettingError
+from .arguments import check_plan
 from .capabilities import POLICIES, Capabilities, Change, Policy, listed, nearest
 from .channels import joined
 from .layers import LayerChoice, Part
@@ -51,8 +52,7 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
     """
     if policy not in POLICIES:
         raise SettingError(f"policy: {policy!r} is not allowed; {', '.join(POLICIES)}")
-    if not isinstance(plan, Plan):
-        raise SettingError(f"plan: {plan!r:.60} is no plan; load one with Plan.load, or make one with an allocator")
+    check_plan(plan)
     if not isinstance(capabilities, Capabilities):
         raise SettingError(
             f"capabilities: {capabilities!r:.60} is no Capabilities; give an adapter's CAPABILITIES, or write them"

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..common.checks import first_problem
+from ..common.checks import first_problem, path_of
 from ..common.checksum import is_damaged, sealed, unsealed
 from ..common.documents import Strict, load_json, parse_json
 from ..common.files import open_regular, write_text
@@ -229,7 +229,7 @@ class Plan(Strict):
         Args:
             path: The file to write.
         """
-        write_text(Path(path), self.to_json())
+        write_text(path_of("path", path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -245,7 +245,7 @@ class Plan(Strict):
             FormatError: The file is no plan, damaged, or newer than this version. The message names file, field and
                 value.
         """
-        path = Path(path)
+        path = path_of("path", path)
         try:
             document = load_json(path)
         except OSError as error:

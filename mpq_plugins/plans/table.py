@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..common.checks import path_of
 from ..common.public import public
 from ..errors import SettingError
 from .inline import table_html
@@ -121,7 +122,7 @@ class LayerTable(Measured):
         Args:
             path: The file to write.
         """
-        write(self, Path(path))
+        write(self, path_of("path", path))
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerTable":
@@ -137,7 +138,7 @@ class LayerTable(Measured):
             FormatError: The file is no table, damaged, or newer than this version. The message names file, field and
                 value.
         """
-        return read(Path(path), cls)
+        return read(path_of("path", path), cls)
 
     def _check_metric(self, metric: str) -> str:
         if metric not in self.metrics:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from ..common.checks import first_problem
+from ..common.checks import first_problem, path_of
 from ..common.documents import Strict
 from ..common.files import atomic_path, open_regular
 from ..common.public import public
@@ -136,7 +136,7 @@ class TypeTable:
         types = [_Type(name=kind.name, scheme=kind.scheme, bits=kind.bits) for kind in self.types]
         description = _Description(version=1, types=tuple(types))
         data = save(arrays, {"format": TYPES_FORMAT, "types": json.dumps(description.model_dump(mode="json"))})
-        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        with atomic_path(path_of("path", path)) as temporary, temporary.open("wb") as file:
             file.writelines(in_order(data))
 
     @classmethod
@@ -152,7 +152,7 @@ class TypeTable:
         Raises:
             FormatError: The file is no such table, damaged, or newer than this version.
         """
-        path = Path(path)
+        path = path_of("path", path)
         try:
             with open_regular(path) as file:
                 header = header_of(file)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..common.checks import listed
 from ..common.public import public
 from ..common.text import did_you_mean
 from ..errors import SettingError
@@ -128,6 +129,8 @@ def named_type(name: str) -> NamedType:
         >>> mpq.named_type("mxfp4").scheme
         Minifloat(name='minifloat', format='mxfp4')
     """
+    if not isinstance(name, str):
+        raise SettingError(f"type: {name!r:.60} is not allowed; the name of one, as int4_g32")
     if name not in _TYPES:
         raise SettingError(f"type: {name!r} is not allowed; {', '.join(_TYPES)}{did_you_mean(name, tuple(_TYPES))}")
     return _TYPES[name]
@@ -143,13 +146,15 @@ def families() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
+def _family(word: object) -> tuple[NamedType, ...]:
+    return _FAMILIES.get(word, ()) if isinstance(word, str) else ()
+
+
 def types_of(words: "Iterable[str | NamedType]") -> tuple[NamedType, ...]:
     """The types that these words mean, a family's all of them, each once. Raises SettingError for none, or another."""
-    if isinstance(words, str):
-        raise SettingError(f"types: {words!r} is not allowed; a list of names")
     chosen: dict[str, NamedType] = {}
-    for word in words:
-        for kind in (word,) if isinstance(word, NamedType) else _FAMILIES.get(word) or (named_type(word),):
+    for word in listed("types", words, "a list of names"):
+        for kind in (word,) if isinstance(word, NamedType) else _family(word) or (named_type(word),):
             if chosen.setdefault(kind.name, kind) != kind:
                 raise SettingError(f"types: {kind.name!r} is the name of two")
     if not chosen:

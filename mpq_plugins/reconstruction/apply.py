@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
+from ..common.workers import check_executor
+from ..models.arguments import check_module
 from ..models.running import checked_batches
 from ..models.tracing import Traced
+from ..plans.arguments import check_plan
 from ..plans.plan import Plan
 from ..simulation.calibrate import has_ranges, with_ranges
 from ..simulation.correct import correct
@@ -57,6 +60,8 @@ def apply(
         >>> quantized[0].weight.unique().numel()
         4
     """
+    check_module(model)
+    check_plan(plan)
     rounding = checked_rounding(rounding, calibrated=calibrate is not None)
     traced = Traced(model)
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
@@ -121,6 +126,10 @@ def round_weights(
         >>> torch.equal(mpq.apply(rounded, plan)[0].weight, rounded[0].weight)
         True
     """
+    check_module(model)
+    check_plan(plan)
+    check_callbacks(progress=progress)
+    check_executor(executor)
     rounding = checked_rounding(rounding, calibrated=True)
     plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     return _rounded(model, plan, batches, rounding, executor, progress)

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.store import Store, opened
 from ..errors import SettingError
+from ..models.arguments import check_module
 from ..models.device import checked_device
 from ..models.input_ranges import NAME, refuse_input_ranges
 from ..models.running import checked_batches, evaluating, sample_count
 from ..plans.activations import Activations
+from ..plans.arguments import check_plan
 from ..plans.names import weight_name
 from ..plans.plan import Plan
 from ..quantization.input_values import InputValues
@@ -37,7 +39,7 @@ from .learn import Block, Learned, inner_name, learn
 from .nets import Nets, as_the_models, device_of, on_device
 from .rounding import refuse_stochastic
 from .samples import Samples
-from .settings import MEMORY, BlockReport, Settings, check_callbacks, usual_lr
+from .settings import MEMORY, BlockReport, Settings, usual_lr
 
 LOG = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ def reconstruct(  # noqa: PLR0913  # each option is a user's word
         loss=loss, regulariser=regulariser, mix=mix, correct=correct, tune=tune, seed=seed,
     )  # fmt: skip
     given = _checked(model, plan, batches, memory)
-    check_callbacks(progress, finished)
+    check_callbacks(progress=progress, finished=finished)
     home = device_of(model)
     place = checked_device(device, dtype=torch.float32) or home
     with opened(store) as kept:
@@ -274,10 +276,8 @@ def _words(progress: Progress | None, name: str, done: int, total: int) -> Calla
 
 
 def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) -> list[Any]:
-    if not isinstance(plan, Plan) or not isinstance(model, nn.Module):
-        raise SettingError(
-            f"reconstruct: takes a module, a Plan and batches, not a {type(model).__name__} and a {type(plan).__name__}"
-        )
+    check_module(model)
+    check_plan(plan)
     match(plan, model).require(type(model).__name__)
     refuse_stochastic(plan, "learned rounding")
     refuse_input_ranges(model)

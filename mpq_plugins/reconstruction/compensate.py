@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.store import Store, opened
 from ..common.text import first_few
+from ..common.workers import check_executor
 from ..errors import RoundingWarning, SettingError
+from ..models.arguments import check_module
 from ..models.copying import duplicate
 from ..models.device import checked_device
 from ..models.folding import folded_copy
@@ -28,6 +30,7 @@ from ..models.input_ranges import input_ranges, put_input_ranges, take_input_ran
 from ..models.kinds import quantizable_weights
 from ..models.running import checked_batches, evaluating, one_sample
 from ..models.tracing import BATCH_NORMS, CONVOLUTIONS, Traced
+from ..plans.arguments import check_plan
 from ..plans.plan import Plan
 from ..simulation.calibrate import plans_ranges
 from ..simulation.layer import simulate_layer
@@ -51,7 +54,7 @@ from .gram import Gram
 from .nets import as_the_models, device_of, on_device
 from .round_layer import NO_BETTER, CannotCompensate, LayerRounding, Rounded
 from .rounding import refuse_stochastic
-from .settings import Compensation, LayerReport, check_callbacks
+from .settings import Compensation, LayerReport
 from .stations import Stations, find_stations
 from .streams import JOIN
 from .walk import Arrival, Station, Step, Walk
@@ -160,8 +163,11 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     finished: Callable[[LayerReport], None] | None = None,
 ) -> tuple[nn.Module, list[str]]:
     """What `compensate` gives, and what it warns of, for who tries several times."""
+    check_module(model)
+    check_plan(plan)
     settings = Compensation(columns=columns, damping=damping, seed=seed)
-    check_callbacks(progress, finished)
+    check_callbacks(progress=progress, finished=finished)
+    check_executor(executor)
     with torch.inference_mode(mode=False), torch.no_grad():
         traced = Traced(model)
         plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)

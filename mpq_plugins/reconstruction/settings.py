@@ -45,13 +45,6 @@ class Settings:
             )
 
 
-def check_callbacks(*callbacks: object) -> None:
-    """Raise SettingError for what cannot be called."""
-    for callback in callbacks:
-        if callback is not None and not callable(callback):
-            raise SettingError(f"progress, finished: {callback!r:.60} cannot be called; a function, or None")
-
-
 def usual_lr(steps: int) -> float:
     """Such that V, which Adam moves by about this much a step, gets anywhere; Adam's own 0.001 from 6,000 steps up."""
     return min(0.02, max(0.001, 6 / steps)) if type(steps) is int and steps > 0 else 0.001

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.progress import Progress
+from ..common.checks import listed
+from ..common.progress import Progress, check_callbacks
 from ..common.text import first_few
 from ..errors import SettingError
+from ..models.arguments import check_module
 from ..models.copying import duplicate
 from ..models.input_ranges import (
     InputRange,
@@ -21,6 +23,7 @@ from ..models.input_ranges import (
 )
 from ..models.running import checked_batches, evaluating, run_model
 from ..plans.activations import Activations
+from ..plans.arguments import check_plan
 from ..plans.plan import Plan
 from ..quantization.input_values import InputValues
 from .match import match
@@ -58,6 +61,9 @@ def calibrate_inputs(
         >>> mpq.input_ranges(calibrated)["0"].bits
         8
     """
+    check_module(model)
+    check_plan(plan)
+    check_callbacks(progress=progress)
     plan = match(plan, model, rewrapped=True).require(type(model).__name__)
     copied = without_input_ranges(model)
     put_input_ranges(copied, found_ranges(copied, plan, batches, progress))
@@ -114,7 +120,7 @@ def found_ranges(
     planned = _modules(model, plan, uncalled)
     ranges = {name: _dynamic(activations) for name, activations in planned.items()}
     static = {name: activations for name, activations in planned.items() if activations.dynamic is None}
-    given = checked_batches(batches) if static else list(batches)
+    given = checked_batches(batches) if static else listed("batches", batches, "a list of batches")
     if not given:
         return ranges
     watched = {name: InputValues(name) for name in planned}

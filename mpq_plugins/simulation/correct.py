@@ -30,16 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..common.progress import Progress
+from ..common.progress import Progress, check_callbacks
 from ..common.text import first_few
 from ..errors import SettingError
 from ..measurement.moments import second_moments, weight_users
+from ..models.arguments import check_module
 from ..models.folding import folded_copy
 from ..models.input_ranges import input_ranges, put_input_ranges, without_input_ranges
 from ..models.kinds import quantizable_weights
 from ..models.plain import is_plain
 from ..models.running import checked_batches, evaluating, first_input, run_model
 from ..models.tracing import BATCH_NORMS, Traced
+from ..plans.arguments import check_plan
 from ..plans.plan import Plan
 from ..quantization.fitted import check_fits, fitted
 from ..weights.dtypes import check_weight
@@ -102,6 +104,9 @@ def correct(
         >>> corrected = mpq.correct(net, plan, [torch.randn(64, 8)])
         >>> quantized = mpq.apply(corrected, plan)
     """
+    check_module(model)
+    check_plan(plan)
+    check_callbacks(progress=progress)
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage <= 2:
         raise SettingError(f"shrinkage: {shrinkage!r} is not allowed; a number from 0 to 2")
     traced = Traced(model)

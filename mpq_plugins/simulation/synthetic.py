@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.progress import Progress
+from ..common.checks import listed
+from ..common.progress import Progress, check_callbacks
 from ..errors import SettingError
+from ..models.arguments import check_module
 from ..models.copying import duplicate
 from ..models.running import call_model, evaluating, first_input
 from ..models.tracing import BATCH_NORMS
@@ -31,6 +33,7 @@ from .batch_statistics import batch_statistics
 
 LEAST_SIGMA = 1e-3
 MOST_VALUES = 1 << 30  # 4 GiB as float32
+SHAPES = "samples, then one input's shape, as in 128,3,32,32"
 GROUP = 64  # samples that are moved at a time; where all come of 32, the seed matters more
 LEAST_MIXED = 8  # samples, for the mixes of fewer are much like one another
 NEAR = 0.25  # a mix's mismatch, at most, for each of the noise's
@@ -91,15 +94,16 @@ def synthetic_batches(
         >>> [tuple(batch.shape) for batch in batches]
         [(16, 8), (16, 8)]
     """
+    check_module(model)
+    check_callbacks(progress=progress)
     for name, value, least in (("count", count, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if type(value) is not int or value < least:
             raise SettingError(f"{name}: {value!r} is not allowed; an integer from {least} up")
-    if isinstance(shape, int) or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
-        raise SettingError(
-            f"shape: {tuple(shape)!r} is not allowed; samples, then one input's shape, as in 128,3,32,32"
-        )
-    if math.prod(shape) > MOST_VALUES:
-        raise SettingError(f"shape: {tuple(shape)!r} is {math.prod(shape):,} values; at most {MOST_VALUES:,}")
+    sides = tuple(listed("shape", shape, SHAPES))
+    if len(sides) < 2 or not all(type(n) is int and n > 0 for n in sides):
+        raise SettingError(f"shape: {sides!r:.60} is not allowed; {SHAPES}")
+    if math.prod(sides) > MOST_VALUES:
+        raise SettingError(f"shape: {sides!r} is {math.prod(sides):,} values; at most {MOST_VALUES:,}")
     copied = duplicate(model)
     norms: list[Any] = [m for m in copied.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
     if not norms:
@@ -112,7 +116,7 @@ def synthetic_batches(
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    batches = [torch.randn(tuple(shape), generator=generator) for _ in range(count)]
+    batches = [torch.randn(sides, generator=generator) for _ in range(count)]
     with evaluating(copied):
         with torch.no_grad():
             call_model(copied, batches[0])

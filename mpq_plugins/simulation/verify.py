@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from ..common.public import public
 from ..common.text import first_few
 from ..errors import VerifyError
+from ..models.arguments import check_module
 from ..models.kinds import quantizable_weights
 from ..models.wrappers import renaming
+from ..plans.arguments import check_plan
 from ..plans.layers import LayerChoice, Part
 from ..plans.plan import Plan
 from .calibrate import input_problems
@@ -67,6 +69,10 @@ def verify(model: nn.Module, plan: Plan, original: nn.Module | None = None) -> t
         >>> mpq.verify(mpq.apply(net, plan), plan, net)
         (PartCheck(layer='0', bits=2, channels=8, values=4, allowed=4, activation_bits=None),)
     """
+    check_module(model)
+    check_plan(plan)
+    if original is not None:
+        check_module(original, "original")
     weights = quantizable_weights(model)
     plan = as_called(plan, weights)
     choices = plan.by_any_name

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..checkpoints.checkpoint import Checkpoint, read_checkpoint
 from ..checkpoints.joined import with_stacks
 from ..errors import SettingError, SourceError, WeightError
+from ..models.arguments import check_source
 from ..models.folding import conv_bn_pairs
 from ..models.tracing import Traced
 from ..models.wrappers import renaming
@@ -82,6 +83,7 @@ def find_weights(  # noqa: PLR0913  # each option is a user's word
         >>> [(weight.name, weight.shape) for weight in mpq.find_weights(net)]
         [('0', (8, 8)), ('2', (2, 8))]
     """
+    check_source(source)
     if isinstance(source, nn.Module):
         if weights is not None or model is not None:
             raise SettingError("weights, model: they say what a checkpoint holds, and the source is a module itself")

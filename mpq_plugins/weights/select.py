@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+from ..common.checks import words
 from ..common.patterns import matches
 from ..errors import SettingError
 from .handles import Weight
 from .roles import PREFIX, Config, in_role
+
+PATTERNS = "a list of names or patterns of layers, as ['fc', 'conv*']"
 
 
 def select(
@@ -15,7 +18,7 @@ def select(
     names = [name for weight in weights for name in weight.names]
     chosen: dict[str, set[str]] = {"skip": set(), "only": set()}
     for option, patterns in (("skip", skip), ("only", only)):
-        for pattern in patterns:
+        for pattern in words(option, patterns, PATTERNS):
             matching = _chosen(pattern, weights, config)
             chosen[option] |= matching
             if not matching:

@@ -255,7 +255,7 @@ VALUES: tuple[Any, ...] = (None, 3, "plan.json", {}, INT8, plan_of(linear("fc", 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: f"{value!r:.20}")
 def test_what_is_no_plan_or_no_capabilities_is_named(value: Any, policy: Policy) -> None:
     if not isinstance(value, Plan):
-        with pytest.raises(SettingError, match=naming("plan", f"{value!r:.60}")):
+        with pytest.raises(SettingError, match=naming("plan", f"is a {type(value).__name__}, no Plan")):
             legalise(value, INT8, policy)
     if not isinstance(value, Capabilities):
         with pytest.raises(SettingError, match=naming("capabilities", f"{value!r:.60}")):
