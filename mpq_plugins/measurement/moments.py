@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..models.autocast import own_arithmetic
 from ..models.folding import borrowed_weights
 from ..models.kinds import is_transformers_conv1d, layer_kind
 from ..models.plain import is_plain
@@ -85,6 +86,7 @@ def weight_users(model: nn.Module, weight: Tensor) -> list[nn.Module]:
     ]
 
 
+@own_arithmetic()
 def _squares_seen(module: nn.Module, x: Tensor) -> Tensor:
     """sum_n,p x_npj^2 for every weight: the gradient of the layer's summed output on x^2 says just that."""
     weight = torch.zeros_like(module.weight, dtype=torch.float32, requires_grad=True)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..common.text import what_it_said
 from ..errors import SettingError
+from .autocast import forget_casts
 
 
 def checked_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:
@@ -39,6 +40,7 @@ def call_model(model: nn.Module, batch: Any, passing: tuple[type[Exception], ...
     passing: what else may be raised inside to end the run. Raises SettingError where the model does not run on it.
     """
     given = own_copy(batch)
+    forget_casts()
     try:
         if isinstance(given, dict):
             return model(**given)

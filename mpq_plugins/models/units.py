@@ -19,9 +19,9 @@ import torch
 from ..common.text import what_it_said
 from ..common.workers import IN_FLIGHT, Call, Workers, is_here
 from ..errors import WorkerError
+from .autocast import Autocast, autocast_now, under_autocast
 
 LEAST, MOST = 32, 1 << 30  # units, and bytes, that are on their way at a time
-DEVICES = ("cpu", "cuda")  # that autocast is asked about
 OURS = ("builtins", "mpq_plugins")  # whose warnings a worker's unit hands back
 
 
@@ -92,15 +92,14 @@ class Modes:
     inference: bool
     dtype: torch.dtype
     precision: str
-    autocast: tuple[tuple[str, torch.dtype], ...]
+    autocast: Autocast
 
     @classmethod
     def now(cls) -> "Modes":
         """This thread's."""
-        autocast = tuple((of, torch.get_autocast_dtype(of)) for of in DEVICES if torch.is_autocast_enabled(of))
         return cls(
             torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-            torch.get_default_dtype(), torch.get_float32_matmul_precision(), autocast,
+            torch.get_default_dtype(), torch.get_float32_matmul_precision(), autocast_now(),
         )  # fmt: skip
 
     @contextmanager
@@ -115,10 +114,7 @@ class Modes:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
-            for device in DEVICES:
-                wanted = dict(self.autocast).get(device)
-                if wanted is not None or torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, wanted, enabled=wanted is not None))
+            stack.enter_context(under_autocast(self.autocast))
             yield
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.autocast import own_arithmetic
 from ..models.units import Job, Unit
 from ..simulation.shifts import usual_vectors
 from .columns import Columns, Piece
@@ -67,7 +68,8 @@ class CallLook:
         shape = (geometry.samples(call.rough), geometry.positions(self.settings, call.rough))
         for piece, at in self.drawn:
             columns = geometry.columns(self.settings, piece.of(call.rough), at).float()
-            own = torch.einsum("ngd,grd->ngr", columns, matrices)
+            with own_arithmetic():
+                own = torch.einsum("ngd,grd->ngr", columns, matrices)
             exact = None
             if call.exact is not None and geometry.outputs(call.exact) == shape:
                 exact = geometry.values(piece.of(call.exact), at).float()

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..models.autocast import own_arithmetic
 from ..quantization.kernel import numba_available
 from .feedback import BLOCK, Factor, damped
 
@@ -42,6 +43,7 @@ class CodedMatrix:
         order, pivots = self.factor.order.cpu(), self.factor.lower.diagonal().flip(0).cpu() ** 2
         return torch.empty_like(pivots).index_copy_(0, order, pivots)
 
+    @own_arithmetic()
     def with_feedback(self, price: float, costs: Doubles) -> Tensor:
         """Codes rounded column by column. price: of a bit, in squared steps times H; costs: bits of -most to most."""
         order = self.factor.order
@@ -58,6 +60,7 @@ class CodedMatrix:
             lost[:, block] = wanted[:, block] - codes[:, block]
         return torch.empty_like(codes).index_copy_(1, order, codes)
 
+    @own_arithmetic()
     def moving(self, codes: Tensor) -> "Moving":
         """The same codes, to be moved one by one; they are copied."""
         h = damped(self.h, self.factor)

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..models.autocast import own_arithmetic
 from ..quantization.kernel import numba_available
 from .levels import Levels
 
@@ -77,6 +78,7 @@ def solve(factor: Factor, right: Tensor) -> Tensor:
     return torch.empty_like(right).index_copy_(1, backwards, solved)
 
 
+@own_arithmetic()
 def round_with_feedback(target: Tensor, factor: Factor, levels: Levels) -> Tensor:
     """The rounded matrix, float32 (rows, d); target: (rows, d). levels: with group and held of the same shape."""
     order = factor.order
@@ -93,6 +95,7 @@ def round_with_feedback(target: Tensor, factor: Factor, levels: Levels) -> Tenso
     return torch.empty_like(rounded).index_copy_(1, order, rounded)
 
 
+@own_arithmetic()
 def descend(target: Tensor, h: Tensor, rounded: Tensor, levels: Levels, sweeps: int) -> Tensor:
     """The rounded matrix, (rows, d), with single weights moved to better levels until no move lowers the loss.
 

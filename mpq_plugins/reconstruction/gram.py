@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..models.autocast import own_arithmetic
+
 Product = tuple[int, Tensor, Tensor | None]
 PIECE = 2048  # columns that are summed in float32 before they are added in float64
 
@@ -47,8 +49,10 @@ def products(columns: Tensor, lacking: Tensor | None) -> Iterator[Product]:
     """What is summed, a few columns at a time, in order: how many, U^T U and E^T U, float32."""
     for start in range(0, len(columns), PIECE):
         piece = columns[start : start + PIECE].transpose(0, 1)
-        g = None if lacking is None else lacking[start : start + PIECE].permute(1, 2, 0) @ piece
-        yield piece.shape[1], piece.transpose(1, 2) @ piece, g
+        with own_arithmetic():
+            g = None if lacking is None else lacking[start : start + PIECE].permute(1, 2, 0) @ piece
+            h = piece.transpose(1, 2) @ piece
+        yield piece.shape[1], h, g
 
 
 def _plus(total: Tensor, piece: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Forward runs that stop at a module and go on later, so that many batches pass a network side by side.
 
 Each run has a thread of its own, and one of them, or the caller, works at a time. So a run is an ordinary call of the
-model, whatever its code does between its modules, and its prefix runs once.
+model, under the caller's autocast, whatever its code does between its modules, and its prefix runs once.
 """
 
 import threading
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import SettingError
+from ..models.autocast import autocast_now, under_autocast
 
 _OWN = threading.local()
 JOIN = "join them into fewer, larger batches"
@@ -33,6 +34,7 @@ class Stream:
         self._answer: Any = None
         self._error: BaseException | None = None
         self._closing = False
+        self._autocast = autocast_now()
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
 
@@ -78,7 +80,7 @@ class Stream:
     def _work(self, run: Callable[[], Any]) -> None:
         _OWN.stream = self
         try:
-            with torch.no_grad():
+            with torch.no_grad(), under_autocast(self._autocast):
                 run()
         except _Over:
             pass
