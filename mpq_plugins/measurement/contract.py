@@ -14,6 +14,7 @@ from ..common.progress import Progress
 from ..common.public import public
 from ..common.store import Finished
 from ..errors import SettingError
+from ..models.autocast import forget_casts
 from ..models.running import call_model, own_copy
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
@@ -192,6 +193,7 @@ def model_logits(model: nn.Module, batch: Any, function: Output | None) -> Tenso
 
 
 def _custom(model: nn.Module, batch: Any, function: Output) -> Tensor:
+    forget_casts()
     try:
         return function(model, own_copy(batch))
     except SettingError:

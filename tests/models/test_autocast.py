@@ -56,7 +56,8 @@ def test_what_is_measured_of_the_output_is_that_of_a_function_that_turns_autocas
     oracle = mpq.sensitivity(model, table, kind, inputs(), output=output)
     with torch.autocast("cpu", dtype):
         found = mpq.sensitivity(model, table, kind, inputs())
-    assert curves(found, kind) == curves(oracle, kind)
+        by_function = mpq.sensitivity(model, table, kind, inputs(), output=lambda tried, batch: tried(batch))
+    assert curves(found, kind) == curves(by_function, kind) == curves(oracle, kind)
     assert curves(found, kind) != curves(mpq.sensitivity(model, table, kind, inputs()), kind)
 
 
