@@ -12,11 +12,11 @@ from ...allocation.uniform import Uniform
 from ...errors import PlanWarning, SettingError
 from ...evaluation.pareto import PER_CHANNEL, PER_LAYER, LabelledPlan
 from ...plans.table import LayerTable
+from .commands import MOST_CHANNELS
 from .measured import widths_of
 
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 BUDGETS_BY_CHANNEL = (2.0, 4.0)  # each takes a second for a thousand channels
-MOST_CHANNELS = 5_000  # of which widths are decided channel by channel while a page is written
 MOST_LAYERS = 2_000  # of which every allocator's grid is tried
 
 

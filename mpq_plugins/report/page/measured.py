@@ -22,7 +22,9 @@ from ...plans.size import LayerSize, layer_size
 from ...plans.stats import LayerStats
 from ...plans.table import LayerTable
 from ..details import scheme_words
+from .commands import as_argument
 from .packed import doubles, permutations
+from .patterns import pattern_of
 
 IN_PARTS = ("affine", "piecewise")  # schemes under which any number of channels can have any width
 MOST_CHANNEL_COSTS = 60_000  # numbers; more would make the page too large to be sent
@@ -65,7 +67,7 @@ class Measured:
         parts = table.scheme.name in IN_PARTS
         ordered = parts and sum(layer.channels for layer in table.layers) <= MOST_ORDERED
         return {
-            "file": self.file,
+            "file": as_argument(self.file),
             "quantizer": self.quantizer,
             "scheme": table.scheme.name,
             "parts": parts,
@@ -87,6 +89,7 @@ class Measured:
             "impossible": _impossible(table, bits),
             "rest_bytes": table.rest_bytes,
             "skipped": len(table.skipped),
+            "patterns": _patterns(table),
             "written": _written(table),
         }
 
@@ -168,6 +171,12 @@ def _check_counted(size: LayerSize, choice: LayerChoice, width: dict[str, int]) 
             f"layer {choice.name!r}: the scheme {choice.scheme.name} counts its groups in a way that the page does "
             "not know; mpq plan and mpq show do"
         )
+
+
+def _patterns(table: LayerTable) -> dict[str, str]:
+    """By place how commands name the layers whose names are no patterns of their own."""
+    found = {place: pattern_of(layer.name) for place, layer in enumerate(table.layers)}
+    return {str(place): own for place, own in found.items() if own != table.layers[place].name}
 
 
 def _written(table: LayerTable) -> dict[str, Any]:

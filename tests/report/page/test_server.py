@@ -260,3 +260,46 @@ def test_explore_serves_until_it_is_interrupted(tmp_path: Path) -> None:
             _, said = process.communicate(timeout=30)
     assert process.returncode not in (0, 1)
     assert "Traceback" not in said
+
+
+def test_two_hosts_are_none(server: PageServer) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    connection.putrequest("GET", server.base, skip_host=True)
+    for host in (server.host, "evil.example"):
+        connection.putheader("Host", host)
+    connection.endheaders()
+    assert connection.getresponse().status == 403
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"counted": ["codes"]}, "counted"),
+        ({"allocator": "mixquant", "qem": 2.0, "metric": ["mse"]}, "metric"),
+        ({"allocator": []}, "allocator"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_name(
+    server: PageServer, asked: dict[str, object], named: str
+) -> None:
+    status, answer = ask(server, f"{server.base}plan", BUDGET | asked)
+    assert (status, answer["error"].split(":")[0]) == (400, named)
+
+
+def test_an_evaluation_that_interrupts_is_an_answer_and_no_end(capfd: pytest.CaptureFixture[str]) -> None:
+    def evaluated(*_: object) -> tuple[mpq.SweepRow, ...]:
+        raise KeyboardInterrupt
+
+    with serving(Answers(TABLE, "t.mpqt", "mse", (mpq.Uniform(bits=3)(TABLE),), evaluated)) as own:
+        status, answer = ask(own, f"{own.base}evaluate", {"point": 0})
+        assert (status, "KeyboardInterrupt" in answer["error"]) == (500, True)
+        assert ask(own, f"{own.base}plan", BUDGET)[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+def test_an_infinite_score_is_json_all_the_same() -> None:
+    row = mpq.SweepRow("uniform", {}, 3, 3, 1, 1, {}, {"perplexity": float("inf"), "accuracy": 0.5})
+    answers = Answers(TABLE, "t.mpqt", "mse", (mpq.Uniform(bits=3)(TABLE),), lambda *_: (row,))
+    text = json.dumps(answers.evaluate({"point": 0}), allow_nan=False)
+    assert json.loads(text)["scores"] == {"perplexity": "Infinity", "accuracy": 0.5}

@@ -30,6 +30,11 @@ export function unpackPermutations(text, lengths) {
   });
 }
 
+/** Scores as numbers, infinite ones among them, for which JSON has only a text. */
+export function unpackScores(scores) {
+  return Object.fromEntries(Object.entries(scores).map(([name, value]) => [name, Number(value)]));
+}
+
 /** The layers with what their shapes say. */
 export function unpackLayers(layers) {
   return layers.map((layer, place) => {
