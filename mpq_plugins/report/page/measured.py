@@ -105,7 +105,16 @@ class Measured:
         return (*names, self.judge) if self.judge is not None and self.judge not in names else names
 
     def _costs(self, name: str, positions: Sequence[int]) -> dict[str, Any]:
-        return doubles([combined_curve(self.table, layer, name)[positions] for layer in self.table.layers])
+        """Costs by layer and width; where these are errors, or these times weights, that is said in their stead."""
+        layers = self.table.layers
+        costs = np.array([combined_curve(self.table, layer, name)[positions] for layer in layers])
+        if name in self.table.metrics:
+            errors = np.array([layer.errors[name][positions] for layer in layers])
+            weights = np.array([[layer.numel] for layer in layers], np.float64)
+            for times, product in ((1, errors), ("weights", errors * weights)):
+                if np.array_equal(costs, product):
+                    return {"errors": name, "times": times}
+        return doubles(costs)
 
     def _channel_costs(self, bits: Sequence[int]) -> list[dict[str, Any]] | None:
         """The judge's cost of each channel, (widths, channels) a layer; None where that is unknown or too much."""

@@ -2,15 +2,17 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 import mpq_plugins as mpq
+from mpq_plugins.allocation.objective import combined_curve
 from mpq_plugins.report.page.document import page_of_table
 from mpq_plugins.report.page.writer import page_html
 from mpq_plugins.report.tables import bytes_text
-from tests.helpers.synthetic_tables import synthetic_table
-from tests.report.page.nets import bare_html
+from tests.helpers.synthetic_tables import many_layers, synthetic_table
+from tests.report.page.nets import bare, bare_html
 from tests.report.page.opened import Opened
 
 pytestmark = pytest.mark.slow  # for the browser's sake
@@ -77,3 +79,39 @@ def test_an_infinite_score_is_shown_and_not_drawn(opened: Open) -> None:
     assert "perplexityinf" in shown.text("#tiles")
     finite = [point for point in document.points if point.row.scores["perplexity"] == 2.0]
     assert shown.js("return document.querySelectorAll('#frontier circle:not(.mark)').length") == len(finite)
+
+
+def test_costs_are_the_librarys_to_the_last_bit(opened: Open) -> None:
+    table = with_sensitivity(synthetic_table([("a", (8, 7)), ("b", (5, 33)), ("c", (1, 1))], by_channel=True))
+    document = bare(table, judge="kl*mse").document()["table"]["costs"]
+    assert document["mse"] == {"errors": "mse", "times": "weights"}
+    assert document["max_abs"] == {"errors": "max_abs", "times": 1}
+    page = opened(page_html(bare(table, judge="kl*mse")))
+    found = page.js("return Object.entries(mpq.page.table.costs).map(([n, rows]) => [n, rows.map((own) => [...own])])")
+    assert [name for name, _ in found] == ["relative", "mse", "max_abs", "kl", "kl*mse"]
+    for name, rows in found:
+        assert rows == [combined_curve(table, layer, name).tolist() for layer in table.layers], name
+
+
+def with_sensitivity(table: mpq.LayerTable) -> mpq.LayerTable:
+    layers = (
+        replace(
+            one,
+            errors={**one.errors, "max_abs": one.errors["relative"] / 3},
+            sensitivities={"kl": one.errors["mse"] * (3 + place)},
+        )
+        for place, one in enumerate(table.layers)
+    )
+    return replace(table, layers=tuple(layers), metrics=(*table.metrics, "max_abs"))
+
+
+def test_the_steepest_steps_come_first_and_equal_ones_as_they_are(opened: Open) -> None:
+    same = synthetic_table([("a", (8, 32))]).layers[0]
+    others = synthetic_table(many_layers(50), seed=4)
+    twins = (replace(same, name="b"), same, replace(same, name="c"))
+    page = opened(bare_html(replace(others, layers=(*twins, *others.layers))))
+    steps = page.js(
+        "return [...mpq.page.table.problems.values()][0].steps.map((one) => [one.slope, one.place, one.size])"
+    )
+    assert len(steps) > 300
+    assert [(-slope, place) for slope, place, _ in steps] == sorted((-slope, place) for slope, place, _ in steps)

@@ -1,6 +1,6 @@
 // What a plan is predicted to cost, beside uniform widths of its size in total and the best width for each layer.
 
-import { budgetProblem, budgetWithin } from "./budget.js";
+import { budgetWithin, wholeProblem } from "./budget.js";
 import { fixed, general } from "./format.js";
 import { planBits } from "./sizes.js";
 
@@ -58,7 +58,7 @@ export function makeGuard(table) {
     if (cost === null) return null;
     known ??= {
       uniform: uniformPoints(table),
-      best: budgetProblem(table, { sensitivity: table.judge, bits: table.bits, pins: new Map(), counted: "total" }),
+      best: wholeProblem(table, table.judge, "total"),
     };
     const uniform = uniformCost(known.uniform, total);
     const best = budgetWithin(known.best, total);

@@ -1,7 +1,7 @@
 // The page: its document, what is set, the plan that comes of it, and the views that show it.
 
 import { layerLines, makeBars } from "./bars.js";
-import { budgetCurve, budgetProblem } from "./budget.js";
+import { budgetCurve, wholeProblem } from "./budget.js";
 import { makeControls } from "./controls.js";
 import { makeDetails } from "./details.js";
 import { byId, element, makeTip } from "./dom.js";
@@ -174,7 +174,7 @@ function showFrontier(page, choose) {
   const node = byId("frontier");
   if (table?.judge) {
     const made = {};
-    page.curve = (counted) => (made[counted] ??= budgetCurve(budgetProblem(table, { sensitivity: table.judge, bits: table.bits, pins: new Map(), counted })));
+    page.curve = (counted) => (made[counted] ??= budgetCurve(wholeProblem(table, table.judge, counted)));
   }
   page.zoomed = (on) => { byId("reset").hidden = !on; };
   const lacking = !Object.keys(page.values).length;

@@ -1,6 +1,6 @@
 // From what is set on the page to a plan: choices, sizes, the guard's word, and the command that makes it.
 
-import { budgetProblem, budgetWithin } from "./budget.js";
+import { budgetProblem, budgetWithin, wholeProblem } from "./budget.js";
 import { pythonFloat, shellQuoted } from "./format.js";
 import { makeGuard } from "./guard.js";
 import { mixquant, mixquantLacks, mixquantSettings } from "./mixquant.js";
@@ -84,6 +84,7 @@ export function makePlanner(table) {
   let key = null;
   let problem = null;
   const problemOf = (state) => {
+    if (!state.pins.size) return wholeProblem(table, state.sensitivity, state.counted);
     const now = JSON.stringify([state.sensitivity, state.counted, [...state.pins]]);
     if (now !== key) {
       problem = budgetProblem(table, { sensitivity: state.sensitivity, bits: table.bits, pins: state.pins, counted: state.counted });
