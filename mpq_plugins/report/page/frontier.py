@@ -49,7 +49,7 @@ def frontier(table: LayerTable) -> tuple[list[LabelledPlan], list[str]]:
                 except SettingError as error:
                     refusals.append(str(error))
             if why is not None or not any(plan.series == series for plan in plans):
-                left_out.append(f"{series}: {why or refusals[0]}")
+                left_out.append(f"{series}: {why or [*refusals, _none_within(table)][0]}")
     return plans, left_out
 
 
@@ -88,6 +88,16 @@ def _why_not(table: LayerTable, series: str) -> str | None:
     if channels > MOST_CHANNELS:
         return f"deciding {channels:,} channels takes minutes; mpq plan TABLE --average-bits 4 does it"
     return None
+
+
+def _none_within(table: LayerTable) -> str:
+    """Why nothing was tried."""
+    least, most = BUDGETS[0], BUDGETS[-1]
+    widths = ", ".join(map(str, widths_of(table)))
+    return (
+        f"its plans here have {least:g} to {most:g} bits a weight, and {widths} bits were measured; measure with "
+        "--bits 1-8"
+    )
 
 
 def usual_sensitivity(table: LayerTable) -> str:
