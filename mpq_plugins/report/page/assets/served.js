@@ -4,8 +4,10 @@ import { byId } from "./dom.js";
 import { unpackScores } from "./unpack.js";
 
 async function ask(url, body) {
-  const answer = await fetch(url, body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-  const said = await answer.json();
+  const request = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const answer = await fetch(url, request).catch(() => null);
+  if (answer === null) throw new Error("the server does not answer; start mpq explore again, and open the page that it names");
+  const said = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Error(said.error ?? `the server answered ${answer.status}`);
   return said;
 }
