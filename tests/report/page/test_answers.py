@@ -2,7 +2,8 @@
 
 import http.client
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from selenium import webdriver
@@ -11,6 +12,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 import mpq_plugins as mpq
 from mpq_plugins.report.page.answers import Answers
 from mpq_plugins.report.page.server import PageServer
+from tests.conftest import Ran
 from tests.report.page.opened import Opened
 from tests.report.page.served import BUDGET, TABLE, ask, serving
 
@@ -62,6 +64,17 @@ def test_an_infinite_score_is_json_all_the_same() -> None:
     answers = Answers(TABLE, "t.mpqt", "mse", (mpq.Uniform(bits=3)(TABLE),), lambda *_: (row,))
     text = json.dumps(answers.evaluate({"point": 0}), allow_nan=False)
     assert json.loads(text)["scores"] == {"perplexity": "Infinity", "accuracy": 0.5}
+
+
+@pytest.mark.parametrize("options", [("--table", "other.mpqt"), ("--granularity", "per_tensor"), ("--skip", "a")])
+def test_a_table_is_served_as_it_is_and_options_for_measuring_are_refused(
+    request: pytest.FixtureRequest, tmp_path: Path, options: tuple[str, str]
+) -> None:
+    run: Callable[..., Ran] = request.getfixturevalue("mpq")
+    TABLE.save(tmp_path / "t.mpqt")
+    ran = run("explore", tmp_path / "t.mpqt", *options, "--no-browser")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "already measured" in ran.err
 
 
 @pytest.mark.slow
