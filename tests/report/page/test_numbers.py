@@ -111,7 +111,9 @@ def test_the_steepest_steps_come_first_and_equal_ones_as_they_are(opened: Open) 
     twins = (replace(same, name="b"), same, replace(same, name="c"))
     page = opened(bare_html(replace(others, layers=(*twins, *others.layers))))
     steps = page.js(
-        "return [...mpq.page.table.problems.values()][0].steps.map((one) => [one.slope, one.place, one.size])"
+        "const { steps } = [...mpq.page.table.problems.values()][0]; "
+        "return [...steps.order].map((one) => [steps.slope[one], steps.place[one], one])"
     )
     assert len(steps) > 300
-    assert [(-slope, place) for slope, place, _ in steps] == sorted((-slope, place) for slope, place, _ in steps)
+    assert [(-slope, step) for slope, _, step in steps] == sorted((-slope, step) for slope, _, step in steps)
+    assert [place for _, place, _ in sorted(steps, key=lambda one: one[2])] == sorted(place for _, place, _ in steps)
