@@ -26,7 +26,7 @@ from .commands import as_argument
 from .packed import doubles, permutations
 from .patterns import pattern_of
 
-IN_PARTS = ("affine", "piecewise")  # schemes under which any number of channels can have any width
+IN_PARTS = ("affine", "piecewise", "entropy_coded")  # schemes under which any number of channels can have any width
 MOST_CHANNEL_COSTS = 60_000  # numbers; more would make the page too large to be sent
 MOST_ORDERED = 3_000_000  # channels of all layers together
 

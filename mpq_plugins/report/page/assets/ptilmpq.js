@@ -9,7 +9,7 @@ export function shareOf(fraction, count) {
 
 /** Why a table cannot be planned so; null where it can. */
 export function ptilmpqLacks(table) {
-  if (!table.parts) return `Channels of a layer cannot differ in width here: the table's scheme is ${table.scheme}.`;
+  if (!table.parts) return `A page does not decide which channels of a layer can differ in width under the table's scheme, ${table.scheme}; mpq plan TABLE -a ptilmpq does.`;
   if (table.channel_orders === null) return "A page has no room for the order of so many channels; mpq plan decides them.";
   return ptilmpqMiddles(table).length ? null : "The table has no three widths in a row; measure with --bits 1-8.";
 }
