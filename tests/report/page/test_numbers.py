@@ -117,3 +117,9 @@ def test_the_steepest_steps_come_first_and_equal_ones_as_they_are(opened: Open) 
     assert len(steps) > 300
     assert [(-slope, step) for slope, _, step in steps] == sorted((-slope, step) for slope, _, step in steps)
     assert [place for _, place, _ in sorted(steps, key=lambda one: one[2])] == sorted(place for _, place, _ in steps)
+
+
+def test_a_plan_that_loses_nothing_is_the_best_there_is(page: Opened) -> None:
+    page.js("mpq.change({budget: 40}); mpq.pin(0, 32)")
+    assert page.js("return mpq.page.plan.guard.cost") == 0
+    assert "within 0 % of the best" in page.text("#tiles")

@@ -8,6 +8,12 @@ function tile(label, value, more = "") {
   return element("div", { class: "tile" }, element("span", { class: "label" }, label), element("span", { class: "value" }, value), ...(more ? [element("span", { class: "more" }, more)] : []));
 }
 
+/** How near the best a plan is known to be; nothing where the best may lose nothing. */
+function nearText({ cost, bound }) {
+  if (cost > 0 && bound <= 0) return "";
+  return `within ${general(cost > bound ? 100 * (cost / bound - 1) : 0, 2)} % of the best there is`;
+}
+
 function tilesOf(page, plan) {
   const { table, state } = page;
   const { codes, total } = plan.bits;
@@ -19,7 +25,7 @@ function tilesOf(page, plan) {
   ];
   if (table && table.rest_bytes !== null) tiles.push(tile("whole model", bytesText(Math.ceil(total / 8) + table.rest_bytes), `${bytesText(table.rest_bytes)} of it not planned`));
   if (plan.file_bytes) tiles.push(tile("file", bytesText(plan.file_bytes)));
-  if (plan.guard?.cost !== undefined && table) tiles.push(tile(`predicted ${table.judge}`, general(plan.guard.cost), plan.found && state.sensitivity === table.judge ? `within ${general(100 * (plan.found.cost / Math.max(1e-300, plan.found.bound) - 1), 2)} % of the best there is` : ""));
+  if (plan.guard?.cost !== undefined && table) tiles.push(tile(`predicted ${table.judge}`, general(plan.guard.cost), plan.found && state.sensitivity === table.judge ? nearText(plan.found) : ""));
   for (const [name, value] of Object.entries(plan.scores ?? {})) {
     const float = page.doc.float?.scores[name];
     tiles.push(tile(name, general(value, 5), float === undefined ? plan.rounding : `float ${general(float, 5)}`));
