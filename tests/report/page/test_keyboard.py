@@ -105,3 +105,12 @@ def test_it_is_printed_on_white(page: Opened) -> None:
     )
     assert colours == ["rgb(255, 255, 255)"] * 2
     assert page.js(UNREADABLE) == []
+
+
+def test_sliders_say_the_number_that_they_mean(page: Opened) -> None:
+    page.js("mpq.change({allocator: 'mixquant', qem: 3.5})")
+    assert page.js("return document.getElementById('qem').getAttribute('aria-valuetext')") == "3.5"
+    page.js("const one = document.getElementById('qem-number'); one.value = 0; one.dispatchEvent(new Event('change'))")
+    assert page.js("const one = document.getElementById('qem-number'); return [one.value, one.title]") == [
+        "3.5", "0.5 to 200",
+    ]  # fmt: skip
