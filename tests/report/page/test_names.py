@@ -96,3 +96,11 @@ def test_a_command_is_selected_to_the_last_space(opened: Open) -> None:
     page = opened(page_html(bare(synthetic_table([("a", (8, 8))]), "two  spaces\nand a line.mpqt")))
     page.js("getSelection().selectAllChildren(document.getElementById('command'))")
     assert page.js("return getSelection().toString()") == page.js("return mpq.page.plan.command")
+
+
+@pytest.mark.slow
+def test_a_name_of_ten_thousand_letters_leaves_room_for_the_rest(opened: Open) -> None:
+    page = opened(bare_html(synthetic_table([("x" * 10_000, (8, 8)), ("b", (8, 8))])))
+    page.js("mpq.pin(0, 3)")
+    assert len(page.text("#command")) > 10_000
+    assert page.js("return document.documentElement.scrollHeight") < 3000
