@@ -135,12 +135,21 @@ def compare(table: LayerTable, plan: Plan, sensitivity: str | None = None) -> Co
 
 def warn_if_worse(table: LayerTable, plan: Plan) -> None:
     """Warn with PlanWarning of a plan that is predicted to be worse than uniform widths of its size."""
+    if _unheard():
+        return  # plans are made by the dozen where something else says it, and comparing takes as long as making
     comparison = _beside_uniform(table, plan, None)
     if comparison is None or not comparison.beaten:
         return  # as most plans do, which should cost next to nothing
     comparison = _with_best(table, comparison)
     if comparison.worse:
         warnings.warn(worse_text(plan, comparison), PlanWarning, stacklevel=4)
+
+
+def _unheard() -> bool:
+    """Whether the first filter of warnings ignores every PlanWarning, wherever it comes from."""
+    action, message, category, module, line = warnings.filters[0] if warnings.filters else ("default", *[None] * 4)
+    everywhere = message is None and module is None and not line
+    return action == "ignore" and everywhere and isinstance(category, type) and issubclass(PlanWarning, category)
 
 
 def worse_text(plan: Plan, comparison: Comparison) -> str:

@@ -111,7 +111,7 @@ def predicted(table: LayerTable, plan: Plan, name: str) -> float | None:
 
 
 def _choice_cost(table: LayerTable, layer: LayerStats, choice: LayerChoice, name: str) -> float | None:
-    widths = [part.bits for part in choice.all_parts if part.bits not in FLOAT_BITS]
+    widths = [bits for bits, _ in choice.widths if bits not in FLOAT_BITS]
     if not widths:
         return 0.0
     if choice.scheme != table.scheme_of(layer) or not set(widths) <= set(table.bits):

@@ -25,6 +25,7 @@ from mpq_plugins.allocation.make import make_plan
 from mpq_plugins.allocation.objective import predicted
 from mpq_plugins.plans.scheme import Scheme
 from tests.helpers.says import naming
+from tests.helpers.synthetic_tables import synthetic_table
 
 BITS = tuple(range(2, 9))
 PER_CHANNEL = Affine(granularity="per_channel")
@@ -201,3 +202,23 @@ def by_hand_quietly(measured: LayerTable, bits: dict[str, int]) -> Plan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)
         return make_plan(measured, Uniform(), bits)
+
+
+def test_nothing_is_compared_where_the_warning_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+
+    def noted(table: LayerTable, plan: Plan, sensitivity: str | None) -> None:
+        compared.append(plan.allocator.name)
+
+    monkeypatch.setattr("mpq_plugins.allocation.guard._beside_uniform", noted)
+    table = synthetic_table([("a", (8, 8))])
+    for action, wanted in (("ignore", []), ("always", ["uniform"]), ("error", ["uniform"])):
+        with warnings.catch_warnings():
+            warnings.simplefilter(action, PlanWarning)  # type: ignore[arg-type]
+            Uniform(bits=4)(table)
+        assert compared == wanted
+        compared.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="another", category=PlanWarning)
+        Uniform(bits=4)(table)
+    assert compared == ["uniform"]

@@ -83,11 +83,10 @@ def _served(base: str, answers: "Answers") -> dict[str, Any]:
 def _table(given: "Source", request: Any, cache: Path | None) -> "tuple[LayerTable, str]":
     """The table, measured now where the source is none, and what commands call it."""
     from ...allocation.contract import Needs
-    from ...plans.table import LayerTable
     from ..measuring import USUAL, measured
 
     if given.is_table:
-        return LayerTable.load(given.path), given.text
+        return measured(given, Needs((), ()), request, cache), given.text
     granular = request.scheme(USUAL).granularity != "per_tensor"
     table = measured(given, Needs(tuple(range(1, 9)), ("mse", "relative"), granular, USUAL), request, cache)
     if cache is None:

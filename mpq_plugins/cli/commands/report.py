@@ -113,7 +113,7 @@ def _page(
 def read_inputs(files: Sequence[Path]) -> "tuple[LayerTable | None, str, dict[str, Plan]]":
     """One table or none, what it is called, and plans by the names of their files.
 
-    Raises SettingError for two tables, or a table of types; FormatError for what is neither.
+    Raises SettingError for two tables, or a table of types; FormatError for what is neither table nor plan.
     """
     from ...plans.plan import is_plan
     from ...plans.table import LayerTable
@@ -122,7 +122,9 @@ def read_inputs(files: Sequence[Path]) -> "tuple[LayerTable | None, str, dict[st
     plans = tuple(file for file in files if is_plan(file))
     tables = [file for file in files if file not in plans]
     if len(tables) > 1:
-        raise SettingError(f"{tables[1]}: is no plan, and {tables[0]} is given already; one table, and any plans")
+        for file in tables:
+            LayerTable.load(file)  # says what is wrong with one that is no table
+        raise SettingError(f"{tables[1]}: is a table, and {tables[0]} is given already; one table, and any plans")
     table = LayerTable.load(tables[0]) if tables else None
     return table, str(tables[0]) if tables else "", named_plans(plans)
 

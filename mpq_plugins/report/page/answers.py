@@ -1,6 +1,5 @@
 """What a served page asks of the library: exact plans, and evaluations, one at a time."""
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from ...plans.plan import Plan
 from ...plans.table import LayerTable
 from .commands import plan_command
 from .measured import widths_of
-from .points import label_of
+from .patterns import pattern_of
+from .points import label_of, scores_of
 from .points import widths_of as layer_widths
 
 COUNTED = {"codes": "average_bits", "total": "total_average_bits"}
@@ -98,7 +98,7 @@ class Answers:
             raise SettingError("eval: nothing evaluates; start mpq explore with --eval package.module:function")
         plan = self._made(asked)
         row = self.evaluated(self.table, [plan], self.judge, self.work)[-1]
-        scored = {"scores": dict(row.scores), "rounding": row.rounding, "file_bytes": row.file_bytes}
+        scored = {"scores": scores_of(row), "rounding": row.rounding, "file_bytes": row.file_bytes}
         return self._answer(plan) | scored
 
     def _made(self, asked: Mapping[str, Any]) -> Plan:
@@ -162,7 +162,8 @@ def _allocator(asked: Mapping[str, Any], table: LayerTable) -> Any:
     bits = widths_of(table)
     if name == "mixquant":
         own = tuple(b for b in bits if b > 1)
-        return MixQuant(_said(asked, "qem"), _said(asked, "metric"), own, 8 if 8 in bits else max(bits))
+        baseline = 8 if 8 in bits else max(bits)
+        return MixQuant(qem=_said(asked, "qem"), metric=_said(asked, "metric"), bits=own, baseline=baseline)
     if name == "ptilmpq":
         middle = _said(asked, "middle")
         if type(middle) is not int:
@@ -171,10 +172,13 @@ def _allocator(asked: Mapping[str, Any], table: LayerTable) -> Any:
             alpha=_said(asked, "alpha"), beta_important=_said(asked, "betaImportant"),
             beta_other=_said(asked, "betaOther"), important_bits=(middle + 1, middle), other_bits=(middle, middle - 1),
         )  # fmt: skip
-    if name != "budget" or asked.get("counted") not in COUNTED:
+    if name != "budget":
         raise SettingError(f"allocator: {name!r:.40} is not allowed; budget, mixquant, ptilmpq")
+    counted = _said(asked, "counted")
+    if not isinstance(counted, str) or counted not in COUNTED:
+        raise SettingError(f"counted: {counted!r:.40} is not allowed; {', '.join(COUNTED)}")
     return Budget(
-        **{COUNTED[asked["counted"]]: _said(asked, "budget")}, sensitivity=_said(asked, "sensitivity"), bits=bits,
+        **{COUNTED[counted]: _said(asked, "budget")}, sensitivity=_said(asked, "sensitivity"), bits=bits,
         parts=bool(asked.get("parts", False)), pin=tuple(_pins(asked.get("pins", []))),
     )  # fmt: skip
 
@@ -193,7 +197,5 @@ def _pins(pins: Any) -> list[str]:
     for pin in pins:
         if not (isinstance(pin, list) and len(pin) == 2 and isinstance(pin[0], str) and type(pin[1]) is int):
             raise SettingError(f"pins: {pin!r:.40} is not allowed; a layer and its width")
-        name = pin[0]
-        plain = not re.search(r"[*?[\]]", name) and not name.startswith("re:") and name.strip() == name
-        found.append(f"{name if plain else f're:{re.escape(name)}'}={pin[1]}")
+        found.append(f"{pattern_of(pin[0])}={pin[1]}")
     return found

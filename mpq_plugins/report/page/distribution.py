@@ -112,7 +112,8 @@ def _check_same(rows: "Tensor", layer: Any) -> None:
 def _distribution(rows: "Tensor", norms: Any, scheme: Scheme, bits: Sequence[int]) -> Distribution:
     """Of a matrix (channels, weights): all of its weights, and the levels of all, or of the channel in the middle."""
     values = rows.detach().cpu().numpy().ravel()
-    counts, edges = np.histogram(values, BINS)
+    # In doubles, as between the ends of a float32 layer there may be fewer numbers than bins, or more than a float32.
+    counts, edges = np.histogram(values, BINS, (np.float64(values.min()), np.float64(values.max())))
     channel = None if scheme.granularity == "per_tensor" else int(np.argsort(norms, kind="stable")[len(norms) // 2])
     shown = rows if channel is None else rows[channel : channel + 1]
     levels = dict(_levels(shown, scheme, [b for b in bits if b <= MOST_BITS]))

@@ -13,7 +13,7 @@ from ...plans.table import LayerTable
 from .distribution import Distribution
 from .frontier import frontier, usual_sensitivity
 from .measured import Measured
-from .points import Point, plain_row
+from .points import Point, plain_row, scores_of
 
 FORMAT = "mpq-page"
 GIVEN = "given"
@@ -75,7 +75,7 @@ class PageDocument:
             "table": None if self.measured is None else self.measured.document(),
             "points": [point.document() for point in self.points],
             "chosen": self.chosen,
-            "float": None if row is None else {"scores": dict(row.scores), "file_bytes": row.file_bytes},
+            "float": None if row is None else {"scores": scores_of(row), "file_bytes": row.file_bytes},
             "left_out": list(self.left_out),
             "weights": {str(place): one.document() for place, one in self.weights.items()},
             "sensitivity": self.sensitivity,
@@ -115,16 +115,16 @@ def page_of_table(
         >>> page_of_table(table, "t.mpqt", {}, title="net").document()["layers"][0]["shape"]
         [8, 8]
     """
-    layers = [layer.name for layer in table.layers]
     for name, plan in given.items():
-        _check_layers(name, plan, layers, file)
+        _check_layers(name, plan, table.layers, file)
     made, left_out = frontier(table)
     labelled = [*(LabelledPlan(name, plan) for name, plan in given.items()), *made]
     plans = [one.plan for one in labelled]
     judged = judge_of(table, plans, judge)
     rows = evaluated(table, plans, [one.series for one in labelled], judged) if plans else ()
     floats, rows = rows[: len(rows) - len(plans)], rows[len(rows) - len(plans) :]
-    points = (Point.of(plan, row, table, file, judged) for plan, row in zip(plans, rows, strict=True))
+    how = [*(Point.of_given for _ in given), *(Point.of for _ in made)]
+    points = (of(plan, row, table, file, judged) for of, plan, row in zip(how, plans, rows, strict=True))
     return PageDocument(
         title, tuple(map(_said, table.layers)), Measured(table, file, judged), tuple(points),
         0 if given else None, floats[0] if floats else None, tuple(left_out), weights or {}, usual_sensitivity(table),
@@ -148,17 +148,17 @@ def page_of_plans(given: Mapping[str, Plan], title: str) -> PageDocument:
     if not plan.layers:
         raise SettingError(f"{first}: the plan has no layers, so there is nothing to show")
     for name, other in given.items():
-        _check_layers(name, other, [layer.name for layer in plan.layers], first)
-    points = (Point.of(one, plain_row(one, name), None, "", None) for name, one in given.items())
+        _check_layers(name, other, plan.layers, first)
+    points = (Point.of_given(one, plain_row(one, name), None, "", None) for name, one in given.items())
     return PageDocument(title, tuple(map(_said, plan.layers)), None, tuple(points), 0)
 
 
-def _check_layers(name: str, plan: Plan, layers: Sequence[str], of: str) -> None:
-    """Raise SettingError for a plan of another network's layers."""
-    own = [layer.name for layer in plan.layers]
-    if own == list(layers):
+def _check_layers(name: str, plan: Plan, layers: Sequence[Any], of: str) -> None:
+    """Raise SettingError for a plan of another network's layers, by their names and shapes."""
+    own, wanted = ({layer.name: (layer.shape, layer.channel_axis) for layer in some} for some in (plan.layers, layers))
+    if list(own.items()) == list(wanted.items()):
         return
-    other = next((one for one in (*own, *layers) if one not in layers or one not in own), own[0] if own else "")
+    other = next((one for one in (*own, *wanted) if own.get(one) != wanted.get(one)), next(iter(own), ""))
     raise SettingError(
         f"{name}: is a plan of other layers than {of} ({other!r}); give plans and the table of one network"
     )

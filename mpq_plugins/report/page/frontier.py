@@ -12,11 +12,11 @@ from ...allocation.uniform import Uniform
 from ...errors import PlanWarning, SettingError
 from ...evaluation.pareto import PER_CHANNEL, PER_LAYER, LabelledPlan
 from ...plans.table import LayerTable
+from .commands import MOST_CHANNELS
 from .measured import widths_of
 
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 BUDGETS_BY_CHANNEL = (2.0, 4.0)  # each takes a second for a thousand channels
-MOST_CHANNELS = 5_000  # of which widths are decided channel by channel while a page is written
 MOST_LAYERS = 2_000  # of which every allocator's grid is tried
 
 
@@ -49,7 +49,7 @@ def frontier(table: LayerTable) -> tuple[list[LabelledPlan], list[str]]:
                 except SettingError as error:
                     refusals.append(str(error))
             if why is not None or not any(plan.series == series for plan in plans):
-                left_out.append(f"{series}: {why or refusals[0]}")
+                left_out.append(f"{series}: {why or [*refusals, _none_within(table)][0]}")
     return plans, left_out
 
 
@@ -88,6 +88,16 @@ def _why_not(table: LayerTable, series: str) -> str | None:
     if channels > MOST_CHANNELS:
         return f"deciding {channels:,} channels takes minutes; mpq plan TABLE --average-bits 4 does it"
     return None
+
+
+def _none_within(table: LayerTable) -> str:
+    """Why nothing was tried."""
+    least, most = BUDGETS[0], BUDGETS[-1]
+    widths = ", ".join(map(str, widths_of(table)))
+    return (
+        f"its plans here have {least:g} to {most:g} bits a weight, and {widths} bits were measured; measure with "
+        "--bits 1-8"
+    )
 
 
 def usual_sensitivity(table: LayerTable) -> str:

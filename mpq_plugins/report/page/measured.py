@@ -22,9 +22,11 @@ from ...plans.size import LayerSize, layer_size
 from ...plans.stats import LayerStats
 from ...plans.table import LayerTable
 from ..details import scheme_words
+from .commands import as_argument
 from .packed import doubles, permutations
+from .patterns import pattern_of
 
-IN_PARTS = ("affine", "piecewise")  # schemes under which any number of channels can have any width
+IN_PARTS = ("affine", "piecewise", "entropy_coded")  # schemes under which any number of channels can have any width
 MOST_CHANNEL_COSTS = 60_000  # numbers; more would make the page too large to be sent
 MOST_ORDERED = 3_000_000  # channels of all layers together
 
@@ -65,7 +67,7 @@ class Measured:
         parts = table.scheme.name in IN_PARTS
         ordered = parts and sum(layer.channels for layer in table.layers) <= MOST_ORDERED
         return {
-            "file": self.file,
+            "file": as_argument(self.file),
             "quantizer": self.quantizer,
             "scheme": table.scheme.name,
             "parts": parts,
@@ -87,6 +89,7 @@ class Measured:
             "impossible": _impossible(table, bits),
             "rest_bytes": table.rest_bytes,
             "skipped": len(table.skipped),
+            "patterns": _patterns(table),
             "written": _written(table),
         }
 
@@ -102,7 +105,16 @@ class Measured:
         return (*names, self.judge) if self.judge is not None and self.judge not in names else names
 
     def _costs(self, name: str, positions: Sequence[int]) -> dict[str, Any]:
-        return doubles([combined_curve(self.table, layer, name)[positions] for layer in self.table.layers])
+        """Costs by layer and width; where these are errors, or these times weights, that is said in their stead."""
+        layers = self.table.layers
+        costs = np.array([combined_curve(self.table, layer, name)[positions] for layer in layers])
+        if name in self.table.metrics:
+            errors = np.array([layer.errors[name][positions] for layer in layers])
+            weights = np.array([[layer.numel] for layer in layers], np.float64)
+            for times, product in ((1, errors), ("weights", errors * weights)):
+                if np.array_equal(costs, product):
+                    return {"errors": name, "times": times}
+        return doubles(costs)
 
     def _channel_costs(self, bits: Sequence[int]) -> list[dict[str, Any]] | None:
         """The judge's cost of each channel, (widths, channels) a layer; None where that is unknown or too much."""
@@ -168,6 +180,12 @@ def _check_counted(size: LayerSize, choice: LayerChoice, width: dict[str, int]) 
             f"layer {choice.name!r}: the scheme {choice.scheme.name} counts its groups in a way that the page does "
             "not know; mpq plan and mpq show do"
         )
+
+
+def _patterns(table: LayerTable) -> dict[str, str]:
+    """By place how commands name the layers whose names are no patterns of their own."""
+    found = {place: pattern_of(layer.name) for place, layer in enumerate(table.layers)}
+    return {str(place): own for place, own in found.items() if own != table.layers[place].name}
 
 
 def _written(table: LayerTable) -> dict[str, Any]:

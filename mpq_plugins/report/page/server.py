@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
                 found = job(asked)
             except MPQError as error:
                 self._answer(HTTPStatus.BAD_REQUEST, {"error": printable(" ".join(str(error).split()))})
-            except Exception as error:  # noqa: BLE001  # the page says it, and the server goes on
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the page says it, and the server goes on
                 said = f"internal error: {what_it_said(error)}; please report this"
                 self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": printable(said)})
             else:
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _asked(self) -> str | None:
         """What of the page is asked, the token taken away; None where that was refused."""
         origin = self.headers.get("Origin")
-        ours = self.headers.get("Host") == self.server.host and origin in (None, f"http://{self.server.host}")
+        ours = self.headers.get_all("Host") == [self.server.host] and origin in (None, f"http://{self.server.host}")
         if not ours or self.headers.get("Sec-Fetch-Site") not in SAME_SITE:
             self._refuse(HTTPStatus.FORBIDDEN)
             return None

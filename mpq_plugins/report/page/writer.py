@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from ...common.text import printable
+from ...errors import SettingError
 from .document import PageDocument
 
 ENTRY = "main.js"
@@ -19,6 +20,7 @@ LIBRARIES = ("d3-7.9.2.min.js", "plot-0.6.17.min.js")  # the second uses the fir
 LICENCES = "Charts by Observable Plot and D3, under the ISC licence."
 # As in a script element no sequence of these can end it, nor begin a comment; the last two end lines in old scripts.
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+HALVES = re.compile("[\ud800-\udfff]")  # of characters, which UTF-8 has not
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./([a-z_]+\.js)";\n', re.MULTILINE)
 EXPORT = re.compile(r"^export ", re.MULTILINE)
 
@@ -36,6 +38,9 @@ def page_html(page: PageDocument, served: dict[str, Any] | None = None) -> str:
 
     Returns:
         The file's text.
+
+    Raises:
+        SettingError: Something on it is called what no file can hold.
 
     Examples:
         >>> import mpq_plugins as mpq, torch
@@ -57,7 +62,13 @@ def page_html(page: PageDocument, served: dict[str, Any] | None = None) -> str:
         "data": embedded(document),
         "scripts": "\n".join(f"<script>{one}</script>" for one in scripts),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], _asset("page.html"))
+    text = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], _asset("page.html"))
+    broken = HALVES.search(text)
+    if broken is not None:
+        raise SettingError(
+            f"page: cannot hold {broken[0]!r}, which is no character; rename the file or layer that has it"
+        )
+    return text
 
 
 def embedded(document: Any) -> str:

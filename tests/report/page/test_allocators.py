@@ -86,6 +86,8 @@ def test_ptilmpq_is_the_librarys_for_a_hundred_settings(opened: Open, table: Lay
         mpq.Piecewise(),
         mpq.Affine(granularity="per_group", group_size=32, scale_dtype="float16"),
         mpq.Affine(granularity="per_channel", symmetric=True, range="percentile"),
+        mpq.Affine(granularity="per_channel", stochastic=7),
+        mpq.EntropyCoded(),
     ],
     ids=str,
 )

@@ -191,6 +191,14 @@ def test_series_that_cannot_be_made_say_what_to_measure() -> None:
     assert "3" in said["mixquant"]
 
 
+@pytest.mark.parametrize("bits", [(1,), (8,), (7, 8)])
+def test_a_table_of_few_widths_has_the_plans_that_it_can_have(bits: tuple[int, ...]) -> None:
+    page = page_of_table(mpq.measure(mpq_net(), bits=bits), "t.mpqt", {}, title="t")
+    assert {point.row.name for point in page.points} == {"uniform"}
+    said = dict(line.split(": ", 1) for line in page.left_out)
+    assert all("--bits 1-8" in said[series] for series in ("budget per layer", "sqnr", "mixquant", "ptilmpq"))
+
+
 def test_plans_of_other_layers_are_refused() -> None:
     one, other = (mpq.Uniform()(synthetic_table([(name, (4, 4))])) for name in ("a", "b"))
     with pytest.raises(SettingError, match=r"other\.json.*'b'"):
@@ -328,3 +336,13 @@ def test_levels_are_the_values_that_weights_can_have() -> None:
     assert found[0].channel is None
     counts, _ = np.histogram(weight.numpy(), len(found[0].counts))
     assert list(found[0].counts) == counts.tolist()
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0000001), (0.0, 1e-45), (-3.3e38, 3.3e38), (0.5, 0.5)])
+def test_weights_that_are_near_or_far_have_a_distribution(values: tuple[float, float]) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([values, values]).repeat(1, 2))  # type: ignore[operator]
+    (found,) = distributions(net, synthetic_table([("0", (2, 4))], scheme=mpq.Affine())).values()
+    assert sum(found.counts) == 8
+    assert (found.counts[0], found.counts[-1]) == (4, 4) or values[0] == values[1]

@@ -144,7 +144,7 @@ def test_ten_thousand_layers(opened: Open) -> None:
 
 def test_a_phone_shows_it_without_scrolling_sideways(opened: Open, page: PageDocument) -> None:
     shown = opened(page_html(page))
-    for width, dark in ((390, False), (390, True), (1280, True)):
+    for width, dark in ((390, False), (390, True), (1280, True), (320, False)):
         shown.wide(width, dark=dark)
         assert shown.js("return document.documentElement.scrollWidth") <= width
 

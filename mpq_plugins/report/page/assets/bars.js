@@ -1,7 +1,7 @@
 // The plan's layers in the network's order: as wide as their weights, as high as their bits, split by their parts.
 
 import { element, onResize, placed, pointIn, svgElement } from "./dom.js";
-import { choiceText, grouped, percent } from "./format.js";
+import { choiceText, grouped, nameText, percent } from "./format.js";
 import { averageWidth } from "./sizes.js";
 
 const MOST_DRAWN = 1500; // bars; of more layers neighbours share one
@@ -169,10 +169,10 @@ export function layerLines(page, place) {
   const { plan, table } = page;
   const each = plan?.bits?.each;
   const choice = plan?.choices?.[place];
-  const lines = [layer.name, `${layer.kind} ${layer.shape.join(" x ")}, ${grouped(layer.numel)} weights`];
+  const lines = [nameText(layer.name), `${layer.kind} ${layer.shape.join(" x ")}, ${grouped(layer.numel)} weights`];
   if (choice !== undefined) lines.push(`${choiceText(choice)}${typeof choice === "number" && choice < 16 ? " bits" : ""}${each ? `, ${percent(each[place] / Math.max(1, plan.bits.total))} of the size` : ""}`);
-  if (table && typeof choice === "number" && table.column.has(choice)) {
-    const column = table.column.get(choice);
+  const column = page.columnOf(choice);
+  if (column !== null) {
     for (const name of table.metrics.slice(0, 2)) lines.push(`${name} error ${page.general(table.errors[name][place][column])}`);
   }
   return lines;

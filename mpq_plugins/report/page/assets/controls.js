@@ -16,7 +16,7 @@ function slider({ id, label, low, high, step, log, get, set }) {
     oninput: () => set(Number(from(Number(range.value)).toFixed(digits))),
   });
   const number = element("input", {
-    type: "number", id: `${id}-number`, min: low, max: high, step: "any", "aria-label": `${label}, exactly`,
+    type: "number", id: `${id}-number`, min: low, max: high, step: "any", "aria-label": `${label}, exactly`, title: `${low} to ${high}`,
     onchange: () => {
       const value = Number(number.value);
       if (number.value !== "" && value >= low && value <= high) set(value);
@@ -27,6 +27,7 @@ function slider({ id, label, low, high, step, log, get, set }) {
     node: element("div", { class: "slider" }, element("label", { for: id }, label), range, number),
     show() {
       range.value = to(get());
+      range.setAttribute("aria-valuetext", String(get())); // of a slider of ratios its own value says nothing
       number.value = get();
     },
   };

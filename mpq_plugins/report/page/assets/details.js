@@ -1,7 +1,7 @@
 // The layer that is selected: what is known of it, its errors, its weights with the levels that codes can have.
 
-import { element, placed } from "./dom.js";
-import { choiceText, general, grouped, percent, tickText } from "./format.js";
+import { element, keepingFocus, placed } from "./dom.js";
+import { choiceText, general, grouped, nameText, percent, tickText } from "./format.js";
 
 /** The histogram of a layer's weights; levels are drawn over it where they are few enough. */
 function distributionChart(own, bits, width) {
@@ -22,7 +22,7 @@ function distributionChart(own, bits, width) {
 
 function errorsTable(page, place) {
   const { table } = page;
-  const own = page.plan?.choices?.[place];
+  const own = page.plan?.foreign ? undefined : page.plan?.choices?.[place];
   const names = [...table.metrics.map((name) => [name, table.errors[name]]), ...Object.keys(table.costs).filter((name) => !table.metrics.includes(name)).map((name) => [name, table.costs[name]])];
   const chosen = (bits) => (typeof own === "number" ? own === bits : own?.parts?.some(([width]) => width === bits) ?? false);
   return element("div", { class: "scroll" }, element("table", { class: "errors" },
@@ -49,12 +49,12 @@ export function makeDetails(page, node, pin) {
     const own = page.doc.weights[String(layer.place)];
     if (!Object.keys(page.doc.weights).length) return [element("p", { class: "empty" }, "A table holds no weights. To see how they are distributed: mpq report TABLE --model MODULE:FACTORY -o report.html")];
     if (!own) return [element("p", { class: "empty" }, "This layer has no weights.")];
-    const choice = page.plan?.choices?.[layer.place];
+    const choice = page.plan?.foreign ? undefined : page.plan?.choices?.[layer.place];
     const bits = typeof choice === "number" ? choice : choice?.parts?.[0][0] ?? null;
-    const chart = element("div", { class: "chart", role: "img", "aria-label": `distribution of the weights of ${layer.name}` });
+    const chart = element("div", { class: "chart", role: "img", "aria-label": `distribution of the weights of ${nameText(layer.name)}` });
     placed(distributionChart(own, bits, Math.max(260, node.clientWidth - 24)), chart);
     const whose = own.channel === null ? "the layer" : `output channel ${own.channel} (its norm is in the middle)`;
-    const said = bits !== null && own.levels[String(bits)] ? `${own.levels[String(bits)].length} levels that ${whose} uses, at ${bits} bits` : "levels above 6 bits lie closer than can be drawn";
+    const said = page.plan?.foreign ? "the plan's levels are not the table's, which has another scheme or other widths" : bits !== null && own.levels[String(bits)] ? `${own.levels[String(bits)].length} levels that ${whose} uses, at ${bits} bits` : "levels above 6 bits lie closer than can be drawn";
     return [chart, element("p", { class: "hint" }, `${said}.`)];
   }
 
@@ -67,17 +67,17 @@ export function makeDetails(page, node, pin) {
     if (choice !== undefined) facts.push(`${choiceText(choice)}${typeof choice === "number" && choice < 16 ? " bits" : ""}`);
     if (each) facts.push(`${percent(each[selected] / Math.max(1, page.plan.bits.total))} of the size`);
     node.replaceChildren(
-      element("h3", {}, layer.name), element("p", { class: "facts" }, facts.join("; ")),
+      element("h3", {}, nameText(layer.name)), element("p", { class: "facts" }, facts.join("; ")),
       ...(layer.tied.length ? [element("p", { class: "hint" }, `also called ${layer.tied.join(", ")}`)] : []),
       ...(page.table ? [pinning(page, selected, pin), errorsTable(page, selected)] : []), ...weights(layer),
     );
   }
 
   return {
-    update: draw,
+    update: () => keepingFocus(node, draw),
     select(place) {
       selected = place;
-      draw();
+      keepingFocus(node, draw);
     },
   };
 }

@@ -18,6 +18,14 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+/** Draw a node's elements anew, and leave the keyboard on the button that is where the one was that had it. */
+export function keepingFocus(node, redraw) {
+  const buttons = () => [...node.querySelectorAll("button")];
+  const place = buttons().indexOf(document.activeElement);
+  redraw();
+  if (place >= 0) buttons()[place]?.focus();
+}
+
 /** A chart without the library's own style element, which the page's policy forbids; the page's style has its rules. */
 export function placed(chart, node) {
   for (const style of chart.querySelectorAll("style")) style.remove();

@@ -9,15 +9,41 @@ export function pythonFloat(value) {
   return digits + pythonPower(power);
 }
 
+/** A number to so many decimals, as Python's %.3f has it: what lies just between two goes to the even one. */
+export function fixed(value, decimals) {
+  if (!Number.isFinite(value)) return general(value);
+  const exact = value.toFixed(decimals + 1);
+  const between = exact.endsWith("5") && Number.isInteger(value * 2 ** (decimals + 1));
+  return between && cutIsEven(exact) ? cut(exact) : value.toFixed(decimals); // which is away from 0
+}
+
+/** As toExponential, and between two as `fixed`. */
+function exponential(value, decimals) {
+  const exact = value.toExponential(decimals + 1);
+  const [mantissa, exponent] = exact.split("e");
+  const places = decimals + 1 - Number(exponent);
+  const between = mantissa.endsWith("5") && (places > 0 ? Number.isInteger(value * 2 ** places) : Number(exact) === value);
+  return between && cutIsEven(mantissa) ? `${cut(mantissa)}e${exponent}` : value.toExponential(decimals);
+}
+
+/** Without the last digit. */
+function cut(text) {
+  return text.slice(0, -1).replace(/\.$/, "");
+}
+
+function cutIsEven(text) {
+  return Number(cut(text).at(-1)) % 2 === 0;
+}
+
 /** A number to so many digits, as Python's %.4g has it. */
 export function general(value, digits = 4) {
   if (!Number.isFinite(value)) return value > 0 ? "inf" : value < 0 ? "-inf" : "nan";
   if (value === 0) return "0";
-  const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+  const [mantissa, exponent] = exponential(value, digits - 1).split("e");
   const power = Number(exponent);
   const bare = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
   if (power < -4 || power >= digits) return bare(mantissa) + pythonPower(power);
-  return bare(value.toFixed(digits - 1 - power));
+  return bare(fixed(value, digits - 1 - power));
 }
 
 function pythonPower(power) {
@@ -34,7 +60,7 @@ export function tickText(value) {
 export function bytesText(count) {
   let value = count;
   for (const unit of ["B", "kB", "MB", "GB"]) {
-    if (value < 1000 || unit === "GB") return unit === "B" ? `${count} B` : `${value.toFixed(2)} ${unit}`;
+    if (value < 1000 || unit === "GB") return unit === "B" ? `${count} B` : `${fixed(value, 2)} ${unit}`;
     value /= 1000;
   }
   return "";
@@ -47,13 +73,18 @@ export function grouped(count) {
 }
 
 export function percent(share) {
-  return `${(100 * share).toFixed(share < 0.0995 ? 2 : 1)} %`;
+  return `${fixed(100 * share, share < 0.0995 ? 2 : 1)} %`;
 }
 
 /** A word as a POSIX shell takes it, as Python's shlex.quote writes it. */
 export function shellQuoted(word) {
   if (word && !/[^A-Za-z0-9_@%+=:,./-]/.test(word)) return word;
   return `'${word.replaceAll("'", "'\"'\"'")}'`;
+}
+
+/** What a layer is called where it can be read: a module that is a layer itself has no name. */
+export function nameText(name) {
+  return name.trim() === "" ? "(no name)" : name;
 }
 
 /** A width in words: 4 bits, float16. */
@@ -64,6 +95,6 @@ export function widthText(bits) {
 /** A layer's choice in words: 5, 3x12 8x4, 1.25 coded. */
 export function choiceText(choice) {
   if (typeof choice === "number") return widthText(choice);
-  if (choice.coded !== undefined) return `${choice.coded.toFixed(2)} coded`;
+  if (choice.coded !== undefined) return `${fixed(choice.coded, 2)} coded`;
   return choice.parts.map(([bits, count]) => `${widthText(bits)}x${count}`).join(" ");
 }

@@ -36,14 +36,14 @@ export function makeFrontier(page, node, choose) {
   const { doc, tip } = page;
   const series = [...new Set(doc.points.map((point) => point.series))];
   const colour = (name) => `var(--s${series.indexOf(name) % 8})`;
-  const view = { hidden: new Set(), zoom: null, chart: null, shown: [], plan: null, focus: -1 };
+  const view = { hidden: new Set(), zoom: null, chart: null, shown: [], plan: null };
   const coarse = window.matchMedia("(pointer: coarse)").matches;
 
-  function points() {
+  function points(hidden) {
     const { size, value } = page.measures;
     return doc.points
       .map((point, place) => ({ point, place, x: sizeOf(point, size), y: valueOf(page, point, value) }))
-      .filter(({ point, x, y }) => x > 0 && y !== null && Number.isFinite(y) && (value !== "cost" || y > 0) && !view.hidden.has(point.series));
+      .filter(({ point, x, y }) => x > 0 && y !== null && Number.isFinite(y) && (value !== "cost" || y > 0) && !hidden.has(point.series));
   }
 
   function curve() {
@@ -53,11 +53,12 @@ export function makeFrontier(page, node, choose) {
   }
 
   function draw() {
-    view.shown = points();
+    view.shown = points(view.hidden);
     const width = Math.max(280, node.clientWidth);
     const log = page.measures.value === "cost";
     if (!view.shown.length) {
-      node.replaceChildren(element("p", { class: "empty" }, "No plan has both of these measures. Choose another size or value."));
+      const why = points(new Set()).length ? "Every series is hidden. Their names below show them again." : "No plan has both of these measures. Choose another size or value.";
+      node.replaceChildren(element("p", { class: "empty" }, why));
       view.chart = null;
       return;
     }
@@ -163,9 +164,8 @@ export function makeFrontier(page, node, choose) {
     if (!step || !view.shown.length) return;
     event.preventDefault();
     const order = [...view.shown].sort((a, b) => a.x - b.x);
-    const now = order.findIndex((one) => one.place === view.focus);
+    const now = order.findIndex((one) => one.place === page.point);
     const next = order[Math.max(0, Math.min(order.length - 1, now < 0 ? 0 : now + step))];
-    view.focus = next.place;
     choose(next.place);
   });
   return {

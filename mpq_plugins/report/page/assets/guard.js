@@ -1,7 +1,7 @@
 // What a plan is predicted to cost, beside uniform widths of its size in total and the best width for each layer.
 
-import { budgetProblem, budgetWithin } from "./budget.js";
-import { general } from "./format.js";
+import { budgetWithin, wholeProblem } from "./budget.js";
+import { fixed, general } from "./format.js";
 import { planBits } from "./sizes.js";
 
 /** The judge's cost of a layer; null where the table cannot tell. */
@@ -58,11 +58,11 @@ export function makeGuard(table) {
     if (cost === null) return null;
     known ??= {
       uniform: uniformPoints(table),
-      best: budgetProblem(table, { sensitivity: table.judge, bits: table.bits, pins: new Map(), counted: "total" }),
+      best: wholeProblem(table, table.judge, "total"),
     };
     const uniform = uniformCost(known.uniform, total);
     const best = budgetWithin(known.best, total);
-    const said = [`predicted ${table.judge} at ${(total / Math.max(1, table.numel)).toFixed(3)} bits in total: ${general(cost)}`];
+    const said = [`predicted ${table.judge} at ${fixed(total / Math.max(1, table.numel), 3)} bits in total: ${general(cost)}`];
     if (uniform !== null) said.push(`uniform widths of that size ${general(uniform)}`);
     if (best !== null) said.push(`a width for each layer can reach ${general(best.cost)}`);
     const worse = uniform !== null && cost > 1.001 * uniform && best !== null && cost > 1.001 * best.cost;

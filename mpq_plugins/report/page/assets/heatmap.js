@@ -1,7 +1,7 @@
 // Errors by layer and width, as colours on a logarithmic scale.
 
 import { element, onResize, placed, pointIn } from "./dom.js";
-import { general } from "./format.js";
+import { general, nameText } from "./format.js";
 
 /** What can be drawn: errors, and what quantizing a layer is predicted to cost. */
 export function heatmapNames(table) {
@@ -62,7 +62,7 @@ export function makeHeatmap(page, node, select) {
   function hover(svg, event) {
     const [place, column] = at(svg, event);
     if (place === null) tip.hide();
-    else tip.show(event, [layers[place].name, `${table.bits[column]} bits: ${page.heatLabel} ${general(rows()[place][column])}`]);
+    else tip.show(event, [nameText(layers[place].name), `${table.bits[column]} bits: ${page.heatLabel} ${general(rows()[place][column])}`]);
   }
 
   onResize(node, draw);

@@ -1,11 +1,11 @@
 // The page: its document, what is set, the plan that comes of it, and the views that show it.
 
 import { layerLines, makeBars } from "./bars.js";
-import { budgetCurve, budgetProblem } from "./budget.js";
+import { budgetCurve, wholeProblem } from "./budget.js";
 import { makeControls } from "./controls.js";
 import { makeDetails } from "./details.js";
 import { byId, element, makeTip } from "./dom.js";
-import { general, pythonFloat } from "./format.js";
+import { bytesText, fixed, general, pythonFloat } from "./format.js";
 import { makeFrontier, measuresOf } from "./frontier.js";
 import { heatmapNames, makeHeatmap } from "./heatmap.js";
 import { fileOf, makePlanner } from "./plan.js";
@@ -14,7 +14,7 @@ import { makeRows } from "./rows.js";
 import { connect } from "./served.js";
 import { planBits } from "./sizes.js";
 import { makeSummary } from "./summary.js";
-import { unpackLayers, unpackTable } from "./unpack.js";
+import { unpackLayers, unpackScores, unpackTable } from "./unpack.js";
 
 const LABELS = { budget: "Budget per layer", mixquant: "MixQuant", ptilmpq: "PTILMPQ" };
 
@@ -38,7 +38,7 @@ function planOfPoint(page, place) {
     title: `${point.series}${point.label ? `, ${point.label}` : ""}`, point, choices,
     bits: { codes: point.weights_only_bits, total: point.total_bits, each },
     guard: point.guard === null ? (point.cost === null ? null : { cost: point.cost, text: "", worse: false }) : { cost: point.cost, text: point.guard, worse: point.worse },
-    command: point.command, record: null, file_bytes: point.file_bytes, scores: point.scores, rounding: point.rounding,
+    foreign: !point.measured, command: point.command, record: null, file_bytes: point.file_bytes, scores: point.scores, rounding: point.rounding,
   };
 }
 
@@ -54,6 +54,7 @@ function makePage() {
   const layers = unpackLayers(doc.layers);
   const table = doc.table ? unpackTable(doc.table, layers) : null;
   doc.table = table;
+  for (const one of [...doc.points, ...(doc.float ? [doc.float] : [])]) one.scores = unpackScores(one.scores);
   const { sizes, values } = measuresOf(doc);
   doc.sizes = sizes;
   const value = Object.keys(values)[0];
@@ -61,7 +62,11 @@ function makePage() {
     doc, layers, table, general, tip: makeTip(), state: startingState(doc, table), point: doc.chosen, plan: null,
     numel: layers.reduce((sum, layer) => sum + layer.numel, 0), planner: table ? makePlanner(table) : null,
     measures: { size: "total", value, label: values[value] }, values, heat: null, heatLabel: "",
-    sizesOf: (choices) => (choices.every((own) => typeof own === "number" || own.parts) ? planBits(table, choices).each : null),
+    sizesOf: (choices) => planBits(table, choices).each,
+    columnOf(choice) {
+      const known = table && !this.plan?.foreign && typeof choice === "number";
+      return known ? table.column.get(choice) ?? null : null; // of the table's errors
+    },
   };
 }
 
@@ -138,15 +143,22 @@ function run() {
   byId("unpin").addEventListener("click", () => {
     page.state.pins.clear();
     change({});
+    byId("tab-budget").focus(); // for what had it is hidden now
   });
   byId("lacking").hidden = table !== null;
   byId("left-out").replaceChildren(...doc.left_out.map((line) => element("li", {}, line)));
   byId("left-out").hidden = !doc.left_out.length;
-  connect(page, { show: (plan) => { page.point = null; page.plan = plan; for (const view of views) view.update(plan); }, redraw: () => { views[1].draw(); show(); } });
+  connect(page, {
+    show(plan) {
+      page.point = null;
+      page.plan = plan;
+      draw();
+    },
+  });
   show();
   select(selected ?? 0);
   const decide = (values) => page.planner({ ...page.state, ...values });
-  return { page, change, choose, pin, select, decide, file: (plan) => fileOf(table, plan), rows: views[3], format: { general, pythonFloat } };
+  return { page, change, choose, pin, select, decide, file: (plan) => fileOf(table, plan), rows: views[3], format: { bytesText, fixed, general, pythonFloat } };
 }
 
 function titleOf(state) {
@@ -162,7 +174,7 @@ function showFrontier(page, choose) {
   const node = byId("frontier");
   if (table?.judge) {
     const made = {};
-    page.curve = (counted) => (made[counted] ??= budgetCurve(budgetProblem(table, { sensitivity: table.judge, bits: table.bits, pins: new Map(), counted })));
+    page.curve = (counted) => (made[counted] ??= budgetCurve(wholeProblem(table, table.judge, counted)));
   }
   page.zoomed = (on) => { byId("reset").hidden = !on; };
   const lacking = !Object.keys(page.values).length;
@@ -171,7 +183,10 @@ function showFrontier(page, choose) {
   const frontier = makeFrontier(page, node, choose);
   fillSelect("size", Object.entries(doc.sizes), (value) => { page.measures.size = value; frontier.reset(); });
   fillSelect("value", Object.entries(page.values), (value) => { page.measures = { ...page.measures, value, label: page.values[value] }; frontier.reset(); });
-  byId("reset").addEventListener("click", () => frontier.reset());
+  byId("reset").addEventListener("click", () => {
+    frontier.reset();
+    node.focus(); // for what had it is hidden now
+  });
   byId("legend").replaceChildren(...frontier.series.map(({ name, colour }) => {
     const button = element("button", { type: "button", class: "key", "aria-pressed": "true", onclick: () => button.setAttribute("aria-pressed", String(frontier.toggle(name))) }, element("span", { class: `dot ${colour}` }), name);
     return button;

@@ -1,6 +1,6 @@
 // From what is set on the page to a plan: choices, sizes, the guard's word, and the command that makes it.
 
-import { budgetProblem, budgetWithin } from "./budget.js";
+import { budgetProblem, budgetWithin, wholeProblem } from "./budget.js";
 import { pythonFloat, shellQuoted } from "./format.js";
 import { makeGuard } from "./guard.js";
 import { mixquant, mixquantLacks, mixquantSettings } from "./mixquant.js";
@@ -12,9 +12,8 @@ export const COUNTED = { codes: "average_bits", total: "total_average_bits" };
 const CANDIDATES = { mixquant: "2,3,4,5,6,7,8", budget: "1,2,3,4,5,6,7,8" };
 
 /** A pattern that names this layer alone. */
-function patternOf(name) {
-  if (!/[*?[\]]/.test(name) && !name.startsWith("re:") && name.trim() === name) return name;
-  return `re:${name.replace(/[\\^$.*+?()[\]{}|]/g, "\\$&")}`;
+function patternOf(table, place) {
+  return table.patterns[place] ?? table.layers[place].name;
 }
 
 function command(table, allocator, options) {
@@ -61,7 +60,7 @@ const PLANNERS = {
       const least = problem.size / Math.max(1, table.numel);
       throw new Error(`${name}: ${state.budget} cannot be reached: the least is ${least.toFixed(3)} bits a weight`);
     }
-    const pins = [...state.pins].flatMap(([place, bits]) => ["--pin", `${patternOf(table.layers[place].name)}=${bits}`]);
+    const pins = [...state.pins].flatMap(([place, bits]) => ["--pin", `${patternOf(table, place)}=${bits}`]);
     return {
       choices: found.choices,
       record: null,
@@ -85,6 +84,7 @@ export function makePlanner(table) {
   let key = null;
   let problem = null;
   const problemOf = (state) => {
+    if (!state.pins.size) return wholeProblem(table, state.sensitivity, state.counted);
     const now = JSON.stringify([state.sensitivity, state.counted, [...state.pins]]);
     if (now !== key) {
       problem = budgetProblem(table, { sensitivity: state.sensitivity, bits: table.bits, pins: state.pins, counted: state.counted });

@@ -1,7 +1,7 @@
 // The layers as a table: sorted by any column, and only what is seen of it is there.
 
 import { element } from "./dom.js";
-import { choiceText, general, grouped, percent } from "./format.js";
+import { choiceText, general, grouped, nameText, percent } from "./format.js";
 import { averageWidth } from "./sizes.js";
 
 const ROW = 34; // pixels, as the style has it
@@ -15,12 +15,12 @@ function columnsOf(page) {
   const share = (layer) => page.plan?.bits?.each?.[layer.place] ?? null;
   const choice = (layer) => page.plan?.choices?.[layer.place];
   const error = (layer, name) => {
-    const own = choice(layer);
-    return typeof own === "number" && table.column.has(own) ? table.errors[name][layer.place][table.column.get(own)] : null;
+    const column = page.columnOf(choice(layer));
+    return column === null ? null : table.errors[name][layer.place][column];
   };
   return [
     { name: "#", number: true, value: (layer) => layer.place, text: (layer) => String(layer.place + 1) },
-    { name: "layer", value: (layer) => layer.name, text: (layer) => layer.name, wide: true },
+    { name: "layer", value: (layer) => layer.name, text: (layer) => nameText(layer.name), wide: true },
     { name: "bits", number: true, value: (layer) => (choice(layer) === undefined ? null : averageWidth(layer, choice(layer))), text: (layer) => (choice(layer) === undefined ? "" : choiceText(choice(layer))) },
     { name: "of size", number: true, value: share, text: (layer) => (share(layer) === null ? "" : percent(share(layer) / Math.max(1, page.plan.bits.total))) },
     { name: "weights", number: true, value: (layer) => layer.numel, text: (layer) => grouped(layer.numel) },
@@ -82,8 +82,8 @@ export function makeRows(page, node, { select, pin }) {
     const off = page.state.allocator !== "budget";
     const title = off ? "Budget alone has pins" : "";
     return [
-      element("button", { type: "button", class: "small", disabled: off || width === null, title, "aria-pressed": String(pinned !== undefined && pinned < 16), "aria-label": `pin ${page.layers[place].name}`, onclick: () => pin(place, pinned !== undefined && pinned < 16 ? null : width) }, pinned !== undefined && pinned < 16 ? `pinned ${pinned}` : "pin"),
-      element("button", { type: "button", class: "small", disabled: off, title, "aria-pressed": String(pinned === 32), "aria-label": `skip ${page.layers[place].name}`, onclick: () => pin(place, pinned === 32 ? null : 32) }, pinned === 32 ? "skipped" : "skip"),
+      element("button", { type: "button", class: "small", disabled: off || width === null, title, "aria-pressed": String(pinned !== undefined && pinned < 16), "aria-label": `pin ${nameText(page.layers[place].name)}`, onclick: () => pin(place, pinned !== undefined && pinned < 16 ? null : width) }, pinned !== undefined && pinned < 16 ? `pinned ${pinned}` : "pin"),
+      element("button", { type: "button", class: "small", disabled: off, title, "aria-pressed": String(pinned === 32), "aria-label": `skip ${nameText(page.layers[place].name)}`, onclick: () => pin(place, pinned === 32 ? null : 32) }, pinned === 32 ? "skipped" : "skip"),
     ];
   }
 

@@ -1,10 +1,13 @@
 // What only `mpq explore` has behind the page: the exact Budget, and evaluations.
 
 import { byId } from "./dom.js";
+import { unpackScores } from "./unpack.js";
 
 async function ask(url, body) {
-  const answer = await fetch(url, body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
-  const said = await answer.json();
+  const request = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  const answer = await fetch(url, request).catch(() => null);
+  if (answer === null) throw new Error("the server does not answer; start mpq explore again, and open the page that it names");
+  const said = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Error(said.error ?? `the server answered ${answer.status}`);
   return said;
 }
@@ -23,7 +26,7 @@ function planOf(answer, request) {
   return {
     title: answer.title, choices, bits: { codes: answer.weights_only_bits, total: answer.total_bits, each: answer.sizes },
     guard: answer.guard === null ? null : { cost: answer.cost, text: answer.guard, worse: answer.worse }, command: answer.command, record: null, json: answer.json, request,
-    scores: answer.scores ?? {}, rounding: answer.rounding, file_bytes: answer.file_bytes ?? null,
+    scores: unpackScores(answer.scores ?? {}), rounding: answer.rounding, file_bytes: answer.file_bytes ?? null,
   };
 }
 
@@ -36,6 +39,7 @@ export function connect(page, { show }) {
   evaluate.hidden = !served.evaluates;
   byId("parts-box").hidden = !served.parts;
   async function working(what, work) {
+    const focused = document.activeElement; // which being disabled would lose
     exact.disabled = evaluate.disabled = true;
     bar.hidden = false;
     bar.removeAttribute("value");
@@ -56,6 +60,7 @@ export function connect(page, { show }) {
       clearInterval(timer);
       bar.hidden = true;
       exact.disabled = evaluate.disabled = false;
+      if (document.activeElement === document.body) focused.focus();
     }
   }
 

@@ -10,6 +10,14 @@ function partBits(table, layer, bits, channels) {
   return { codes: weights * (bits + interval), beside: groups * group };
 }
 
+/** Bits of a layer of one width: of its codes, or in total. */
+export function widthBits(table, layer, bits, counted) {
+  if (bits >= FLOATS) return layer.numel * bits;
+  const { interval, group } = table.byWidth.get(bits);
+  const codes = layer.numel * (bits + interval);
+  return counted === "codes" || !layer.numel ? codes : codes + Math.max(1, layer.channels * table.groups[layer.place]) * group;
+}
+
 /** Bits of a layer's codes, and of everything. */
 export function layerBits(table, layer, choice) {
   const parts = typeof choice === "number" ? [[choice, layer.channels]] : choice.parts;

@@ -1,11 +1,17 @@
 // What the plan comes to: its size, its bits, the guard's word, and the command that makes it.
 
 import { byId, element } from "./dom.js";
-import { bytesText, general } from "./format.js";
+import { bytesText, fixed, general } from "./format.js";
 import { fileOf } from "./plan.js";
 
 function tile(label, value, more = "") {
   return element("div", { class: "tile" }, element("span", { class: "label" }, label), element("span", { class: "value" }, value), ...(more ? [element("span", { class: "more" }, more)] : []));
+}
+
+/** How near the best a plan is known to be; nothing where the best may lose nothing. */
+function nearText({ cost, bound }) {
+  if (cost > 0 && bound <= 0) return "";
+  return `within ${general(cost > bound ? 100 * (cost / bound - 1) : 0, 2)} % of the best there is`;
 }
 
 function tilesOf(page, plan) {
@@ -13,13 +19,13 @@ function tilesOf(page, plan) {
   const { codes, total } = plan.bits;
   const numel = Math.max(1, page.numel);
   const tiles = [
-    tile("in total", bytesText(Math.ceil(total / 8)), `${(total / numel).toFixed(3)} bits a weight`),
-    tile("weights only", bytesText(Math.ceil(codes / 8)), `${(codes / numel).toFixed(3)} bits a weight`),
-    tile("against float32", `${((32 * numel) / Math.max(1, total)).toFixed(2)}x`, "smaller"),
+    tile("in total", bytesText(Math.ceil(total / 8)), `${fixed(total / numel, 3)} bits a weight`),
+    tile("weights only", bytesText(Math.ceil(codes / 8)), `${fixed(codes / numel, 3)} bits a weight`),
+    tile("against float32", `${fixed((32 * numel) / Math.max(1, total), 2)}x`, "smaller"),
   ];
   if (table && table.rest_bytes !== null) tiles.push(tile("whole model", bytesText(Math.ceil(total / 8) + table.rest_bytes), `${bytesText(table.rest_bytes)} of it not planned`));
   if (plan.file_bytes) tiles.push(tile("file", bytesText(plan.file_bytes)));
-  if (plan.guard?.cost !== undefined && table) tiles.push(tile(`predicted ${table.judge}`, general(plan.guard.cost), plan.found && state.sensitivity === table.judge ? `within ${general(100 * (plan.found.cost / Math.max(1e-300, plan.found.bound) - 1), 2)} % of the best there is` : ""));
+  if (plan.guard?.cost !== undefined && table) tiles.push(tile(`predicted ${table.judge}`, general(plan.guard.cost), plan.found && state.sensitivity === table.judge ? nearText(plan.found) : ""));
   for (const [name, value] of Object.entries(plan.scores ?? {})) {
     const float = page.doc.float?.scores[name];
     tiles.push(tile(name, general(value, 5), float === undefined ? plan.rounding : `float ${general(float, 5)}`));
@@ -27,7 +33,8 @@ function tilesOf(page, plan) {
   return tiles;
 }
 
-function untold(page) {
+function untold(page, plan) {
+  if (plan.foreign) return "The plan has another scheme, or other widths, than the table measured; mpq evaluate tells.";
   if (!page.table?.judge) return "The table has nothing that plans are compared on; measure with --metrics relative,mse.";
   return "Channels of a layer differ in width, and their errors are not in this page; mpq plan compares where they were measured.";
 }
@@ -38,7 +45,15 @@ function showGuard(page, plan) {
   const guard = plan.guard;
   node.hidden = !page.table && !guard;
   node.classList.toggle("warning", Boolean(guard?.worse));
-  node.replaceChildren(element("strong", {}, guard ? (guard.worse ? "Worse than uniform widths. " : "The guard: ") : "The guard cannot tell. "), guard ? guard.text : untold(page));
+  node.replaceChildren(element("strong", {}, guard ? (guard.worse ? "Worse than uniform widths. " : "The guard: ") : "The guard cannot tell. "), guard ? guard.text : untold(page, plan));
+}
+
+/** Why a page that is a file has no file of a plan. */
+function whyNoFile(plan) {
+  if (!plan.command) return "This plan was given as a file, and no command is known to make it from this page's table.";
+  return plan.point
+    ? "Run the command for the file: this page has the bits of that plan, and not which channels have them."
+    : "Run the command for the file: Budget's exact solver makes it, which this page does not have, and it is at least as good.";
 }
 
 function download(name, text) {
@@ -77,8 +92,6 @@ export function makeSummary(page) {
     byId("command").textContent = plan.command ?? "";
     const can = Boolean(plan.json || plan.record);
     byId("download").disabled = !can;
-    byId("download-note").textContent = can
-      ? "The file is the one that the command writes."
-      : plan.command ? "Run the command for the file: a page does not hold which channels, or the exact solver, that it takes." : "";
+    byId("download-note").textContent = can ? "The file is the one that the command writes." : whyNoFile(plan);
   };
 }

@@ -30,6 +30,11 @@ export function unpackPermutations(text, lengths) {
   });
 }
 
+/** Scores as numbers, infinite ones among them, for which JSON has only a text. */
+export function unpackScores(scores) {
+  return Object.fromEntries(Object.entries(scores).map(([name, value]) => [name, Number(value)]));
+}
+
 /** The layers with what their shapes say. */
 export function unpackLayers(layers) {
   return layers.map((layer, place) => {
@@ -39,9 +44,16 @@ export function unpackLayers(layers) {
   });
 }
 
+/** Errors as they are, or those of each layer times its weights. */
+function timesOf(errors, times, layers) {
+  return times === 1 ? errors : errors.map((own, place) => own.map((error) => error * layers[place].numel));
+}
+
 /** A table ready to plan from; layers as unpackLayers gives them. */
 export function unpackTable(table, layers) {
-  const each = (columns) => Object.fromEntries(Object.entries(columns).map(([name, one]) => [name, unpackDoubles(one)]));
+  const each = (columns, unpack) => Object.fromEntries(Object.entries(columns).map(([name, one]) => [name, unpack(one)]));
+  const errors = each(table.errors, unpackDoubles);
+  const unpackCosts = (one) => (one.errors === undefined ? unpackDoubles(one) : timesOf(errors[one.errors], one.times, layers));
   const possible = layers.map(() => new Set(table.bits));
   for (const [place, bits] of table.impossible) possible[place].delete(bits);
   let orders = null;
@@ -51,11 +63,12 @@ export function unpackTable(table, layers) {
     numel: layers.reduce((sum, layer) => sum + layer.numel, 0),
     column: new Map(table.bits.map((bits, column) => [bits, column])),
     byWidth: new Map(table.bits.map((bits, column) => [bits, table.widths[column]])),
-    errors: each(table.errors),
-    costs: each(table.costs),
+    errors,
+    costs: each(table.costs, unpackCosts),
     importances: unpackDoubles(table.importances),
     channelCosts: table.channel_costs && table.channel_costs.map(unpackDoubles),
     possible,
+    problems: new Map(), // of Budget, as they are asked for
     // Of large networks these take a moment, so they wait until they are asked for.
     channelOrder(place) {
       orders ??= unpackPermutations(table.channel_orders, layers.map((layer) => layer.channels));
