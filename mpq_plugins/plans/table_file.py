@@ -56,7 +56,11 @@ def packed(table: Measured) -> "list[bytes | memoryview]":
     text = json.dumps(
         sealed(description.model_dump(mode="json", exclude=unsaid)), separators=(",", ":"), ensure_ascii=False
     )
-    return list(in_order(save(arrays, {"format": TABLE_FORMAT, "table": text})))
+    try:
+        return list(in_order(save(arrays, {"format": TABLE_FORMAT, "table": text})))
+    except UnicodeEncodeError as error:
+        broken = text[error.start : error.end]
+        raise SettingError(f"table: cannot hold {broken!r}, which is no character; rename what has it") from error
 
 
 def read(path: Path, kind: type[Table]) -> Table:

@@ -5,7 +5,7 @@ transformers' Conv1D. From a checkpoint, where no class can be asked: see from_c
 listed with its reason.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -188,6 +188,7 @@ def _chosen_weights(
     by_default: Mapping[str, str] | None = None,
     pairs: Mapping[str, str] | None = None,
 ) -> Weights:
+    _check_names((name for weight in weights for name in weight.names), asked.where)
     kept = select(weights, asked.skip, asked.only, asked.where, config)
     by_default = {} if asked.only else by_default or {}
     left_alone = left_alone + [
@@ -204,6 +205,13 @@ def _chosen_weights(
     names = {weight.name for weight in kept}
     skipped = tuple(weight.name for weight in weights if weight.name not in names)
     return Weights(tuple(kept), skipped, tuple(left_alone), _folding(pairs or {}, weights, names))
+
+
+def _check_names(names: Iterable[str], where: str) -> None:
+    """Raise SourceError for a name that no file could hold."""
+    for name in names:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise SourceError(f"{where}: layer {name!r} holds half a surrogate pair, which is no character; rename it")
 
 
 def _folding(pairs: Mapping[str, str], weights: Sequence[Weight], kept: Collection[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpq_plugins import Affine, EntropyCoded, LayerTable, measure
-from mpq_plugins.errors import FormatError, MeasureWarning
+from mpq_plugins.errors import FormatError, MeasureWarning, SettingError
 from mpq_plugins.plans.table_file import is_table
 from tests.helpers.nets import conv_net
 from tests.helpers.says import naming
@@ -146,3 +146,12 @@ def test_a_table_that_lost_its_checksums_is_refused(tmp_path: Path) -> None:
         path.write_bytes(data.replace(field, field.replace(b"check", b"chuck")))
         with pytest.raises(FormatError, match=r"description is damaged|chucksum"):
             LayerTable.load(path)
+
+
+def test_a_table_with_a_name_that_no_file_holds_is_not_written(tmp_path: Path) -> None:
+    table = measure(conv_net())
+    first = replace(table.layers[0], name="a\ud800b")
+    broken = replace(table, layers=(first, *table.layers[1:]))
+    with pytest.raises(SettingError, match=r"table: cannot hold '\\ud800', which is no character; rename"):
+        broken.save(tmp_path / "table.mpqt")
+    assert not list(tmp_path.iterdir())

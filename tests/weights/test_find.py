@@ -226,3 +226,14 @@ def test_a_subclass_parameters_of_its_own_are_listed() -> None:
             self.down = nn.Parameter(torch.zeros(8, 2))
 
     assert find_weights(Lora()).left_alone == (("down", "not the layer's weight"),)
+
+
+def test_a_name_that_no_file_holds_is_refused() -> None:
+    broken = nn.Sequential(OrderedDict({"a\ud800b": nn.Linear(8, 8), "fc": nn.Linear(8, 4)}))
+    for call in (find_weights, measure):
+        with pytest.raises(
+            SourceError, match=r"Sequential: layer 'a\\ud800b' holds half a surrogate pair.*; rename it"
+        ):
+            call(broken)
+    with pytest.raises(SourceError, match="surrogate"):
+        find_weights(broken, skip=("a*",))
