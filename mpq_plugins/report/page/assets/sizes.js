@@ -5,9 +5,9 @@ const FLOATS = 16; // bits from which a width is floating point, without scales
 function partBits(table, layer, bits, channels) {
   const weights = channels * layer.perChannel;
   if (bits >= FLOATS) return { codes: weights * bits, beside: 0 };
-  const { interval, group } = table.byWidth.get(bits);
+  const { interval, group, layer: ofLayer } = table.byWidth.get(bits);
   const groups = layer.numel ? Math.max(1, channels * table.groups[layer.place]) : 0;
-  return { codes: weights * (bits + interval), beside: groups * group };
+  return { codes: weights * (bits + interval), beside: groups * group + (groups ? ofLayer : 0) };
 }
 
 /** Bits of a layer's codes, and of everything. */
