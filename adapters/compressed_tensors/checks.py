@@ -12,14 +12,14 @@ from mpq_plugins.plans.plan import Plan
 
 from ..shared.float_checkpoint import FloatCheckpoint, open_float, require_plain
 from ..shared.folded import INTEGER_SCHEMES
-from ..shared.fused import require_fused_alike
+from ..shared.fused import require_fused_alike, require_own_scales
 from .tensors import is_symmetric
 
 CAPABILITIES = Capabilities(
     backend="compressed_tensors",
     bits=tuple(range(1, 9)),
     kinds=("linear",),
-    schemes=INTEGER_SCHEMES,
+    schemes=(*INTEGER_SCHEMES, "nvfp4"),
     symmetric=(True, "full"),
     granularities=("per_tensor", "per_channel", "per_group"),
 )
@@ -27,6 +27,7 @@ RUNTIMES: Mapping[str, Capabilities] = {
     "vllm": CAPABILITIES,
     "transformers": replace(CAPABILITIES, symmetric=(False, *CAPABILITIES.symmetric)),
 }
+FOR_TRANSFORMERS = "for transformers alone, export with the runtime transformers"
 
 
 def check(plan: Plan, source: Path, *, runtime: str = "vllm") -> None:
@@ -35,8 +36,9 @@ def check(plan: Plan, source: Path, *, runtime: str = "vllm") -> None:
     Args:
         plan: The plan.
         source: The float checkpoint, a directory with its config.json.
-        runtime: What is to load it. vLLM has one scheme for layers that it fuses, and packed codes alone, which are
-            symmetric; transformers takes every layer by itself, and asymmetric ones at one byte a weight.
+        runtime: What is to load it. vLLM has one scheme for layers that it fuses, one scale of the layer too (nvfp4),
+            and packed codes alone, which are symmetric; transformers takes every layer by itself, and asymmetric ones
+            at one byte a weight.
 
     Raises:
         SettingError: The runtime cannot load the plan. The message names layers and the remedy.
@@ -71,7 +73,8 @@ def checked(plan: Plan, source: Path, runtime: str) -> FloatCheckpoint:
     opened = open_float(plan, source)
     require_plain(opened, "compressed-tensors")
     if runtime == "vllm":
-        require_fused_alike(opened, "vLLM", "for transformers alone, export with the runtime transformers")
+        require_fused_alike(opened, "vLLM", FOR_TRANSFORMERS)
+        require_own_scales(opened, "vLLM", FOR_TRANSFORMERS)
     return opened
 
 

@@ -4,12 +4,18 @@ from importlib.metadata import version
 from typing import Any
 
 from mpq_plugins.plans.layers import LayerChoice
+from mpq_plugins.plans.minifloat import NV_BLOCK
 from mpq_plugins.plans.names import layer_name
 
 from ..shared.float_checkpoint import FloatCheckpoint, left_in_float
+from .nvfp4 import FORMAT, FP8, is_nvfp4
 from .tensors import BYTES, PACKED, is_symmetric, stored_bits
 
 MIXED = "mixed-precision"
+NVFP4: dict[str, Any] = {
+    "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": NV_BLOCK,
+    "dynamic": False, "scale_dtype": str(FP8),
+}  # fmt: skip
 
 
 def quantization_config(source: FloatCheckpoint) -> dict[str, Any]:
@@ -35,6 +41,8 @@ def quantization_config(source: FloatCheckpoint) -> dict[str, Any]:
 
 
 def _scheme(choice: LayerChoice) -> dict[str, Any]:
+    if is_nvfp4(choice):
+        return {"format": FORMAT, "weights": NVFP4}
     size = choice.scheme.group_size
     weights = {
         "num_bits": stored_bits(choice),

@@ -9,17 +9,19 @@ from mpq_plugins.checkpoints.readers import StoredTensor
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import layer_name, weight_name
 
-from ..shared.exporting import Decoded, Found
+from ..shared.exporting import Decoded, Found, ReadBack
 from ..shared.layer_codes import CHUNK, Scales, code_chunks, exact_dtype
+from . import nvfp4
+from .nvfp4 import is_nvfp4
 
 PACKED, BYTES = "pack-quantized", "naive-quantized"
 """Formats by their own names: b bits a code, or one byte whatever the width, which alone has zero points."""
 
 
 def is_symmetric(choice: LayerChoice) -> bool:
-    """Whether all zero points are 0, as binary codes' are whatever the scheme says."""
+    """Whether all zero points are 0, as binary codes' are whatever the scheme says; floating-point codes have none."""
     scheme = choice.scheme.as_affine
-    return choice.bits == 1 or (scheme is not None and bool(scheme.symmetric))
+    return choice.bits == 1 or is_nvfp4(choice) or (scheme is not None and bool(scheme.symmetric))
 
 
 def stored_bits(choice: LayerChoice) -> int:
@@ -30,6 +32,8 @@ def stored_bits(choice: LayerChoice) -> int:
 
 def encode(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[str, Tensor]:
     """The tensors of one layer. Scales are in the model's dtype where that holds them exactly, and else in float32."""
+    if is_nvfp4(choice):
+        return nvfp4.encode(parameter, choice, stored)
     from compressed_tensors.compressors.pack_quantized import pack_to_int32  # which takes long to import
 
     symmetric, bits, pieces = is_symmetric(choice), stored_bits(choice), list[Tensor]()
@@ -50,8 +54,10 @@ def encode(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[st
     return tensors
 
 
-def decode(parameter: str, choice: LayerChoice, found: Found) -> Decoded:
+def decode(parameter: str, choice: LayerChoice, found: Found) -> ReadBack:
     """One layer read back. Raises VerifyError."""
+    if is_nvfp4(choice):
+        return nvfp4.decode(parameter, choice, found)
     from compressed_tensors.compressors.pack_quantized import unpack_from_int32  # which takes long to import
 
     rows, columns = choice.shape

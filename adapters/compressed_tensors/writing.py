@@ -62,7 +62,7 @@ def export(
     def encoded(parameter: str, choice: LayerChoice, stored: StoredTensor) -> dict[str, Tensor]:
         tensors = encode(parameter, choice, stored)
         scale = tensors[f"{parameter}_scale"]
-        if scale.dtype != stored.dtype:
+        if scale.dtype == torch.float32 != stored.dtype:
             coarse.append(_rounding(scale, stored.dtype))
         return tensors
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,23 @@ class Decoded:
     scales: Scales
     stored: str
 
+    def problem(self, choice: LayerChoice, stored: StoredTensor) -> str | None:
+        """How it differs from the plan's integers of a weight, in words; None where it does not."""
+        return code_problem(code_chunks(stored.read_rows, choice), self.codes, self.scales)
 
-Decode = Callable[[str, LayerChoice, Found], Decoded]
+
+class ReadBack(Protocol):
+    """A layer that was read back, whatever it is kept as."""
+
+    @property
+    def stored(self) -> str:
+        """What held it, in words."""
+
+    def problem(self, choice: LayerChoice, stored: StoredTensor) -> str | None:
+        """How it differs from what the plan makes of a weight, in words; None where it does not."""
+
+
+Decode = Callable[[str, LayerChoice, Found], ReadBack]
 """Reads one layer back. Raises VerifyError."""
 
 
@@ -173,7 +188,7 @@ def verify_directory(
                 continue
             meter.start(choice)
             decoded = decode(parameter, choice, found)
-            problem = code_problem(code_chunks(stored.read_rows, choice), decoded.codes, decoded.scales)
+            problem = decoded.problem(choice, stored)
         except VerifyError as error:
             problems.append(str(error))
             continue

@@ -7,6 +7,7 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import NUMBERED, is_weight, layer_name
+from mpq_plugins.plans.scheme import scales_per_layer
 
 from .float_checkpoint import FloatCheckpoint
 
@@ -30,6 +31,25 @@ def require_fused_alike(source: FloatCheckpoint, engine: str, instead: str) -> N
         f"{engine} fuses layers that the plan has in different forms: {said}{more}. Plan with {ties}, and skip or pin "
         f"all of them or none; {instead}"
     )
+
+
+def require_own_scales(source: FloatCheckpoint, engine: str, instead: str) -> None:
+    """Refuse layers that an engine fuses and that have a scale of the layer each, of which the engine keeps one.
+
+    instead: what to do where the engine is not meant. Raises SettingError.
+    """
+    for tie, names in _families(_schemes(source)):
+        choices = [source.plan.by_any_name.get(name) for name in names]
+        scaled = [choice for choice in choices if choice is not None and _has_own_scale(choice)]
+        if len(names) > 1 and scaled:
+            raise SettingError(
+                f"layer {scaled[0].name!r}: {engine} fuses it with others ({tie}) under one scale of the layer, and "
+                f"{scaled[0].scheme} gives each its own. Plan what is fused as other types; {instead}"
+            )
+
+
+def _has_own_scale(choice: LayerChoice) -> bool:
+    return not choice.in_float and scales_per_layer(choice.scheme) > 0
 
 
 def _schemes(source: FloatCheckpoint) -> dict[str, Hashable]:

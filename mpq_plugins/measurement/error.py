@@ -6,8 +6,9 @@ work was shared out.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ..errors import WeightError, WorkerError
 from ..models.device import own_stream
 from ..models.fingerprint import fingerprint, layer_digest
 from ..plans.group_sizes import fitted_to
-from ..plans.scheme import Scheme
+from ..plans.scheme import Scheme, needs_whole_layer, scales_per_layer
 from ..plans.stats import LayerStats
 from ..quantization.grid import GroupStats
 from ..quantization.groups import group_rows
@@ -60,9 +61,9 @@ class UnitRequest:
     device: torch.device | None = None
 
     @property
-    def one_group(self) -> bool:
+    def whole(self) -> bool:
         """Whether a layer has one scale, so that all of it must be seen before any of it is quantized."""
-        return self.scheme.granularity == "per_tensor"
+        return needs_whole_layer(self.scheme)
 
     @property
     def largest(self) -> bool:
@@ -77,7 +78,7 @@ def unit_sums(pieces: Sequence[Weight], request: UnitRequest) -> Sums:
     """
     _check_kernel(request)
     with own_stream(request.device):
-        if request.one_group:
+        if request.whole:
             return _joined([whole_sums(piece, request) for piece in pieces])
         parts = [part for piece in pieces for part in chunks(piece)]
         rows = read(parts, request.device)
@@ -94,28 +95,24 @@ def whole_sums(weight: Weight, request: UnitRequest, each: Callable[[Op], Array]
     each = each or over_chunks(weight, request.device)
     table = each(_stats_table)
     stats = _stats(table, weight)
-    grids = choose_grids(each, stats.merged(), request.bits, request.scheme, weight.name)
     sums = {"magnitudes": table[:, 2:], "extremes": table[:, :2]}
-    if not request.per_channel:
-        return sums | {"totals": each(partial(error_totals, grids=grids, largest=request.largest))}
-    by_channel = each(partial(error_sums, grids=grids, largest=request.largest))
-    return sums | {
-        "totals": np.stack([add_sums(by_channel[a:b]) for _, a, b in chunks(weight)]),
-        "channels": by_channel,
-    }
+    if scales_per_layer(request.scheme):
+        by_channel = each(_Grouped.of(weight, request, stats.largest))
+    else:
+        grids = choose_grids(each, stats.merged(), request.bits, request.scheme, weight.name)
+        if not request.per_channel:
+            return sums | {"totals": each(partial(error_totals, grids=grids, largest=request.largest))}
+        by_channel = each(partial(error_sums, grids=grids, largest=request.largest))
+    totals = np.stack([add_sums(by_channel[start:stop]) for _, start, stop in chunks(weight)])
+    return sums | {"totals": totals} | ({"channels": by_channel} if request.per_channel else {})
 
 
 def _chunk_sums(weight: Weight, rows: Tensor, request: UnitRequest) -> Sums:
     """Of one chunk, whose groups are complete."""
-    # A layer without inputs has no group in a channel, and its rows are its channels.
-    scheme = fitted_to(request.scheme, weight.shape, weight.channel_axis)
-    groups = max(1, scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
-    finer = group_rows(rows, scheme, groups)
+    of_groups = _Grouped.of(weight, request)
+    groups, finer = of_groups.groups, of_groups.rows(rows)
     table = _stats_table(finer)
-    stats = _stats(table, weight, groups)
-    grids = choose_grids(lambda op: op(finer), stats, request.bits, scheme, weight.name)
-    sums = error_sums(finer, grids, request.largest)
-    by_channel = add_sums(sums.reshape(-1, groups, *sums.shape[1:]).swapaxes(0, 1))
+    by_channel = of_groups.sums(finer, _stats(table, weight, groups))
     of_channel = table.reshape(-1, groups, 4)
     chunk_sums = {
         "magnitudes": of_channel[:, :, 2:].sum(axis=1),
@@ -123,6 +120,44 @@ def _chunk_sums(weight: Weight, rows: Tensor, request: UnitRequest) -> Sums:
         "totals": add_sums(by_channel)[None],
     }
     return chunk_sums | {"channels": by_channel} if request.per_channel else chunk_sums
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """The error sums of each channel, (channels, bits, 3), for a scheme whose groups are within channels; an Op.
+
+    scheme: the layer's own; groups: of a channel; layer_largest: the layer's greatest magnitude, where it is needed.
+    """
+
+    scheme: Scheme
+    bits: tuple[int, ...]
+    groups: int
+    name: str
+    largest: bool
+    layer_largest: float | None
+
+    @classmethod
+    def of(cls, weight: Weight, request: UnitRequest, layer_largest: float | None = None) -> Self:
+        """Of a layer's weight."""
+        scheme = fitted_to(request.scheme, weight.shape, weight.channel_axis)
+        # A layer without inputs has no group in a channel, and its rows are its channels.
+        groups = max(1, scheme.groups_per_channel(weight.shape, weight.channel_axis, weight.name))
+        return cls(scheme, request.bits, groups, weight.name, request.largest, layer_largest)
+
+    def __call__(self, rows: Tensor) -> Array:
+        """Of channels, whose groups are complete."""
+        finer = self.rows(rows)
+        return self.sums(finer, replace(row_stats(finer), layer_largest=self.layer_largest))
+
+    def rows(self, channels: Tensor) -> Tensor:
+        """The groups of these channels."""
+        return group_rows(channels, self.scheme, self.groups)
+
+    def sums(self, finer: Tensor, stats: GroupStats) -> Array:
+        """Of groups, and what is known of each."""
+        grids = choose_grids(lambda op: op(finer), stats, self.bits, self.scheme, self.name)
+        sums = error_sums(finer, grids, self.largest)
+        return add_sums(sums.reshape(-1, self.groups, *sums.shape[1:]).swapaxes(0, 1))
 
 
 def layer_stats(weight: Weight, parts: Sequence[Sums], request: UnitRequest) -> LayerStats:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..plans.scheme import Scheme
+from ..plans.scheme import Scheme, needs_whole_layer
 from ..weights.chunks import chunk_channels, chunks
 from ..weights.handles import Weight
 
@@ -38,19 +38,19 @@ class Work:
 
 def cut(weights: Sequence[Weight], scheme: Scheme) -> Work:
     """Units of about the same bytes, in the weights' order."""
-    one_group = scheme.granularity == "per_tensor"
+    whole = needs_whole_layer(scheme)
     size = min(
         LARGEST_SEARCHED if scheme.searches else LARGEST, max(SMALLEST, sum(map(stored_bytes, weights)) // UNITS)
     )
     shared = tuple(
         position
         for position, weight in enumerate(weights)
-        if one_group and not scheme.sorts and stored_bytes(weight) > WHOLE * size and len(chunks(weight)) > 1
+        if whole and not scheme.sorts and stored_bytes(weight) > WHOLE * size and len(chunks(weight)) > 1
     )
     pieces: list[tuple[int, Weight]] = []
     for position, weight in enumerate(weights):
         if position not in shared:
-            pieces += [(position, piece) for piece in ([weight] if one_group else cut_layer(weight, size))]
+            pieces += [(position, piece) for piece in ([weight] if whole else cut_layer(weight, size))]
     return Work(tuple(_gathered(pieces, size)), shared, size)
 
 

@@ -23,7 +23,7 @@ class Capabilities:
         backend: Its name.
         bits: Of weights.
         kinds: Of layers.
-        schemes: Their names.
+        schemes: Their names, or those of types, as `nvfp4`.
         symmetric: Which of asymmetric (False), symmetric (True) and full-range symmetric codes ("full").
         granularities: What a scale may belong to.
         group_sizes: Inputs that a group may have; None where any number will do.

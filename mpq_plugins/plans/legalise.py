@@ -130,7 +130,7 @@ def _legal(
 
 def _legal_scheme(layer: LayerChoice, able: Capabilities) -> tuple[Scheme, list[str]]:
     scheme, whys = layer.scheme, list[str]()
-    if scheme.name not in able.schemes:
+    if not {scheme.name, layer.type} & {*able.schemes}:
         whys.append(f"{able.backend} has no {scheme.name} scheme")
         scheme = scheme.as_affine or Affine(granularity=scheme.granularity, group_size=scheme.group_size)
     affine = scheme.as_affine

@@ -37,6 +37,7 @@ STORAGES = ("region_bit", "shared")
 INITS: tuple[InitName, ...] = ("linear", "optimal", "density", "forgy")
 INTEGER_BITS = range(1, 9)
 FLOAT_BITS = (16, 32)  # a layer left in floating point
+LAYER_SCALE_BITS = 32
 SYMMETRIES: dict[Symmetry, str] = {False: "asymmetric", True: "symmetric", "full": "full-range symmetric"}
 SCALE_BITS: dict[ScaleDtype, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -216,6 +217,7 @@ class Granular:
         group_size: Inputs of a group under `per_group`, else None.
         sorts: Whether all weights of a group must be in memory at once.
         scales_per_group: How many numbers a group has beside its codebook.
+        scales_per_layer: How many float32 numbers all groups of a layer have together.
 
     Examples:
         >>> import mpq_plugins as mpq
@@ -230,6 +232,7 @@ class Granular:
     group_size: int | None
     sorts: ClassVar[bool] = False
     scales_per_group: ClassVar[int] = 1
+    scales_per_layer: ClassVar[int] = 0
 
     @property
     def searches(self) -> bool:
@@ -743,6 +746,16 @@ def group_bits(scheme: Scheme, bits: int) -> int:
     """Bits of a group beside what the contract asks for: `Granular.group_bits`, 0 for a scheme that lacks it."""
     own = getattr(scheme, "group_bits", None)
     return 0 if own is None else int(own(bits))
+
+
+def scales_per_layer(scheme: Scheme) -> int:
+    """Scales of a layer beside those of its groups: `Granular.scales_per_layer`, 0 for a scheme that lacks it."""
+    return int(getattr(scheme, "scales_per_layer", 0))
+
+
+def needs_whole_layer(scheme: Scheme) -> bool:
+    """Whether all of a layer must be seen before any of it is quantized, for all of it has one scale."""
+    return scheme.granularity == "per_tensor" or scales_per_layer(scheme) > 0
 
 
 def has_width(scheme: Scheme, bits: int) -> bool:

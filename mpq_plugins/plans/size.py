@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..common.public import public
 from ..errors import SettingError
 from .layers import LayerChoice
-from .scheme import FLOAT_BITS, group_bits, scale_bits_of
+from .scheme import FLOAT_BITS, LAYER_SCALE_BITS, group_bits, scale_bits_of, scales_per_layer
 
 
 @public
@@ -128,13 +128,14 @@ def layer_size(layer: LayerChoice, scale_bits: int | None = None) -> LayerSize:
     """Size of one layer; see plan_size."""
     intervals = scales = zero_points = codebooks = 0
     scheme, per_channel = layer.scheme, layer.numel // max(1, layer.channels)
+    of_layer = scales_per_layer(scheme) * (LAYER_SCALE_BITS if scale_bits is None else scale_bits)
     scale_bits = scale_bits_of(scheme) if scale_bits is None else scale_bits
     for bits, channels in layer.widths:
         if bits in FLOAT_BITS:
             continue
         count = scheme.group_count(layer.shape, layer.channel_axis, channels, layer.name)
         intervals += channels * per_channel * scheme.interval_bits(bits)
-        scales += count * (scheme.scales_per_group * scale_bits + group_bits(scheme, bits))
+        scales += count * (scheme.scales_per_group * scale_bits + group_bits(scheme, bits)) + (of_layer if count else 0)
         zero_points += count * scheme.zero_point_bits(bits)
         codebooks += count * scheme.codebook_entries(bits) * scale_bits
     part_map = map_bits(layer.channels, len(layer.widths))

@@ -106,9 +106,9 @@ _FAMILIES: dict[str, tuple[NamedType, ...]] = {
     "gguf": tuple(_ggml(name) for name in GGUF),
     "int": tuple(_integer(bits, 32) for bits in INTEGER_WIDTHS),
     "mx": tuple(_minifloat(name) for name in MINIFLOATS if name.startswith("mx")),
-    "fp8": tuple(_minifloat(name) for name in MINIFLOATS if not name.startswith("mx")),
+    "fp8": tuple(_minifloat(name) for name in MINIFLOATS if name.startswith("fp8")),
 }
-_OTHERS = tuple(_ggml(name) for name in GGML_TYPES if name not in GGUF)
+_OTHERS = (_minifloat("nvfp4"), *(_ggml(name) for name in GGML_TYPES if name not in GGUF))
 _TYPES = {kind.name: kind for kinds in (_INTEGERS, *_FAMILIES.values(), _OTHERS) for kind in kinds}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..common.public import public
-from ..plans.scheme import Scheme
+from ..plans.scheme import Scheme, scales_per_layer
 from .grid import AnyGrids, Floats, GroupStats
 
 Each = Callable[[Callable[[Tensor], Floats]], Floats]
@@ -34,7 +34,7 @@ class PartCodes:
     Attributes:
         symbols: The codes, (weights,), output channel first.
         tables: What groups have, float32, one after the other: scales; units of dense intervals and then of tails; or
-            centroids.
+            centroids. Scales of the layer come last.
         zero_points: (groups,) of asymmetric codes, else (0,).
     """
 
@@ -99,7 +99,8 @@ class PartShape:
     @property
     def table_entries(self) -> int:
         """The number of values that `tables` has."""
-        return self.groups * (self.scheme.scales_per_group + self.scheme.codebook_entries(self.bits))
+        of_groups = self.groups * (self.scheme.scales_per_group + self.scheme.codebook_entries(self.bits))
+        return of_groups + (scales_per_layer(self.scheme) if self.groups else 0)
 
     @property
     def zero_points(self) -> int:

@@ -125,13 +125,24 @@ SquaredErrors = Callable[[AnyGrids], Floats]
 
 @dataclass(frozen=True)
 class GroupStats:
-    """What a range is chosen from, per group, float64 (groups,): extremes, sums of |w| and w^2; count of weights."""
+    """What a range is chosen from, per group, float64 (groups,): extremes, sums of |w| and w^2; count of weights.
+
+    layer_largest: the greatest magnitude of the layer, of which these may be some groups; None where they are all.
+    """
 
     low: Floats
     high: Floats
     absolute: Floats
     squared: Floats
     count: int
+    layer_largest: float | None = None
+
+    @property
+    def largest(self) -> float:
+        """The greatest magnitude of the layer."""
+        if self.layer_largest is not None:
+            return self.layer_largest
+        return float(max(-self.low.min(initial=0.0), self.high.max(initial=0.0)))
 
     @property
     def mean_abs(self) -> Floats:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..common.public import public
 from ..errors import PluginError, SettingError
+from ..plans.scheme import scales_per_layer
 from ..weights.dtypes import check_weight
 from .calibrate import whole_rows
 from .contract import Each, PartCodes, PartShape
@@ -25,7 +26,8 @@ class RowQuantizer:
     """All that `Quantizer` asks, made of `fit`, `encode_rows` and `decode_rows`, which a subclass gives.
 
     Rows are the groups of a weight, float32 (groups, n) on the weight's device, finite and with weights in them. Tables
-    are what a group keeps, float32 (groups, scales_per_group + codebook_entries(bits)).
+    are what a group keeps, float32 (groups, scales_per_group + codebook_entries(bits)). A scheme's scales of the layer
+    are further columns, the same in every row; a container has them once.
 
     Args:
         scheme: The scheme whose quantizer it is.
@@ -42,7 +44,7 @@ class RowQuantizer:
             bits: The width.
 
         Returns:
-            The tables, (groups, scales_per_group + codebook_entries(bits)).
+            The tables, (groups, scales_per_group + codebook_entries(bits)), and columns for scales of the layer.
         """
         raise NotImplementedError
 
@@ -132,8 +134,9 @@ class RowQuantizer:
             PluginError: As `fake_quantize`.
         """
         _, tables, codes = self._quantized(weight, part.bits, part.channel_axis, part.layer)
-        symbols = part.symbols(codes.cpu().numpy())
-        return PartCodes(symbols, tables.cpu().numpy().reshape(-1), np.zeros(0, np.uint8))
+        symbols, own = part.symbols(codes.cpu().numpy()), self._own(part.bits)
+        stored = torch.cat([tables[:, :own].reshape(-1), tables[0, own:]])
+        return PartCodes(symbols, stored.cpu().numpy(), np.zeros(0, np.uint8))
 
     def decode(self, codes: PartCodes, part: PartShape, dtype: torch.dtype) -> Tensor:
         """Make the weight again.
@@ -147,7 +150,9 @@ class RowQuantizer:
             The weight, of the part's shape.
         """
         rows = torch.from_numpy(codes.symbols.reshape(part.groups, -1).astype(np.int16))
-        tables = torch.from_numpy(codes.tables.reshape(part.groups, -1))
+        groups, own = part.groups, self._own(part.bits)
+        of_groups, of_layer = torch.from_numpy(codes.tables).tensor_split([groups * own])
+        tables = torch.cat([of_groups.reshape(groups, own), of_layer.expand(groups, -1)], dim=1)
         return _as_weight(self.decode_rows(rows, tables, part.bits), part.shape, part.channel_axis, dtype)
 
     def zeros(self, codes: PartCodes, part: PartShape) -> NDArray[np.bool_]:
@@ -180,7 +185,7 @@ class RowQuantizer:
 
     def _fitted(self, rows: Tensor, bits: int) -> Tensor:
         """Tables as they are stored. Raises PluginError where `fit` gives others than the scheme counts."""
-        entries = self.scheme.scales_per_group + self.scheme.codebook_entries(bits)
+        entries = self._own(bits) + scales_per_layer(self.scheme)
         if not rows.numel():
             return torch.zeros(len(rows), entries)
         tables = self.fit(rows, bits)
@@ -190,6 +195,10 @@ class RowQuantizer:
                 f"bits; ({len(rows)}, {entries}) is what its scheme counts, groups times numbers of each"
             )
         return tables.float()
+
+    def _own(self, bits: int) -> int:
+        """How many numbers each group has."""
+        return int(self.scheme.scales_per_group + self.scheme.codebook_entries(bits))
 
 
 @dataclass(frozen=True)

@@ -132,3 +132,12 @@ def test_the_first_of_two_sensitivities_gives_each_layer_its_scale() -> None:
     mse = np.array([0.4, 0.1, 0.03, 0.02]) * 128
     scale = np.exp(np.mean(np.log(np.array([2.0, 4.0, 6.0, 8.0]) / mse)))
     assert np.allclose(layer_costs(made, "q", "kl*mse"), mse * scale)
+
+
+def test_a_scale_of_the_layer_counts_in_a_budget() -> None:
+    made = table([("fc", (32, 64), (2.0, 1.0))], [named_type("mxfp4"), named_type("nvfp4")])
+    exact = 4 + 8 / 16 + 32 / (64 * 32)
+    for bits, kind in ((exact, "nvfp4"), (exact - 1e-4, "mxfp4")):
+        plan = Budget(total_average_bits=bits)(made)
+        assert [layer.type for layer in plan.layers] == [kind]
+        assert plan.size().total_average_bits <= bits

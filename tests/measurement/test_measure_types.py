@@ -12,7 +12,7 @@ from mpq_plugins import MeasureWarning, SettingError, TypeTable, measure, measur
 from mpq_plugins.common.store import Store
 from tests.helpers.tables import contents
 
-TYPES = ("mxfp4", "mxfp8_e4m3", "fp8_e5m2")
+TYPES = ("mxfp4", "mxfp8_e4m3", "nvfp4", "fp8_e5m2")
 
 
 def net() -> nn.Module:
@@ -30,7 +30,7 @@ def test_a_column_is_what_measuring_its_scheme_gives() -> None:
 
 
 def test_a_type_that_no_layer_can_have_is_no_column() -> None:
-    with pytest.warns(MeasureWarning, match="no layer's inputs divide into the groups of mxfp4, mxfp8_e4m3, so"):
+    with pytest.warns(MeasureWarning, match="no layer's inputs divide into the groups of mxfp4, mxfp8_e4m3, nvfp4, so"):
         table = measure_types(nn.Linear(8, 8), TYPES)
     assert [kind.name for kind in table.types] == ["fp8_e5m2"]
 

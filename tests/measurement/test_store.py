@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq_plugins import Affine, LayerTable, Piecewise, Store, measure
+from mpq_plugins import Affine, LayerTable, Minifloat, Piecewise, Store, measure
 from mpq_plugins.common import store_file
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError
 from mpq_plugins.measurement import measure as run
@@ -25,7 +25,7 @@ from tests.helpers.tables import contents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCHEMES: list[Scheme] = [Affine(range="mse"), Affine(granularity="per_channel"), Piecewise()]
+SCHEMES: list[Scheme] = [Affine(range="mse"), Affine(granularity="per_channel"), Piecewise(), Minifloat(format="nvfp4")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +42,7 @@ def small_units() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    state = {f"{n}.weight": draw(6, 8) for n in range(4)} | {"large.weight": draw(48, 16).bfloat16()}
+    state = {f"{n}.weight": draw(3, 16) for n in range(4)} | {"large.weight": draw(48, 16).bfloat16()}
     return sharded(tmp_path_factory.mktemp("record") / "model", state)
 
 
@@ -51,7 +51,8 @@ class StopError(Exception):
 
 
 def table_of(source: Path, scheme: Scheme, store: "Path | Store | None", **options: Any) -> LayerTable:
-    return measure(source, scheme, (2, 4), per_channel=True, store=store, **options)
+    bits = (4,) if isinstance(scheme, Minifloat) else (2, 4)
+    return measure(source, scheme, bits, per_channel=True, store=store, **options)
 
 
 def left_by(place: Path, measured: Callable[[Store], object]) -> Path:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpq_plugins import Affine, LayerTable, Piecewise, measure
+from mpq_plugins import Affine, LayerTable, Minifloat, Piecewise, measure
 from mpq_plugins.common import workers as workers_module
 from mpq_plugins.common.workers import Call, Workers
 from mpq_plugins.errors import MeasureWarning, SettingError, SourceError, WeightError, WorkerError
@@ -46,6 +46,7 @@ SCHEMES: list[Scheme] = [
     Affine(range="percentile", share=0.99),
     Piecewise(),
     Piecewise(granularity="per_channel"),
+    Minifloat(format="nvfp4"),
 ]
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("processes", "dask")]  # to start
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
@@ -58,9 +59,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {
         "big.weight": draw(1100, 2048).bfloat16(),
         "middle.weight": draw(301, 512),
-        "moe.experts.up_proj": draw(2, 300, 512).half(),  # as wide as the hidden state on the side of the inputs
-        "moe.experts.down_proj": draw(2, 300, 512).half(),  # read by columns
-        "small.weight": draw(7, 12),
+        "moe.experts.up_proj": draw(2, 304, 512).half(),  # as wide as the hidden state on the side of the inputs
+        "moe.experts.down_proj": draw(2, 304, 512).half(),  # read by columns
+        "small.weight": draw(7, 16),
         "embed_tokens.weight": draw(64, 512).bfloat16(),
     }
     return sharded(tmp_path_factory.mktemp("workers") / "model", state)
@@ -85,7 +86,7 @@ def dask(cluster: Any) -> Iterator[Executor]:
 
 
 def table_of(source: Path | nn.Module, scheme: Scheme, executor: Executor | None, **options: Any) -> LayerTable:
-    bits = BITS[1:] if isinstance(scheme, Piecewise) else BITS
+    bits = (scheme.bits,) if isinstance(scheme, Minifloat) else BITS[1:] if isinstance(scheme, Piecewise) else BITS
     return measure(source, scheme, bits, METRICS, per_channel=True, executor=executor, **options)
 
 
@@ -99,6 +100,7 @@ def test_the_checkpoint_is_many_units_and_chunks(checkpoint: Path) -> None:
     weights = tuple(find_weights(checkpoint))
     whole, by_channel = cut(weights, SCHEMES[0]), cut(weights, SCHEMES[1])
     assert [weights[position].name for position in whole.shared] == ["big"]
+    assert cut(weights, SCHEMES[-1]) == whole  # which has a scale for the layer too
     assert len(chunks.chunks(weights[0])) > 1
     assert len(whole.units) > 3
     assert len(by_channel.units) > len(whole.units)
@@ -138,7 +140,7 @@ def test_small_units_and_chunks_give_nearly_the_same_table(
     Fitted ranges may tip to a neighbouring candidate, so only the error they keep low is compared.
     """
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(24, 40), nn.ConvTranspose1d(8, 12, 3), nn.Embedding(30, 8))
+    net = nn.Sequential(nn.Linear(32, 40), nn.ConvTranspose1d(16, 12, 3), nn.Embedding(30, 16))
     whole = table_of(net, scheme, None)
     monkeypatch.setattr(chunks, "CHUNK", 96)
     monkeypatch.setattr(units, "SMALLEST", 1 << 20)

@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 
-from mpq_plugins import Affine, Codebook, Piecewise, Plan
+from mpq_plugins import Affine, Codebook, Minifloat, Piecewise, Plan
 from mpq_plugins.errors import SettingError
 from tests.helpers.plans import SCHEMES, linear, plan_of, plans
 
@@ -66,6 +66,13 @@ def test_centroids_are_as_wide_as_scales(scale_bits: int) -> None:
     plan = plan_of(linear("a", 4, 8, Codebook(granularity="per_channel"), 3))
     size = plan.size(scale_bits=scale_bits)
     assert size.total_bits == 4 * 8 * 3 + 4 * 2**3 * scale_bits
+
+
+def test_a_scale_of_the_layer_counts_once() -> None:
+    nvfp4 = Minifloat(format="nvfp4")
+    plan = plan_of(linear("a", 100, 48, nvfp4, 4), linear("b", 100, 0, nvfp4, 4), linear("c", 100, 48, nvfp4, 16))
+    assert [layer.total for layer in plan.size().layers.values()] == [100 * 48 * 4 + 100 * 3 * 8 + 32, 0, 100 * 48 * 16]
+    assert plan.size(scale_bits=16).layers["a"].scales == 100 * 3 * 16 + 16
 
 
 def test_other_scales_are_refused() -> None:

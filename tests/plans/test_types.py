@@ -11,6 +11,7 @@ from tests.helpers.plans import linear
     ("name", "expected"),
     [
         ("mxfp4", 4.25), ("mxfp6_e2m3", 6.25), ("mxfp8_e5m2", 8.25),  # OCP MX 1.0: 8 bits for every 32 weights
+        ("nvfp4", 4 + 8 / 16 + 32 / (64 * 256)),  # 32 bits for the layer
         ("fp8_e4m3", 8 + 32 / 256), ("int4_g32", 4.5), ("int4_g64", 4.25), ("int4_g128", 4.125),
         ("int3", 3 + 16 / 256), ("q4_k", 4.5), ("q2_k", 2.625), ("q6_k", 6.5625), ("q8_0", 8.5), ("iq4_xs", 4.25),
     ],
@@ -26,6 +27,8 @@ def test_inputs_must_divide_into_groups() -> None:
     assert not named_type("mxfp4").fits((128, 8), channel_axis=0)
     assert named_type("mxfp4").fits((128, 8), channel_axis=1)
     assert named_type("fp8_e4m3").fits((3, 7))
+    assert named_type("nvfp4").fits((3, 48))
+    assert not named_type("nvfp4").fits((16, 40))
 
 
 def test_words_mean_types_and_families() -> None:

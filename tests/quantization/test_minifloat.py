@@ -13,10 +13,11 @@ from mpq_plugins import Minifloat, SettingError, measure
 from mpq_plugins.plans.minifloat import MINIFLOATS, MinifloatName
 from mpq_plugins.quantization.contract import PartShape
 from mpq_plugins.quantization.quantize import fake_quantize, quantizer
+from tests.helpers.plans import linear
 
 FORMATS = {  # exponent bits, mantissa bits, greatest value; OCP MX 1.0, section 5.3
     "mxfp4": (2, 1, 6.0), "mxfp6_e2m3": (2, 3, 7.5), "mxfp6_e3m2": (3, 2, 28.0), "mxfp8_e4m3": (4, 3, 448.0),
-    "mxfp8_e5m2": (5, 2, 57344.0), "fp8_e4m3": (4, 3, 448.0), "fp8_e5m2": (5, 2, 57344.0),
+    "mxfp8_e5m2": (5, 2, 57344.0), "nvfp4": (2, 1, 6.0), "fp8_e4m3": (4, 3, 448.0), "fp8_e5m2": (5, 2, 57344.0),
 }  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def values(kind: str) -> list[float]:
 
 def slowly(rows: np.ndarray, kind: str) -> np.ndarray:
     """One weight at a time, in Python's floats."""
-    levels, (_, _, largest) = values(kind), FORMATS[kind]
+    (_, _, largest), layer = FORMATS[kind], np.float32(np.abs(rows).max()) / np.float32(448 * 6)
     made = np.zeros_like(rows)
     for i, row in enumerate(rows.tolist()):
         most = max(map(abs, row))
@@ -40,16 +41,27 @@ def slowly(rows: np.ndarray, kind: str) -> np.ndarray:
             continue
         if kind.startswith("mx"):
             exponent = math.frexp(most)[1] - 1 - (math.frexp(largest)[1] - 1)
-            scale = 2.0 ** min(max(exponent, -127), 127)
+            scale = np.float32(2.0 ** min(max(exponent, -127), 127))
+        elif kind == "nvfp4":
+            block = max(float(np.float32(most) / np.float32(6) / layer), 2.0**-6)
+            block_scale = np.float32(nearest(min(block, 448.0), "fp8_e4m3"))
+            scale, factor = layer * block_scale, np.float32(1) / layer / block_scale
         else:
-            scale = float(np.float32(most) / np.float32(largest))
+            scale = np.float32(most) / np.float32(largest)
         for j, weight in enumerate(row):
-            scaled = min(float(np.float32(abs(weight)) / np.float32(scale)), largest)
-            distances = [abs(level - scaled) for level in levels]
-            nearest = [k for k, distance in enumerate(distances) if distance == min(distances)]
-            level = levels[min(nearest, key=lambda k: k % 2)]  # ties to the even mantissa
-            made[i, j] = np.float32(math.copysign(float(np.float32(level) * np.float32(scale)), weight))
+            magnitude = np.float32(abs(weight))
+            scaled = float(magnitude * factor if kind == "nvfp4" else magnitude / scale)
+            level = np.float32(nearest(min(scaled, largest), kind))
+            made[i, j] = np.float32(math.copysign(float(level * scale), weight))
     return made
+
+
+def nearest(scaled: float, kind: str) -> float:
+    """Of two values that are as near that with the even mantissa."""
+    levels = values(kind)
+    distances = [abs(level - scaled) for level in levels]
+    found = [k for k, distance in enumerate(distances) if distance == min(distances)]
+    return levels[min(found, key=lambda k: k % 2)]
 
 
 @st.composite
@@ -65,10 +77,21 @@ def weights(draw: st.DrawFn) -> np.ndarray:
 @given(weight=weights())
 def test_weights_are_at_the_nearest_value_of_their_format(kind: MinifloatName, weight: np.ndarray) -> None:
     scheme = Minifloat(format=kind)
-    groups = weight.reshape(-1, 32) if scheme.microscaled else weight
+    groups = weight if scheme.group_size is None else weight.reshape(-1, scheme.group_size)
     expected = slowly(groups, kind).reshape(weight.shape)
     found = fake_quantize(torch.from_numpy(weight), scheme.bits, scheme, channel_axis=0, layer="fc")
     assert np.array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_a_group_of_a_convolution_has_all_positions_of_its_inputs(kind: MinifloatName) -> None:
+    scheme, weight = Minifloat(format=kind), torch.randn(3, 64, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert scheme.group_size is not None
+    expected = slowly(weight.reshape(-1, scheme.group_size * 4).numpy(), kind).reshape(weight.shape)
+    for axis in (0, 1):  # of output channels; of a transposed convolution the second
+        given = weight.movedim(0, axis).contiguous()
+        found = fake_quantize(given, scheme.bits, scheme, channel_axis=axis, layer="conv")
+        assert np.array_equal(found.movedim(axis, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("kind", MINIFLOATS)
@@ -99,6 +122,14 @@ def test_measured_errors_are_those_of_the_weights(kind: MinifloatName) -> None:
     table = measure(torch.nn.Sequential(linear), scheme, (scheme.bits,))
     error = (fake_quantize(weight, scheme.bits, scheme, channel_axis=0, layer="0") - weight).double().square().mean()
     assert table.layers[0].errors["mse"][0] == pytest.approx(float(error), rel=1e-12)
+
+
+def test_channels_of_a_layer_with_one_scale_have_one_width() -> None:
+    some, others = tuple(range(3)), tuple(range(3, 8))
+    with pytest.raises(ValueError, match=r"layer 'fc': 5 of 8 channels are nvfp4, .* Give all channels .* one width"):
+        linear("fc", 8, 32, Minifloat(format="nvfp4"), {4: others, 16: some})
+    assert linear("fc", 8, 32, Minifloat(format="mxfp4"), {4: others, 16: some}).widths == ((4, 5), (16, 3))
+    assert linear("fc", 8, 32, Minifloat(format="nvfp4"), 4).widths == ((4, 8),)
 
 
 def test_a_type_has_one_width_and_its_own_name() -> None:

@@ -18,6 +18,8 @@ from mpq_plugins import Affine, Codebook, LayerReport, MismatchError, Piecewise,
 from mpq_plugins.cli.demo.net import calibration_digits, digit_net, unseen_digits
 from mpq_plugins.models.folding import fold_batch_norm
 from mpq_plugins.plans.scheme import Scheme
+from mpq_plugins.quantization.contract import PartShape
+from mpq_plugins.quantization.quantize import quantizer
 from mpq_plugins.reconstruction.round_layer import LayerRounding
 from mpq_plugins.simulation.integers import integer_weight
 from tests.helpers.nets import conv_net, tied_net
@@ -157,6 +159,29 @@ def test_the_plan_finds_the_rounded_weights_in_the_result(scheme: Scheme, bits: 
         assert stored[f"{name}.weight"].equal(weight)
         if scheme.as_affine is not None:
             assert integer_weight(weight, plan.by_name[name]).dequantized().equal(weight)
+    mpq.verify(quantized, plan, made)
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_blocks_keep_their_scales_and_the_layer_its_own(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, scheme = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), mpq.Minifloat(format=kind)
+    with torch.no_grad():
+        weight_of(net, "0")[3, 29] = 3  # the greatest, in a block of columns that is rounded late
+    plan = mpq.Uniform(bits=4)(mpq.measure(net, scheme, (4,)))
+    reports: list[LayerReport] = []
+    made = mpq.compensate(net, plan, [torch.randn(400, 32) @ torch.randn(32, 32)], finished=reports.append)
+    assert [report.rounding for report in reports] == ["compensated"] * 2
+    assert all(report.compensated < report.nearest and report.changed for report in reports)
+    quantized = mpq.apply(made, plan)
+    mpq.compress(made, plan, tmp_path / "net.mpqz")
+    stored = mpq.decompress(tmp_path / "net.mpqz")
+    for name in ("0", "2"):
+        weight, part = weight_of(made, name), PartShape(tuple(weight_of(net, name).shape), 0, 4, scheme, name)
+        assert weight_of(quantized, name).equal(weight)
+        assert stored[f"{name}.weight"].equal(weight)
+        tables = [quantizer(scheme).encode(values, part).tables for values in (weight, weight_of(net, name).detach())]
+        assert tables[0] == pytest.approx(tables[1], rel=3e-7)  # the scales of the float weights, but for float32
     mpq.verify(quantized, plan, made)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from examples.plugins.scheme.mpq_powers import Powers
-from mpq_plugins import Affine, Codebook, LayerChoice, Piecewise, WeightError
+from mpq_plugins import Affine, Codebook, LayerChoice, Minifloat, Piecewise, WeightError
 from mpq_plugins.plans.scheme import Scheme, scale_bits_of
 from mpq_plugins.reconstruction.levels import Levels
 from mpq_plugins.simulation.layer import simulate_layer
@@ -154,6 +154,18 @@ def test_weights_anywhere_among_their_levels_are_found_again(scheme: Scheme) -> 
         torch.testing.assert_close(simulate_layer(moved, choice), moved, rtol=0, atol=limit)
 
     check()
+
+
+@FEW
+@given(weights(), st.integers(0, 2**16))
+def test_weights_among_their_levels_are_found_again_under_a_scale_of_the_layer(weight: Tensor, seed: int) -> None:
+    """Among them blocks that have the least scale there is, and blocks of zeros."""
+    whole = torch.cat([weight.reshape(1, 32), 1e-4 * weight.reshape(1, 32), torch.zeros(1, 32)])
+    choice = linear("fc", 3, 32, Minifloat(format="nvfp4"), 4)
+    moved = at_random(check_members(whole, choice), seed)
+    limit = 1e-6 * float(whole.abs().max())
+    torch.testing.assert_close(simulate_layer(moved, choice), moved, rtol=0, atol=limit)
+    assert (moved[whole == 0] == 0).all()
 
 
 @pytest.mark.parametrize("scheme", AFFINE, ids=str)

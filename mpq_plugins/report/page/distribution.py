@@ -8,7 +8,7 @@ import numpy as np
 
 from ...common.deferred import Deferred
 from ...errors import MPQError, SettingError
-from ...plans.scheme import Scheme
+from ...plans.scheme import Scheme, needs_whole_layer
 from ...plans.table import LayerTable
 from .measured import widths_of
 
@@ -115,18 +115,22 @@ def _distribution(rows: "Tensor", norms: Any, scheme: Scheme, bits: Sequence[int
     # In doubles, as between the ends of a float32 layer there may be fewer numbers than bins, or more than a float32.
     counts, edges = np.histogram(values, BINS, (np.float64(values.min()), np.float64(values.max())))
     channel = None if scheme.granularity == "per_tensor" else int(np.argsort(norms, kind="stable")[len(norms) // 2])
-    shown = rows if channel is None else rows[channel : channel + 1]
-    levels = dict(_levels(shown, scheme, [b for b in bits if b <= MOST_BITS]))
+    levels = dict(_levels(rows, channel, scheme, [b for b in bits if b <= MOST_BITS]))
     return Distribution(float(edges[0]), float(edges[-1]), tuple(counts.tolist()), channel, levels)
 
 
-def _levels(rows: "Tensor", scheme: Scheme, bits: Sequence[int]) -> Iterator[tuple[int, tuple[float, ...]]]:
-    """The distinct values at each width; none at a width that the layer cannot have."""
+def _levels(
+    rows: "Tensor", channel: int | None, scheme: Scheme, bits: Sequence[int]
+) -> Iterator[tuple[int, tuple[float, ...]]]:
+    """The distinct values of a channel, or of all, at each width; none at a width that the layer cannot have."""
     from ...quantization.quantize import fake_quantize
 
+    shown = slice(None) if channel is None else slice(channel, channel + 1)
+    if not needs_whole_layer(scheme):
+        rows, shown = rows[shown], slice(None)
     for b in bits:
         try:
             quantized = fake_quantize(rows.detach().clone(), b, scheme)
         except MPQError:
             continue
-        yield b, tuple(torch.unique(quantized).tolist())
+        yield b, tuple(torch.unique(quantized[shown]).tolist())

@@ -17,7 +17,7 @@ from ...allocation.objective import channel_curves, combined_curve
 from ...allocation.uniform import Uniform
 from ...errors import SettingError
 from ...plans.layers import LayerChoice
-from ...plans.scheme import group_bits, has_width, scale_bits_of
+from ...plans.scheme import LAYER_SCALE_BITS, group_bits, has_width, scale_bits_of, scales_per_layer
 from ...plans.size import LayerSize, layer_size
 from ...plans.stats import LayerStats
 from ...plans.table import LayerTable
@@ -140,11 +140,15 @@ def channel_order(layer: LayerStats) -> np.ndarray[Any, np.dtype[np.intp]]:
 
 
 def _width(table: LayerTable, bits: int) -> dict[str, int]:
-    """What a width costs beyond its codes: of each weight, and of each group."""
+    """What a width costs beyond its codes: of each weight, of each group, and of the layer."""
     scheme = table.scheme
     scale = scale_bits_of(scheme)
     group = scheme.scales_per_group * scale + group_bits(scheme, bits) + scheme.zero_point_bits(bits)
-    return {"interval": scheme.interval_bits(bits), "group": group + scheme.codebook_entries(bits) * scale}
+    return {
+        "interval": scheme.interval_bits(bits),
+        "group": group + scheme.codebook_entries(bits) * scale,
+        "layer": scales_per_layer(scheme) * LAYER_SCALE_BITS,
+    }
 
 
 def _impossible(table: LayerTable, bits: Sequence[int]) -> list[list[int]]:
@@ -175,7 +179,8 @@ def _check_counted(size: LayerSize, choice: LayerChoice, width: dict[str, int]) 
     """Raise SettingError where the scheme counts groups otherwise than schemes of this package do."""
     each = choice.scheme.groups_per_channel(choice.shape, choice.channel_axis, choice.name)
     groups = max(1, choice.channels * each) if choice.numel else 0
-    if size.total != choice.code_bits + choice.numel * width["interval"] + groups * width["group"]:
+    of_layer = width["layer"] if groups else 0
+    if size.total != choice.code_bits + choice.numel * width["interval"] + groups * width["group"] + of_layer:
         raise SettingError(
             f"layer {choice.name!r}: the scheme {choice.scheme.name} counts its groups in a way that the page does "
             "not know; mpq plan and mpq show do"

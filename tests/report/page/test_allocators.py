@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import mpq_plugins as mpq
 from mpq_plugins import LayerTable
@@ -101,6 +102,14 @@ def test_plans_under_other_schemes_are_the_librarys_too(opened: Open, scheme: An
         compared(page, [{"allocator": "mixquant", "qem": qem}], [mpq.MixQuant(qem=qem)(table)])
     setting = {"allocator": "ptilmpq", "alpha": 0.6, "betaImportant": 0.3, "betaOther": 0.1, "middle": 4}
     compared(page, [setting], [mpq.PTILMPQ(alpha=0.6, beta_important=0.3, beta_other=0.1)(table)])
+
+
+def test_a_scale_of_the_layer_counts_as_the_library_counts_it(opened: Open) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.Linear(64, 32))
+    table = mpq.measure(net, mpq.Minifloat(format="nvfp4"), (4,))
+    setting = {"allocator": "budget", "budget": 20, "counted": "total", "sensitivity": "mse"}
+    total = opened(bare_html(table)).js("return mpq.decide(arguments[0]).bits.total", setting)
+    assert total == mpq.Uniform(bits=4)(table).size().total_bits
 
 
 def test_a_width_that_a_layer_cannot_have_is_refused_as_the_library_refuses_it(opened: Open) -> None:

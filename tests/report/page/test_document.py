@@ -20,6 +20,7 @@ import mpq_plugins as mpq
 from mpq_plugins.allocation.make import plan_of
 from mpq_plugins.common.files import write_text
 from mpq_plugins.errors import SettingError
+from mpq_plugins.quantization.quantize import fake_quantize
 from mpq_plugins.report.page import frontier as frontier_module
 from mpq_plugins.report.page.commands import plan_command
 from mpq_plugins.report.page.distribution import distributions
@@ -131,19 +132,20 @@ def test_the_same_table_makes_the_same_page() -> None:
 
 @pytest.mark.filterwarnings("ignore:group_size")  # that do not divide a layer's inputs are what this is about
 def test_what_the_page_counts_is_what_the_library_counts() -> None:
-    for scheme in (
-        mpq.Affine(),
-        mpq.Affine(granularity="per_group", group_size=16),
-        mpq.Piecewise(breakpoint="gaussian"),
+    for scheme, measured in (
+        (mpq.Affine(), (2, 3, 8)),
+        (mpq.Affine(granularity="per_group", group_size=16), (2, 3, 8)),
+        (mpq.Piecewise(breakpoint="gaussian"), (2, 3, 8)),
+        (mpq.Minifloat(format="nvfp4"), (4,)),
     ):
-        table = mpq.measure(mpq_net(), scheme, (2, 3, 8))
+        table = mpq.measure(mpq_net(), scheme, measured, skip=["0"] if scheme.name == "minifloat" else [])
         document = Measured(table, "t", "mse").document()
         for bits, width in zip(document["bits"], document["widths"], strict=True):
             for place, layer in enumerate(table.layers):
                 if [place, bits] in document["impossible"]:
                     continue
                 groups = max(1, layer.channels * document["groups"][place])
-                counted = layer.numel * (bits + width["interval"]) + groups * width["group"]
+                counted = layer.numel * (bits + width["interval"]) + groups * width["group"] + width["layer"]
                 assert counted == mpq.Uniform(bits=bits)(table).size().layers[layer.name].total
 
 
@@ -346,3 +348,13 @@ def test_weights_that_are_near_or_far_have_a_distribution(values: tuple[float, f
     (found,) = distributions(net, synthetic_table([("0", (2, 4))], scheme=mpq.Affine())).values()
     assert sum(found.counts) == 8
     assert (found.counts[0], found.counts[-1]) == (4, 4) or values[0] == values[1]
+
+
+def test_levels_of_a_channel_have_the_layers_scale() -> None:
+    torch.manual_seed(0)
+    net, scheme = torch.nn.Linear(32, 5), mpq.Minifloat(format="nvfp4")
+    found = distributions(net, mpq.measure(net, scheme, (4,)))[0]
+    quantized = fake_quantize(net.weight.detach(), 4, scheme)
+    assert found.channel is not None
+    assert list(found.levels[4]) == quantized[found.channel].unique().tolist()
+    assert 2 < len(found.levels[4]) < len(quantized.unique())

@@ -5,17 +5,18 @@ const FLOATS = 16; // bits from which a width is floating point, without scales
 function partBits(table, layer, bits, channels) {
   const weights = channels * layer.perChannel;
   if (bits >= FLOATS) return { codes: weights * bits, beside: 0 };
-  const { interval, group } = table.byWidth.get(bits);
+  const { interval, group, layer: ofLayer } = table.byWidth.get(bits);
   const groups = layer.numel ? Math.max(1, channels * table.groups[layer.place]) : 0;
-  return { codes: weights * (bits + interval), beside: groups * group };
+  return { codes: weights * (bits + interval), beside: groups * group + (groups ? ofLayer : 0) };
 }
 
 /** Bits of a layer of one width: of its codes, or in total. */
 export function widthBits(table, layer, bits, counted) {
   if (bits >= FLOATS) return layer.numel * bits;
-  const { interval, group } = table.byWidth.get(bits);
+  const { interval, group, layer: ofLayer } = table.byWidth.get(bits);
   const codes = layer.numel * (bits + interval);
-  return counted === "codes" || !layer.numel ? codes : codes + Math.max(1, layer.channels * table.groups[layer.place]) * group;
+  if (counted === "codes" || !layer.numel) return codes;
+  return codes + Math.max(1, layer.channels * table.groups[layer.place]) * group + ofLayer;
 }
 
 /** Bits of a layer's codes, and of everything. */
