@@ -27,7 +27,7 @@ from examples.cifar_resnet import checkpoint, evaluate, images, resnet
 from examples.lenet import Digits, LeNet5, LeNet300, digits, digits_file, train
 from mpq_plugins.common.files import atomic_path
 from mpq_plugins.compression.stages import Stages, layer_stages, planned, total
-from mpq_plugins.plans.scheme import INITS, InitName
+from mpq_plugins.plans.codebook import INITS, InitName
 from mpq_plugins.report.grid import Grid
 from mpq_plugins.report.plots import check_plot
 from mpq_plugins.report.tables import bytes_text, grid

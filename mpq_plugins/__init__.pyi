@@ -47,14 +47,18 @@ from .measurement.measure_types import measure_types
 from .measurement.sensitivity import sensitivity
 from .models.input_ranges import InputRange, input_ranges, with_input_ranges, without_input_ranges
 from .plans.activations import Activations
+from .plans.affine import Affine
 from .plans.capabilities import Capabilities, Change
+from .plans.codebook import Codebook
 from .plans.entropy_coded import EntropyCoded
 from .plans.ggml import GGML
+from .plans.granular import Granular
 from .plans.layers import LayerChoice, Part
 from .plans.legalise import legalise
 from .plans.minifloat import Minifloat
+from .plans.piecewise import Piecewise
 from .plans.plan import Difference, Plan
-from .plans.scheme import Affine, Codebook, Granular, Piecewise, Scheme
+from .plans.scheme import Scheme
 from .plans.size import LayerSize, PlanSize
 from .plans.stats import CodedCurve, InputStats, LayerStats
 from .plans.storage import Storage

@@ -10,6 +10,7 @@ from mpq_plugins.checkpoints.gguf_header import GGUFHeader, TensorEntry, is_gguf
 from mpq_plugins.checkpoints.readers import StoredTensor
 from mpq_plugins.common.checks import path_of
 from mpq_plugins.errors import SettingError, SourceError
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.ggml import GGML, TYPES
@@ -17,7 +18,6 @@ from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import layer_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.simulation.match import match
 from mpq_plugins.simulation.planned_tensors import PlannedTensors
 from mpq_plugins.weights.gguf_names import kept_by_llama_cpp

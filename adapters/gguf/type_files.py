@@ -7,12 +7,12 @@ from pathlib import Path
 from mpq_plugins.checkpoints.gguf_header import GGUFHeader, is_gguf, read_gguf
 from mpq_plugins.common.checks import path_of
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.ggml import GGML, NEEDS_IMPORTANCE, TYPES
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.names import layer_name, stacks_of, weight_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.simulation.match import match
 from mpq_plugins.weights.gguf_names import architecture_of, kept_by_llama_cpp
 from mpq_plugins.weights.roles import read_config

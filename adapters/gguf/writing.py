@@ -8,10 +8,10 @@ from mpq_plugins.common.files import atomic_path, unchanged
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.plans.ggml import NEEDS_IMPORTANCE
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 
 from ..contract import Exported
 from .checks import Opened, Target, opened

@@ -13,12 +13,12 @@ from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import why_not_plain
 from mpq_plugins.models.tracing import Traced
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.names import weight_name
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 from mpq_plugins.weights.dtypes import check_weight
 
 from ..shared.compressor_quiet import quiet_import

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.plans.layers import LayerChoice
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine
 
 INT8, FP32 = 8, 32
 

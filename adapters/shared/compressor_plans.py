@@ -18,10 +18,11 @@ from mpq_plugins.errors import SettingError
 from mpq_plugins.measurement.measure import measure
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.kinds import KINDS
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.plans.capabilities import Capabilities
 from mpq_plugins.plans.legalise import require_legal
 from mpq_plugins.plans.plan import Plan
-from mpq_plugins.plans.scheme import Affine, Scheme
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.plans.scheme_names import NamedScheme, scheme_names
 from mpq_plugins.plans.storage import Storage
 

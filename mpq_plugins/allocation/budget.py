@@ -19,10 +19,12 @@ from ..common.progress import Progress
 from ..common.public import public
 from ..common.settings import settings
 from ..errors import SettingError
+from ..plans.affine import Affine
 from ..plans.arguments import check_any_table
 from ..plans.entropy_coded import EntropyCoded
+from ..plans.granular import FLOAT_BITS
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS, Affine, Scheme
+from ..plans.scheme import Scheme
 from ..plans.stats import METRICS
 from ..plans.steps import with_steps
 from ..plans.table import LayerTable

@@ -13,8 +13,8 @@ from ..common.patterns import matches
 from ..common.text import first_few
 from ..errors import SettingError
 from ..plans.activations import INPUT_BITS
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import ALLOWED_BITS
-from ..plans.scheme import FLOAT_BITS
 from ..plans.size import map_bits
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable

@@ -7,9 +7,10 @@ import numpy as np
 
 from ..errors import SettingError
 from ..plans.channels import Channels
+from ..plans.granular import FLOAT_BITS
 from ..plans.group_sizes import fitted_to
 from ..plans.layers import ALLOWED_BITS, LayerChoice, Part
-from ..plans.scheme import FLOAT_BITS, Scheme
+from ..plans.scheme import Scheme
 from ..plans.stats import LayerStats
 from .contract import Widths
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.checks import number
 from ..errors import SettingError
-from ..plans.scheme import check_bits
+from ..plans.granular import check_bits
 
 
 def candidates(value: Any, info: ValidationInfo) -> tuple[int, ...]:

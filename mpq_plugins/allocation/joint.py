@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..common.text import first_few
 from ..errors import SettingError
 from ..plans.activations import Activations
-from ..plans.scheme import FLOAT_BITS
+from ..plans.granular import FLOAT_BITS
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .budget_problem import Rules

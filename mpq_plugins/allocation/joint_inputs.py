@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import SettingError
-from ..plans.scheme import FLOAT_BITS
+from ..plans.granular import FLOAT_BITS
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .budget_problem import Rules, matching_layers, pinned_layers, pinned_widths, tied_families

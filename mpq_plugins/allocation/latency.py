@@ -10,7 +10,7 @@ from ..common.checks import is_number
 from ..common.documents import load_json
 from ..common.public import public
 from ..errors import FormatError, SettingError
-from ..plans.scheme import FLOAT_BITS, INTEGER_BITS
+from ..plans.granular import FLOAT_BITS, INTEGER_BITS
 
 EXAMPLE = '{"conv1": {"4": 0.12, "8": 0.2}, ...}'
 WIDTHS: tuple[int, ...] = (*INTEGER_BITS, *FLOAT_BITS)

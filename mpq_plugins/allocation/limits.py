@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
-from ..plans.scheme import FLOAT_BITS, Scheme
+from ..plans.granular import FLOAT_BITS
+from ..plans.scheme import Scheme
 from ..plans.size import layer_size
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable

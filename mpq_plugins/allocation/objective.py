@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ..common.text import did_you_mean
 from ..errors import SettingError
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 

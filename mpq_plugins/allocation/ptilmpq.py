@@ -14,8 +14,9 @@ from ..common.public import public
 from ..common.settings import said, settings
 from ..errors import SettingError
 from ..plans.arguments import check_table
+from ..plans.granular import check_bits
+from ..plans.piecewise import Piecewise
 from ..plans.plan import Plan
-from ..plans.scheme import Piecewise, check_bits
 from ..plans.size import layer_size
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable

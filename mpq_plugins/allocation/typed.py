@@ -12,8 +12,8 @@ from ..common.checks import as_integer
 from ..common.patterns import matches
 from ..common.text import first_few
 from ..errors import SettingError
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS
 from ..plans.stats import LayerStats
 from ..plans.type_table import TypeColumn, TypeTable
 from ..plans.types import NamedType

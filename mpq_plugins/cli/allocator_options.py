@@ -65,7 +65,8 @@ class AllocatorCommand(SchemeCommand):
 
     def usual_scheme(self, ctx: click.Context) -> "Scheme":
         """The allocator's, if it asks for one, or the plain one."""
-        from ..plans.scheme import Affine, Scheme
+        from ..plans.affine import Affine
+        from ..plans.scheme import Scheme
 
         allocator: Any = ctx.meta.get(ALLOCATOR_KEY)
         scheme = None

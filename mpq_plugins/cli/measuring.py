@@ -11,7 +11,7 @@ from ..allocation.contract import Needs
 from ..common.files import exists
 from ..common.store import Store
 from ..errors import SettingError
-from ..plans.scheme import Affine
+from ..plans.affine import Affine
 from ..plans.table import LayerTable
 from ..report.progress import progress_bar, say
 from .output import check_output

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..allocation.contract import Needs
 from ..common.registry import at_work
 from ..errors import PluginError, SettingError
-from ..plans.scheme import Affine, Piecewise, Scheme
+from ..plans.affine import Affine
+from ..plans.piecewise import Piecewise
+from ..plans.scheme import Scheme
 from ..plans.scheme_names import scheme_class, scheme_names
 from .field_options import spelled
 

@@ -132,7 +132,7 @@ class SchemeCommand(SectionCommand):
 
     def usual_scheme(self, ctx: click.Context) -> "Scheme":
         """The scheme that is measured under where none is named, whose options the help lists."""
-        from ..plans.scheme import Affine
+        from ..plans.affine import Affine
 
         return Affine(granularity="per_channel", range="mse")
 

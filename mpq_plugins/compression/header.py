@@ -17,10 +17,10 @@ from ..common.checksum import checksum
 from ..common.documents import Strict, parse_json
 from ..common.text import first_few
 from ..errors import FormatError
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice, beyond_memory
 from ..plans.names import layer_name
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..weights.dtypes import WEIGHT_DTYPES
 from .streams import Coding, Stream, possible
 

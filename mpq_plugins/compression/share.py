@@ -12,9 +12,9 @@ from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
 from ..models.arguments import check_module
 from ..plans.arguments import check_plan
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.codebook import quantize
 from ..simulation.match import match
 from ..simulation.model import float_copy

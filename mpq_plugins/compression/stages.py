@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from ..checkpoints.readers import DTYPES
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.contract import PartCodes, PartShape
 from .bitpack import Codes, packed_bytes
 from .codes import are_zero

@@ -22,10 +22,10 @@ from ..models.arguments import check_source
 from ..models.fingerprint import tensor_bytes
 from ..models.folding import folded_copy
 from ..plans.arguments import check_plan
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice
 from ..plans.names import weight_name
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..quantization.contract import PartCodes, PartShape
 from ..simulation.checkpoint import require_unscaled
 from ..simulation.floats import HALF, SINGLE, as_float

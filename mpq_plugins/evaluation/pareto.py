@@ -17,8 +17,8 @@ from ..common.checks import is_number, listed
 from ..common.public import public
 from ..errors import PlanWarning, SettingError
 from ..plans.arguments import check_table
+from ..plans.granular import check_bits
 from ..plans.plan import Plan
-from ..plans.scheme import check_bits
 from ..plans.table import LayerTable
 
 PER_CHANNEL, PER_LAYER, CODED = "budget per channel", "budget per layer", "entropy coded"

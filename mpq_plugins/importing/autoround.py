@@ -11,8 +11,9 @@ from ..common.checks import path_of
 from ..common.text import first_few
 from ..errors import FormatError, SettingError
 from ..measurement.contract import Curves
+from ..plans.affine import Affine
 from ..plans.arguments import check_any_table
-from ..plans.scheme import Affine, Scheme
+from ..plans.scheme import Scheme
 from ..plans.table import LayerTable
 from .documents import document_of, finite, mapping_in
 from .filling import AnyTable, filled, layers_of, names_of, without

@@ -13,8 +13,9 @@ from ..common.checks import path_of
 from ..common.text import first_few
 from ..errors import FormatError, SettingError, SourceError
 from ..measurement.contract import Curves
+from ..plans.affine import Affine
 from ..plans.arguments import check_any_table
-from ..plans.scheme import INTEGER_BITS, Affine
+from ..plans.granular import INTEGER_BITS
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from .documents import document_of, finite, mapping_in

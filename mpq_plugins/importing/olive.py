@@ -16,9 +16,9 @@ from ..common.text import first_few
 from ..errors import FormatError, MismatchError, SettingError
 from ..measurement.measure import Means, run
 from ..measurement.request import MeasureRequest
+from ..plans.affine import Affine
 from ..plans.layers import LayerChoice
 from ..plans.plan import Plan
-from ..plans.scheme import Affine
 from ..plans.stats import LayerStats
 from ..weights.find import find_weights
 from ..weights.handles import Weight

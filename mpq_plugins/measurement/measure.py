@@ -28,8 +28,10 @@ from ..models.arguments import check_source
 from ..models.device import checked_device
 from ..models.fingerprint import fingerprint
 from ..models.folding import training_norms
+from ..plans.affine import Affine
+from ..plans.granular import inputs_of
 from ..plans.group_sizes import fitted_to
-from ..plans.scheme import Affine, Scheme, inputs_of
+from ..plans.scheme import Scheme
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable, with_macs
 from ..quantization.kernel import kernel_name

@@ -15,7 +15,7 @@ from ..common.store import Store, opened
 from ..common.text import first_few
 from ..errors import MeasureWarning, SettingError
 from ..models.arguments import check_source
-from ..plans.scheme import Affine
+from ..plans.affine import Affine
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from ..plans.type_table import TypeColumn, TypeTable

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict
 from ..common.documents import STRICT
 from ..common.public import public
 from ..errors import SettingError
-from .scheme import checked_share, share_text
+from .affine import checked_share, share_text
 
 InputRangeName = Literal["minmax", "percentile", "mse", "kl", "moving_average"]
 Dynamic = Literal["per_tensor", "per_token"]

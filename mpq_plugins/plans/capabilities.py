@@ -7,7 +7,8 @@ from typing import Literal, get_args
 from ..common.public import public
 from ..errors import SettingError
 from .activations import Dynamic
-from .scheme import Granularity, Symmetry
+from .affine import Symmetry
+from .granular import Granularity
 from .storage import Storage
 
 Policy = Literal["up", "nearest", "error"]

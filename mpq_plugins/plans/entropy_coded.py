@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from ..common.checks import number
 from ..common.public import public
 from ..errors import SettingError
-from .scheme import Affine, Granular, Granularity, check_bits
+from .affine import Affine
+from .granular import Granular, Granularity, check_bits
 
 LEAST_STEP = 2.0**-126  # below it float32 has fewer digits, and in the end none
 LARGEST_STEP = 1e30  # so that no code times a step leaves float32

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 from ..common.public import public
 from ..errors import SettingError
-from .scheme import Granular, Granularity
+from .granular import Granular, Granularity
 
 TypeName = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq1_s", "iq1_m", "iq2_xxs",

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
-from .scheme import Scheme, inputs_of
+from .granular import inputs_of
+from .scheme import Scheme
 
 LEAST_GROUP = 16  # a 32-bit scale for fewer weights takes more than 2 bits of each
 

@@ -19,7 +19,7 @@ from ..common.documents import Strict
 from ..common.public import public
 from .activations import Activations
 from .channels import MOST_CHANNELS, Channels, cover
-from .scheme import FLOAT_BITS, INTEGER_BITS
+from .granular import FLOAT_BITS, INTEGER_BITS
 from .scheme_names import NamedScheme
 from .type_names import type_name
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from .activations import Activations
 from .capabilities import Capabilities, Change, Policy, listed, nearest
+from .granular import FLOAT_BITS
 from .layers import LayerChoice
-from .scheme import FLOAT_BITS
 
 ACTIVATIONS = "activations"  # what a Change of the inputs of all layers alike names
 

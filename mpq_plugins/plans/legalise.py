@@ -6,13 +6,15 @@ from dataclasses import fields, replace
 
 from ..common.text import first_few
 from ..errors import SettingError
+from .affine import SYMMETRIES, Affine, Symmetry
 from .arguments import check_plan
 from .capabilities import POLICIES, Capabilities, Change, Policy, listed, nearest
 from .channels import joined
+from .granular import FLOAT_BITS, INTEGER_BITS, Granularity, inputs_of
 from .layers import LayerChoice, Part
 from .legal_inputs import legal_input, with_input_changes
 from .plan import Plan
-from .scheme import FLOAT_BITS, INTEGER_BITS, SYMMETRIES, Affine, Granularity, Scheme, Symmetry, inputs_of
+from .scheme import Scheme
 from .size import layer_size
 
 LOG = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from ..common.public import public
 from ..errors import SettingError
-from .scheme import Granular, Granularity
+from .granular import Granular, Granularity
 
 MinifloatName = Literal[
     "mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "fp8_e4m3",

@@ -22,10 +22,10 @@ from ..common.public import public
 from ..common.text import first_few
 from ..errors import FormatError, SettingError
 from .activations import Activations, check_input_bits
+from .granular import FLOAT_BITS
 from .inline import plan_html
 from .layers import LayerChoice, check_once
 from .names import is_weight, layer_name, weight_name
-from .scheme import FLOAT_BITS
 from .size import PlanSize, plan_size
 
 PLAN_FORMAT = "mpq-plan"

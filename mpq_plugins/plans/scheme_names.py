@@ -10,10 +10,13 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from ..common.registry import load, names, owner
 from ..errors import PluginError
+from .affine import Affine
+from .codebook import Codebook
 from .entropy_coded import EntropyCoded
 from .ggml import GGML
 from .minifloat import Minifloat
-from .scheme import Affine, Codebook, Piecewise, Scheme
+from .piecewise import Piecewise
+from .scheme import Scheme
 from .schemes import SCHEMES
 
 GROUP = "schemes"

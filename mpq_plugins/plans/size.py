@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ..common.public import public
 from ..errors import SettingError
+from .granular import FLOAT_BITS, LAYER_SCALE_BITS
 from .layers import LayerChoice
-from .scheme import FLOAT_BITS, LAYER_SCALE_BITS, group_bits, scale_bits_of, scales_per_layer
+from .scheme import group_bits, scale_bits_of, scales_per_layer
 
 
 @public

@@ -18,8 +18,8 @@ from ..common.checksum import checksum_text, is_damaged, sealed, unsealed
 from ..common.documents import LARGEST_DOCUMENT, Strict, parse_json
 from ..common.files import atomic_path, open_regular
 from ..errors import FormatError, MeasureWarning, SettingError
+from .granular import INTEGER_BITS
 from .layers import LayerDocument, check_once
-from .scheme import INTEGER_BITS
 from .scheme_names import NamedScheme
 from .stats import METRICS, Array, CodedCurve, LayerStats, Measured
 from .table_inputs import ERRORS, InputsDocument

@@ -1,6 +1,7 @@
 """What types are called, by scheme and width: the names that `--types` and `--pin` take."""
 
-from .scheme import Affine, Scheme
+from .affine import Affine
+from .scheme import Scheme
 
 GROUP_SIZES = (32, 64, 128)
 TWICE = ("mxfp4", "nvfp4")  # ggml's types that others have too, and round otherwise

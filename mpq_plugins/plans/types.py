@@ -8,11 +8,13 @@ from ..common.checks import listed
 from ..common.public import public
 from ..common.text import did_you_mean
 from ..errors import SettingError
+from .affine import Affine
 from .ggml import GGML
 from .ggml import TYPES as GGML_TYPES
+from .granular import inputs_of
 from .layers import LayerChoice
 from .minifloat import MINIFLOATS, Minifloat
-from .scheme import Affine, Scheme, inputs_of
+from .scheme import Scheme
 from .size import layer_size
 from .type_names import GROUP_SIZES, type_name
 

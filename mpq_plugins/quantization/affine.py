@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
-from ..plans.scheme import Affine, check_bits
+from ..plans.affine import Affine
+from ..plans.granular import check_bits
 from .calibrate import choose_affine_grids, fitted_rows, squared_errors, whole_rows
 from .contract import Each, PartCodes, PartShape
 from .grid import Grids, GroupStats

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from ..plans.scheme import Piecewise
+from ..plans.piecewise import Piecewise
 from .grid import Floats, GroupStats, PiecewiseGrids, SquaredErrors, piecewise_grids
 
 HALVINGS = 60  # of (0, m/2): down to the last bit

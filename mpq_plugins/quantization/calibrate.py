@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows
-from ..plans.scheme import Affine, Scheme
+from ..plans.affine import Affine
+from ..plans.scheme import Scheme
 from ..weights.dtypes import check_weight
 from .contract import Each
 from .grid import AnyGrids, Floats, Grids, GroupStats, SquaredErrors, affine_grids, minmax_grids

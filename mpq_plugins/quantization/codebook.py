@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
-from ..plans.scheme import Codebook
+from ..plans.codebook import Codebook
 from .calibrate import fitted_rows, whole_rows
 from .contract import Each, PartCodes, PartShape
 from .grid import CodebookGrids, Floats, GroupStats

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
+from ..plans.affine import Affine
 from ..plans.entropy_coded import EntropyCoded
-from ..plans.scheme import Affine
 from ..weights.dtypes import check_weight
 from .affine import QuantizedTensor
 from .contract import PartCodes, PartShape

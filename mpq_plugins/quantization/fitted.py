@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
-from ..plans.scheme import Affine, Scheme
+from ..plans.affine import Affine
+from ..plans.scheme import Scheme
 from .grid import affine_grids
 
 COARSE = np.linspace(1.0, 0.1, 46)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plans.scheme import Affine, ScaleDtype, Symmetry
+from ..plans.affine import Affine, ScaleDtype, Symmetry
 from .scales import rounded_scale
 
 Floats = NDArray[np.float64]

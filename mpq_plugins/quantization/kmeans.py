@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..plans.scheme import InitName
+from ..plans.codebook import InitName
 
 Floats = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError
-from ..plans.scheme import Piecewise
+from ..plans.piecewise import Piecewise
 from .breakpoint import choose_breakpoints
 from .calibrate import fitted_rows, squared_errors
 from .contract import Each, PartCodes, PartShape

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..common.registry import Plugin, imported, owner
-from ..plans.scheme import Affine, Scheme
+from ..plans.affine import Affine
+from ..plans.scheme import Scheme
 from ..plans.schemes import SCHEMES
 from .contract import QUANTIZER, Each, Quantizer
 from .grid import AnyGrids, Grids, GroupStats

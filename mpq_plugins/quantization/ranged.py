@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..plans.scheme import Affine
+from ..plans.affine import Affine
 from .grid import Floats, Grids, GroupStats, affine_grids, minmax_grids
 from .range_ends import kl_ends
 from .value_sample import SortedValues

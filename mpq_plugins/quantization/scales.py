@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingError
-from ..plans.scheme import ScaleDtype
+from ..plans.affine import ScaleDtype
 
 Floats = NDArray[np.float64]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
 from ..errors import SettingError, WeightError
+from ..plans.affine import Symmetry
 from ..plans.layers import LayerChoice
-from ..plans.scheme import Symmetry
 from ..quantization.grid import Grids
 from ..quantization.integer_codes import integer_codes
 from ..simulation.floats import as_float

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..plans.entropy_coded import EntropyCoded
+from ..plans.granular import INTEGER_BITS
 from ..plans.layers import LayerChoice
-from ..plans.scheme import INTEGER_BITS
 from ..quantization.coded_bits import bits_of_counts
 from .code_costs import Counts, code_costs, counts_of
 from .code_lambda import Lambda

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.rows import channel_rows, from_channel_rows
+from ..plans.affine import Symmetry
 from ..plans.layers import LayerChoice
-from ..plans.scheme import Symmetry, scale_bits_of
+from ..plans.scheme import scale_bits_of
 from ..quantization.contract import PartCodes, PartShape
 from ..quantization.groups import group_rows
 from ..quantization.integer_codes import integer_codes

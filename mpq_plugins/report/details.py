@@ -5,9 +5,10 @@ from contextlib import suppress
 from typing import Any
 
 from ..evaluation.sweep import SweepRow
+from ..plans.affine import SYMMETRIES
 from ..plans.channels import Channels
 from ..plans.plan import Plan
-from ..plans.scheme import SYMMETRIES, Scheme
+from ..plans.scheme import Scheme
 from ..plans.steps import steps_of
 from ..plans.table import LayerTable
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.text import printable, printable_lines
+from ..plans.granular import FLOAT_BITS
 from ..plans.plan import Plan
-from ..plans.scheme import FLOAT_BITS
 from ..plans.table import LayerTable
 from .details import scheme_words
 from .grid import shortened

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..plans.granular import FLOAT_BITS
 from ..plans.layers import LayerChoice, Part
-from ..plans.scheme import FLOAT_BITS
 
 
 @dataclass(frozen=True)

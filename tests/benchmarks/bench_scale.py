@@ -27,7 +27,7 @@ from torch import Tensor
 
 import mpq_plugins as mpq
 from mpq_plugins.allocation.budget import Budget
-from mpq_plugins.plans.scheme import Affine
+from mpq_plugins.plans.affine import Affine
 from mpq_plugins.quantization.kernel import error_sums, row_stats
 from mpq_plugins.quantization.quantize import choose_grids
 from mpq_plugins.report.tables import grid

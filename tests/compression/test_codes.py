@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mpq_plugins import Affine, Codebook, Piecewise
 from mpq_plugins.compression.codes import are_zero, decode, encode
 from mpq_plugins.errors import WeightError
-from mpq_plugins.plans.scheme import GRANULARITIES, Scheme
+from mpq_plugins.plans.granular import GRANULARITIES
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.quantization import affine, codebook, piecewise
 from mpq_plugins.quantization.contract import PartShape
 from mpq_plugins.quantization.quantize import fake_quantize, quantizer

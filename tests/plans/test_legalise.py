@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mpq_plugins import Affine, EntropyCoded, Piecewise, Plan
 from mpq_plugins.errors import SettingError
+from mpq_plugins.plans.affine import Symmetry
 from mpq_plugins.plans.capabilities import Capabilities, Policy
 from mpq_plugins.plans.legalise import legalise, require_legal
-from mpq_plugins.plans.scheme import Symmetry
 from tests.helpers.plans import linear, plan_of, plans
 from tests.helpers.says import names, naming
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpq_plugins.plans.scheme import Symmetry
+from mpq_plugins.plans.affine import Symmetry
 
 
 def levels(weights: Sequence[float], bits: int, symmetric: Symmetry) -> tuple[float, int, int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpq_plugins import Affine
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.plans.scheme import Symmetry
+from mpq_plugins.plans.affine import Symmetry
 from mpq_plugins.quantization.affine import dequantize, quantize
 from mpq_plugins.quantization.quantize import fake_quantize
 from tests.quantization import oracle

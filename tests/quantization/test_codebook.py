@@ -15,7 +15,8 @@ from mpq_plugins import Codebook
 from mpq_plugins.allocation.make import make_plan
 from mpq_plugins.errors import SettingError, WeightError
 from mpq_plugins.measurement import units
-from mpq_plugins.plans.scheme import GRANULARITIES, INITS
+from mpq_plugins.plans.codebook import INITS
+from mpq_plugins.plans.granular import GRANULARITIES
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.codebook import dequantize, encode, quantize
 from mpq_plugins.quantization.quantize import fake_quantize

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
-from mpq_plugins.plans.scheme import Scheme, Symmetry
+from mpq_plugins.plans.affine import Symmetry
+from mpq_plugins.plans.scheme import Scheme
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.grid import Grids, minmax_grids
 from mpq_plugins.quantization.quantize import choose_grids

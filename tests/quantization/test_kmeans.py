@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from mpq_plugins.plans.scheme import INITS, InitName
+from mpq_plugins.plans.codebook import INITS, InitName
 from mpq_plugins.quantization import kmeans
 from mpq_plugins.quantization.kmeans import centroids, edges
 

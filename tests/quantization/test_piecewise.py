@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mpq_plugins import Affine, Piecewise
 from mpq_plugins.errors import SettingError, WeightError
-from mpq_plugins.plans.scheme import BREAKPOINTS, GRANULARITIES, STORAGES
+from mpq_plugins.plans.granular import GRANULARITIES
+from mpq_plugins.plans.piecewise import BREAKPOINTS, STORAGES
 from mpq_plugins.quantization import kernel
 from mpq_plugins.quantization.breakpoint import DISTRIBUTIONS, expected_error
 from mpq_plugins.quantization.grid import PiecewiseGrids

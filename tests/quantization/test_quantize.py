@@ -9,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_plugins import Affine, Codebook, Piecewise, SettingError
-from mpq_plugins.plans.scheme import GRANULARITIES, INITS, RANGES, STORAGES, Scheme, has_width
+from mpq_plugins.plans.affine import RANGES
+from mpq_plugins.plans.codebook import INITS
+from mpq_plugins.plans.granular import GRANULARITIES
+from mpq_plugins.plans.piecewise import STORAGES
+from mpq_plugins.plans.scheme import Scheme, has_width
 from mpq_plugins.quantization.quantize import fake_quantize
 
 SHAPE = (2, 256)  # so many in a channel that each may have a codebook of 8 bits

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mpq_plugins import Affine, SettingError
-from mpq_plugins.plans.scheme import Granularity, RangeName, Symmetry
+from mpq_plugins.plans.affine import RangeName, Symmetry
+from mpq_plugins.plans.granular import Granularity
 from mpq_plugins.quantization.affine import quantize
 from mpq_plugins.quantization.quantize import fake_quantize
 from mpq_plugins.quantization.range_ends import kl_ends, percentile_ends

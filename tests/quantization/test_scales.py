@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpq_plugins import Affine, Plan, SettingError, Uniform, compress, decompress, measure
-from mpq_plugins.plans.scheme import ScaleDtype
+from mpq_plugins.plans.affine import ScaleDtype
 from mpq_plugins.quantization.affine import dequantize, quantize
 from mpq_plugins.quantization.quantize import fake_quantize
 from mpq_plugins.quantization.scales import rounded_scale

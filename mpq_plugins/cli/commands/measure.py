@@ -145,7 +145,8 @@ def _needs(
 ) -> "Needs":
     """What is to be measured where widths are: those that the scheme has, per channel unless scales are per tensor."""
     from ...allocation.contract import Needs
-    from ...plans.scheme import INTEGER_BITS, has_width
+    from ...plans.granular import INTEGER_BITS
+    from ...plans.scheme import has_width
     from ..measuring import USUAL
 
     scheme = request.scheme(USUAL)

@@ -15,8 +15,8 @@ from ...evaluation.pareto import mixquant_at
 from ...evaluation.scored import Scored
 from ...evaluation.scores import Scores
 from ...measurement.measure import measure
+from ...plans.affine import Affine
 from ...plans.plan import Plan
-from ...plans.scheme import Affine
 from ...plans.table import LayerTable
 from ...reconstruction.rounding import COMPENSATED
 from ...report.console import PlainConsole

@@ -16,8 +16,9 @@ from ...allocation.make import plan_of
 from ...allocation.objective import channel_curves, combined_curve
 from ...allocation.uniform import Uniform
 from ...errors import SettingError
+from ...plans.granular import LAYER_SCALE_BITS
 from ...plans.layers import LayerChoice
-from ...plans.scheme import LAYER_SCALE_BITS, group_bits, has_width, scale_bits_of, scales_per_layer
+from ...plans.scheme import group_bits, has_width, scale_bits_of, scales_per_layer
 from ...plans.size import LayerSize, layer_size
 from ...plans.stats import LayerStats
 from ...plans.table import LayerTable

@@ -7,9 +7,10 @@ from typing import Any
 
 from ...allocation.guard import compare, worse_text
 from ...evaluation.sweep import SweepRow
+from ...plans.granular import FLOAT_BITS
 from ...plans.layers import LayerChoice
 from ...plans.plan import Plan
-from ...plans.scheme import FLOAT_BITS, Scheme
+from ...plans.scheme import Scheme
 from ...plans.table import LayerTable
 from ..details import value_text
 from .commands import defaults_of, makes_again, plan_command
