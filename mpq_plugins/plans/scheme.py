@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkabl
 
 from pydantic import ConfigDict
 
+from ..common.checks import shown
 from ..common.documents import STRICT
 from ..common.public import public
 from ..errors import SettingError
@@ -45,7 +46,7 @@ SCALE_BITS: dict[ScaleDtype, int] = {"float32": 32, "float16": 16, "bfloat16": 1
 def check_bits(bits: int, name: str = "bits") -> int:
     """Return `bits` if it is an integer in 1..8, else raise SettingError."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in INTEGER_BITS:
-        raise SettingError(f"{name}: {bits!r} is not allowed; 1 to 8")
+        raise SettingError(f"{name}: {shown(bits)} is not allowed; 1 to 8")
     return bits
 
 
@@ -375,7 +376,7 @@ class Granular:
         """
         _allow("granularity", self.granularity, GRANULARITIES)
         if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
-            raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
+            raise SettingError(f"group_size: {shown(self.group_size)} is not allowed with per_group; 1 or more")
         if self.granularity != "per_group" and self.group_size is not None:
             raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")
 
@@ -445,7 +446,7 @@ class Affine(Granular):
         _allow("scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         _allow("scheme", self.name, ("affine",))
         if not isinstance(self.symmetric, bool) and self.symmetric != "full":
-            raise SettingError(f"symmetric: {self.symmetric!r} is not allowed; True, False or 'full'")
+            raise SettingError(f"symmetric: {shown(self.symmetric)} is not allowed; True, False or 'full'")
 
     def __str__(self) -> str:
         scales = "" if self.scale_dtype == "float32" else f", scales in {self.scale_dtype}"
@@ -798,4 +799,4 @@ def share_text(share: float | None) -> str:
 
 def _allow(field: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise SettingError(f"{field}: {value!r} is not allowed; {', '.join(allowed)}")
+        raise SettingError(f"{field}: {shown(value)} is not allowed; {', '.join(allowed)}")
