@@ -2,10 +2,13 @@
 
 import inspect
 import types
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ def score(model: nn.Module) -> float:
 
 
 NET = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+NORMED = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
 TABLE = mpq.measure(NET, per_channel=True)
 PLAN = mpq.Uniform(bits=4)(TABLE)
 CODED = mpq.measure(NET, mpq.EntropyCoded())
@@ -72,10 +76,10 @@ CALLS: Mapping[str, Mapping[str, Any]] = {
     },
     "share": {"model": NET, "plan": PLAN},
     "sweep": {
-        "table": TABLE, "plans": [PLAN], "model": NET, "evaluate": score, "series": (), "judge": None, "executor": None,
-        "store": None, **PROGRESS,
+        "table": TABLE, "plans": [PLAN], "model": NET, "evaluate": score, "series": (), "judge": None,
+        "calibrate": BATCHES, "executor": None, "store": None, **PROGRESS,
     },
-    "synthetic_batches": {"model": NET, "shape": (4, 8), "count": 1, "steps": 1, **PROGRESS},
+    "synthetic_batches": {"model": NORMED, "shape": (4, 8), "count": 1, "steps": 1, **PROGRESS},
     "verify": {"model": mpq.apply(NET, PLAN), "plan": PLAN, "original": None},
     "with_input_ranges": {"model": NET, "ranges": {}},
     "without_input_ranges": {"model": NET},
@@ -87,6 +91,9 @@ WRONG = {
     "a tensor": torch.ones(2),
 }  # fmt: skip
 CALLBACKS = ("progress", "finished")
+NEVER = ("an object", "an integer", "a fraction")  # most arguments are never one
+CALLED = {("named_type", "name"): "type"}  # as on the command line
+READ_FIRST = ("import_autoround", "import_imatrix", "import_modelopt", "import_olive")  # of a file that is not there
 MAKERS: Mapping[str, Any] = {
     "budget": mpq.Budget(average_bits=4), "mixquant": mpq.MixQuant(qem=2), "ptilmpq": mpq.PTILMPQ(),
     "sqnr": mpq.SQNR(average_bits=4), "uniform": mpq.Uniform(bits=4),
@@ -113,8 +120,12 @@ def test_another_kind_of_value_is_an_error_that_names_the_argument(
         try:
             made = getattr(mpq, name)(**{**CALLS[name], argument: value})
             list(made) if inspect.isgenerator(made) else made
-        except MPQError:
+        except MPQError as error:
             refused += 1
+            said = str(error)
+            assert "\n" not in said
+            named = said.startswith(CALLED.get((name, argument), argument))
+            assert named or kind not in NEVER or name in READ_FIRST, said
         except Exception as error:
             raise AssertionError(f"{name}({argument}={kind}): {type(error).__name__}: {error}") from error
     assert refused >= (len(WRONG) - 3 if required else 1)
@@ -162,3 +173,49 @@ def test_what_is_given_instead_is_told_apart() -> None:
         with pytest.raises(MPQError) as error:
             wrong()
         assert str(error.value).startswith(said)
+
+
+def test_widths_may_be_a_mapping_that_has_one_for_whatever_is_asked() -> None:
+    widths: Mapping[str, int] = defaultdict(lambda: 4)
+    assert mpq.make_plan(TABLE, mpq.Uniform(bits=4), widths) == PLAN
+    with pytest.raises(MPQError, match="bits: layer '2' has no width"):
+        mpq.make_plan(TABLE, mpq.Uniform(bits=4), {"0": 4})
+
+
+@pytest.mark.parametrize("call", ["sweep", "evaluate"])
+def test_batches_that_come_once_are_every_plans(call: str) -> None:
+    def rows(calibrate: Any) -> list[Any]:
+        plans = {"a": PLAN, "b": mpq.Uniform(bits=2)(TABLE)}
+        if call == "sweep":
+            return [row.scores for row in mpq.sweep(TABLE, [*plans.values()], NET, score, calibrate=calibrate)]
+        return [row.scores for row in mpq.evaluate(NET, plans, score, calibrate=calibrate)]
+
+    assert rows(batch for batch in BATCHES) == rows(BATCHES)
+    with pytest.raises(MPQError, match=r"^calibrate: a single tensor is one batch"):
+        rows(BATCHES[0])
+    with pytest.raises(MPQError, match=r"^calibrate: none given"):
+        rows([])
+
+
+def test_numbers_of_any_kind_are_numbers() -> None:
+    """numpy's, and fractions, which a plan's file and a message can say as well."""
+    plans = [row.plan for row in mpq.pareto(TABLE, [3.0, 3.5])]
+    for given in (np.array([3.0, 3.5]), np.array([3.0, 3.5], np.float32), [Fraction(3), Fraction(7, 2)]):
+        assert [row.plan for row in mpq.pareto(TABLE, given)] == plans  # type: ignore[arg-type]
+    assert len(mpq.pareto(TABLE, np.array([3, 4]))) == len(plans)  # type: ignore[arg-type]
+    exact = mpq.Budget(size=100, bits=(2, 4), parts=False)(TABLE)
+    for size in (np.float32(100), np.int64(100), Fraction(100)):
+        assert mpq.Budget(size=size, bits=(2, 4), parts=False)(TABLE) == exact  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_plan_is_compared_with_plans_and_renamed_by_a_mapping(kind: str) -> None:
+    value: Any = WRONG[kind]
+    if kind != "a plan":
+        with pytest.raises(MPQError, match=r"^other: is a .*, no Plan"):
+            PLAN.diff(value)
+    if kind != "a mapping":
+        with pytest.raises(MPQError, match=r"^names: is a "):
+            PLAN.renamed(value)
+    with pytest.raises(MPQError, match=r"^type: "):
+        mpq.GGML(type=value)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mpq_plugins.common.checks import shown
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
@@ -65,7 +66,7 @@ def check(plan: Plan, source: Path, *, runtime: str = "vllm") -> None:
 def checked(plan: Plan, source: Path, runtime: str) -> FloatCheckpoint:
     """The checkpoint, of which the plan can be exported."""
     if runtime not in RUNTIMES:
-        raise SettingError(f"runtime: {runtime!r:.60} is not allowed; {', '.join(RUNTIMES)}")
+        raise SettingError(f"runtime: {shown(runtime)} is not allowed; {', '.join(RUNTIMES)}")
     check_plan(plan)
     if runtime == "vllm":
         _require_symmetric(plan)

@@ -67,7 +67,7 @@ class PlanInput(ObserverBase):
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Scale and zero point, (1,) each."""
-        return torch.tensor([self.own.scale]), torch.tensor([self.own.zero_point])
+        return torch.tensor([self.own.scale], dtype=torch.float32), torch.tensor([self.own.zero_point])
 
 
 def observer_name(plan: Plan, asked: str | None) -> str:

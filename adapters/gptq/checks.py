@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from mpq_plugins.common.checks import shown
 from mpq_plugins.errors import SettingError
 from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.capabilities import Capabilities
@@ -63,7 +64,7 @@ def check(plan: Plan, source: Path, *, runtime: str = "gptqmodel") -> None:
 def checked(plan: Plan, source: Path, runtime: str) -> FloatCheckpoint:
     """The checkpoint, of which the plan can be exported."""
     if runtime not in RUNTIMES:
-        raise SettingError(f"runtime: {runtime!r:.60} is not allowed; {', '.join(RUNTIMES)}")
+        raise SettingError(f"runtime: {shown(runtime)} is not allowed; {', '.join(RUNTIMES)}")
     check_plan(plan)
     require_legal(plan, RUNTIMES[runtime])
     opened = open_float(plan, source)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mpq_plugins.common.checks import shown as one_line
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 
@@ -39,7 +40,7 @@ def checked_white_list(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(item, str | type) for item in value):
         return list(value)
-    raise SettingError(f"white_list: {value!r:.60} is not allowed; a list of names or module types, '*' or None")
+    raise SettingError(f"white_list: {one_line(value)} is not allowed; a list of names or module types, '*' or None")
 
 
 def matching(key: Any, layers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

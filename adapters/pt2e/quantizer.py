@@ -64,7 +64,7 @@ class PlanInputObserver(ObserverBase):  # type: ignore[misc]
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Scale and zero point, (1,) each."""
-        return torch.tensor([self.input_range.scale]), torch.tensor([self.input_range.zero_point])
+        return torch.tensor([self.input_range.scale], dtype=torch.float32), torch.tensor([self.input_range.zero_point])
 
 
 class PlanQuantizer(X86InductorQuantizer):  # type: ignore[misc]

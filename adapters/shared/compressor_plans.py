@@ -13,7 +13,7 @@ from torch import nn
 
 from mpq_plugins.allocation.contract import Allocator
 from mpq_plugins.allocation.guard import JUDGED
-from mpq_plugins.common.checks import first_problem
+from mpq_plugins.common.checks import first_problem, shown
 from mpq_plugins.errors import SettingError
 from mpq_plugins.measurement.measure import measure
 from mpq_plugins.models.copying import duplicate
@@ -70,7 +70,7 @@ def as_scheme(value: Any) -> Scheme | None:
     if value is None or isinstance(value, Scheme):
         return value
     if not isinstance(value, dict):
-        raise SettingError(f"scheme: {value!r:.60} is not allowed; {GIVE}")
+        raise SettingError(f"scheme: {shown(value)} is not allowed; {GIVE}")
     try:
         return SCHEME.validate_json(json.dumps(value, default=repr))  # strict models take mappings from JSON alone
     except ValidationError as error:
@@ -80,7 +80,7 @@ def as_scheme(value: Any) -> Scheme | None:
 def as_globs(value: Any) -> tuple[str, ...]:
     """Globs of layers to skip. Raises SettingError for anything else."""
     if not isinstance(value, list | tuple) or not all(isinstance(glob, str) for glob in value):
-        raise SettingError(f"skip: {value!r:.60} is not allowed; a list of globs, such as ['fc', 'layer1.*']")
+        raise SettingError(f"skip: {shown(value)} is not allowed; a list of globs, such as ['fc', 'layer1.*']")
     return tuple(value)
 
 

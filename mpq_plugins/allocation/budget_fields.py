@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ValidationInfo
 
 from ..common.amounts import bytes_of
-from ..common.checks import number
+from ..common.checks import number, shown
 from ..errors import SettingError
 from ..plans.activations import INPUT_BITS
 from .budget_problem import pinned_widths, plan_bits
@@ -21,7 +21,7 @@ ABOVE_0 = f"a number above 0, at most {LARGEST:g}"
 def _bytes(value: Any, info: ValidationInfo) -> int:
     amount = number(str(info.field_name), value, ABOVE_0, above=0, most=LARGEST)
     if amount != int(amount):
-        raise SettingError(f"{info.field_name}: {value!r} is not allowed; a whole number above 0")
+        raise SettingError(f"{info.field_name}: {shown(value)} is not allowed; a whole number above 0")
     return int(value)
 
 
@@ -61,7 +61,9 @@ def _ties(value: Any) -> tuple[Any, ...]:
     entries = _several(value)
     for entry in entries:
         if not isinstance(entry, str):
-            raise SettingError(f"tie: {entry!r} is not allowed; names with alternatives, as '*.{{query,key,value}}'")
+            raise SettingError(
+                f"tie: {shown(entry)} is not allowed; names with alternatives, as '*.{{query,key,value}}'"
+            )
     return entries
 
 
@@ -72,7 +74,7 @@ def _ends(value: Any) -> int:
 def _input_bits(value: Any) -> tuple[int, ...]:
     allowed = f"a list of one or more of {INPUT_BITS[0]} to {INPUT_BITS[-1]}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise SettingError(f"input_bits: {value!r:.60} is not allowed; {allowed}")
+        raise SettingError(f"input_bits: {shown(value)} is not allowed; {allowed}")
     for bits in value:
         if type(bits) is not int or bits not in INPUT_BITS:
             raise SettingError(f"input_bits: {bits!r:.40} is not allowed; {allowed}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.checks import as_integer
+from ..common.checks import as_integer, shown
 from ..common.patterns import matches
 from ..common.text import first_few
 from ..errors import SettingError
@@ -275,7 +275,7 @@ def pinned_widths(entry: Any) -> tuple[str, int, int | None]:
             f"pin: {entry!r} names a type, and this table has widths; give a number of bits, or measure types"
         )
     if not equals or not pattern or width is None:
-        raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob, and its bits, as in 'conv1=8'")
+        raise SettingError(f"pin: {shown(entry)} is not allowed; a layer's name or glob, and its bits, as in 'conv1=8'")
     width = plan_bits(f"pin: {pattern}", width)
     if not slash:
         return pattern.strip(), width, None
@@ -291,5 +291,5 @@ def pinned_widths(entry: Any) -> tuple[str, int, int | None]:
 def plan_bits(what: str, bits: Any) -> int:
     """The width, if a plan can have it. Raises SettingError naming `what`."""
     if type(bits) is not int or bits not in ALLOWED_BITS:
-        raise SettingError(f"{what}: {bits!r} is not allowed; 1 to 8, or 16 or 32 for floating point")
+        raise SettingError(f"{what}: {shown(bits)} is not allowed; 1 to 8, or 16 or 32 for floating point")
     return bits

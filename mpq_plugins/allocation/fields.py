@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationInfo
 
-from ..common.checks import number
+from ..common.checks import number, shown
 from ..errors import SettingError
 from ..plans.granular import check_bits
 
@@ -14,7 +14,7 @@ from ..plans.granular import check_bits
 def candidates(value: Any, info: ValidationInfo) -> tuple[int, ...]:
     """Bit-widths to choose from, ascending and each once. Raises SettingError."""
     if not isinstance(value, Sequence) or not value:
-        raise SettingError(f"{info.field_name}: {value!r} is not allowed; a list of one or more of 1 to 8")
+        raise SettingError(f"{info.field_name}: {shown(value)} is not allowed; a list of one or more of 1 to 8")
     return tuple(sorted({check_bits(b, str(info.field_name)) for b in value}))
 
 

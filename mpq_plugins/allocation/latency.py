@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import is_number
+from ..common.checks import is_number, shown
 from ..common.documents import load_json
 from ..common.public import public
 from ..errors import FormatError, SettingError
@@ -55,7 +55,7 @@ class LatencyTable:
                 raise FormatError(f"{layers}: holds a {type(read).__name__}; write {EXAMPLE}")
             return cls.of(read)
         if not isinstance(layers, Mapping) or not layers:
-            raise SettingError(f"latency: {layers!r:.60} is no table; write {EXAMPLE}")
+            raise SettingError(f"latency: {shown(layers)} is no table; write {EXAMPLE}")
         return cls(tuple((str(name), _widths(str(name), costs)) for name, costs in layers.items()))
 
     def curve(self, layer: str, bits: Sequence[int]) -> list[float]:
@@ -88,10 +88,10 @@ class LatencyTable:
 
 def _widths(layer: str, costs: Any) -> tuple[tuple[int, float], ...]:
     if not isinstance(costs, Mapping) or not costs:
-        raise SettingError(f"latency: {layer!r}: {costs!r:.60} is no table of bits and costs; write {EXAMPLE}")
+        raise SettingError(f"latency: {layer!r}: {shown(costs)} is no table of bits and costs; write {EXAMPLE}")
     pairs = tuple((_width(layer, bits), _cost(layer, bits, cost)) for bits, cost in costs.items())
     if len({bits for bits, _ in pairs}) < len(pairs):
-        raise SettingError(f"latency: {layer!r}: {costs!r:.60} has a width twice; write {EXAMPLE}")
+        raise SettingError(f"latency: {layer!r}: {shown(costs)} has a width twice; write {EXAMPLE}")
     return pairs
 
 
@@ -100,12 +100,12 @@ def _width(layer: str, bits: Any) -> int:
     for known in WIDTHS:
         if bits == str(known) or (is_number(bits) and bits == known):
             return known
-    raise SettingError(f"latency: {layer!r}: {bits!r:.60} bits are not allowed; 1 to 8, or 16 or 32")
+    raise SettingError(f"latency: {layer!r}: {shown(bits)} bits are not allowed; 1 to 8, or 16 or 32")
 
 
 def _cost(layer: str, bits: Any, cost: Any) -> float:
     if not is_number(cost) or not 0 <= cost <= LARGEST_COST:
-        raise SettingError(f"latency: {layer!r} at {bits} bits: {cost!r:.60} is not allowed; a number from 0 up")
+        raise SettingError(f"latency: {layer!r} at {bits} bits: {shown(cost)} is not allowed; a number from 0 up")
     return float(cost)
 
 

@@ -47,8 +47,9 @@ def make_plan(
     """
     check_table(table)
     _check_signed(allocator)
-    _check_widths(bits, table)
-    layers = (layer_choice(layer, bits[layer.name], table.scheme) for layer in table.layers)
+    if not isinstance(bits, Mapping):
+        raise SettingError(f"bits: is a {type(bits).__name__}; a mapping of layers' names to widths")
+    layers = (layer_choice(layer, _widths_of(layer.name, bits), table.scheme) for layer in table.layers)
     plan = plan_of(table, allocator, layers, found or {})
     # Some are tried by the dozen on the way to the one that is wanted; a solve is worth a line.
     said = "".join(f", {name} {value}" for name, value in (found or {}).items())
@@ -68,13 +69,12 @@ def _check_signed(allocator: object) -> None:
         )
 
 
-def _check_widths(bits: object, table: LayerTable) -> None:
-    """Raise SettingError where a layer has no width."""
-    if not isinstance(bits, Mapping):
-        raise SettingError(f"bits: is a {type(bits).__name__}; a mapping of layers' names to widths")
-    missing = next((layer.name for layer in table.layers if layer.name not in bits), None)
-    if missing is not None:
-        raise SettingError(f"bits: layer {missing!r} has no width; give one for every layer of the table")
+def _widths_of(name: str, bits: Mapping[str, Widths]) -> Widths:
+    """What the mapping gives a layer, which may be its default. Raises SettingError where it gives nothing."""
+    try:
+        return bits[name]
+    except KeyError as error:
+        raise SettingError(f"bits: layer {name!r} has no width; give one for every layer of the table") from error
 
 
 def plan_of(table: LayerTable, allocator: Any, layers: Iterable[LayerChoice], found: Mapping[str, Any]) -> Plan:
@@ -106,7 +106,11 @@ def _own_version() -> str:
 def _parameters(allocator: Any) -> dict[str, Any]:
     # Lists, as JSON gives them back: a plan loaded from its file equals the plan saved.
     values = {field.name: getattr(allocator, field.name) for field in fields(allocator)}
-    return {name: _plain(value) for name, value in values.items() if value is not None and value != ()}
+    return {name: _plain(value) for name, value in values.items() if not _unsaid(value)}
+
+
+def _unsaid(value: object) -> bool:
+    return value is None or (isinstance(value, tuple) and not value)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..common.checks import shown
 from ..common.text import did_you_mean
 from ..errors import SettingError
 from ..plans.granular import FLOAT_BITS
@@ -29,8 +30,8 @@ def parts_of(name: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in name.split("*")) if isinstance(name, str) else ()
     if not 1 <= len(names) <= 2 or not all(names):
         raise SettingError(
-            f"sensitivity: {name!r} is not allowed; an error or a sensitivity of the table, or two as in kl*mse, the "
-            "first for the scale of each layer and the second for the split inside it"
+            f"sensitivity: {shown(name)} is not allowed; an error or a sensitivity of the table, or two as in kl*mse, "
+            "the first for the scale of each layer and the second for the split inside it"
         )
     return names
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, PlainValidator, ValidationInfo, model_validator
 from pydantic_core import ArgsKwargs
 
-from ..common.checks import number
+from ..common.checks import number, shown
 from ..common.public import public
 from ..common.settings import said, settings
 from ..errors import SettingError
@@ -39,7 +39,7 @@ def _fraction(name: str, value: Any) -> float:
 def _pair(value: Any, info: ValidationInfo) -> tuple[int, int]:
     name = str(info.field_name)
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise SettingError(f"{name}: {value!r} is not allowed; two widths, high,low, as in 4,3")
+        raise SettingError(f"{name}: {shown(value)} is not allowed; two widths, high,low, as in 4,3")
     high, low = (check_bits(bits, name) for bits in value)
     if high < low:
         raise SettingError(f"{name}: high {high} is below low {low}; write {low},{high}")
@@ -47,8 +47,9 @@ def _pair(value: Any, info: ValidationInfo) -> tuple[int, int]:
 
 
 def _as_given(value: Any, info: ValidationInfo) -> Any:
-    number(str(info.field_name), value, "a number from 0 up", least=0)
-    return value
+    """Python's own numbers as they are, for their files; any other as a float."""
+    checked = number(str(info.field_name), value, "a number from 0 up", least=0)
+    return value if type(value) in (int, float) else checked
 
 
 Share = Annotated[float, ranged("a share from 0 to 1", least=0, most=1)]

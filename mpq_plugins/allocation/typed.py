@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.checks import as_integer
+from ..common.checks import as_integer, shown
 from ..common.patterns import matches
 from ..common.text import first_few
 from ..errors import SettingError
@@ -192,12 +192,14 @@ def pinned_type(entry: str, table: TypeTable) -> tuple[str, Given]:
     """`embed=q8_0` -> a pattern and the type as the table has it, or 16 or 32 bits. Raises SettingError."""
     pattern, equals, word = entry.rpartition("=")
     if not equals or not pattern.strip():
-        raise SettingError(f"pin: {entry!r} is not allowed; a layer's name or glob and its type, as 'embed=int8'")
+        raise SettingError(f"pin: {shown(entry)} is not allowed; a layer's name or glob and its type, as 'embed=int8'")
     bits = as_integer(word.strip())
     if bits is None:
         return pattern.strip(), table.column(word.strip()).type
     if bits not in FLOAT_BITS:
-        raise SettingError(f"pin: {entry!r} is not allowed with types; a type, as int{bits}, or 16 or 32 for float")
+        raise SettingError(
+            f"pin: {shown(entry)} is not allowed with types; a type, as int{bits}, or 16 or 32 for float"
+        )
     return pattern.strip(), bits
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..common.checks import as_integer
+from ..common.checks import as_integer, shown
 from ..common.documents import load_json
 from ..common.files import exists
 from ..common.text import first_few
@@ -120,7 +120,7 @@ def shard_files(directory: Path, index_name: str = INDEX_NAME) -> dict[str, list
     shards: dict[str, list[str]] = {}
     for name, shard in items:
         if not isinstance(shard, str):
-            raise SourceError(f"{index}: tensor {name!r} is mapped to {shard!r:.60}, which is no file's name")
+            raise SourceError(f"{index}: tensor {name!r} is mapped to {shown(shard)}, which is no file's name")
         parts = PurePosixPath(shard)
         # Judged by its words: hubs' caches link shards elsewhere on purpose, but never name a path outside.
         if parts.is_absolute() or ".." in parts.parts or "\\" in shard:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from ..common import registry
+from ..common.checks import shown
 from ..errors import PluginError, SettingError
 from .types import Known
 
@@ -33,7 +34,7 @@ def capabilities_of(group: str, name: str, backend: Any, runtime: str | None = N
         runtimes = getattr(backend, "RUNTIMES", {})
         if runtime not in runtimes:
             known = ", ".join(runtimes) or f"{name} has no choice of them, so leave it out"
-            raise SettingError(f"runtime: {runtime!r:.60} is not allowed; {known}")
+            raise SettingError(f"runtime: {shown(runtime)} is not allowed; {known}")
         stated = runtimes[runtime]
     if not isinstance(stated, Capabilities):
         raise PluginError(f"{group}: {name!r} states no CAPABILITIES, so that no plan can be checked for it")

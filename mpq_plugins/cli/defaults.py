@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ..common.checks import shown
 from ..common.files import exists
 from ..common.text import did_you_mean
 from ..errors import SettingError
@@ -102,7 +103,7 @@ def _said(path: Path) -> Mapping[str, Any] | None:
 
 def _checked(path: Path, said: Any, commands: list[str]) -> Defaults:
     if not isinstance(said, dict):
-        raise SettingError(f"{path}: tool.mpq: {said!r:.60} is not allowed; a table, [tool.mpq]")
+        raise SettingError(f"{path}: tool.mpq: {shown(said)} is not allowed; a table, [tool.mpq]")
     tables = {name: value for name, value in said.items() if isinstance(value, dict)}
     for name, table in tables.items():
         if name not in commands:
@@ -122,7 +123,9 @@ def _check_values(path: Path, where: str, values: Mapping[str, Any]) -> None:
             raise SettingError(f"{path}: {where}force: is said on the command line alone, for what it is meant for")
         each = value if isinstance(value, list) else [value]
         if not all(isinstance(one, str | int | float | bool) for one in each):
-            raise SettingError(f"{path}: {where}{key}: {value!r:.60} is not allowed; a text, a number, true, or a list")
+            raise SettingError(
+                f"{path}: {where}{key}: {shown(value)} is not allowed; a text, a number, true, or a list"
+            )
 
 
 def _for(parameter: click.Parameter, key: str, value: Any) -> Any:

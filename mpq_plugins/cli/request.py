@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..allocation.contract import Needs
+from ..common.checks import shown
 from ..common.registry import at_work
 from ..errors import PluginError, SettingError
 from ..plans.affine import Affine
@@ -48,7 +49,7 @@ class Request:
         base = default or Affine()
         name = self.scheme_name or base.name
         if name != base.name and name not in scheme_names():
-            raise SettingError(f"scheme: {name!r} is not allowed; {', '.join(scheme_names())}")
+            raise SettingError(f"scheme: {shown(name)} is not allowed; {', '.join(scheme_names())}")
         said = dict(self.scheme_fields)
         if name in self.refused_schemes and (said or self.scheme_name):
             raise PluginError(self.refused_schemes[name])

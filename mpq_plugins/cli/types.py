@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from ..common.checks import as_integer
+from ..common.checks import as_integer, shown
 from ..common.text import did_you_mean
 from ..errors import SettingError
 
@@ -30,9 +30,9 @@ class IntegerList(click.ParamType[tuple[int, ...]]):
             first, dash, last = run.strip().partition("-")
             start, stop = as_integer(first), as_integer(last if dash else first)
             if start is None or stop is None:
-                self.fail(f"{value!r:.60} is no list of integers; write 2-8 or 4,8", param, ctx)
+                self.fail(f"{shown(value)} is no list of integers; write 2-8 or 4,8", param, ctx)
             if stop > LARGEST or len(numbers) > LARGEST:
-                self.fail(f"{value!r:.60} goes beyond {LARGEST}", param, ctx)
+                self.fail(f"{shown(value)} goes beyond {LARGEST}", param, ctx)
             numbers.extend(range(start, stop + 1))
         return tuple(numbers)
 
@@ -51,7 +51,7 @@ class NumberList(click.ParamType[tuple[Any, ...]]):
         words = [word for item in str(value).split(",") for word in self._expand(item, param, ctx)]
         for word in words:
             if not word.isascii():  # Python reads digits of other scripts too
-                self.fail(f"{word!r:.60} is no number", param, ctx)
+                self.fail(f"{shown(word)} is no number", param, ctx)
         return tuple(self.kind.convert(word, param, ctx) for word in words)
 
     def _expand(self, item: str, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
@@ -59,11 +59,11 @@ class NumberList(click.ParamType[tuple[Any, ...]]):
             return [item]
         ends = [word.strip() for word in item.split(":")]
         if len(ends) != 3 or not all(DECIMAL.fullmatch(word) for word in ends):
-            self.fail(f"{item!r:.60} is no range; write first:last:step, as in 0.1:0.9:0.1", param, ctx)
+            self.fail(f"{shown(item)} is no range; write first:last:step, as in 0.1:0.9:0.1", param, ctx)
         first, last, step = map(Decimal, ends)  # decimals, for 0.1 + 0.2 should be the 0.3 that was meant
         count = int((last - first) / step) if step else -1
         if not 0 <= count < LARGEST:
-            self.fail(f"{item!r:.60} has no end; a positive step goes up, from first to last", param, ctx)
+            self.fail(f"{shown(item)} has no end; a positive step goes up, from first to last", param, ctx)
         return [str(first + step * position) for position in range(count + 1)]
 
 
@@ -151,4 +151,4 @@ def installed(group: str) -> Known:
 def _refusal(value: Any, names: Sequence[str], param: click.Parameter | None) -> SettingError:
     """`scheme: 'afine' is not allowed; affine, codebook. Did you mean affine?`, as the library says it."""
     option = max(param.opts, key=len).lstrip("-") if param is not None else "value"
-    return SettingError(f"{option}: {value!r:.60} is not allowed; {', '.join(names)}{did_you_mean(str(value), names)}")
+    return SettingError(f"{option}: {shown(value)} is not allowed; {', '.join(names)}{did_you_mean(str(value), names)}")

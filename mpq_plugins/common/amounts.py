@@ -2,10 +2,11 @@
 
 import re
 from fractions import Fraction
+from numbers import Rational
 from typing import Any
 
 from ..errors import SettingError
-from .checks import is_number
+from .checks import is_number, shown
 
 AMOUNT = re.compile(r"([0-9]{1,19}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)", re.ASCII)
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -32,15 +33,20 @@ def bytes_of(amount: Any, name: str = "size") -> int:
         >>> bytes_of("1.5 MiB")
         1572864
     """
-    exact = Fraction(amount) if _is_finite(amount) else _parsed(amount) if isinstance(amount, str) else None
+    exact = _exactly(amount) if _is_finite(amount) else _parsed(amount) if isinstance(amount, str) else None
     if exact is None or not 1 <= exact <= MOST_BYTES:
         hint = "; Mb and its like mean bits" if isinstance(amount, str) and _means_bits(amount) else ""
-        raise SettingError(f"{name}: {amount!r:.60} is not allowed; {ALLOWED}{hint}")
+        raise SettingError(f"{name}: {shown(amount)} is not allowed; {ALLOWED}{hint}")
     return int(exact)
 
 
 def _is_finite(amount: Any) -> bool:
     return is_number(amount) and abs(amount) <= MOST_BYTES
+
+
+def _exactly(number: Any) -> Fraction:
+    """Python's fractions take its own numbers and whole ones, and none of numpy's of another width."""
+    return Fraction(number if isinstance(number, float | Rational) else float(number))
 
 
 def _parsed(text: str) -> Fraction | None:

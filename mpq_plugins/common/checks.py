@@ -16,6 +16,11 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for it
 LARGEST_INTEGER = (1 << 63) - 1
 
 
+def shown(value: object) -> str:
+    """How an error shows what was given, as Python writes it: one line, of at most 60 letters."""
+    return f"{' '.join(line.strip() for line in repr(value).splitlines()):.60}"
+
+
 def is_number(value: object) -> bool:
     """Whether it is a real number, which True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -32,13 +37,13 @@ def number(
     with suppress(OverflowError):  # of integers that no float holds
         if is_number(value) and least <= float(value) <= most and float(value) > above:
             return float(value)
-    raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+    raise SettingError(f"{name}: {shown(value)} is not allowed; {allowed}")
 
 
 def integer(name: str, value: Any, allowed: str, *, least: int = 0, most: int = LARGEST_INTEGER) -> int:
     """`value`, if it is an integer from `least` to `most`. Raises SettingError naming it and what is allowed."""
     if type(value) is not int or not least <= value <= most:
-        raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+        raise SettingError(f"{name}: {shown(value)} is not allowed; {allowed}")
     return value
 
 
@@ -47,7 +52,7 @@ def listed(name: str, values: Any, allowed: str) -> list[Any]:
     with suppress(TypeError):
         if not isinstance(values, str | bytes):
             return list(values)
-    raise SettingError(f"{name}: {values!r:.60} is not allowed; {allowed}")
+    raise SettingError(f"{name}: {shown(values)} is not allowed; {allowed}")
 
 
 def words(name: str, values: Any, allowed: str) -> tuple[str, ...]:
@@ -55,14 +60,14 @@ def words(name: str, values: Any, allowed: str) -> tuple[str, ...]:
     given = listed(name, values, allowed)
     for value in given:
         if not isinstance(value, str):
-            raise SettingError(f"{name}: {value!r:.60} is not allowed; {allowed}")
+            raise SettingError(f"{name}: {shown(value)} is not allowed; {allowed}")
     return tuple(given)
 
 
 def path_of(name: str, value: Any) -> Path:
     """The path that a text or a path says. Raises SettingError for anything else."""
     if not isinstance(value, str | PathLike):
-        raise SettingError(f"{name}: {value!r:.60} is no path; give a text or a pathlib.Path")
+        raise SettingError(f"{name}: {shown(value)} is no path; give a text or a pathlib.Path")
     return Path(value)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..errors import SettingError
+from .checks import shown
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, as a layer's name, how much of it is done and how much there is, at most."""
@@ -22,4 +23,4 @@ def check_callbacks(**callbacks: object) -> None:
     """Raise SettingError for what cannot be called, by its name."""
     for name, callback in callbacks.items():
         if callback is not None and not callable(callback):
-            raise SettingError(f"{name}: {callback!r:.60} cannot be called; a function, or None")
+            raise SettingError(f"{name}: {shown(callback)} cannot be called; a function, or None")

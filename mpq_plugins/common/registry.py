@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ..errors import PluginError
+from .checks import shown
 from .extras import missing_for
 from .outsiders import outsiders
 from .text import did_you_mean
@@ -92,7 +93,7 @@ def load(group: str, name: str) -> Any:
     plugin = owner(group, name)
     if plugin is None:
         raise PluginError(
-            f"{group}: {name!r:.60} is not installed; there are {', '.join(names(group)) or 'none'}"
+            f"{group}: {shown(name)} is not installed; there are {', '.join(names(group)) or 'none'}"
             f"{did_you_mean(name, names(group))}"
         )
     if group in BACKENDS and plugin.distribution == OURS and (missing := missing_for(name)):

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs, ErrorDetails
 
 from ..errors import SettingError
+from .checks import shown
 
 Class = TypeVar("Class", bound=type)
 # Defaults go through the same checks, so that a field holds one form of a value: 2 and 2.0 make the same plan.
@@ -62,4 +63,4 @@ def _refusal(problem: ErrorDetails, name: str) -> Exception:
         allowed = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
     if problem["type"] == "bool_type":
         allowed = "True or False"
-    return SettingError(f"{place}: {problem['input']!r:.60} is not allowed; {allowed}")
+    return SettingError(f"{place}: {shown(problem['input'])} is not allowed; {allowed}")

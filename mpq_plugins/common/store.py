@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..errors import MeasureWarning, SettingError, SourceError
+from .checks import shown
 from .old_stores import refuse_old_store
 from .public import public
 from .registry import names
@@ -235,7 +236,7 @@ def opened(store: str | Path | Store | None) -> AbstractContextManager[Store | N
     if store is None or isinstance(store, Store):
         return nullcontext(store)
     if not isinstance(store, str | Path):
-        raise SettingError(f"store: {store!r:.60} is not allowed; a file's path, or an open Store")
+        raise SettingError(f"store: {shown(store)} is not allowed; a file's path, or an open Store")
     return Store(store)
 
 

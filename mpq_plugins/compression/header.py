@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from ..checkpoints.checkpoint import CONTAINER_MAGIC
 from ..checkpoints.readers import DTYPES
-from ..common.checks import first_problem
+from ..common.checks import first_problem, shown
 from ..common.checksum import checksum
 from ..common.documents import Strict, parse_json
 from ..common.text import first_few
@@ -239,7 +239,7 @@ def _record_problem(record: TensorRecord, plan: Plan, whole: set[str]) -> str | 
 
 def _plain_problem(record: TensorRecord) -> str | None:
     if record.dtype not in DTYPES:
-        return f"dtype {record.dtype!r} is not allowed; {', '.join(DTYPES)}"
+        return f"dtype {shown(record.dtype)} is not allowed; {', '.join(DTYPES)}"
     if beyond_memory(record.shape):
         return "has a shape beyond any memory"
     return _size_problem(math.prod(record.shape), record.streams[0][1])
@@ -250,7 +250,7 @@ def _layer_problem(record: TensorRecord, parts: Sequence[PartRecord | StreamReco
     if choice is None:
         return "is coded, and its plan has no such layer"
     if DTYPES.get(record.dtype) not in WEIGHT_DTYPES:
-        return f"dtype {record.dtype!r} is not allowed for a layer; F32, F16, BF16"
+        return f"dtype {shown(record.dtype)} is not allowed for a layer; F32, F16, BF16"
     if len(choice.widths) != len(parts):
         return f"has {len(parts)} parts, and {len(choice.widths)} in its plan"
     pairs = list(zip(choice.widths, parts, strict=True))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..common.checks import is_number
+from ..common.checks import is_number, shown
 from ..common.patterns import matches
 from ..common.public import public
 from ..errors import SettingError, WeightError
@@ -130,7 +130,7 @@ class Deviations:
     def __post_init__(self) -> None:
         for amount in _values(self.count):
             if not (is_number(amount) and 0 <= amount < float("inf")):
-                raise SettingError(f"prune: {amount!r} is not allowed; standard deviations, 0 or more")
+                raise SettingError(f"prune: {shown(amount)} is not allowed; standard deviations, 0 or more")
 
     def thresholds(self, weights: Sequence[Weight]) -> dict[str, float]:
         """Find the least magnitude that stays in each layer.
@@ -148,13 +148,15 @@ class Deviations:
 Pruning = Sparsity | GlobalSparsity | Deviations
 
 
-def checked_thresholds(pruning: Pruning, weights: Sequence[Weight]) -> dict[str, float]:
-    """Layer -> the least magnitude that stays.
+def checked_thresholds(pruning: Pruning, weights: Sequence[Weight], argument: str = "prune") -> dict[str, float]:
+    """Layer -> the least magnitude that stays. argument: what its user calls the pruning.
 
     Raises SettingError for what is no Pruning and where none would stay in a layer, WeightError on NaN.
     """
     if not isinstance(pruning, Pruning):
-        raise SettingError(f"prune: {pruning!r} is not allowed; Sparsity(0.9), GlobalSparsity(0.9) or Deviations(1.0)")
+        raise SettingError(
+            f"{argument}: {shown(pruning)} is not allowed; Sparsity(0.9), GlobalSparsity(0.9) or Deviations(1.0)"
+        )
     largest = {weight.name: _largest(weight) for weight in weights}
     thresholds = pruning.thresholds(weights)
     for name, threshold in thresholds.items():
@@ -204,7 +206,7 @@ def prune(model: nn.Module, pruning: Pruning, *, skip: Sequence[str] = (), only:
     check_module(model)
     masked = duplicate(model)
     weights = list(find_weights(masked, skip=skip, only=only))
-    thresholds = checked_thresholds(pruning, weights)
+    thresholds = checked_thresholds(pruning, weights, "pruning")
     for weight in weights:
         if weight.name in thresholds:
             values = masked.get_submodule(weight.name).weight
@@ -220,8 +222,8 @@ def _values(amounts: Amounts) -> Iterable[float]:
 def _check_share(share: float) -> None:
     if not (is_number(share) and 0 <= share < 1):
         raise SettingError(
-            f"prune: {share!r} is not allowed; a share from 0 up to, but not, 1, where nothing would be left (0.9 for "
-            "nine tenths)"
+            f"prune: {shown(share)} is not allowed; a share from 0 up to, but not, 1, where nothing would be left (0.9 "
+            "for nine tenths)"
         )
 
 

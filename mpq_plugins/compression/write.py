@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import stored_tensors
 from ..checkpoints.readers import DTYPES, StoredTensor
-from ..common.checks import path_of
+from ..common.checks import path_of, shown
 from ..common.files import atomic_path, exists, unchanged
 from ..common.progress import Progress, check_callbacks
 from ..common.text import first_few
@@ -86,7 +86,7 @@ def write(  # noqa: PLR0913  # as compress
 ) -> Container:
     """What `compress` promises; noted: told how the plan fits, the weights it was made from looked at too."""
     if coding not in CHOICES:
-        raise SettingError(f"coding: {coding!r} is not allowed; {', '.join(CHOICES)}")
+        raise SettingError(f"coding: {shown(coding)} is not allowed; {', '.join(CHOICES)}")
     if coding == "packed":
         _check_packed(plan)
     if isinstance(source, nn.Module):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.checks import listed
 from ..common.deferred import Deferred
 from ..common.progress import Progress, check_callbacks
 from ..common.public import public
@@ -17,8 +16,8 @@ from ..plans.arguments import check_plan
 from ..plans.plan import Plan
 from ..plans.size import PlanSize
 from ..reconstruction.rounding import NEAREST, Rounding
-from .scored import FLOAT, SECONDS, Scored, check_rounding, evaluation_facts
-from .scores import Evaluate, Scores, check_same_names
+from .scored import FLOAT, SECONDS, Scored, check_rounding, checked_calibration, evaluation_facts
+from .scores import Evaluate, Scores, check_same_names, check_score
 from .tried import Tried
 from .tries import Try, results
 
@@ -103,12 +102,10 @@ def evaluate(  # noqa: PLR0913  # each option is a user's word
         raise SettingError("plans: none given; one or more")
     for name, plan in plans.items():
         check_plan(plan, f"plans: {name!r}")
-    if not callable(score):
-        raise SettingError(f"score: is a {type(score).__name__}; give a function of a model that returns its score")
+    check_score(score, "score")
     check_callbacks(progress=progress)
     check_rounding(plans.values(), rounding, calibrated=calibrate is not None)
-    if calibrate is not None:
-        calibrate = listed("calibrate", calibrate, "a list of batches")  # it is gone through more than once
+    calibrate = checked_calibration(calibrate)
     with opened(store) as kept:
         ranged = calibrate if any(plan.quantizes_inputs for plan in plans.values()) else None
         plain = None if kept is None else kept.job(AS_IT_IS, evaluation_facts(model, score, ranged))

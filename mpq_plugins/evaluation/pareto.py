@@ -13,7 +13,7 @@ from ..allocation.mixquant import MixQuant
 from ..allocation.ptilmpq import PTILMPQ
 from ..allocation.sqnr import SQNR
 from ..allocation.uniform import Uniform
-from ..common.checks import is_number, listed
+from ..common.checks import is_number, listed, shown
 from ..common.public import public
 from ..errors import PlanWarning, SettingError
 from ..plans.arguments import check_table
@@ -81,6 +81,7 @@ def pareto(  # each option is a user's word
     if coded is not None:
         check_table(coded, "coded")
     file_averages = listed("file_bits", file_bits, AVERAGES)
+    _check_numbers("file_bits", file_averages)
     if (coded is None) != (not file_averages):
         raise SettingError("file_bits and coded belong together: bits a weight, and a table under EntropyCoded()")
     asked_bits = [] if bits is None else listed("bits", bits, "a list of widths, 1 to 8")
@@ -110,8 +111,7 @@ def _by_size(
     averages = listed("budgets", budgets, AVERAGES)
     if not averages:
         raise SettingError(f"budgets: none given; {AVERAGES}")
-    if not all(map(is_number, averages)):
-        raise SettingError(f"budgets: {averages!r:.60} is not allowed; {AVERAGES}")
+    _check_numbers("budgets", averages)
     parts = table.scheme.granularity != "per_tensor"
     for b in widths:
         yield _Asked("uniform", Uniform(bits=b))
@@ -122,6 +122,11 @@ def _by_size(
         yield _Asked("mixquant", partial(mixquant_at, average=average, widths=widths))
         yield _Asked("ptilmpq", partial(ptilmpq_at, average=average, widths=widths))
         yield _Asked("sqnr", partial(_or_none, SQNR(average_bits=average, bits=widths)))
+
+
+def _check_numbers(name: str, averages: Sequence[object]) -> None:
+    if not all(map(is_number, averages)):
+        raise SettingError(f"{name}: {shown(averages)} is not allowed; {AVERAGES}")
 
 
 def _by_file(file_bits: Sequence[float], sensitivity: str) -> Iterator[_Asked]:

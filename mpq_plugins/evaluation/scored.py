@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..common.checks import shown
 from ..common.deferred import Deferred
 from ..common.store import Finished
 from ..errors import SettingError
@@ -167,10 +168,19 @@ def check_rounding(plans: Iterable[Plan], rounding: Rounding | None, *, calibrat
             refuse_stochastic(plan, f"{rounding} rounding")
 
 
+def checked_calibration(calibrate: "Iterable[Any] | None") -> "list[Any] | None":
+    """The batches as a list, for each plan goes through them. Raises SettingError as `checked_batches`."""
+    if calibrate is None:
+        return None
+    from ..models.running import checked_batches  # which takes torch
+
+    return checked_batches(calibrate, "calibrate")
+
+
 def not_compensated(rounding: str) -> SettingError:
     """What to say of another rounding on inputs for a file's bytes."""
     return SettingError(
-        f"rounding: {rounding!r} is not allowed for a file's bytes; with inputs it is compensated. Leave it out"
+        f"rounding: {shown(rounding)} is not allowed for a file's bytes; with inputs it is compensated. Leave it out"
     )
 
 

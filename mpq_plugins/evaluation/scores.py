@@ -6,10 +6,11 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..common.checks import shown
 from ..common.deferred import Deferred
 from ..common.interrupts import Interrupted
 from ..common.text import what_it_said
-from ..errors import MPQError, SourceError
+from ..errors import MPQError, SettingError, SourceError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,9 +22,15 @@ Evaluate = Callable[["nn.Module"], "float | Scores"]
 """What a user's function makes of a quantized model: a score to be as large as can be, or several, that one first."""
 
 
+def check_score(evaluate: object, name: str) -> None:
+    """Raise SettingError where an argument of this name is no function that could evaluate a model."""
+    if not callable(evaluate):
+        raise SettingError(f"{name}: is a {type(evaluate).__name__}; give a function of a model that returns its score")
+
+
 def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[str, float]:
     """What the function returns for the model, as named numbers. Raises SourceError naming `what` was evaluated."""
-    name = f"{getattr(evaluate, '__qualname__', repr(evaluate))} of {what}"
+    name = f"{getattr(evaluate, '__qualname__', shown(evaluate))} of {what}"
     try:
         returned = evaluate(model)
     except (KeyboardInterrupt, Interrupted, MPQError):  # ours says what is wrong already
@@ -37,9 +44,9 @@ def checked_scores(evaluate: Evaluate, model: "nn.Module", what: str) -> dict[st
     try:
         numbers = {str(key): float(value) for key, value in scores.items()}
     except (TypeError, ValueError, OverflowError) as error:
-        raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers") from error
+        raise SourceError(f"{name}: returned {shown(returned)}; a number, or a mapping of names to numbers") from error
     if not numbers or any(math.isnan(value) for value in numbers.values()):
-        raise SourceError(f"{name}: returned {returned!r:.60}; a number, or a mapping of names to numbers, none NaN")
+        raise SourceError(f"{name}: returned {shown(returned)}; a number, or a mapping of names to numbers, none NaN")
     return numbers
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation.file_steps import predicted_cost
 from ..allocation.guard import judge_of
-from ..common.checks import listed, words
+from ..common.checks import listed, shown, words
 from ..common.deferred import Deferred
 from ..common.progress import Progress, check_callbacks
 from ..common.public import public
@@ -22,8 +22,8 @@ from ..plans.arguments import check_plan, check_table
 from ..plans.plan import Plan
 from ..plans.table import LayerTable
 from ..reconstruction.rounding import Rounding
-from .scored import FLOAT, Scored, check_rounding, evaluation_facts
-from .scores import Evaluate, Scores, check_same_names
+from .scored import FLOAT, Scored, check_rounding, checked_calibration, evaluation_facts
+from .scores import Evaluate, Scores, check_same_names, check_score
 from .tried import Tried
 from .tries import Try, results
 
@@ -188,6 +188,10 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
         check_plan(plan, f"plans[{place}]")
     if model is not None:
         check_module(model)
+    if evaluate is not None:
+        check_score(evaluate, "evaluate")
+    if not isinstance(judge, str | None):
+        raise SettingError(f"judge: {shown(judge)} is not allowed; an error or a sensitivity of the table, as mse")
     check_callbacks(progress=progress)
     series = words("series", series, "a name for each plan")
     if series and len(series) != len(plans):
@@ -195,6 +199,7 @@ def sweep(  # noqa: PLR0913  # each option is a user's word
     if files and (model is None or evaluate is None):
         raise SettingError("files: are written of models that are evaluated; give model and evaluate, or leave it out")
     check_rounding(plans, rounding, calibrated=calibrate is not None)
+    calibrate = checked_calibration(calibrate)
     with opened(store) as kept:
         finished = (
             kept.job(JOB, evaluation_facts(model, evaluate, calibrate, rounding, files))

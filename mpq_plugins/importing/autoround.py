@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common.checks import path_of
+from ..common.checks import path_of, shown
 from ..common.text import first_few
 from ..errors import FormatError, SettingError
 from ..measurement.contract import Curves
@@ -117,7 +117,7 @@ def _scores(path: Path) -> Scores:
 def _loss(where: str, entry: Any) -> float:
     """The second of [total bits, loss]. Raises FormatError."""
     if not isinstance(entry, list) or len(entry) != 2:
-        raise FormatError(f"{where}: {entry!r:.60} is not [total bits, loss]")
+        raise FormatError(f"{where}: {shown(entry)} is not [total bits, loss]")
     return finite(where, entry[1])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import is_number
+from ..common.checks import is_number, shown
 from ..common.documents import load_json
 from ..errors import FormatError
 
@@ -31,5 +31,5 @@ def mapping_in(where: str, document: Any, key: str) -> Mapping[str, Any]:
 def finite(where: str, value: Any) -> float:
     """A finite number. Raises FormatError for what is none."""
     if not is_number(value) or not math.isfinite(value):
-        raise FormatError(f"{where}: {value!r:.60} is no finite number")
+        raise FormatError(f"{where}: {shown(value)} is no finite number")
     return float(value)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..checkpoints.checkpoint import load_torch
-from ..common.checks import path_of
+from ..common.checks import path_of, shown
 from ..common.text import first_few
 from ..errors import FormatError, SettingError, SourceError
 from ..measurement.contract import Curves
@@ -138,7 +138,7 @@ def _modules(where: str, group: str, stats: Any) -> list[str]:
     if named is None:
         return [group.removesuffix(SUFFIX)]
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-        raise FormatError(f"{where}: module_names is {named!r:.60}; a list of layers")
+        raise FormatError(f"{where}: module_names is {shown(named)}; a list of layers")
     return named
 
 
@@ -169,16 +169,16 @@ def _plain(score: Any) -> Any:
 def _bits(where: str, name: Any) -> int:
     """The width of a format of integers; 0 for others. Raises FormatError for one that does not say it."""
     if not isinstance(name, str):
-        raise FormatError(f"{where}: format {name!r:.60} is no text")
+        raise FormatError(f"{where}: format {shown(name)} is no text")
     if FLOATING.search(name) or UNQUANTIZED.match(name):
         return 0  # no integers
     if OF_INPUTS_TOO.search(name):
         raise FormatError(
-            f"{where}: format {name!r:.60} quantizes inputs too, so its score is not what weights cost; measure "
+            f"{where}: format {shown(name)} quantizes inputs too, so its score is not what weights cost; measure "
             "formats of weights alone"
         )
     effective, said = EFFECTIVE.search(name), SAID.search(name)
     width = float(effective[1]) if effective else float(said[1]) if said else 0.0
     if not width:
-        raise FormatError(f"{where}: format {name!r:.60} does not say its bits, as INT4_CFG or effective-bits: 4.0 do")
+        raise FormatError(f"{where}: format {shown(name)} does not say its bits, as INT4_CFG or effective-bits: 4.0 do")
     return int(width) if width in INTEGER_BITS else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..common.checks import listed, words
+from ..common.checks import listed, shown, words
 from ..common.progress import Progress, check_callbacks
 from ..common.store import Store, opened
 from ..common.text import first_few
@@ -229,7 +229,7 @@ def checked_input_bits(bits: Sequence[int], name: str = "bits") -> tuple[int, ..
     """Distinct widths, ascending. Raises SettingError."""
     widths = listed(name, bits, "a list of one or more of 2 to 16")
     if not widths:
-        raise SettingError(f"{name}: {bits!r:.60} is not allowed; a list of one or more of 2 to 16")
+        raise SettingError(f"{name}: {shown(bits)} is not allowed; a list of one or more of 2 to 16")
     for b in widths:
         if b == 1:
             raise SettingError(f"{name}: inputs of 1 bit are not allowed: 0 and one other value; 2 to 16")
@@ -242,14 +242,14 @@ def _checked_sensitivities(names: Sequence[str]) -> tuple[str, ...]:
     given = (names,) if isinstance(names, str) else words("sensitivities", names, allowed)
     for name in given:
         if name not in INPUT_SENSITIVITIES:
-            raise SettingError(f"sensitivities: {name!r:.60} is not known of inputs; {allowed}")
+            raise SettingError(f"sensitivities: {shown(name)} is not known of inputs; {allowed}")
     return tuple(dict.fromkeys(given))
 
 
 def _check_kinds(table: LayerTable, activations: Activations) -> None:
     """Refuse what plans do. Raises SettingError."""
     if not isinstance(activations, Activations):
-        raise SettingError(f"activations: {activations!r:.60} is not allowed; a value such as Activations(8)")
+        raise SettingError(f"activations: {shown(activations)} is not allowed; a value such as Activations(8)")
     others = [repr(layer.name) for layer in table.layers if layer.kind not in ("linear", "embedding")]
     if activations.dynamic == "per_token" and others:
         raise SettingError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..common.checks import shown
 from ..common.text import first_sentence
 from ..errors import SettingError
 from ..models.labels import own_labels_loss
@@ -63,7 +64,7 @@ class Hessian:
 
     def __post_init__(self) -> None:
         if type(self.probes) is not int or self.probes < 1:
-            raise SettingError(f"probes: {self.probes!r} is not allowed; an integer from 1 up")
+            raise SettingError(f"probes: {shown(self.probes)} is not allowed; an integer from 1 up")
 
     def measure(self, job: Job) -> Mapping[str, Curves]:
         """Two backward passes a probe."""

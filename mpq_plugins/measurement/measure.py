@@ -18,6 +18,7 @@ from torch import nn
 from ..checkpoints.readers import FileColumns, FileRows
 from ..checkpoints.scaled import ScaledRows
 from ..checkpoints.torch_files import Expanded
+from ..common.checks import shown
 from ..common.files import exists, same_place, unchanged
 from ..common.progress import Progress, check_callbacks
 from ..common.store import Arrays, Finished, Store, opened
@@ -198,7 +199,7 @@ def run(
 def _cache_file(cache: object, store: str | Path | Store | None) -> Path:
     """The file of a table. Raises SettingError where it is none, or is the store, which goes once it is written."""
     if not isinstance(cache, str | Path) or not str(cache):
-        raise SettingError(f"cache: {cache!r:.60} is not allowed; a file's path")
+        raise SettingError(f"cache: {shown(cache)} is not allowed; a file's path")
     place = Path(cache)
     kept = store.path if isinstance(store, Store) else Path(store) if isinstance(store, str | Path) else None
     if kept is not None and same_place(place, kept):

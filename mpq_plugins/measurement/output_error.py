@@ -35,7 +35,9 @@ class OutputMSE:
         for layer in job.table.layers:
             channels = job.squared_errors(layer, moments[layer.name])
             if not all(is_plain(module) for module in job.modules[layer.name]):
-                channels = _scaled(channels, _at_own_output(job, layer), job.squared_errors(layer, torch.ones(())))
+                channels = _scaled(
+                    channels, _at_own_output(job, layer), job.squared_errors(layer, torch.ones((), dtype=torch.float32))
+                )
             curves[layer.name] = Curves(channels.sum(1), channels)
         return curves
 

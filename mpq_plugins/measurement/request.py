@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from torch import nn
 
-from ..common.checks import listed, words
+from ..common.checks import listed, shown, words
 from ..errors import SettingError
 from ..models.folding import has_batch_norm
 from ..plans.scheme import Scheme
@@ -48,7 +48,7 @@ class MeasureRequest:
             granular = self.scheme.granularity != "per_tensor"
             return isinstance(source, nn.Module) and not granular and has_batch_norm(source)
         if not isinstance(self.fold_bn, bool):
-            raise SettingError(f"fold_bn: {self.fold_bn!r} is not allowed; True, False or 'auto'")
+            raise SettingError(f"fold_bn: {shown(self.fold_bn)} is not allowed; True, False or 'auto'")
         return self.fold_bn
 
     def find(self, source: nn.Module | str | Path) -> Weights:
@@ -74,7 +74,7 @@ def _checked_bits(bits: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
     """Distinct bit-widths, ascending. Raises SettingError outside what the scheme has, or for none."""
     given = listed("bits", bits, WIDTHS)
     if not given:
-        raise SettingError(f"bits: {bits!r:.60} is not allowed; {WIDTHS}")
+        raise SettingError(f"bits: {shown(bits)} is not allowed; {WIDTHS}")
     return tuple(sorted({scheme.check_bits(b) for b in given}))
 
 
@@ -83,7 +83,7 @@ def _checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     given = words("metrics", metrics, f"a list of {', '.join(METRICS)}")
     for metric in given:
         if metric not in METRICS:
-            raise SettingError(f"metrics: {metric!r} is not allowed; {', '.join(METRICS)}")
+            raise SettingError(f"metrics: {shown(metric)} is not allowed; {', '.join(METRICS)}")
     if not given:
         raise SettingError(f"metrics: none given; one or more of {', '.join(METRICS)}")
     return tuple(metric for metric in METRICS if metric in given)

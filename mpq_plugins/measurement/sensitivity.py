@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..common import registry
+from ..common.checks import shown
 from ..common.progress import Progress, check_callbacks, part_of
 from ..common.store import Store, opened
 from ..common.text import first_few
@@ -24,7 +25,7 @@ from ..models.arguments import check_module
 from ..models.fingerprint import batches_digest, model_digest, source_digest
 from ..models.folding import folded_copy
 from ..models.kinds import quantizable_weights
-from ..models.running import checked_batches, evaluating, seeded
+from ..models.running import checked_batches, evaluating, outside_inference_mode, seeded
 from ..plans.arguments import check_any_table
 from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
@@ -40,6 +41,7 @@ LOG = logging.getLogger(__name__)
 AnyTable = TypeVar("AnyTable", LayerTable, TypeTable)
 
 
+@outside_inference_mode()
 def sensitivity(  # noqa: PLR0913  # each option is a user's word
     model: nn.Module,
     table: AnyTable,
@@ -95,10 +97,10 @@ def sensitivity(  # noqa: PLR0913  # each option is a user's word
     check_callbacks(progress=progress)
     measurer = _made(kind) if isinstance(kind, str) else kind
     if isinstance(measurer, type) or not hasattr(measurer, "measure"):
-        raise SettingError(f"kind: {kind!r:.60} is no sensitivity; a name, or a value such as Hessian(probes=8)")
+        raise SettingError(f"kind: {shown(kind)} is no sensitivity; a name, or a value such as Hessian(probes=8)")
     asked = _Asked(measurer, checked_batches(batches), output, seed, fit_ranges, executor)
     if type(seed) is not int or not 0 <= seed < 1 << 63:
-        raise SettingError(f"seed: {seed!r} is not allowed; an integer from 0 up")
+        raise SettingError(f"seed: {shown(seed)} is not allowed; an integer from 0 up")
     with opened(store) as kept:
         if not isinstance(table, TypeTable):
             return _filled(model, table, asked, kept, progress, measurer.name)

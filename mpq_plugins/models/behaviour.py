@@ -21,7 +21,7 @@ def adds_its_bias(layer: nn.Module, axis: int, args: tuple[Any, ...], kwargs: Ma
     bias = layer.bias
     if not isinstance(bias, nn.Parameter):
         return False
-    step = torch.linspace(0.5, 1.0, bias.numel()).to(bias).view_as(bias)
+    step = torch.linspace(0.5, 1.0, bias.numel(), dtype=torch.float32).to(bias).view_as(bias)
     before, after = (_output(layer, {"bias": value}, args, kwargs) for value in (bias, bias + step))
     if before is None or after is None:
         return False

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..common.checks import shown
 from ..common.text import first_sentence
 from ..errors import SettingError
 
@@ -25,7 +26,7 @@ def checked_device(device: object, here: bool = True, dtype: torch.dtype = torch
             torch.zeros(1, device=place, dtype=dtype).sum().cpu()
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         raise SettingError(
-            f"device: {device!r:.60} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"
+            f"device: {shown(device)} cannot be used ({first_sentence(error)}); 'cpu', or 'cuda' where there is one"
         ) from error
     return place
 

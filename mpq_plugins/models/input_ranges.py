@@ -53,8 +53,8 @@ class InputQuantizer(nn.Module):
     def __init__(self, bits: int, dynamic: Dynamic | None = None, *, symmetric: bool = False) -> None:
         super().__init__()
         self.bits, self.dynamic, self.symmetric = bits, dynamic, symmetric
-        self.register_buffer("scale", torch.zeros(()))
-        self.register_buffer("zero_point", torch.zeros(()))
+        self.register_buffer("scale", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.float32))
         self.register_buffer("levels", torch.tensor(2**bits))  # so that a state dict says it
         if dynamic is not None:
             self.register_buffer("dynamic_kind", torch.tensor([DYNAMICS.index(dynamic), int(symmetric)]))
@@ -86,8 +86,8 @@ class InputQuantizer(nn.Module):
 
 def quantized_input(x: Tensor, input_range: InputRange) -> Tensor:
     """x at the levels of a range, in its own type."""
-    static = torch.tensor(input_range.scale), torch.tensor(float(input_range.zero_point))
-    return at_levels(x, input_range.bits, static, input_range.dynamic, symmetric=input_range.symmetric)
+    scale, zero_point = torch.tensor((input_range.scale, input_range.zero_point), dtype=torch.float32)
+    return at_levels(x, input_range.bits, (scale, zero_point), input_range.dynamic, symmetric=input_range.symmetric)
 
 
 def at_levels(

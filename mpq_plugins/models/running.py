@@ -28,6 +28,14 @@ def checked_batches(batches: Iterable[Any], name: str = "batches") -> list[Any]:
     return series
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Where the caller is in torch.inference_mode, which has no gradients and cannot be asked for any."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(mode=False), torch.set_grad_enabled(grad):
+        yield
+
+
 def run_model(model: nn.Module, batch: Any) -> Any:
     """The model's output in evaluation mode, without gradients. Raises SettingError where it does not run on it."""
     with evaluating(model), torch.no_grad():

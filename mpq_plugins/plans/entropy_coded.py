@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from ..common.checks import number
+from ..common.checks import number, shown
 from ..common.public import public
 from ..errors import SettingError
 from .affine import Affine
@@ -52,7 +52,7 @@ class EntropyCoded(Granular):
 
     def __post_init__(self) -> None:
         if self.name != "entropy_coded":
-            raise SettingError(f"scheme: {self.name!r} is not allowed; entropy_coded")
+            raise SettingError(f"scheme: {shown(self.name)} is not allowed; entropy_coded")
         if self.step is not None:
             number("step", self.step, STEP, least=LEAST_STEP, most=LARGEST_STEP)
         number("rounding_offset", self.rounding_offset, OFFSET, least=0.1, most=0.5)

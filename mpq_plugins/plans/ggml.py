@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
+from ..common.checks import shown
 from ..common.public import public
 from ..errors import SettingError
 from .granular import Granular, Granularity
@@ -106,14 +107,14 @@ class GGML(Granular):
 
     def __post_init__(self) -> None:
         if self.name != "ggml":
-            raise SettingError(f"scheme: {self.name!r} is not allowed; ggml")
-        if self.type not in TYPES:
+            raise SettingError(f"scheme: {shown(self.name)} is not allowed; ggml")
+        if not isinstance(self.type, str) or self.type not in TYPES:
             hint = (
                 " (types of tensors and not of whole files, so without _M, _S or _L)"
                 if _is_file_type(self.type)
                 else ""
             )
-            raise SettingError(f"type: {self.type!r} is not allowed; {', '.join(get_args(TypeName))}{hint}")
+            raise SettingError(f"type: {shown(self.type)} is not allowed; {', '.join(get_args(TypeName))}{hint}")
 
     def __str__(self) -> str:
         return f"ggml {self.type}"
@@ -158,7 +159,7 @@ class GGML(Granular):
         """
         if isinstance(bits, bool) or bits != self.bits:
             raise SettingError(
-                f"{name}: {bits!r} is not allowed with ggml's {self.type}, of {self.bits_per_weight:g} bits a "
+                f"{name}: {shown(bits)} is not allowed with ggml's {self.type}, of {self.bits_per_weight:g} bits a "
                 f"weight in all; {self.bits}, or another type"
             )
         return bits

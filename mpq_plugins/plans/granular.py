@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from ..common.checks import shown
 from ..common.documents import STRICT
 from ..common.public import public
 from ..errors import SettingError
@@ -24,7 +25,7 @@ LAYER_SCALE_BITS = 32
 def check_bits(bits: int, name: str = "bits") -> int:
     """Return `bits` if it is an integer in 1..8, else raise SettingError."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in INTEGER_BITS:
-        raise SettingError(f"{name}: {bits!r} is not allowed; 1 to 8")
+        raise SettingError(f"{name}: {shown(bits)} is not allowed; 1 to 8")
     return bits
 
 
@@ -199,7 +200,7 @@ class Granular:
         """
         allow("granularity", self.granularity, GRANULARITIES)
         if self.granularity == "per_group" and (type(self.group_size) is not int or self.group_size < 1):
-            raise SettingError(f"group_size: {self.group_size!r} is not allowed with per_group; 1 or more")
+            raise SettingError(f"group_size: {shown(self.group_size)} is not allowed with per_group; 1 or more")
         if self.granularity != "per_group" and self.group_size is not None:
             raise SettingError(f"group_size: {self.group_size} means nothing with {self.granularity}; leave it out")
 
@@ -217,4 +218,4 @@ def inputs_of(shape: Sequence[int], channel_axis: int) -> int:
 def allow(field: str, value: object, allowed: Sequence[str]) -> None:
     """Raise SettingError, naming the field, for a value that is none of these."""
     if value not in allowed:
-        raise SettingError(f"{field}: {value!r} is not allowed; {', '.join(allowed)}")
+        raise SettingError(f"{field}: {shown(value)} is not allowed; {', '.join(allowed)}")

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+from ..common.checks import shown
 from ..common.text import first_few
 from ..errors import SettingError
 from .affine import SYMMETRIES, Affine, Symmetry
@@ -53,11 +54,11 @@ def legalise(plan: Plan, capabilities: Capabilities, policy: Policy = "up") -> t
         (4, 1)
     """
     if policy not in POLICIES:
-        raise SettingError(f"policy: {policy!r} is not allowed; {', '.join(POLICIES)}")
+        raise SettingError(f"policy: {shown(policy)} is not allowed; {', '.join(POLICIES)}")
     check_plan(plan)
     if not isinstance(capabilities, Capabilities):
         raise SettingError(
-            f"capabilities: {capabilities!r:.60} is no Capabilities; give an adapter's CAPABILITIES, or write them"
+            f"capabilities: {shown(capabilities)} is no Capabilities; give an adapter's CAPABILITIES, or write them"
         )
     layers: list[LayerChoice] = []
     changes: list[Change] = []

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from ..common.checks import shown
 from ..common.public import public
 from ..errors import SettingError
 from .granular import Granular, Granularity
@@ -69,9 +70,9 @@ class Minifloat(Granular):
 
     def __post_init__(self) -> None:
         if self.name != "minifloat":
-            raise SettingError(f"scheme: {self.name!r} is not allowed; minifloat")
+            raise SettingError(f"scheme: {shown(self.name)} is not allowed; minifloat")
         if self.format not in MINIFLOATS:
-            raise SettingError(f"format: {self.format!r} is not allowed; {', '.join(MINIFLOATS)}")
+            raise SettingError(f"format: {shown(self.format)} is not allowed; {', '.join(MINIFLOATS)}")
 
     def __str__(self) -> str:
         return str(self.format)
@@ -139,7 +140,7 @@ class Minifloat(Granular):
             SettingError: The type has another.
         """
         if isinstance(bits, bool) or bits != self.bits:
-            raise SettingError(f"{name}: {bits!r} is not allowed with {self.format}, which has {self.bits} bits")
+            raise SettingError(f"{name}: {shown(bits)} is not allowed with {self.format}, which has {self.bits} bits")
         return bits
 
     def check_part(self, bits: int, shape: Sequence[int], channel_axis: int, channels: int, layer: str) -> None:

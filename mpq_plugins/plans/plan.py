@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..common.checks import first_problem, path_of
+from ..common.checks import first_problem, path_of, shown
 from ..common.checksum import is_damaged, sealed, unsealed
 from ..common.documents import Strict, load_json, parse_json
 from ..common.files import open_regular, write_text
@@ -178,7 +178,12 @@ class Plan(Strict):
 
         Returns:
             The plan.
+
+        Raises:
+            SettingError: The names are no mapping.
         """
+        if not isinstance(names, Mapping):
+            raise SettingError(f"names: is a {type(names).__name__}; give a mapping of old names to new ones")
         if all(name == new_name for name, new_name in names.items()):
             return self
 
@@ -333,7 +338,12 @@ class Plan(Strict):
 
         Returns:
             A Difference for each of these layers.
+
+        Raises:
+            SettingError: The other is no plan.
         """
+        if not isinstance(other, Plan):
+            raise SettingError(f"other: is a {type(other).__name__}, no Plan; Plan.load reads one")
         names = [*self.by_name, *(name for name in other.by_name if name not in self.by_name)]
         pairs = ((name, self.by_name.get(name), other.by_name.get(name)) for name in names)
         return tuple(Difference(name=n, before=a, after=b) for n, a, b in pairs if a != b)
@@ -419,7 +429,7 @@ def is_plan(path: Path) -> bool:
 
 def _with_activations(layer: LayerChoice, activations: Activations | None) -> LayerChoice:
     if activations is not None and not isinstance(activations, Activations):
-        raise SettingError(f"layer {layer.name!r}: activations: {activations!r:.60} is no Activations")
+        raise SettingError(f"layer {layer.name!r}: activations: {shown(activations)} is no Activations")
     given = layer.model_copy(update={"activations": activations})
     try:
         given.check_activations()

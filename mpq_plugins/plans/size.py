@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..common.checks import shown
 from ..common.public import public
 from ..errors import SettingError
 from .granular import FLOAT_BITS, LAYER_SCALE_BITS
@@ -121,7 +122,7 @@ def plan_size(layers: Iterable[LayerChoice], scale_bits: int | None = None) -> P
     scale_bits: of a scale or centroid, 32 or 16; None for what each layer's scheme has. Raises SettingError on another.
     """
     if scale_bits is not None and scale_bits not in FLOAT_BITS:
-        raise SettingError(f"scale_bits: {scale_bits!r} is not allowed; 16 or 32, or None for the scheme's own")
+        raise SettingError(f"scale_bits: {shown(scale_bits)} is not allowed; 16 or 32, or None for the scheme's own")
     return PlanSize({layer.name: layer_size(layer, scale_bits) for layer in layers})
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 from safetensors.numpy import save
 
-from ..common.checks import first_problem
+from ..common.checks import first_problem, shown
 from ..common.checksum import checksum_text, is_damaged, sealed, unsealed
 from ..common.documents import LARGEST_DOCUMENT, Strict, parse_json
 from ..common.files import atomic_path, open_regular
@@ -171,7 +171,7 @@ class _Description(Strict):
                 raise ValueError(f"{name}: {list(listed)} has one twice")
         unknown = [metric for metric in self.metrics if metric not in METRICS]
         if unknown:
-            raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
+            raise ValueError(f"metrics: {shown(unknown[0])} is not allowed; {', '.join(METRICS)}")
         check_once(((layer.name, *layer.tied) for layer in self.layers), self.skipped)
         if self.inputs is not None:
             self.inputs.check_layers([layer.name for layer in self.layers])

@@ -6,6 +6,7 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from ..common.checks import shown
 from ..common.documents import Strict
 from ..errors import SettingError
 from .activations import INPUT_BITS, Activations
@@ -54,7 +55,7 @@ class InputsDocument(Strict):
             if len(set(listed)) < len(listed):
                 raise ValueError(f"{field}: {list(listed)[:5]} has one twice")
         if unknown := [metric for metric in self.metrics if metric not in METRICS]:
-            raise ValueError(f"metrics: {unknown[0]!r} is not allowed; {', '.join(METRICS)}")
+            raise ValueError(f"metrics: {shown(unknown[0])} is not allowed; {', '.join(METRICS)}")
         tensors = {layer.tensor for layer in self.layers}
         if not tensors <= set(names):
             raise ValueError(f"layers: {min(tensors - {*names})!r} is named as a tensor, and is no layer with an input")

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..common.checks import listed
+from ..common.checks import listed, shown
 from ..common.public import public
 from ..common.text import did_you_mean
 from ..errors import SettingError
@@ -132,9 +132,11 @@ def named_type(name: str) -> NamedType:
         Minifloat(name='minifloat', format='mxfp4')
     """
     if not isinstance(name, str):
-        raise SettingError(f"type: {name!r:.60} is not allowed; the name of one, as int4_g32")
+        raise SettingError(f"type: {shown(name)} is not allowed; the name of one, as int4_g32")
     if name not in _TYPES:
-        raise SettingError(f"type: {name!r} is not allowed; {', '.join(_TYPES)}{did_you_mean(name, tuple(_TYPES))}")
+        raise SettingError(
+            f"type: {shown(name)} is not allowed; {', '.join(_TYPES)}{did_you_mean(name, tuple(_TYPES))}"
+        )
     return _TYPES[name]
 
 

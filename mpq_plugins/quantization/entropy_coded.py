@@ -26,7 +26,7 @@ class EntropyCodedQuantizer(RowQuantizer):
     def fit(self, rows: Tensor, bits: int) -> Tensor:
         """Steps, (groups, 1), where the plan has none: the finest whose codes have so many bits."""
         if self.scheme.step is not None:
-            return torch.zeros(len(rows), 0)
+            return torch.zeros(len(rows), 0, dtype=torch.float32)
         largest = rows.abs().amax(1, keepdim=True).double().cpu().numpy()
         return torch.from_numpy(affine_grids(-largest, largest, np.array([bits]), SYMMETRIC).scale).to(rows.device)
 
@@ -105,7 +105,7 @@ def check_codes(weights: Tensor, bits: int, scheme: EntropyCoded) -> None:
     """Raise SettingError where the step is so small that these weights' codes have more bits."""
     assert scheme.step is not None
     largest = weights.float().abs().max()
-    if float(largest / torch.tensor(scheme.step) + scheme.rounding_offset) >= 2 ** (bits - 1):
+    if float(largest / torch.tensor(scheme.step, dtype=torch.float32) + scheme.rounding_offset) >= 2 ** (bits - 1):
         most = 2 ** (bits - 1) - 1
         least = scheme.finest_step(float(largest), bits) * (1 + 5e-6)  # which six digits do not round below it
         raise SettingError(

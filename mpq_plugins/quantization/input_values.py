@@ -80,7 +80,8 @@ class InputValues:
         if activations.dynamic is not None:
             return InputRange(bits, dynamic=activations.dynamic, symmetric=symmetric)
         low, high = self.ends(activations)
-        scale, zero_point = range_grid(torch.tensor(low), torch.tensor(high), bits, symmetric=symmetric)
+        first, last = torch.tensor((low, high), dtype=torch.float32)
+        scale, zero_point = range_grid(first, last, bits, symmetric=symmetric)
         step = (max(-low, high) * 2 if symmetric else high - low) / 2**bits
         if step < LEAST_SCALE or not math.isfinite(float(scale)):
             raise SettingError(

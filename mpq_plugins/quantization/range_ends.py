@@ -53,7 +53,7 @@ def mse_ends(values: SortedValues, bits: int, *, symmetric: bool) -> Ends:
         low, high = -max(-low, high), max(-low, high)
 
     def error(shrunk: Ends) -> float:
-        first, last = torch.tensor((shrunk[0] * low, shrunk[1] * high))
+        first, last = torch.tensor((shrunk[0] * low, shrunk[1] * high), dtype=torch.float32)
         scale, zero_point = range_grid(first, last, bits, symmetric=symmetric)
         return values.squared_error(float(scale), float(zero_point), bits)
 

@@ -187,7 +187,7 @@ class RowQuantizer:
         """Tables as they are stored. Raises PluginError where `fit` gives others than the scheme counts."""
         entries = self._own(bits) + scales_per_layer(self.scheme)
         if not rows.numel():
-            return torch.zeros(len(rows), entries)
+            return torch.zeros(len(rows), entries, dtype=torch.float32)
         tables = self.fit(rows, bits)
         if tables.shape != (len(rows), entries):
             raise PluginError(

@@ -24,7 +24,7 @@ class ValueSample:
 
     def __init__(self) -> None:
         self.count = 0
-        self._some = self._lowest = self._highest = torch.zeros(0)
+        self._some = self._lowest = self._highest = torch.zeros(0, dtype=torch.float32)
         self._random = torch.Generator().manual_seed(0)  # the same batches give the same sample
 
     def add(self, x: Tensor) -> None:
@@ -37,7 +37,8 @@ class ValueSample:
             self._some = torch.cat([self._some, flat.cpu()])
         else:
             # Rounded at random, or no more values of small batches would be taken after many of them.
-            fresh = int(MOST_VALUES * flat.numel() / total + float(torch.rand((), generator=self._random)))
+            more = float(torch.rand((), generator=self._random, dtype=torch.float32))
+            fresh = int(MOST_VALUES * flat.numel() / total + more)
             old = self._picked(self._some, min(MOST_VALUES - fresh, self._some.numel()))
             self._some = torch.cat([old, self._picked(flat, fresh)])
         self.count = total

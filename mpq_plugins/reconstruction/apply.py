@@ -66,7 +66,7 @@ def apply(
     traced = Traced(model)
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
     if calibrate is not None:
-        batches = checked_batches(calibrate)
+        batches = checked_batches(calibrate, "calibrate")
         if rounding != LEARNED:  # which finds ranges of its own
             model = with_ranges(model, plan, batches)
         traced = Traced(model := _rounded(model, plan, batches, rounding, None, None))

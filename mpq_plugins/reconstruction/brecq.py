@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import shown
 from ..common.progress import Progress, check_callbacks
 from ..common.store import Store, opened
 from ..errors import SettingError
@@ -282,7 +283,7 @@ def _checked(model: nn.Module, plan: Plan, batches: Iterable[Any], memory: int) 
     refuse_stochastic(plan, "learned rounding")
     refuse_input_ranges(model)
     if type(memory) is not int or memory < 0:
-        raise SettingError(f"memory: {memory!r} is not allowed; bytes, an integer from 0 up")
+        raise SettingError(f"memory: {shown(memory)} is not allowed; bytes, an integer from 0 up")
     training = next((name or type(model).__name__ for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise SettingError(

@@ -183,4 +183,4 @@ def choose_positions(samples: int, positions: int, share: int, generator: torch.
     """`share` different positions at random for each sample, or all there are; int64 (samples, share)."""
     if share >= positions:
         return torch.arange(positions).expand(samples, positions)
-    return torch.rand(samples, positions, generator=generator).argsort(dim=1)[:, :share]
+    return torch.rand(samples, positions, generator=generator, dtype=torch.float32).argsort(dim=1)[:, :share]

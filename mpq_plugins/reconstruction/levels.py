@@ -59,7 +59,7 @@ class Levels:
                 part.put(whole, from_channel_rows(rows.reshape(len(part.channels), -1), part.values.shape, axis))
             tables += levels
         first = torch.tensor([0, *np.cumsum([len(table) for table in tables])], dtype=torch.int64)
-        return cls(torch.cat(tables) if tables else torch.zeros(0), first, group, held)
+        return cls(torch.cat(tables) if tables else torch.zeros(0, dtype=torch.float32), first, group, held)
 
 
 def _part_levels(part: WeightPart, choice: LayerChoice) -> tuple[list[Tensor], Tensor]:

@@ -6,6 +6,7 @@ Learned, block by block, by gradient descent (`reconstruct`).
 
 from typing import TYPE_CHECKING, Literal
 
+from ..common.checks import shown
 from ..common.text import did_you_mean, first_few
 from ..errors import SettingError
 
@@ -29,7 +30,7 @@ def checked_rounding(rounding: str | None, *, calibrated: bool) -> Rounding:
         return COMPENSATED if calibrated else NEAREST
     if rounding not in ROUNDINGS:
         near = did_you_mean(str(rounding), ROUNDINGS)
-        raise SettingError(f"rounding: {rounding!r:.60} is not allowed; {', '.join(ROUNDINGS)}{near}")
+        raise SettingError(f"rounding: {shown(rounding)} is not allowed; {', '.join(ROUNDINGS)}{near}")
     if rounding != NEAREST and not calibrated:
         raise SettingError(
             f"rounding: {rounding!r} needs calibration inputs; give calibrate=batches, or make some from the model's "

@@ -71,7 +71,7 @@ class Samples:
 
     def draw(self, count: int, mix: float, generator: torch.Generator) -> Sample:
         """`count` samples at random, of one group; mix: how likely each input value is the float model's."""
-        sizes = torch.tensor([float(len(group.target)) for group in self.groups])
+        sizes = torch.tensor([float(len(group.target)) for group in self.groups], dtype=torch.float32)
         several = len(self.groups) > 1
         group = self.groups[int(torch.multinomial(sizes, 1, generator=generator)) if several else 0]
 

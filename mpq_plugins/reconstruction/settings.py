@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..common.checks import integer, number
+from ..common.checks import integer, number, shown
 from ..common.public import public
 from ..errors import SettingError
 
@@ -38,10 +38,10 @@ class Settings:
             if getattr(self, name) not in allowed:
                 raise SettingError(f"{name}: {getattr(self, name)!r} is not allowed; {', '.join(allowed)}")
         if not isinstance(self.correct, bool):
-            raise SettingError(f"correct: {self.correct!r} is not allowed; True or False")
+            raise SettingError(f"correct: {shown(self.correct)} is not allowed; True or False")
         if not all(isinstance(pattern, str) and pattern for pattern in self.blocks):
             raise SettingError(
-                f"blocks: {list(self.blocks)!r} is not allowed; globs on module names, such as 'layer?.*'"
+                f"blocks: {shown(list(self.blocks))} is not allowed; globs on module names, such as 'layer?.*'"
             )
 
 

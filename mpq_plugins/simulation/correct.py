@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..common.checks import shown
 from ..common.progress import Progress, check_callbacks
 from ..common.text import first_few
 from ..errors import SettingError
@@ -108,7 +109,7 @@ def correct(
     check_plan(plan)
     check_callbacks(progress=progress)
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, int | float) or not 0 <= shrinkage <= 2:
-        raise SettingError(f"shrinkage: {shrinkage!r} is not allowed; a number from 0 to 2")
+        raise SettingError(f"shrinkage: {shown(shrinkage)} is not allowed; a number from 0 to 2")
     traced = Traced(model)
     plan = match(plan, model, rewrapped=True, traced=traced).require(type(model).__name__)
     given = checked_batches(batches)

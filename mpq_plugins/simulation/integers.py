@@ -76,7 +76,8 @@ def integer_weight(weight: Tensor, choice: LayerChoice) -> IntegerWeight:
     axis, channels = choice.channel_axis, choice.channels
     groups = max(1, scheme.groups_per_channel(choice.shape, axis, choice.name))
     codes = torch.zeros(weight.shape, dtype=torch.int8)
-    scale, zero_point = torch.ones(channels, groups), torch.zeros(channels, groups, dtype=torch.int64)
+    scale = torch.ones(channels, groups, dtype=torch.float32)
+    zero_point = torch.zeros(channels, groups, dtype=torch.int64)
     for part in weight_parts(weight.cpu(), choice):
         if part.in_float:
             count = len(part.channels)

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import listed
+from ..common.checks import listed, shown
 from ..common.progress import Progress, check_callbacks
 from ..errors import SettingError
 from ..models.arguments import check_module
 from ..models.copying import duplicate
-from ..models.running import call_model, evaluating, first_input
+from ..models.running import call_model, evaluating, first_input, outside_inference_mode
 from ..models.tracing import BATCH_NORMS
 from .batch_statistics import batch_statistics
 
@@ -58,6 +58,7 @@ MIX = _Start(rate=0.05, share=0.25)
 BETAS = (0.8, 0.99)  # of Adam; fewer steps do than with (0.9, 0.999), which remembers gradients of long ago
 
 
+@outside_inference_mode()
 def synthetic_batches(
     model: nn.Module,
     shape: Sequence[int],
@@ -98,10 +99,10 @@ def synthetic_batches(
     check_callbacks(progress=progress)
     for name, value, least in (("count", count, 1), ("steps", steps, 0), ("seed", seed, 0)):
         if type(value) is not int or value < least:
-            raise SettingError(f"{name}: {value!r} is not allowed; an integer from {least} up")
+            raise SettingError(f"{name}: {shown(value)} is not allowed; an integer from {least} up")
     sides = tuple(listed("shape", shape, SHAPES))
     if len(sides) < 2 or not all(type(n) is int and n > 0 for n in sides):
-        raise SettingError(f"shape: {sides!r:.60} is not allowed; {SHAPES}")
+        raise SettingError(f"shape: {shown(sides)} is not allowed; {SHAPES}")
     if math.prod(sides) > MOST_VALUES:
         raise SettingError(f"shape: {sides!r} is {math.prod(sides):,} values; at most {MOST_VALUES:,}")
     copied = duplicate(model)
@@ -116,7 +117,7 @@ def synthetic_batches(
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    batches = [torch.randn(sides, generator=generator) for _ in range(count)]
+    batches = [torch.randn(sides, generator=generator, dtype=torch.float32) for _ in range(count)]
     with evaluating(copied):
         with torch.no_grad():
             call_model(copied, batches[0])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from ..common.checks import shown
 from ..common.extras import how_to_install
 from ..errors import SettingError
 from ..plans.names import weight_name
@@ -67,7 +68,7 @@ def _table(architecture: str | None, layers: int) -> Any:
     known: Mapping[str, Any] = {spelled: number for number, spelled in gguf.MODEL_ARCH_NAMES.items()}
     if architecture is None or architecture not in known:
         raise SettingError(
-            f"architecture: {architecture!r:.60} is none of those that gguf has names for ({', '.join(sorted(known))})"
+            f"architecture: {shown(architecture)} is none of those that gguf has names for ({', '.join(sorted(known))})"
             "; plan the model's GGUF file itself, whose names need no table"
         )
     return gguf.get_tensor_name_map(known[architecture], layers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from ...common.checks import shown
 from ...errors import SettingError
 from ...report.progress import alert, echo, progress_bar, say
 from ..file_budget import file_options
@@ -196,5 +197,5 @@ def _amount(entry: str) -> tuple[str | None, float]:
         if named != "":
             return named, float(number)
     raise SettingError(
-        f"prune: {entry!r} is not allowed; an amount such as 0.9, or a layer's name or glob and one, 'fc*=0.9'"
+        f"prune: {shown(entry)} is not allowed; an amount such as 0.9, or a layer's name or glob and one, 'fc*=0.9'"
     )
