@@ -50,7 +50,9 @@ def main() -> None:
     types = with_fisher(model, mpq.measure_types(model, TYPES), calibrated)
     ways: list[tuple[str, Callable[[mpq.Plan], nn.Module]]] = [("nearest", lambda plan: mpq.apply(model, plan))]
     if options.compensated:
-        ways.append(("compensated", lambda plan: mpq.apply(mpq.compensate(model, plan, calibrated), plan)))
+        ways.append(
+            ("compensated", lambda plan: mpq.apply(mpq.compensate(model, plan, calibrated, new_biases=False), plan))
+        )
     rows = []
     for name, plan in (*uniform(types), *budgets(types, options.bits)):
         for rounding, made in ways:

@@ -37,7 +37,8 @@ def fitted_tensors(
     from ..simulation.match import match
 
     names = load_tensors(model, checkpoint, stored, factory)
-    fitted = fitting.fitted(model, match(plan, model, rewrapped=True).require(factory), executor)
+    named = match(plan, model, rewrapped=True).require(factory)
+    fitted = fitting.fitted(model, named, executor, new_biases=False)  # for which the checkpoint has no place
     before, after = model.state_dict(), fitted.state_dict()
     added, gone = ([name for name in one if name not in other] for one, other in ((after, before), (before, after)))
     if added:

@@ -84,19 +84,22 @@ class Fitting:
                 "function with --rounding compensated, or leave it out"
             )
 
-    def fitted(self, model: "nn.Module", plan: "Plan", executor: "Executor | None" = None) -> "nn.Module":
+    def fitted(
+        self, model: "nn.Module", plan: "Plan", executor: "Executor | None" = None, new_biases: bool = True
+    ) -> "nn.Module":
         """A float copy that rounds so under the plan, with a progress bar; inputs are given. Raises as `apply`.
 
-        executor: whose workers do a part of it, where the rounding is compensated.
+        executor: whose workers do a part of it; new_biases: as in `compensate`. Both where the rounding is compensated.
         """
         from ..reconstruction.apply import round_weights
+        from ..reconstruction.compensate import compensate
 
-        batches = self.batches(model)
+        batches = cast(list[Any], self.batches(model))
         doing = "correcting" if self.label == CORRECTED else "rounding"
         with progress_bar(doing) as progress, redirect_stdout(sys.stderr):
-            return round_weights(
-                model, plan, cast(list[Any], batches), self.rounding, executor=executor, progress=progress
-            )
+            if self.rounding == COMPENSATED:
+                return compensate(model, plan, batches, new_biases=new_biases, executor=executor, progress=progress)
+            return round_weights(model, plan, batches, self.rounding, progress=progress)
 
 
 def _said(calibration: str | None, synthetic: tuple[int, ...] | None, rounding: str | None) -> Fitting:

@@ -48,6 +48,7 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
     columns: int = 1 << 16,
     damping: float = 0.01,
     seed: int = 0,
+    new_biases: bool = True,
     device: str | torch.device | None = None,
     executor: Executor | None = None,
     store: str | Path | Store | None = None,
@@ -84,6 +85,8 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
             inputs where that is more. Of linear layers all are.
         damping: What is added to the diagonal of the second moments of a layer's inputs, as a share of its mean.
         seed: Of the positions that are drawn.
+        new_biases: Whether a layer without a bias may get one, which takes its mean error. A checkpoint whose runtime
+            knows no such tensor, as of most language models, has no place for it: False leaves it out.
         device: Where the nets run, by default where the model is.
         executor: A concurrent.futures.Executor, whose workers sum over a batch each what decides a layer's rounding.
             Layers come one after another, for each is rounded on what those before it give. The copy is the same to the
@@ -112,7 +115,7 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         True
     """
     made, notes = compensated_with_notes(
-        model, plan, batches, columns=columns, damping=damping, seed=seed, device=device,
+        model, plan, batches, columns=columns, damping=damping, seed=seed, new_biases=new_biases, device=device,
         executor=executor, store=store, progress=progress, finished=finished,
     )  # fmt: skip
     for note in notes:
@@ -128,6 +131,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     columns: int = 1 << 16,
     damping: float = 0.01,
     seed: int = 0,
+    new_biases: bool = True,
     device: str | torch.device | None = None,
     executor: Executor | None = None,
     store: str | Path | Store | None = None,
@@ -137,7 +141,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     """What `compensate` gives, and what it warns of, for who tries several times."""
     check_module(model)
     check_plan(plan)
-    settings = Compensation(columns=columns, damping=damping, seed=seed)
+    settings = Compensation(columns=columns, damping=damping, seed=seed, new_biases=new_biases)
     check_callbacks(progress=progress, finished=finished)
     check_executor(executor)
     with torch.inference_mode(mode=False), torch.no_grad():

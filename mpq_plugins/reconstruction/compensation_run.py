@@ -76,7 +76,10 @@ class CompensationRun:
         corrected = correctable(exact, correction_targets(exact, plan), batches)
         norms = frozenset(name for name in corrected if isinstance(exact.get_submodule(name), BATCH_NORMS))
         users = users_of(rough, layers)
-        biased = frozenset(name for name in corrected if name not in norms and _has_weights(exact.get_submodule(name)))
+        biased = frozenset(
+            name for name in corrected
+            if name not in norms and _may_be_biased(exact.get_submodule(name), settings.new_biases)
+        )  # fmt: skip
         names = [*norms, *biased, *(user for of_layer in users.values() for user in of_layer)]
         stations = _stations(exact, names, batches[0])
         unreached = [name for name in layers if not any(user in stations.calls for user in users[name])]
@@ -295,6 +298,11 @@ def _stations(model: nn.Module, names: Sequence[str], batch: Any) -> Stations:
         return find_stations(model, names, one_sample(batch, 0))
     except SettingError:
         return find_stations(model, names, batch)
+
+
+def _may_be_biased(module: Any, anew: bool) -> bool:
+    """Whether a layer's bias may take its mean error. anew: also where it has none yet."""
+    return _has_weights(module) and (anew or module.bias is not None)
 
 
 def _has_weights(module: Any) -> bool:

@@ -83,8 +83,11 @@ class Compensation:
     columns: int
     damping: float
     seed: int
+    new_biases: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.new_biases, bool):
+            raise SettingError(f"new_biases: {shown(self.new_biases)} is not allowed; True or False")
         integer("columns", self.columns, "an integer from 1 up, such as 65536", least=1)
         integer("seed", self.seed, "an integer from 0 up")
         number("damping", self.damping, "a number from 0 to 10, such as 0.01", least=0, most=10)

@@ -17,6 +17,7 @@ from mpq_plugins import (
     Plan,
     Uniform,
     apply,
+    compensate,
     measure,
     reconstruct,
     round_weights,
@@ -388,11 +389,16 @@ def test_a_correction_that_the_checkpoint_has_no_place_for_is_refused(mpq: Mpq, 
     save_model(model, str(tmp_path / "net.safetensors"))
     Uniform(bits=2)(measure(model, PER_CHANNEL, (2,))).save(tmp_path / "plan.json")
     words = ("apply", tmp_path / "net.safetensors", tmp_path / "plan.json", "-o", tmp_path / "out.safetensors")
-    ran = mpq(*words, "--model", f"{ME}:bare", "--calibrate", f"{ME}:rows")
+    on_inputs = (*words, "--model", f"{ME}:bare", "--calibrate", f"{ME}:rows")
+    ran = mpq(*on_inputs, "--rounding", "nearest")
     refused(ran, "calibrate: '0.bias' would be new")
     assert "apply(model, plan, calibrate=batches)" in ran.err
     assert not (tmp_path / "out.safetensors").exists()
-    refused(mpq(*words, "--model", f"{ME}:bare", "--calibrate", f"{ME}:rows", "--rounding", "nearest"), "would be new")
+    assert mpq(*on_inputs).code == 0  # compensated weights do without
+    made = compensate(model, Plan.load(tmp_path / "plan.json"), rows(), new_biases=False)
+    written = load_file(tmp_path / "out.safetensors")
+    assert written.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in written.items())
 
 
 def with_biases() -> nn.Module:

@@ -819,3 +819,19 @@ def test_progress_counts_up_to_the_end() -> None:
     assert said[0][0] == "conv1"
     assert said[-1][0] == ""
     assert {"conv1", "bn1", "conv2", "bn2", "up", "fc"} <= {name for name, *_ in said}
+
+
+@pytest.mark.filterwarnings("ignore:few inputs:mpq_plugins.RoundingWarning")
+def test_no_layer_gets_a_bias_where_there_is_no_place_for_one() -> None:
+    net = seeded(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4, bias=False))
+    plan = mpq.Uniform(bits=2)(mpq.measure(net, Affine(granularity="per_channel")))
+    batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(3))]
+    usual = mpq.compensate(net, plan, batches)
+    assert {"0.bias", "2.bias", "4.bias"} <= usual.state_dict().keys()
+    made = mpq.compensate(net, plan, batches, new_biases=False)
+    assert made.state_dict().keys() == net.state_dict().keys()
+    assert not torch.equal(made.get_parameter("2.bias"), net.get_parameter("2.bias"))  # which it had, is corrected
+    assert not torch.equal(made.get_parameter("0.weight"), mpq.apply(net, plan).get_parameter("0.weight"))
+    assert torch.equal(mpq.apply(made, plan).get_parameter("0.weight"), made.get_parameter("0.weight"))
+    with pytest.raises(SettingError, match="new_biases: 1 is not allowed; True or False"):
+        mpq.compensate(net, plan, batches, new_biases=1)  # type: ignore[arg-type]
