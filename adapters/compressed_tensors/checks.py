@@ -28,7 +28,7 @@ RUNTIMES: Mapping[str, Capabilities] = {
     "vllm": CAPABILITIES,
     "transformers": replace(CAPABILITIES, symmetric=(False, *CAPABILITIES.symmetric)),
 }
-FOR_TRANSFORMERS = "for transformers alone, export with the runtime transformers"
+FOR_TRANSFORMERS = "for transformers alone, export with --runtime transformers"
 
 
 def check(plan: Plan, source: Path, *, runtime: str = "vllm") -> None:
@@ -85,5 +85,5 @@ def _require_symmetric(plan: Plan) -> None:
     if asymmetric:
         raise SettingError(
             f"layer {asymmetric[0]!r}, one of {len(asymmetric)} such, has zero points, with which packed checkpoints "
-            "do not load. Plan with --symmetric, or export with the runtime transformers, at one byte a weight"
+            "do not load. Plan with --symmetric, or export with --runtime transformers, at one byte a weight"
         )

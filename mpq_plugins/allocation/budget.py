@@ -153,11 +153,11 @@ class Budget:
     average_bits: Annotated[Most | None, "most bits a weight, scales not counted"] = None
     total_average_bits: Annotated[Most | None, "most bits a weight in total"] = None
     size: Annotated[Size, "most bytes of the whole model, as 9MB"] = None
-    size_bytes: Annotated[Bytes | None, "most bytes of the planned layers, in total; -h: more"] = None
+    size_bytes: Annotated[Bytes | None, "most bytes of planned layers, in total; more: --size-bytes 1 -h"] = None
     weights_only_bytes: Annotated[Bytes | None, "most bytes, scales not counted"] = None
-    bops: Annotated[Most | None, "most multiply-accumulates x weight x activation bits; -h: more"] = None
+    bops: Annotated[Most | None, "most MACs x weight bits x activation bits; more: --bops 1 -h"] = None
     bops_activation_bits: Annotated[Width, "activation bits in bops"] = BOPS_ACTIVATION_BITS
-    latency: Annotated[Costs, "JSON file: layer -> bits -> cost; -h: its limit"] = None
+    latency: Annotated[Costs, "JSON file: layer -> bits -> cost; its limit: --latency FILE -h"] = None
     latency_limit: Annotated[Most | None, "most of the latency table's cost"] = None
     file_bits: Annotated[Most | None, "bits a weight in the entropy-coded file, header and all"] = None
     file_size: Annotated[Size, "most bytes of the entropy-coded file, as 60kB"] = None
@@ -166,7 +166,7 @@ class Budget:
     activation_memory: Annotated[Size, "most bytes of inputs needed at once, as 20kB"] = None
     sensitivity: Annotated[Name, "error or sensitivity to keep low, as kl*mse"] = "mse"
     bits: Candidates = tuple(range(1, 9))
-    input_bits: Annotated[InputBits | None, "candidate widths of inputs, planned too; -h: their limits"] = None
+    input_bits: Annotated[InputBits | None, "candidate widths of inputs, planned too; limits: --input-bits 8 -h"] = None
     parts: Annotated[bool, "channels of one layer may differ in width"] = True
     pin: Annotated[Pins, "layers of a given width, GLOB=BITS[/INPUT]"] = ()
     tie: Annotated[Ties, "layers that must agree: '*.{q,k,v}', qkv, experts"] = ()

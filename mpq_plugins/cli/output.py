@@ -150,7 +150,7 @@ def say_left_alone(table: Any) -> None:
     by_default = {name for name, reason in table.left_alone if reason.startswith(PREFIX)}
     asked = len(table.skipped) - len(by_default)
     if asked:
-        say(f"skipped on request: {asked} layers")
+        say(f"skipped on request: {asked} layer{'s' * (asked != 1)}")
     reasons = dict.fromkeys(reason for _, reason in table.left_alone)
     for reason in reasons:
         names = [name for name, given in table.left_alone if given == reason]

@@ -201,7 +201,7 @@ def scheme_options(command: Command) -> Command:
                 "scheme_name",
                 type=Known(_names),
                 metavar="NAME",
-                help="affine, piecewise, codebook, entropy_coded; with -h, all options.",
+                help="affine, piecewise, codebook, entropy_coded; more: --scheme NAME -h.",
             ),
             click.option(
                 "--skip",

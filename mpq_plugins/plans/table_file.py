@@ -26,6 +26,7 @@ from .table_inputs import ERRORS, InputsDocument
 
 TABLE_FORMAT, TYPES_FORMAT = "mpq-table", "mpq-types"
 TABLE_VERSION = 5
+WRITES = "`mpq measure SOURCE -o FILE` writes one"
 LADDER = ("steps", "coded_bits", "coded_squared")
 Table = TypeVar("Table", bound=Measured)
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -69,7 +70,7 @@ def read(path: Path, kind: type[Table]) -> Table:
         with open_regular(path) as file:
             return unpacked(file, path, kind)
     except OSError as error:
-        raise FormatError(f"{path}: not a readable table ({error.strerror})") from error
+        raise FormatError(f"{path}: not a readable table ({error.strerror}); {WRITES}") from error
 
 
 def unpacked(file: BinaryIO, path: Path, kind: type[Table]) -> Table:
@@ -78,14 +79,15 @@ def unpacked(file: BinaryIO, path: Path, kind: type[Table]) -> Table:
         header = header_of(file)
         if is_header(header, TYPES_FORMAT):
             raise FormatError(
-                f"{path}: a table of types, from which `mpq plan` plans; here a table of widths is wanted"
+                f"{path}: a table of types, from which `mpq plan` plans; here a table of widths is wanted: "
+                "measure one without --types"
             )
         if not is_header(header):
-            raise FormatError(f"{path}: not a table; `mpq measure` writes one")
+            raise FormatError(f"{path}: not a table; {WRITES}")
         description = _describe(path, header["__metadata__"].get("table", ""))
         arrays = _arrays(path, file, header, description)
     except ValueError as error:
-        raise FormatError(f"{path}: not a readable table ({error})") from error
+        raise FormatError(f"{path}: not a readable table ({error}); {WRITES}") from error
     return _unpack(description, arrays, kind)
 
 

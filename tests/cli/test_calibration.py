@@ -516,7 +516,7 @@ def test_an_interrupted_measurement_goes_on_beside_its_output(mpq: Mpq, tmp_path
 
 BAD_MEASURES: list[tuple[str, Words, str]] = [
     (CONV_NET, ["--sensitivity", "kl"], "--sensitivity needs inputs"),
-    (CONV_NET, ["--calibrate", NAMES[1]], "--sensitivity needs inputs"),
+    (CONV_NET, ["--calibrate", NAMES[1]], "--calibrate is for --sensitivity or --activations"),
     (CONV_NET, ["--sensitivity", "kll", "--calibrate", NAMES[1]], "sensitivities: 'kll' is not installed; there are"),
     (CONV_NET, ["--sensitivity", "kl", "--calibrate", f"{ME}:broken"], ":broken: the function cannot be called"),
     (CONV_NET, ["--sensitivity", "kl", "--calibrate", f"{ME}:wrong_shape"], "ConvNet does not run on a batch"),

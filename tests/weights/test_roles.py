@@ -352,7 +352,7 @@ def test_the_command_lists_what_was_left_alone(tmp_path: Path, mpq: Callable[...
     assert made["skipped"] == ["q.lora_A"]
     assert set(made["left_alone"]) == {"q.lora_A.weight", "norm.weight"}
     ran = mpq("plan", source, "-a", "uniform", "--bits", 4, "--skip", "role:lora")
-    assert "skipped on request: 1 layers" in ran.err
+    assert "skipped on request: 1 layer\n" in ran.err
 
 
 def test_an_adapter_alone_is_refused_in_one_line(tmp_path: Path, mpq: Callable[..., Ran]) -> None:

@@ -69,7 +69,7 @@ def explore(
     with ExitStack() as stack:
         answers = _answers(table, file, page, _evaluator(stack, model, evaluation, fitting))
         with PageServer(port, answers, lambda base: page_html(page, _served(base, answers))) as server:
-            echo(f"serving {server.url}; Ctrl-C ends it", at_once=True)
+            echo(f"serving {server.url} until Ctrl-C", at_once=True)  # nothing that sticks to the address
             if not no_browser:
                 webbrowser.open(server.url)
             server.serve_forever()

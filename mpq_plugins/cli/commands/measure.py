@@ -216,10 +216,10 @@ def _check_asked(
     """Refuse sensitivities without inputs, and what is for sensitivities without one."""
     if activations and calibration is None:
         raise click.UsageError("--activations are measured on inputs: give --calibrate too")
-    if (bool(sensitivities) or activations) != (calibration is not None):
-        raise click.UsageError(
-            "--sensitivity needs inputs, and inputs are for nothing else but --activations: give it and --calibrate"
-        )
+    if sensitivities and calibration is None:
+        raise click.UsageError("--sensitivity needs inputs: add --calibrate MODULE:FUNCTION, which returns batches")
+    if calibration is not None and not (sensitivities or activations):
+        raise click.UsageError("--calibrate is for --sensitivity or --activations alone: add one, or leave it out")
     if output_function is not None and not sensitivities:
         raise click.UsageError("--output-of is what a --sensitivity looks at; give one")
 

@@ -25,9 +25,7 @@ if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ..sources import Source
 
 USUAL = "4 bits a weight is what is planned where nothing is asked; ask for less with --average-bits 3 or --size 9MB"
-UNASKED = (
-    "Nothing was asked, so 4 bits a weight were; give --average-bits, --size or another limit, or one --bits alone."
-)
+UNASKED = "No limit was given, so it is 4 bits a weight; give --average-bits, --size or another, or one --bits alone."
 ONE_CURVE = "not compared with uniform widths: entropy-coded codes have none, and cost what the file says"
 OF_INPUTS = "not compared with uniform widths: inputs differ in width, and uniform widths of weights alone say nothing"
 UNCOMPARED = "not compared with uniform widths: channels differ in width, and their errors were not measured"
@@ -138,7 +136,7 @@ class _Measured:
         except SettingError as error:
             if not usual_taken(ctx, asked.options):
                 raise
-            raise SettingError(f"{error} {UNASKED}") from error
+            raise SettingError(f"{str(error).removesuffix('.')}. {UNASKED}") from error
         return cls(types.base, plans, None, True)
 
     @classmethod

@@ -67,7 +67,8 @@ def report(
     page = _page(table, file, plans, _Asked(model_factory, evaluation, fitting, judge), output)
     text = page_html(page)
     write_text(output, text)
-    said = f"{len(page.layers):,} layer{'s' * (len(page.layers) != 1)}, {len(page.points)} plans"
+    plans_said = f"{len(page.points)} plan{'s' * (len(page.points) != 1)}"
+    said = f"{len(page.layers):,} layer{'s' * (len(page.layers) != 1)}, {plans_said}"
     echo(f"wrote {output}: {said}, {len(text.encode()) / 1e3:,.0f} kB")
     for line in page.left_out:
         say(f"note: {line}")
