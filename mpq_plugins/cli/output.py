@@ -15,7 +15,7 @@ from ..report.progress import echo, echo_lines, say
 from .functions import function_file
 from .help import FORCE_KEY
 from .verbosity import verbose
-from .written import check_replaceable
+from .written import Kind, check_replaceable
 
 if TYPE_CHECKING:  # `mpq --help` should not wait for these
     from ..plans.plan import Plan
@@ -63,23 +63,23 @@ judge_option = click.option(
 )  # fmt: skip
 
 
-def claim(*outputs: Path | None) -> None:
-    """Hold the files that a command writes until it ends.
+def claim(output: Path | None, writes: Kind) -> None:
+    """Hold a file that a command writes until it ends. writes: what kind it will be.
 
-    Raises SettingError where another run holds one, and where one is somebody else's and --force is not given.
+    Raises SettingError where another run holds it, and where it is somebody else's or another kind and --force is not
+    given.
     """
-    context = click.get_current_context()
-    for output in outputs:
-        if output is not None:
-            check_ours(output)
-            context.with_resource(claimed(output))
-            context.ensure_object(list).append(output)
+    if output is not None:
+        context = click.get_current_context()
+        check_ours(output, writes)
+        context.with_resource(claimed(output))
+        context.ensure_object(list).append(output)
 
 
-def check_ours(output: Path | None) -> None:
-    """Refuse, without --force, to write over a file that is not known to be ours. Raises SettingError."""
+def check_ours(output: Path | None, writes: Kind) -> None:
+    """Refuse, without --force, to write over what is not known to be such a file of ours. Raises SettingError."""
     if output is not None and not click.get_current_context().meta.get(FORCE_KEY):
-        check_replaceable(output)
+        check_replaceable(output, writes)
 
 
 def print_json(document: Any) -> None:

@@ -76,7 +76,8 @@ def run_files(
         if path is not None and exists(path) and not path.is_file():
             raise SettingError(f"{path}: is no file; name another output")
         taken.append(path)
-    claim(files.output, files.plot)
+    claim(files.output, "rows as CSV")
+    claim(files.plot, "a picture")
     return files
 
 

@@ -1,6 +1,7 @@
 """Whether a file that a command is to write was written by `mpq` before, and may be replaced."""
 
 from pathlib import Path
+from typing import Literal
 
 from ..common.files import exists
 from ..errors import SettingError
@@ -21,29 +22,38 @@ PAGE = (
 PLAN = b'{\n  "format": "mpq-plan",\n  "version": '
 
 
-def check_replaceable(output: Path) -> None:
-    """Refuse to write over a file that cannot be told to be `mpq`'s own. Raises SettingError.
+Kind = Literal["a plan", "a table", "a container", "a page", "rows as CSV", "a picture", "a checkpoint"]
+"""What commands write. A checkpoint looks alike whoever wrote it, so a file is never known to be one of ours."""
 
-    Plans, tables, containers, rows as CSV, pages and pictures are known by what they hold. A checkpoint looks alike
-    whoever wrote it, so it is refused.
+
+def check_replaceable(output: Path, writes: Kind) -> None:
+    """Refuse to write over a file that is not known to be one of `mpq`'s, or is of another kind. Raises SettingError.
+
+    writes: what is to be written; kinds are known by what files hold.
     """
-    if not exists(output) or not output.is_file() or output.stat().st_size == 0 or is_ours(output):
+    if not exists(output) or not output.is_file() or output.stat().st_size == 0:
         return
-    raise SettingError(
-        f"output: {output} exists, and it is not known to be a file of mpq's; --force writes over it, or name another"
-    )
+    found = kind_of(output)
+    if found == writes:
+        return
+    what = "not known to be a file of mpq's" if found is None else f"{found}, where this writes {writes}"
+    raise SettingError(f"output: {output} exists, and it is {what}; --force writes over it, or name another")
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a file holds what only `mpq` writes."""
+def kind_of(path: Path) -> Kind | None:
+    """What a file is of that which only `mpq` writes; None for anything else."""
     with path.open("rb") as file:
         head = file.read(HEAD)
         if path.suffix.lower() in PICTURES:
             whole = head + file.read(MOST)
-            return any(mark in whole for mark in MARKS)
-    if head.startswith((PLAN, PAGE, *ROWS)):
-        return True
+            return "a picture" if any(mark in whole for mark in MARKS) else None
+    starts: dict[Kind, bytes | tuple[bytes, ...]] = {"a plan": PLAN, "a page": PAGE, "rows as CSV": ROWS}
+    for kind, start in starts.items():
+        if head.startswith(start):
+            return kind
     from ..checkpoints.checkpoint import CONTAINER_MAGIC  # with torch, which takes seconds
     from ..plans.table_file import is_table
 
-    return head.startswith(CONTAINER_MAGIC) or is_table(path)
+    if head.startswith(CONTAINER_MAGIC):
+        return "a container"
+    return "a table" if is_table(path) else None

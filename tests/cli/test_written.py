@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_model
 
-from mpq_plugins.cli.written import is_ours
+from mpq_plugins.cli.written import kind_of
 from tests.conftest import Ran
 from tests.helpers.nets import conv_net
 
@@ -34,9 +34,31 @@ def commands(checkpoint: Path, folder: Path) -> dict[str, tuple[object, ...]]:
 def test_its_own_files_are_replaced(mpq: Mpq, checkpoint: Path, tmp_path: Path) -> None:
     for name, command in commands(checkpoint, tmp_path).items():
         assert mpq(*command).code == 0, name
-        assert is_ours(tmp_path / name), name
+        assert kind_of(tmp_path / name), name
         assert mpq(*command).code == 0, name
-    assert not is_ours(checkpoint)
+    assert not kind_of(checkpoint)
+
+
+@pytest.mark.slow
+def test_its_files_of_another_kind_stay_without_force(mpq: Mpq, checkpoint: Path, tmp_path: Path) -> None:
+    """A page over a plan, a plan over a table: a slip of the hand, and what was there took time to make."""
+    made = commands(checkpoint, tmp_path)
+    for command in made.values():
+        assert mpq(*command).code == 0
+    held = {name: (tmp_path / name).read_bytes() for name in made}
+    writers = {**made, "page.html": ("report", tmp_path / "t.mpqt", "-o", tmp_path / "page.html")}
+    for own, command in writers.items():
+        for name in held.keys() - {own}:
+            if own == "p.png" or (own == "c.mpq" and not name.endswith(".mpq")) or name in map(str, command):
+                continue  # pictures and containers ask for their own endings
+            ran = mpq(*command[:-1], tmp_path / name)
+            assert ran.code == 2, (own, name)
+            assert ran.err.count("\n") == 1
+            assert f"{tmp_path / name} " in ran.err, (own, name)
+            assert (tmp_path / name).read_bytes() == held[name]
+    ran = mpq("plan", checkpoint, "-o", tmp_path / "rows.csv")
+    assert f"{tmp_path / 'rows.csv'} exists, and it is rows as CSV, where this writes a plan; --force" in ran.err
+    assert mpq("plan", checkpoint, "-o", tmp_path / "rows.csv", "--force").code == 0
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -50,7 +72,7 @@ def test_others_files_stay_without_force(mpq: Mpq, checkpoint: Path, tmp_path: P
     assert refused.err.count("\n") == 1
     assert (tmp_path / name).read_text() == OTHERS[name]
     assert mpq(*command, "--force").code == 0
-    assert is_ours(tmp_path / name)
+    assert kind_of(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +85,7 @@ def test_others_files_stay_without_force(mpq: Mpq, checkpoint: Path, tmp_path: P
 )
 def test_what_only_speaks_of_us_is_not_ours(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
-    assert not is_ours(tmp_path / name)
+    assert not kind_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])

@@ -50,7 +50,7 @@ def apply(
     from ..sources import check_order, make_module
 
     check_output(output, checkpoint, plan_file, fitting.calibration, model_factory)
-    claim(output)
+    claim(output, "a checkpoint")
     fitting.check_workers(workers, dask)
     check_order(plan_file, str(checkpoint), "mpq apply CHECKPOINT PLAN")
     from ...checkpoints.checkpoint import read_checkpoint  # which take torch, and a second

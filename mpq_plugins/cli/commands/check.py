@@ -74,7 +74,7 @@ def check(
     if output is not None and backend is None:
         raise click.UsageError("-o writes the plan as a backend can run it; add --backend")
     check_output(output, plan_file, source)
-    claim(output)
+    claim(output, "a plan")
     check_order(plan_file, source, "mpq check PLAN SOURCE")
     from ...plans.plan import Plan
     from ...simulation.match import match  # which takes torch, and a second

@@ -84,7 +84,7 @@ def compress(
     check_output(output, plan_file, source, fitting.calibration)
     if output.suffix != ".mpq":  # another file may be a checkpoint, and would be gone
         raise click.UsageError(f"-o {output}: the result is a container; name a file that ends in .mpq")
-    claim(output)
+    claim(output, "a container")
     _check_asked(plan_file, file_bits, file_size)
     fitting.check_workers(workers, dask)
     pruning = _pruning(amounts, prune_by)

@@ -24,7 +24,7 @@ def decompress(container_file: Path, output: Path, as_json: bool) -> None:
     if output.suffix != ".safetensors":
         raise click.UsageError(f"-o {output}: the result is written as safetensors; name a file that ends in that")
     check_output(output, container_file)
-    claim(output)
+    claim(output, "a checkpoint")
     with progress_bar("decompressing") as progress:
         tensors = read(container_file, progress=progress)
     save_tensors(tensors, output)

@@ -17,7 +17,7 @@ def demo(output: Path, as_json: bool) -> None:
     from ...report.progress import progress_bar
     from ..demo.run import demo_json, demo_report, run_demo
 
-    claim(output)
+    claim(output, "a plan")
     with progress_bar("demo") as progress:
         result = run_demo(progress)
     result.plan.save(output)

@@ -72,7 +72,7 @@ def evaluate(
     from ..sources import check_order
 
     check_output(output, source, evaluation, fitting.calibration, model_factory, *plan_files)
-    claim(output)
+    claim(output, "rows as CSV")
     check_order(plan_files[0], source, "mpq evaluate SOURCE PLAN...")
     loaded = named_plans(plan_files)
     model = loaded_module(source, model_factory, weights)

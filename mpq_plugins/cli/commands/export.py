@@ -60,7 +60,7 @@ def export(
     from ..sources import check_order
 
     check_output(output, source, plan_file)
-    claim(output)
+    claim(output, "a checkpoint")
     check_order(plan_file, str(source), "mpq export PLAN SOURCE")
     backend = _loaded(target, config_only)
     from ...plans.capabilities import Change

@@ -64,8 +64,8 @@ def import_(
     from ..output import check_output
 
     check_output(output, file, onto, source)
-    claim(output)
     kind = file_format or kind_of(file)
+    claim(output, "a plan" if kind == "olive" else "a table")
     _check_asked(kind, onto, source, weights)
     if kind == "olive":
         assert source is not None

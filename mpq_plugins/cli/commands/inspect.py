@@ -32,7 +32,7 @@ def inspect(container_file: Path, plan_file: Path | None, as_json: bool) -> None
     from ..output import check_output
 
     check_output(plan_file, container_file)
-    claim(plan_file)
+    claim(plan_file, "a plan")
     container = Container.open(container_file)
     container.check()
     if plan_file is not None:

@@ -112,7 +112,8 @@ def measure(
     check_output(plot, *inputs, output)
     if output is not None:
         check_output(Store.beside(output).path, *inputs)
-    claim(output, plot)
+    claim(output, "a table")
+    claim(plot, "a picture")
     ranges = taken_ranges(options)
     request = Request(**request_values(options))
     given = resolve_source(source)

@@ -70,7 +70,7 @@ def plan(
     inputs = (source, *named_files(options))
     check_output(output, *inputs, cache)
     check_output(cache, *inputs)
-    claim(output)
+    claim(output, "a plan")
     assert allocator in (None, ctx.meta[NAME_KEY]), "click and we read --allocator differently"
     allocators = allocators_from(ctx, options, scheme=None)
     given = resolve_source(source)
@@ -80,7 +80,7 @@ def plan(
     for file in files:
         if output is not None and output.is_dir():
             check_output(file, *inputs, cache)
-            check_ours(file)
+            check_ours(file, "a plan")
     table = measured.table
     for note in untied(allocators, table):
         say(f"note: {note}")

@@ -98,7 +98,7 @@ def reconstruct(
     check_output(output, source, plan_file, calibration, evaluation)
     if exists(output) and not output.is_file():
         raise SettingError(f"output: {output} is no file; name another")
-    claim(output)
+    claim(output, "a checkpoint")
     score = named_function(evaluation) if evaluation is not None else None
     check_order(plan_file, source, "mpq reconstruct MODULE:FACTORY PLAN")
     plan = Plan.load(plan_file)

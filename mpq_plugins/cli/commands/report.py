@@ -61,7 +61,7 @@ def report(
     from ..functions import named_function
 
     check_output(output, *files, model_factory, evaluation, fitting.calibration)
-    claim(output)
+    claim(output, "a page")
     named_function(evaluation) if evaluation is not None else None
     table, file, plans = read_inputs(files)
     page = _page(table, file, plans, _Asked(model_factory, evaluation, fitting, judge), output)

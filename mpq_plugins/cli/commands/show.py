@@ -34,7 +34,7 @@ def show(file: Path, plot: Path | None, as_json: bool) -> None:
 
     check_plot(plot)
     check_output(plot, file)
-    claim(plot)
+    claim(plot, "a picture")
     if is_type_table(file):
         if as_json or plot is not None:
             raise click.UsageError(f"{file} is a table of types: `mpq measure --json` prints its numbers")

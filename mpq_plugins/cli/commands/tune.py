@@ -76,7 +76,7 @@ def tune(
     from ..sources import Source, make_module, named_files
 
     check_output(output, source, evaluation, fitting.calibration, *named_files(options))
-    claim(output)
+    claim(output, "a plan")
     Criterion(tolerable_loss)
     request = Request(**request_values(options))
     allocators = allocators_from(ctx, options, scheme=None, grid=getattr(ctx.meta[ALLOCATOR_KEY], "grid", {}))
