@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..plans.table_file import is_table
+
 LONGEST_START = 512
 # How files of other kinds begin, what they are, and what to do.
 STARTS: Sequence[tuple[bytes, str]] = (
@@ -52,6 +54,8 @@ def other_kind(path: Path) -> str | None:
     """What the file is and what to do with it, in words; None for what may be a checkpoint of the kind it is called."""
     start = _start(path)
     if _is_safetensors(start):  # whose first bytes are a length, and could be anything
+        if is_table(path):
+            return "a table of mpq measure, which has no weights; give the model or the checkpoint that was measured"
         return None if path.suffix == ".safetensors" else _UNDER_ANOTHER_NAME
     for begins, what in STARTS:
         if start.startswith(begins):

@@ -1,9 +1,11 @@
 """Backends by name, whichever group they are of: adapters, exporters, writers of configurations."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..common import registry
 from ..common.checks import shown
+from ..common.text import did_you_mean
 from ..errors import PluginError, SettingError
 from .types import Known
 
@@ -18,8 +20,27 @@ def backend_names(*groups: str) -> Known:
 
 def load_backend(name: str) -> tuple[str, Any]:
     """The group of a backend, the first that has the name, and what its entry point names. Raises PluginError."""
-    group = next((group for group in registry.BACKENDS if name in registry.names(group)), registry.BACKENDS[0])
+    group = next((group for group in registry.BACKENDS if name in registry.names(group)), None)
+    if group is None:
+        known = [*dict.fromkeys(known for group in registry.BACKENDS for known in registry.names(group))]
+        raise PluginError(
+            f"backend: {shown(name)} is not installed; there are {', '.join(known)}{nearest(name, known)}"
+        )
     return group, registry.load(group, name)
+
+
+READ_BY = {
+    "vllm": "compressed_tensors", "transformers": "compressed_tensors", "llama.cpp": "gguf", "llamacpp": "gguf",
+    "ollama": "gguf", "mlx_lm": "mlx", "mlx-lm": "mlx", "gptqmodel": "gptq", "autogptq": "gptq", "exllama": "gptq",
+    "pytorch": "fx", "neural_compressor": "inc",
+}  # fmt: skip
+"""What runs a model -> the backend whose files or modules it runs."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """How a refusal of a backend's name ends: with what it is called here, or the name that it is nearest to."""
+    ours = READ_BY.get(name.lower())
+    return f". {name} runs what {ours} makes" if ours is not None else did_you_mean(name, known)
 
 
 def capabilities_of(group: str, name: str, backend: Any, runtime: str | None = None) -> "Capabilities":

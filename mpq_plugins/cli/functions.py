@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.files import exists
 from ..common.outsiders import contained, outsiders
+from ..common.text import did_you_mean
 from ..errors import SourceError
 
 DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -45,6 +46,9 @@ def named_function(text: str) -> Callable[..., Any]:
             imported = importlib.import_module(module)
         _check_file(imported, text)
         _travels(imported, folder)
+        if not hasattr(imported, name):
+            near = did_you_mean(name, (known for known in vars(imported) if not known.startswith("_")))
+            raise SourceError(f"{text}: {module} has no {name!r}{near}")
         function = getattr(imported, name)
     if not callable(function):
         raise SourceError(f"{text}: is a {type(function).__name__}; a function is needed")

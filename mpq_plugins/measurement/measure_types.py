@@ -20,6 +20,7 @@ from ..plans.stats import LayerStats
 from ..plans.table import LayerTable
 from ..plans.type_table import TypeColumn, TypeTable
 from ..plans.types import NamedType, types_of
+from ..weights.handles import Weight
 from .measure import Means, run
 from .request import DEFAULT_METRICS, MeasureRequest
 
@@ -90,8 +91,8 @@ def run_types(
     with opened(means.store) as store:
         steps = 1 + len(kinds)
         reports = [None if means.progress is None else part_of(means.progress, n, steps) for n in range(steps)]
+        _check_fit(request.find(source), kinds)  # before the work
         base = run(source, request, replace(means, store=store, progress=reports[0]))
-        _check_fit(base, kinds)
         columns = [
             TypeColumn(kind, _column(source, kind, base, request, replace(means, store=store, progress=report)))
             for kind, report in zip(kinds, reports[1:], strict=True)
@@ -121,9 +122,9 @@ def _exactly(layers: Sequence[LayerStats]) -> str:
     return f"re:(?:{'|'.join(re.escape(layer.name) for layer in layers)})$"
 
 
-def _check_fit(base: LayerTable, kinds: Sequence[NamedType]) -> None:
+def _check_fit(weights: Iterable[Weight], kinds: Sequence[NamedType]) -> None:
     """Refuse layers that can have none of the types."""
-    without = [layer for layer in base.layers if not any(kind.fits(layer.shape, layer.channel_axis) for kind in kinds)]
+    without = [layer for layer in weights if not any(kind.fits(layer.shape, layer.channel_axis) for kind in kinds)]
     if without:
         layer = without[0]
         named = first_few([kind.name for kind in kinds], ", ")

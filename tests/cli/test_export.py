@@ -118,7 +118,7 @@ def test_a_configuration_is_one_file(mpq: Mpq, plan_file: Path, source: Path, tm
     [
         (["--to", "widths"], "to: 'widths' writes a configuration alone: add --config-only"),
         (["--to", "compressed_tensors", "--config-only"], "writes weights: leave --config-only out"),
-        (["--to", "plane"], "exporters: 'plane' is not installed; there are "),
+        (["--to", "plane"], "to: 'plane' is not installed; there are "),
         (["--to", "plain", "--policy", "down"], "policy: 'down' is not allowed; up, nearest, error"),
         ([], "Missing option '--to'"),
     ],

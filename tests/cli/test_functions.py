@@ -58,7 +58,7 @@ def test_both_spellings_are_one_module() -> None:
     ("text", "said"),
     [
         ("none.py:make", "there is no file none.py"),
-        ("own_net.py:nothing", "the function cannot be found"),
+        ("own_net.py:nothing", "has no 'nothing'"),
         ("own_net.py:NUMBER", "is a int; a function is needed"),
         ("json.py:make", "Python finds another module 'json'"),
         ("my-net.py:make", "my-net.py is no name that Python imports"),
@@ -83,3 +83,12 @@ def test_a_file_that_is_there_is_no_function(folder: Path) -> None:
 )
 def test_the_file_of_a_function_is_protected(text: str, file: str | None) -> None:
     assert function_file(text) == (None if file is None else Path(file))
+
+
+def test_a_name_that_is_nearly_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "near_mine.py").write_text("def network():\n    return None\n")
+    with pytest.raises(SourceError, match=r"near_mine.py:netwrk: near_mine has no 'netwrk'. Did you mean network\?"):
+        named_function("near_mine.py:netwrk")
+    with pytest.raises(SourceError, match=r"near_mine has no 'z'$"):
+        named_function("near_mine.py:z")

@@ -81,3 +81,10 @@ def test_a_sensitivity_is_measured_as_every_type(tmp_path: Path) -> None:
             assert np.array_equal(found, layer.sensitivities["output_mse"])
     table.save(tmp_path / "t.mpqt")
     assert contents(TypeTable.load(tmp_path / "t.mpqt")) == contents(table)
+
+
+def test_layers_that_no_type_holds_are_refused_before_the_work(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(7, 8))
+    with pytest.raises(SettingError, match="layer '0' has the shape"):
+        measure_types(net, ("int4_g32",), store=tmp_path / "t.store")
+    assert not list(tmp_path.iterdir())

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...common import registry
-from ...errors import SettingError
+from ...common.checks import shown
+from ...errors import PluginError, SettingError
 from ...report.progress import echo, progress_bar, say
-from ..backends import backend_names, capabilities_of
+from ..backends import backend_names, capabilities_of, nearest
 from ..help import SectionCommand
 from ..output import claim, json_option, print_json
 from ..types import Known
@@ -93,6 +94,9 @@ def _loaded(target: str, config_only: bool) -> Any:
     if target not in registry.names(group) and target in registry.names(other):
         said = "weights: leave --config-only out" if config_only else "a configuration alone: add --config-only"
         raise SettingError(f"to: {target!r} writes {said}")
+    if target not in registry.names(group):
+        known = registry.names(group)
+        raise PluginError(f"to: {shown(target)} is not installed; there are {', '.join(known)}{nearest(target, known)}")
     return registry.load(group, target)
 
 
