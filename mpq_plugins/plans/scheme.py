@@ -782,14 +782,14 @@ def checked_share(share: float | None, range_name: str, where: str = "") -> floa
     if share is None:
         return USUAL_SHARE
     if isinstance(share, bool) or not isinstance(share, float | int) or not 0.5 < share <= 1:
-        raise SettingError(f"{where}share: {share!r:.40} is not allowed; above 0.5, at most 1")
+        raise SettingError(f"{where}share: {shown(share)} is not allowed; above 0.5, at most 1")
     return float(share)
 
 
 def check_seed(seed: int | None) -> None:
     """Raise SettingError for what is no seed of stochastic rounding."""
     if seed is not None and (type(seed) is not int or not 0 <= seed <= LARGEST_SEED):
-        raise SettingError(f"stochastic: {seed!r:.40} is not allowed; a seed of 0 to {LARGEST_SEED}, or None")
+        raise SettingError(f"stochastic: {shown(seed)} is not allowed; a seed of 0 to {LARGEST_SEED}, or None")
 
 
 def share_text(share: float | None) -> str:
