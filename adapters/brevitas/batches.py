@@ -7,9 +7,11 @@ import torch
 from brevitas.utils.torch_utils import StopFwdException
 from torch import Tensor, nn
 
+from mpq_plugins.common.checks import shown
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MPQError, SettingError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.running import call_model, checked_batches
 
@@ -38,6 +40,7 @@ def given_batches(batches: Iterable[Batch]) -> list[Batch]:
 
 def ready(quantized: nn.Module) -> nn.Module:
     """A copy to work on. Raises SettingError where nothing is quantized, or activations have no ranges yet."""
+    check_module(quantized, "quantized")
     if not any(is_quantized(module) for module in quantized.modules()):
         raise SettingError(f"{type(quantized).__name__}: no layer is quantized; convert it with to_brevitas first")
     modules = dict(quantized.named_modules())
@@ -90,4 +93,4 @@ def report(progress: Progress | None, what: str, done: int, total: int) -> None:
 def check_schedule(what: str, name: str, count: object, lr: object) -> None:
     """Raise SettingError for a number of steps or epochs, or a rate, that cannot be."""
     if type(count) is not int or count < 1 or not isinstance(lr, int | float) or not lr > 0:
-        raise SettingError(f"{what}: {name} {count!r}, lr {lr!r}: {name} must be 1 or more, and lr above 0")
+        raise SettingError(f"{what}: {name} {shown(count)}, lr {shown(lr)}: {name} must be 1 or more, and lr above 0")

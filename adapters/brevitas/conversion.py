@@ -7,6 +7,7 @@ from brevitas import config
 from brevitas.quant import ShiftedUint8ActPerTensorFloat
 from torch import nn
 
+from mpq_plugins.common.checks import words
 from mpq_plugins.models.tracing import Traced
 from mpq_plugins.plans.arguments import check_plan
 from mpq_plugins.plans.layers import LayerChoice
@@ -64,7 +65,7 @@ def to_brevitas(
     model, ranges = taken_ranges(plan, model)
     traced = Traced(model)
     check_traced(plan, traced)
-    names = (ternary,) if isinstance(ternary, str) else ternary
+    names = (ternary,) if isinstance(ternary, str) else words("ternary", ternary, "a list of layers' names")
     check_ternary(plan, names)
     quantized = float_copy(traced, plan)
     with brevitas_settings_kept():

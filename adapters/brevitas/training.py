@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import what_it_said
 from mpq_plugins.errors import MPQError, SettingError, WeightError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.copying import duplicate
 
 from .batches import Batch, check_schedule, given_batches, ready, report, run
@@ -105,6 +106,7 @@ def distillation(teacher: nn.Module) -> Loss:
         >>> float(brevitas.distillation(net)(net, torch.zeros(2, 8)).detach())
         0.0
     """
+    check_module(teacher, "teacher")
     fixed = duplicate(teacher).eval()
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:

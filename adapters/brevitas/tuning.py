@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mpq_plugins.common.progress import Progress
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import SettingError, WeightError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.copying import duplicate
 
 from ..shared.input_ranges import watched
@@ -42,6 +43,7 @@ def calibrate(quantized: nn.Module, batches: Iterable[Batch], *, progress: Progr
     Raises:
         SettingError: No layer quantizes its inputs, no batch reaches a layer, or the model cannot take the batches.
     """
+    check_module(quantized, "quantized")
     given = given_batches(batches)
     names = input_quantizers(quantized)
     if not names:

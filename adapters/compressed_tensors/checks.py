@@ -65,7 +65,7 @@ def check(plan: Plan, source: Path, *, runtime: str = "vllm") -> None:
 
 def checked(plan: Plan, source: Path, runtime: str) -> FloatCheckpoint:
     """The checkpoint, of which the plan can be exported."""
-    if runtime not in RUNTIMES:
+    if not isinstance(runtime, str) or runtime not in RUNTIMES:
         raise SettingError(f"runtime: {shown(runtime)} is not allowed; {', '.join(RUNTIMES)}")
     check_plan(plan)
     if runtime == "vllm":

@@ -18,6 +18,7 @@ from torch.ao.quantization import (
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
 from mpq_plugins.errors import MismatchError, SettingError, SourceError
+from mpq_plugins.models.arguments import check_module
 from mpq_plugins.models.copying import duplicate
 from mpq_plugins.models.folding import Folded
 from mpq_plugins.models.input_ranges import InputRange
@@ -230,6 +231,7 @@ def finish_qat(prepared: nn.Module) -> dict[str, IntegerWeight]:
     Returns:
         The integers by layer name, for `verify`.
     """
+    check_module(prepared, "prepared")
     prepared.eval()
     trained: dict[str, IntegerWeight] = {}
     for module in prepared.modules():

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins.common.checks import shown
 from mpq_plugins.common.text import first_few
 from mpq_plugins.errors import MismatchError, SettingError
 from mpq_plugins.models.plain import why_not_plain
@@ -76,7 +77,7 @@ def to_inc(plan: Plan, algo: str = "rtn", model: nn.Module | None = None) -> RTN
     """
     check_plan(plan)
     if algo not in ALGOS:
-        raise SettingError(f"algo: {algo!r} is not allowed; {', '.join(ALGOS)}")
+        raise SettingError(f"algo: {shown(algo)} is not allowed; {', '.join(ALGOS)}")
     refuse_entropy_coded(plan, "Neural Compressor's RTN", "inc.RTN_CAPABILITIES")
     require_legal(plan, RTN_CAPABILITIES)
     refuse_float16(plan, "Neural Compressor's RTN", "apply()")

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from mpq_plugins.common.progress import Progress
+from mpq_plugins.common.progress import Progress, check_callbacks
 from mpq_plugins.errors import SettingError
 from mpq_plugins.evaluation.tuning import Criterion, Tuning, checked_score, plan_text, smallest_first
 from mpq_plugins.models.arguments import check_module
@@ -63,6 +63,7 @@ def autotune(  # noqa: PLR0913  # as Neural Compressor's
         SettingError: Configurations are of others.
     """
     check_module(model)
+    check_callbacks(progress=progress)
     criterion = _criterion(tune_config)
     check_evaluation(model, eval_fn, "eval_fn")
     with quiet():

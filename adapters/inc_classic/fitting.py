@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mpq_plugins.common.progress import Progress
+from mpq_plugins.common.progress import Progress, check_callbacks
 from mpq_plugins.errors import SettingError
 from mpq_plugins.evaluation.tuning import Tuning
 from mpq_plugins.models.arguments import check_module
@@ -121,6 +121,7 @@ def tune(
         SettingError: As `fit`.
     """
     check_plans(plans)
+    check_callbacks(progress=progress)
     check_function(evaluate, "evaluate")
     begun = 0
 

@@ -139,6 +139,7 @@ def folded_integers(plan: Plan, model: nn.Module) -> dict[str, IntegerWeight]:
         >>> list(fx.folded_integers(mpq.Uniform(bits=4)(mpq.measure(net)), net))
         ['0']
     """
+    check_types(plan, model)
     return integers_of(plan, Folded.of(model))
 
 

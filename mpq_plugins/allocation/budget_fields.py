@@ -77,7 +77,7 @@ def _input_bits(value: Any) -> tuple[int, ...]:
         raise SettingError(f"input_bits: {shown(value)} is not allowed; {allowed}")
     for bits in value:
         if type(bits) is not int or bits not in INPUT_BITS:
-            raise SettingError(f"input_bits: {bits!r:.40} is not allowed; {allowed}")
+            raise SettingError(f"input_bits: {shown(bits)} is not allowed; {allowed}")
     return tuple(sorted(set(value)))
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
+from ..common.checks import shown
 from ..common.documents import STRICT
 from ..common.public import public
 from ..errors import SettingError
@@ -21,7 +22,7 @@ INPUT_BITS = range(2, 17)
 def check_input_bits(bits: Any, name: str = "activation_bits") -> int:
     """Return `bits` if it is an integer in 2..16, else raise SettingError."""
     if type(bits) is not int or bits not in INPUT_BITS:
-        raise SettingError(f"{name}: {bits!r:.40} is not allowed; 2 to 16, or none for floating point")
+        raise SettingError(f"{name}: {shown(bits)} is not allowed; 2 to 16, or none for floating point")
     return bits
 
 
@@ -64,11 +65,11 @@ class Activations:
     def __post_init__(self) -> None:
         check_input_bits(self.bits, "activations: bits")
         if type(self.symmetric) is not bool:
-            raise SettingError(f"activations: symmetric: {self.symmetric!r:.40} is not allowed; true or false")
+            raise SettingError(f"activations: symmetric: {shown(self.symmetric)} is not allowed; true or false")
         if self.dynamic is not None and self.dynamic not in DYNAMICS:
-            raise SettingError(f"activations: dynamic: {self.dynamic!r:.40} is not allowed; {', '.join(DYNAMICS)}")
+            raise SettingError(f"activations: dynamic: {shown(self.dynamic)} is not allowed; {', '.join(DYNAMICS)}")
         if self.range not in INPUT_RANGES:
-            raise SettingError(f"activations: range: {self.range!r:.40} is not allowed; {', '.join(INPUT_RANGES)}")
+            raise SettingError(f"activations: range: {shown(self.range)} is not allowed; {', '.join(INPUT_RANGES)}")
         if self.dynamic is not None and self.range not in ("mse", "minmax"):
             raise SettingError(
                 f"activations: range: {self.range} is a static range, and dynamic inputs have the range of their own "

@@ -66,7 +66,7 @@ def _table(architecture: str | None, layers: int) -> Any:
     import gguf
 
     known: Mapping[str, Any] = {spelled: number for number, spelled in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture is None or architecture not in known:
+    if not isinstance(architecture, str) or architecture not in known:
         raise SettingError(
             f"architecture: {shown(architecture)} is none of those that gguf has names for ({', '.join(sorted(known))})"
             "; plan the model's GGUF file itself, whose names need no table"
