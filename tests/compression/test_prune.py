@@ -202,7 +202,7 @@ def test_tied_weights_would_come_apart() -> None:
         (lambda: GlobalSparsity(True), "prune: True is"),
         (lambda: Deviations(-1), "prune: -1 is not allowed; standard deviations, 0 or more"),
         (lambda: Deviations(float("inf")), "prune: inf"),
-        (lambda: prune(conv_net(), 0.5), r"prune: 0.5 is not allowed; Sparsity\(0.9\)"),  # type: ignore[arg-type]
+        (lambda: prune(conv_net(), 0.5), r"pruning: 0.5 is not allowed; Sparsity\(0.9\)"),  # type: ignore[arg-type]
         (
             lambda: prune(conv_net(), Sparsity({"fcc": 0.5})),
             r"'fcc' matches no layer; names look like 'conv1', 'conv2'",
