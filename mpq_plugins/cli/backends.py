@@ -20,13 +20,16 @@ def backend_names(*groups: str) -> Known:
 
 def load_backend(name: str) -> tuple[str, Any]:
     """The group of a backend, the first that has the name, and what its entry point names. Raises PluginError."""
-    group = next((group for group in registry.BACKENDS if name in registry.names(group)), None)
-    if group is None:
-        known = [*dict.fromkeys(known for group in registry.BACKENDS for known in registry.names(group))]
-        raise PluginError(
-            f"backend: {shown(name)} is not installed; there are {', '.join(known)}{nearest(name, known)}"
-        )
-    return group, registry.load(group, name)
+    known = {known: group for group in reversed(registry.BACKENDS) for known in registry.names(group)}
+    group = known.get(name, registry.BACKENDS[0])
+    try:
+        return group, registry.load(group, name)
+    except PluginError as error:
+        if name in known:
+            raise
+        there = [*dict.fromkeys(known for group in registry.BACKENDS for known in registry.names(group))]
+        said = f"backend: {shown(name)} is not installed; there are {', '.join(there)}{nearest(name, there)}"
+        raise PluginError(said) from error
 
 
 READ_BY = {

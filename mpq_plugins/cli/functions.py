@@ -48,7 +48,7 @@ def named_function(text: str) -> Callable[..., Any]:
         _travels(imported, folder)
         if not hasattr(imported, name):
             near = did_you_mean(name, (known for known in vars(imported) if not known.startswith("_")))
-            raise SourceError(f"{text}: {module} has no {name!r}{near}")
+            raise SourceError(f"{text}: the function cannot be found: {module} has no {name!r}{near}")
         function = getattr(imported, name)
     if not callable(function):
         raise SourceError(f"{text}: is a {type(function).__name__}; a function is needed")

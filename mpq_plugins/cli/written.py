@@ -36,8 +36,10 @@ def check_replaceable(output: Path, writes: Kind) -> None:
     found = kind_of(output)
     if found == writes:
         return
-    what = "not known to be a file of mpq's" if found is None else f"{found}, where this writes {writes}"
-    raise SettingError(f"output: {output} exists, and it is {what}; --force writes over it, or name another")
+    what = f"and it is {found}, where this writes {writes}"
+    if found is None:
+        what = "and it is not known to be a file of mpq's"
+    raise SettingError(f"output: {output} exists, {what}; --force writes over it, or name another")
 
 
 def kind_of(path: Path) -> Kind | None:

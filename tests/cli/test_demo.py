@@ -107,7 +107,10 @@ def test_the_readmes_figures_are_what_comes_out() -> None:
     rows = {
         "float": (bytes_text(4 * table_weights(table)), net),
         "3 bits, rounded to nearest": (size, apply(net, plan)),
-        "3 bits, to nearest and corrected": (size, apply(net, plan, calibrate=batches, rounding="nearest")),
+        "3 bits, to nearest and corrected (`--rounding nearest`)": (
+            size,
+            apply(net, plan, calibrate=batches, rounding="nearest"),
+        ),
         "3 bits, compensated": (size, apply(net, plan, calibrate=batches)),
         "3 bits, compensated, in FX with 8-bit activations": ("43.09 kB (int8)", fx.apply(rounded, in_fx, batches)),
     }

@@ -88,7 +88,10 @@ def test_the_file_of_a_function_is_protected(text: str, file: str | None) -> Non
 def test_a_name_that_is_nearly_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "near_mine.py").write_text("def network():\n    return None\n")
-    with pytest.raises(SourceError, match=r"near_mine.py:netwrk: near_mine has no 'netwrk'. Did you mean network\?"):
+    with pytest.raises(
+        SourceError,
+        match=r"near_mine.py:netwrk: the function cannot be found: near_mine has no 'netwrk'. Did you mean network\?",
+    ):
         named_function("near_mine.py:netwrk")
     with pytest.raises(SourceError, match=r"near_mine has no 'z'$"):
         named_function("near_mine.py:z")
