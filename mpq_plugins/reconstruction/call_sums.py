@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..models.autocast import own_arithmetic
 from ..models.units import Job, Unit
-from ..simulation.shifts import usual_vectors
+from ..simulation.shifts import shortening, usual_vectors
 from .columns import Columns, Piece
 from .gram import PIECE, Product, products
-from .settings import MEMORY
+from .settings import MEMORY, Outliers
 
 PADDING = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "output_padding")  # of a convolution
 
@@ -40,7 +40,7 @@ class CallLook:
     """A call to be looked at.
 
     geometry, settings: of the layer, which itself has hooks on it; drawn: a few samples at a time, with the positions
-    of each.
+    of each; outliers: as in `compensate`.
     """
 
     layer: str
@@ -49,15 +49,17 @@ class CallLook:
     weight: Tensor
     call: Given
     drawn: Sequence[tuple[Piece, Tensor]]
+    outliers: Outliers
 
     @classmethod
     def of(
-        cls, layer: str, module: Any, weight: Tensor, call: Given, drawn: Sequence[tuple[Piece, Tensor]]
-    ) -> "CallLook":
+        cls, layer: str, module: Any, weight: Tensor, call: Given, drawn: Sequence[tuple[Piece, Tensor]],
+        outliers: Outliers = "leave_out",
+    ) -> "CallLook":  # fmt: skip
         """What a worker needs of a layer and a call."""
         known = {name: getattr(module, name) for name in PADDING if hasattr(module, name)}
         bias = None if module.bias is None else module.bias.detach()
-        return cls(layer, Columns.of(module), SimpleNamespace(bias=bias, **known), weight, call, drawn)
+        return cls(layer, Columns.of(module), SimpleNamespace(bias=bias, **known), weight, call, drawn, outliers)
 
     def parts(self) -> Iterator["Part"]:
         """What is summed, a few samples at a time."""
@@ -74,8 +76,12 @@ class CallLook:
             if call.exact is not None and geometry.outputs(call.exact) == shape:
                 exact = geometry.values(piece.of(call.exact), at).float()
             if tokens:
-                usual = usual_vectors((own if exact is None else exact).flatten(1))
-                yield Part(products(columns[usual], None))
+                outputs = (own if exact is None else exact).flatten(1)
+                if self.outliers == "leave_out":
+                    columns = columns[usual_vectors(outputs)]
+                else:
+                    columns = columns * shortening(outputs)[:, None, None]
+                yield Part(products(columns, None))
             elif exact is None:
                 yield Part(products(columns, None))
             else:

@@ -34,7 +34,7 @@ from .compensation_run import CompensationRun
 from .finished import FinishedLayers, job_of
 from .nets import as_the_models, device_of, on_device
 from .rounding import refuse_stochastic
-from .settings import Compensation, LayerReport
+from .settings import Compensation, LayerReport, Outliers
 from .streams import JOIN
 
 MOST_THREADS = 4096
@@ -49,6 +49,7 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
     damping: float = 0.01,
     seed: int = 0,
     new_biases: bool = True,
+    outliers: Outliers = "leave_out",
     device: str | torch.device | None = None,
     executor: Executor | None = None,
     store: str | Path | Store | None = None,
@@ -87,6 +88,10 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         seed: Of the positions that are drawn.
         new_biases: Whether a layer without a bias may get one, which takes its mean error. A checkpoint whose runtime
             knows no such tensor, as of most language models, has no place for it: False leaves it out.
+        outliers: What is done with tokens whose outputs are more than three times as long as most, as those of a
+            text's first are in many transformers (Sun et al. 2024, arXiv 2402.17762). `leave_out` of a layer's sums,
+            which is better where a normalisation behind the layer takes the length away (BERT's encoder); or `shorten`
+            to that length, for causal language models, whose other tokens look at the first.
         device: Where the nets run, by default where the model is.
         executor: A concurrent.futures.Executor, whose workers sum over a batch each what decides a layer's rounding.
             Layers come one after another, for each is rounded on what those before it give. The copy is the same to the
@@ -115,8 +120,8 @@ def compensate(  # noqa: PLR0913  # each option is a user's word
         True
     """
     made, notes = compensated_with_notes(
-        model, plan, batches, columns=columns, damping=damping, seed=seed, new_biases=new_biases, device=device,
-        executor=executor, store=store, progress=progress, finished=finished,
+        model, plan, batches, columns=columns, damping=damping, seed=seed, new_biases=new_biases, outliers=outliers,
+        device=device, executor=executor, store=store, progress=progress, finished=finished,
     )  # fmt: skip
     for note in notes:
         warnings.warn(RoundingWarning(note), stacklevel=2)
@@ -132,6 +137,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     damping: float = 0.01,
     seed: int = 0,
     new_biases: bool = True,
+    outliers: Outliers = "leave_out",
     device: str | torch.device | None = None,
     executor: Executor | None = None,
     store: str | Path | Store | None = None,
@@ -141,7 +147,7 @@ def compensated_with_notes(  # noqa: PLR0913  # as compensate
     """What `compensate` gives, and what it warns of, for who tries several times."""
     check_module(model)
     check_plan(plan)
-    settings = Compensation(columns=columns, damping=damping, seed=seed, new_biases=new_biases)
+    settings = Compensation(columns=columns, damping=damping, seed=seed, new_biases=new_biases, outliers=outliers)
     check_callbacks(progress=progress, finished=finished)
     check_executor(executor)
     with torch.inference_mode(mode=False), torch.no_grad():

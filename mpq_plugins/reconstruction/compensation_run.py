@@ -168,7 +168,13 @@ class CompensationRun:
         module, weight = self.layers[name], self.weights[name]
         calls = [call for arrival in arrivals if (call := self._given(name, module, arrival)) is not None]
         rounding = LayerRounding(
-            name, module, weight, self.plan.by_any_name[name], self.settings.columns, self.settings.damping
+            name,
+            module,
+            weight,
+            self.plan.by_any_name[name],
+            self.settings.columns,
+            self.settings.damping,
+            self.settings.outliers,
         )
         generator = generator_of(self.settings.seed, name)
         try:

@@ -28,6 +28,7 @@ from .columns import Columns
 from .feedback import Factor, compensated, factorise, solve
 from .gram import Gram
 from .levels import Levels
+from .settings import Outliers
 
 NO_BETTER = "rounding to nearest is better"
 ONLY_NEAREST = "compensated, its codes would take more bytes than the plan promises"
@@ -73,6 +74,7 @@ class LayerRounding:
     choice: LayerChoice
     columns: int
     damping: float
+    outliers: Outliers = "leave_out"
 
     def round(
         self,
@@ -147,7 +149,7 @@ class LayerRounding:
         looks = [
             CallLook.of(
                 self.name, self.module, self.weight, call,
-                list(geometry.drawn(self.module, call.rough, self.columns, samples, generator)),
+                list(geometry.drawn(self.module, call.rough, self.columns, samples, generator)), self.outliers,
             )
             for call in calls
         ]  # fmt: skip

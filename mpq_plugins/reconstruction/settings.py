@@ -1,6 +1,7 @@
 """How a reconstruction learns: what decides its result, and so tells its store from another's."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ..common.checks import integer, number, shown
 from ..common.public import public
@@ -76,6 +77,10 @@ class BlockReport:
     resumed: bool = False
 
 
+Outliers = Literal["leave_out", "shorten"]
+OUTLIERS = get_args(Outliers)
+
+
 @dataclass(frozen=True)
 class Compensation:
     """The arguments of `compensate` that its result depends on; see there. Raises SettingError."""
@@ -84,8 +89,11 @@ class Compensation:
     damping: float
     seed: int
     new_biases: bool = True
+    outliers: Outliers = "leave_out"
 
     def __post_init__(self) -> None:
+        if self.outliers not in OUTLIERS:
+            raise SettingError(f"outliers: {shown(self.outliers)} is not allowed; {', '.join(OUTLIERS)}")
         if not isinstance(self.new_biases, bool):
             raise SettingError(f"new_biases: {shown(self.new_biases)} is not allowed; True or False")
         integer("columns", self.columns, "an integer from 1 up, such as 65536", least=1)

@@ -154,6 +154,17 @@ def usual_vectors(vectors: Tensor) -> Tensor:
     return usual
 
 
+def shortening(vectors: Tensor) -> Tensor:
+    """What each of these output vectors (values, channels) is multiplied with to be no outlier in length, (values,).
+
+    Where nothing normalises the length away, as behind the first token of a causal language model, the others depend on
+    it. Squared, it would decide everything; left out, it would be rounded as if nothing did.
+    """
+    lengths = vectors.float().norm(dim=1)
+    longest = LONGEST * lengths[lengths > 0].median()
+    return torch.where(lengths.isfinite() & (lengths > longest), longest / lengths, torch.ones_like(lengths))
+
+
 def by_channel(value: Tensor, axis: int) -> Tensor:
     """(values, channels)."""
     return value.movedim(axis, -1).reshape(-1, value.shape[axis])

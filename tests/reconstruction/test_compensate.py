@@ -835,3 +835,24 @@ def test_no_layer_gets_a_bias_where_there_is_no_place_for_one() -> None:
     assert torch.equal(mpq.apply(made, plan).get_parameter("0.weight"), made.get_parameter("0.weight"))
     with pytest.raises(SettingError, match="new_biases: 1 is not allowed; True or False"):
         mpq.compensate(net, plan, batches, new_biases=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:few inputs:mpq_plugins.RoundingWarning")
+def test_tokens_of_long_outputs_are_left_out_or_count_as_much_as_others() -> None:
+    """The error on the long token is what tells them apart."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16, bias=False)).eval()
+    plan = mpq.Uniform(bits=2)(mpq.measure(net, Affine(granularity="per_channel")))
+    tokens = torch.randn(8, 40, 16)
+    long = torch.randn(16) * 100
+    tokens[:, 0] = long  # the first of each text
+
+    def lost(made: nn.Module, inputs: Tensor) -> float:
+        return float((mpq.apply(made, plan)(inputs) - net(inputs)).square().sum().detach())
+
+    left_out = mpq.compensate(net, plan, [tokens], new_biases=False)
+    shortened = mpq.compensate(net, plan, [tokens], new_biases=False, outliers="shorten")
+    assert lost(shortened, long) < lost(left_out, long) / 2
+    assert lost(left_out, tokens[:, 1:]) < lost(shortened, tokens[:, 1:])
+    with pytest.raises(SettingError, match="outliers: 'cut' is not allowed; leave_out, shorten"):
+        mpq.compensate(net, plan, [tokens], outliers="cut")  # type: ignore[arg-type]
