@@ -148,9 +148,9 @@ def usual_vectors(vectors: Tensor) -> Tensor:
     2024, arXiv 2402.17762), and the normalisation after them takes the length away: a mean error that they decide is
     right for them and wrong for all others. Spearman of MiniLM at uniform 2 bits: 0.771 with them, 0.838 without.
     """
-    lengths = vectors.float().norm(dim=1)
+    lengths, longest = _lengths(vectors)
     # NaN and infinity stay in, to be found in the mean.
-    usual: Tensor = ~(lengths.isfinite() & (lengths > LONGEST * lengths[lengths > 0].median()))
+    usual: Tensor = ~(lengths.isfinite() & (lengths > longest))
     return usual
 
 
@@ -160,9 +160,14 @@ def shortening(vectors: Tensor) -> Tensor:
     Where nothing normalises the length away, as behind the first token of a causal language model, the others depend on
     it. Squared, it would decide everything; left out, it would be rounded as if nothing did.
     """
-    lengths = vectors.float().norm(dim=1)
-    longest = LONGEST * lengths[lengths > 0].median()
+    lengths, longest = _lengths(vectors)
     return torch.where(lengths.isfinite() & (lengths > longest), longest / lengths, torch.ones_like(lengths))
+
+
+def _lengths(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The length of each vector, and that beyond which one is an outlier."""
+    lengths = vectors.float().norm(dim=1)
+    return lengths, LONGEST * lengths[lengths > 0].median()
 
 
 def by_channel(value: Tensor, axis: int) -> Tensor:
